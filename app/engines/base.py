@@ -1,0 +1,137 @@
+"""What an engine is: sequences of token ids in, generations out.
+
+An engine owns one model on one device. It knows nothing of Celery, Redis or Postgres; the engine
+process (`app.worker.engine_process`) drives it, and so can any script on a bare GPU machine:
+
+    engine.admit("batch-1", sequences)
+    while engine.has_work:
+        for generation in engine.step():
+            ...
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Sequence as Seq
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from app.jobs import FinishReason
+
+
+class Kind(enum.StrEnum):
+    """What a model does; it decides which requests it takes."""
+
+    GENERATE = "generate"  #: tokens to tokens: chat and completions
+    EMBED = "embed"  #: tokens to one vector
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one sequence is sampled. Every row of a batch may differ in all of these."""
+
+    max_tokens: int
+    temperature: float = 1.0  #: 0 = greedy
+    top_p: float = 1.0
+    top_k: int = 0  #: 0 = off
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()  #: the text ends before the first of these
+    seed: int | None = None  #: same seed, prompt and model: same text, whatever the company
+    logprobs: int | None = None  #: None = off; k = the chosen token and the k most likely ones
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Sequence:
+    """One prompt inside an engine. `id` is unique within the engine process."""
+
+    id: int
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams | None = None  #: None for an embedding
+    tenant: str = "default"  #: prefix caches never cross it
+    priority: int = 0
+
+    @property
+    def max_total_tokens(self) -> int:
+        return len(self.prompt_token_ids) + (self.params.max_tokens if self.params else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()  #: (token id, logprob), most likely first
+
+
+@dataclass(slots=True)
+class Generation:
+    """The engine's answer for one sequence, whole or cut short.
+
+    Stamps are `time.monotonic_ns()`, comparable between processes of one machine. `device_ns` is
+    this sequence's share of the measured device time; the shares of all sequences in a step add up
+    to that step's time exactly.
+    """
+
+    sequence_id: int
+    finish_reason: FinishReason
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    logprobs: list[TokenLogprob] | None = None
+    embedding: list[float] | None = None
+    input_tokens: int = 0
+    device_ns: int = 0
+    started_ns: int = 0
+    first_token_ns: int = 0
+    finished_ns: int = 0
+    error_code: str | None = None  #: set with FinishReason.ERROR; stable, see app.errors
+    error_message: str | None = None
+
+
+@dataclass(slots=True)
+class StepStats:
+    """What one call of `step` computed, for the batch record and the books."""
+
+    batch_id: str
+    rows: int = 0
+    useful_tokens: int = 0  #: prompt and output tokens somebody asked for
+    padded_tokens: int = 0  #: token positions the device computed, padding included
+    device_ns: int = 0
+
+
+class Engine(Protocol):
+    """One model on one device.
+
+    `admit` takes what the batcher closed and returns at once. `step` runs one unit of work: a
+    decode step for an engine in flight, the whole batch for a static one. `cancel` may be called
+    from another thread at any time: it frees the row within one step and the sequence still comes
+    back, with what it has, as `FinishReason.CANCELLED`. A row's own error (token ids out of range,
+    NaN logits) comes back as `FinishReason.ERROR` of that row. `OutOfMemory` raised from `step`
+    means the whole batch was dropped unharmed.
+    """
+
+    def admit(self, batch_id: str, sequences: Seq[Sequence]) -> None: ...
+
+    def step(self) -> list[Generation]: ...
+
+    def cancel(self, sequence_id: int) -> None: ...
+
+    @property
+    def has_work(self) -> bool: ...
+
+    @property
+    def free_rows(self) -> int:
+        """Rows that may be admitted now; a static engine has none while a batch is inside."""
+        ...
+
+    def take_stats(self) -> list[StepStats]:
+        """What was computed since the last call, one entry a batch, and forget it."""
+        ...
+
+    def close(self) -> None: ...
+
+
+Progress = Callable[[], None]
+"""Called by an engine after each model step, so that a hung device can be told from a busy one."""

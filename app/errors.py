@@ -1,0 +1,134 @@
+"""Every error that Gristmill raises, and whose fault it is.
+
+    GristmillError
+    ├── ConfigError            wrong settings; refused at start, with file and line
+    ├── SchemaError            the database is older or newer than this code
+    ├── RequestError           the caller's request is wrong; never retried
+    │   ├── ModelNotFound
+    │   ├── ContextLengthExceeded
+    │   └── RequestTooLarge
+    ├── IdempotencyConflict    same key, another request
+    ├── JobNotFound
+    ├── JobStateConflict       the job is not in a state that allows this
+    ├── QueueFull              bounded admission; come back later
+    ├── Unavailable            Postgres or Redis cannot be reached; come back later
+    └── EngineError            the model or its process failed
+        ├── EngineCrashed      the engine process died
+        └── OutOfMemory        the batch did not fit the device
+
+An error carries a stable `code` for programs and metrics and a sentence for people. Neither ever
+holds a prompt or an output.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class GristmillError(Exception):
+    """Something went wrong in Gristmill."""
+
+    code: ClassVar[str] = "internal_error"
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str | None = None) -> None:
+        super().__init__(message or self.__doc__)
+
+    @property
+    def message(self) -> str:
+        return str(self)
+
+
+class ConfigError(GristmillError):
+    """A setting is wrong."""
+
+    code = "config_error"
+
+
+class SchemaError(GristmillError):
+    """The database schema does not fit this version of Gristmill."""
+
+    code = "schema_error"
+
+
+class RequestError(GristmillError):
+    """The request is wrong. `param` is the path of the field in the request body, if one is."""
+
+    code = "invalid_request"
+
+    def __init__(self, message: str | None = None, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class ModelNotFound(RequestError):
+    """No such model is configured."""
+
+    code = "model_not_found"
+
+
+class ContextLengthExceeded(RequestError):
+    """Prompt and allowed output do not fit the model's context."""
+
+    code = "context_length_exceeded"
+
+
+class RequestTooLarge(RequestError):
+    """The request body is larger than allowed."""
+
+    code = "request_too_large"
+
+
+class IdempotencyConflict(GristmillError):
+    """The Idempotency-Key was used before with another request."""
+
+    code = "idempotency_conflict"
+
+
+class JobNotFound(GristmillError):
+    """No such job."""
+
+    code = "job_not_found"
+
+
+class JobStateConflict(GristmillError):
+    """The job is in a state that does not allow this."""
+
+    code = "job_state_conflict"
+
+
+class QueueFull(GristmillError):
+    """The queue is full. `retry_after` is in whole seconds."""
+
+    code = "queue_full"
+    retryable = True
+
+    def __init__(self, message: str | None = None, *, retry_after: int = 5) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class Unavailable(GristmillError):
+    """A service that Gristmill needs cannot be reached right now."""
+
+    code = "unavailable"
+    retryable = True
+
+
+class EngineError(GristmillError):
+    """The engine failed."""
+
+    code = "engine_error"
+    retryable = True
+
+
+class EngineCrashed(EngineError):
+    """The engine process died while it ran this batch."""
+
+    code = "engine_crash"
+
+
+class OutOfMemory(EngineError):
+    """The batch did not fit into the device's memory."""
+
+    code = "out_of_memory"

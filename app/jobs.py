@@ -1,0 +1,90 @@
+"""The vocabulary of a job: its states, the moves between them, and what is recorded of it.
+
+Pure: no I/O, no clock. The states and the only moves (invariant I3, forward only):
+
+    queued ──claim──▶ running ──finish──▶ completed | failed | cancelled | expired
+       ▲                 │
+       └────release──────┘        (a lost lease, a shutdown, a retry; `not_before` says when)
+    queued ──▶ cancelled | expired | failed      (without ever running)
+
+Retry is not a state: a retried job is `queued` with `not_before`.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Final
+
+MAX_PRIORITY: Final = 9
+"""Priorities run from 0, served first and the default (as in Celery on Redis), to 9."""
+
+
+class JobState(enum.StrEnum):
+    QUEUED = "queued"  #: waits for a worker; `not_before` may lie in the future
+    RUNNING = "running"  #: claimed by a worker under an attempt whose lease is alive
+    COMPLETED = "completed"  #: answered; the result row holds the response
+    FAILED = "failed"  #: ended by an error that a retry would not mend, or out of attempts
+    CANCELLED = "cancelled"  #: ended by the caller; partial output is kept where there is some
+    EXPIRED = "expired"  #: its deadline passed first; partial output is kept where there is some
+
+    @property
+    def is_final(self) -> bool:
+        return self in FINAL_STATES
+
+
+FINAL_STATES: Final = frozenset(
+    {JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED, JobState.EXPIRED}
+)
+
+TRANSITIONS: Final[dict[JobState, frozenset[JobState]]] = {
+    JobState.QUEUED: frozenset(
+        {JobState.RUNNING, JobState.FAILED, JobState.CANCELLED, JobState.EXPIRED}
+    ),
+    JobState.RUNNING: frozenset({JobState.QUEUED, *FINAL_STATES}),
+    **{state: frozenset() for state in FINAL_STATES},
+}
+
+
+def can_move(before: JobState, after: JobState) -> bool:
+    """Whether a job may go from one state straight to another."""
+    return after in TRANSITIONS[before]
+
+
+class AttemptOutcome(enum.StrEnum):
+    """How one try of a job by one worker ended; absent while it runs."""
+
+    SUCCEEDED = "succeeded"  #: its result was committed
+    FAILED = "failed"  #: the engine answered with an error, or the caller cancelled it
+    LOST = "lost"  #: the lease ran out, or the engine died under it
+    RELEASED = "released"  #: given back unharmed at a shutdown; not charged
+
+
+class CloseReason(enum.StrEnum):
+    """Why an admission batch was closed."""
+
+    SIZE = "size"  #: `max_batch_size` members
+    TOKENS = "tokens"  #: the next member would pass `max_batch_tokens`
+    WAIT = "wait"  #: the oldest member had waited `max_wait_ms`
+    JOIN = "join"  #: the engine was running and had a free slot, so waiting would gain nothing
+
+
+class FinishReason(enum.StrEnum):
+    """Why a sequence stopped."""
+
+    STOP = "stop"  #: the model ended it, or a stop string was met
+    LENGTH = "length"  #: `max_tokens` reached
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of one job. Input counts every prompt token, cached ones too (OpenAI's convention)."""
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+
+    @property
+    def total_tokens(self) -> int:
+        return self.input_tokens + self.output_tokens
