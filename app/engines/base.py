@@ -119,6 +119,11 @@ class Engine(Protocol):
     def cancel(self, sequence_id: int) -> None: ...
 
     @property
+    def joins(self) -> bool:
+        """Whether sequences may be admitted while others run."""
+        ...
+
+    @property
     def has_work(self) -> bool: ...
 
     @property

@@ -1,0 +1,161 @@
+"""The batching rule, stated once. Pure: the caller brings the clock.
+
+Candidates that may run together share a `group`. A batch is taken from one group and never passes
+`max_batch_size` sequences or `max_batch_tokens` (sequences times the longest prompt plus the
+longest allowed output). It closes
+
+    size    when it holds `max_batch_size` sequences, or the next one would not fit,
+    tokens  when the next candidate would pass `max_batch_tokens`,
+    wait    when its oldest member has waited `max_wait_ms`,
+    join    at once, if the engine is running and takes sequences between steps.
+
+What does not fit opens the next batch. Members go in by priority, then deadline, then age; a
+candidate that has been passed over for `STARVATION_WAITS` times its group's `max_wait_ms` goes
+first whatever its priority, so nothing waits for ever.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
+from typing import Final
+from uuid import UUID
+
+from app.jobs import CloseReason
+
+STARVATION_WAITS: Final = 100
+STARVATION_FLOOR_NS: Final = 10_000_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Hard limits of one group's batches."""
+
+    max_batch_size: int
+    max_batch_tokens: int
+    max_wait_ns: int
+
+    @property
+    def starvation_ns(self) -> int:
+        return max(self.max_wait_ns * STARVATION_WAITS, STARVATION_FLOOR_NS)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A job that waits for a batch. Times are monotonic nanoseconds of the caller's clock."""
+
+    job_id: UUID
+    group: Hashable
+    num_sequences: int
+    prompt_tokens: int  #: of its longest prompt
+    max_new_tokens: int
+    arrived_ns: int
+    priority: int = 0
+    deadline: float = math.inf  #: UNIX seconds; only compared
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What the engine behind a group can take now."""
+
+    free_rows: int
+    joins: bool = False  #: it is running, and admits between steps
+
+
+@dataclass(frozen=True, slots=True)
+class ClosedBatch:
+    group: Hashable
+    members: tuple[Candidate, ...]  #: in the order they were admitted
+    reason: CloseReason
+    wait_ns: int  #: of the oldest member
+
+    @property
+    def num_sequences(self) -> int:
+        return sum(member.num_sequences for member in self.members)
+
+
+class Batcher:
+    """Owns every candidate between its registration and its batch."""
+
+    def __init__(self, limits: dict[Hashable, Limits]) -> None:
+        """`limits` has one entry per group key that candidates may carry."""
+        self._limits = limits
+        self._waiting: dict[Hashable, dict[UUID, Candidate]] = {group: {} for group in limits}
+
+    def __len__(self) -> int:
+        return sum(len(group) for group in self._waiting.values())
+
+    def add(self, candidate: Candidate) -> None:
+        self._waiting[candidate.group][candidate.job_id] = candidate
+
+    def remove(self, job_id: UUID) -> Candidate | None:
+        """Take out a cancelled, expired or flushed job; None if it is not waiting."""
+        for group in self._waiting.values():
+            if candidate := group.pop(job_id, None):
+                return candidate
+        return None
+
+    def close(self, group: Hashable, capacity: Capacity, now_ns: int) -> ClosedBatch | None:
+        """The batch of this group that closes now, taken out of the waiting, or None."""
+        limits, waiting = self._limits[group], self._waiting[group]
+        if not waiting or capacity.free_rows < 1:
+            return None
+        size = min(limits.max_batch_size, capacity.free_rows)
+        ordered = sorted(waiting.values(), key=lambda c: _urgency(c, limits, now_ns))
+        members, full = _fill(ordered, size, limits.max_batch_tokens)
+        if full is CloseReason.SIZE and size < limits.max_batch_size and capacity.joins:
+            full = CloseReason.JOIN
+        wait_ns = now_ns - min(candidate.arrived_ns for candidate in waiting.values())
+        reason = full or _timely(wait_ns, limits, capacity)
+        if reason is None or not members:
+            return None
+        for member in members:
+            del waiting[member.job_id]
+        oldest = min(member.arrived_ns for member in members)
+        return ClosedBatch(group, tuple(members), reason, now_ns - oldest)
+
+    def next_close_ns(self, groups: Iterable[Hashable]) -> int | None:
+        """When the first of these groups closes by waiting, or None if nothing waits there."""
+        times = [
+            min(c.arrived_ns for c in self._waiting[group].values())
+            + self._limits[group].max_wait_ns
+            for group in groups
+            if self._waiting[group]
+        ]
+        return min(times, default=None)
+
+
+def _urgency(candidate: Candidate, limits: Limits, now_ns: int) -> tuple[bool, int, float, int]:
+    fed = now_ns - candidate.arrived_ns < limits.starvation_ns
+    if not fed:
+        return (False, 0, 0.0, candidate.arrived_ns)
+    return (True, candidate.priority, candidate.deadline, candidate.arrived_ns)
+
+
+def _fill(
+    ordered: list[Candidate], max_size: int, max_tokens: int
+) -> tuple[list[Candidate], CloseReason | None]:
+    """Admit in order until a limit is met; the most urgent one that does not fit ends the batch.
+
+    Skipping it for a smaller one behind it would let big jobs starve.
+    """
+    members: list[Candidate] = []
+    rows = prompt = output = 0
+    for candidate in ordered:
+        grown_rows = rows + candidate.num_sequences
+        grown_prompt = max(prompt, candidate.prompt_tokens)
+        grown_output = max(output, candidate.max_new_tokens)
+        if grown_rows > max_size:
+            return members, CloseReason.SIZE
+        if members and grown_rows * (grown_prompt + grown_output) > max_tokens:
+            return members, CloseReason.TOKENS
+        members.append(candidate)
+        rows, prompt, output = grown_rows, grown_prompt, grown_output
+    return members, CloseReason.SIZE if rows == max_size else None
+
+
+def _timely(wait_ns: int, limits: Limits, capacity: Capacity) -> CloseReason | None:
+    if wait_ns >= limits.max_wait_ns:
+        return CloseReason.WAIT
+    return CloseReason.JOIN if capacity.joins else None

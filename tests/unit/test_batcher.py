@@ -1,0 +1,190 @@
+"""The batching rule, under a clock that the tests turn by hand."""
+
+from __future__ import annotations
+
+import uuid
+
+from hypothesis import given, settings, strategies as st
+
+from app.jobs import CloseReason
+from app.worker.batcher import Batcher, Candidate, Capacity, Limits
+
+MS = 1_000_000
+LIMITS = Limits(max_batch_size=4, max_batch_tokens=1_000, max_wait_ns=50 * MS)
+IDLE = Capacity(free_rows=4)
+
+
+def candidate(arrived_ms: float = 0, **changes: object) -> Candidate:
+    values: dict[str, object] = {
+        "job_id": uuid.uuid4(),
+        "group": "g",
+        "num_sequences": 1,
+        "prompt_tokens": 10,
+        "max_new_tokens": 10,
+        "arrived_ns": int(arrived_ms * MS),
+    }
+    return Candidate(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def batcher(*candidates: Candidate, limits: Limits = LIMITS) -> Batcher:
+    made = Batcher({"g": limits, "other": limits})
+    for each in candidates:
+        made.add(each)
+    return made
+
+
+def test_a_full_batch_closes_at_once_by_size() -> None:
+    waiting = batcher(*(candidate() for _ in range(5)))
+
+    closed = waiting.close("g", IDLE, now_ns=0)
+
+    assert closed is not None
+    assert closed.reason is CloseReason.SIZE
+    assert len(closed.members) == 4
+    assert len(waiting) == 1
+
+
+def test_a_lone_candidate_waits_for_company_until_max_wait() -> None:
+    waiting = batcher(candidate(arrived_ms=10))
+
+    assert waiting.close("g", IDLE, now_ns=59 * MS) is None
+    assert waiting.next_close_ns(["g"]) == 60 * MS
+    closed = waiting.close("g", IDLE, now_ns=60 * MS)
+
+    assert closed is not None
+    assert closed.reason is CloseReason.WAIT
+    assert closed.wait_ns == 50 * MS
+
+
+def test_the_wait_counts_from_the_oldest_member_not_the_latest() -> None:
+    waiting = batcher(candidate(arrived_ms=0), candidate(arrived_ms=49))
+
+    closed = waiting.close("g", IDLE, now_ns=50 * MS)
+
+    assert closed is not None
+    assert len(closed.members) == 2
+
+
+def test_a_batch_closes_by_tokens_before_the_padded_size_passes_the_limit() -> None:
+    short, long = candidate(prompt_tokens=10), candidate(arrived_ms=1, prompt_tokens=600)
+    waiting = batcher(short, long)
+
+    closed = waiting.close("g", IDLE, now_ns=2 * MS)
+
+    assert closed is not None
+    assert closed.reason is CloseReason.TOKENS
+    assert closed.members == (short,)
+
+
+def test_an_engine_that_joins_gets_candidates_without_waiting() -> None:
+    waiting = batcher(candidate())
+
+    closed = waiting.close("g", Capacity(free_rows=1, joins=True), now_ns=0)
+
+    assert closed is not None
+    assert closed.reason in (CloseReason.JOIN, CloseReason.SIZE)
+
+
+def test_nothing_closes_while_the_engine_has_no_room() -> None:
+    waiting = batcher(*(candidate() for _ in range(9)))
+
+    assert waiting.close("g", Capacity(free_rows=0), now_ns=10_000 * MS) is None
+    assert len(waiting) == 9
+
+
+def test_a_job_of_several_sequences_is_never_split() -> None:
+    first, second = candidate(num_sequences=3), candidate(arrived_ms=1, num_sequences=2)
+    waiting = batcher(first, second)
+
+    closed = waiting.close("g", IDLE, now_ns=2 * MS)
+
+    assert closed is not None
+    assert closed.members == (first,)
+    assert closed.reason is CloseReason.SIZE
+
+
+def test_order_is_priority_then_deadline_then_age() -> None:
+    bulk = candidate(arrived_ms=0, priority=9)
+    plain = candidate(arrived_ms=1)
+    urgent = candidate(arrived_ms=2, deadline=1_000.0)
+    more = [candidate(arrived_ms=3), candidate(arrived_ms=4)]
+    waiting = batcher(bulk, plain, urgent, *more)
+
+    closed = waiting.close("g", IDLE, now_ns=5 * MS)
+
+    assert closed is not None
+    assert closed.members == (urgent, plain, *more)
+
+
+def test_a_starving_candidate_goes_first_whatever_its_priority() -> None:
+    bulk = candidate(arrived_ms=0, priority=9)
+    now = LIMITS.starvation_ns
+    rush = [candidate(arrived_ms=now // MS, priority=0) for _ in range(8)]
+    waiting = batcher(bulk, *rush)
+
+    closed = waiting.close("g", IDLE, now_ns=now)
+
+    assert closed is not None
+    assert closed.members[0] == bulk
+
+
+def test_a_removed_candidate_is_never_admitted() -> None:
+    gone, stays = candidate(), candidate()
+    waiting = batcher(gone, stays)
+
+    assert waiting.remove(gone.job_id) == gone
+    assert waiting.remove(gone.job_id) is None
+    closed = waiting.close("g", IDLE, now_ns=50 * MS)
+
+    assert closed is not None
+    assert closed.members == (stays,)
+
+
+arrivals = st.lists(
+    st.tuples(
+        st.integers(0, 500),  # arrival, ms
+        st.integers(1, 4),  # sequences
+        st.integers(1, 500),  # prompt
+        st.integers(1, 100),  # output
+        st.integers(0, 9),  # priority
+        st.sampled_from(["g", "other"]),
+    ),
+    max_size=40,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(arrivals, st.integers(1, 4))
+def test_no_batch_ever_passes_a_limit_and_every_candidate_leaves_exactly_once(
+    rows: list[tuple[int, int, int, int, int, str]], free_rows: int
+) -> None:
+    waiting = batcher()
+    given_in = set()
+    for arrived, sequences, prompt, output, priority, group in rows:
+        each = candidate(
+            arrived,
+            num_sequences=min(sequences, free_rows),
+            prompt_tokens=prompt,
+            max_new_tokens=output,
+            priority=priority,
+            group=group,
+        )
+        given_in.add(each.job_id)
+        waiting.add(each)
+
+    came_out = []
+    now = 1_000 * MS
+    for group in ("g", "other"):
+        while closed := waiting.close(group, Capacity(free_rows), now_ns=now):
+            assert {member.group for member in closed.members} == {group}
+            assert closed.num_sequences <= min(free_rows, LIMITS.max_batch_size)
+            padded = closed.num_sequences * (
+                max(m.prompt_tokens for m in closed.members)
+                + max(m.max_new_tokens for m in closed.members)
+            )
+            assert padded <= LIMITS.max_batch_tokens or len(closed.members) == 1
+            came_out += [member.job_id for member in closed.members]
+
+    assert len(came_out) == len(set(came_out))
+    assert set(came_out) == given_in
+    assert len(waiting) == 0
