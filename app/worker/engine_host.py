@@ -1,0 +1,183 @@
+"""The worker's side of the engine process: starts it, talks to it, buries it.
+
+The process is started with `subprocess`, not forked: CUDA cannot be used in a fork, and a fresh
+interpreter inherits no locks, sockets or threads of the worker.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from multiprocessing.connection import Connection
+
+from app.engines.base import Sequence
+from app.worker.engine_process import (
+    PROGRESS_BYTES,
+    Admit,
+    Broken,
+    Cancel,
+    Command,
+    DidNotFit,
+    EngineFacts,
+    Event,
+    Load,
+    Ready,
+    Stepped,
+)
+
+log = logging.getLogger(__name__)
+
+__all__ = ["Broken", "DidNotFit", "EngineHost", "Event", "Load", "Ready", "Stepped"]
+
+
+class EngineHost:
+    """Owns one engine process, and counts the rows inside it.
+
+    Not thread-safe: only the runner thread calls it, but for `is_stuck`, which only reads.
+    """
+
+    def __init__(self, load: Load, *, load_timeout_s: float, step_timeout_s: float) -> None:
+        self._load = load
+        self._load_timeout_ns = int(load_timeout_s * 1e9)
+        self._step_timeout_ns = int(step_timeout_s * 1e9)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: Connection | None = None
+        self._progress: mmap.mmap | None = None
+        self._last_progress: tuple[bytes, int] = (b"", 0)
+        self._engines: dict[str, EngineFacts] = {}
+        self._rows: dict[str, int] = {}
+
+    def start(self) -> None:
+        """Start a process; it says `Ready` when the models are loaded."""
+        ours, theirs = socket.socketpair()
+        with tempfile.TemporaryFile() as page, theirs:
+            page.truncate(PROGRESS_BYTES)
+            self._progress = mmap.mmap(page.fileno(), PROGRESS_BYTES)
+            self._process = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "app.worker.engine_process",
+                    str(theirs.fileno()),
+                    str(page.fileno()),
+                ],
+                stdin=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(), page.fileno()),
+                # Ctrl-C in a terminal goes to the worker, which decides what becomes of the batch.
+                start_new_session=True,
+            )
+        self._connection = Connection(ours.detach())
+        self._engines, self._rows = {}, dict.fromkeys((m.name for m in self._load.models), 0)
+        self._last_progress = (b"", time.monotonic_ns())
+        self._send(self._load)
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
+
+    @property
+    def connection(self) -> Connection | None:
+        """To wait on; readable when the process said something or died."""
+        return self._connection
+
+    @property
+    def ready(self) -> bool:
+        return bool(self._engines)
+
+    @property
+    def busy(self) -> bool:
+        return any(self._rows.values())
+
+    def joins(self, model: str) -> bool:
+        """Whether this model's engine is running and admits more between its steps."""
+        return self.ready and self._engines[model].joins and self._rows[model] > 0
+
+    def free_rows(self, model: str) -> int:
+        """Sequences that the engine would take now; a static engine takes none while it runs."""
+        if not self.ready:
+            return 0
+        facts, inside = self._engines[model], self._rows[model]
+        if facts.joins:
+            return facts.max_rows - inside
+        return 0 if inside else facts.max_rows
+
+    def admit(self, model: str, batch_id: str, sequences: Iterable[Sequence]) -> None:
+        command = Admit(model, batch_id, tuple(sequences))
+        if not self.busy:
+            self._last_progress = (self._last_progress[0], time.monotonic_ns())
+        self._rows[model] += len(command.sequences)
+        self._send(command)
+
+    def cancel(self, model: str, sequence_id: int) -> None:
+        self._send(Cancel(model, sequence_id))
+
+    def events(self) -> list[Event]:
+        """What the process said since the last call; ends with `Broken` if it died."""
+        heard: list[Event] = []
+        while self._connection is not None:
+            try:
+                if not self._connection.poll():
+                    break
+                heard.append(self._take(self._connection.recv()))
+            except (EOFError, OSError):
+                if not any(isinstance(event, Broken) for event in heard):
+                    heard.append(Broken(f"the engine process ended ({self._bury()})"))
+                self.kill()
+        return heard
+
+    def is_stuck(self) -> bool:
+        """Whether the process is loading or busy and has shown no progress for too long."""
+        if self._progress is None or (self.ready and not self.busy):
+            return False
+        now, shown = time.monotonic_ns(), bytes(self._progress[:PROGRESS_BYTES])
+        if shown != self._last_progress[0]:
+            self._last_progress = (shown, now)
+        limit = self._step_timeout_ns if self.ready else self._load_timeout_ns
+        return now - self._last_progress[1] > limit
+
+    def kill(self) -> None:
+        """End the process at once and forget what was inside."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        if self._connection is not None:
+            self._connection.close()
+        if self._progress is not None:
+            self._progress.close()
+        self._process = self._connection = self._progress = None
+        self._engines, self._rows = {}, dict.fromkeys(self._rows, 0)
+
+    def _take(self, event: Event) -> Event:
+        match event:
+            case Ready(engines=engines):
+                self._engines = engines
+            case Stepped(model=model, generations=generations):
+                self._rows[model] -= len(generations)
+            case DidNotFit(model=model):
+                self._rows[model] = 0
+        return event
+
+    def _send(self, command: Command) -> None:
+        """A dead process is noticed when its events are read, so a failed write is no news."""
+        try:
+            if self._connection is not None:
+                self._connection.send(command)
+        except OSError:
+            log.warning("The engine process does not take commands.", extra={"pid": self.pid})
+
+    def _bury(self) -> str:
+        """How the process ended, in words."""
+        if self._process is None:
+            return "never started"
+        try:
+            status = self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            return "closed its connection"
+        return f"signal {-status}" if status < 0 else f"exit status {os.WEXITSTATUS(status << 8)}"

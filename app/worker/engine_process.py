@@ -1,0 +1,210 @@
+"""The engine process: one child per device that owns the models and runs them.
+
+It is started by `app.worker.engine_host` with a socket to talk over and a page of shared memory to
+show progress in, and lives no longer than its parent: when the socket closes it exits at once,
+whatever it is doing. It never sees Celery, Redis or Postgres.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import queue
+import struct
+import sys
+import threading
+import traceback
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Final
+
+from app.config import ModelSettings
+from app.engines import registry
+from app.engines.base import Engine, Generation, Sequence, StepStats
+from app.errors import GristmillError, OutOfMemory
+
+PROGRESS_BYTES: Final = 8
+FAILED_TO_LOAD: Final = 3  #: exit status; a restart would not help
+ENGINE_FAILED: Final = 4  #: exit status; the device's state is not to be trusted
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A model that the engine process is to load."""
+
+    name: str
+    folder: Path
+    settings: ModelSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    models: tuple[ServedModel, ...]
+    device: str
+    threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class Admit:
+    model: str
+    batch_id: str
+    sequences: tuple[Sequence, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    model: str
+    sequence_id: int
+
+
+Command = Load | Admit | Cancel
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """What the host needs to know of a loaded engine."""
+
+    max_rows: int
+    joins: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    engines: dict[str, EngineFacts]
+    load_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stepped:
+    """What one step produced."""
+
+    model: str
+    generations: list[Generation]
+    stats: list[StepStats]
+
+
+@dataclass(frozen=True, slots=True)
+class DidNotFit:
+    """Out of memory: everything inside this engine was dropped unharmed."""
+
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """The last word of a process that is about to exit. `reason` never holds a prompt."""
+
+    reason: str
+    will_not_load: bool = False
+
+
+Event = Ready | Stepped | DidNotFit | Broken
+
+
+class EngineProcess:
+    """Runs admitted sequences to their end and says so, until its parent goes away."""
+
+    def __init__(self, parent: Connection, progress: mmap.mmap) -> None:
+        self._parent = parent
+        self._progress = progress
+        self._steps = 0
+        self._inbox: queue.SimpleQueue[Admit] = queue.SimpleQueue()
+        self._engines: dict[str, Engine] = {}
+
+    def run(self) -> None:
+        self._load(self._parent.recv())
+        threading.Thread(target=self._listen, daemon=True, name="listen").start()
+        while True:
+            self._admit()
+            for model, engine in self._engines.items():
+                if engine.has_work:
+                    self._step(model, engine)
+
+    def _load(self, command: Load) -> None:
+        import time
+
+        began = time.monotonic_ns()
+        for model in command.models:
+            self._engines[model.name] = registry.create(
+                model.settings.engine,
+                model.folder,
+                model.settings,
+                device=command.device,
+                threads=command.threads,
+                progress=self._made_progress,
+            )
+        facts = {
+            name: EngineFacts(max_rows=engine.free_rows, joins=engine.joins)
+            for name, engine in self._engines.items()
+        }
+        self._parent.send(Ready(facts, time.monotonic_ns() - began))
+
+    def _listen(self) -> None:
+        """Take commands while a step runs: a cancel must not wait for the end of a batch."""
+        try:
+            while True:
+                command = self._parent.recv()
+                if isinstance(command, Cancel):
+                    self._engines[command.model].cancel(command.sequence_id)
+                else:
+                    self._inbox.put(command)
+        except (EOFError, OSError):
+            os._exit(0)
+
+    def _admit(self) -> None:
+        """Hand over what arrived; sleep only when no engine has anything to do."""
+        idle = not any(engine.has_work for engine in self._engines.values())
+        while idle or not self._inbox.empty():
+            command = self._inbox.get()
+            self._engines[command.model].admit(command.batch_id, command.sequences)
+            idle = False
+
+    def _step(self, model: str, engine: Engine) -> None:
+        try:
+            generations = engine.step()
+        except OutOfMemory:
+            self._parent.send(DidNotFit(model))
+            return
+        finally:
+            self._made_progress()
+        stats: Seq[StepStats] = engine.take_stats() if generations else ()
+        if generations or stats:
+            self._parent.send(Stepped(model, generations, list(stats)))
+
+    def _made_progress(self) -> None:
+        self._steps += 1
+        self._progress[:PROGRESS_BYTES] = struct.pack("=Q", self._steps)
+
+
+def main() -> None:
+    """`python -m app.worker.engine_process SOCKET_FD PROGRESS_FD`, by the engine host alone."""
+    socket_fd, progress_fd = int(sys.argv[1]), int(sys.argv[2])
+    parent = Connection(socket_fd)
+    process = EngineProcess(parent, mmap.mmap(progress_fd, PROGRESS_BYTES))
+    try:
+        process.run()
+    except (EOFError, BrokenPipeError, ConnectionResetError, KeyboardInterrupt):
+        os._exit(0)
+    except BaseException as error:
+        loaded = bool(process._engines)
+        _say_why(parent, error, will_not_load=not loaded)
+        os._exit(ENGINE_FAILED if loaded else FAILED_TO_LOAD)
+
+
+def _say_why(parent: Connection, error: BaseException, *, will_not_load: bool) -> None:
+    """Our own errors speak for themselves; others may quote data, so only their place is told."""
+    if isinstance(error, GristmillError):
+        reason = error.message
+    else:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        reason = f"{type(error).__name__} in {Path(last.filename).name} line {last.lineno}"
+    try:
+        parent.send(Broken(reason, will_not_load))
+    except OSError:
+        pass
+
+
+if __name__ == "__main__":
+    main()
