@@ -5,7 +5,9 @@
     ├── SchemaError            the database is older or newer than this code
     ├── RequestError           the caller's request is wrong; never retried
     │   ├── ModelNotFound
+    │   ├── UrlNotFound
     │   ├── ContextLengthExceeded
+    │   ├── DeadlinePassed
     │   └── RequestTooLarge
     ├── IdempotencyConflict    same key, another request
     ├── JobNotFound
@@ -67,10 +69,22 @@ class ModelNotFound(RequestError):
     code = "model_not_found"
 
 
+class UrlNotFound(RequestError):
+    """No such url of a request."""
+
+    code = "url_not_found"
+
+
 class ContextLengthExceeded(RequestError):
     """Prompt and allowed output do not fit the model's context."""
 
     code = "context_length_exceeded"
+
+
+class DeadlinePassed(RequestError):
+    """The deadline is over before the job could run."""
+
+    code = "deadline_passed"
 
 
 class RequestTooLarge(RequestError):

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from app.engines.base import Kind, SamplingParams
-from app.errors import RequestError
+from app.errors import RequestError, UrlNotFound
 
 
 class Url(enum.StrEnum):
@@ -268,6 +268,7 @@ def parse(raw: object, url: str | None = None) -> Request:
         body = BODIES[known_url].model_validate(raw)
     except ValidationError as error:
         raise _first_problem(error, raw) from None
+    refuse_unstorable(raw)
     request = Request(known_url, body, raw)
     if isinstance(body, ChatBody) and body.max_tokens and body.max_completion_tokens:
         raise RequestError(
@@ -278,13 +279,42 @@ def parse(raw: object, url: str | None = None) -> Request:
     return request
 
 
+def refuse_unstorable(value: object, *path: str) -> None:
+    """Raise `RequestError` if a text in `value`, at any depth, cannot be kept as Postgres jsonb.
+
+    That is text with a NUL character or half of a surrogate pair: JSON can spell both. `path`
+    leads to `value` and names it in the error.
+    """
+    match value:
+        case str():
+            if "\0" in value or not (value.isascii() or _is_unicode(value)):
+                raise RequestError(
+                    "Text must not hold NUL characters or lone surrogates.", param=".".join(path)
+                )
+        case dict():
+            for key, item in value.items():
+                refuse_unstorable(key, *path)
+                refuse_unstorable(item, *path, key)
+        case list():
+            for index, item in enumerate(value):
+                refuse_unstorable(item, *path, str(index))
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _url(raw: dict[str, Any], url: str | None) -> Url:
     if url is not None:
         try:
             return Url(url)
         except ValueError:
             known = ", ".join(Url)
-            raise RequestError(f"Unknown url. One of: {known}.", param="url") from None
+            raise UrlNotFound(f"Unknown url. One of: {known}.", param="url") from None
     present = [field for field in _URL_BY_FIELD if field in raw]
     if len(present) != 1:
         problem = "none of them" if not present else " and ".join(present)
@@ -299,12 +329,17 @@ def _first_problem(error: ValidationError, raw: dict[str, Any]) -> RequestError:
     """The first problem as a sentence; unions report once per branch, so the top field decides."""
     problem = error.errors(include_url=False, include_input=False, include_context=False)[0]
     path = [str(part) for part in problem["loc"] if _is_in_body(part, raw)]
-    param = ".".join(path) or str(problem["loc"][0])
+    param = _printable(".".join(path) or str(problem["loc"][0]))
     if problem["type"] == "extra_forbidden":
         return RequestError(f"Unknown field {param}.", param=param)
     if problem["type"] == "missing":
         return RequestError(f"The field {param} is required.", param=param)
     return RequestError(f"{param}: {problem['msg']}.", param=param)
+
+
+def _printable(name: str) -> str:
+    """A field's name as somebody sent it, fit for one line of an error."""
+    return json.dumps(name)[1:-1][:200]
 
 
 def _is_in_body(part: int | str, raw: dict[str, Any]) -> bool:
