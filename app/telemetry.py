@@ -1,0 +1,97 @@
+"""Logging of every process: one line an event, for people or for machines, and never a prompt.
+
+Plain text by default; one JSON object a line with GRISTMILL_LOG_FORMAT=json. Ids and counts go in
+`extra={...}`: they end the line as `key=value`, or become keys of the object.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from typing import Any, Final
+
+
+def setup_logging(level: str | int = "INFO") -> None:
+    """Send this process's log to standard error, in place of what was set up before.
+
+    `level` is a name or number of the logging module.
+    """
+    handler = logging.StreamHandler(sys.stderr)
+    as_json = os.environ.get("GRISTMILL_LOG_FORMAT") == "json"
+    handler.setFormatter(JsonFormatter() if as_json else TextFormatter())
+    handler.addFilter(redact)
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level)
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(max(logging.INFO, root.level))
+
+
+_TALKATIVE: Final = ("celery.pool", "kombu", "httpcore", "httpx", "asyncio")
+"""At DEBUG these print arguments, or a line for every read of a socket."""
+
+_DUMPS_BY_LOGGER: Final = {
+    "celery": ("message body", "args:", "Task: %r"),
+    "kombu": ("message: %r", "Cannot process event"),
+}
+"""Parts of the templates under which Celery and kombu print a whole message or its arguments."""
+
+
+def redact(record: logging.LogRecord) -> bool:
+    """Cut message bodies, arguments and headers out of Celery's and kombu's records.
+
+    Both print the message when it is unknown, invalid, undecodable or cannot be put back. What
+    stays is the sentence in front of the dump; the exception goes too, since its text may quote
+    the message.
+    """
+    dumps = _DUMPS_BY_LOGGER.get(record.name.partition(".")[0], ())
+    template = str(record.msg)
+    if any(part in template for part in dumps):
+        record.msg = template.partition("%")[0].strip(" \n:") + " [contents left out]"
+        record.args = record.exc_info = record.exc_text = None
+    return True
+
+
+class TextFormatter(logging.Formatter):
+    """`2026-11-23T12:00:00.000Z INFO  app.rescue: Sent again. model=smollm2 jobs=3`"""
+
+    converter = time.gmtime
+    default_time_format = "%Y-%m-%dT%H:%M:%S"
+    default_msec_format = "%s.%03dZ"
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        extra = "".join(f" {key}={value}" for key, value in _extra(record).items())
+        return super().formatMessage(record) + extra
+
+
+class JsonFormatter(TextFormatter):
+    """One object: time, level, logger, message, then the extra fields and the traceback."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": self.formatTime(record),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+            **_extra(record),
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+_STANDARD_FIELDS: Final = frozenset(vars(logging.makeLogRecord({})))
+_NOT_SHOWN: Final = _STANDARD_FIELDS | {
+    "message", "asctime",
+    "data",  # Celery's own extra: the arguments of a task
+}  # fmt: skip
+
+
+def _extra(record: logging.LogRecord) -> dict[str, Any]:
+    return {key: value for key, value in vars(record).items() if key not in _NOT_SHOWN}
