@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from app.engines.base import Kind
+from app.errors import ModelNotFound
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 
@@ -182,3 +183,16 @@ class Settings(_Section):
     flower: FlowerSettings = FlowerSettings()
     models: dict[Name, ModelSettings] = Field(default_factory=dict)
     prices: dict[Name, PriceSettings] = Field(default_factory=dict)
+
+    def model_name(self, kind: Kind, asked: str | None) -> str:
+        """The configured model that a request of this kind means; raises `ModelNotFound`."""
+        fitting = {name: model for name, model in self.models.items() if model.kind is kind}
+        if asked is None:
+            for name, model in fitting.items():
+                if model.default:
+                    return name
+            raise ModelNotFound(f"No default model of kind {kind} is set.", param="model")
+        if asked not in fitting:
+            known = ", ".join(fitting) or "none"
+            raise ModelNotFound(f"No such model for this url; there is {known}.", param="model")
+        return asked

@@ -13,11 +13,27 @@ Retry is not a state: a retried job is `queued` with `not_before`.
 from __future__ import annotations
 
 import enum
+import uuid
 from dataclasses import dataclass
 from typing import Final
 
 MAX_PRIORITY: Final = 9
 """Priorities run from 0, served first and the default (as in Celery on Redis), to 9."""
+
+
+_TASK_IDS: Final = uuid.UUID("6b9d3c1e-5c0a-5f0e-9d53-2f4e1a7c8b60")
+
+
+def job_id_of(text: str) -> uuid.UUID:
+    """The job id for a Celery task id.
+
+    A UUID stands for itself. Celery takes any text as a task id; other texts are mapped to a UUID
+    (version 5, RFC 9562), the same one every time, here and in the status API.
+    """
+    try:
+        return uuid.UUID(text)
+    except ValueError:
+        return uuid.uuid5(_TASK_IDS, text)
 
 
 class JobState(enum.StrEnum):

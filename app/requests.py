@@ -279,6 +279,23 @@ def parse(raw: object, url: str | None = None) -> Request:
     return request
 
 
+def parse_metadata(given: object) -> dict[str, str]:
+    """Check a job's metadata: up to 16 pairs of text, keys to 64 and values to 512 characters."""
+    if given is None:
+        return {}
+    if not isinstance(given, dict) or len(given) > 16:
+        raise RequestError("metadata must be an object of at most 16 pairs.", param="metadata")
+    for key, value in given.items():
+        if not (isinstance(key, str) and 0 < len(key) <= 64):
+            raise RequestError("A key of metadata has 1 to 64 characters.", param="metadata")
+        if not (isinstance(value, str) and len(value) <= 512):
+            raise RequestError(
+                "A value of metadata is text of at most 512 characters.", param="metadata"
+            )
+    refuse_unstorable(given, "metadata")
+    return given
+
+
 def refuse_unstorable(value: object, *path: str) -> None:
     """Raise `RequestError` if a text in `value`, at any depth, cannot be kept as Postgres jsonb.
 
