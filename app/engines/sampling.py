@@ -1,0 +1,321 @@
+"""Choosing the next token of every row of a batch, each row by its own parameters.
+
+    sampler = RowSampler(num_slots=64, vocab_size=49_152, device="cpu")
+    sampler.put(slot, params, prompt_token_ids)        # a row joins
+    plan = sampler.plan([3, 0, 5])                     # whenever the set of rows changes
+    sampled = sampler.sample(logits, plan)             # every step; logits[i] belongs to plan's i-th slot
+
+A step is a fixed number of tensor operations however many rows there are, and all-greedy batches
+take only four. What a row draws depends on its logits, its seed and its position alone: the noise
+is a hash of (seed, position), not the state of a generator that the rows share.
+
+Order of operations, as in vLLM: repetition, frequency and presence penalty, temperature, min_p,
+top_k, top_p. Log probabilities are those of the model, before all of these.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from app.engines.base import SamplingParams, TokenLogprob
+
+BAD_ROW: Final = -1
+"""Stands for a token where a row's logits hold NaN or +inf, or nothing but -inf."""
+
+GREEDY_BELOW: Final = 1e-5
+"""Temperatures under this are greedy: dividing by them would only overflow."""
+
+_BLOCK: Final = 256  # torch searches an index along a row slowly; maxima of blocks come first
+_WIDTHS: Final = (256, 4096)  # candidates tried for top_k and top_p before the whole vocabulary
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What the rows of a step need, as index tensors. Valid until a row joins or leaves.
+
+    `random`, `penalised` and `scored` are places in the batch; `*_slots` the slots behind them.
+    """
+
+    num_rows: int
+    random: Tensor
+    random_slots: Tensor
+    temperature: Tensor
+    has_min_p: bool
+    min_p: Tensor
+    top_p: Tensor
+    top_k: Tensor
+    seed: Tensor
+    filtered: Tensor  #: places within `random` that need top_k or top_p
+    penalised: Tensor
+    penalised_slots: Tensor
+    repetition: Tensor
+    frequency: Tensor
+    presence: Tensor
+    scored: list[tuple[int, int]]  #: (place, how many likeliest tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """Tokens of one step, [rows] int64 on the sampler's device; `BAD_ROW` where a row failed.
+
+    Clamp the tokens to 0 before they are fed back without a look at them.
+    """
+
+    tokens: Tensor
+    scored: list[tuple[int, int]]
+    logprob: Tensor | None = None  #: [scored] of the chosen tokens
+    top_ids: Tensor | None = None  #: [scored, k]
+    top_logprobs: Tensor | None = None  #: [scored, k]
+
+    def logprobs(self) -> dict[int, TokenLogprob]:
+        """Place in the batch → log probability of its token, of the rows that asked for it."""
+        if self.logprob is None or self.top_ids is None or self.top_logprobs is None:
+            return {}
+        chosen = self.tokens.tolist()
+        ids, values = self.top_ids.tolist(), self.top_logprobs.tolist()
+        return {
+            row: TokenLogprob(chosen[row], logprob, tuple(zip(ids[i][:k], values[i][:k])))
+            for i, ((row, k), logprob) in enumerate(zip(self.scored, self.logprob.tolist()))
+        }
+
+
+class RowSampler:
+    """Owns what sampling remembers of each slot: its parameters, position, and tokens seen."""
+
+    def __init__(self, num_slots: int, vocab_size: int, device: str | torch.device) -> None:
+        self.device = torch.device(device)
+        self.vocab_size = vocab_size
+        self._params: list[SamplingParams | None] = [None] * num_slots
+        self._seeds = [0] * num_slots
+        self._position = torch.zeros(num_slots, dtype=torch.int64, device=self.device)
+        # Only penalties need these, [slots, vocab] each, so the first such row pays for them.
+        self._output_counts: Tensor | None = None
+        self._in_prompt: Tensor | None = None
+
+    def put(
+        self,
+        slot: int,
+        params: SamplingParams,
+        prompt_token_ids: Seq[int],
+        output_token_ids: Seq[int] = (),
+    ) -> None:
+        """Let a row into `slot`; with `output_token_ids` it goes on where it was interrupted.
+
+        Without a seed one is drawn here: to resume such a row, pass `params` with `seed_of(slot)`.
+        """
+        self._params[slot] = params
+        self._seeds[slot] = random.getrandbits(63) if params.seed is None else params.seed
+        self._position[slot] = len(output_token_ids)
+        if _has_penalty(params):
+            self._remember(slot, prompt_token_ids, output_token_ids)
+
+    def seed_of(self, slot: int) -> int:
+        """The seed in use, given or drawn."""
+        return self._seeds[slot]
+
+    def plan(self, slots: Seq[int]) -> Plan:
+        """Sort the rows by what they need. `slots[i]` is the slot of the i-th row of the logits."""
+        rows = [(place, slot, self._of(slot)) for place, slot in enumerate(slots)]
+        drawn = [row for row in rows if row[2].temperature >= GREEDY_BELOW]
+        penalised = [row for row in rows if _has_penalty(row[2])]
+        return Plan(
+            num_rows=len(rows),
+            random=self._ints([place for place, _, _ in drawn]),
+            random_slots=self._ints([slot for _, slot, _ in drawn]),
+            temperature=self._column([params.temperature for _, _, params in drawn]),
+            has_min_p=any(params.min_p for _, _, params in drawn),
+            min_p=self._column([params.min_p for _, _, params in drawn]),
+            top_p=self._column([params.top_p for _, _, params in drawn]),
+            top_k=self._ints([min(params.top_k, self.vocab_size) for _, _, params in drawn]),
+            seed=self._ints([self._seeds[slot] for _, slot, _ in drawn]),
+            filtered=self._ints(
+                [i for i, (_, _, params) in enumerate(drawn) if params.top_k or params.top_p < 1]
+            ),
+            penalised=self._ints([place for place, _, _ in penalised]),
+            penalised_slots=self._ints([slot for _, slot, _ in penalised]),
+            repetition=self._column([params.repetition_penalty for _, _, params in penalised]),
+            frequency=self._column([params.frequency_penalty for _, _, params in penalised]),
+            presence=self._column([params.presence_penalty for _, _, params in penalised]),
+            scored=[
+                (place, params.logprobs) for place, _, params in rows if params.logprobs is not None
+            ],
+        )
+
+    def sample(self, logits: Tensor, plan: Plan) -> Sampled:
+        """One token for each row of `logits`, [rows, vocab] in any float type; not changed."""
+        adjusted = self._penalise(logits, plan) if len(plan.penalised) else logits
+        top, tokens = _largest(adjusted)
+        if len(plan.random):
+            drawn = self._draw(adjusted[plan.random], top[plan.random], plan)
+            tokens = tokens.index_copy(0, plan.random, drawn)
+        tokens = torch.where(torch.isfinite(top), tokens, BAD_ROW)
+        if len(plan.penalised):
+            self._count(tokens, plan)
+        return self._score(logits, tokens, plan) if plan.scored else Sampled(tokens, [])
+
+    def _draw(self, logits: Tensor, top: Tensor, plan: Plan) -> Tensor:
+        """A token for each random row: [random, vocab] → [random]."""
+        # Weights relative to the likeliest token, whose own is 1: what min_p compares with.
+        weights = logits.float().sub_(top.float()[:, None]).div_(plan.temperature).exp_()
+        if plan.has_min_p:
+            weights *= weights >= plan.min_p
+        noise = uniform(plan.seed, self._position[plan.random_slots])
+        self._position[plan.random_slots] += 1
+        tokens = _inverse_cdf(weights, noise)
+        if len(rows := plan.filtered):
+            tokens[rows] = _draw_filtered(
+                weights[rows], plan.top_k[rows], plan.top_p[rows], noise[rows]
+            )
+        return tokens
+
+    def _penalise(self, logits: Tensor, plan: Plan) -> Tensor:
+        assert self._output_counts is not None and self._in_prompt is not None
+        counts = self._output_counts[plan.penalised_slots]
+        seen = (counts > 0) | self._in_prompt[plan.penalised_slots]
+        rows = logits[plan.penalised].float()
+        repeated = torch.where(rows > 0, rows / plan.repetition, rows * plan.repetition)
+        rows = torch.where(seen, repeated, rows)
+        rows = rows - plan.frequency * counts - plan.presence * (counts > 0)
+        return logits.float().index_copy(0, plan.penalised, rows)
+
+    def _count(self, tokens: Tensor, plan: Plan) -> None:
+        assert self._output_counts is not None
+        chosen = tokens[plan.penalised].clamp(min=0)
+        self._output_counts[plan.penalised_slots, chosen] += 1
+
+    def _score(self, logits: Tensor, tokens: Tensor, plan: Plan) -> Sampled:
+        rows = self._ints([row for row, _ in plan.scored])
+        logprobs = torch.log_softmax(logits[rows].float(), dim=-1)
+        chosen = logprobs.gather(1, tokens[rows].clamp(min=0)[:, None])[:, 0]
+        values, ids = logprobs.topk(min(max(k for _, k in plan.scored), self.vocab_size))
+        return Sampled(tokens, plan.scored, chosen, ids, values)
+
+    def _remember(self, slot: int, prompt: Seq[int], output: Seq[int]) -> None:
+        if self._output_counts is None or self._in_prompt is None:
+            shape = (len(self._params), self.vocab_size)
+            self._output_counts = torch.zeros(shape, dtype=torch.int32, device=self.device)
+            self._in_prompt = torch.zeros(shape, dtype=torch.bool, device=self.device)
+        self._in_prompt[slot] = False
+        self._in_prompt[slot, self._ints(prompt)] = True
+        counts = torch.bincount(self._ints(output), minlength=self.vocab_size)
+        self._output_counts[slot] = counts.to(torch.int32)
+
+    def _of(self, slot: int) -> SamplingParams:
+        params = self._params[slot]
+        if params is None:
+            raise LookupError(f"Nothing was put into slot {slot}.")
+        return params
+
+    def _ints(self, values: Seq[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64).to(self.device, non_blocking=True)
+
+    def _column(self, values: Seq[float]) -> Tensor:
+        """[n, 1] float32, to be broadcast over the vocabulary."""
+        return torch.tensor(values).reshape(-1, 1).to(self.device, non_blocking=True)
+
+
+def uniform(seed: Tensor, position: Tensor) -> Tensor:
+    """Noise in [0, 1) with 53 bits: a function of (seed, position), both [n] int64 → [n] float64.
+
+    SplitMix64, once over the seed and once over the position, so that neighbouring seeds and
+    positions have nothing in common. int64 products wrap as unsigned ones would.
+    """
+    mixed = _mix(_mix(seed) + position * _GOLDEN)
+    return _shift(mixed, 11).double() * 2.0**-53
+
+
+_GOLDEN: Final = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed number
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = x + _GOLDEN
+    x = (x ^ _shift(x, 30)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
+    x = (x ^ _shift(x, 27)) * -7723592293110705685  # 0x94D049BB133111EB
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Shift right and fill with zeros; torch's own shift copies the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _draw_filtered(weights: Tensor, top_k: Tensor, top_p: Tensor, noise: Tensor) -> Tensor:
+    """Draw within top_k and top_p: weights [rows, vocab], top_p [rows, 1] → [rows].
+
+    Few rows need more than the likeliest few hundred tokens, and sorting a whole vocabulary costs
+    more than the model's step, so wider sets are taken only for rows that need them. How wide
+    depends on the row alone.
+    """
+    vocab_size = weights.shape[1]
+    all_mass = weights.sum(-1, keepdim=True)
+    tokens = torch.empty_like(top_k)
+    left = torch.arange(len(weights), device=weights.device)
+    for width in (*(width for width in _WIDTHS if width < vocab_size), vocab_size):
+        k = top_k[left][:, None]
+        likeliest, ids = weights[left].topk(width)
+        rank = torch.arange(width, device=weights.device)
+        likeliest = torch.where((rank < k) | (k == 0), likeliest, 0.0)
+        mass = likeliest.cumsum(-1)
+        needed = top_p[left] * torch.where(k > 0, mass[:, -1:], all_mass[left])
+        kept = torch.where(mass - likeliest < needed, likeliest, 0.0)
+        tokens[left] = ids.gather(1, _inverse_cdf(kept, noise[left])[:, None])[:, 0]
+        left = left[((k > width) | (mass[:, -1:] < needed))[:, 0]]
+        if not len(left):
+            break
+    return tokens
+
+
+def _largest(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Maximum of each row and its first place: [rows, n] → ([rows], [rows]). NaN is the largest."""
+    top, block = _by_block(values, torch.amax).max(-1)
+    members, first = _members(values, block, float("-inf"))
+    return top, first + members.argmax(-1)
+
+
+def _inverse_cdf(weights: Tensor, noise: Tensor) -> Tensor:
+    """Draw a place by weight: weights [rows, n] ≥ 0, noise [rows] in [0, 1) → [rows].
+
+    First a block, then a place within it, in float64: a running sum over the whole row would be
+    slow in float64 and would lose rare tokens in float32. A weight of 0 is never drawn.
+    """
+    blocks = _by_block(weights, torch.sum).double()
+    cdf = blocks.cumsum(-1)
+    target = noise[:, None] * cdf[:, -1:]
+    block = torch.searchsorted(cdf, target, right=True).clamp_(max=cdf.shape[1] - 1)
+    into = (target - (cdf - blocks).gather(1, block)) / blocks.gather(1, block)
+    members, first = _members(weights, block[:, 0], 0.0)
+    inside = members.double().cumsum(-1)
+    place = torch.searchsorted(inside, into.clamp(0, 1 - 2.0**-53) * inside[:, -1:], right=True)
+    return first + place[:, 0].clamp_(max=_BLOCK - 1)
+
+
+def _by_block(values: Tensor, reduce: Callable[..., Tensor]) -> Tensor:
+    """Reduce each block of a row to one number; the last block may be short."""
+    whole = values.shape[1] // _BLOCK
+    blocks = reduce(values[:, : whole * _BLOCK].view(len(values), whole, _BLOCK), dim=-1)
+    rest = values[:, whole * _BLOCK :]
+    return torch.cat([blocks, reduce(rest, dim=-1, keepdim=True)], dim=1) if rest.numel() else blocks
+
+
+def _members(values: Tensor, block: Tensor, beyond: float) -> tuple[Tensor, Tensor]:
+    """One block of each row, filled up with `beyond`, and where it starts: [rows, _BLOCK], [rows]."""
+    first = block * _BLOCK
+    places = first[:, None] + torch.arange(_BLOCK, device=values.device)
+    last = values.shape[1] - 1
+    members = values.gather(1, places.clamp(max=last))
+    return torch.where(places <= last, members, beyond), first
+
+
+def _has_penalty(params: SamplingParams) -> bool:
+    return (
+        params.repetition_penalty != 1
+        or params.frequency_penalty != 0
+        or params.presence_penalty != 0
+    )
