@@ -1,0 +1,128 @@
+"""Real servers for the tests: one embedded Postgres and one embedded Redis for the session.
+
+`database_url` and `redis_url` are empty and migrated for each test. A test that stops or breaks a
+server starts one of its own: `EmbeddedPostgres(tmp_path / "postgres")`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import hypothesis.configuration
+import psycopg
+import pytest
+import redis
+
+from app.config import ModelSettings, PriceSettings, Settings
+from app.local import EmbeddedPostgres, EmbeddedRedis
+
+ROOT = Path(__file__).resolve().parents[1]
+
+hypothesis.configuration.set_hypothesis_home_dir(ROOT / ".cache" / "hypothesis")
+
+
+@pytest.fixture(scope="session")
+def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedPostgres]:
+    with EmbeddedPostgres(tmp_path_factory.mktemp("servers") / "postgres", durable=False) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
+    with EmbeddedRedis(tmp_path_factory.mktemp("servers") / "redis") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def empty_databases(postgres_server: EmbeddedPostgres) -> Callable[[str], str]:
+    """`empty_databases(template)` copies a database of the session's server; returns its URL."""
+    numbers = itertools.count(1)
+
+    def create(template: str) -> str:
+        name = f"test_{next(numbers)}"
+        with psycopg.connect(postgres_server.url, autocommit=True) as connection:
+            connection.execute(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY file_copy")
+        return postgres_server.url.removesuffix("gristmill") + name
+
+    return create
+
+
+@pytest.fixture(scope="session")
+def migrated_template(empty_databases: Callable[[str], str]) -> str:
+    """Name of a database with the newest schema and no rows."""
+    from app.store.database import migrate
+
+    url = empty_databases("template0")
+    migrate(url)
+    return url.rpartition("/")[2]
+
+
+@pytest.fixture
+def empty_database_url(
+    empty_databases: Callable[[str], str], postgres_server: EmbeddedPostgres
+) -> Iterator[str]:
+    """A database without any schema."""
+    url = empty_databases("template0")
+    yield url
+    _drop(postgres_server, url)
+
+
+@pytest.fixture
+def database_url(
+    empty_databases: Callable[[str], str],
+    migrated_template: str,
+    postgres_server: EmbeddedPostgres,
+) -> Iterator[str]:
+    """A database with the newest schema and no rows."""
+    url = empty_databases(migrated_template)
+    yield url
+    _drop(postgres_server, url)
+
+
+def _drop(server: EmbeddedPostgres, url: str) -> None:
+    with psycopg.connect(server.url, autocommit=True) as connection:
+        connection.execute(f"DROP DATABASE {url.rpartition('/')[2]} WITH (FORCE)")
+
+
+_redis_numbers = itertools.count()
+
+
+@pytest.fixture
+def redis_url(redis_server: EmbeddedRedis) -> str:
+    """An empty logical database; the next test gets another, so stragglers do no harm."""
+    url = redis_server.url.removesuffix("/0") + f"/{next(_redis_numbers) % 128}"
+    with redis.Redis.from_url(url) as client:
+        client.flushdb()
+    return url
+
+
+STUB_MODELS = {
+    "stub": ModelSettings(source="stub", kind="generate", engine="stub", default=True),
+    "stub-embed": ModelSettings(source="stub", kind="embed", engine="stub", default=True),
+}
+
+
+@pytest.fixture
+def make_settings(tmp_path: Path) -> Callable[..., Settings]:
+    """`make_settings(worker={"lease_s": 2}, …)`: stub models, a price, a cache of its own."""
+
+    def make(**given: Any) -> Settings:
+        defaults = {
+            "cache_dir": str(tmp_path / "cache"),
+            "models": STUB_MODELS,
+            "prices": {"cpu": PriceSettings(per_device_hour="0.036", currency="USD")},
+            "api": {"port": 0},
+            "flower": {"port": 0},
+        }
+        return Settings.model_validate(defaults | given)
+
+    return make
+
+
+@pytest.fixture
+def settings(make_settings: Callable[..., Settings], database_url: str, redis_url: str) -> Settings:
+    """Settings on the two test servers."""
+    return make_settings(database={"url": database_url}, broker={"url": redis_url})

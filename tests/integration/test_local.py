@@ -1,0 +1,158 @@
+"""The embedded servers: real processes that start fast, end with us, and keep what they stored."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import psycopg
+import pytest
+import redis
+
+from app.errors import ConfigError, Unavailable
+from app.local import Child, EmbeddedPostgres, EmbeddedRedis, free_port
+from tests.waiting import eventually
+
+
+@pytest.fixture
+def long_folder(tmp_path: Path) -> Path:
+    """Longer than a Unix socket's path may be, with a space and quotes in it."""
+    return tmp_path / 'with "space" \\ and' / ("deep" * 30)
+
+
+def test_postgres_starts_in_a_long_folder_with_a_space_and_keeps_its_rows(long_folder: Path):
+    with EmbeddedPostgres(long_folder) as server, psycopg.connect(server.url) as connection:
+        connection.execute("CREATE TABLE kept (answer int)")
+        connection.execute("INSERT INTO kept VALUES (42)")
+
+    with EmbeddedPostgres(long_folder) as server, psycopg.connect(server.url) as connection:
+        assert connection.execute("SELECT answer FROM kept").fetchone() == (42,)
+
+
+def test_postgres_refuses_a_connection_without_the_password(tmp_path: Path):
+    with EmbeddedPostgres(tmp_path) as server:
+        stranger = server.url.replace((tmp_path / "password").read_text(), "guess")
+
+        with pytest.raises(psycopg.OperationalError, match="password authentication failed"):
+            psycopg.connect(stranger)
+
+    assert (tmp_path / "password").stat().st_mode & 0o077 == 0
+
+
+def test_postgres_does_not_log_a_failed_statement_or_the_row_it_quotes(tmp_path: Path):
+    with EmbeddedPostgres(tmp_path) as server, psycopg.connect(server.url) as connection:
+        connection.execute("CREATE TABLE prompts (text text CHECK (length(text) < 3))")
+
+        with pytest.raises(psycopg.errors.CheckViolation):
+            connection.execute("INSERT INTO prompts VALUES ('a secret prompt')")
+
+    log = (tmp_path / "server.log").read_text()
+    assert "violates check constraint" in log
+    assert "secret" not in log
+
+
+def test_redis_starts_in_a_long_folder_with_a_space_and_keeps_its_keys(long_folder: Path):
+    with EmbeddedRedis(long_folder) as server, redis.Redis.from_url(server.url) as client:
+        client.lpush("queue", "message")
+
+    with EmbeddedRedis(long_folder) as server, redis.Redis.from_url(server.url) as client:
+        assert client.lrange("queue", 0, -1) == [b"message"]
+        assert client.config_get("appendonly") == {"appendonly": "yes"}
+        assert client.config_get("maxmemory-policy") == {"maxmemory-policy": "noeviction"}
+
+
+def test_redis_refuses_a_connection_without_the_password(tmp_path: Path):
+    with EmbeddedRedis(tmp_path) as server:
+        port = int(server.url.rpartition(":")[2].removesuffix("/0"))
+        stranger = redis.Redis(port=port, retry=None)
+
+        with pytest.raises(redis.AuthenticationError):
+            stranger.ping()
+
+
+@pytest.mark.parametrize("kind", [EmbeddedPostgres, EmbeddedRedis])
+def test_a_server_leaves_no_process_behind(kind: type, tmp_path: Path):
+    with kind(tmp_path):
+        assert _processes_of(tmp_path)
+
+    assert not _processes_of(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["EmbeddedPostgres", "EmbeddedRedis"])
+def test_a_server_ends_when_its_parent_is_killed(kind: str, tmp_path: Path):
+    program = (
+        "import sys, time; from pathlib import Path; from app import local\n"
+        f"with local.{kind}(Path(sys.argv[1])): print('ready', flush=True); time.sleep(60)"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout is not None and parent.stdout.readline() == "ready\n"
+
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+
+    eventually(lambda: not _processes_of(tmp_path))
+    with getattr(sys.modules["app.local"], kind)(tmp_path) as server:  # and the folder still works
+        assert server.url
+
+
+def test_a_data_folder_of_another_postgres_version_is_refused(tmp_path: Path):
+    with EmbeddedPostgres(tmp_path):
+        pass
+    (tmp_path / "data" / "PG_VERSION").write_text("17\n")
+
+    with pytest.raises(ConfigError, match=r"made by PostgreSQL 17 and this is .*18\."):
+        EmbeddedPostgres(tmp_path).start()
+
+
+def test_a_server_that_cannot_start_shows_the_end_of_its_log(tmp_path: Path):
+    (tmp_path / "appendonly.aof").write_bytes(b"this is no append-only file")
+
+    with pytest.raises(Unavailable, match=r"(?s)Redis ended with exit code 1.*server\.log"):
+        EmbeddedRedis(tmp_path).start()
+
+
+def test_a_second_server_on_one_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("app.local.STOP_TIMEOUT_S", 0.2)
+    with EmbeddedRedis(tmp_path), pytest.raises(ConfigError, match="Another server is running"):
+        EmbeddedRedis(tmp_path).start()
+
+
+def test_a_child_that_ignores_its_stop_signal_is_killed_with_its_children(tmp_path: Path):
+    stubborn = "trap '' TERM; (trap '' TERM; sleep 60) & echo ready; wait; sleep 60"
+    child = Child("stubborn", ["bash", "-c", stubborn], tmp_path / "log")
+    child.start()
+    eventually(lambda: "ready" in child.tail())
+    members = [psutil.Process(child.pid), *psutil.Process(child.pid).children(recursive=True)]
+
+    child.stop(timeout_s=0.2)
+
+    eventually(lambda: not any(member.is_running() for member in members))
+    assert child.exit_code == -signal.SIGKILL
+
+
+def test_a_taken_port_is_replaced_by_a_free_one():
+    port = free_port()
+    assert free_port(preferred=port) == port
+
+    with socket.create_server(("127.0.0.1", port)):
+        assert free_port(preferred=port) != port
+
+
+def _processes_of(folder: Path) -> list[psutil.Process]:
+    """Every other process that works in the folder or has a file of it open."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            links = Path(f"/proc/{process.pid}/fd").iterdir()
+            paths = [process.cwd(), *(os.readlink(link) for link in links)]
+            if process.pid != os.getpid() and any(str(folder) in path for path in paths):
+                found.append(process)
+    return found
