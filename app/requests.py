@@ -267,7 +267,7 @@ def parse(raw: object, url: str | None = None) -> Request:
     try:
         body = BODIES[known_url].model_validate(raw)
     except ValidationError as error:
-        raise _first_problem(error, raw) from None
+        raise first_problem(error, raw) from None
     refuse_unstorable(raw)
     request = Request(known_url, body, raw)
     if isinstance(body, ChatBody) and body.max_tokens and body.max_completion_tokens:
@@ -342,7 +342,7 @@ def _url(raw: dict[str, Any], url: str | None) -> Url:
     return _URL_BY_FIELD[present[0]]
 
 
-def _first_problem(error: ValidationError, raw: dict[str, Any]) -> RequestError:
+def first_problem(error: ValidationError, raw: dict[str, Any]) -> RequestError:
     """The first problem as a sentence; unions report once per branch, so the top field decides."""
     problem = error.errors(include_url=False, include_input=False, include_context=False)[0]
     path = [str(part) for part in problem["loc"] if _is_in_body(part, raw)]
