@@ -82,6 +82,7 @@ def served_models(settings: Settings) -> tuple[str, ...]:
 def make_app(settings: Settings) -> Celery:
     """The Celery app of producers, worker and Flower. Opens no connection."""
     app = Celery("gristmill", set_as_current=False)
+    app.settings = settings
     app.conf.update(_celery_settings(settings))
     for name in TASK_NAMES.values():
         app.task(_never_run, name=name, lazy=False)
