@@ -47,7 +47,6 @@ from typing import Any, Final, NoReturn
 from uuid import UUID, uuid4
 
 from celery import Celery, signals
-from kombu import Exchange, Queue
 from kombu.exceptions import KombuError
 from redis.exceptions import RedisError
 
@@ -111,7 +110,7 @@ def _celery_settings(settings: Settings) -> dict[str, Any]:
         "task_ignore_result": True,
         "task_serializer": "json",
         "accept_content": ["json"],
-        "task_queues": [Queue(name, Exchange(""), name) for name in names],
+        "task_queues": {name: {"exchange": "", "routing_key": name} for name in names},
         "task_default_queue": broker.default_queue,
         "task_default_exchange": "",
         "task_create_missing_queues": False,

@@ -50,7 +50,8 @@ def redact(record: logging.LogRecord) -> bool:
     dumps = _DUMPS_BY_LOGGER.get(record.name.partition(".")[0], ())
     template = str(record.msg)
     if any(part in template for part in dumps):
-        record.msg = template.partition("%")[0].strip(" \n:") + " [contents left out]"
+        first_words = template.partition("%")[0].partition("\n")[0].rstrip()
+        record.msg = f"{first_words} [contents left out]"
         record.args = record.exc_info = record.exc_text = None
     return True
 
@@ -58,7 +59,7 @@ def redact(record: logging.LogRecord) -> bool:
 class TextFormatter(logging.Formatter):
     """`2026-11-23T12:00:00.000Z INFO  app.rescue: Sent again. model=smollm2 jobs=3`"""
 
-    converter = time.gmtime
+    converter = staticmethod(time.gmtime)
     default_time_format = "%Y-%m-%dT%H:%M:%S"
     default_msec_format = "%s.%03dZ"
 

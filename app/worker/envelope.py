@@ -12,11 +12,12 @@ What is wrong inside a message that kombu can parse is found by `app.worker.inta
 from __future__ import annotations
 
 import base64
+import json
 import re
 from collections.abc import Callable
 from typing import Any, Final
 
-from kombu.utils.json import loads
+from kombu.utils.json import object_hook
 
 from app.errors import RequestError, RequestTooLarge
 
@@ -55,8 +56,8 @@ def check(item: bytes, max_bytes: int) -> None:
     if len(item) > max_bytes:
         raise RequestTooLarge(f"The message is larger than {max_bytes} bytes.")
     try:
-        envelope = loads(item)
-    except Exception:  # kombu turns some objects into types, each with errors of its own
+        envelope = json.loads(item.decode(), object_hook=object_hook)
+    except Exception:  # kombu's hook makes types of some objects, each with errors of its own
         raise RequestError("The message is not JSON in UTF-8.") from None
     if not isinstance(envelope, dict):
         raise RequestError("The message is not a JSON object.")

@@ -1,0 +1,190 @@
+"""The Celery app's settings, the message's bytes, and the commands that start Celery's parts."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+from uuid import uuid4
+
+import flower.options
+import pytest
+from celery.app import defaults
+from celery.app.amqp import Queues
+from kombu.transport.redis import Channel
+
+from app import broker
+from app.broker import Message, Publisher
+from app.config import ModelSettings, Settings
+from app.engines.base import Kind
+from app.errors import ConfigError, ModelNotFound
+from app.worker import envelope
+
+PROMPT = "the miller's secret"
+
+
+@pytest.fixture
+def two_models(make_settings: Callable[..., Settings]) -> Settings:
+    def model(max_batch_size: int) -> ModelSettings:
+        return ModelSettings(
+            source="stub", kind=Kind.GENERATE, engine="stub", max_batch_size=max_batch_size
+        )
+
+    return make_settings(
+        broker={"url": "memory://", "default_queue": "inbox"},
+        models={"small": model(4), "large": model(32)},
+        worker={"models": ["small"]},
+    )
+
+
+def test_every_setting_is_one_that_celery_knows(two_models: Settings) -> None:
+    known = {name for name, _ in defaults.flatten(defaults.NAMESPACES)}
+
+    assert set(broker._celery_settings(two_models)) <= known
+
+
+def test_queues_hang_on_the_anonymous_exchange_so_that_there_are_no_bindings_to_lose(
+    two_models: Settings,
+) -> None:
+    queues: Queues = broker.make_app(two_models).amqp.queues
+
+    assert set(queues) == {"gristmill.small", "gristmill.large", "inbox"}
+    assert {queue.exchange.name for queue in queues.values()} == {""}
+
+
+def test_a_worker_takes_messages_of_its_models_and_of_the_inbox(two_models: Settings) -> None:
+    app = broker.make_app(two_models)
+
+    assert set(app.amqp.queues.consume_from) == {"gristmill.small", "inbox"}
+
+
+def test_a_worker_holds_one_batch_that_runs_and_one_that_forms(two_models: Settings) -> None:
+    assert broker.make_app(two_models).conf.worker_concurrency == 2 * 4
+
+
+def test_a_task_that_celery_runs_itself_says_what_is_wrong(two_models: Settings) -> None:
+    app = broker.make_app(two_models)
+
+    for name in ("inference.generate", "inference.embed"):
+        with pytest.raises(RuntimeError, match="its own pool"):
+            app.tasks[name](prompt=PROMPT)
+
+
+@pytest.mark.parametrize("priority", range(10))
+def test_the_list_of_a_priority_is_the_one_that_kombu_reads(priority: int) -> None:
+    channel = object.__new__(Channel)
+
+    assert broker.list_key("q", priority) == channel._q_for_pri("q", priority)
+
+
+# ── the message ─────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_raw_message_has_exactly_the_documented_fields() -> None:
+    job_id = uuid4()
+
+    item = broker.raw_message(job_id, Kind.EMBED, {"input": "flour"}, queue="q", priority=3)
+
+    message = json.loads(item)
+    assert len(message["properties"].pop("delivery_tag")) == 36
+    assert json.loads(base64.b64decode(message.pop("body"))) == [[], {"input": "flour"}, {}]
+    assert message == {
+        "content-type": "application/json",
+        "content-encoding": "utf-8",
+        "headers": {"lang": "any", "task": "inference.embed", "id": str(job_id)},
+        "properties": {
+            "body_encoding": "base64",
+            "delivery_info": {"exchange": "", "routing_key": "q"},
+            "priority": 3,
+        },
+    }
+
+
+def test_two_raw_messages_never_share_a_delivery_tag() -> None:
+    items = [broker.raw_message("same", Kind.GENERATE, {}, queue="q") for _ in range(2)]
+
+    first, second = (json.loads(item)["properties"]["delivery_tag"] for item in items)
+    assert first != second
+
+
+def test_a_raw_message_passes_the_check_of_the_worker() -> None:
+    envelope.check(broker.raw_message("x", Kind.GENERATE, {"prompt": PROMPT}, queue="q"), 10_000)
+
+
+@pytest.fixture
+def sent(two_models: Settings) -> Iterator[Callable[..., dict[str, Any]]]:
+    """Send one message through kombu's in-memory transport and read it as it travels."""
+
+    def send(message: Message, **broker_settings: object) -> dict[str, Any]:
+        settings = two_models.model_copy(
+            update={"broker": two_models.broker.model_copy(update=broker_settings)}
+        )
+        Publisher(settings).send(message)
+        with broker.make_app(settings).connection_for_read() as connection:
+            channel = connection.default_channel
+            return dict(channel._get(f"gristmill.{message.model}"))
+
+    return send
+
+
+def test_the_prompt_is_in_the_body_and_nowhere_else(sent: Callable[..., dict[str, Any]]) -> None:
+    message = Message(uuid4(), Kind.GENERATE, "small", {"prompt": PROMPT}, "/v1/completions")
+
+    travelling = sent(message)
+
+    args, kwargs, embed = json.loads(base64.b64decode(travelling.pop("body")))
+    assert (args, kwargs) == ([], {"prompt": PROMPT, "url": "/v1/completions"})
+    assert not any(embed.values())
+    assert PROMPT not in json.dumps(travelling)
+    assert travelling["headers"]["kwargsrepr"] == "(model=small)"
+    assert travelling["headers"]["id"] == str(message.job_id)
+
+
+def test_without_inline_requests_a_message_carries_the_id_alone(
+    sent: Callable[..., dict[str, Any]],
+) -> None:
+    message = Message(uuid4(), Kind.GENERATE, "small", {"prompt": PROMPT}, "/v1/completions")
+
+    travelling = sent(message, inline_requests=False)
+
+    assert json.loads(base64.b64decode(travelling["body"]))[:2] == [[], {}]
+
+
+def test_a_message_for_a_model_that_is_not_configured_is_refused(two_models: Settings) -> None:
+    with pytest.raises(ModelNotFound, match="missing"):
+        Publisher(two_models).send(Message(uuid4(), Kind.GENERATE, "missing"))
+
+
+# ── commands ────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_flower_is_read_only_and_open_on_the_loopback_address(two_models: Settings) -> None:
+    command, environment = broker.flower_command(two_models)
+
+    assert "--read_only=True" in command
+    assert "--address=127.0.0.1" in command
+    assert environment == {"FLOWER_UNAUTHENTICATED_API": "true"}
+
+
+def test_flower_knows_every_option_that_it_is_started_with(two_models: Settings) -> None:
+    command, _ = broker.flower_command(two_models)
+
+    given = [part[2:].partition("=")[0] for part in command if part.startswith("--")]
+    assert given
+    assert all(name in flower.options.options for name in given)
+
+
+def test_flower_on_another_address_needs_a_password(
+    make_settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = make_settings(flower={"host": "0.0.0.0", "port": 5555})
+    monkeypatch.delenv("FLOWER_BASIC_AUTH", raising=False)
+
+    with pytest.raises(ConfigError, match="FLOWER_BASIC_AUTH"):
+        broker.flower_command(settings)
+
+    monkeypatch.setenv("FLOWER_BASIC_AUTH", "miller:flour")
+    command, environment = broker.flower_command(settings)
+    assert environment == {}
+    assert "miller" not in " ".join(command)
