@@ -122,7 +122,7 @@ class Child:
             time.sleep(0.02)
 
     def tail(self, lines: int = 8) -> str:
-        """The last lines logged since the start, and where the rest is; begins with a line break."""
+        """The last lines logged since the start, and where the rest is, each after a line break."""
         with self.log.open("rb") as log:
             log.seek(self._log_start)
             text = log.read().decode(errors="replace")

@@ -90,13 +90,12 @@ def test_a_server_ends_when_its_parent_is_killed(kind: str, tmp_path: Path):
         "import sys, time; from pathlib import Path; from app import local\n"
         f"with local.{kind}(Path(sys.argv[1])): print('ready', flush=True); time.sleep(60)"
     )
-    parent = subprocess.Popen(
-        [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True
-    )
-    assert parent.stdout is not None and parent.stdout.readline() == "ready\n"
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == "ready\n"
 
-    parent.send_signal(signal.SIGKILL)
-    parent.wait()
+        parent.send_signal(signal.SIGKILL)
 
     eventually(lambda: not _processes_of(tmp_path))
     with getattr(sys.modules["app.local"], kind)(tmp_path) as server:  # and the folder still works
