@@ -178,7 +178,8 @@ class RowSampler:
         return tokens
 
     def _penalise(self, logits: Tensor, plan: Plan) -> Tensor:
-        assert self._output_counts is not None and self._in_prompt is not None
+        assert self._output_counts is not None
+        assert self._in_prompt is not None
         counts = self._output_counts[plan.penalised_slots]
         seen = (counts > 0) | self._in_prompt[plan.penalised_slots]
         rows = logits[plan.penalised].float()
@@ -309,7 +310,7 @@ def _by_block(values: Tensor, reduce: Callable[..., Tensor]) -> Tensor:
 
 
 def _members(values: Tensor, block: Tensor, beyond: float) -> tuple[Tensor, Tensor]:
-    """One block of each row, filled up with `beyond`, [rows, _BLOCK], and where it starts, [rows]."""
+    """One block of each row, [rows, _BLOCK], filled up with `beyond`, and its start, [rows]."""
     first = block * _BLOCK
     places = first[:, None] + torch.arange(_BLOCK, device=values.device)
     last = values.shape[1] - 1

@@ -1,0 +1,318 @@
+"""Text to token ids and back, and every limit that is counted in tokens.
+
+The API counts tokens before a job is queued, so this module must stay light: it uses the
+`tokenizers` library and Jinja directly, and never imports torch or transformers (which would cost
+each process a few hundred megabytes and seconds of start-up).
+"""
+
+from __future__ import annotations
+
+import abc
+import json
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+import jinja2
+from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import Node
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer as TokenizerFile
+
+from app.config import ModelSettings
+from app.engines.base import Kind
+from app.engines.models import read_json
+from app.errors import ConfigError, ContextLengthExceeded, RequestError
+from app.requests import ChatBody, ChatMessage, Prompt, Request, Url
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request in tokens, within the model's limits."""
+
+    prompts: tuple[tuple[int, ...], ...]  #: of the distinct prompts; each is answered n times
+    max_tokens: int  #: of each answer; 0 for embeddings
+
+    @classmethod
+    def nothing(cls) -> Prepared:
+        """Of a request that cannot run."""
+        return cls((), 0)
+
+    @property
+    def num_input_tokens(self) -> int:
+        return sum(map(len, self.prompts))
+
+
+class Tokenizer(abc.ABC):
+    """The tokens of one model. Safe to use from several threads."""
+
+    vocab_size: int  #: token ids run from 0 to below this
+    context_tokens: int  #: prompt and output together; each alone for an encoder-decoder
+    separate_output: bool = False  #: an encoder-decoder, whose output has a context of its own
+    eos_token_ids: frozenset[int]  #: each of these ends an output
+
+    @abc.abstractmethod
+    def encode_text(self, text: str) -> tuple[int, ...]:
+        """With the special tokens that the model expects around a text."""
+
+    @abc.abstractmethod
+    def encode_chat(self, messages: Seq[ChatMessage]) -> tuple[int, ...]:
+        """Through the model's chat template, up to where the assistant is to go on.
+
+        Raises `RequestError` if the model has no template or the template refuses the messages.
+        """
+
+    @abc.abstractmethod
+    def decode(self, token_ids: Seq[int], *, skip_special_tokens: bool = True) -> str: ...
+
+    def token_text(self, token_id: int) -> str:
+        """One token as text, special ones too; U+FFFD for a part of a character."""
+        return self.decode((token_id,), skip_special_tokens=False)
+
+    def check(self, request: Request, settings: ModelSettings) -> Prepared:
+        """The request in tokens, or the reason why the model cannot take it.
+
+        Raises `ContextLengthExceeded` or another `RequestError` whose `param` names the field.
+        """
+        field = PROMPT_FIELDS[request.url]
+        if request.num_sequences > settings.max_batch_size:
+            raise RequestError(
+                f"The request asks for {request.num_sequences} sequences (prompts times n); this "
+                f"model takes at most {settings.max_batch_size}.",
+                param="n" if request.num_answers > 1 else field,
+            )
+        prompts = self.encode(request)
+        if request.kind is Kind.EMBED:
+            least = wanted = 0
+        else:
+            least = request.max_tokens or 1
+            wanted = request.max_tokens or settings.default_max_tokens
+        if least > settings.max_output_tokens:
+            raise RequestError(
+                f"This model gives at most {settings.max_output_tokens} tokens.",
+                param=_max_tokens_field(request),
+            )
+        longest = max(map(len, prompts))
+        room = self.context_tokens - (0 if self.separate_output else longest)
+        if longest > self.context_tokens or least > room:
+            raise ContextLengthExceeded(
+                f"The prompt has {longest} tokens and the answer may have {least}; this model's "
+                f"context is {self.context_tokens} tokens.",
+                param=field,
+            )
+        share = settings.max_batch_tokens // request.num_sequences - longest
+        if least > share:
+            raise RequestError(
+                f"{request.num_sequences} sequences of up to {longest + least} tokens pass this "
+                f"model's limit of {settings.max_batch_tokens} tokens at once.",
+                param=field,
+            )
+        return Prepared(prompts, min(wanted, room, share, settings.max_output_tokens))
+
+    def encode(self, request: Request) -> tuple[tuple[int, ...], ...]:
+        """Token ids of each distinct prompt of a request."""
+        field = PROMPT_FIELDS[request.url]
+        prompts = request.prompts
+        fields = [f"{field}.{place}" for place in range(len(prompts))]
+        return tuple(map(self._encode, prompts, fields if len(prompts) > 1 else [field]))
+
+    def _encode(self, prompt: Prompt, field: str) -> tuple[int, ...]:
+        if isinstance(prompt, str):
+            tokens = self.encode_text(prompt)
+        elif isinstance(prompt[0], ChatMessage):
+            tokens = self.encode_chat(prompt)
+        else:
+            tokens = prompt
+            if max(tokens) >= self.vocab_size:
+                raise RequestError(
+                    f"A token id is out of range; this model's run to {self.vocab_size - 1}.",
+                    param=field,
+                )
+        if not tokens:
+            raise RequestError("The prompt has no tokens.", param=field)
+        return tokens
+
+
+class FileTokenizer(Tokenizer):
+    """The tokenizer.json and chat template of a model's folder."""
+
+    def __init__(self, folder: Path, settings: ModelSettings) -> None:
+        config = read_json(folder / "config.json")
+        text_config = config.get("text_config", config)
+        texts = read_json(folder / "tokenizer_config.json")
+        try:
+            self._file = TokenizerFile.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # the library raises nothing more precise
+            raise ConfigError(f"{folder / 'tokenizer.json'} cannot be read: {error}") from None
+        self._file.no_truncation()  # what a training run wrote into the file is not for us
+        self._file.no_padding()
+        self._special_texts = {
+            name: value["content"] if isinstance(value, dict) else value
+            for name, value in texts.items()
+            if name.endswith("_token") and value is not None
+        }
+        self._template = _compile(_chat_template(folder, texts))
+        self.vocab_size = int(text_config.get("vocab_size") or self._file.get_vocab_size())
+        self.separate_output = bool(config.get("is_encoder_decoder"))
+        self.context_tokens = _context_tokens(folder, text_config, texts, settings)
+        self.eos_token_ids = self._eos_token_ids(folder, text_config)
+
+    def encode_text(self, text: str) -> tuple[int, ...]:
+        return tuple(self._file.encode(text).ids)
+
+    def encode_chat(self, messages: Seq[ChatMessage]) -> tuple[int, ...]:
+        if self._template is None:
+            raise RequestError(
+                "This model has no chat template; send a prompt instead.", param="messages"
+            )
+        try:
+            text = self._template.render(
+                messages=[{"role": each.role, "content": each.content} for each in messages],
+                add_generation_prompt=True,
+                tools=None,
+                documents=None,
+                **self._special_texts,
+            )
+        except TemplateRefusal as error:
+            raise RequestError(
+                f"The model's chat template refuses these messages: {error}.", param="messages"
+            ) from None
+        except Exception as error:  # a template is a program; what it says may quote the prompt
+            raise RequestError(
+                f"The model's chat template failed on these messages ({type(error).__name__}).",
+                param="messages",
+            ) from None
+        # The template writes the special tokens itself.
+        return tuple(self._file.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, token_ids: Seq[int], *, skip_special_tokens: bool = True) -> str:
+        return self._file.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+
+    def _eos_token_ids(self, folder: Path, config: dict[str, Any]) -> frozenset[int]:
+        """generation_config.json decides, as in transformers, then config, then the tokenizer."""
+        for source in (read_json(folder / "generation_config.json"), config):
+            match source.get("eos_token_id"):
+                case int(token):
+                    return frozenset({token})
+                case [*tokens] if tokens:
+                    return frozenset(tokens)
+        named = self._file.token_to_id(self._special_texts.get("eos_token", ""))
+        return frozenset() if named is None else frozenset({named})
+
+
+class StubTokenizer(Tokenizer):
+    """One token a byte of UTF-8, for the stub engine."""
+
+    EOS: Final = 256
+
+    def __init__(self, settings: ModelSettings) -> None:
+        self.vocab_size = self.EOS + 1
+        self.context_tokens = settings.context_tokens or 8192
+        self.eos_token_ids = frozenset({self.EOS})
+
+    def encode_text(self, text: str) -> tuple[int, ...]:
+        return tuple(text.encode())
+
+    def encode_chat(self, messages: Seq[ChatMessage]) -> tuple[int, ...]:
+        return self.encode_text("\n".join(each.content for each in messages))
+
+    def decode(self, token_ids: Seq[int], *, skip_special_tokens: bool = True) -> str:
+        text = bytes(token for token in token_ids if token < self.EOS).decode(errors="replace")
+        return text if skip_special_tokens else text + "<eos>" * list(token_ids).count(self.EOS)
+
+
+PROMPT_FIELDS: Final = {
+    Url.CHAT: "messages",
+    Url.COMPLETIONS: "prompt",
+    Url.EMBEDDINGS: "input",
+}
+
+
+def load_tokenizer(folder: Path, settings: ModelSettings) -> Tokenizer:
+    """The tokenizer of a model that `app.engines.models.prepare` made ready.
+
+    Raises `ConfigError` if its files are wrong or `context_tokens` is beyond the model.
+    """
+    return StubTokenizer(settings) if settings.engine == "stub" else FileTokenizer(folder, settings)
+
+
+def _max_tokens_field(request: Request) -> str:
+    newer = isinstance(request.body, ChatBody) and request.body.max_completion_tokens
+    return "max_completion_tokens" if newer else "max_tokens"
+
+
+def _context_tokens(
+    folder: Path, config: dict[str, Any], texts: dict[str, Any], settings: ModelSettings
+) -> int:
+    """The smallest limit that the model's files name, or the one that is set."""
+    unbound = "relative_attention_num_buckets" in config  # T5 knows distances, not places
+    named = [
+        *(config.get(key) for key in ("max_position_embeddings", "n_positions")),
+        read_json(folder / "sentence_bert_config.json").get("max_seq_length"),
+        texts.get("model_max_length"),
+    ]
+    own = min((limit for limit in named if limit and limit < UNLIMITED), default=None)
+    wanted = settings.context_tokens or own
+    if wanted is None:
+        raise ConfigError("The model's files name no context length; set context_tokens.")
+    if own is not None and wanted > own and not unbound:
+        raise ConfigError(f"context_tokens is {wanted}, but the model's context is {own} tokens.")
+    return wanted
+
+
+UNLIMITED: Final = 10**9
+"""transformers writes a model_max_length far beyond this where there is no limit."""
+
+
+class TemplateRefusal(Exception):
+    """The template itself says that it cannot render these messages."""
+
+
+class GenerationTag(Extension):
+    """Templates for training mark the assistant's words with this tag; here it only encloses."""
+
+    tags = {"generation"}  # noqa: RUF012  (as Jinja declares it)
+
+    def parse(self, parser: Parser) -> list[Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _chat_template(folder: Path, texts: dict[str, Any]) -> str | None:
+    """From chat_template.jinja, else from tokenizer_config.json, where it may be one of several."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = texts.get("chat_template")
+    if isinstance(template, list):
+        named = {each["name"]: each["template"] for each in template}
+        template = named.get("default")
+    return template
+
+
+def _compile(template: str | None) -> jinja2.Template | None:
+    """With the same environment as in transformers, for which templates are written."""
+    if template is None:
+        return None
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = lambda form: datetime.now(UTC).strftime(form)
+    try:
+        return environment.from_string(template)
+    except jinja2.TemplateSyntaxError as error:
+        raise ConfigError(f"The chat template is wrong in line {error.lineno}: {error}") from None
+
+
+def _to_json(value: object, ensure_ascii: bool = False, indent: int | None = None) -> str:
+    """Jinja's own filter would escape HTML characters."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+
+
+def _refuse(reason: str) -> NoReturn:
+    raise TemplateRefusal(reason)
