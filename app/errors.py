@@ -12,6 +12,7 @@
     ├── IdempotencyConflict    same key, another request
     ├── JobNotFound
     ├── JobStateConflict       the job is not in a state that allows this
+    ├── LeaseLost              this worker was declared stopped; it must end
     ├── QueueFull              bounded admission; come back later
     ├── Unavailable            Postgres or Redis cannot be reached; come back later
     └── EngineError            the model or its process failed
@@ -109,6 +110,12 @@ class JobStateConflict(GristmillError):
     """The job is in a state that does not allow this."""
 
     code = "job_state_conflict"
+
+
+class LeaseLost(GristmillError):
+    """This worker is not registered any more; its jobs are others' now."""
+
+    code = "lease_lost"
 
 
 class QueueFull(GristmillError):

@@ -1,0 +1,326 @@
+"""Claim, finish, release: the moves of a job while a worker has it.
+
+    queued ──claim──▶ running ──finish──▶ final
+       ▲                 │
+       └────release──────┘
+
+Each is one statement for any number of jobs and is fenced: it moves only jobs that are still
+`running` under the attempt it names. Rows are locked in the order of their ids, so that groups of
+different workers never deadlock. Each may be repeated after a commit whose fate is unknown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from decimal import Decimal
+from typing import Any, Final
+from uuid import UUID
+
+from sqlalchemy import Connection, text
+
+from app.errors import Unavailable
+from app.jobs import AttemptOutcome, CloseReason, JobState
+from app.store.encoding import encode
+from app.store.results import ANNOUNCE, RECORD_ENDED, elapsed_ms
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewBatch:
+    """An admission batch that was closed and is to be claimed."""
+
+    id: UUID
+    worker_id: UUID
+    model: str
+    engine: str
+    close_reason: CloseReason
+    wait_ms: float  #: of its oldest member
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A job of a batch to be claimed, and the id that its attempt is to have."""
+
+    job_id: UUID
+    attempt_id: UUID
+    num_sequences: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """A running attempt."""
+
+    job_id: UUID
+    attempt_id: UUID
+    number: int
+    claimed_at: datetime
+
+
+# Claim the members of a batch that may run now; open their attempts and the batch.
+_CLAIM: Final = text("""
+    WITH member AS MATERIALIZED (
+        SELECT * FROM jsonb_to_recordset(CAST(:members AS jsonb))
+            AS member(job_id uuid, attempt_id uuid, num_sequences int)
+    ), free AS MATERIALIZED (
+        SELECT jobs.id, member.attempt_id
+        FROM jobs JOIN member ON jobs.id = member.job_id
+        WHERE state = 'queued' AND not_before <= now() AND (deadline > now()) IS NOT FALSE
+            AND EXISTS (SELECT FROM workers WHERE id = :worker_id AND lease_expires_at > now())
+        ORDER BY jobs.id
+        FOR NO KEY UPDATE OF jobs
+    ), moved AS (
+        UPDATE jobs SET
+            state = 'running', attempt = attempt + 1, attempt_id = free.attempt_id,
+            worker_id = :worker_id, batch_id = :id, claimed_at = now()
+        FROM free WHERE jobs.id = free.id
+        RETURNING jobs.id AS job_id, jobs.tenant, jobs.kind, jobs.attempt_id, jobs.attempt AS number
+    ), opened AS (
+        INSERT INTO attempts (id, tenant, job_id, number, worker_id, batch_id, claimed_at)
+        SELECT attempt_id, tenant, job_id, number, :worker_id, :id, now() FROM moved
+    ), batch AS (
+        INSERT INTO batches (
+            id, worker_id, model, kind, engine, close_reason, num_jobs, num_sequences, wait_ms,
+            opened_at, claimed_at
+        )
+        SELECT
+            :id, :worker_id, :model, min(kind), :engine, :close_reason, count(*),
+            sum(num_sequences), :wait_ms, now() - :wait_ms * interval '1 ms', now()
+        FROM moved JOIN member USING (job_id)
+        HAVING count(*) > 0
+    )
+    SELECT job_id, attempt_id, number, now() AS claimed_at FROM moved
+    UNION ALL  -- claimed by this very call before, if it is repeated
+    SELECT jobs.id, jobs.attempt_id, jobs.attempt, jobs.claimed_at
+    FROM jobs JOIN member ON jobs.id = member.job_id AND jobs.attempt_id = member.attempt_id
+    WHERE state = 'running'
+""")
+
+_HAS_LEASE: Final = text(
+    "SELECT EXISTS (SELECT FROM workers WHERE id = :worker_id AND lease_expires_at > now())"
+)
+
+
+def claim(connection: Connection, batch: NewBatch, members: Sequence[Member]) -> list[Claimed]:
+    """Move a batch's members from `queued` to `running`; returns those that it got.
+
+    The rest is finished, cancelled, expired, not due or somebody else's. Raises `Unavailable` if
+    the worker's lease is over: rescue would take the jobs at once. The next heartbeat renews it.
+    """
+    rows = connection.execute(
+        _CLAIM,
+        {
+            "id": batch.id,
+            "worker_id": batch.worker_id,
+            "model": batch.model,
+            "engine": batch.engine,
+            "close_reason": batch.close_reason,
+            "wait_ms": batch.wait_ms,
+            "members": encode(members),
+        },
+    ).all()
+    if not rows and not connection.scalar(_HAS_LEASE, {"worker_id": batch.worker_id}):
+        raise Unavailable("The lease of this worker is over until its next heartbeat.")
+    return [Claimed(*row) for row in rows]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """How an attempt ended, answer and bill included. Field names are columns of `results`.
+
+    Stamps are `claimed_at` plus what the worker's monotonic clock measured since.
+    """
+
+    job_id: UUID
+    attempt_id: UUID
+    state: JobState  #: final
+    response: dict[str, Any] | None = None  #: the answer, whole or partial
+    error_code: str | None = None
+    error_message: str | None = None
+    input_tokens: int = 0
+    output_tokens: int = 0
+    started_at: datetime | None = None
+    first_token_at: datetime | None = None
+    batch_wait_ms: float | None = None
+    inference_ms: float | None = None
+    batch_size: int | None = None
+    device_ns: int = 0
+    cost: Decimal = Decimal(0)
+    currency: str | None = None
+    price_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BatchStats:
+    """What a batch has computed so far: totals since it was claimed, not increments."""
+
+    id: UUID
+    useful_tokens: int
+    padded_tokens: int
+    device_ns: int
+
+
+# Finish attempts: job state, result, attempt and batch, and the news of it. An attempt that is not
+# the job's any more only gets its device time noted: it was wasted.
+_FINISH: Final = text(f"""
+    WITH given AS MATERIALIZED (
+        SELECT * FROM jsonb_populate_recordset(NULL::results, CAST(:finished AS jsonb))
+    ), held AS MATERIALIZED (
+        SELECT jobs.id AS job_id, jobs.tenant, jobs.model, jobs.kind, jobs.batch_id,
+            jobs.created_at, jobs.queued_at, jobs.claimed_at
+        FROM jobs JOIN given ON jobs.id = given.job_id AND jobs.attempt_id = given.attempt_id
+        WHERE jobs.state = 'running'
+        ORDER BY jobs.id
+        FOR NO KEY UPDATE OF jobs
+    ), moved AS (
+        UPDATE jobs SET
+            state = given.state, finished_at = now(), attempts_charged = attempts_charged + 1,
+            attempt_id = NULL, worker_id = NULL, batch_id = NULL
+        FROM held JOIN given USING (job_id) WHERE jobs.id = held.job_id
+    ), recorded AS (
+        INSERT INTO results (
+            job_id, tenant, model, kind, state, attempt_id, batch_id, batch_size,
+            response, error_code, error_message, input_tokens, output_tokens,
+            created_at, queued_at, claimed_at, started_at, first_token_at, finished_at,
+            queue_ms, batch_wait_ms, ttft_ms, inference_ms, total_ms,
+            device_ns, cost, currency, price_id
+        )
+        SELECT
+            job_id, held.tenant, held.model, held.kind, state, attempt_id, held.batch_id,
+            batch_size, response, error_code, error_message, input_tokens, output_tokens,
+            held.created_at, held.queued_at, held.claimed_at, started_at, first_token_at, now(),
+            {elapsed_ms("held.created_at", "held.claimed_at")}, batch_wait_ms,
+            {elapsed_ms("held.created_at", "first_token_at")}, inference_ms,
+            {elapsed_ms("held.created_at", "now()")},
+            device_ns, cost, currency, price_id
+        FROM held JOIN given USING (job_id)
+        {ANNOUNCE}
+    ), closed AS (
+        UPDATE attempts SET
+            ended_at = coalesce(ended_at, now()),
+            outcome = coalesce(
+                outcome, CASE given.state WHEN 'completed' THEN 'succeeded' ELSE 'failed' END),
+            charged = coalesce(charged, true),
+            error_code = coalesce(attempts.error_code, given.error_code),
+            started_at = given.started_at, device_ns = given.device_ns, cost = given.cost
+        FROM given LEFT JOIN held USING (job_id)
+        WHERE attempts.id = given.attempt_id
+            AND (held.job_id IS NOT NULL OR attempts.device_ns IS NULL)
+    ), summed AS (
+        UPDATE batches SET
+            useful_tokens = stats.useful_tokens, padded_tokens = stats.padded_tokens,
+            device_ns = stats.device_ns, finished_at = now()
+        FROM jsonb_populate_recordset(NULL::batches, CAST(:batches AS jsonb)) AS stats
+        WHERE batches.id = stats.id
+    )
+    SELECT attempt_id FROM held JOIN given USING (job_id)
+    UNION ALL  -- committed by this very call before, if it is repeated
+    SELECT attempt_id FROM results JOIN given USING (job_id, attempt_id)
+""")
+
+
+def finish(
+    connection: Connection, finished: Sequence[Finished], batches: Sequence[BatchStats] = ()
+) -> set[UUID]:
+    """Record the ends of attempts, each with its result; returns the attempts that counted.
+
+    An attempt is missing from the answer if its job was taken from this worker: another one has
+    answered or will.
+    """
+    return set(
+        connection.scalars(_FINISH, {"finished": encode(finished), "batches": encode(batches)})
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Release:
+    """An attempt given up without a result, so that its job runs again."""
+
+    job_id: UUID
+    attempt_id: UUID
+    outcome: AttemptOutcome
+    charged: bool  #: counts towards the job's max_attempts
+    delay_s: float = 0.0  #: the job may be claimed again after this
+    error_code: str | None = None
+    error_message: str | None = None  #: shown if this was the last attempt
+    device_ns: int = 0  #: wasted
+    cost: Decimal = Decimal(0)
+    is_kept: bool = False  #: this worker keeps the message and will claim the job again itself
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """Where a job went: back to `queued`, or to a final state."""
+
+    job_id: UUID
+    attempt_id: UUID
+    state: JobState
+
+
+GIVE_BACK: Final = f"""
+    next AS MATERIALIZED (
+        SELECT *, CASE
+            WHEN cancel_requested_at IS NOT NULL THEN 'cancelled'
+            WHEN deadline <= now() THEN 'expired'
+            WHEN charged AND attempts_charged + 1 >= max_attempts THEN 'failed'
+            ELSE 'queued' END AS next_state
+        FROM held
+    ), moved AS (
+        UPDATE jobs SET
+            state = next_state,
+            attempts_charged = jobs.attempts_charged + CAST(charged AS int),
+            attempt_id = NULL, worker_id = NULL, batch_id = NULL,
+            not_before = greatest(not_before, now() + delay_s * interval '1 s'),
+            queued_at = CASE next_state WHEN 'queued' THEN now() ELSE queued_at END,
+            finished_at = CASE next_state WHEN 'queued' THEN NULL ELSE now() END,
+            received_by = CASE WHEN is_kept THEN worker_id END,
+            enqueued_at = CASE WHEN is_kept THEN enqueued_at END,
+            wake_count = 0
+        FROM next WHERE jobs.id = next.job_id
+        RETURNING jobs.*, next.attempt_id AS last_attempt_id, next.batch_id AS last_batch_id,
+            error_code, error_message
+    ), closed AS (
+        UPDATE attempts SET
+            ended_at = now(), outcome = next.outcome, charged = next.charged,
+            error_code = next.error_code, device_ns = next.device_ns, cost = next.cost
+        FROM next WHERE attempts.id = next.attempt_id
+    ), ended AS (
+        SELECT
+            id, tenant, model, kind, state, last_attempt_id, last_batch_id,
+            created_at, queued_at, claimed_at, finished_at,
+            CASE state WHEN 'failed' THEN error_code WHEN 'expired' THEN 'deadline_exceeded'
+                ELSE state END AS error_code,
+            CASE state WHEN 'failed' THEN error_message
+                WHEN 'expired' THEN 'The deadline passed before the job could run again.'
+                ELSE 'The job was cancelled.' END AS error_message
+        FROM moved WHERE state <> 'queued'
+    ), {RECORD_ENDED}
+    SELECT id, last_attempt_id, state FROM moved
+"""
+"""What becomes of jobs whose attempt ended without a result. It reads a sibling `held`: the fields
+of `Release` beside those of the locked row that decide. A job that was cancelled or whose deadline
+passed meanwhile ends so."""
+
+# Give up attempts.
+_RELEASE: Final = text(f"""
+    WITH held AS MATERIALIZED (
+        SELECT given.*, batch_id, cancel_requested_at, deadline, attempts_charged, max_attempts
+        FROM jobs JOIN jsonb_to_recordset(CAST(:releases AS jsonb)) AS given(
+            job_id uuid, attempt_id uuid, outcome text, charged bool, delay_s float8,
+            error_code text, error_message text, device_ns bigint, cost numeric, is_kept bool
+        ) ON jobs.id = given.job_id AND jobs.attempt_id = given.attempt_id
+        WHERE jobs.state = 'running'
+        ORDER BY jobs.id
+        FOR NO KEY UPDATE OF jobs
+    ), {GIVE_BACK}
+""")
+
+
+def release(connection: Connection, releases: Sequence[Release]) -> list[Released]:
+    """Give up attempts; returns those that were still held.
+
+    Their jobs are `queued` again, or `failed` if that was their last attempt, or `cancelled` or
+    `expired` if that was asked or due. Unless the message is kept, rescue sends a new one.
+    """
+    rows = connection.execute(_RELEASE, {"releases": encode(releases)})
+    return [Released(row[0], row[1], JobState(row[2])) for row in rows]

@@ -1,0 +1,43 @@
+"""Records as one JSON array: a statement takes any number of rows in a single parameter.
+
+`jsonb_populate_recordset(NULL::jobs, …)` turns it back into typed rows, so column types are written
+once, in `tables`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import fields
+from datetime import datetime
+from decimal import Decimal
+from typing import Any
+from uuid import UUID
+
+_ESCAPE = re.compile(r"\\(?:u0000|.)")
+
+
+def encode(records: Iterable[Any]) -> str:
+    """Dataclasses as a JSON array of objects keyed by field name.
+
+    jsonb can hold neither NUL nor half of a surrogate pair, and one such character would fail the
+    commit of everybody in the group. They are replaced by U+FFFD and "?". NaN and infinity raise
+    ValueError: they are a bug of whoever made the record.
+    """
+    rows = [{f.name: getattr(record, f.name) for f in fields(record)} for record in records]
+    text = json.dumps(
+        rows, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_plain
+    )
+    if r"\u0000" in text:
+        # Whole escapes are matched, so that an escaped backslash before "u0000" is left alone.
+        text = _ESCAPE.sub(lambda e: "\ufffd" if e[0] == r"\u0000" else e[0], text)
+    return text.encode("utf-8", "replace").decode()
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if isinstance(value, UUID | Decimal):
+        return str(value)
+    raise TypeError(f"A {type(value).__name__} cannot be stored.")

@@ -1,0 +1,281 @@
+"""How jobs come in: rows from the API, rows from messages, and who received which message."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Final, Literal
+from uuid import UUID
+
+from sqlalchemy import Connection, text
+
+from app.engines.base import Kind
+from app.jobs import JobState
+from app.store.encoding import encode
+from app.store.results import RECORD_ENDED
+from app.store.tables import DEFAULT_TENANT
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewJob:
+    """A job to be written. Field names are columns of `jobs`."""
+
+    id: UUID
+    model: str
+    kind: Kind
+    url: str
+    request: dict[str, Any]
+    fingerprint: str
+    source: Literal["api", "message"]
+    priority: int = 0
+    not_before: datetime | None = None  #: None is now
+    deadline: datetime | None = None
+    metadata: dict[str, str] = field(default_factory=dict)
+    tenant: str = DEFAULT_TENANT
+    idempotency_key: str | None = None
+    input_tokens: int | None = None
+    max_output_tokens: int | None = None
+    max_attempts: int = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Inserted:
+    """The row that answers for a `NewJob`: its own, or the one that its key or id had before."""
+
+    id: UUID
+    created: bool
+    fingerprint_matches: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A message that reached a worker. Without a job it only wakes the row."""
+
+    id: UUID
+    job: NewJob | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """The row of an arrival, now that it is registered. The row wins over the message."""
+
+    id: UUID
+    tenant: str
+    model: str
+    kind: Kind
+    state: JobState
+    is_due: bool  #: `not_before` has passed
+    not_before: datetime
+    deadline: datetime | None
+    priority: int
+    attempts_charged: int
+    created_at: datetime
+    url: str | None  #: with `request`
+    request: dict[str, Any] | None  #: only if the message brought none, or another one
+
+
+# In the order of the keys, and with equal keys as given: transactions that share keys meet at the
+# same one first and never deadlock.
+_INSERT: Final = """
+    INSERT INTO jobs (
+        id, tenant, model, kind, url, request, fingerprint, source, idempotency_key, metadata,
+        priority, input_tokens, max_output_tokens, not_before, deadline, max_attempts,
+        state, created_at, queued_at, received_by, enqueued_at
+    )
+    SELECT
+        id, tenant, model, kind, url, request, fingerprint, source, idempotency_key, metadata,
+        priority, input_tokens, max_output_tokens, coalesce(not_before, now()), deadline,
+        max_attempts, 'queued', now(), now(), {received_by}, {enqueued_at}
+    FROM jsonb_populate_recordset(NULL::jobs, CAST(:jobs AS jsonb)) WITH ORDINALITY
+    ORDER BY idempotency_key, ordinality
+"""
+
+# Write jobs that are not there yet.
+_INSERT_NEW: Final = text(
+    _INSERT.format(received_by="NULL", enqueued_at="NULL") + "ON CONFLICT DO NOTHING RETURNING id"
+)
+
+# Find the rows that already had the ids or the idempotency keys of new jobs.
+_FIND_EARLIER: Final = text("""
+    SELECT
+        new.id AS asked, old.id,
+        (old.tenant, old.fingerprint) = (new.tenant, new.fingerprint) AS fingerprint_matches
+    FROM jsonb_populate_recordset(NULL::jobs, CAST(:jobs AS jsonb)) AS new
+    JOIN LATERAL (
+        SELECT id, tenant, fingerprint FROM jobs WHERE jobs.id = new.id
+        UNION ALL
+        SELECT id, tenant, fingerprint FROM jobs
+        WHERE jobs.tenant = new.tenant AND jobs.idempotency_key = new.idempotency_key
+        LIMIT 1
+    ) AS old ON true
+""")
+
+
+def insert_jobs(connection: Connection, jobs: Sequence[NewJob]) -> list[Inserted]:
+    """Write many jobs in one statement; one answer each, in order. May be repeated.
+
+    A job whose id or idempotency key is taken is not written: the answer names the earlier job
+    and whether it was the same request.
+    """
+    created = set(connection.scalars(_INSERT_NEW, {"jobs": encode(jobs)}))
+    rest = [job for job in jobs if job.id not in created]
+    # A statement of its own: it also sees what another transaction committed during the first.
+    earlier = {}
+    if rest:
+        for row in connection.execute(_FIND_EARLIER, {"jobs": encode(rest)}):
+            earlier[row.asked] = Inserted(row.id, False, row.fingerprint_matches)
+    return [Inserted(job.id, True, True) if job.id in created else earlier[job.id] for job in jobs]
+
+
+# Note that messages were sent. A row that somebody holds is being received at this moment, which
+# notes the same, so it is left out rather than waited for.
+_MARK_ENQUEUED: Final = text("""
+    WITH sent AS MATERIALIZED (
+        SELECT id FROM jobs
+        WHERE id = ANY(CAST(:ids AS uuid[])) AND state = 'queued' AND received_by IS NULL
+        FOR NO KEY UPDATE SKIP LOCKED
+    )
+    UPDATE jobs
+    SET enqueued_at = now(), wake_count = wake_count + CAST(enqueued_at IS NOT NULL AS int)
+    FROM sent WHERE jobs.id = sent.id
+""")
+
+
+def mark_enqueued(connection: Connection, ids: Sequence[UUID]) -> None:
+    """Note that the messages of these jobs were sent, for the first time or again."""
+    connection.execute(_MARK_ENQUEUED, {"ids": list(ids)})
+
+
+# Register messages that reached a worker. Inserting on conflict locks the row and sees it as it
+# is now, whoever else writes it at this moment; a plain select would miss a row being inserted.
+_RECEIVE: Final = text(f"""
+    WITH brought AS (
+        {_INSERT.format(received_by="CAST(:worker_id AS uuid)", enqueued_at="now()")}
+        ON CONFLICT (id) DO UPDATE SET
+            received_by = CASE jobs.state
+                WHEN 'queued' THEN excluded.received_by ELSE jobs.received_by END,
+            enqueued_at = coalesce(jobs.enqueued_at, now())
+        RETURNING jobs.*
+    ), known AS MATERIALIZED (
+        SELECT id FROM jobs WHERE id = ANY(CAST(:ids AS uuid[])) ORDER BY id FOR NO KEY UPDATE
+    ), woken AS (
+        UPDATE jobs SET
+            received_by = CASE state
+                WHEN 'queued' THEN CAST(:worker_id AS uuid) ELSE received_by END,
+            enqueued_at = coalesce(enqueued_at, now())
+        FROM known WHERE jobs.id = known.id
+        RETURNING jobs.*
+    )
+    SELECT
+        row.id, row.tenant, row.model, row.kind, row.state, row.not_before <= now() AS is_due,
+        row.not_before, row.deadline, row.priority, row.attempts_charged, row.created_at, row.url,
+        CASE WHEN given.fingerprint IS DISTINCT FROM row.fingerprint THEN row.request END AS request
+    FROM (TABLE brought UNION ALL TABLE woken) AS row
+    LEFT JOIN jsonb_populate_recordset(NULL::jobs, CAST(:jobs AS jsonb)) AS given USING (id)
+""")
+
+
+def receive(
+    connection: Connection, worker_id: UUID, arrivals: Iterable[Arrival]
+) -> dict[UUID, Received]:
+    """Register the messages of a group in one statement; the answer is by job id.
+
+    Writes the rows that messages bring with them and notes who received which queued job, so that
+    rescue knows what is lost when this worker dies. May be repeated. An id that has neither a row
+    nor a request is missing from the answer.
+    """
+    jobs: dict[UUID, NewJob | None] = {}
+    for arrival in sorted(arrivals, key=lambda arrival: arrival.id):  # rows are locked in order
+        jobs[arrival.id] = arrival.job or jobs.get(arrival.id)  # one message may come twice
+    rows = connection.execute(
+        _RECEIVE,
+        {
+            "worker_id": worker_id,
+            "jobs": encode(job for job in jobs.values() if job is not None),
+            "ids": [id for id, job in jobs.items() if job is None],
+        },
+    )
+    return {
+        row.id: Received(**{**row._mapping, "kind": Kind(row.kind), "state": JobState(row.state)})
+        for row in rows
+    }
+
+
+# Let go of received jobs.
+_UNRECEIVE: Final = text("""
+    WITH held AS MATERIALIZED (
+        SELECT id FROM jobs
+        WHERE id = ANY(CAST(:ids AS uuid[])) AND state = 'queued' AND received_by = :worker_id
+        ORDER BY id FOR NO KEY UPDATE
+    )
+    UPDATE jobs SET received_by = NULL, enqueued_at = now()
+    FROM held WHERE jobs.id = held.id
+""")
+
+
+def unreceive(connection: Connection, worker_id: UUID, ids: Sequence[UUID]) -> None:
+    """Let go of jobs that were received and not claimed, because their messages go back to Redis.
+
+    Should a message not arrive there, rescue finds it as it finds any lost one.
+    """
+    connection.execute(_UNRECEIVE, {"worker_id": worker_id, "ids": list(ids)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RejectedJob:
+    """A message that can be named but not run. Holds nothing of its body."""
+
+    id: UUID
+    kind: Kind
+    error_code: str
+    error_message: str
+    model: str = ""
+    tenant: str = DEFAULT_TENANT
+
+
+# Write jobs that fail before they were ever queued, with their results.
+_REJECT: Final = text(f"""
+    WITH given AS MATERIALIZED (
+        SELECT * FROM jsonb_to_recordset(CAST(:rejected AS jsonb)) AS given(
+            id uuid, tenant text, model text, kind text, error_code text, error_message text)
+    ), written AS (
+        INSERT INTO jobs (
+            id, tenant, model, kind, source, state, not_before, created_at, queued_at, finished_at
+        )
+        SELECT id, tenant, model, kind, 'message', 'failed', now(), now(), now(), now()
+        FROM given ORDER BY id
+        ON CONFLICT DO NOTHING
+        RETURNING *
+    ), ended AS (
+        SELECT
+            written.*, error_code, error_message,
+            CAST(NULL AS uuid) AS last_attempt_id, CAST(NULL AS uuid) AS last_batch_id
+        FROM written JOIN given USING (id)
+    ), {RECORD_ENDED}
+    SELECT id FROM ended
+""")
+
+
+def reject(connection: Connection, rejected: Sequence[RejectedJob]) -> set[UUID]:
+    """Record messages that cannot run as failed jobs; the ids that were written.
+
+    A job that already exists, in whatever state, is left alone: anybody can put a bad message
+    with its id into Redis.
+    """
+    return set(connection.scalars(_REJECT, {"rejected": encode(rejected)}))
+
+
+# Count what waits in the queues.
+_COUNT_QUEUED: Final = text(
+    "SELECT count(*) FROM jobs WHERE state = 'queued' AND received_by IS NULL"
+)
+
+
+def count_queued(connection: Connection) -> int:
+    """Queued jobs that no worker has received: the length of the queue.
+
+    An index-only count; at a million rows about a tenth of a second, so ask every few seconds,
+    not for every job.
+    """
+    return connection.scalar(_COUNT_QUEUED) or 0

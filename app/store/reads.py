@@ -1,0 +1,263 @@
+"""Reading jobs: status, lists and counts. Changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from datetime import datetime
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+from uuid import UUID
+
+from sqlalchemy import (
+    Column,
+    Connection,
+    Row,
+    Select,
+    Table,
+    Tuple,
+    Uuid,
+    func,
+    literal,
+    select,
+    text,
+    tuple_,
+    union_all,
+)
+
+from app.errors import JobNotFound
+from app.jobs import JobState
+from app.store.tables import DEFAULT_TENANT, Stamp, attempts, batches, jobs, results
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+V = TypeVar("V", bound="DataclassInstance")
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptView:
+    """One try of the job; see `tables.attempts`."""
+
+    id: UUID
+    number: int
+    worker_id: UUID
+    batch_id: UUID
+    claimed_at: datetime
+    started_at: datetime | None
+    ended_at: datetime | None
+    outcome: str | None
+    charged: bool | None
+    device_ns: int | None
+    cost: Decimal | None
+    error_code: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class ResultView:
+    """The answer, its timing and its cost; see `tables.results`."""
+
+    state: JobState
+    attempt_id: UUID | None
+    batch_id: UUID | None
+    batch_size: int | None
+    response: dict[str, Any] | None
+    error_code: str | None
+    error_message: str | None
+    input_tokens: int | None
+    output_tokens: int | None
+    claimed_at: datetime | None
+    started_at: datetime | None
+    first_token_at: datetime | None
+    finished_at: datetime
+    queue_ms: float | None
+    batch_wait_ms: float | None
+    ttft_ms: float | None
+    inference_ms: float | None
+    total_ms: float
+    device_ns: int
+    cost: Decimal
+    currency: str | None
+    price_id: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class BatchView:
+    """The admission batch that the job runs or ran in; see `tables.batches`."""
+
+    id: UUID
+    worker_id: UUID
+    engine: str
+    close_reason: str
+    num_jobs: int
+    num_sequences: int
+    wait_ms: float
+    useful_tokens: int
+    padded_tokens: int
+    device_ns: int
+    opened_at: datetime
+    claimed_at: datetime
+    finished_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class JobView:
+    """All that may be told of a job except its request; see `tables.jobs`."""
+
+    id: UUID
+    tenant: str
+    model: str
+    kind: str
+    url: str | None
+    source: str
+    state: JobState
+    priority: int
+    metadata: dict[str, str]
+    attempt: int
+    attempts_charged: int
+    max_attempts: int
+    not_before: datetime
+    deadline: datetime | None
+    cancel_requested_at: datetime | None
+    created_at: datetime
+    queued_at: datetime
+    claimed_at: datetime | None
+    finished_at: datetime | None
+    attempts: tuple[AttemptView, ...]
+    result: ResultView | None  #: once the state is final
+    batch: BatchView | None  #: while it runs, and of the attempt that ended it
+
+
+def job(connection: Connection, job_id: UUID, *, tenant: str = DEFAULT_TENANT) -> JobView | None:
+    """A job with its attempts, batch and result; None if this tenant has no such job."""
+    return next(iter(_views(connection, [job_id], tenant)), None)
+
+
+def states(connection: Connection, ids: Sequence[UUID]) -> dict[UUID, JobState]:
+    """The states of those of the jobs that exist."""
+    rows = connection.execute(
+        select(jobs.c.id, jobs.c.state).where(jobs.c.id == func.any(list(ids)))
+    )
+    return {id: JobState(state) for id, state in rows}
+
+
+def list_jobs(
+    connection: Connection,
+    *,
+    state: JobState | None = None,
+    model: str | None = None,
+    after: UUID | None = None,
+    limit: int = 50,
+    tenant: str = DEFAULT_TENANT,
+) -> list[JobView]:
+    """A tenant's jobs, newest first, beginning after the job `after`.
+
+    Raises `JobNotFound` if there is no job `after`. Takes the newest of each state by its index
+    and merges them, so a page costs the same wherever it lies.
+    """
+    here = _place(connection, after, tenant) if after else None
+
+    def newest(wanted: JobState) -> Select[Any]:
+        query = select(jobs.c.id, jobs.c.created_at).where(
+            jobs.c.tenant == tenant, jobs.c.state == wanted
+        )
+        if model is not None:
+            query = query.where(jobs.c.model == model)
+        if here is not None:
+            query = query.where(tuple_(jobs.c.created_at, jobs.c.id) < here)
+        return query.order_by(jobs.c.created_at.desc(), jobs.c.id.desc()).limit(limit)
+
+    wanted = [state] if state else list(JobState)
+    merged = union_all(*(newest(each).subquery().select() for each in wanted)).subquery()
+    page = select(merged.c.id).order_by(merged.c.created_at.desc(), merged.c.id.desc()).limit(limit)
+    return _views(connection, list(connection.scalars(page)), tenant)
+
+
+def _place(connection: Connection, job_id: UUID, tenant: str) -> Tuple:
+    """Where a job stands in the list."""
+    created_at = connection.scalar(
+        select(jobs.c.created_at).where(jobs.c.id == job_id, jobs.c.tenant == tenant)
+    )
+    if created_at is None:
+        raise JobNotFound()
+    return tuple_(literal(created_at, Stamp), literal(job_id, Uuid))
+
+
+def _views(connection: Connection, ids: Sequence[UUID], tenant: str) -> list[JobView]:
+    """The jobs in the order of `ids`, without those that this tenant does not have."""
+    tried: dict[UUID, list[AttemptView]] = {id: [] for id in ids}
+    for row in connection.execute(
+        select(attempts.c.job_id, *_columns(AttemptView, attempts))
+        .where(attempts.c.job_id == func.any(list(ids)))
+        .order_by(attempts.c.number)
+    ):
+        tried[row.job_id].append(_view(row, AttemptView, attempts))
+    rows = connection.execute(
+        select(
+            *_columns(JobView, jobs),
+            results.c.job_id,
+            *_columns(ResultView, results),
+            *_columns(BatchView, batches),
+        )
+        .join_from(jobs, results, isouter=True)
+        .join(
+            batches,
+            batches.c.id == func.coalesce(jobs.c.batch_id, results.c.batch_id),
+            isouter=True,
+        )
+        .where(jobs.c.id == func.any(list(ids)), jobs.c.tenant == tenant)
+    )
+    views = {
+        row._mapping[jobs.c.id]: _view(
+            row,
+            JobView,
+            jobs,
+            attempts=tuple(tried[row._mapping[jobs.c.id]]),
+            result=_view(row, ResultView, results) if row._mapping[results.c.job_id] else None,
+            batch=_view(row, BatchView, batches) if row._mapping[batches.c.id] else None,
+        )
+        for row in rows
+    }
+    return [views[id] for id in ids if id in views]
+
+
+def _columns(view: type[DataclassInstance], table: Table) -> list[Column[Any]]:
+    """The columns of a table that a view shows."""
+    return [table.c[field.name] for field in fields(view) if field.name in table.c]
+
+
+def _view(row: Row[*tuple[Any, ...]], view: type[V], table: Table, **more: object) -> V:
+    values = {column.name: row._mapping[column] for column in _columns(view, table)}
+    if "state" in values:
+        values["state"] = JobState(values["state"])
+    return view(**values, **more)
+
+
+@dataclass(frozen=True, slots=True)
+class QueueDepth:
+    """How many jobs of a model are queued or running."""
+
+    model: str
+    state: JobState
+    num_jobs: int
+
+
+# Count open jobs by model and state, each part by its own partial index.
+_QUEUE_DEPTHS: Final = text("""
+    SELECT model, state, count(*) FROM (
+        SELECT model, 'queued' AS state FROM jobs WHERE state = 'queued' AND received_by IS NULL
+        UNION ALL
+        SELECT model, 'queued' FROM jobs WHERE state = 'queued' AND received_by IS NOT NULL
+        UNION ALL
+        SELECT model, 'running' FROM jobs WHERE state = 'running'
+    ) AS open_job
+    GROUP BY model, state ORDER BY model, state
+""")
+
+
+def queue_depths(connection: Connection) -> list[QueueDepth]:
+    """Open jobs by model and state. Reads only open jobs, however many are finished."""
+    return [
+        QueueDepth(model, JobState(state), count)
+        for model, state, count in connection.execute(_QUEUE_DEPTHS)
+    ]

@@ -1,0 +1,38 @@
+"""Result rows: what every statement that ends a job has in common.
+
+A result is written in the statement that ends its job, and nowhere else; writing it tells those
+who wait.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from app.store.notices import DONE
+
+ANNOUNCE: Final = f"RETURNING job_id, pg_notify('{DONE}', CAST(job_id AS text))"
+"""Ends an insert into `results`. Waiters hear of it when the transaction commits."""
+
+
+def elapsed_ms(start: str, end: str) -> str:
+    """SQL for the time between two stamps in ms: null without an end, never negative."""
+    since = f"greatest({end} - {start}, interval '0')"
+    return f"CASE WHEN {end} IS NOT NULL THEN 1000 * extract(epoch FROM {since}) END"
+
+
+RECORD_ENDED: Final = f"""
+    recorded AS (
+        INSERT INTO results (
+            job_id, tenant, model, kind, state, attempt_id, batch_id, error_code, error_message,
+            created_at, queued_at, claimed_at, finished_at, queue_ms, total_ms
+        )
+        SELECT
+            id, tenant, model, kind, state, last_attempt_id, last_batch_id,
+            error_code, error_message, created_at, queued_at, claimed_at, finished_at,
+            {elapsed_ms("created_at", "claimed_at")}, {elapsed_ms("created_at", "finished_at")}
+        FROM ended
+        {ANNOUNCE}
+    )
+"""
+"""A common table expression: the results of jobs that end without an answer. It reads a sibling
+`ended`: columns of `jobs`, with last_attempt_id, last_batch_id, error_code and error_message."""

@@ -1,0 +1,364 @@
+"""The five tables. The job's row is the truth; a message in Redis is only a wake-up.
+
+    workers 1─n batches 1─n attempts n─1 jobs 1─0..1 results
+
+A job moves only along `app.jobs.TRANSITIONS`, and every write names the state that it expects.
+Listing pages by (created_at, id): ids are the producers' and say nothing of time.
+
+Indexes on `jobs` are partial wherever a query looks at open jobs alone: those stay small however
+many finished jobs are kept. State is part of nearly all of them, so no change of state can be a
+heap-only update; attempts, batches and workers change no indexed column and leave room in their
+pages for that.
+"""
+
+from __future__ import annotations
+
+import enum
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    DateTime,
+    Double,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    Numeric,
+    SmallInteger,
+    Table,
+    Text,
+    UniqueConstraint,
+    Uuid,
+    text,
+)
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
+
+from app.engines.base import Kind
+from app.jobs import FINAL_STATES, MAX_PRIORITY, AttemptOutcome, CloseReason, JobState
+
+DEFAULT_TENANT = "default"
+
+metadata = MetaData(
+    naming_convention={
+        "pk": "%(table_name)s_pkey",
+        "fk": "%(table_name)s_%(column_0_name)s_fkey",
+        "uq": "%(table_name)s_%(column_0_N_name)s_key",
+        "ck": "%(table_name)s_%(constraint_name)s_check",
+    }
+)
+
+Stamp = DateTime(timezone=True)
+Money = Numeric(20, 9)
+
+
+def _one_of(column: str, values: type[enum.StrEnum] | frozenset[JobState]) -> CheckConstraint:
+    """The column holds a word of this vocabulary."""
+    listed = ", ".join(f"'{value}'" for value in sorted(values))
+    return CheckConstraint(f"{column} IN ({listed})", name=column)
+
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("id", Uuid, primary_key=True, comment="Job id; also the id of its Celery message."),
+    Column(
+        "tenant",
+        Text,
+        nullable=False,
+        server_default=DEFAULT_TENANT,
+        comment="Who owns the job; one tenant never sees another's.",
+    ),
+    Column(
+        "model", Text, nullable=False, comment="Name of a configured model; empty if unreadable."
+    ),
+    Column("kind", Text, nullable=False, comment="What the model does: generate or embed."),
+    Column("url", Text, comment="OpenAI-style path of the request; null if it was never readable."),
+    Column("request", JSONB, comment="Body as sent, prompt included; null once redacted."),
+    Column("fingerprint", Text, comment="Hex SHA-256 of url and request in canonical JSON."),
+    Column("source", Text, nullable=False, comment="Where it came from: api or message."),
+    Column("idempotency_key", Text, comment="The caller's key; unique per tenant."),
+    Column(
+        "metadata",
+        JSONB,
+        nullable=False,
+        server_default=text("'{}'::jsonb"),
+        comment="The caller's own labels, returned as they came.",
+    ),
+    Column(
+        "priority",
+        SmallInteger,
+        nullable=False,
+        server_default=text("0"),
+        comment="0 (served first) to 9.",
+    ),
+    Column("input_tokens", Integer, comment="Prompt tokens counted at submission, if they were."),
+    Column("max_output_tokens", Integer, comment="Most output tokens allowed, if counted."),
+    Column("not_before", Stamp, nullable=False, comment="May be claimed from this time on."),
+    Column("deadline", Stamp, comment="Expires if not finished by this time; null is never."),
+    Column("state", Text, nullable=False, comment="State; the last four of app.jobs are final."),
+    Column(
+        "attempt",
+        Integer,
+        nullable=False,
+        server_default=text("0"),
+        comment="Attempts opened so far; the number of the last one.",
+    ),
+    Column(
+        "attempts_charged",
+        Integer,
+        nullable=False,
+        server_default=text("0"),
+        comment="Attempts that count towards max_attempts.",
+    ),
+    Column(
+        "max_attempts",
+        SmallInteger,
+        nullable=False,
+        server_default=text("3"),
+        comment="Charged attempts after which the job fails.",
+    ),
+    Column("attempt_id", Uuid, comment="The running attempt: the fence of every write; else null."),
+    Column("worker_id", Uuid, comment="Worker that runs it; null unless running."),
+    Column("batch_id", Uuid, comment="Batch that it runs in; null unless running."),
+    Column("received_by", Uuid, comment="Worker that last received its message."),
+    Column("enqueued_at", Stamp, comment="Message last sent; null if none is under way."),
+    Column(
+        "wake_count",
+        SmallInteger,
+        nullable=False,
+        server_default=text("0"),
+        comment="Times the message was sent again because it seemed lost.",
+    ),
+    Column("cancel_requested_at", Stamp, comment="Cancelled by the caller while running."),
+    Column("created_at", Stamp, nullable=False, comment="Row written: the job is accepted."),
+    Column("queued_at", Stamp, nullable=False, comment="Last became queued."),
+    Column("claimed_at", Stamp, comment="Last claimed."),
+    Column("finished_at", Stamp, comment="Reached its final state; null before."),
+    _one_of("kind", Kind),
+    _one_of("state", JobState),
+    CheckConstraint("source IN ('api', 'message')", name="source"),
+    CheckConstraint(f"priority BETWEEN 0 AND {MAX_PRIORITY}", name="priority"),
+    CheckConstraint("max_attempts >= 1", name="max_attempts"),
+    CheckConstraint(
+        "num_nulls(attempt_id, worker_id, batch_id) = CASE state WHEN 'running' THEN 0 ELSE 3 END",
+        name="attempt",
+    ),
+    CheckConstraint("state <> 'queued' OR cancel_requested_at IS NULL", name="cancel_requested_at"),
+    CheckConstraint(
+        "(state IN ('queued', 'running')) = (finished_at IS NULL)",
+        name="finished_at",
+    ),
+    Index(
+        "jobs_idempotency_key",
+        "tenant",
+        "idempotency_key",
+        unique=True,
+        postgresql_where=text("idempotency_key IS NOT NULL"),
+    ),
+    # Listing, with and without a model.
+    Index("jobs_by_state", "tenant", "state", "created_at", "id"),
+    Index("jobs_by_model", "tenant", "model", "state", "created_at", "id"),
+    # Rescue: never sent; sent and not received; received; running; with a deadline.
+    Index(
+        "jobs_unsent",
+        "not_before",
+        postgresql_where=text("state = 'queued' AND received_by IS NULL AND enqueued_at IS NULL"),
+    ),
+    Index(
+        "jobs_waiting",
+        "model",
+        "enqueued_at",
+        postgresql_where=text("state = 'queued' AND received_by IS NULL"),
+    ),
+    Index(
+        "jobs_received",
+        "received_by",
+        postgresql_where=text("state = 'queued' AND received_by IS NOT NULL"),
+    ),
+    Index("jobs_running", "worker_id", postgresql_where=text("state = 'running'")),
+    Index(
+        "jobs_deadline",
+        "deadline",
+        postgresql_where=text("state IN ('queued', 'running') AND deadline IS NOT NULL"),
+    ),
+    # A queue turns its rows over many times its size: clean up long before a fifth is dead.
+    postgresql_with={"autovacuum_vacuum_scale_factor": "0.02"},
+    comment="One row per accepted job: its request, its state, and who may move it next.",
+)
+
+attempts = Table(
+    "attempts",
+    metadata,
+    Column("id", Uuid, primary_key=True, comment="Attempt id, made by the worker: the fence."),
+    Column(
+        "tenant",
+        Text,
+        nullable=False,
+        server_default=DEFAULT_TENANT,
+        comment="Owner of the job.",
+    ),
+    Column(
+        "job_id",
+        Uuid,
+        ForeignKey("jobs.id", ondelete="CASCADE"),
+        nullable=False,
+        comment="Job that is tried.",
+    ),
+    Column("number", Integer, nullable=False, comment="1 for the job's first attempt."),
+    Column("worker_id", Uuid, nullable=False, comment="Worker; its lease is the attempt's lease."),
+    Column("batch_id", Uuid, nullable=False, comment="Admission batch that it was claimed in."),
+    Column("claimed_at", Stamp, nullable=False, comment="Opened."),
+    Column("started_at", Stamp, comment="The engine began its prompt."),
+    Column("ended_at", Stamp, comment="Closed; null while running."),
+    Column("outcome", Text, comment="How it ended; null while running."),
+    Column("charged", Boolean, comment="Counts towards max_attempts; null while running."),
+    Column(
+        "device_ns",
+        BigInteger,
+        comment="Device time spent on it, in nanoseconds; null if it was never reported.",
+    ),
+    Column("cost", Money, comment="Price of that device time, in the worker's currency."),
+    Column("error_code", Text, comment="Stable code of what ended it, see app.errors."),
+    _one_of("outcome", AttemptOutcome),
+    CheckConstraint(
+        "num_nulls(ended_at, outcome, charged) IN (0, 3)",
+        name="ended",
+    ),
+    UniqueConstraint("job_id", "number"),
+    postgresql_with={"fillfactor": "80"},
+    comment="One row per try of a job by a worker; never overwritten by the next try.",
+)
+
+results = Table(
+    "results",
+    metadata,
+    Column(
+        "job_id",
+        Uuid,
+        ForeignKey("jobs.id", ondelete="CASCADE"),
+        primary_key=True,
+        comment="Job; its only result.",
+    ),
+    Column(
+        "tenant",
+        Text,
+        nullable=False,
+        server_default=DEFAULT_TENANT,
+        comment="Owner of the job.",
+    ),
+    Column("model", Text, nullable=False, comment="Model of the job."),
+    Column("kind", Text, nullable=False, comment="Kind of the job."),
+    Column("state", Text, nullable=False, comment="Final state of the job."),
+    Column("attempt_id", Uuid, comment="Attempt that ended it; null if it never ran."),
+    Column("batch_id", Uuid, comment="Admission batch of that attempt."),
+    Column("batch_size", Integer, comment="Sequences that ran beside it, itself included."),
+    Column("response", JSONB, comment="Body of the answer, whole or partial, if any."),
+    Column("error_code", Text, comment="Stable code, see app.errors; null if it completed."),
+    Column("error_message", Text, comment="A sentence for people; holds no prompt and no output."),
+    Column("input_tokens", Integer, comment="Prompt tokens, cached ones too."),
+    Column("output_tokens", Integer, comment="Tokens generated."),
+    Column("created_at", Stamp, nullable=False, comment="Accepted."),
+    Column("queued_at", Stamp, nullable=False, comment="Last became queued."),
+    Column("claimed_at", Stamp, comment="Claimed by the attempt that ended it."),
+    Column("started_at", Stamp, comment="The engine began its prompt."),
+    Column("first_token_at", Stamp, comment="First token; for an embedding, its vector."),
+    Column("finished_at", Stamp, nullable=False, comment="Result written."),
+    Column("queue_ms", Double, comment="created_at to claimed_at, in ms."),
+    Column("batch_wait_ms", Double, comment="Part of queue_ms in the worker's batcher, in ms."),
+    Column("ttft_ms", Double, comment="created_at to first_token_at, in ms."),
+    Column("inference_ms", Double, comment="started_at to the last token, in ms."),
+    Column("total_ms", Double, nullable=False, comment="created_at to finished_at, in ms."),
+    Column(
+        "device_ns",
+        BigInteger,
+        nullable=False,
+        server_default=text("0"),
+        comment="Its share of the device's time, in nanoseconds.",
+    ),
+    Column(
+        "cost",
+        Money,
+        nullable=False,
+        server_default=text("0"),
+        comment="device_ns at the worker's price, in `currency`.",
+    ),
+    Column("currency", Text, comment="ISO 4217 code; null if the job never ran."),
+    Column("price_id", Text, comment="Entry of prices.toml that was charged."),
+    _one_of("kind", Kind),
+    _one_of("state", FINAL_STATES),
+    Index("results_by_time", "tenant", "finished_at"),
+    comment="One row per final job, written once: the answer, its timing and its cost.",
+)
+
+batches = Table(
+    "batches",
+    metadata,
+    Column("id", Uuid, primary_key=True, comment="Admission batch id."),
+    Column("worker_id", Uuid, nullable=False, comment="Worker that claimed it."),
+    Column("model", Text, nullable=False, comment="Model of all members."),
+    Column("kind", Text, nullable=False, comment="Kind of all members."),
+    Column("engine", Text, nullable=False, comment="Engine that ran it."),
+    Column("close_reason", Text, nullable=False, comment="Why it was closed."),
+    Column("num_jobs", Integer, nullable=False, comment="Jobs claimed."),
+    Column("num_sequences", Integer, nullable=False, comment="Sequences of those jobs."),
+    Column("wait_ms", Double, nullable=False, comment="Wait of its oldest member, in ms."),
+    Column(
+        "useful_tokens",
+        BigInteger,
+        nullable=False,
+        server_default=text("0"),
+        comment="Prompt and output tokens that were asked for.",
+    ),
+    Column(
+        "padded_tokens",
+        BigInteger,
+        nullable=False,
+        server_default=text("0"),
+        comment="Token positions computed, padding included.",
+    ),
+    Column(
+        "device_ns",
+        BigInteger,
+        nullable=False,
+        server_default=text("0"),
+        comment="Device time of all members, in nanoseconds.",
+    ),
+    Column("opened_at", Stamp, nullable=False, comment="Its oldest member arrived."),
+    Column("claimed_at", Stamp, nullable=False, comment="Closed and claimed."),
+    Column("finished_at", Stamp, comment="Statistics last written; final once all members are."),
+    _one_of("kind", Kind),
+    _one_of("close_reason", CloseReason),
+    postgresql_with={"fillfactor": "80"},
+    comment="One row per admission batch. It may mix tenants, so it belongs to none.",
+)
+
+workers = Table(
+    "workers",
+    metadata,
+    Column("id", Uuid, primary_key=True, comment="A new id at each start of the process."),
+    Column("name", Text, nullable=False, comment="Celery node name."),
+    Column("host", Text, nullable=False, comment="Host name."),
+    Column("pid", Integer, nullable=False, comment="Process id on that host."),
+    Column("models", ARRAY(Text), nullable=False, comment="Models served."),
+    Column("device", Text, nullable=False, comment="Device as the engine names it."),
+    Column(
+        "engine",
+        JSONB,
+        nullable=False,
+        server_default=text("'{}'::jsonb"),
+        comment="Engine facts: versions, dtype, memory.",
+    ),
+    Column("price_id", Text, nullable=False, comment="Entry of prices.toml in force."),
+    Column("currency", Text, nullable=False, comment="ISO 4217 code of the price."),
+    Column("price_per_device_hour", Money, nullable=False, comment="Money per device and hour."),
+    Column("started_at", Stamp, nullable=False, comment="Registered."),
+    Column("heartbeat_at", Stamp, nullable=False, comment="Lease last renewed."),
+    Column("lease_expires_at", Stamp, nullable=False, comment="Its attempts are lost after this."),
+    Column("stopped_at", Stamp, comment="Said goodbye; null while up, and for ever if killed."),
+    # Renewed every few seconds and tiny: room for each renewal to stay in its page.
+    postgresql_with={"fillfactor": "50"},
+    comment="One row per start of a worker process: its lease, device and price.",
+)
