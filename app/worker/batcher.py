@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Final
 from uuid import UUID
 
+from app.config import ModelSettings
 from app.jobs import CloseReason
 
 STARVATION_WAITS: Final = 100
@@ -35,6 +36,10 @@ class Limits:
     max_batch_size: int
     max_batch_tokens: int
     max_wait_ns: int
+
+    @classmethod
+    def of(cls, model: ModelSettings) -> Limits:
+        return cls(model.max_batch_size, model.max_batch_tokens, int(model.max_wait_ms * 1e6))
 
     @property
     def starvation_ns(self) -> int:

@@ -20,9 +20,8 @@ from typing import Any, Final
 from uuid import UUID
 
 from celery.worker.consumer import Consumer as CeleryConsumer
-from kombu import Message
+from kombu.message import Message
 from kombu.serialization import loads
-from vine import promise
 
 from app import requests
 from app.config import Settings
@@ -30,6 +29,7 @@ from app.engines.base import Kind
 from app.errors import GristmillError, RequestError, RequestTooLarge
 from app.jobs import MAX_PRIORITY, job_id_of
 from app.requests import Request
+from app.worker.envelope import guard
 
 log = logging.getLogger(__name__)
 
@@ -66,8 +66,22 @@ class Refusal:
 class Consumer(CeleryConsumer):  # type: ignore[misc]
     """Celery's consumer with the check in front; set as `worker_consumer`."""
 
-    def create_task_handler(self, promise: Any = promise) -> Callable[[Message], object]:
-        celery_takes = super().create_task_handler(promise)
+    def connect(self) -> Any:
+        """Called again after every reconnect, with a new channel each time."""
+        connection = super().connect()
+        limit = self.app.settings.worker.max_request_bytes
+        guard(connection.default_channel.client, limit, self._refuse_raw)
+        return connection
+
+    def _refuse_raw(self, task_id: str | None, error: RequestError) -> None:
+        """What kombu could not parse: it is off its list already, so there is nothing to ack."""
+        if task_id is None:
+            log.warning("A message was dropped: %s", error, extra={"action": "message_dropped"})
+        else:
+            self.pool.refuse(Refusal(job_id_of(task_id), Kind.GENERATE, error, lambda: None))
+
+    def create_task_handler(self, *args: Any, **options: Any) -> Callable[[Message], object]:
+        celery_takes = super().create_task_handler(*args, **options)
         settings: Settings = self.app.settings
 
         def on_message(message: Message) -> object:
@@ -75,7 +89,7 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]
                 task_id, name = identify(message, settings)
             except RequestError as error:
                 log.warning("A message was dropped: %s", error, extra={"action": "message_dropped"})
-                return message.ack_log_error(log, self.connection_errors)
+                return message.ack_log_error(log, self.connection_errors)  # type: ignore[no-untyped-call]
             try:
                 arrival = read(message, task_id, name, settings)
             except GristmillError as error:
@@ -148,7 +162,7 @@ def _decode(message: Message) -> Any:
     for error in message.errors or ():
         raise RequestError("The message body cannot be unpacked.", param="body") from error[1]
     try:
-        return loads(
+        return loads(  # type: ignore[no-untyped-call]
             message.body, message.content_type, message.content_encoding, accept={"json"}
         )
     except Exception:
@@ -162,8 +176,8 @@ def _payload(decoded: Any) -> tuple[Any, dict[str, Any], Any]:
     match decoded:
         case [list() as args, dict() as kwargs, embed]:
             return args, kwargs, embed
-        case {"args": list() as args, "kwargs": dict() as kwargs, **embed}:
-            return args, kwargs, embed
+        case {"args": list() as args, "kwargs": dict() as kwargs, **rest}:
+            return args, kwargs, rest
         case _:
             raise RequestError("The message body must be [args, kwargs, embed].", param="body")
 

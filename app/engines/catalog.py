@@ -1,0 +1,33 @@
+"""The models that a process knows: where their files are, and what counts their tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from app.config import ModelSettings, Settings
+from app.engines.models import prepare
+from app.engines.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogModel:
+    """A configured model that is ready to be loaded."""
+
+    settings: ModelSettings
+    folder: Path
+    tokenizer: Tokenizer
+
+
+def load_catalog(settings: Settings, names: Iterable[str] | None = None) -> dict[str, CatalogModel]:
+    """The named models, or all; converts or fetches what is not there yet.
+
+    Raises `ConfigError` if a model's files are missing or unfit.
+    """
+    catalog = {}
+    for name in settings.models if names is None else names:
+        model = settings.models[name]
+        folder = prepare(name, model, Path(settings.cache_dir))
+        catalog[name] = CatalogModel(model, folder, load_tokenizer(folder, model))
+    return catalog

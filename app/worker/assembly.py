@@ -1,0 +1,130 @@
+"""Puts a worker together: the one place where its parts are built and joined."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID, uuid4
+
+from app.broker import Publisher, served_models
+from app.config import Settings
+from app.engines.catalog import load_catalog
+from app.errors import EngineError
+from app.store.database import Database
+from app.store.workers import NewWorker
+from app.worker.batcher import Batcher, Limits
+from app.worker.engine_host import EngineHost, Load
+from app.worker.engine_process import ServedModel
+from app.worker.lease import LeaseKeeper
+from app.worker.ledger import Ledger
+from app.worker.registrar import Registrar
+from app.worker.runner import Runner
+from app.worker.settlement import Settlement
+
+
+@dataclass(slots=True)
+class Assembly:
+    """A worker's parts, from start to stop."""
+
+    worker_id: UUID
+    runner: Runner
+    lease: LeaseKeeper
+    database: Database
+    publisher: Publisher
+    load_timeout_s: float
+
+    def start(self) -> None:
+        """Load the models, then register. Raises what kept the worker from being ready."""
+        self.database.check_schema()
+        self.runner.start()
+        if not self.runner.ready.wait(self.load_timeout_s):
+            raise EngineError(f"The models were not loaded within {self.load_timeout_s:.0f} s.")
+        if self.runner.failure is not None:
+            raise self.runner.failure
+        self.lease.start()
+
+    def stop(self, timeout_s: float) -> None:
+        """End after the runner was told to drain. May be called again."""
+        self.runner.join(timeout_s)
+        self.lease.stop()
+        self.publisher.close()
+        self.database.close()
+
+    def facts(self) -> dict[str, Any]:
+        """For `celery inspect stats`."""
+        return {"worker_id": str(self.worker_id), "engine": self.runner.facts()}
+
+
+def assemble(settings: Settings, on_end: Callable[[], object]) -> Assembly:
+    """Build a worker. Prepares the models first: the longest step, and the likeliest to fail."""
+    names = served_models(settings)
+    catalog = load_catalog(settings, names)
+    price = settings.prices[settings.worker.price]
+    worker_id = uuid4()
+    database = Database(
+        settings.database.url,
+        pool_size=4,
+        application_name="gristmill-worker",
+        connect_timeout_s=settings.database.connect_timeout_s,
+        statement_timeout_ms=settings.database.statement_timeout_ms,
+        lock_timeout_ms=settings.database.lock_timeout_ms,
+    )
+    publisher = Publisher(settings)
+    limits: dict[Hashable, Limits] = {
+        name: Limits.of(model.settings) for name, model in catalog.items()
+    }
+    runner = Runner(
+        models=names,
+        registrar=Registrar(
+            worker_id=worker_id,
+            database=database,
+            publisher=publisher,
+            served=catalog,
+            max_attempts=settings.worker.max_attempts,
+        ),
+        batcher=Batcher(limits),
+        ledger=Ledger(
+            worker_id=worker_id,
+            database=database,
+            engines={name: model.settings.engine for name, model in catalog.items()},
+            settlement=Settlement(settings.worker.price, price, catalog),
+        ),
+        host=EngineHost(
+            Load(
+                tuple(
+                    ServedModel(name, model.folder, model.settings)
+                    for name, model in catalog.items()
+                ),
+                settings.worker.device,
+                settings.worker.threads,
+            ),
+            load_timeout_s=settings.worker.load_timeout_s,
+            step_timeout_s=settings.worker.step_timeout_s,
+        ),
+        on_end=on_end,
+    )
+    worker = NewWorker(
+        id=worker_id,
+        name=f"gristmill@{socket.gethostname()}",
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        models=names,
+        device=settings.worker.device,
+        price_id=settings.worker.price,
+        currency=price.currency,
+        price_per_device_hour=price.per_device_hour,
+        engine={"python": platform.python_version()},
+    )
+    lease = LeaseKeeper(
+        worker=worker,
+        database=database,
+        database_url=settings.database.url,
+        runner=runner,
+        lease_s=settings.worker.lease_s,
+        heartbeat_s=settings.worker.heartbeat_s,
+    )
+    return Assembly(worker_id, runner, lease, database, publisher, settings.worker.load_timeout_s)

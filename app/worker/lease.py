@@ -1,0 +1,106 @@
+"""The lease keeper: renews this worker's lease, and brings news of its attempts.
+
+Two threads with connections of their own, so that a full pool or a long commit does not cost the
+lease: one renews it every `heartbeat_s`, one listens for cancels so that they act at once. The
+lease is renewed only while the runner turns: a worker that is stuck must lose its jobs.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from uuid import UUID
+
+from app.errors import LeaseLost, Unavailable
+from app.store import notices, workers
+from app.store.database import Database
+from app.worker.runner import Runner
+from app.worker.work import LeaseNews
+
+log = logging.getLogger(__name__)
+
+
+class LeaseKeeper:
+    """Keeps one worker's lease from its registration until it is stopped."""
+
+    def __init__(
+        self,
+        *,
+        worker: workers.NewWorker,
+        database: Database,
+        database_url: str,
+        runner: Runner,
+        lease_s: float,
+        heartbeat_s: float,
+    ) -> None:
+        self._worker = worker
+        self._database = database
+        self._database_url = database_url
+        self._runner = runner
+        self._lease_s = lease_s
+        self._heartbeat_s = heartbeat_s
+        self._stopping = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._keep, name="lease", daemon=True),
+            threading.Thread(target=self._listen, name="cancels", daemon=True),
+        ]
+
+    def start(self) -> None:
+        """Register the worker; raises `Unavailable`, and `SchemaError`."""
+        with self._database.begin() as connection:
+            workers.register_worker(connection, self._worker, self._lease_s)
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Give the lease back: whatever this worker still has is free at once."""
+        self._stopping.set()
+        try:
+            with self._database.begin() as connection:
+                workers.stop_worker(connection, self._worker.id)
+        except Unavailable as error:
+            log.warning("The lease runs out by itself: %s", error)
+
+    def _keep(self) -> None:
+        while not self._stopping.wait(self._heartbeat_s):
+            still_s = (time.monotonic_ns() - self._runner.turned_ns) / 1e9
+            if still_s > self._lease_s / 2:
+                log.error(
+                    "The runner has stood still for %.0f s; the lease is not renewed.",
+                    still_s,
+                    extra={"action": "lease_withheld"},
+                )
+                continue
+            try:
+                self._renew()
+            except Unavailable as error:
+                log.warning("No heartbeat: %s", error, extra={"action": "heartbeat_failed"})
+            except LeaseLost as error:
+                if not self._stopping.is_set():
+                    self._runner.fail(error)
+                return
+
+    def _renew(self) -> None:
+        asked_ns = time.monotonic_ns()
+        with self._database.begin() as connection:
+            beat = workers.heartbeat(connection, self._worker.id, self._lease_s)
+        self._runner.post(
+            LeaseNews(
+                asked_ns=asked_ns,
+                held=beat.held,
+                cancelled=beat.cancel_requested,
+                expired=beat.past_deadline,
+            )
+        )
+
+    def _listen(self) -> None:
+        """Cancels act at once; one that is missed comes with the next heartbeat."""
+        heard = notices.listen(self._database_url, [notices.CANCEL], self._stopping)
+        for notice in heard:
+            if notice.job_id is not None:
+                self._runner.post(_cancelled(notice.job_id))
+
+
+def _cancelled(job_id: UUID) -> LeaseNews:
+    return LeaseNews(asked_ns=0, held=None, cancelled_jobs=frozenset({job_id}))

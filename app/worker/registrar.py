@@ -1,0 +1,228 @@
+"""The registrar: gives every message that reached this worker a row, and sorts them.
+
+Messages are registered in groups, one statement for all that arrived since the last turn. From then
+on the row is the truth: a message whose row is running, final or not due has nothing more to do.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Container
+from dataclasses import dataclass
+from uuid import UUID
+
+from app import requests
+from app.broker import Message, Publisher
+from app.engines.base import Kind
+from app.engines.catalog import CatalogModel
+from app.engines.tokenizer import Prepared
+from app.errors import JobNotFound, JobStateConflict, RequestError, Unavailable
+from app.jobs import JobState
+from app.requests import Request
+from app.store import cancellation, intake
+from app.store.database import Database
+from app.store.intake import NewJob, Received, RejectedJob
+from app.worker.intake import Arrival, Refusal
+from app.worker.ticket import Ticket
+from app.worker.work import Ending, Job
+
+log = logging.getLogger(__name__)
+
+NO_REQUEST = RequestError("The message brought no request, and there is no job with its id.")
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """A ticket that is not registered yet, with what its request means to its model."""
+
+    ticket: Ticket
+    arrived_ns: int
+    prepared: Prepared | RequestError | None  #: None: the message brought no request we can run
+
+    @property
+    def arrival(self) -> Arrival:
+        return self.ticket.arrival
+
+
+class Registrar:
+    """Owns everything between a message's arrival and its place in the batcher."""
+
+    def __init__(
+        self,
+        *,
+        worker_id: UUID,
+        database: Database,
+        publisher: Publisher,
+        served: dict[str, CatalogModel],
+        max_attempts: int,
+    ) -> None:
+        self._worker_id = worker_id
+        self._database = database
+        self._publisher = publisher
+        self._served = served
+        self._max_attempts = max_attempts
+        self._waiting: list[_Waiting] = []
+        self._refusals: list[Refusal] = []
+        self._revoked: deque[UUID] = deque()
+        self._given_back: list[UUID] = []
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._waiting or self._refusals or self._revoked or self._given_back)
+
+    def add(self, ticket: Ticket) -> None:
+        arrival = ticket.arrival
+        prepared = self._prepare(arrival.request, arrival.model) if arrival.request else None
+        self._waiting.append(_Waiting(ticket, time.monotonic_ns(), prepared))
+
+    def refuse(self, refusal: Refusal) -> None:
+        self._refusals.append(refusal)
+
+    def revoke(self, job_id: UUID) -> None:
+        """Celery revoked this job: its row must say so too."""
+        self._revoked.append(job_id)
+
+    def give_back(self, job_id: UUID) -> None:
+        """The job was received and will not be claimed here."""
+        self._given_back.append(job_id)
+
+    def forget_waiting(self) -> None:
+        """Drop what is not registered yet: the messages come again."""
+        self._waiting.clear()
+
+    def clear(self) -> None:
+        """Forget everything: there is no time left for it."""
+        self._waiting, self._refusals, self._given_back = [], [], []
+        self._revoked.clear()
+
+    def register(self, known: Container[UUID]) -> list[Job]:
+        """Write the rows of all that waits; returns the jobs that are now ready for a batch.
+
+        `known` holds the ids of jobs that this worker has already: a second message is dropped.
+        Raises `Unavailable`; everything then waits for the next call.
+        """
+        waiting = self._waiting
+        with self._database.begin() as connection:
+            received = intake.receive(connection, self._worker_id, map(self._row, waiting))
+            intake.reject(connection, list(map(_rejected, self._refusals)))
+            intake.unreceive(connection, self._worker_id, self._given_back)
+        for refusal in self._refusals:
+            refusal.acknowledge()
+        self._waiting, self._refusals, self._given_back = [], [], []
+        self._cancel_revoked()
+        jobs: dict[UUID, Job] = {}
+        for each in waiting:
+            row = received.get(each.arrival.job_id)
+            job = self._sort(each, row, known, jobs)
+            if job is not None:
+                jobs[job.id] = job
+        return list(jobs.values())
+
+    def _sort(
+        self, each: _Waiting, row: Received | None, known: Container[UUID], new: Container[UUID]
+    ) -> Job | None:
+        """What a registered message is good for: a job, or nothing more."""
+        job_id = each.arrival.job_id
+        if row is None:
+            self.refuse(_no_row(each.ticket))
+            return None
+        if row.state is not JobState.QUEUED or job_id in known or job_id in new:
+            each.ticket.dropped()
+            return None
+        if not row.is_due:
+            self.give_back(job_id)
+            each.ticket.dropped()
+            return None
+        if row.model not in self._served:
+            self.give_back(job_id)
+            self._forward(row, each.ticket)
+            return None
+        return self._job(each, row)
+
+    def _job(self, each: _Waiting, row: Received) -> Job:
+        """The job of a row. The row's request wins over the message's."""
+        request, prepared = each.arrival.request, each.prepared
+        if row.request is not None:
+            request = requests.parse(row.request, row.url)
+            prepared = self._prepare(request, row.model)
+        assert request is not None
+        doomed = Ending.failed(prepared) if isinstance(prepared, RequestError) else None
+        return Job(
+            ticket=each.ticket,
+            model=row.model,
+            request=request,
+            prepared=prepared if isinstance(prepared, Prepared) else Prepared.nothing(),
+            priority=row.priority,
+            deadline=row.deadline,
+            tenant=row.tenant,
+            arrived_ns=each.arrived_ns,
+            doomed=doomed,
+        )
+
+    def _prepare(self, request: Request, model: str | None) -> Prepared | RequestError | None:
+        served = self._served.get(model or "")
+        if served is None:
+            return None
+        try:
+            return served.tokenizer.check(request, served.settings)
+        except RequestError as error:
+            return error
+
+    def _row(self, each: _Waiting) -> intake.Arrival:
+        arrival = each.arrival
+        if arrival.request is None or arrival.model is None:
+            return intake.Arrival(arrival.job_id)
+        prepared = each.prepared if isinstance(each.prepared, Prepared) else None
+        return intake.Arrival(
+            arrival.job_id,
+            NewJob(
+                id=arrival.job_id,
+                model=arrival.model,
+                kind=arrival.request.kind,
+                url=arrival.request.url,
+                request=arrival.request.raw,
+                fingerprint=arrival.request.fingerprint,
+                source="message",
+                priority=arrival.priority,
+                not_before=arrival.not_before,
+                deadline=arrival.deadline,
+                metadata=arrival.metadata,
+                input_tokens=sum(map(len, prepared.prompts)) if prepared else None,
+                max_output_tokens=prepared.max_tokens if prepared else None,
+                max_attempts=self._max_attempts,
+            ),
+        )
+
+    def _forward(self, row: Received, ticket: Ticket) -> None:
+        """Send a wake-up to the queue of the workers that serve this model."""
+        try:
+            self._publisher.send(Message(row.id, Kind(row.kind), row.model, priority=row.priority))
+        except Unavailable:
+            log.info("A message could not be forwarded; rescue will.", extra={"job_id": row.id})
+        ticket.dropped()
+
+    def _cancel_revoked(self) -> None:
+        """A job that Celery revoked before it was claimed ends as cancelled."""
+        while self._revoked:
+            with self._database.begin() as connection:
+                try:
+                    cancellation.cancel(connection, self._revoked[0])
+                except (JobNotFound, JobStateConflict):
+                    pass
+            self._revoked.popleft()
+
+
+def _rejected(refusal: Refusal) -> RejectedJob:
+    return RejectedJob(
+        id=refusal.job_id,
+        kind=refusal.kind,
+        error_code=refusal.error.code,
+        error_message=refusal.error.message,
+    )
+
+
+def _no_row(ticket: Ticket) -> Refusal:
+    acknowledge: Callable[[], object] = ticket.dropped
+    return Refusal(ticket.job_id, Kind.GENERATE, NO_REQUEST, acknowledge)

@@ -1,0 +1,386 @@
+"""The runner: one thread that takes jobs from their message to their row, and then to the ack.
+
+It alone owns the batcher, the engine process, the claim and finish transactions and every word to
+Celery. It is not the hub: Celery's hub stands still while it reconnects and while it shuts down,
+and in those windows leases, commits and running work must go on. Other threads only post commands.
+
+While Postgres is away nothing is lost: what arrived waits, what finished waits, and the same
+statement is tried again. The fence makes a second try harmless.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from typing import Final
+from uuid import UUID, uuid4
+
+from app.errors import (
+    EngineCrashed,
+    EngineError,
+    GristmillError,
+    LeaseLost,
+    OutOfMemory,
+    Unavailable,
+)
+from app.worker.batcher import Batcher, Capacity
+from app.worker.engine_host import Broken, DidNotFit, EngineHost, Ready, Stepped
+from app.worker.intake import Refusal
+from app.worker.ledger import Ledger
+from app.worker.registrar import Registrar
+from app.worker.running import Running
+from app.worker.ticket import Ticket
+from app.worker.work import CANCELLED, EXPIRED, TIMED_OUT, Batch, Ending, Job, LeaseNews
+
+log = logging.getLogger(__name__)
+
+IDLE_WAIT_S: Final = 1.0
+RETRY_S: Final = 0.5
+RESTART_S: Final = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Revoked:
+    """Celery revoked this job."""
+
+    job_id: UUID
+
+
+@dataclass(frozen=True, slots=True)
+class Flush:
+    """The broker connection was lost: every message not yet acknowledged comes again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """Admit nothing more; give back what is not finished by `until_ns`, and end."""
+
+    until_ns: int
+
+
+Command = Ticket | Refusal | Revoked | LeaseNews | Flush | Drain
+
+
+class Runner(threading.Thread):
+    """Runs jobs until it is drained. `post` may be called from any thread and signal handler."""
+
+    def __init__(
+        self,
+        *,
+        models: tuple[str, ...],
+        registrar: Registrar,
+        batcher: Batcher,
+        ledger: Ledger,
+        host: EngineHost,
+        on_end: Callable[[], object],
+    ) -> None:
+        """`on_end` is called when the thread has ended, with `failure` set if it had to."""
+        super().__init__(name="runner", daemon=True)
+        self.ready = threading.Event()  #: the models are loaded, or never will be
+        self.failure: GristmillError | None = None
+        self.turned_ns = time.monotonic_ns()  #: when the loop last went round
+        self._models = models
+        self._registrar = registrar
+        self._batcher = batcher
+        self._ledger = ledger
+        self._host = host
+        self._on_end = on_end
+        self._commands: deque[Command] = deque()
+        self._wake_out, self._wake_in = os.pipe()
+        os.set_blocking(self._wake_in, False)
+        self._jobs: dict[UUID, Job] = {}
+        self._running = Running()
+        self._over: list[Job] = []  #: ended, not yet committed
+        self._again: deque[list[Job]] = deque()  #: claimed, to run apart from all others
+        self._runs_apart = False  #: what is inside the engine now must stay alone
+        self._row_caps: dict[str, int] = {}
+        self._drain: Drain | None = None
+        self._claiming: tuple[Batch, list[Job]] | None = None  #: a claim whose fate is unknown
+        self._fatal: GristmillError | None = None
+        self._paused_until = 0.0
+
+    def fail(self, error: GristmillError) -> None:
+        """End the runner because of something that another thread found out."""
+        self._fatal = error
+        self.post(Flush())
+
+    def post(self, command: Command) -> None:
+        self._commands.append(command)
+        try:
+            os.write(self._wake_in, b"!")
+        except BlockingIOError:
+            pass  # a full pipe wakes as well
+
+    def facts(self) -> dict[str, object]:
+        """For `celery inspect stats`; only numbers."""
+        return {
+            "pid": self._host.pid,
+            "ready": self._host.ready,
+            "jobs": len(self._jobs),
+            "waiting": len(self._batcher),
+        }
+
+    # ── the loop ─────────────────────────────────────────────────────────────────────────────
+
+    def run(self) -> None:
+        try:
+            self._host.start()
+            while not self._is_drained:
+                self._wait()
+                self._take_commands()
+                if self._fatal is not None:
+                    raise self._fatal
+                self._hear_engine()
+                self._watch_limits()
+                self._with_database(self._register)
+                self._with_database(self._commit)
+                self._with_database(self._admit)
+        except GristmillError as error:
+            self.failure = error
+        except Exception as error:
+            log.exception("The runner failed.", extra={"action": "runner_failed"})
+            self.failure = EngineError(f"The runner failed ({type(error).__name__}).")
+        finally:
+            self._host.kill()
+            self.ready.set()
+            self._on_end()
+
+    @property
+    def _is_drained(self) -> bool:
+        return self._drain is not None and not self._jobs and not self._registrar.has_work
+
+    def _wait(self) -> None:
+        """Sleep until somebody says something or the next batch closes by waiting."""
+        self.turned_ns = now_ns = time.monotonic_ns()
+        listened: list[int] = [self._wake_out]
+        if self._host.connection is not None:
+            listened.append(self._host.connection.fileno())
+        timeout_s = IDLE_WAIT_S
+        paused_s = self._paused_until - now_ns / 1e9
+        closes_ns = self._batcher.next_close_ns(self._free_models())
+        if paused_s > 0:
+            timeout_s = paused_s
+        elif closes_ns is not None:
+            timeout_s = min(timeout_s, max(0.0, (closes_ns - now_ns) / 1e9))
+        if self._wake_out in wait(listened, timeout_s):
+            os.read(self._wake_out, 65_536)
+
+    def _with_database(self, step: Callable[[], None]) -> None:
+        """Run a step, or leave it for later while Postgres is away."""
+        if time.monotonic() < self._paused_until:
+            return
+        try:
+            step()
+        except (Unavailable, LeaseLost) as error:  # the next heartbeat may renew the lease
+            self._paused_until = time.monotonic() + RETRY_S
+            log.warning("Waiting for Postgres: %s", error, extra={"action": "database_away"})
+
+    # ── what others say ──────────────────────────────────────────────────────────────────────
+
+    def _take_commands(self) -> None:
+        while self._commands:
+            match self._commands.popleft():
+                case Ticket() as ticket:
+                    self._registrar.add(ticket)
+                case Refusal() as refusal:
+                    self._registrar.refuse(refusal)
+                case Revoked(job_id):
+                    self._registrar.revoke(job_id)
+                    self._cut_short(self._jobs.get(job_id), CANCELLED)
+                case LeaseNews() as news:
+                    self._hear_lease(news)
+                case Flush():
+                    self._forget_waiting()
+                case Drain() as drain:
+                    self._drain = drain
+                    self._forget_waiting()
+
+    def _hear_lease(self, news: LeaseNews) -> None:
+        for job_id in news.cancelled_jobs:
+            self._cut_short(self._jobs.get(job_id), CANCELLED)
+        for job in self._jobs.values():
+            if (run := job.run) is None:
+                continue
+            if run.attempt_id in news.expired:
+                self._cut_short(job, EXPIRED)
+            elif run.attempt_id in news.cancelled or news.says_lost(run):
+                # A lost attempt's commit will be refused, so there is no use in computing on.
+                self._cut_short(job, CANCELLED)
+
+    def _cut_short(self, job: Job | None, ending: Ending) -> None:
+        """End a running job early; the engine answers with what it has."""
+        if job is None or job.run is None or job.run.ending is not None:
+            return
+        job.run.ending = ending
+        for sequence_id in self._running.sequence_ids(job):
+            self._host.cancel(job.model, sequence_id)
+
+    def _forget_waiting(self) -> None:
+        """Let go of what has no claim: those rows stay queued, and their messages come back."""
+        self._registrar.forget_waiting()
+        claiming = self._claiming[1] if self._claiming else []
+        for job in [job for job in self._jobs.values() if job.run is None and job not in claiming]:
+            self._batcher.remove(job.id)
+            del self._jobs[job.id]
+            self._registrar.give_back(job.id)
+
+    def _watch_limits(self) -> None:
+        """Time limits, a stuck engine, and the end of the grace period."""
+        now_ns = time.monotonic_ns()
+        for job in self._jobs.values():
+            limit_s = job.ticket.time_limit_s
+            if limit_s and job.run and now_ns - job.run.claimed_ns > limit_s * 1e9:
+                self._cut_short(job, TIMED_OUT)
+        if self._host.is_stuck():
+            self._lose_engine(Broken("it made no progress"))
+        if self._drain is not None and now_ns > self._drain.until_ns:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """The grace period is over: what still runs goes back to the queue, uncharged.
+
+        If Postgres is away now, the lease runs out instead, and rescue gives the jobs back.
+        """
+        self._host.kill()
+        try:
+            self._commit()
+            self._ledger.release([job for job in self._jobs.values() if job.run is not None])
+            self._register()
+        except Unavailable as error:
+            log.warning("Jobs are left to rescue: %s", error, extra={"action": "left_to_rescue"})
+        self._jobs.clear()
+        self._registrar.clear()
+
+    # ── jobs in and out ──────────────────────────────────────────────────────────────────────
+
+    def _register(self) -> None:
+        if not self._registrar.has_work:
+            return
+        for job in self._registrar.register(self._jobs.keys()):
+            self._jobs[job.id] = job
+            self._batcher.add(job.candidate())
+        if self._drain is not None:
+            self._forget_waiting()
+
+    def _commit(self) -> None:
+        """Write what ended, in one transaction, and only then tell Celery."""
+        if not self._over:
+            return
+        for tell in self._ledger.commit(self._over):
+            tell()
+        for job in self._over:
+            self._jobs.pop(job.id, None)
+        self._over = []
+
+    def _admit(self) -> None:
+        """Close what is due and hand it to the engine. Suspects run alone, before the rest."""
+        if self._claiming is not None:
+            self._claim(*self._claiming)
+        if self._drain is not None or not self._host.ready:
+            return
+        self._runs_apart = self._runs_apart and self._host.busy
+        if self._again and not self._host.busy:
+            self._runs_apart = True
+            self._hand_over(self._again.popleft())
+        for model in self._free_models():
+            capacity = Capacity(self._free_rows(model), self._host.joins(model))
+            closed = self._batcher.close(model, capacity, time.monotonic_ns())
+            if closed is not None:
+                jobs = [self._jobs[member.job_id] for member in closed.members]
+                for job in jobs:
+                    job.closed_ns = time.monotonic_ns()
+                self._claim(Batch(uuid4(), model, closed.reason, closed.wait_ns), jobs)
+
+    def _free_models(self) -> list[str]:
+        """Models whose engine takes sequences now."""
+        if self._drain is not None or self._again or self._runs_apart:
+            return []
+        return [model for model in self._models if self._free_rows(model) > 0]
+
+    def _free_rows(self, model: str) -> int:
+        return min(self._host.free_rows(model), self._row_caps.get(model, 1 << 30))
+
+    def _claim(self, batch: Batch, jobs: list[Job]) -> None:
+        """Claim the members and run those that were granted.
+
+        The others were cancelled, expired or taken since they were registered: their messages have
+        nothing more to do.
+        """
+        self._claiming = (batch, jobs)
+        granted = self._ledger.claim(batch, jobs)
+        self._claiming = None
+        for job in jobs:
+            if job not in granted:
+                del self._jobs[job.id]
+                job.ticket.dropped()
+            elif job.doomed is not None:
+                job.claimed_run.ending = job.doomed
+                self._over.append(job)
+        self._hand_over([job for job in granted if job.doomed is None])
+
+    def _hand_over(self, jobs: list[Job]) -> None:
+        if not jobs:
+            return
+        batch = jobs[0].claimed_run.batch
+        self._host.admit(batch.model, str(batch.id), self._running.enter(jobs))
+        for job in jobs:
+            job.ticket.started()
+
+    # ── the engine ───────────────────────────────────────────────────────────────────────────
+
+    def _hear_engine(self) -> None:
+        for event in self._host.events():
+            match event:
+                case Ready(load_ns=load_ns):
+                    log.info("The models were loaded in %.1f s.", load_ns / 1e9)
+                    self.ready.set()
+                case Stepped():
+                    self._over += self._running.answer(event)
+                case DidNotFit(model):
+                    self._halve(model)
+                case Broken() as broken:
+                    self._lose_engine(broken)
+
+    def _halve(self, model: str) -> None:
+        """The device ran out of memory: smaller batches follow, and nobody is charged."""
+        dropped = self._running.leave(model)
+        rows = sum(job.num_sequences for job in dropped)
+        self._row_caps[model] = max(1, rows // 2)
+        log.warning("Out of memory at %d rows; halved.", rows, extra={"action": "rows_halved"})
+        self._run_apart(dropped, Ending.failed(OutOfMemory()))
+
+    def _lose_engine(self, broken: Broken) -> None:
+        """The engine process died or hangs. Find the guilty by halves, and charge nobody else."""
+        self._host.kill()
+        if broken.will_not_load or not self.ready.is_set():
+            raise EngineError(f"The models cannot be loaded: {broken.reason}.")
+        suspects = self._running.leave()
+        log.error(
+            "The engine process is lost: %s. It held %d jobs.",
+            broken.reason,
+            len(suspects),
+            extra={"action": "engine_lost"},
+        )
+        self._run_apart(suspects, Ending.failed(EngineCrashed()))
+        if self._drain is None:
+            self._host.start()
+
+    def _run_apart(self, jobs: list[Job], alone: Ending) -> None:
+        """Run the dropped jobs again in halves, each by itself; a job that was alone ends."""
+        alive = [job for job in jobs if job.run and job.run.ending is None]
+        for job in jobs:
+            if job not in alive:
+                self._over.append(job)  # it was being cut short anyway
+        if len(jobs) == 1 and alive:
+            alive[0].claimed_run.ending = alone
+            self._over.append(alive[0])
+        elif alive:
+            middle = (len(alive) + 1) // 2
+            halves = [alive[:middle], alive[middle:]]
+            self._again.extendleft(half for half in reversed(halves) if half)

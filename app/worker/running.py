@@ -1,0 +1,65 @@
+"""The jobs inside the engine: which sequence belongs to which job, and what has been answered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from app.engines.base import Sequence
+from app.worker.engine_host import Stepped
+from app.worker.work import Job
+
+
+class Running:
+    """Owns the map from sequence ids to jobs. Ids are never used twice in a worker."""
+
+    def __init__(self) -> None:
+        self._owners: dict[int, tuple[Job, int]] = {}
+        self._next_id = 1
+
+    def enter(self, jobs: Iterable[Job]) -> list[Sequence]:
+        """Number the sequences of jobs that are about to be handed to the engine."""
+        entered: list[Sequence] = []
+        for job in jobs:
+            for place, sequence in enumerate(job.sequences(self._next_id)):
+                self._owners[sequence.id] = (job, place)
+                entered.append(sequence)
+            self._next_id += job.num_sequences
+        return entered
+
+    def answer(self, event: Stepped) -> list[Job]:
+        """Take the engine's answers; returns the jobs that have all of theirs now."""
+        over: list[Job] = []
+        for generation in event.generations:
+            job, place = self._owners.pop(generation.sequence_id)
+            run = job.claimed_run
+            run.generations[place] = generation
+            run.device_ns += generation.device_ns
+            run.batch.device_ns += generation.device_ns
+            if run.is_over:
+                over.append(job)
+        self._count(event, over)
+        return over
+
+    def _count(self, event: Stepped, over: list[Job]) -> None:
+        """Add what the engine computed to the batches it computed it for."""
+        inside = (job for job, _ in self._owners.values())
+        batches = {str(job.claimed_run.batch.id): job.claimed_run.batch for job in (*over, *inside)}
+        for stats in event.stats:
+            if batch := batches.get(stats.batch_id):
+                batch.useful_tokens += stats.useful_tokens
+                batch.padded_tokens += stats.padded_tokens
+
+    def sequence_ids(self, job: Job) -> list[int]:
+        return [id_ for id_, (owner, _) in self._owners.items() if owner is job]
+
+    def leave(self, model: str | None = None) -> list[Job]:
+        """Take out the unanswered jobs of one model, or of all: the engine dropped them."""
+        gone = {
+            id_: job
+            for id_, (job, _) in self._owners.items()
+            if model is None or job.model == model
+        }
+        for id_, job in gone.items():
+            del self._owners[id_]
+            job.claimed_run.forget_answers()
+        return list(dict.fromkeys(gone.values()))

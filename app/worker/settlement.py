@@ -1,0 +1,122 @@
+"""How a job ends: from its generations to the record that the store commits. Pure.
+
+What is decided here is written in one transaction; Celery hears of it afterwards.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any
+
+from app import responses
+from app.config import PriceSettings
+from app.costs import Meter
+from app.engines.base import Generation
+from app.engines.catalog import CatalogModel
+from app.errors import GristmillError
+from app.jobs import FinishReason, JobState, Usage
+from app.store.claims import BatchStats, Finished
+from app.worker.work import Batch, Ending, Job, Run
+
+
+class Settlement:
+    """Turns ended jobs into records, with the worker's price on them."""
+
+    def __init__(
+        self, price_id: str, price: PriceSettings, catalog: dict[str, CatalogModel]
+    ) -> None:
+        self._price_id = price_id
+        self._price = price
+        self._meter = Meter(price.per_device_hour)
+        self._catalog = catalog
+
+    def settle(self, job: Job) -> Finished:
+        """The record of a job that has ended: answered, cut short, or never run."""
+        run = job.claimed_run
+        answers = [each for each in run.generations if each is not None]
+        ending = run.ending or _row_error(answers)
+        usage = responses.usage(job.request, answers) if run.is_over else Usage()
+        has_output = ending is None or usage.output_tokens > 0
+        return Finished(
+            job_id=job.id,
+            attempt_id=run.attempt_id,
+            state=ending.state if ending else JobState.COMPLETED,
+            response=self._body(job, answers) if has_output else None,
+            error_code=ending.code if ending else None,
+            error_message=ending.message if ending else None,
+            input_tokens=usage.input_tokens,
+            output_tokens=usage.output_tokens,
+            batch_wait_ms=job.batch_wait_ns / 1e6,
+            batch_size=run.batch.num_jobs,
+            device_ns=run.device_ns,
+            cost=self._meter.charge(run.device_ns),
+            currency=self._price.currency,
+            price_id=self._price_id,
+            **_times(run, answers),
+        )
+
+    def without_response(self, record: Finished) -> Finished:
+        """The record of a job whose answer the store refused: it fails, and is billed as it was."""
+        return replace(
+            record,
+            state=JobState.FAILED,
+            response=None,
+            error_code=GristmillError.code,
+            error_message="The answer could not be stored.",
+        )
+
+    def _body(self, job: Job, answers: list[Generation]) -> dict[str, Any]:
+        tokenizer = self._catalog[job.model].tokenizer
+        return responses.body(
+            job.request,
+            answers,
+            job_id=str(job.id),
+            model=job.model,
+            created=int(time.time()),
+            token_text=tokenizer.token_text,
+        )
+
+
+def batch_stats(batch: Batch) -> BatchStats:
+    """What a batch has computed so far."""
+    return BatchStats(batch.id, batch.useful_tokens, batch.padded_tokens, batch.device_ns)
+
+
+def summary(job: Job, record: Finished) -> str:
+    """What Flower shows as the result: never text of the prompt or the answer."""
+    return repr(
+        {
+            "model": job.model,
+            "batch": str(job.claimed_run.batch.id)[:8],
+            "size": record.batch_size,
+            "in": record.input_tokens,
+            "out": record.output_tokens,
+            "cost": f"{record.cost:f} {record.currency}",
+        }
+    )
+
+
+def _row_error(answers: list[Generation]) -> Ending | None:
+    for answer in answers:
+        if answer.finish_reason is FinishReason.ERROR:
+            return Ending(
+                JobState.FAILED,
+                answer.error_code or "engine_error",
+                answer.error_message or "The engine could not run this sequence.",
+            )
+    return None
+
+
+def _times(run: Run, answers: list[Generation]) -> dict[str, Any]:
+    """Stamps on the database's clock, and the engine's time in milliseconds."""
+    if not run.is_over:
+        return {}
+    began = min(each.started_ns for each in answers)
+    first = min(each.first_token_ns or each.finished_ns for each in answers)
+    ended = max(each.finished_ns for each in answers)
+    return {
+        "started_at": run.stamp(began),
+        "first_token_at": run.stamp(first),
+        "inference_ms": max(0, ended - began) / 1e6,
+    }

@@ -1,0 +1,163 @@
+"""What the runner keeps of a job while it is in this worker.
+
+Ticket ──register──▶ Job ──batch, claim──▶ Job with a Run ──finish──▶ row, then ack
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import math
+from dataclasses import dataclass, field
+from uuid import UUID, uuid4
+
+from app.engines.base import Generation, Sequence
+from app.engines.tokenizer import Prepared
+from app.errors import GristmillError
+from app.jobs import CloseReason, JobState
+from app.requests import Request
+from app.store.claims import Finished
+from app.worker.batcher import Candidate
+from app.worker.ticket import Ticket
+
+
+@dataclass(slots=True, eq=False)
+class Batch:
+    """An admission batch: the jobs that were claimed together."""
+
+    id: UUID
+    model: str
+    reason: CloseReason
+    wait_ns: int  #: of its oldest member
+    num_jobs: int = 0
+    num_sequences: int = 0
+    useful_tokens: int = 0
+    padded_tokens: int = 0
+    device_ns: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Run:
+    """A granted attempt. Its stamps are on the database's clock: `claimed_at` plus what this
+    machine's monotonic clock measured since."""
+
+    attempt_id: UUID
+    batch: Batch
+    claimed_at: dt.datetime
+    claimed_ns: int
+    generations: list[Generation | None]
+    device_ns: int = 0  #: its share of the device's time, so far
+    ending: Ending | None = None  #: why it is being cut short
+    record: Finished | None = None  #: what is to be committed; made once, so that it is priced once
+
+    def forget_answers(self) -> None:
+        """The engine dropped the job: what it had answered is computed again."""
+        self.generations = [None] * len(self.generations)
+
+    @property
+    def is_over(self) -> bool:
+        return None not in self.generations
+
+    def stamp(self, monotonic_ns: int) -> dt.datetime:
+        """A monotonic reading of this machine as a time of the database, not before the claim."""
+        since_ns = max(0, monotonic_ns - self.claimed_ns)
+        return self.claimed_at + dt.timedelta(microseconds=since_ns / 1_000)
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """The final state of a job that does not run to its end, and the error that says why."""
+
+    state: JobState
+    code: str
+    message: str
+
+    @classmethod
+    def failed(cls, error: GristmillError) -> Ending:
+        return cls(JobState.FAILED, error.code, error.message)
+
+
+CANCELLED = Ending(JobState.CANCELLED, "cancelled", "The job was cancelled.")
+EXPIRED = Ending(JobState.EXPIRED, "deadline_exceeded", "The deadline passed while the job ran.")
+TIMED_OUT = Ending(JobState.FAILED, "time_limit", "The time limit of the message passed.")
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A job that this worker has registered and not yet ended."""
+
+    ticket: Ticket
+    model: str
+    request: Request
+    prepared: Prepared
+    priority: int
+    deadline: dt.datetime | None
+    tenant: str
+    arrived_ns: int
+    doomed: Ending | None = None  #: it cannot run; the reason found before its batch
+    run: Run | None = None
+    attempt_id: UUID = field(default_factory=uuid4)  #: of the attempt that its claim is to open
+    closed_ns: int = 0  #: when its batch was closed
+
+    @property
+    def id(self) -> UUID:
+        return self.ticket.job_id
+
+    @property
+    def num_sequences(self) -> int:
+        return self.request.num_sequences
+
+    @property
+    def batch_wait_ns(self) -> int:
+        return max(0, self.closed_ns - self.arrived_ns)
+
+    def candidate(self) -> Candidate:
+        """The job as the batcher sees it."""
+        return Candidate(
+            job_id=self.id,
+            group=self.model,
+            num_sequences=self.num_sequences,
+            prompt_tokens=max(map(len, self.prepared.prompts), default=0),
+            max_new_tokens=self.prepared.max_tokens,
+            arrived_ns=self.arrived_ns,
+            priority=self.priority,
+            deadline=self.deadline.timestamp() if self.deadline else math.inf,
+        )
+
+    @property
+    def claimed_run(self) -> Run:
+        """The run of a job that is known to be claimed."""
+        assert self.run is not None
+        return self.run
+
+    def sequences(self, first_id: int) -> list[Sequence]:
+        """What the engine is to run, in the order of the answers, with ids from `first_id`."""
+        answers = self.request.num_answers
+        return [
+            Sequence(
+                id=first_id + place,
+                prompt_token_ids=self.prepared.prompts[place // answers],
+                params=self.request.sampling(self.prepared.max_tokens, place % answers),
+                tenant=self.tenant,
+                priority=self.priority,
+            )
+            for place in range(self.num_sequences)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseNews:
+    """What a heartbeat or a notification said of this worker's attempts."""
+
+    asked_ns: int  #: attempts claimed after this are not in `held` yet
+    held: frozenset[UUID] | None  #: attempts that are still ours; None: nothing was said
+    cancelled: frozenset[UUID] = frozenset()  #: attempts whose job is to be cancelled
+    expired: frozenset[UUID] = frozenset()  #: attempts whose job is past its deadline
+    cancelled_jobs: frozenset[UUID] = frozenset()
+
+    def says_lost(self, run: Run) -> bool:
+        """Whether the store no longer counts this attempt as ours."""
+        return (
+            self.held is not None
+            and run.claimed_ns < self.asked_ns
+            and run.attempt_id not in self.held
+        )
