@@ -15,6 +15,8 @@ from decimal import Decimal
 from typing import Any
 from uuid import UUID
 
+from app.errors import GristmillError
+
 _ESCAPE = re.compile(r"\\(?:u0000|.)")
 
 
@@ -22,13 +24,16 @@ def encode(records: Iterable[Any]) -> str:
     """Dataclasses as a JSON array of objects keyed by field name.
 
     jsonb can hold neither NUL nor half of a surrogate pair, and one such character would fail the
-    commit of everybody in the group. They are replaced by U+FFFD and "?". NaN and infinity raise
-    ValueError: they are a bug of whoever made the record.
+    commit of everybody in the group. They are replaced by U+FFFD and "?". What JSON has no word
+    for, such as NaN, raises `GristmillError`: it is a bug of whoever made the record.
     """
     rows = [{f.name: getattr(record, f.name) for f in fields(record)} for record in records]
-    text = json.dumps(
-        rows, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_plain
-    )
+    try:
+        text = json.dumps(
+            rows, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_plain
+        )
+    except (TypeError, ValueError, RecursionError) as error:
+        raise GristmillError(f"A record cannot be stored as JSON: {type(error).__name__}") from None
     if r"\u0000" in text:
         # Whole escapes are matched, so that an escaped backslash before "u0000" is left alone.
         text = _ESCAPE.sub(lambda e: "\ufffd" if e[0] == r"\u0000" else e[0], text)
@@ -40,4 +45,4 @@ def _plain(value: object) -> str:
         return value.isoformat()
     if isinstance(value, UUID | Decimal):
         return str(value)
-    raise TypeError(f"A {type(value).__name__} cannot be stored.")
+    raise TypeError

@@ -144,7 +144,8 @@ _MARK_ENQUEUED: Final = text("""
 
 def mark_enqueued(connection: Connection, ids: Sequence[UUID]) -> None:
     """Note that the messages of these jobs were sent, for the first time or again."""
-    connection.execute(_MARK_ENQUEUED, {"ids": list(ids)})
+    if ids:
+        connection.execute(_MARK_ENQUEUED, {"ids": list(ids)})
 
 
 # Register messages that reached a worker. Inserting on conflict locks the row and sees it as it
@@ -188,6 +189,8 @@ def receive(
     jobs: dict[UUID, NewJob | None] = {}
     for arrival in sorted(arrivals, key=lambda arrival: arrival.id):  # rows are locked in order
         jobs[arrival.id] = arrival.job or jobs.get(arrival.id)  # one message may come twice
+    if not jobs:
+        return {}
     rows = connection.execute(
         _RECEIVE,
         {
@@ -209,17 +212,20 @@ _UNRECEIVE: Final = text("""
         WHERE id = ANY(CAST(:ids AS uuid[])) AND state = 'queued' AND received_by = :worker_id
         ORDER BY id FOR NO KEY UPDATE
     )
-    UPDATE jobs SET received_by = NULL, enqueued_at = now()
+    UPDATE jobs SET
+        received_by = NULL, enqueued_at = CASE WHEN not_before <= now() THEN now() END
     FROM held WHERE jobs.id = held.id
 """)
 
 
 def unreceive(connection: Connection, worker_id: UUID, ids: Sequence[UUID]) -> None:
-    """Let go of jobs that were received and not claimed, because their messages go back to Redis.
+    """Let go of jobs that were received and not claimed.
 
-    Should a message not arrive there, rescue finds it as it finds any lost one.
+    The messages of due ones are taken to go back to Redis; one that does not is found like any
+    that is lost. Jobs that are not due count as never sent: rescue sends them in time.
     """
-    connection.execute(_UNRECEIVE, {"worker_id": worker_id, "ids": list(ids)})
+    if ids:
+        connection.execute(_UNRECEIVE, {"worker_id": worker_id, "ids": list(ids)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -263,6 +269,8 @@ def reject(connection: Connection, rejected: Sequence[RejectedJob]) -> set[UUID]
     A job that already exists, in whatever state, is left alone: anybody can put a bad message
     with its id into Redis.
     """
+    if not rejected:
+        return set()
     return set(connection.scalars(_REJECT, {"rejected": encode(rejected)}))
 
 

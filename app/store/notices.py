@@ -18,7 +18,7 @@ DONE: Final = "gristmill_done"
 """A job reached its final state."""
 
 CANCEL: Final = "gristmill_cancel"
-"""A running job is to be cut short: cancelled, or past its deadline."""
+"""A running job was cancelled by its caller."""
 
 STOP_CHECK_S: Final = 0.25
 RECONNECT_S: Final = 0.5

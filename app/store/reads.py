@@ -53,7 +53,7 @@ class AttemptView:
     error_code: str | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ResultView:
     """The answer, its timing and its cost; see `tables.results`."""
 
@@ -61,7 +61,7 @@ class ResultView:
     attempt_id: UUID | None
     batch_id: UUID | None
     batch_size: int | None
-    response: dict[str, Any] | None
+    response: dict[str, Any] | None = None  #: left out of lists
     error_code: str | None
     error_message: str | None
     input_tokens: int | None
@@ -150,7 +150,7 @@ def list_jobs(
     limit: int = 50,
     tenant: str = DEFAULT_TENANT,
 ) -> list[JobView]:
-    """A tenant's jobs, newest first, beginning after the job `after`.
+    """A tenant's jobs without their responses, newest first, beginning after the job `after`.
 
     Raises `JobNotFound` if there is no job `after`. Takes the newest of each state by its index
     and merges them, so a page costs the same wherever it lies.
@@ -170,7 +170,7 @@ def list_jobs(
     wanted = [state] if state else list(JobState)
     merged = union_all(*(newest(each).subquery().select() for each in wanted)).subquery()
     page = select(merged.c.id).order_by(merged.c.created_at.desc(), merged.c.id.desc()).limit(limit)
-    return _views(connection, list(connection.scalars(page)), tenant)
+    return _views(connection, list(connection.scalars(page)), tenant, without=["response"])
 
 
 def _place(connection: Connection, job_id: UUID, tenant: str) -> Tuple:
@@ -183,22 +183,22 @@ def _place(connection: Connection, job_id: UUID, tenant: str) -> Tuple:
     return tuple_(literal(created_at, Stamp), literal(job_id, Uuid))
 
 
-def _views(connection: Connection, ids: Sequence[UUID], tenant: str) -> list[JobView]:
-    """The jobs in the order of `ids`, without those that this tenant does not have."""
+def _views(
+    connection: Connection, ids: Sequence[UUID], tenant: str, without: Sequence[str] = ()
+) -> list[JobView]:
+    """The jobs in the order of `ids`, as far as this tenant has them, `without` result columns."""
     tried: dict[UUID, list[AttemptView]] = {id: [] for id in ids}
+    of_attempt = _columns(AttemptView, attempts)
     for row in connection.execute(
-        select(attempts.c.job_id, *_columns(AttemptView, attempts))
+        select(attempts.c.job_id, *of_attempt)
         .where(attempts.c.job_id == func.any(list(ids)))
         .order_by(attempts.c.number)
     ):
-        tried[row.job_id].append(_view(row, AttemptView, attempts))
+        tried[row.job_id].append(_view(row, AttemptView, of_attempt))
+    of_job, of_batch = _columns(JobView, jobs), _columns(BatchView, batches)
+    of_result = [column for column in _columns(ResultView, results) if column.name not in without]
     rows = connection.execute(
-        select(
-            *_columns(JobView, jobs),
-            results.c.job_id,
-            *_columns(ResultView, results),
-            *_columns(BatchView, batches),
-        )
+        select(*of_job, results.c.job_id, *of_result, *of_batch)
         .join_from(jobs, results, isouter=True)
         .join(
             batches,
@@ -207,17 +207,17 @@ def _views(connection: Connection, ids: Sequence[UUID], tenant: str) -> list[Job
         )
         .where(jobs.c.id == func.any(list(ids)), jobs.c.tenant == tenant)
     )
-    views = {
-        row._mapping[jobs.c.id]: _view(
+    views: dict[UUID, JobView] = {}
+    for row in rows:
+        id = row._mapping[jobs.c.id]
+        views[id] = _view(
             row,
             JobView,
-            jobs,
-            attempts=tuple(tried[row._mapping[jobs.c.id]]),
-            result=_view(row, ResultView, results) if row._mapping[results.c.job_id] else None,
-            batch=_view(row, BatchView, batches) if row._mapping[batches.c.id] else None,
+            of_job,
+            attempts=tuple(tried[id]),
+            result=_view(row, ResultView, of_result) if row._mapping[results.c.job_id] else None,
+            batch=_view(row, BatchView, of_batch) if row._mapping[batches.c.id] else None,
         )
-        for row in rows
-    }
     return [views[id] for id in ids if id in views]
 
 
@@ -226,8 +226,10 @@ def _columns(view: type[DataclassInstance], table: Table) -> list[Column[Any]]:
     return [table.c[field.name] for field in fields(view) if field.name in table.c]
 
 
-def _view(row: Row[*tuple[Any, ...]], view: type[V], table: Table, **more: object) -> V:
-    values = {column.name: row._mapping[column] for column in _columns(view, table)}
+def _view(
+    row: Row[*tuple[Any, ...]], view: type[V], columns: Sequence[Column[Any]], **more: object
+) -> V:
+    values = {column.name: row._mapping[column] for column in columns}
     if "state" in values:
         values["state"] = JobState(values["state"])
     return view(**values, **more)
@@ -261,3 +263,23 @@ def queue_depths(connection: Connection) -> list[QueueDepth]:
         QueueDepth(model, JobState(state), count)
         for model, state, count in connection.execute(_QUEUE_DEPTHS)
     ]
+
+
+# The oldest queued job of each model: one step into an index for each.
+_OLDEST_QUEUED: Final = text("""
+    SELECT given.model, extract(epoch FROM now() - oldest.created_at)
+    FROM unnest(CAST(:models AS text[])) AS given (model)
+    CROSS JOIN LATERAL (
+        SELECT created_at FROM jobs
+        WHERE tenant = :tenant AND jobs.model = given.model AND state = 'queued'
+        ORDER BY created_at, id LIMIT 1
+    ) AS oldest
+""")
+
+
+def oldest_queued_s(
+    connection: Connection, models: Sequence[str], *, tenant: str = DEFAULT_TENANT
+) -> dict[str, float]:
+    """Seconds since the oldest queued job of each model was accepted; without those of no job."""
+    rows = connection.execute(_OLDEST_QUEUED, {"models": list(models), "tenant": tenant})
+    return {model: float(seconds) for model, seconds in rows}

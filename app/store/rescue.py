@@ -17,7 +17,6 @@ from sqlalchemy import Connection, Row, text
 from app.engines.base import Kind
 from app.jobs import JobState
 from app.store.claims import GIVE_BACK, Released
-from app.store.notices import CANCEL
 from app.store.results import RECORD_ENDED
 
 _LEASE_OVER: Final = """
@@ -84,21 +83,12 @@ _EXPIRE_QUEUED: Final = text(f"""
     SELECT id FROM ended
 """)
 
-# Ask the workers of running jobs whose deadline has passed to cut them short.
-_ASK_WORKERS: Final = text(f"""
-    SELECT pg_notify('{CANCEL}', CAST(id AS text)) FROM (
-        SELECT id FROM jobs WHERE state = 'running' AND deadline <= now()
-        ORDER BY deadline LIMIT :page
-    ) AS late
-""")
-
 
 def expire_deadlines(connection: Connection, page: int) -> list[UUID]:
     """End queued jobs that are past their deadline; the ids that ended.
 
-    The workers of running ones are told, and end them as `expired` with what they have.
+    Running ones are their workers' to end, with what they have: the heartbeat tells them.
     """
-    connection.execute(_ASK_WORKERS, {"page": page})
     return list(connection.scalars(_EXPIRE_QUEUED, {"page": page}))
 
 
@@ -123,7 +113,7 @@ def _wake_up(row: Row[Any]) -> WakeUp:
 _UNSENT: Final = text("""
     SELECT id, tenant, model, kind, url, request, priority FROM jobs
     WHERE state = 'queued' AND received_by IS NULL AND enqueued_at IS NULL
-        AND not_before <= now() - :grace_s * interval '1 s'
+        AND not_before <= now() AND created_at <= now() - :grace_s * interval '1 s'
     ORDER BY not_before LIMIT :page
     FOR NO KEY UPDATE SKIP LOCKED
 """)

@@ -161,7 +161,7 @@ jobs = Table(
     # Listing, with and without a model.
     Index("jobs_by_state", "tenant", "state", "created_at", "id"),
     Index("jobs_by_model", "tenant", "model", "state", "created_at", "id"),
-    # Rescue: never sent; sent and not received; received; running; with a deadline.
+    # Rescue: never sent; sent and not received; received; running; queued with a deadline.
     Index(
         "jobs_unsent",
         "not_before",
@@ -182,7 +182,7 @@ jobs = Table(
     Index(
         "jobs_deadline",
         "deadline",
-        postgresql_where=text("state IN ('queued', 'running') AND deadline IS NOT NULL"),
+        postgresql_where=text("state = 'queued' AND deadline IS NOT NULL"),
     ),
     # A queue turns its rows over many times its size: clean up long before a fifth is dead.
     postgresql_with={"autovacuum_vacuum_scale_factor": "0.02"},

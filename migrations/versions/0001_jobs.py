@@ -194,7 +194,7 @@ def upgrade() -> None:
         "jobs_deadline",
         "jobs",
         ["deadline"],
-        postgresql_where=text("state IN ('queued', 'running') AND deadline IS NOT NULL"),
+        postgresql_where=text("state = 'queued' AND deadline IS NOT NULL"),
     )
     op.create_index(
         "jobs_idempotency_key",
