@@ -1,0 +1,113 @@
+"""How a job is answered: what was read of it, for how long it was waited for, and its ETag."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import partial
+from hashlib import sha256
+from typing import Annotated, Final
+from uuid import UUID
+
+from fastapi import Depends, Header, Query, Response
+from starlette.concurrency import run_in_threadpool
+
+from app.api.services import Here, Services
+from app.api.views import job_of
+from app.errors import JobNotFound
+from app.store import reads
+from app.store.database import Database
+
+RETRY_AFTER_S: Final = 1
+_PREFER_WAIT: Final = re.compile(r"(?:^|[,;])\s*wait\s*=\s*\"?(\d{1,9})\"?\s*(?:[,;]|$)", re.I)
+_TAG: Final = re.compile(r'(?:W/)?("[^"]*")')
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """How long the caller lets us hold the answer until the job is final."""
+
+    seconds: float
+    is_preferred: bool  #: asked for by a Prefer header, whose fulfilment is to be told
+
+    @classmethod
+    async def of(
+        cls,
+        here: Here,
+        wait: Annotated[
+            float | None,
+            Query(
+                ge=0,
+                allow_inf_nan=False,
+                description="Hold the answer until the job is final, for this many seconds at "
+                "most. The server has a limit of its own, 60 by default.",
+                examples=[30],
+            ),
+        ] = None,
+        prefer: Annotated[
+            str | None,
+            Header(
+                description="`wait=N` is the same as the parameter wait (RFC 7240).",
+                examples=["wait=30"],
+            ),
+        ] = None,
+    ) -> Hold:
+        limit = here.settings.api.max_wait_s
+        if wait is not None:
+            return cls(min(wait, limit), False)
+        named = _PREFER_WAIT.search(prefer or "")
+        return cls(min(float(named[1]), limit), True) if named else cls(0.0, False)
+
+
+Held = Annotated[Hold, Depends(Hold.of)]
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A job as it was read: the JSON that tells of it."""
+
+    is_final: bool
+    body: bytes
+
+    @classmethod
+    def read(cls, database: Database, job_id: UUID) -> Snapshot:
+        """Raises `JobNotFound`. Not for the event loop."""
+        with database.begin() as connection:
+            view = reads.job(connection, job_id)
+        if view is None:
+            raise JobNotFound()
+        return cls(view.state.is_final, job_of(view).model_dump_json().encode())
+
+    @property
+    def etag(self) -> str:
+        return f'"{sha256(self.body).hexdigest()[:32]}"'
+
+
+async def look(here: Services, job_id: UUID, hold: Hold) -> Snapshot:
+    """The job once it is final, or as it is at the end of the hold."""
+    read = partial(run_in_threadpool, Snapshot.read, here.database, job_id)
+    return await here.waiters.until(lambda seen: seen.is_final, read, job_id, hold.seconds)
+
+
+def answer(
+    job: Snapshot,
+    *,
+    status: int = 200,
+    hold: Hold | None = None,
+    headers: dict[str, str] | None = None,
+    if_none_match: str | None = None,
+) -> Response:
+    """The job, or 304 if the caller has it as it is."""
+    told = {"ETag": job.etag, "Cache-Control": "private, no-cache"} | (headers or {})
+    if not job.is_final:
+        told["Retry-After"] = str(RETRY_AFTER_S)
+    if hold and hold.is_preferred:
+        told["Preference-Applied"] = f"wait={hold.seconds:g}"
+    if if_none_match is not None and _has_tag(if_none_match, job.etag):
+        return Response(status_code=304, headers=told)
+    return Response(job.body, status, told, media_type="application/json")
+
+
+def _has_tag(if_none_match: str, etag: str) -> bool:
+    """Weak comparison, as RFC 9110 asks for here."""
+    return if_none_match.strip() == "*" or etag in _TAG.findall(if_none_match)

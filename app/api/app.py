@@ -1,0 +1,165 @@
+"""The HTTP application, put together, and the server that runs it."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from importlib.metadata import version
+from typing import Final
+
+import uvicorn
+from anyio import to_thread
+from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
+
+from app import submit, telemetry
+from app.api import health, jobs, models, openapi, problems
+from app.api.metrics import Metrics, SystemCollector
+from app.api.middleware import RequestScope
+from app.api.services import Services
+from app.api.waiting import Waiters
+from app.broker import Publisher
+from app.config import Settings
+from app.errors import ConfigError, Unavailable
+from app.store import notices
+from app.store.database import Database
+from app.submit import Submitter
+
+log = logging.getLogger(__name__)
+
+GRACE_S: Final = 5
+"""At shutdown: time for requests to end. Long polls are answered at once."""
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The application. Loads tokenizers, and connects to nothing before it is started.
+
+    Raises `ConfigError` if a model's files are missing or unfit.
+    """
+    services = _services(settings)
+    app = FastAPIOffline(
+        title="Gristmill",
+        version=version("gristmill"),
+        summary="Submit prompts as jobs, and follow them.",
+        redoc_url=None,
+        lifespan=_lifespan,
+    )
+    app.state.services = services
+    app.add_middleware(RequestScope, metrics=services.metrics)
+    problems.install(app)
+    for surface in (jobs, models, health):
+        app.include_router(surface.router)
+    openapi.install(app)
+    return app
+
+
+def _services(settings: Settings) -> Services:
+    database = Database(
+        settings.database.url,
+        pool_size=settings.database.pool_size,
+        application_name="gristmill-api",
+        connect_timeout_s=settings.database.connect_timeout_s,
+        statement_timeout_ms=settings.database.statement_timeout_ms,
+        lock_timeout_ms=settings.database.lock_timeout_ms,
+    )
+    publisher = Publisher(settings)
+    submitter = Submitter(settings, database, publisher, submit.load_models(settings))
+    waiters = Waiters()
+    metrics = Metrics()
+    metrics.register(
+        SystemCollector(database, publisher, submitter.sender, waiters, settings.models)
+    )
+    return Services(settings, database, publisher, submitter, waiters, metrics)
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    services: Services = app.state.services
+    settings = services.settings
+    # One thread a connection: requests then queue for a thread, not with a thread for a connection.
+    to_thread.current_default_thread_limiter().total_tokens = settings.database.pool_size
+    services.waiters.open()
+    with _listening(settings.database.url, services.waiters):
+        yield
+    services.close()
+
+
+@contextmanager
+def _listening(database_url: str, waiters: Waiters) -> Iterator[None]:
+    """Pass on every word of a finished job to those who wait for it."""
+    stop = threading.Event()
+
+    def listen() -> None:
+        for notice in notices.listen(database_url, [notices.DONE], stop):
+            if notice.job_id is None:
+                waiters.look_again()
+            else:
+                waiters.job_is_done(notice.job_id)
+
+    thread = threading.Thread(target=listen, name="listen", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+class Server(uvicorn.Server):
+    """Uvicorn, but long polls do not hold up its shutdown."""
+
+    def __init__(self, app: FastAPI, sock: socket.socket) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_config=None,  # as set up by telemetry
+                access_log=False,  # /metrics has durations, and Postgres the jobs
+                server_header=False,
+                timeout_graceful_shutdown=GRACE_S,
+            )
+        )
+        self._app = app
+        self._sock = sock
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._app.state.services.waiters.close()
+        await super().shutdown(sockets)
+
+
+def serve(settings: Settings) -> None:
+    """Run the API until SIGTERM or SIGINT. Logs the address, with the port that was free for 0.
+
+    Raises `ConfigError` if it cannot listen, or if a model's files are unfit; `SchemaError` if the
+    database wants migrating. A database that is away is waited for: /readyz tells.
+    """
+    telemetry.setup_logging(settings.log_level)
+    app = create_app(settings)
+    _check_schema(app.state.services.database)
+    with _listen_on(settings.api.host, settings.api.port) as sock:
+        port = sock.getsockname()[1]
+        host = f"[{settings.api.host}]" if ":" in settings.api.host else settings.api.host
+        log.info("Listening on http://%s:%s; documentation under /docs.", host, port)
+        Server(app, sock).run(sockets=[sock])
+
+
+def _check_schema(database: Database) -> None:
+    try:
+        database.check_schema()
+    except Unavailable as error:
+        log.warning("%s Starting all the same.", error, extra={"action": "database_away"})
+
+
+def _listen_on(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server(
+            (host, port),
+            family=socket.AF_INET6 if ":" in host else socket.AF_INET,
+            backlog=2048,
+        )
+    except OSError as error:
+        raise ConfigError(
+            f"api.host {host} and api.port {port}: cannot listen there ({error.strerror})."
+        ) from None

@@ -1,0 +1,249 @@
+"""/v1/jobs: submit, follow, list, cancel."""
+
+from __future__ import annotations
+
+import re
+from http import HTTPStatus
+from typing import Annotated, Any, Final
+
+from fastapi import APIRouter, Header, Path, Query, Request, Response
+from pydantic import BaseModel
+from starlette.concurrency import run_in_threadpool
+
+from app.api import bodies
+from app.api.answers import Held, Snapshot, answer, look
+from app.api.problems import documented
+from app.api.schemas import BulkAnswer, BulkRequest, Job, JobList
+from app.api.services import Here, Services
+from app.api.views import bulk_item, summary_of
+from app.errors import GristmillError, RequestError
+from app.jobs import JobState, job_id_of
+from app.store import cancellation, reads
+from app.submit import Submission, Submitted, parse_submission
+
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+
+_KEY: Final = re.compile(r'"(?P<quoted>[ !#-\[\]-~]{1,255})"|(?P<bare>[!-~]{1,255})')
+
+JobId = Annotated[
+    str,
+    Path(
+        description="The job's id. Any other text is taken for the id of a Celery task.",
+        examples=["0b9f1c5e-6c8f-4d3a-9a3f-0d9b7f2f6a11"],
+    ),
+]
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        description="The same key and request once more are the same job, as long as it is kept.",
+        examples=["order-42-summary"],
+    ),
+]
+
+
+def _json_body(schema: type[BaseModel]) -> dict[str, Any]:
+    """OpenAPI of a body that the handler reads itself, within a limit."""
+    reference = {"$ref": f"#/components/schemas/{schema.__name__}"}
+    return {
+        "requestBody": {"required": True, "content": {"application/json": {"schema": reference}}}
+    }
+
+
+SUBMISSION_ERRORS: Final = documented(
+    HTTPStatus.BAD_REQUEST,
+    HTTPStatus.NOT_FOUND,
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+    HTTPStatus.UNPROCESSABLE_ENTITY,
+    HTTPStatus.TOO_MANY_REQUESTS,
+    HTTPStatus.SERVICE_UNAVAILABLE,
+)
+_ALREADY_FINAL: Final[dict[int | str, dict[str, Any]]] = {
+    200: {"model": Job, "description": "The job is final already."}
+}
+_NONE_ACCEPTED: Final[dict[int | str, dict[str, Any]]] = {
+    200: {"model": BulkAnswer, "description": "No job was accepted."}
+}
+
+
+@router.post(
+    "",
+    status_code=202,
+    response_model=Job,
+    responses=_ALREADY_FINAL | SUBMISSION_ERRORS,
+    openapi_extra=_json_body(Submission),
+    summary="Submit a job",
+)
+async def submit(
+    request: Request,
+    here: Here,
+    hold: Held,
+    idempotency_key: IdempotencyKey = None,
+) -> Response:
+    """Store the job and answer 202: from then on it is not lost. `Location` is where to follow it.
+
+    A job that ends within the time it is waited for, or that its Idempotency-Key brings back
+    final, is answered with 200.
+    """
+    raw = await bodies.read_body(request, here.settings.api.max_body_bytes)
+    submitted = await run_in_threadpool(_submit, here, raw, idempotency_key)
+    job = await look(here, submitted.job_id, hold)
+    headers = {"Location": f"/v1/jobs/{submitted.job_id}"}
+    return answer(job, status=200 if job.is_final else 202, hold=hold, headers=headers)
+
+
+def _submit(here: Services, raw: bytes, header: str | None) -> Submitted:
+    value = bodies.parse_json(raw)
+    if header is not None and isinstance(value, dict):
+        key = _parse_key(header)
+        if value.setdefault("idempotency_key", key) != key:
+            raise RequestError(
+                "The header Idempotency-Key and the field idempotency_key differ.",
+                param="idempotency_key",
+            )
+    try:
+        submitted = here.submitter.submit(parse_submission(value))
+    except GristmillError:
+        here.metrics.count_submissions("refused")
+        raise
+    here.metrics.count_submissions("accepted" if submitted.created else "replayed")
+    return submitted
+
+
+def _parse_key(header: str) -> str:
+    """The key of the header: a quoted string (a structured field), or bare."""
+    match = _KEY.fullmatch(header.strip())
+    if match is None:
+        raise RequestError(
+            "An Idempotency-Key has 1 to 255 visible ASCII characters.", param="Idempotency-Key"
+        )
+    return match["quoted"] or match["bare"]
+
+
+@router.post(
+    "/bulk",
+    status_code=202,
+    response_model=BulkAnswer,
+    responses=_NONE_ACCEPTED | SUBMISSION_ERRORS,
+    openapi_extra=_json_body(BulkRequest),
+    summary="Submit many jobs",
+)
+async def submit_bulk(request: Request, here: Here, response: Response) -> BulkAnswer:
+    """Store up to 10,000 jobs in one transaction, and answer for each in its place.
+
+    The good ones are accepted beside the bad ones: 202 if there is any good one, else 200. Only
+    what is wrong with the body as a whole, a full queue and an absent Postgres are errors here.
+    """
+    raw = await bodies.read_body(request, here.settings.api.max_bulk_bytes)
+    bulk = await run_in_threadpool(_submit_bulk, here, raw)
+    response.status_code = 202 if bulk.accepted else 200
+    return bulk
+
+
+def _submit_bulk(here: Services, raw: bytes) -> BulkAnswer:
+    value = bodies.parse_json(raw)
+    if not (isinstance(value, dict) and value.keys() == {"jobs"}):
+        raise RequestError('The body must be {"jobs": [...]} and nothing else.', param="jobs")
+    submissions = value["jobs"]
+    limit = here.settings.api.max_bulk_items
+    if not (isinstance(submissions, list) and 1 <= len(submissions) <= limit):
+        raise RequestError(f"jobs must be a list of 1 to {limit} jobs.", param="jobs")
+    items = [
+        bulk_item(index, outcome)
+        for index, outcome in enumerate(here.submitter.submit_many(submissions))
+    ]
+    refused = sum(item.error is not None for item in items)
+    replayed = sum(item.status == HTTPStatus.OK for item in items)
+    for outcome, num in (
+        ("accepted", len(items) - refused - replayed),
+        ("replayed", replayed),
+        ("refused", refused),
+    ):
+        here.metrics.count_submissions(outcome, num)
+    return BulkAnswer(accepted=len(items) - refused, refused=refused, items=items)
+
+
+@router.get(
+    "/{job_id}",
+    response_model=Job,
+    responses=documented(
+        HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_FOUND, HTTPStatus.SERVICE_UNAVAILABLE
+    )
+    | {304: {"description": "Nothing changed since the ETag in If-None-Match."}},
+    summary="Follow a job",
+)
+async def get_job(
+    here: Here,
+    job_id: JobId,
+    hold: Held,
+    if_none_match: Annotated[
+        str | None, Header(description="An ETag of an earlier answer: 304 if nothing changed.")
+    ] = None,
+) -> Response:
+    """The job as it is, or, with `wait`, as soon as it is final.
+
+    While it is not, `Retry-After` says when to look again.
+    """
+    job = await look(here, job_id_of(job_id), hold)
+    return answer(job, hold=hold, if_none_match=if_none_match)
+
+
+@router.get(
+    "",
+    responses=documented(
+        HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_FOUND, HTTPStatus.SERVICE_UNAVAILABLE
+    ),
+    summary="List jobs",
+)
+def list_jobs(
+    here: Here,
+    state: Annotated[JobState | None, Query(description="Only jobs in this state.")] = None,
+    model: Annotated[
+        str | None,
+        Query(
+            max_length=200, description="Only jobs of this model.", examples=["all-minilm-l6-v2"]
+        ),
+    ] = None,
+    after: Annotated[
+        str | None,
+        Query(max_length=255, description="Begin after this job: `last_id` of the page before."),
+    ] = None,
+    limit: Annotated[int, Query(ge=1, le=100, description="Most jobs of a page.")] = 20,
+) -> JobList:
+    """Jobs without their answers, newest first."""
+    with here.database.begin() as connection:
+        page = reads.list_jobs(
+            connection,
+            state=state,
+            model=model,
+            after=job_id_of(after) if after else None,
+            limit=limit + 1,
+        )
+    data = [summary_of(view) for view in page[:limit]]
+    return JobList(
+        data=data,
+        first_id=data[0].id if data else None,
+        last_id=data[-1].id if data else None,
+        has_more=len(page) > limit,
+    )
+
+
+@router.post(
+    "/{job_id}/cancel",
+    status_code=202,
+    response_model=Job,
+    responses=_ALREADY_FINAL
+    | documented(HTTPStatus.NOT_FOUND, HTTPStatus.CONFLICT, HTTPStatus.SERVICE_UNAVAILABLE),
+    summary="Cancel a job",
+)
+async def cancel(here: Here, job_id: JobId) -> Response:
+    """A queued job is cancelled at once: 200. A running one is stopped by its worker within a step
+    or so, and what it generated is kept: 202, follow it. May be repeated."""
+    job = await run_in_threadpool(_cancel, here, job_id)
+    return answer(job, status=200 if job.is_final else 202)
+
+
+def _cancel(here: Services, job_id: str) -> Snapshot:
+    with here.database.begin() as connection:
+        cancellation.cancel(connection, job_id_of(job_id))
+    return Snapshot.read(here.database, job_id_of(job_id))

@@ -1,0 +1,130 @@
+"""What Prometheus reads at /metrics: jobs and queues as they are, requests as they went.
+
+Durations are in seconds. Labels hold names from the configuration and the routes only, so that
+their number is bounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from app.api.waiting import Waiters
+from app.broker import Publisher
+from app.errors import GristmillError
+from app.store import reads
+from app.store.database import Database
+from app.submit import Sender
+
+
+class Metrics:
+    """The registry of this process."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._requests = Histogram(
+            "gristmill_http_request_seconds",
+            "Time from the first byte of a request to the last of its answer; long polls too.",
+            ["method", "route", "status"],
+            registry=self._registry,
+        )
+        self._submissions = Counter(
+            "gristmill_submissions",
+            "Jobs asked for: accepted, replayed (known by their key), or refused.",
+            ["outcome"],
+            registry=self._registry,
+        )
+
+    def observe_request(self, method: str, route: str, status: int, seconds: float) -> None:
+        known_method = method if method in ("GET", "HEAD", "POST") else "other"
+        self._requests.labels(known_method, route, str(status)).observe(seconds)
+
+    def count_submissions(self, outcome: str, num: int = 1) -> None:
+        self._submissions.labels(outcome).inc(num)
+
+    def register(self, collector: Collector) -> None:
+        self._registry.register(collector)
+
+    def text(self) -> bytes:
+        """All metrics in Prometheus' text format. Reads the database: not for the event loop."""
+        return generate_latest(self._registry)
+
+
+class SystemCollector(Collector):
+    """Reads jobs from Postgres and queues from Redis when asked. What cannot be reached is left
+    out, and its `up` is 0."""
+
+    def __init__(
+        self,
+        database: Database,
+        publisher: Publisher,
+        sender: Sender,
+        waiters: Waiters,
+        models: Iterable[str],
+    ) -> None:
+        self._database = database
+        self._publisher = publisher
+        self._sender = sender
+        self._waiters = waiters
+        self._models = tuple(models)
+
+    def describe(self) -> Iterable[Metric]:
+        return ()  # or registering would collect once
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._jobs()
+        yield from self._queues()
+        sent = CounterMetricFamily(
+            "gristmill_messages", "Messages of new jobs.", labels=["outcome"]
+        )
+        sent.add_metric(["sent"], self._sender.num_sent)
+        sent.add_metric(["left_to_rescue"], self._sender.num_left_to_rescue)
+        yield sent
+        yield GaugeMetricFamily(
+            "gristmill_long_polls", "Long polls held.", self._waiters.num_waiting
+        )
+
+    def _jobs(self) -> Iterator[Metric]:
+        up = GaugeMetricFamily("gristmill_postgres_up", "Whether Postgres answers.")
+        try:
+            with self._database.begin() as connection:
+                depths = reads.queue_depths(connection)
+                ages = reads.oldest_queued_s(connection, self._models)
+        except GristmillError:
+            up.add_metric([], 0)
+            yield up
+            return
+        up.add_metric([], 1)
+        yield up
+        jobs = GaugeMetricFamily(
+            "gristmill_jobs", "Jobs that are not final.", labels=["model", "state"]
+        )
+        for depth in depths:
+            jobs.add_metric([depth.model, depth.state], depth.num_jobs)
+        yield jobs
+        oldest = GaugeMetricFamily(
+            "gristmill_oldest_queued_seconds", "Age of the oldest queued job.", labels=["model"]
+        )
+        for model in self._models:
+            oldest.add_metric([model], ages.get(model, 0.0))
+        yield oldest
+
+    def _queues(self) -> Iterator[Metric]:
+        up = GaugeMetricFamily("gristmill_redis_up", "Whether Redis answers.")
+        try:
+            lengths = self._publisher.queue_lengths(self._models)
+        except GristmillError:
+            up.add_metric([], 0)
+            yield up
+            return
+        up.add_metric([], 1)
+        yield up
+        messages = GaugeMetricFamily(
+            "gristmill_queue_messages", "Messages waiting in Redis.", labels=["model"]
+        )
+        for model, length in lengths.items():
+            messages.add_metric([model], length)
+        yield messages

@@ -1,0 +1,67 @@
+"""Around every request: an id, a duration, and an answer even to a bug."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import traceback
+from typing import Final
+from uuid import uuid4
+
+from fastapi import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.api import problems
+from app.api.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
+class RequestScope:
+    """Gives each request its `x-request-id` (the caller's own, if it is a plain word), measures
+    it, and turns what nobody caught into a 500 that leaks nothing."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request = Request(scope)
+        given = request.headers.get("x-request-id", "")
+        request.state.request_id = given if REQUEST_ID.fullmatch(given) else uuid4().hex
+        began = time.perf_counter()
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"].append((b"x-request-id", request.state.request_id.encode()))
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except Exception as error:
+            _log_without_values(error, request)
+            if not status:
+                await problems.internal_error(request)(scope, receive, send_with_id)
+        finally:
+            path = getattr(scope.get("route"), "path", "unknown")
+            self._metrics.observe_request(request.method, path, status, time.perf_counter() - began)
+
+
+def _log_without_values(error: Exception, request: Request) -> None:
+    """Where a bug is, without the text of the error: it may quote a prompt."""
+    places = "".join(traceback.format_tb(error.__traceback__))
+    log.error(
+        "%s was not caught.\n%s",
+        type(error).__name__,
+        places,
+        extra={"action": "request_failed", "request_id": request.state.request_id},
+    )

@@ -1,0 +1,27 @@
+"""/v1/models: what jobs may name."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+from app.api.schemas import Model, ModelList
+from app.api.services import Here
+
+router = APIRouter(prefix="/v1/models", tags=["models"])
+
+
+@router.get("", summary="List the models")
+async def list_models(here: Here) -> ModelList:
+    """The configured models, whether or not a worker serves them right now."""
+    return ModelList(
+        data=[
+            Model(
+                id=name,
+                kind=model.settings.kind,
+                default=model.settings.default,
+                context_tokens=model.tokenizer.context_tokens,
+                max_output_tokens=model.settings.max_output_tokens,
+            )
+            for name, model in here.submitter.models.items()
+        ]
+    )

@@ -1,0 +1,228 @@
+"""What the API answers with, field by field. Times are RFC 3339 in UTC."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from decimal import Decimal
+from typing import Annotated, Any, Literal
+from uuid import UUID
+
+from pydantic import BaseModel, Field, PlainSerializer
+
+from app.api.problems import Problem
+from app.engines.base import Kind
+from app.jobs import AttemptOutcome, CloseReason, JobState
+from app.submit import Submission
+
+Money = Annotated[
+    Decimal, PlainSerializer(lambda value: f"{value:f}", return_type=str, when_used="json")
+]
+"""An exact amount: a decimal number written as a string."""
+
+
+class Attempt(BaseModel):
+    """One try of the job by one worker."""
+
+    number: int = Field(description="1 for the first.", examples=[1])
+    worker_id: UUID = Field(description="The worker process that ran it.")
+    batch_id: UUID = Field(description="The admission batch it ran in.")
+    claimed_at: datetime = Field(description="When the worker took the job.")
+    started_at: datetime | None = Field(None, description="When the engine began the prompt.")
+    ended_at: datetime | None = Field(None, description="When it ended; null while it runs.")
+    outcome: AttemptOutcome | None = Field(None, description="How it ended; null while it runs.")
+    charged: bool | None = Field(
+        None, description="Whether it counts towards the most attempts; null while it runs."
+    )
+    device_seconds: float | None = Field(
+        None, description="Device time spent on it, in seconds.", examples=[0.412]
+    )
+    cost: Money | None = Field(
+        None, description="The price of that time.", examples=["0.000004120"]
+    )
+    error_code: str | None = Field(
+        None, description="What ended it, if an error did.", examples=["engine_crash"]
+    )
+
+
+class Timing(BaseModel):
+    """Where the time went, in milliseconds. A part that did not take place is null."""
+
+    queue_ms: float | None = Field(description="Accepted to claimed.", examples=[104.2])
+    batch_wait_ms: float | None = Field(
+        description="The part of it in which the worker was filling the batch.", examples=[100.1]
+    )
+    ttft_ms: float | None = Field(description="Accepted to the first token.", examples=[180.5])
+    inference_ms: float | None = Field(
+        description="The engine's start to the last token.", examples=[512.7]
+    )
+    total_ms: float | None = Field(description="Accepted to finished.", examples=[640.3])
+
+
+class TokenUsage(BaseModel):
+    """Tokens, cached ones included."""
+
+    input_tokens: int | None = Field(description="Tokens of the prompt.", examples=[31])
+    output_tokens: int | None = Field(description="Tokens generated.", examples=[64])
+    total_tokens: int | None = Field(description="Both.", examples=[95])
+
+
+class Cost(BaseModel):
+    """What the job is charged: its share of the device's time, at the worker's price."""
+
+    amount: Money = Field(description="An exact decimal, as a string.", examples=["0.000005120"])
+    currency: str | None = Field(description="ISO 4217 code.", examples=["EUR"])
+    price_id: str | None = Field(description="The entry of prices.toml.", examples=["cpu"])
+    device_seconds: float = Field(description="The time charged, in seconds.", examples=[0.512])
+
+
+class Batch(BaseModel):
+    """The admission batch that the job ran in."""
+
+    id: UUID = Field(description="The batch's id; also in the table `batches`.")
+    size: int | None = Field(description="Sequences in it.", examples=[16])
+    close_reason: CloseReason = Field(
+        description="Why it was closed: it was full (size, tokens), its oldest member had waited "
+        "long enough (wait), or the engine had room (join)."
+    )
+
+
+class JobError(BaseModel):
+    """Why a job has no answer."""
+
+    code: str = Field(description="Stable, for programs.", examples=["context_length_exceeded"])
+    message: str = Field(description="For people.", examples=["The deadline passed first."])
+
+
+class Links(BaseModel):
+    """Where to go from here."""
+
+    self: str = Field(description="This job.", examples=["/v1/jobs/0b9f…"])
+    cancel: str | None = Field(
+        None,
+        description="Where to cancel it, while that is possible.",
+        examples=["/v1/jobs/0b9f…/cancel"],
+    )
+
+
+class JobSummary(BaseModel):
+    """A job without its answer."""
+
+    id: UUID = Field(description="The job's id, and that of its message.")
+    object: Literal["job"] = Field("job", description="Always `job`.")
+    state: JobState = Field(
+        description="queued, running, or one of the final ones: completed, failed, cancelled, "
+        "expired."
+    )
+    url: str | None = Field(description="Which call it is.", examples=["/v1/chat/completions"])
+    kind: Kind = Field(description="What the model does.")
+    model: str = Field(description="The model asked.", examples=["smollm2-135m-instruct"])
+    priority: int = Field(description="0 is served first, 9 last.", examples=[0])
+    created_at: datetime = Field(description="When it was accepted.")
+    not_before: datetime = Field(description="The earliest time to run it.")
+    deadline: datetime | None = Field(description="When it expires if it is not finished.")
+    queued_at: datetime = Field(description="When it last became queued.")
+    claimed_at: datetime | None = Field(description="When a worker last claimed it.")
+    started_at: datetime | None = Field(description="When the engine began the prompt.")
+    first_token_at: datetime | None = Field(
+        description="When the first token was there; for an embedding, the vector."
+    )
+    finished_at: datetime | None = Field(description="When it reached its final state.")
+    cancel_requested_at: datetime | None = Field(
+        description="When it was asked to be cancelled while it ran."
+    )
+    max_attempts: int = Field(description="Charged attempts after which it fails.", examples=[3])
+    attempts: list[Attempt] = Field(description="Its tries, oldest first.")
+    timing: Timing | None = Field(description="Where the time went; null until it is final.")
+    usage: TokenUsage | None = Field(description="Tokens; null until it is final.")
+    cost: Cost | None = Field(description="What it is charged; null until it is final.")
+    batch: Batch | None = Field(description="Its admission batch; null before it ran.")
+    error: JobError | None = Field(description="Why it has no answer, or only a part of one.")
+    metadata: dict[str, str] = Field(
+        description="The texts it was submitted with.", examples=[{"customer": "42"}]
+    )
+    links: Links = Field(description="Where to go from here.")
+
+
+class Job(JobSummary):
+    """A job: its state, what it took, and its answer or error."""
+
+    response: dict[str, Any] | None = Field(
+        description="The body of the OpenAI-style answer. A cancelled or expired job keeps what "
+        "was generated."
+    )
+
+
+class JobList(BaseModel):
+    """One page of jobs, newest first."""
+
+    object: Literal["list"] = Field("list", description="Always `list`.")
+    data: list[JobSummary] = Field(description="The jobs.")
+    first_id: UUID | None = Field(description="The first job's id.")
+    last_id: UUID | None = Field(description="The last job's id: `after` for the next page.")
+    has_more: bool = Field(description="Whether there is a next page.", examples=[False])
+
+
+class BulkRequest(BaseModel):
+    """Jobs to submit in one transaction."""
+
+    jobs: list[Submission] = Field(description="The jobs, up to 10,000.", min_length=1)
+
+
+class BulkItem(BaseModel):
+    """What became of one job of a bulk submission."""
+
+    status: int = Field(
+        description="202 for a job accepted, 200 for one known by its key, else the error's.",
+        examples=[202],
+    )
+    id: UUID | None = Field(None, description="The job's id, unless it was refused.")
+    location: str | None = Field(
+        None, description="Where to follow the job.", examples=["/v1/jobs/0b9f…"]
+    )
+    error: Problem | None = Field(None, description="Why it was refused.")
+
+
+class BulkAnswer(BaseModel):
+    """One item for each job, in the order they were sent."""
+
+    object: Literal["bulk"] = Field("bulk", description="Always `bulk`.")
+    accepted: int = Field(
+        description="Jobs stored, those known by their key included.", examples=[2]
+    )
+    refused: int = Field(description="Jobs not stored.", examples=[1])
+    items: list[BulkItem] = Field(description="What became of each.")
+
+
+class Model(BaseModel):
+    """A model that jobs may name."""
+
+    id: str = Field(description="Its name in requests.", examples=["smollm2-135m-instruct"])
+    object: Literal["model"] = Field("model", description="Always `model`.")
+    owned_by: Literal["gristmill"] = Field("gristmill", description="Always `gristmill`.")
+    kind: Kind = Field(description="What it does.")
+    default: bool = Field(description="Whether it takes requests that name no model.")
+    context_tokens: int = Field(description="Most tokens of prompt and output.", examples=[8192])
+    max_output_tokens: int = Field(description="Largest max_tokens taken.", examples=[4096])
+
+
+class ModelList(BaseModel):
+    """All models."""
+
+    object: Literal["list"] = Field("list", description="Always `list`.")
+    data: list[Model] = Field(description="The models.")
+
+
+class Check(BaseModel):
+    """Whether one thing that the API needs is there."""
+
+    ok: bool = Field(description="Whether it is.", examples=[True])
+    detail: str | None = Field(None, description="What is wrong, and what to do.")
+
+
+class Readiness(BaseModel):
+    """Whether this API can take jobs."""
+
+    status: Literal["ready", "degraded", "unavailable"] = Field(
+        description="degraded: Redis is away; jobs are taken, and their messages are sent later."
+    )
+    checks: dict[str, Check] = Field(description="By name: postgres, schema, redis.")

@@ -1,0 +1,129 @@
+"""From the store's rows to what the API shows. Pure."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from app.api import problems
+from app.api.schemas import (
+    Attempt,
+    Batch,
+    BulkItem,
+    Cost,
+    Job,
+    JobError,
+    JobSummary,
+    Links,
+    Timing,
+    TokenUsage,
+)
+from app.errors import GristmillError
+from app.jobs import AttemptOutcome, CloseReason
+from app.store.reads import AttemptView, BatchView, JobView, ResultView
+from app.submit import Submitted
+
+NS_PER_S: Final = 1_000_000_000
+
+
+def job_of(view: JobView) -> Job:
+    return Job(**_fields(view), response=view.result.response if view.result else None)
+
+
+def summary_of(view: JobView) -> JobSummary:
+    return JobSummary(**_fields(view))
+
+
+def bulk_item(index: int, outcome: Submitted | GristmillError) -> BulkItem:
+    """What became of the job at `index` of a bulk submission."""
+    if isinstance(outcome, Submitted):
+        return BulkItem(
+            status=202 if outcome.created else 200,
+            id=outcome.job_id,
+            location=f"/v1/jobs/{outcome.job_id}",
+        )
+    problem = problems.describe(outcome, instance=f"/v1/jobs/bulk#/jobs/{index}")
+    return BulkItem(status=problem.status, error=problem)
+
+
+def _fields(view: JobView) -> dict[str, Any]:
+    result = view.result
+    last = view.attempts[-1] if view.attempts else None
+    return {
+        "id": view.id,
+        "state": view.state,
+        "url": view.url,
+        "kind": view.kind,
+        "model": view.model,
+        "priority": view.priority,
+        "created_at": view.created_at,
+        "not_before": view.not_before,
+        "deadline": view.deadline,
+        "queued_at": view.queued_at,
+        "claimed_at": view.claimed_at,
+        "started_at": result.started_at if result else last and last.started_at,
+        "first_token_at": result.first_token_at if result else None,
+        "finished_at": view.finished_at,
+        "cancel_requested_at": view.cancel_requested_at,
+        "max_attempts": view.max_attempts,
+        "attempts": [_attempt(attempt) for attempt in view.attempts],
+        "timing": result and Timing.model_validate(result, from_attributes=True),
+        "usage": result and _usage(result),
+        "cost": result and _cost(result),
+        "batch": view.batch and _batch(view.batch, result),
+        "error": result and _error(result),
+        "metadata": view.metadata,
+        "links": _links(view),
+    }
+
+
+def _attempt(view: AttemptView) -> Attempt:
+    return Attempt(
+        number=view.number,
+        worker_id=view.worker_id,
+        batch_id=view.batch_id,
+        claimed_at=view.claimed_at,
+        started_at=view.started_at,
+        ended_at=view.ended_at,
+        outcome=view.outcome and AttemptOutcome(view.outcome),
+        charged=view.charged,
+        device_seconds=None if view.device_ns is None else view.device_ns / NS_PER_S,
+        cost=view.cost,
+        error_code=view.error_code,
+    )
+
+
+def _usage(result: ResultView) -> TokenUsage | None:
+    if result.input_tokens is None or result.output_tokens is None:
+        return None
+    return TokenUsage(
+        input_tokens=result.input_tokens,
+        output_tokens=result.output_tokens,
+        total_tokens=result.input_tokens + result.output_tokens,
+    )
+
+
+def _cost(result: ResultView) -> Cost:
+    return Cost(
+        amount=result.cost,
+        currency=result.currency,
+        price_id=result.price_id,
+        device_seconds=result.device_ns / NS_PER_S,
+    )
+
+
+def _batch(view: BatchView, result: ResultView | None) -> Batch:
+    size = result.batch_size if result else None
+    return Batch(
+        id=view.id, size=size or view.num_sequences, close_reason=CloseReason(view.close_reason)
+    )
+
+
+def _error(result: ResultView) -> JobError | None:
+    if result.error_code is None:
+        return None
+    return JobError(code=result.error_code, message=result.error_message or "")
+
+
+def _links(view: JobView) -> Links:
+    here = f"/v1/jobs/{view.id}"
+    return Links(self=here, cancel=None if view.state.is_final else f"{here}/cancel")
