@@ -143,7 +143,7 @@ def read(message: Message, task_id: str, name: str, settings: Settings) -> Arriv
     args, kwargs, embed = _payload(_decode(message))
     if args:
         raise RequestError("Positional arguments are not taken; use keywords.", param="args")
-    if isinstance(embed, dict) and any(embed.get(key) for key in EMBEDS):
+    if embed and not (isinstance(embed, dict) and not any(embed.get(key) for key in EMBEDS)):
         raise RequestError("Callbacks, chains and chords are not taken.", param="embed")
     headers = message.headers if "task" in message.headers else kwargs
     timing = _Timing.of(headers if headers is message.headers else {})
@@ -163,7 +163,7 @@ def _decode(message: Message) -> Any:
         raise RequestError("The message body cannot be unpacked.", param="body") from error[1]
     try:
         return loads(  # type: ignore[no-untyped-call]
-            message.body, message.content_type, message.content_encoding, accept={"json"}
+            message.body, message.content_type, message.content_encoding, accept={"application/json"}
         )
     except Exception:
         raise RequestError(
