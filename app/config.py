@@ -17,7 +17,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DatabaseSettings(_Section):
@@ -59,14 +59,18 @@ class BrokerSettings(_Section):
 
 class WorkerSettings(_Section):
     models: tuple[Name, ...] = Field((), description="Models to serve; empty serves all.")
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")] = Field(
+        "auto", description="auto, cpu, cuda or cuda:N."
+    )
     threads: Annotated[int, Field(ge=0, le=1024)] = Field(
         0, description="CPU threads of the engine; 0 takes the cores given to the process."
     )
     lease_s: Annotated[float, Field(ge=1)] = Field(
         30.0, description="A worker that is silent for this long loses its jobs."
     )
-    heartbeat_s: Annotated[float, Field(gt=0)] = Field(10.0, description="Renew the lease this often.")
+    heartbeat_s: Annotated[float, Field(gt=0)] = Field(
+        10.0, description="Renew the lease this often."
+    )
     max_attempts: Annotated[int, Field(ge=1, le=100)] = Field(
         3, description="Charged attempts before a job fails."
     )
@@ -97,7 +101,9 @@ class RescueSettings(_Section):
 
 class ApiSettings(_Section):
     host: str = Field("127.0.0.1", description="Address to listen on.")
-    port: Annotated[int, Field(ge=0, le=65_535)] = Field(8000, description="Port; 0 takes a free one.")
+    port: Annotated[int, Field(ge=0, le=65_535)] = Field(
+        8000, description="Port; 0 takes a free one."
+    )
     max_body_bytes: Annotated[int, Field(ge=1_000)] = Field(
         2_000_000, description="Largest body of one job."
     )
@@ -117,7 +123,9 @@ class ApiSettings(_Section):
 
 class FlowerSettings(_Section):
     host: str = Field("127.0.0.1", description="Address to listen on.")
-    port: Annotated[int, Field(ge=0, le=65_535)] = Field(5555, description="Port; 0 takes a free one.")
+    port: Annotated[int, Field(ge=0, le=65_535)] = Field(
+        5555, description="Port; 0 takes a free one."
+    )
     max_tasks: Annotated[int, Field(ge=100)] = Field(
         10_000, description="Jobs that Flower remembers; history lives in Postgres."
     )
@@ -171,10 +179,13 @@ class PriceSettings(_Section):
 
 class Settings(_Section):
     cache_dir: str = Field(
-        ".cache", description="Folder of converted models and embedded servers; relative to the "
-        "project folder."
+        ".cache",
+        description="Folder of converted models and embedded servers; relative to the "
+        "project folder.",
     )
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Log level.")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        "INFO", description="Log level."
+    )
     database: DatabaseSettings = DatabaseSettings()
     broker: BrokerSettings = BrokerSettings()
     worker: WorkerSettings = WorkerSettings()

@@ -1,0 +1,244 @@
+"""Settings are read from files and environment; each mistake is named with its file and line."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+
+from app import run_file
+from app.config_file import PROJECT, load, rows
+from app.errors import ConfigError
+
+MODELS = """\
+[models.chat]
+source = "some/model"
+kind = "generate"
+engine = "generate"
+default = true
+"""
+PRICES = '[prices.cpu]\nper_device_hour = "0.08"\ncurrency = "USD"\n'
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    """`write("settings", models=…, prices=…)`: three files side by side; the path of the first."""
+
+    def write(text: str = "", *, models: str = MODELS, prices: str = PRICES) -> Path:
+        (tmp_path / "models.toml").write_text(models)
+        (tmp_path / "prices.toml").write_text(prices)
+        (tmp_path / "my.toml").write_text(f'cache_dir = "{tmp_path}/cache"\n{text}')
+        return tmp_path / "my.toml"
+
+    return write
+
+
+@pytest.mark.parametrize("name", ["default.toml", "gpu.toml"])
+def test_the_configurations_that_are_shipped_are_valid(name: str):
+    loaded = load(PROJECT / "configs" / name, {})
+
+    assert {model.engine for model in loaded.settings.models.values()}
+    assert loaded.settings.worker.price in loaded.settings.prices
+
+
+def test_default_toml_shows_every_setting_at_its_default(write):
+    shipped = load(PROJECT / "configs" / "default.toml", {})
+    bare = load(write(), {})
+
+    sections = {"database", "broker", "worker", "rescue", "api", "flower"}
+    assert shipped.settings.model_dump(include=sections) == bare.settings.model_dump(
+        include=sections
+    )
+    unset = {row[0] for row in rows(shipped) if row[2] == "default"}
+    assert not {name for name in unset if name.partition(".")[0] in sections}
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("[worker]\nlease_ms = 30", "my.toml line 3: worker.lease_ms is not a setting; did you "
+         "mean lease_s, in seconds?"),
+        ("[api]\nprot = 80", "my.toml line 3: api.prot is not a setting; did you mean port?"),
+        ("[worker]\n\nmax_wait_ms = 5", "my.toml line 4: worker.max_wait_ms is not a setting; it "
+         "belongs under [models.NAME]."),
+        ("[wroker]\nlease_s = 30", "my.toml line 3: wroker is not a setting; did you mean worker?"),
+        ('[api]\nport = "8000"', "my.toml line 3: api.port should be a valid integer."),
+        ("[api]\nport = 70000", "my.toml line 3: api.port should be less than or equal to 65535 "
+         "(it is 70000)."),
+        ("[worker]\nlease_s = nan", "my.toml line 3: worker.lease_s should be a finite number"),
+        ("[worker]\nheartbeat_s = 20", "my.toml line 3: worker.heartbeat_s must be at most half of "
+         "worker.lease_s (30 s)"),
+        ('[worker]\nmodels = ["chat", "gone"]', "my.toml line 3: worker.models no model gone is "
+         "configured (chat)."),
+        ('[worker]\nprice = "gold"', "my.toml line 3: worker.price no price gold in prices.toml"),
+        ('[worker]\ndevice = "gpu"', "my.toml line 3: worker.device should match"),
+        ('[database]\nurl = "mysql://host/name"', "my.toml line 3: database.url must begin with "
+         "postgresql://."),
+        ('[broker]\nurl = "amqp://host"', "my.toml line 3: broker.url must begin with redis://."),
+        ("[worker", "my.toml: is not TOML: "),
+    ],
+)  # fmt: skip
+def test_a_wrong_setting_is_refused_with_its_file_and_line(write, text: str, complaint: str):
+    path = write(text)
+
+    with pytest.raises(ConfigError) as caught:
+        load(path, {})
+
+    assert complaint in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("models", "complaint"),
+    [
+        ("", "models.toml: no model is configured."),
+        (MODELS.replace('engine = "generate"\n', ""), "models.toml line 2: models.chat.engine is "
+         "required."),
+        (MODELS.replace("generate", "sing", 1), "models.toml line 3: models.chat.kind should be "
+         "'generate' or 'embed'"),
+        (MODELS.replace("= true", "= false"), "models.toml line 3: models.chat.kind no model has "
+         "`default = true` for kind generate (chat)."),
+        (MODELS + MODELS.replace("chat", "talk"), "models.toml line 10: models.talk.default "
+         "several models have `default = true` for kind generate (chat, talk)."),
+        (MODELS + "default_max_tokens = 9000", "models.toml line 6: "
+         "models.chat.default_max_tokens is more than max_output_tokens (4096)."),
+        (MODELS.replace("some/model", "/no/such/folder"), "models.toml line 2: models.chat.source "
+         "there is no folder /no/such/folder."),
+        (MODELS.replace("some/model", "package:no-such"), "models.toml line 2: models.chat.source "
+         "the package no-such is not installed"),
+    ],
+)  # fmt: skip
+def test_a_wrong_model_is_refused_with_its_file_and_line(write, models: str, complaint: str):
+    path = write(models=models)
+
+    with pytest.raises(ConfigError) as caught:
+        load(path, {})
+
+    assert complaint in caught.value.message
+
+
+def test_a_wrong_price_is_refused_with_its_file_and_line(write):
+    path = write(prices='[prices.cpu]\nper_device_hour = "-1"\ncurrency = "dollars"\n')
+
+    with pytest.raises(ConfigError) as caught:
+        load(path, {})
+
+    first, second = caught.value.message.splitlines()
+    assert "prices.toml line 2: prices.cpu.per_device_hour should be greater" in first
+    assert "prices.toml line 3: prices.cpu.currency should match" in second
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"gone\.toml: cannot be read \(No such file"):
+        load(tmp_path / "gone.toml", {})
+
+
+def test_the_settings_file_overrides_models_toml_key_by_key(write):
+    path = write("[models.chat]\nmax_batch_size = 64")
+
+    loaded = load(path, {})
+
+    assert loaded.settings.models["chat"].max_batch_size == 64
+    assert loaded.settings.models["chat"].source == "some/model"
+    assert loaded.source(("models", "chat", "max_batch_size")).endswith("my.toml line 3")
+
+
+def test_a_price_keeps_every_digit(write):
+    path = write(prices=PRICES.replace("0.08", "0.123456789"))
+
+    assert load(path, {}).settings.prices["cpu"].per_device_hour == Decimal("0.123456789")
+
+
+def test_the_environment_wins_and_is_read_by_type(write):
+    environ = {
+        "GRISTMILL_API__PORT": "9000",
+        "GRISTMILL_API__HOST": "0",
+        "GRISTMILL_WORKER__LEASE_S": "40.5",
+        "GRISTMILL_WORKER__MODELS": "chat",
+        "GRISTMILL_BROKER__INLINE_REQUESTS": "False",
+        "GRISTMILL_LOG_LEVEL": "DEBUG",
+        "GRISTMILL_LOG_FORMAT": "json",
+        "HOME": "/elsewhere",
+    }
+
+    loaded = load(write("[api]\nport = 1"), environ)
+
+    settings = loaded.settings
+    assert (settings.api.port, settings.api.host) == (9000, "0")
+    assert settings.worker.lease_s == 40.5
+    assert settings.worker.models == ("chat",)
+    assert settings.broker.inline_requests is False
+    assert settings.log_level == "DEBUG"
+    assert loaded.source(("api", "port")) == "environment variable GRISTMILL_API__PORT"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "complaint"),
+    [
+        ("GRISTMILL_DATABSE__URL", "x", "GRISTMILL_DATABSE__URL is not a setting; did you mean "
+         "GRISTMILL_DATABASE__URL?"),
+        ("GRISTMILL_API__PORT", "many", "variable GRISTMILL_API__PORT: api.port should be a valid "
+         "integer."),
+    ],
+)  # fmt: skip
+def test_a_wrong_variable_is_refused_by_name(write, variable: str, value: str, complaint: str):
+    path = write()
+
+    with pytest.raises(ConfigError) as caught:
+        load(path, {variable: value})
+
+    assert complaint in caught.value.message
+
+
+def test_the_settings_file_can_be_named_by_the_environment(write):
+    path = write("[api]\nport = 1234")
+
+    assert load(environ={"GRISTMILL_CONFIG": str(path)}).settings.api.port == 1234
+
+
+def test_passwords_are_masked_where_settings_are_shown(write):
+    environ = {"GRISTMILL_DATABASE__URL": "postgresql://me:secret@host/name"}
+
+    shown = {name: value for name, value, _ in rows(load(write(), environ))}
+
+    assert shown["database.url"] == "postgresql://me:***@host/name"
+
+
+def test_a_running_system_is_found_while_it_runs(write, tmp_path: Path):
+    path, cache_dir = write("[api]\nport = 1234"), tmp_path / "cache"
+    chosen = {
+        "config": str(path),
+        "api.port": 4321,
+        "broker.url": "redis://h:1/0",
+        "database.url": "postgresql://h:2/d",
+    }
+
+    with run_file.only_one(cache_dir):
+        run_file.write(cache_dir, chosen)
+        # another process would see the lock taken; here flock sees another open file, too
+        during = load(path, {})
+    after = load(path, {})
+
+    assert during.connected().api.port == 4321
+    assert during.source(("api", "port")) == "the running `gristmill up`"
+    assert after.settings.api.port == 1234
+    with pytest.raises(ConfigError, match=r"database\.url is empty and nothing runs in"):
+        after.connected()
+
+
+def test_what_a_killed_system_left_behind_is_not_taken_for_a_running_one(write, tmp_path: Path):
+    path, cache_dir = write(), tmp_path / "cache"
+    with run_file.only_one(cache_dir):
+        pass
+    run_file.write(cache_dir, {"config": str(path), "api.port": 4321})
+
+    assert load(path, {}).settings.api.port == 8000
+
+
+def test_a_second_system_in_one_cache_folder_is_refused(tmp_path: Path):
+    with (
+        run_file.only_one(tmp_path),
+        pytest.raises(ConfigError, match=r"already running here \(process \d+\)"),
+        run_file.only_one(tmp_path),
+    ):
+        pass
