@@ -53,7 +53,7 @@ from redis.exceptions import RedisError
 from app import telemetry
 from app.config import Settings
 from app.engines.base import Kind
-from app.errors import ConfigError, ModelNotFound, Unavailable
+from app.errors import ConfigError, Unavailable
 
 TASK_NAMES: Final = {kind: f"inference.{kind}" for kind in Kind}
 PRIORITY_STEPS: Final = (0, 3, 6, 9)
@@ -232,7 +232,6 @@ class Publisher:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._models = frozenset(settings.models)
         self._inline_requests = settings.broker.inline_requests
         timeout_s = settings.broker.publish_timeout_s
         self._app = make_app(settings)
@@ -250,13 +249,11 @@ class Publisher:
         """Send in order, a few hundred to a round trip."""
         with _redis_errors(), self._app.producer_or_acquire() as producer, producer.batch():
             for message in messages:
-                if message.model not in self._models:
-                    raise ModelNotFound(f"The model {message.model} is not configured.")
                 self._app.send_task(
                     TASK_NAMES[message.kind],
                     kwargs=self._kwargs(message),
                     task_id=str(message.job_id),
-                    queue=queue_name(message.model),
+                    queue=self._queue(message.model),
                     priority=message.priority,
                     # Without these Celery would print the prompt into two headers.
                     argsrepr="()",
@@ -264,6 +261,13 @@ class Publisher:
                     retry=False,
                     producer=producer,
                 )
+
+    def _queue(self, model: str) -> str:
+        """The model's queue, also of one that only other processes' settings know."""
+        name = queue_name(model)
+        if name not in self._app.amqp.queues:
+            self._app.amqp.queues.add(name, exchange="", routing_key=name)
+        return name
 
     def _kwargs(self, message: Message) -> dict[str, Any]:
         if message.request is None or not self._inline_requests:

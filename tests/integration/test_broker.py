@@ -117,6 +117,15 @@ def test_queue_lengths_count_every_priority(publisher: Publisher) -> None:
     assert publisher.queue_lengths(["stub", "stub-embed"]) == {"stub": 10, "stub-embed": 1}
 
 
+def test_a_model_that_only_other_processes_know_has_its_queue_all_the_same(
+    publisher: Publisher, client: redis.Redis
+) -> None:
+    publisher.send(wake_up(model="new-here"))
+
+    assert publisher.queue_lengths(["new-here"]) == {"new-here": 1}
+    assert client.keys("_kombu.binding.*") == []
+
+
 def test_flushall_leaves_nothing_to_repair(publisher: Publisher, client: redis.Redis) -> None:
     publisher.send(wake_up())
     client.flushdb()
@@ -124,7 +133,7 @@ def test_flushall_leaves_nothing_to_repair(publisher: Publisher, client: redis.R
     publisher.send(wake_up())
 
     assert publisher.queue_lengths(["stub"]) == {"stub": 1}
-    assert client.keys("_kombu.binding.*gristmill*") == []
+    assert client.keys("_kombu.binding.*") == []
 
 
 def test_threads_share_a_publisher(publisher: Publisher) -> None:

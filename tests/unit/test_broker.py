@@ -18,7 +18,7 @@ from app import broker
 from app.broker import Message, Publisher
 from app.config import ModelSettings, Settings
 from app.engines.base import Kind
-from app.errors import ConfigError, ModelNotFound
+from app.errors import ConfigError
 from app.worker import envelope
 
 PROMPT = "the miller's secret"
@@ -149,11 +149,6 @@ def test_without_inline_requests_a_message_carries_the_id_alone(
     travelling = sent(message, inline_requests=False)
 
     assert json.loads(base64.b64decode(travelling["body"]))[:2] == [[], {}]
-
-
-def test_a_message_for_a_model_that_is_not_configured_is_refused(two_models: Settings) -> None:
-    with pytest.raises(ModelNotFound, match="missing"):
-        Publisher(two_models).send(Message(uuid4(), Kind.GENERATE, "missing"))
 
 
 # ── commands ────────────────────────────────────────────────────────────────────────────────────

@@ -1,0 +1,416 @@
+"""Rescue on a real Postgres and a real Redis: nothing that was accepted is left behind."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import psycopg
+import pytest
+import redis
+
+from app import rescue
+from app.broker import Message, Publisher, list_key, queue_name
+from app.config import Settings
+from app.engines.base import Kind
+from app.errors import Unavailable
+from app.jobs import CloseReason
+from app.local import free_port
+from app.rescue import Rescue
+from app.store import claims, intake, workers
+from app.store.claims import Member, NewBatch
+from app.store.database import Database
+from app.store.intake import Arrival, NewJob
+from app.store.workers import NewWorker
+from tests.waiting import eventually
+
+MODEL = "stub"
+LONG_AGO = timedelta(minutes=5)
+
+
+@pytest.fixture
+def settings(make_settings: Callable[..., Settings], database_url: str, redis_url: str) -> Settings:
+    return make_settings(
+        database={"url": database_url},
+        broker={"url": redis_url},
+        rescue={"page_size": 7, "lost_after_s": 10, "sweep_ms": 50},
+    )
+
+
+@pytest.fixture
+def client(redis_url: str) -> Iterator[redis.Redis]:
+    with redis.Redis.from_url(redis_url) as client:
+        yield client
+
+
+class World:
+    """Jobs, workers and messages, and the rescue that looks after them."""
+
+    def __init__(self, settings: Settings, client: redis.Redis) -> None:
+        self.database = Database(settings.database.url)
+        self.publisher = Publisher(settings)
+        self.rescue = Rescue(settings, self.database, self.publisher)
+        self._settings = settings
+        self._client = client
+
+    def another_rescue(self) -> Rescue:
+        return Rescue(self._settings, self.database, self.publisher)
+
+    def close(self) -> None:
+        self.publisher.close()
+        self.database.close()
+
+    def submit(self, number: int = 1, **fields: Any) -> list[UUID]:
+        """Rows without messages, as a crash between commit and send leaves them."""
+        jobs = [
+            NewJob(
+                **{
+                    "id": uuid4(),
+                    "model": MODEL,
+                    "kind": Kind.GENERATE,
+                    "url": "/v1/completions",
+                    "request": {"prompt": "x"},
+                    "fingerprint": "f",
+                    "source": "api",
+                }
+                | fields
+            )
+            for _ in range(number)
+        ]
+        with self.database.begin() as connection:
+            intake.insert_jobs(connection, jobs)
+        ids = [job.id for job in jobs]
+        self.change(ids, "created_at = created_at - %s, not_before = not_before - %s", LONG_AGO)
+        return ids
+
+    def submit_and_send(self, number: int = 1, **fields: Any) -> list[UUID]:
+        """Jobs whose messages have been waiting in Redis for long."""
+        ids = self.submit(number, **fields)
+        self.publisher.send_many(Message(id, Kind.GENERATE, MODEL) for id in ids)
+        with self.database.begin() as connection:
+            intake.mark_enqueued(connection, ids)
+        self.change(ids, "enqueued_at = enqueued_at - %s", LONG_AGO)
+        return ids
+
+    def change(self, ids: list[UUID], assignments: str, *values: Any) -> None:
+        values = values * assignments.count("%s") if len(values) == 1 else values
+        with psycopg.connect(self._settings.database.url) as connection:
+            connection.execute(f"UPDATE jobs SET {assignments} WHERE id = ANY(%s)", (*values, ids))
+
+    def start_worker(self, **settings: Any) -> UUID:
+        worker = NewWorker(
+            id=uuid4(), name="w", host="h", pid=1, models=[MODEL], device="cpu",
+            price_id="cpu", currency="USD", price_per_device_hour=Decimal(1),
+        )  # fmt: skip
+        with self.database.begin() as connection:
+            workers.register_worker(connection, worker, lease_s=60)
+        return worker.id
+
+    def kill(self, worker_id: UUID) -> None:
+        """As if its last heartbeat had been long ago."""
+        with psycopg.connect(self._settings.database.url) as connection:
+            connection.execute(
+                "UPDATE workers SET lease_expires_at = now() - interval '1 s' WHERE id = %s",
+                [worker_id],
+            )
+
+    def receive(self, worker_id: UUID, ids: list[UUID]) -> None:
+        """The worker takes these messages from Redis and registers them."""
+        for key in [list_key(queue_name(MODEL), priority) for priority in range(0, 10, 3)]:
+            for item in self._client.lrange(key, 0, -1):
+                if UUID(json.loads(item)["headers"]["id"]) in ids:
+                    self._client.lrem(key, 1, item)
+        with self.database.begin() as connection:
+            intake.receive(connection, worker_id, [Arrival(id) for id in ids])
+
+    def claim(self, worker_id: UUID, ids: list[UUID]) -> None:
+        batch = NewBatch(
+            id=uuid4(), worker_id=worker_id, model=MODEL, engine="stub",
+            close_reason=CloseReason.SIZE, wait_ms=1,
+        )  # fmt: skip
+        with self.database.begin() as connection:
+            claimed = claims.claim(connection, batch, [Member(id, uuid4()) for id in ids])
+        assert len(claimed) == len(ids)
+
+    def messages(self) -> list[UUID]:
+        """Ids of the messages in Redis, in any order."""
+        keys = [list_key(queue_name(MODEL), priority) for priority in (0, 3, 6, 9)]
+        items = [item for key in keys for item in self._client.lrange(key, 0, -1)]
+        return [UUID(json.loads(item)["headers"]["id"]) for item in items]
+
+    def lose_messages(self) -> None:
+        self._client.flushdb()
+
+    def states(self, ids: list[UUID]) -> set[str]:
+        with psycopg.connect(self._settings.database.url) as connection:
+            rows = connection.execute("SELECT state FROM jobs WHERE id = ANY(%s)", [ids])
+            return {state for (state,) in rows}
+
+
+@pytest.fixture
+def world(settings: Settings, client: redis.Redis) -> Iterator[World]:
+    world = World(settings, client)
+    yield world
+    world.close()
+
+
+# ── messages that were never sent ───────────────────────────────────────────────────────────────
+
+
+def test_a_job_whose_message_was_never_sent_is_sent_once(world: World) -> None:
+    ids = world.submit(20)  # several pages
+
+    reports = [world.rescue.sweep() for _ in range(3)]
+
+    assert sorted(world.messages()) == sorted(ids)
+    assert [report.sent for report in reports] == [20, 0, 0]
+
+
+def test_its_message_carries_no_request(world: World, client: redis.Redis) -> None:
+    world.submit(request={"prompt": "the miller's secret"})
+
+    world.rescue.sweep()
+
+    [item] = client.lrange(queue_name(MODEL), 0, -1)
+    assert json.loads(base64.b64decode(json.loads(item)["body"]))[:2] == [[], {}]
+
+
+def test_it_keeps_its_priority(world: World, client: redis.Redis) -> None:
+    world.submit(priority=7)
+
+    world.rescue.sweep()
+
+    assert client.llen(list_key(queue_name(MODEL), 7)) == 1
+
+
+def test_a_job_is_not_sent_before_it_is_due(world: World) -> None:
+    [later] = world.submit(not_before=datetime.now(UTC) + timedelta(hours=1))
+    world.rescue.sweep()
+    assert world.messages() == []
+
+    world.change([later], "not_before = now()")
+
+    eventually(lambda: world.rescue.sweep().sent)
+    assert world.messages() == [later]
+
+
+def test_two_rescues_at_once_send_a_job_once(world: World) -> None:
+    ids = world.submit(60)
+    rescues = [world.rescue, world.another_rescue()]
+
+    with ThreadPoolExecutor(2) as threads:
+        reports = list(threads.map(Rescue.sweep, rescues))
+
+    assert sorted(world.messages()) == sorted(ids)
+    assert sum(report.sent for report in reports) == 60
+
+
+# ── messages that were lost in Redis ────────────────────────────────────────────────────────────
+
+
+def test_after_flushall_every_queued_job_is_sent_again_once(world: World) -> None:
+    ids = world.submit_and_send(100)
+    world.lose_messages()
+
+    reports = [world.rescue.sweep() for _ in range(5)]
+
+    assert sorted(world.messages()) == sorted(ids)
+    assert sum(report.sent_again for report in reports) == 100
+
+
+def test_a_long_healthy_queue_is_not_doubled(world: World) -> None:
+    ids = world.submit_and_send(100)
+
+    reports = [world.rescue.sweep() for _ in range(5)]
+
+    assert len(world.messages()) == len(ids)
+    assert not any(report.sent_again for report in reports)
+
+
+def test_one_lost_message_of_a_long_queue_is_found_and_the_rest_left_alone(
+    world: World,
+) -> None:
+    [lost] = world.submit_and_send(1)
+    world.lose_messages()
+    ids = world.submit_and_send(50)
+
+    for _ in range(5):
+        world.rescue.sweep()
+
+    assert sorted(world.messages()) == sorted([lost, *ids])
+
+
+def test_a_message_that_a_worker_is_just_taking_is_not_sent_again(
+    world: World, client: redis.Redis
+) -> None:
+    # given a message that was taken from Redis and whose row does not say so yet
+    ids = world.submit_and_send(10)
+    client.rpop(queue_name(MODEL))
+    world.rescue.sweep()
+
+    # when the worker registers it before the next sweep
+    world.receive(world.start_worker(), ids[:1])
+    report = world.rescue.sweep()
+
+    assert report.sent_again == 0
+    assert len(world.messages()) == 9
+
+
+def test_a_message_that_is_lost_again_and_again_is_sent_less_and_less_often(
+    world: World,
+) -> None:
+    [id] = world.submit_and_send(1)
+    world.change([id], "wake_count = 3")  # 10 s × 2³ = 80 s
+    world.lose_messages()
+
+    world.change([id], "enqueued_at = now() - interval '70 s'")
+    assert [world.rescue.sweep().sent_again for _ in range(3)] == [0, 0, 0]
+
+    world.change([id], "enqueued_at = now() - interval '90 s'")
+    assert [world.rescue.sweep().sent_again for _ in range(3)] == [0, 1, 0]
+
+
+# ── workers that are gone ───────────────────────────────────────────────────────────────────────
+
+
+def test_the_jobs_of_a_dead_worker_are_queued_and_sent_again(world: World) -> None:
+    # given a worker that runs some jobs and holds the messages of others
+    ids = world.submit_and_send(20)
+    worker_id = world.start_worker()
+    world.receive(worker_id, ids)
+    world.claim(worker_id, ids[:15])
+
+    # when it dies
+    world.rescue.sweep()
+    assert world.messages() == []
+    world.kill(worker_id)
+    report = world.rescue.sweep()
+
+    # then both are somebody else's to take
+    assert (report.worker_lost, report.message_lost) == (15, 5)
+    eventually(lambda: world.rescue.sweep() and len(world.messages()) == 20)
+    assert sorted(world.messages()) == sorted(ids)
+    assert world.states(ids) == {"queued"}
+
+
+def test_a_job_that_lost_its_last_worker_fails(world: World) -> None:
+    [id] = world.submit_and_send(max_attempts=1)
+    worker_id = world.start_worker()
+    world.receive(worker_id, [id])
+    world.claim(worker_id, [id])
+
+    world.kill(worker_id)
+    world.rescue.sweep()
+
+    assert world.states([id]) == {"failed"}
+
+
+def test_a_job_past_its_deadline_expires_and_is_not_sent(world: World) -> None:
+    ids = world.submit(3, deadline=datetime.now(UTC) + timedelta(hours=1))
+    world.change(ids, "deadline = now()")
+
+    report = world.rescue.sweep()
+
+    assert (report.expired, report.sent) == (3, 0)
+    assert world.states(ids) == {"expired"}
+
+
+# ── Postgres or Redis away ──────────────────────────────────────────────────────────────────────
+
+
+def test_while_redis_is_away_leases_and_deadlines_are_kept_and_nothing_counts_as_sent(
+    world: World, settings: Settings, make_settings: Callable[..., Settings]
+) -> None:
+    # given a dead worker's job, an expired one and one to send, and no Redis
+    lost, late, unsent = world.submit(3)
+    worker_id = world.start_worker()
+    world.claim(worker_id, [lost])
+    world.kill(worker_id)
+    world.change([late], "deadline = now()")
+    nowhere = make_settings(broker={"url": f"redis://127.0.0.1:{free_port()}/0"})
+    cut_off = Rescue(settings, world.database, Publisher(nowhere))
+
+    with pytest.raises(Unavailable):
+        cut_off.sweep()
+
+    assert world.states([late]) == {"expired"}
+    assert world.states([lost]) == {"queued"}
+    eventually(lambda: world.rescue.sweep() and len(world.messages()) == 2)
+    assert sorted(world.messages()) == sorted([lost, unsent])
+
+
+# ── the process ─────────────────────────────────────────────────────────────────────────────────
+
+_MAIN = """
+import sys
+import time
+from pathlib import Path
+from app import rescue, telemetry
+from app.config import Settings
+
+telemetry.setup_logging()
+rescue.serve(Settings.model_validate_json(Path(sys.argv[1]).read_text()))
+"""
+
+
+@pytest.fixture
+def serving(settings: Settings, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    file = tmp_path / "settings.json"
+    file.write_text(settings.model_dump_json())
+    process = subprocess.Popen(
+        [sys.executable, "-c", _MAIN, str(file)], env=os.environ | {"GRISTMILL_LOG_FORMAT": "text"}
+    )
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_the_process_sweeps_says_that_it_is_alive_and_stops_on_sigterm(
+    serving: subprocess.Popen[bytes], world: World, settings: Settings
+) -> None:
+    assert not rescue.is_alive(settings)
+    ids = world.submit(3)
+
+    eventually(lambda: sorted(world.messages()) == sorted(ids), timeout_s=30)
+    eventually(lambda: rescue.is_alive(settings))
+
+    serving.send_signal(signal.SIGTERM)
+    assert serving.wait(10) == 0
+
+
+def test_the_process_outlives_a_postgres_that_goes_away_and_comes_back(
+    serving: subprocess.Popen[bytes], world: World, settings: Settings
+) -> None:
+    eventually(lambda: rescue.is_alive(settings), timeout_s=30)
+
+    with psycopg.connect(settings.database.url, autocommit=True) as connection:
+        connection.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+            "WHERE application_name = 'gristmill rescue' AND datname = current_database()"
+        )
+    ids = world.submit(3)
+
+    eventually(lambda: sorted(world.messages()) == sorted(ids), timeout_s=30)
+    assert serving.poll() is None
+
+
+def test_a_process_that_has_not_swept_for_long_is_not_alive(settings: Settings) -> None:
+    rescue._note_alive(settings)
+    assert rescue.is_alive(settings)
+
+    long_ago = time.time() - 2 * rescue.ALIVE_S
+    os.utime(rescue._alive_file(settings), (long_ago, long_ago))
+
+    assert not rescue.is_alive(settings)
