@@ -351,7 +351,8 @@ def first_problem(error: ValidationError, raw: dict[str, Any]) -> RequestError:
         return RequestError(f"Unknown field {param}.", param=param)
     if problem["type"] == "missing":
         return RequestError(f"The field {param} is required.", param=param)
-    return RequestError(f"{param}: {problem['msg']}.", param=param)
+    reason = problem["msg"].removeprefix("Value error, ")
+    return RequestError(f"{param}: {reason}.", param=param)
 
 
 def _printable(name: str) -> str:
