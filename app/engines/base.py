@@ -12,9 +12,10 @@ process (`app.worker.engine_process`) drives it, and so can any script on a bare
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Sequence as Seq
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Final, Protocol
 
 from app.jobs import FinishReason
 
@@ -99,6 +100,13 @@ class StepStats:
     useful_tokens: int = 0  #: prompt and output tokens somebody asked for
     padded_tokens: int = 0  #: token positions the device computed, padding included
     device_ns: int = 0
+
+
+NOT_FINITE: Final = (
+    "not_finite",
+    "The model computed something that is not a number for this prompt.",
+)
+"""error_code and error_message of a row whose logits or embedding are NaN or infinite."""
 
 
 class Engine(Protocol):
