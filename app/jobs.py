@@ -83,7 +83,6 @@ class CloseReason(enum.StrEnum):
     TOKENS = "tokens"  #: the next member would pass `max_batch_tokens`
     WAIT = "wait"  #: the oldest member had waited `max_wait_ms`
     JOIN = "join"  #: the engine was running and had a free slot, so waiting would gain nothing
-    ISOLATED = "isolated"  #: suspects of a crash, run again apart from healthy work
 
 
 class FinishReason(enum.StrEnum):

@@ -245,7 +245,6 @@ class Release:
     error_message: str | None = None  #: shown if this was the last attempt
     device_ns: int = 0  #: wasted
     cost: Decimal = Decimal(0)
-    is_kept: bool = False  #: this worker keeps the message and will claim the job again itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,9 +272,7 @@ GIVE_BACK: Final = f"""
             not_before = greatest(not_before, now() + delay_s * interval '1 s'),
             queued_at = CASE next_state WHEN 'queued' THEN now() ELSE queued_at END,
             finished_at = CASE next_state WHEN 'queued' THEN NULL ELSE now() END,
-            received_by = CASE WHEN is_kept THEN worker_id END,
-            enqueued_at = CASE WHEN is_kept THEN enqueued_at END,
-            wake_count = 0
+            received_by = NULL, enqueued_at = NULL, wake_count = 0
         FROM next WHERE jobs.id = next.job_id
         RETURNING jobs.*, next.attempt_id AS last_attempt_id, next.batch_id AS last_batch_id,
             error_code, error_message
@@ -307,7 +304,7 @@ _RELEASE: Final = text(f"""
         SELECT given.*, batch_id, cancel_requested_at, deadline, attempts_charged, max_attempts
         FROM jobs JOIN jsonb_to_recordset(CAST(:releases AS jsonb)) AS given(
             job_id uuid, attempt_id uuid, outcome text, charged bool, delay_s float8,
-            error_code text, error_message text, device_ns bigint, cost numeric, is_kept bool
+            error_code text, error_message text, device_ns bigint, cost numeric
         ) ON jobs.id = given.job_id AND jobs.attempt_id = given.attempt_id
         WHERE jobs.state = 'running'
         ORDER BY jobs.id
@@ -320,7 +317,7 @@ def release(connection: Connection, releases: Sequence[Release]) -> list[Release
     """Give up attempts; returns those that were still held.
 
     Their jobs are `queued` again, or `failed` if that was their last attempt, or `cancelled` or
-    `expired` if that was asked or due. Unless the message is kept, rescue sends a new one.
+    `expired` if that was asked or due. The old message is to be acked: rescue sends a new one.
     """
     rows = connection.execute(_RELEASE, {"releases": encode(releases)})
     return [Released(row[0], row[1], JobState(row[2])) for row in rows]

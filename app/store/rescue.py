@@ -29,7 +29,7 @@ _EXPIRE_LEASES: Final = text(f"""
     WITH held AS MATERIALIZED (
         SELECT
             id AS job_id, attempt_id, batch_id, cancel_requested_at, deadline, attempts_charged,
-            max_attempts, 'lost' AS outcome, true AS charged, 0.0 AS delay_s, false AS is_kept,
+            max_attempts, 'lost' AS outcome, true AS charged, 0.0 AS delay_s,
             'worker_lost' AS error_code,
             'The worker was lost while it ran the job, at every attempt.' AS error_message,
             CAST(NULL AS bigint) AS device_ns, CAST(NULL AS numeric) AS cost
@@ -97,21 +97,18 @@ class WakeUp:
     """A job whose message is to be sent. Its row stays locked until the transaction ends."""
 
     id: UUID
-    tenant: str
     model: str
     kind: Kind
-    url: str | None
-    request: dict[str, Any] | None
     priority: int
 
 
 def _wake_up(row: Row[Any]) -> WakeUp:
-    return WakeUp(**{**row._mapping, "kind": Kind(row.kind)})
+    return WakeUp(row.id, row.model, Kind(row.kind), row.priority)
 
 
 # Jobs that are due and whose message was never sent, oldest first.
 _UNSENT: Final = text("""
-    SELECT id, tenant, model, kind, url, request, priority FROM jobs
+    SELECT id, model, kind, priority FROM jobs
     WHERE state = 'queued' AND received_by IS NULL AND enqueued_at IS NULL
         AND not_before <= now() AND created_at <= now() - :grace_s * interval '1 s'
     ORDER BY not_before LIMIT :page
@@ -130,7 +127,7 @@ def unsent(connection: Connection, page: int, grace_s: float = 2.0) -> list[Wake
 
 # Jobs of one model whose message was sent so long ago that it may be lost, oldest first.
 _OVERDUE: Final = text("""
-    SELECT id, tenant, model, kind, url, request, priority FROM jobs
+    SELECT id, model, kind, priority FROM jobs
     WHERE state = 'queued' AND received_by IS NULL AND model = :model AND not_before <= now()
         AND enqueued_at < now() - :lost_after_s * interval '1 s'
         AND enqueued_at < now() - :lost_after_s * 2 ^ least(wake_count, 16) * interval '1 s'

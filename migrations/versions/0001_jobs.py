@@ -68,7 +68,7 @@ def upgrade() -> None:
             "finished_at", Stamp, comment="Statistics last written; final once all members are."
         ),
         CheckConstraint(
-            "close_reason IN ('isolated', 'join', 'size', 'tokens', 'wait')",
+            "close_reason IN ('join', 'size', 'tokens', 'wait')",
             name=op.f("batches_close_reason_check"),
         ),
         CheckConstraint("kind IN ('embed', 'generate')", name=op.f("batches_kind_check")),
