@@ -1,0 +1,436 @@
+"""Claim, finish, release on a real Postgres, also when several want the same job."""
+
+from __future__ import annotations
+
+import random
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from functools import partial
+from uuid import UUID, uuid4
+
+import pytest
+from sqlalchemy import text
+
+from app.errors import GristmillError, JobStateConflict, Unavailable
+from app.jobs import FINAL_STATES, AttemptOutcome, JobState, can_move
+from app.store import cancellation, claims, rescue
+from app.store.claims import BatchStats, Member
+from app.store.database import Database
+from app.store.reads import JobView
+from tests.rows import (
+    Worker,
+    at_once,
+    completed,
+    end_lease,
+    insert,
+    new_job,
+    rewrite,
+    view,
+)
+
+
+def count(database: Database, table: str) -> int:
+    with database.begin() as connection:
+        return connection.scalar(text(f"SELECT count(*) FROM {table}")) or 0
+
+
+def test_each_job_is_claimed_once_however_many_workers_want_it(database: Database) -> None:
+    ids = insert(database, *(new_job() for _ in range(40)))
+    workers = [Worker.registered(database) for _ in range(6)]
+
+    def claim_all(worker: Worker, seed: int) -> list[UUID]:
+        mixed = random.Random(seed).sample(ids, len(ids))
+        return [
+            each.job_id for start in range(0, 40, 8) for each in worker.claim(mixed[start:][:8])
+        ]
+
+    claimed = at_once(*(partial(claim_all, worker, n) for n, worker in enumerate(workers)))
+
+    assert sorted(sum(claimed, [])) == sorted(ids)
+    assert count(database, "attempts") == 40
+
+
+def test_a_claim_opens_an_attempt_and_a_batch(database: Database) -> None:
+    ids = insert(database, new_job(), new_job())
+    worker = Worker.registered(database)
+    batch = worker.batch()
+
+    with database.begin() as connection:
+        claimed = claims.claim(connection, batch, [Member(id, uuid4(), 3) for id in ids])
+
+    job = view(database, ids[0])
+    assert job.state is JobState.RUNNING
+    assert [(each.number, each.outcome) for each in job.attempts] == [(1, None)]
+    assert {each.job_id for each in claimed} == set(ids)
+    assert job.batch is not None
+    assert (job.batch.id, job.batch.num_jobs, job.batch.num_sequences) == (batch.id, 2, 6)
+    assert job.batch.claimed_at - job.batch.opened_at == timedelta(milliseconds=5)
+
+
+def test_a_batch_counts_only_the_members_that_it_got(database: Database) -> None:
+    [free, taken] = insert(database, new_job(), new_job())
+    Worker.registered(database).claim([taken])
+
+    claimed = Worker.registered(database).claim([free, taken, uuid4()])
+
+    assert [each.job_id for each in claimed] == [free]
+    job = view(database, free)
+    assert job.batch is not None
+    assert (job.batch.num_jobs, job.batch.num_sequences) == (1, 1)
+
+
+def test_a_claim_that_gets_nothing_leaves_no_batch(database: Database) -> None:
+    worker = Worker.registered(database)
+
+    assert worker.claim([uuid4()]) == []
+    assert count(database, "batches") == 0
+
+
+def test_jobs_that_are_early_late_or_cancelled_are_not_claimed(database: Database) -> None:
+    now = datetime.now(UTC)
+    [early, late, cancelled] = insert(
+        database,
+        new_job(not_before=now + timedelta(hours=1)),
+        new_job(deadline=now - timedelta(seconds=1)),
+        new_job(),
+    )
+    with database.begin() as connection:
+        cancellation.cancel(connection, cancelled)
+
+    assert Worker.registered(database).claim([early, late, cancelled]) == []
+
+
+def test_a_repeated_claim_is_the_same_claim(database: Database) -> None:
+    ids = insert(database, new_job(), new_job())
+    worker = Worker.registered(database)
+    batch, members = worker.batch(), [Member(id, uuid4()) for id in ids]
+
+    with database.begin() as connection:
+        first = claims.claim(connection, batch, members)
+    with database.begin() as connection:
+        second = claims.claim(connection, batch, members)
+
+    assert sorted(map(repr, first)) == sorted(map(repr, second))
+    assert count(database, "attempts") == 2
+    assert count(database, "batches") == 1
+
+
+def test_a_worker_whose_lease_is_over_claims_nothing_until_its_next_heartbeat(
+    database: Database,
+) -> None:
+    ids = insert(database, new_job())
+    worker = Worker.registered(database)
+    end_lease(database, worker.id)
+
+    with pytest.raises(Unavailable, match="lease"):
+        worker.claim(ids)
+    assert view(database, ids[0]).state is JobState.QUEUED
+
+    worker.heartbeat()
+    assert len(worker.claim(ids)) == 1
+
+
+def test_a_finished_job_has_every_stamp_and_every_figure(database: Database) -> None:
+    [job_id] = insert(database, new_job())
+    worker = Worker.registered(database)
+    [claimed] = worker.claim([job_id])
+    started = claimed.claimed_at + timedelta(milliseconds=1)
+
+    with database.begin() as connection:
+        counted = claims.finish(
+            connection,
+            [
+                completed(
+                    claimed,
+                    response={"text": "Flour."},
+                    input_tokens=7,
+                    output_tokens=2,
+                    started_at=started,
+                    first_token_at=started,
+                    batch_wait_ms=0.5,
+                    inference_ms=1.5,
+                    batch_size=1,
+                    device_ns=1_500_000,
+                    cost=Decimal("0.000000015"),
+                    currency="EUR",
+                    price_id="cpu",
+                )
+            ],
+            [BatchStats(view_batch(view(database, job_id)), 9, 12, 1_500_000)],
+        )
+
+    job = view(database, job_id)
+    result, [attempt] = job.result, job.attempts
+    assert counted == {claimed.attempt_id}
+    assert job.state is JobState.COMPLETED
+    assert result is not None
+    assert result.response == {"text": "Flour."}
+    empty = {name for name in result.__slots__ if getattr(result, name) is None}
+    assert empty == {"error_code", "error_message"}
+    assert result.queue_ms == (claimed.claimed_at - job.created_at) / timedelta(milliseconds=1)
+    assert result.ttft_ms == (started - job.created_at) / timedelta(milliseconds=1)
+    assert result.total_ms == (result.finished_at - job.created_at) / timedelta(milliseconds=1)
+    assert result.cost == Decimal("0.000000015")
+    assert (attempt.outcome, attempt.charged, attempt.device_ns) == ("succeeded", True, 1_500_000)
+    assert attempt.cost == result.cost
+    assert job.batch is not None
+    assert (job.batch.useful_tokens, job.batch.padded_tokens) == (9, 12)
+
+
+def view_batch(job: JobView) -> UUID:
+    assert job.batch is not None
+    return job.batch.id
+
+
+def test_a_repeated_finish_counts_and_changes_nothing(database: Database) -> None:
+    [job_id] = insert(database, new_job())
+    worker = Worker.registered(database)
+    claimed = worker.claim([job_id])
+    first = worker.complete(claimed)
+    before = view(database, job_id)
+
+    second = worker.complete(claimed)
+
+    assert first == second == {claimed[0].attempt_id}
+    assert view(database, job_id) == before
+
+
+def test_a_zombie_that_finishes_after_its_rescue_changes_nothing(database: Database) -> None:
+    [job_id] = insert(database, new_job())
+    zombie = Worker.registered(database)
+    [stale] = zombie.claim([job_id])
+    end_lease(database, zombie.id)
+    with database.begin() as connection:
+        rescue.expire_leases(connection, 10)
+    second = Worker.registered(database)
+    claimed = second.claim([job_id])
+
+    counted = zombie.finish(completed(stale, response={"text": "late"}, device_ns=77))
+
+    assert counted == set()
+    assert view(database, job_id).state is JobState.RUNNING
+    second.complete(claimed)
+    assert zombie.finish(completed(stale, response={"text": "later"}, device_ns=78)) == set()
+    job = view(database, job_id)
+    assert job.result is not None
+    assert job.result.response == {"choices": []}
+    # Its device time is in the books all the same, once, as an attempt that was lost.
+    assert [(each.outcome, each.device_ns) for each in job.attempts] == [
+        ("lost", 77),
+        ("succeeded", 1_000),
+    ]
+
+
+def test_cancel_and_finish_at_the_same_moment_leave_one_result(database: Database) -> None:
+    worker = Worker.registered(database)
+    for job_id in insert(database, *(new_job() for _ in range(20))):
+        claimed = worker.claim([job_id])
+
+        def cancel(job_id: UUID = job_id) -> JobState | None:
+            try:
+                with database.begin() as connection:
+                    return cancellation.cancel(connection, job_id)
+            except JobStateConflict:
+                return None
+
+        answer, counted = at_once(cancel, partial(worker.complete, claimed))
+
+        assert answer in (JobState.RUNNING, None)
+        assert counted == {claimed[0].attempt_id}
+        assert view(database, job_id).state is JobState.COMPLETED
+    assert count(database, "results") == 20
+
+
+def test_cancel_and_claim_at_the_same_moment_never_lose_the_cancel(database: Database) -> None:
+    worker = Worker.registered(database)
+    for job_id in insert(database, *(new_job() for _ in range(20))):
+
+        def cancel(job_id: UUID = job_id) -> JobState:
+            with database.begin() as connection:
+                return cancellation.cancel(connection, job_id)
+
+        answer, claimed = at_once(cancel, partial(worker.claim, [job_id]))
+
+        if claimed:
+            assert answer is JobState.RUNNING
+            assert worker.heartbeat().cancel_requested == {claimed[0].attempt_id}
+            worker.finish(completed(claimed[0], state=JobState.CANCELLED))
+        else:
+            assert answer is JobState.CANCELLED
+        assert view(database, job_id).state is JobState.CANCELLED
+
+
+def test_groups_in_opposite_order_never_deadlock(database: Database) -> None:
+    for _ in range(10):
+        ids = insert(database, *(new_job() for _ in range(30)))
+        one, other = Worker.registered(database), Worker.registered(database)
+
+        claimed = at_once(partial(one.claim, ids), partial(other.claim, ids[::-1]))
+
+        assert sum(map(len, claimed)) == 30
+
+
+def test_a_released_job_is_queued_again_and_not_charged(database: Database) -> None:
+    [job_id] = insert(database, new_job(max_attempts=1))
+    worker = Worker.registered(database)
+    [claimed] = worker.claim([job_id])
+
+    assert worker.release(claimed, device_ns=5) is JobState.QUEUED
+
+    job = view(database, job_id)
+    assert (job.attempt, job.attempts_charged) == (1, 0)
+    assert [(each.outcome, each.charged, each.device_ns) for each in job.attempts] == [
+        ("released", False, 5)
+    ]
+    assert [each.number for each in worker.claim([job_id])] == [2]
+
+
+def test_a_released_job_waits_for_its_delay(database: Database) -> None:
+    [job_id] = insert(database, new_job())
+    worker = Worker.registered(database)
+    [claimed] = worker.claim([job_id])
+
+    worker.release(claimed, delay_s=60.0)
+
+    job = view(database, job_id)
+    assert job.not_before - job.queued_at == timedelta(seconds=60)
+    assert worker.claim([job_id]) == []
+
+
+def test_a_job_fails_with_its_last_charged_attempt(database: Database) -> None:
+    [job_id] = insert(database, new_job(max_attempts=2))
+    worker = Worker.registered(database)
+    states = []
+
+    for _ in range(2):
+        [claimed] = worker.claim([job_id])
+        states.append(
+            worker.release(
+                claimed,
+                outcome=AttemptOutcome.LOST,
+                charged=True,
+                error_code="engine_crash",
+                error_message="The engine process died.",
+            )
+        )
+
+    job = view(database, job_id)
+    assert states == [JobState.QUEUED, JobState.FAILED]
+    assert job.result is not None
+    assert (job.result.error_code, job.result.attempt_id) == ("engine_crash", claimed.attempt_id)
+    assert [each.outcome for each in job.attempts] == ["lost", "lost"]
+
+
+def test_a_release_of_a_cancelled_or_late_job_ends_it(database: Database) -> None:
+    ids = insert(database, new_job(), new_job())
+    worker = Worker.registered(database)
+    grants = {each.job_id: each for each in worker.claim(ids)}
+    cancelled, late = ids
+    with database.begin() as connection:
+        cancellation.cancel(connection, cancelled)
+    rewrite(database, "deadline = now()", late)
+
+    assert worker.release(grants[cancelled]) is JobState.CANCELLED
+    assert worker.release(grants[late]) is JobState.EXPIRED
+    assert count(database, "results") == 2
+
+
+def test_a_release_after_the_lease_was_lost_changes_nothing(database: Database) -> None:
+    [job_id] = insert(database, new_job())
+    worker = Worker.registered(database)
+    [claimed] = worker.claim([job_id])
+    worker.release(claimed)
+
+    assert worker.release(claimed, charged=True) is None
+    assert view(database, job_id).attempts_charged == 0
+
+
+def test_a_record_that_cannot_be_stored_is_refused_before_it_reaches_the_others(
+    database: Database,
+) -> None:
+    [job_id] = insert(database, new_job())
+    worker = Worker.registered(database)
+    [claimed] = worker.claim([job_id])
+
+    with pytest.raises(GristmillError, match="cannot be stored"):
+        worker.finish(completed(claimed, response={"logprob": float("nan")}))
+    assert view(database, job_id).state is JobState.RUNNING
+
+
+def test_cancelling_a_queued_job_ends_it_at_once_and_again_is_the_same(database: Database) -> None:
+    [job_id] = insert(database, new_job())
+
+    for _ in range(2):
+        with database.begin() as connection:
+            assert cancellation.cancel(connection, job_id) is JobState.CANCELLED
+
+    job = view(database, job_id)
+    assert job.result is not None
+    assert (job.result.state, job.result.attempt_id) == (JobState.CANCELLED, None)
+
+
+def test_cancelling_a_finished_job_is_a_conflict(database: Database) -> None:
+    [job_id] = insert(database, new_job())
+    worker = Worker.registered(database)
+    worker.complete(worker.claim([job_id]))
+
+    with pytest.raises(JobStateConflict, match="completed"), database.begin() as connection:
+        cancellation.cancel(connection, job_id)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_happens_states_only_move_forward_and_each_job_gets_one_result(
+    database: Database, seed: int
+) -> None:
+    """A random life of 25 jobs among three workers that crash, cancel, release and come late."""
+    chance = random.Random(seed)
+    ids = insert(database, *(new_job(max_attempts=2) for _ in range(25)))
+    workers = [Worker.registered(database) for _ in range(3)]
+    grants: list[tuple[Worker, claims.Claimed]] = []
+    states = dict.fromkeys(ids, JobState.QUEUED)
+
+    def check_moves() -> None:
+        for job_id in ids:
+            now = view(database, job_id).state
+            assert now is states[job_id] or can_move(states[job_id], now)
+            states[job_id] = now
+
+    def claim() -> None:
+        worker = chance.choice(workers)
+        worker.heartbeat()
+        grants.extend((worker, each) for each in worker.claim(chance.sample(ids, 5)))
+
+    def finish() -> None:
+        if grants:
+            worker, grant = chance.choice(grants)
+            worker.finish(completed(grant, state=chance.choice(sorted(FINAL_STATES))))
+
+    def release() -> None:
+        if grants:
+            worker, grant = chance.choice(grants)
+            worker.release(grant, charged=chance.random() < 0.5)
+
+    def crash() -> None:
+        end_lease(database, chance.choice(workers).id)
+        with database.begin() as connection:
+            rescue.expire_leases(connection, 3)
+
+    def cancel() -> None:
+        with database.begin() as connection:
+            try:
+                cancellation.cancel(connection, chance.choice(ids))
+            except JobStateConflict:
+                pass
+
+    for _ in range(120):
+        chance.choices([claim, finish, release, crash, cancel], [4, 4, 2, 1, 0.5])[0]()
+        check_moves()
+
+    for job_id in ids:
+        job = view(database, job_id)
+        assert (job.result is not None) == job.state.is_final
+        assert [each.number for each in job.attempts] == list(range(1, job.attempt + 1))
+        open_attempts = [each for each in job.attempts if each.outcome is None]
+        assert len(open_attempts) == (1 if job.state is JobState.RUNNING else 0)
+        assert job.attempts_charged == sum(bool(each.charged) for each in job.attempts)
+        assert job.attempts_charged <= job.max_attempts

@@ -1,0 +1,171 @@
+"""Rows for the tests: jobs as producers make them, and workers that claim and finish them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import Any, TypeVar
+from uuid import UUID, uuid4
+
+from sqlalchemy import text
+
+from app.engines.base import Kind
+from app.jobs import AttemptOutcome, CloseReason, JobState
+from app.store import claims, intake, reads, workers
+from app.store.claims import Claimed, Finished, Member, NewBatch, Release
+from app.store.database import Database
+from app.store.intake import NewJob
+from app.store.reads import JobView
+
+T = TypeVar("T")
+
+MODEL = "smollm2"
+
+
+def new_job(**given: Any) -> NewJob:
+    """A job as the API makes it."""
+    defaults: dict[str, Any] = {
+        "id": uuid4(),
+        "model": MODEL,
+        "kind": Kind.GENERATE,
+        "url": "/v1/completions",
+        "request": {"prompt": "A mill"},
+        "fingerprint": "f00d",
+        "source": "api",
+    }
+    return NewJob(**defaults | given)
+
+
+def insert(database: Database, *jobs: NewJob) -> list[UUID]:
+    """Write jobs; returns their ids."""
+    with database.begin() as connection:
+        return [row.id for row in intake.insert_jobs(connection, jobs)]
+
+
+def view(database: Database, job_id: UUID) -> JobView:
+    with database.begin() as connection:
+        job = reads.job(connection, job_id)
+    assert job is not None
+    return job
+
+
+def column(database: Database, job_id: UUID, name: str) -> Any:
+    """One column of a job's row."""
+    with database.begin() as connection:
+        return connection.scalar(text(f"SELECT {name} FROM jobs WHERE id = :id"), {"id": job_id})
+
+
+def rewrite(database: Database, assignment: str, job_id: UUID | None = None) -> None:
+    """Change job rows behind the store's back, to let time pass for them."""
+    where = "true" if job_id is None else "id = :id"
+    with database.begin() as connection:
+        connection.execute(text(f"UPDATE jobs SET {assignment} WHERE {where}"), {"id": job_id})
+
+
+def end_lease(database: Database, worker_id: UUID) -> None:
+    """Let a worker's lease run out."""
+    with database.begin() as connection:
+        connection.execute(
+            text("UPDATE workers SET lease_expires_at = now() - interval '1 s' WHERE id = :id"),
+            {"id": worker_id},
+        )
+
+
+@dataclass
+class Worker:
+    """A registered worker that does as it is told."""
+
+    database: Database
+    id: UUID = field(default_factory=uuid4)
+
+    @classmethod
+    def registered(cls, database: Database, lease_s: float = 30.0) -> Worker:
+        worker = cls(database)
+        with database.begin() as connection:
+            workers.register_worker(
+                connection,
+                workers.NewWorker(
+                    id=worker.id,
+                    name="worker@mill",
+                    host="mill",
+                    pid=1,
+                    models=[MODEL],
+                    device="cpu",
+                    price_id="cpu",
+                    currency="EUR",
+                    price_per_device_hour=Decimal("0.036"),
+                ),
+                lease_s,
+            )
+        return worker
+
+    def receive(self, *arrivals: intake.Arrival) -> dict[UUID, intake.Received]:
+        with self.database.begin() as connection:
+            return intake.receive(connection, self.id, arrivals)
+
+    def batch(self) -> NewBatch:
+        return NewBatch(
+            id=uuid4(),
+            worker_id=self.id,
+            model=MODEL,
+            engine="stub",
+            close_reason=CloseReason.SIZE,
+            wait_ms=5.0,
+        )
+
+    def claim(self, ids: Iterable[UUID]) -> list[Claimed]:
+        with self.database.begin() as connection:
+            return claims.claim(connection, self.batch(), [Member(id, uuid4()) for id in ids])
+
+    def finish(self, *finished: Finished) -> set[UUID]:
+        with self.database.begin() as connection:
+            return claims.finish(connection, finished)
+
+    def complete(self, claimed: Sequence[Claimed]) -> set[UUID]:
+        return self.finish(*(completed(each) for each in claimed))
+
+    def release(self, claimed: Claimed, **given: Any) -> JobState | None:
+        """Where the job went; None if it was not this worker's any more."""
+        defaults = {"outcome": AttemptOutcome.RELEASED, "charged": False}
+        given = defaults | given
+        with self.database.begin() as connection:
+            released = claims.release(
+                connection,
+                [Release(job_id=claimed.job_id, attempt_id=claimed.attempt_id, **given)],
+            )
+        return released[0].state if released else None
+
+    def heartbeat(self, lease_s: float = 30.0) -> workers.Heartbeat:
+        with self.database.begin() as connection:
+            return workers.heartbeat(connection, self.id, lease_s)
+
+    def stop(self) -> None:
+        with self.database.begin() as connection:
+            workers.stop_worker(connection, self.id)
+
+
+def completed(claimed: Claimed, **given: Any) -> Finished:
+    """The record of a successful attempt."""
+    defaults: dict[str, Any] = {
+        "job_id": claimed.job_id,
+        "attempt_id": claimed.attempt_id,
+        "state": JobState.COMPLETED,
+        "response": {"choices": []},
+        "device_ns": 1_000,
+    }
+    return Finished(**defaults | given)
+
+
+def at_once(*calls: Callable[[], T]) -> list[T]:
+    """Run each call in a thread of its own, all let go at the same moment."""
+    barrier = threading.Barrier(len(calls))
+
+    def run(call: Callable[[], T]) -> T:
+        barrier.wait()
+        return call()
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return list(pool.map(run, calls))
