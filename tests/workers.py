@@ -1,4 +1,4 @@
-"""Real worker processes for the tests: a Celery worker with its engine process, stub models inside."""
+"""Real worker processes for the tests: Celery, engine process and all, with stub models."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from pathlib import Path
 
 settings = Settings.model_validate_json(Path(sys.argv[1]).read_text())
 app.worker.app = app = make_app(settings)
-app.worker_main(worker_command(settings)[0][4:])
+app.worker_main(worker_command(settings)[0][5:])
 """
 
 

@@ -17,13 +17,13 @@ from app.errors import EngineError
 from app.store.database import Database
 from app.store.workers import NewWorker
 from app.worker.batcher import Batcher, Limits
-from app.worker.engine_host import EngineHost, Load
-from app.worker.engine_process import ServedModel
+from app.worker.engine_host import EngineHost
 from app.worker.lease import LeaseKeeper
 from app.worker.ledger import Ledger
 from app.worker.registrar import Registrar
 from app.worker.runner import Runner
 from app.worker.settlement import Settlement
+from app.worker.wire import Load, ServedModel
 
 
 @dataclass(slots=True)

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from multiprocessing.connection import Connection
 
 from app.engines.base import Sequence
-from app.worker.engine_process import (
+from app.worker.wire import (
     PROGRESS_BYTES,
     Admit,
     Broken,
@@ -33,8 +33,6 @@ from app.worker.engine_process import (
 )
 
 log = logging.getLogger(__name__)
-
-__all__ = ["Broken", "DidNotFit", "EngineHost", "Event", "Load", "Ready", "Stepped"]
 
 
 class EngineHost:

@@ -13,94 +13,30 @@ import queue
 import struct
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Final
 
-from app.config import ModelSettings
 from app.engines import registry
-from app.engines.base import Engine, Generation, Sequence, StepStats
+from app.engines.base import Engine, StepStats
 from app.errors import GristmillError, OutOfMemory
+from app.worker.wire import (
+    PROGRESS_BYTES,
+    Admit,
+    Broken,
+    Cancel,
+    DidNotFit,
+    EngineFacts,
+    Load,
+    Ready,
+    Stepped,
+)
 
-PROGRESS_BYTES: Final = 8
 FAILED_TO_LOAD: Final = 3  #: exit status; a restart would not help
 ENGINE_FAILED: Final = 4  #: exit status; the device's state is not to be trusted
-
-
-@dataclass(frozen=True, slots=True)
-class ServedModel:
-    """A model that the engine process is to load."""
-
-    name: str
-    folder: Path
-    settings: ModelSettings
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    models: tuple[ServedModel, ...]
-    device: str
-    threads: int
-
-
-@dataclass(frozen=True, slots=True)
-class Admit:
-    model: str
-    batch_id: str
-    sequences: tuple[Sequence, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Cancel:
-    model: str
-    sequence_id: int
-
-
-Command = Load | Admit | Cancel
-
-
-@dataclass(frozen=True, slots=True)
-class EngineFacts:
-    """What the host needs to know of a loaded engine."""
-
-    max_rows: int
-    joins: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Ready:
-    engines: dict[str, EngineFacts]
-    load_ns: int
-
-
-@dataclass(frozen=True, slots=True)
-class Stepped:
-    """What one step produced."""
-
-    model: str
-    generations: list[Generation]
-    stats: list[StepStats]
-
-
-@dataclass(frozen=True, slots=True)
-class DidNotFit:
-    """Out of memory: everything inside this engine was dropped unharmed."""
-
-    model: str
-
-
-@dataclass(frozen=True, slots=True)
-class Broken:
-    """The last word of a process that is about to exit. `reason` never holds a prompt."""
-
-    reason: str
-    will_not_load: bool = False
-
-
-Event = Ready | Stepped | DidNotFit | Broken
 
 
 class EngineProcess:
@@ -123,8 +59,6 @@ class EngineProcess:
                     self._step(model, engine)
 
     def _load(self, command: Load) -> None:
-        import time
-
         began = time.monotonic_ns()
         for model in command.models:
             self._engines[model.name] = registry.create(

@@ -163,7 +163,10 @@ def _decode(message: Message) -> Any:
         raise RequestError("The message body cannot be unpacked.", param="body") from error[1]
     try:
         return loads(  # type: ignore[no-untyped-call]
-            message.body, message.content_type, message.content_encoding, accept={"application/json"}
+            message.body,
+            message.content_type,
+            message.content_encoding,
+            accept={"application/json"},
         )
     except Exception:
         raise RequestError(

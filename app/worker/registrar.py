@@ -158,6 +158,7 @@ class Registrar:
             deadline=row.deadline,
             tenant=row.tenant,
             arrived_ns=each.arrived_ns,
+            registered_ns=time.monotonic_ns(),
             doomed=doomed,
         )
 

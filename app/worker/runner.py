@@ -30,12 +30,13 @@ from app.errors import (
     Unavailable,
 )
 from app.worker.batcher import Batcher, Capacity
-from app.worker.engine_host import Broken, DidNotFit, EngineHost, Ready, Stepped
+from app.worker.engine_host import EngineHost
 from app.worker.intake import Refusal
 from app.worker.ledger import Ledger
 from app.worker.registrar import Registrar
 from app.worker.running import Running
 from app.worker.ticket import Ticket
+from app.worker.wire import Broken, DidNotFit, Ready, Stepped
 from app.worker.work import CANCELLED, EXPIRED, TIMED_OUT, Batch, Ending, Job, LeaseNews
 
 log = logging.getLogger(__name__)

@@ -92,7 +92,8 @@ class Job:
     priority: int
     deadline: dt.datetime | None
     tenant: str
-    arrived_ns: int
+    arrived_ns: int  #: when its message came; the batcher counts from here
+    registered_ns: int  #: when its row was known; what the row calls batch wait counts from here
     doomed: Ending | None = None  #: it cannot run; the reason found before its batch
     run: Run | None = None
     attempt_id: UUID = field(default_factory=uuid4)  #: of the attempt that its claim is to open
@@ -108,7 +109,7 @@ class Job:
 
     @property
     def batch_wait_ns(self) -> int:
-        return max(0, self.closed_ns - self.arrived_ns)
+        return max(0, self.closed_ns - self.registered_ns)
 
     def candidate(self) -> Candidate:
         """The job as the batcher sees it."""
