@@ -111,7 +111,7 @@ def _listening(database_url: str, waiters: Waiters) -> Iterator[None]:
 class Server(uvicorn.Server):
     """Uvicorn, but long polls do not hold up its shutdown."""
 
-    def __init__(self, app: FastAPI, sock: socket.socket) -> None:
+    def __init__(self, app: FastAPI) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -122,7 +122,6 @@ class Server(uvicorn.Server):
             )
         )
         self._app = app
-        self._sock = sock
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._app.state.services.waiters.close()
@@ -138,11 +137,11 @@ def serve(settings: Settings) -> None:
     telemetry.setup_logging(settings.log_level)
     app = create_app(settings)
     _check_schema(app.state.services.database)
-    with _listen_on(settings.api.host, settings.api.port) as sock:
+    with listen_on(settings.api.host, settings.api.port) as sock:
         port = sock.getsockname()[1]
         host = f"[{settings.api.host}]" if ":" in settings.api.host else settings.api.host
         log.info("Listening on http://%s:%s; documentation under /docs.", host, port)
-        Server(app, sock).run(sockets=[sock])
+        Server(app).run(sockets=[sock])
 
 
 def _check_schema(database: Database) -> None:
@@ -152,7 +151,7 @@ def _check_schema(database: Database) -> None:
         log.warning("%s Starting all the same.", error, extra={"action": "database_away"})
 
 
-def _listen_on(host: str, port: int) -> socket.socket:
+def listen_on(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server(
             (host, port),

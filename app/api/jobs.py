@@ -123,7 +123,7 @@ def _parse_key(header: str) -> str:
 @router.post(
     "/bulk",
     status_code=202,
-    response_model=BulkAnswer,
+    response_model_exclude_none=True,
     responses=_NONE_ACCEPTED | SUBMISSION_ERRORS,
     openapi_extra=_json_body(BulkRequest),
     summary="Submit many jobs",

@@ -29,6 +29,7 @@ class Metrics:
             "gristmill_http_request_seconds",
             "Time from the first byte of a request to the last of its answer; long polls too.",
             ["method", "route", "status"],
+            buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 30, 60),
             registry=self._registry,
         )
         self._submissions = Counter(

@@ -6,6 +6,7 @@ them ever holds a prompt.
 
 from __future__ import annotations
 
+import logging
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -16,6 +17,8 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
 from app import errors
+
+log = logging.getLogger(__name__)
 
 STATUS: Final[dict[type[errors.GristmillError], HTTPStatus]] = {
     errors.RequestError: HTTPStatus.BAD_REQUEST,
@@ -33,6 +36,11 @@ STATUS: Final[dict[type[errors.GristmillError], HTTPStatus]] = {
     errors.GristmillError: HTTPStatus.INTERNAL_SERVER_ERROR,
 }
 RETRY_AFTER_UNAVAILABLE_S: Final = 5
+_TRY_AGAIN: Final = (
+    "The database cannot serve this right now. Try again: with an Idempotency-Key that cannot make "
+    "a second job. The operator finds more under /readyz."
+)
+_SEE_THE_LOG: Final = "Something went wrong here. The operator finds it in the log by request_id."
 
 
 class Problem(BaseModel):
@@ -68,13 +76,8 @@ class ProblemResponse(Response):
     media_type = "application/problem+json"
 
 
-def describe(error: errors.GristmillError, *, instance: str, within: str = "") -> Problem:
-    """The problem that tells of `error`.
-
-    `within` is the field that held the wrong part: a request's own errors name fields of the
-    request, which travels in the field `body`.
-    """
-    param = getattr(error, "param", None)
+def describe(error: errors.GristmillError, *, instance: str) -> Problem:
+    """The problem that tells of `error`, which came up at the path `instance`."""
     return Problem(
         type=f"urn:gristmill:problem:{error.code}",
         title=(type(error).__doc__ or "").split(".")[0],
@@ -82,7 +85,7 @@ def describe(error: errors.GristmillError, *, instance: str, within: str = "") -
         detail=error.message,
         instance=instance,
         code=error.code,
-        param=f"{within}.{param}" if within and param else param,
+        param=getattr(error, "param", None),
     )
 
 
@@ -105,20 +108,27 @@ def install(app: FastAPI) -> None:
 
 def internal_error(request: Request) -> ProblemResponse:
     """The answer to a bug of ours; it tells nothing but the id to look for."""
-    error = errors.GristmillError("Something went wrong here. The log of the API has more.")
+    error = errors.GristmillError(_SEE_THE_LOG)
     return respond(describe(error, instance=request.url.path), request)
 
 
 def _on_gristmill_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, errors.GristmillError)
+    problem = describe(error, instance=request.url.path)
     headers: dict[str, str] = {}
     if isinstance(error, errors.QueueFull):
         headers["Retry-After"] = str(error.retry_after)
-    elif _status(error) is HTTPStatus.SERVICE_UNAVAILABLE:
-        headers["Retry-After"] = str(RETRY_AFTER_UNAVAILABLE_S)
     elif isinstance(error, errors.JobStateConflict):
         headers["x-should-retry"] = "false"  # the OpenAI and Anthropic clients retry every 409
-    return respond(describe(error, instance=request.url.path), request, headers)
+    elif problem.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        # Its text names our servers: that is for our log, not for the caller.
+        log.warning("%s", error, extra={"action": "request_failed", "code": error.code})
+        if problem.status == HTTPStatus.SERVICE_UNAVAILABLE:
+            headers["Retry-After"] = str(RETRY_AFTER_UNAVAILABLE_S)
+            problem.detail = _TRY_AGAIN
+        else:
+            problem.detail = _SEE_THE_LOG
+    return respond(problem, request, headers)
 
 
 def _on_http_exception(request: Request, error: Exception) -> Response:
@@ -129,11 +139,17 @@ def _on_http_exception(request: Request, error: Exception) -> Response:
         type=f"urn:gristmill:problem:{code}",
         title=status.phrase,
         status=status,
-        detail=error.detail,
+        detail=_DETAILS.get(status, error.detail),
         instance=request.url.path,
         code=code,
     )
     return respond(problem, request, dict(error.headers or {}))
+
+
+_DETAILS: Final = {
+    HTTPStatus.NOT_FOUND: "There is nothing at this path; /docs shows what there is.",
+    HTTPStatus.METHOD_NOT_ALLOWED: "This path does not take this method; /docs shows what it does.",
+}
 
 
 def _on_wrong_parameter(request: Request, error: Exception) -> Response:

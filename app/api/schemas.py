@@ -94,7 +94,7 @@ class JobError(BaseModel):
 
 
 class Links(BaseModel):
-    """Where to go from here."""
+    """Paths of this job."""
 
     self: str = Field(description="This job.", examples=["/v1/jobs/0b9f…"])
     cancel: str | None = Field(

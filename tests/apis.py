@@ -1,0 +1,96 @@
+"""The real API for the tests: uvicorn in a thread, on a port of its own."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from decimal import Decimal
+from uuid import UUID, uuid4
+
+import httpx
+
+from app.api.app import Server, create_app, listen_on
+from app.config import Settings
+from app.jobs import CloseReason, JobState
+from app.store import claims, workers
+from app.store.database import Database
+
+
+@contextmanager
+def running_api(settings: Settings) -> Iterator[httpx.Client]:
+    """A client of an API that runs with these settings; both end with the block."""
+    app = create_app(settings)
+    sock = listen_on("127.0.0.1", 0)
+    server = Server(app)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
+    thread.start()
+    try:
+        url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+        # The socket listens already, so the first request is answered once the API is up.
+        with httpx.Client(base_url=url, timeout=30) as client:
+            yield client
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+class Hands:
+    """A worker without an engine: claims and finishes jobs in the store when a test says so."""
+
+    def __init__(self, database_url: str) -> None:
+        self._database = Database(database_url, pool_size=2)
+        self._worker_id = uuid4()
+        worker = workers.NewWorker(
+            id=self._worker_id,
+            name="hands",
+            host="here",
+            pid=1,
+            models=["stub"],
+            device="cpu",
+            price_id="cpu",
+            currency="USD",
+            price_per_device_hour=Decimal("0.036"),
+        )
+        with self._database.begin() as connection:
+            workers.register_worker(connection, worker, lease_s=60)
+
+    def claim(self, job_id: str) -> claims.Claimed:
+        batch = claims.NewBatch(
+            id=uuid4(),
+            worker_id=self._worker_id,
+            model="stub",
+            engine="stub",
+            close_reason=CloseReason.WAIT,
+            wait_ms=100.0,
+        )
+        with self._database.begin() as connection:
+            [claimed] = claims.claim(connection, batch, [claims.Member(UUID(job_id), uuid4())])
+        return claimed
+
+    def finish(self, claimed: claims.Claimed, **given: object) -> None:
+        """Complete a claimed job, or end it as `given` says."""
+        ending = {
+            "state": JobState.COMPLETED,
+            "response": {"choices": [{"text": "done"}]},
+            "input_tokens": 5,
+            "output_tokens": 7,
+            "started_at": claimed.claimed_at,
+            "first_token_at": claimed.claimed_at + timedelta(milliseconds=3),
+            "batch_wait_ms": 100.0,
+            "inference_ms": 12.5,
+            "batch_size": 1,
+            "device_ns": 12_000_000,
+            "cost": Decimal("0.000000120"),
+            "currency": "USD",
+            "price_id": "cpu",
+        }
+        finished = claims.Finished(
+            job_id=claimed.job_id, attempt_id=claimed.attempt_id, **(ending | given)
+        )
+        with self._database.begin() as connection:
+            assert claims.finish(connection, [finished])
+
+    def close(self) -> None:
+        self._database.close()

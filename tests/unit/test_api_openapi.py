@@ -1,0 +1,118 @@
+"""The API's own documentation: complete, and readable without the internet."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from app.api.app import create_app
+from app.config import Settings
+
+
+@pytest.fixture
+def app(make_settings: Callable[..., Settings]) -> FastAPI:
+    """The application; nothing it would connect to is there, and it need not be."""
+    return create_app(
+        make_settings(
+            database={"url": "postgresql://nobody@127.0.0.1:1/none"},
+            broker={"url": "redis://127.0.0.1:1/0"},
+        )
+    )
+
+
+@pytest.fixture
+def document(app: FastAPI) -> dict[str, Any]:
+    return app.openapi()
+
+
+def get(app: FastAPI, path: str) -> httpx.Response:
+    async def send() -> httpx.Response:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.get(path)
+
+    return asyncio.run(send())
+
+
+def operations(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            yield f"{method.upper()} {path}", operation
+
+
+def references(node: Any) -> Iterator[str]:
+    if isinstance(node, dict):
+        yield from [node["$ref"]] if isinstance(node.get("$ref"), str) else []
+        for each in node.values():
+            yield from references(each)
+    elif isinstance(node, list):
+        for each in node:
+            yield from references(each)
+
+
+def test_every_field_says_what_it_means(document: dict[str, Any]) -> None:
+    silent = [
+        f"{name}.{field}"
+        for name, schema in document["components"]["schemas"].items()
+        for field, told in schema.get("properties", {}).items()
+        if not told.get("description")
+    ]
+
+    assert silent == []
+
+
+def test_every_field_that_a_caller_sends_has_an_example(document: dict[str, Any]) -> None:
+    bodies = ("Submission", "ChatBody", "ChatMessage", "CompletionBody", "EmbeddingBody")
+    without = [
+        f"{name}.{field}"
+        for name in bodies
+        for field, told in document["components"]["schemas"][name]["properties"].items()
+        if not told.get("examples") and "$ref" not in str(told)
+    ]
+
+    assert without == []
+
+
+def test_every_operation_and_parameter_is_described(document: dict[str, Any]) -> None:
+    for name, operation in operations(document):
+        assert operation.get("summary") and operation.get("description"), name
+        for parameter in operation.get("parameters", []):
+            assert parameter.get("description"), f"{name} {parameter['name']}"
+
+
+def test_every_reference_leads_somewhere(document: dict[str, Any]) -> None:
+    known = {f"#/components/schemas/{name}" for name in document["components"]["schemas"]}
+
+    assert set(references(document)) <= known
+
+
+def test_every_error_is_documented_as_a_problem(document: dict[str, Any]) -> None:
+    for name, operation in operations(document):
+        for status, answer in operation["responses"].items():
+            if int(status) >= 400 and not name.endswith("/readyz"):
+                assert list(answer["content"]) == ["application/problem+json"], f"{name} {status}"
+    submit = document["paths"]["/v1/jobs"]["post"]["responses"]
+    assert {"202", "400", "404", "413", "415", "422", "429", "503"} <= set(submit)
+
+
+def test_the_body_of_a_submission_is_one_of_the_three_calls(document: dict[str, Any]) -> None:
+    body = document["components"]["schemas"]["Submission"]["properties"]["body"]
+
+    assert set(references(body)) == {
+        f"#/components/schemas/{name}" for name in ("ChatBody", "CompletionBody", "EmbeddingBody")
+    }
+
+
+def test_the_documentation_page_loads_nothing_from_elsewhere(app: FastAPI) -> None:
+    page = get(app, "/docs").text
+    sources = re.findall(r'(?:src|href)="([^"]+)"', page)
+
+    assert sources and all(source.startswith("/") for source in sources)
+    for source in sources:
+        assert get(app, source).status_code == 200, source

@@ -1,0 +1,218 @@
+"""Every error leaves in one shape, and none leaks."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Iterator
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from fastapi import Request as HttpRequest
+
+from app import errors
+from app.api import bodies, problems
+from app.api.metrics import Metrics
+from app.api.middleware import RequestScope
+
+SECRET = "the miller's secret"
+
+
+def subclasses(kind: type[errors.GristmillError]) -> Iterator[type[errors.GristmillError]]:
+    yield kind
+    for child in kind.__subclasses__():
+        yield from subclasses(child)
+
+
+def answer_to(error: Exception, headers: dict[str, str] | None = None) -> httpx.Response:
+    """The answer of an app whose only handler raises `error`."""
+    app = FastAPI()
+    app.add_middleware(RequestScope, metrics=Metrics())
+    problems.install(app)
+
+    @app.get("/fails")
+    async def fails() -> None:
+        raise error
+
+    return asyncio.run(send(app, httpx.Request("GET", "http://test/fails", headers=headers)))
+
+
+async def send(app: FastAPI, request: httpx.Request) -> httpx.Response:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app)) as client:
+        return await client.send(request)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (errors.RequestError("Wrong.", param="body.prompt"), 400),
+        (errors.ModelNotFound(), 404),
+        (errors.UrlNotFound(), 404),
+        (errors.JobNotFound(), 404),
+        (errors.JobStateConflict(), 409),
+        (errors.RequestTooLarge(), 413),
+        (errors.ContextLengthExceeded(), 422),
+        (errors.DeadlinePassed(), 422),
+        (errors.IdempotencyConflict(), 422),
+        (errors.QueueFull(retry_after=7), 429),
+        (errors.GristmillError(), 500),
+        (errors.Unavailable(), 503),
+        (errors.SchemaError(), 503),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else str(value),
+)
+def test_each_error_has_its_status_and_the_same_shape(
+    error: errors.GristmillError, status: int
+) -> None:
+    answer = answer_to(error)
+
+    problem = answer.json()
+    assert answer.status_code == problem["status"] == status
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert problem["code"] == error.code
+    assert problem["type"] == f"urn:gristmill:problem:{error.code}"
+    assert problem["instance"] == "/fails"
+    assert problem["title"] and problem["detail"]
+    assert problem["request_id"] == answer.headers["x-request-id"]
+
+
+def test_no_error_class_is_without_a_status() -> None:
+    for kind in subclasses(errors.GristmillError):
+        if "app.errors" in kind.__module__:
+            assert problems.describe(kind(), instance="/").status >= 400
+
+
+def test_the_wrong_field_is_named() -> None:
+    answer = answer_to(errors.RequestError("Too hot.", param="body.temperature"))
+
+    assert answer.json()["param"] == "body.temperature"
+
+
+def test_what_may_pass_says_when_to_come_back() -> None:
+    assert answer_to(errors.QueueFull(retry_after=7)).headers["retry-after"] == "7"
+    assert 1 <= int(answer_to(errors.Unavailable()).headers["retry-after"]) <= 60
+
+
+def test_a_conflict_tells_clients_not_to_try_again() -> None:
+    assert answer_to(errors.JobStateConflict()).headers["x-should-retry"] == "false"
+
+
+def test_a_bug_is_answered_without_its_text_and_logged_without_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.ERROR):
+        answer = answer_to(ValueError(SECRET))
+
+    assert answer.status_code == 500
+    assert answer.json()["code"] == "internal_error"
+    assert SECRET not in answer.text
+    [record] = caplog.records
+    logged = record.getMessage()
+    assert "ValueError" in logged and "in fails" in logged and SECRET not in logged
+    assert record.exc_info is None
+
+
+def test_the_text_of_an_outage_goes_to_the_log_and_not_to_the_caller(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        answer = answer_to(errors.Unavailable("Postgres cannot be reached: host db-7.internal"))
+
+    assert "db-7" not in answer.text
+    assert "db-7" in caplog.text
+
+
+def test_a_plain_request_id_is_kept_and_a_strange_one_replaced() -> None:
+    kept = answer_to(errors.JobNotFound(), {"x-request-id": "checkout-42"})
+    replaced = answer_to(errors.JobNotFound(), {"x-request-id": "a b{}"})
+
+    assert kept.headers["x-request-id"] == "checkout-42"
+    assert replaced.headers["x-request-id"] not in ("a b{}", "")
+
+
+def test_a_path_that_is_not_there_is_a_problem_too() -> None:
+    app = FastAPI(openapi_url=None)
+    problems.install(app)
+
+    answer = asyncio.run(send(app, httpx.Request("GET", "http://test/nowhere")))
+
+    assert (answer.status_code, answer.json()["code"]) == (404, "not_found")
+
+
+# ── bodies ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def post(content: object, **headers: str) -> httpx.Response:
+    """The answer of an app that reads a body of at most 1,000 bytes and tells its length."""
+    app = FastAPI()
+    problems.install(app)
+
+    @app.post("/read")
+    async def read(request: HttpRequest) -> int:
+        return len(await bodies.read_body(request, 1_000))
+
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    request = httpx.Request(
+        "POST",
+        "http://test/read",
+        content=content,  # type: ignore[arg-type]
+        headers={"content-type": "application/json"} | named,
+    )
+    return asyncio.run(send(app, request))
+
+
+async def in_chunks(size: int) -> object:
+    for _ in range(size // 100):
+        yield b"x" * 100
+
+
+def test_a_body_within_the_limit_is_read_whole() -> None:
+    assert post(b"x" * 1_000).json() == 1_000
+    assert post(in_chunks(1_000)).json() == 1_000
+
+
+def test_a_body_beyond_the_limit_is_refused_whether_or_not_it_tells_its_length() -> None:
+    for content in (b"x" * 1_001, in_chunks(1_100)):
+        answer = post(content)
+        assert (answer.status_code, answer.json()["code"]) == (413, "request_too_large")
+
+
+def test_a_compressed_body_is_refused_unread() -> None:
+    answer = post(b"\x1f\x8b", content_encoding="gzip")
+
+    assert answer.status_code == 415
+    assert answer.headers["accept-encoding"] == "identity"
+
+
+def test_a_body_that_a_foreign_web_page_could_post_is_refused() -> None:
+    for media_type in ("text/plain", "application/x-www-form-urlencoded", ""):
+        assert post(b"{}", content_type=media_type).status_code == 415
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b'{"prompt": "' + SECRET.encode(),
+        b'{"prompt": "' + SECRET.encode() + b'"} and more',
+        b"{'prompt': 1}",
+        b'{"prompt": "\xff"}',
+        b'{"prompt": "\\ud800"}',
+        b'{"seed": ' + b"9" * 5_000 + b"}",
+        b"[" * 10_000,
+    ],
+)
+def test_a_body_that_is_not_json_is_refused_without_quoting_it(raw: bytes) -> None:
+    with pytest.raises(errors.RequestError) as refused:
+        bodies.parse_json(raw)
+
+    assert "not valid JSON" in str(refused.value)
+    assert SECRET not in str(refused.value)
+
+
+def test_json_that_is_read_is_what_was_sent() -> None:
+    value = {"prompt": "grüße ☕", "n": [1, 2.5, None, True]}
+
+    assert bodies.parse_json(json.dumps(value).encode()) == value
