@@ -128,7 +128,6 @@ def _celery_settings(settings: Settings) -> dict[str, Any]:
         "broker_connection_max_retries": None,
         # A lost connection does not stop the engine: the claim drops the message's second copy.
         "worker_cancel_long_running_tasks_on_connection_loss": False,
-        "worker_soft_shutdown_timeout": worker.grace_s,
         "worker_send_task_events": True,
         "task_send_sent_event": False,
         "worker_disable_rate_limits": True,
@@ -149,15 +148,12 @@ def _setup_logging(loglevel: int | str | None = None, **_: object) -> None:
 def worker_command(settings: Settings) -> tuple[list[str], dict[str, str]]:
     """Command line of a worker, and the environment variables to add to it.
 
-    Without gossip and mingle, which only workers that share clocks need. SIGTERM is taken as
-    SIGQUIT: Celery's soft shutdown, which ends within `worker.grace_s`.
+    Without gossip and mingle, which only workers that share clocks need. SIGTERM is Celery's warm
+    shutdown; the pool ends it within `worker.grace_s`, and sooner when nothing runs any more.
     """
     name = f"gristmill-{uuid4().hex[:8]}@%h"
     options = ["--without-gossip", "--without-mingle", "--hostname", name]
-    return (
-        [*_CELERY, "worker", *options, "--loglevel", settings.log_level],
-        {"REMAP_SIGTERM": "SIGQUIT"},
-    )
+    return [*_CELERY, "worker", *options, "--loglevel", settings.log_level], {}
 
 
 def flower_command(settings: Settings) -> tuple[list[str], dict[str, str]]:
