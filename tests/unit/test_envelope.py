@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -13,65 +12,10 @@ from app import broker
 from app.engines.base import Kind
 from app.errors import RequestError, RequestTooLarge
 from app.worker import envelope
-
-PROMPT = "the miller's secret"
-
-
-def message(**changes: Any) -> bytes:
-    """A good message with some fields changed; `...` takes a field out."""
-    item = json.loads(broker.raw_message(uuid4(), Kind.GENERATE, {"prompt": PROMPT}, queue="q"))
-    return json.dumps(_changed(item, changes)).encode()
+from tests.bad_messages import PROMPT, UNPARSABLE, UNRUNNABLE, message, with_property
 
 
-def with_property(name: str, value: Any) -> bytes:
-    item = json.loads(message())
-    return message(properties=_changed(item["properties"], {name: value}))
-
-
-def _changed(fields: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in (fields | changes).items() if value is not ...}
-
-
-WRONG = {
-    "nothing at all": b"",
-    "text": PROMPT.encode(),
-    "bytes": b"\xff\xfe\x00",
-    "JSON in UTF-16": message().decode().encode("utf-16"),
-    "a number": b"42",
-    "null": b"null",
-    "a list": b"[1]",
-    "a string": json.dumps(PROMPT).encode(),
-    "an empty object": b"{}",
-    "lists without end": b"[" * 200_000,
-    "a number of 5000 digits": message(x=1).replace(b'"x": 1', b'"x": ' + b"1" * 5000),
-    "a type that kombu does not know": message(x={"__type__": PROMPT, "__value__": 1}),
-    "a type that kombu cannot make": message(x={"__type__": "uuid", "__value__": 1}),
-    "no properties": message(properties=...),
-    "properties null": message(properties=None),
-    "properties a list": message(properties=[PROMPT]),
-    "no delivery tag": with_property("delivery_tag", ...),
-    "delivery tag null": with_property("delivery_tag", None),
-    "delivery tag empty": with_property("delivery_tag", ""),
-    "delivery tag a list": with_property("delivery_tag", [1]),
-    "no delivery info": with_property("delivery_info", ...),
-    "delivery info a string": with_property("delivery_info", "q"),
-    "delivery info empty": with_property("delivery_info", {}),
-    "no body encoding": with_property("body_encoding", ...),
-    "unknown body encoding": with_property("body_encoding", "rot13"),
-    "body encoding a number": with_property("body_encoding", 3),
-    "headers a string": message(headers=PROMPT),
-    "headers a list": message(headers=[PROMPT]),
-    "a compressed body": message(headers={"compression": "application/x-gzip"}),
-    "no body": message(body=...),
-    "body a number": message(body=5),
-    "body an object": message(body={"prompt": PROMPT}),
-    "body a list": message(body=[[], {"prompt": PROMPT}, {}]),
-    "body not base64": message(body="QUJ"),
-    "body beyond ASCII": message(body="größer"),
-}
-
-
-@pytest.mark.parametrize("item", WRONG.values(), ids=WRONG)
+@pytest.mark.parametrize("item", UNPARSABLE.values(), ids=UNPARSABLE)
 def test_what_kombu_could_not_stand_is_refused_without_quoting_it(item: bytes) -> None:
     with pytest.raises(RequestError) as refused:
         envelope.check(item, max_bytes=1_000_000)
@@ -92,8 +36,9 @@ def test_a_message_beyond_the_limit_is_refused_before_it_is_parsed() -> None:
         message(headers={}),
         message(body=base64.encodebytes(b"[[], {}, {}]" * 20).decode()),
         with_property("priority", "high"),
+        *UNRUNNABLE.values(),
     ],
-    ids=["plain", "no headers", "empty headers", "base64 in lines", "odd priority"],
+    ids=["plain", "no headers", "empty headers", "base64 in lines", "odd priority", *UNRUNNABLE],
 )
 def test_what_kombu_can_parse_passes_and_is_left_to_intake(item: bytes) -> None:
     envelope.check(item, max_bytes=10_000)
