@@ -93,7 +93,7 @@ def make_app(settings: Settings) -> Celery:
 
 
 def _celery_settings(settings: Settings) -> dict[str, Any]:
-    broker, worker = settings.broker, settings.worker
+    broker = settings.broker
     names = [*map(queue_name, settings.models), broker.default_queue]
     sizes = [settings.models[model].max_batch_size for model in served_models(settings)]
     return {
