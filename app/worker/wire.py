@@ -1,0 +1,89 @@
+"""What the worker and its engine process say to each other, over a socket, pickled.
+
+Both ends are one program on one machine; nobody else can reach the socket.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from app.config import ModelSettings
+from app.engines.base import Generation, Sequence, StepStats
+
+PROGRESS_BYTES: Final = 8
+"""Size of the shared page: a counter of the model steps taken, as a native unsigned integer."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A model that the engine process is to load."""
+
+    name: str
+    folder: Path
+    settings: ModelSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    models: tuple[ServedModel, ...]
+    device: str
+    threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class Admit:
+    model: str
+    batch_id: str
+    sequences: tuple[Sequence, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    model: str
+    sequence_id: int
+
+
+Command = Load | Admit | Cancel
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """What the host needs to know of a loaded engine."""
+
+    max_rows: int
+    joins: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    engines: dict[str, EngineFacts]
+    load_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stepped:
+    """What one step produced."""
+
+    model: str
+    generations: list[Generation]
+    stats: list[StepStats]
+
+
+@dataclass(frozen=True, slots=True)
+class DidNotFit:
+    """Out of memory: everything inside this engine was dropped unharmed."""
+
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """The last word of a process that is about to exit. `reason` never holds a prompt."""
+
+    reason: str
+    will_not_load: bool = False
+
+
+Event = Ready | Stepped | DidNotFit | Broken
