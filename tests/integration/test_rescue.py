@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,8 +31,10 @@ from app.rescue import Rescue
 from app.store import claims, intake, workers
 from app.store.claims import Member, NewBatch
 from app.store.database import Database
-from app.store.intake import Arrival, NewJob
+from app.store.intake import Arrival
 from app.store.workers import NewWorker
+from tests.rescues import running_rescue
+from tests.rows import insert, new_job
 from tests.waiting import eventually
 
 MODEL = "stub"
@@ -74,24 +75,7 @@ class World:
 
     def submit(self, number: int = 1, **fields: Any) -> list[UUID]:
         """Rows without messages, as a crash between commit and send leaves them."""
-        jobs = [
-            NewJob(
-                **{
-                    "id": uuid4(),
-                    "model": MODEL,
-                    "kind": Kind.GENERATE,
-                    "url": "/v1/completions",
-                    "request": {"prompt": "x"},
-                    "fingerprint": "f",
-                    "source": "api",
-                }
-                | fields
-            )
-            for _ in range(number)
-        ]
-        with self.database.begin() as connection:
-            intake.insert_jobs(connection, jobs)
-        ids = [job.id for job in jobs]
+        ids = insert(self.database, *(new_job(model=MODEL, **fields) for _ in range(number)))
         self.change(ids, "created_at = created_at - %s, not_before = not_before - %s", LONG_AGO)
         return ids
 
@@ -109,7 +93,7 @@ class World:
         with psycopg.connect(self._settings.database.url) as connection:
             connection.execute(f"UPDATE jobs SET {assignments} WHERE id = ANY(%s)", (*values, ids))
 
-    def start_worker(self, **settings: Any) -> UUID:
+    def start_worker(self) -> UUID:
         worker = NewWorker(
             id=uuid4(), name="w", host="h", pid=1, models=[MODEL], device="cpu",
             price_id="cpu", currency="USD", price_per_device_hour=Decimal(1),
@@ -365,28 +349,11 @@ def test_while_redis_is_away_leases_and_deadlines_are_kept_and_nothing_counts_as
 
 # ── the process ─────────────────────────────────────────────────────────────────────────────────
 
-_MAIN = """
-import sys
-import time
-from pathlib import Path
-from app import rescue, telemetry
-from app.config import Settings
-
-telemetry.setup_logging()
-rescue.serve(Settings.model_validate_json(Path(sys.argv[1]).read_text()))
-"""
-
 
 @pytest.fixture
 def serving(settings: Settings, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
-    file = tmp_path / "settings.json"
-    file.write_text(settings.model_dump_json())
-    process = subprocess.Popen(
-        [sys.executable, "-c", _MAIN, str(file)], env=os.environ | {"GRISTMILL_LOG_FORMAT": "text"}
-    )
-    yield process
-    process.kill()
-    process.wait()
+    with running_rescue(settings, tmp_path / "rescue") as process:
+        yield process
 
 
 def test_the_process_sweeps_says_that_it_is_alive_and_stops_on_sigterm(

@@ -1,0 +1,136 @@
+"""News of jobs over Postgres notifications."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from uuid import uuid4
+
+import pytest
+from sqlalchemy import text
+
+from app.engines.base import Kind
+from app.store import cancellation, intake, rescue
+from app.store.database import Database
+from app.store.intake import RejectedJob
+from app.store.notices import CANCEL, DONE, Notice, listen
+from tests.rows import Worker, insert, new_job, rewrite
+
+
+@dataclass
+class Listener:
+    """Listens in a thread and keeps what it hears."""
+
+    url: str
+    stop: threading.Event = field(default_factory=threading.Event)
+    heard: queue.Queue[Notice] = field(default_factory=queue.Queue)
+
+    def __post_init__(self) -> None:
+        self.thread = threading.Thread(target=self._run)
+        self.thread.start()
+
+    def _run(self) -> None:
+        for notice in listen(self.url, [DONE, CANCEL], self.stop):
+            self.heard.put(notice)
+
+    def next(self) -> Notice:
+        return self.heard.get(timeout=10)
+
+
+@pytest.fixture
+def listener(database_url: str) -> Iterator[Listener]:
+    listener = Listener(database_url)
+    assert {listener.next(), listener.next()} == {Notice(DONE, None), Notice(CANCEL, None)}
+    yield listener
+    listener.stop.set()
+    listener.thread.join(timeout=10)
+    assert not listener.thread.is_alive()
+
+
+def test_every_way_to_end_a_job_is_news(database: Database, listener: Listener) -> None:
+    worker = Worker.registered(database)
+    finished, cancelled, expired, given_up = insert(
+        database, *(new_job(max_attempts=1) for _ in range(4))
+    )
+    rejected = RejectedJob(id=uuid4(), kind=Kind.GENERATE, error_code="x", error_message="X.")
+
+    worker.complete(worker.claim([finished]))
+    assert listener.next() == Notice(DONE, finished)
+
+    with database.begin() as connection:
+        cancellation.cancel(connection, cancelled)
+    assert listener.next() == Notice(DONE, cancelled)
+
+    rewrite(database, "deadline = now()", expired)
+    with database.begin() as connection:
+        rescue.expire_deadlines(connection, 10)
+    assert listener.next() == Notice(DONE, expired)
+
+    [claimed] = worker.claim([given_up])
+    worker.release(claimed, charged=True)
+    assert listener.next() == Notice(DONE, given_up)
+
+    with database.begin() as connection:
+        intake.reject(connection, [rejected])
+    assert listener.next() == Notice(DONE, rejected.id)
+
+
+def test_the_cancel_of_a_running_job_is_news_for_its_worker(
+    database: Database, listener: Listener
+) -> None:
+    [job_id] = insert(database, new_job())
+    Worker.registered(database).claim([job_id])
+
+    with database.begin() as connection:
+        cancellation.cancel(connection, job_id)
+
+    assert listener.next() == Notice(CANCEL, job_id)
+
+
+def test_news_of_a_transaction_that_fails_is_none(database: Database, listener: Listener) -> None:
+    dropped, kept = insert(database, new_job(), new_job())
+
+    def cancel_and_fail() -> None:
+        with database.begin() as connection:
+            cancellation.cancel(connection, dropped)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        cancel_and_fail()
+    with database.begin() as connection:
+        cancellation.cancel(connection, kept)
+
+    assert listener.next() == Notice(DONE, kept)
+
+
+def test_after_a_lost_connection_the_listener_comes_back_and_says_look_again(
+    database: Database, listener: Listener
+) -> None:
+    [job_id] = insert(database, new_job())
+    with database.begin() as connection:
+        connection.execute(
+            text(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE application_name = 'gristmill-listen' AND datname = current_database()"
+            )
+        )
+
+    assert {listener.next(), listener.next()} == {Notice(DONE, None), Notice(CANCEL, None)}
+    with database.begin() as connection:
+        cancellation.cancel(connection, job_id)
+    assert listener.next() == Notice(DONE, job_id)
+
+
+def test_a_listener_without_a_server_stops_when_it_is_told() -> None:
+    stop = threading.Event()
+    url = "postgresql://127.0.0.1:1/nowhere"
+    thread = threading.Thread(target=partial(list, listen(url, [DONE], stop)))
+    thread.start()
+
+    stop.set()
+    thread.join(timeout=10)
+
+    assert not thread.is_alive()

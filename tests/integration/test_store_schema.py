@@ -1,0 +1,151 @@
+"""Migrations on a real Postgres, and the refusal of a schema that does not fit."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import NullPool, create_engine, text
+
+from app.errors import SchemaError
+from app.store.database import MIGRATIONS, Database, downgrade, migrate, psycopg_url
+from app.store.tables import metadata
+from tests.rows import at_once
+
+_NEXT_REVISION = """
+revision = "0002"
+down_revision = "0001"
+branch_labels = depends_on = None
+
+
+def upgrade() -> None:
+    pass
+
+
+def downgrade() -> None:
+    pass
+"""
+
+# All that autogenerate does not compare: predicates of indexes, constraints, defaults, comments.
+_CATALOG = {
+    "indexes": "SELECT indexdef FROM pg_indexes WHERE schemaname = 'public'",
+    "constraints": """
+        SELECT conrelid::regclass::text, conname, pg_get_constraintdef(oid) FROM pg_constraint
+        WHERE connamespace = 'public'::regnamespace AND contype <> 'n'
+    """,
+    "columns": """
+        SELECT c.table_name, c.column_name, c.data_type, c.numeric_precision, c.numeric_scale,
+            c.is_nullable, c.column_default,
+            col_description(c.table_name::regclass, c.ordinal_position::int)
+        FROM information_schema.columns c WHERE table_schema = 'public'
+    """,
+    "tables": """
+        SELECT relname, reloptions::text, obj_description(oid) FROM pg_class
+        WHERE relnamespace = 'public'::regnamespace AND relkind = 'r'
+    """,
+}
+
+
+def catalog(url: str) -> dict[str, set[tuple[Any, ...]]]:
+    engine = create_engine(psycopg_url(url), poolclass=NullPool)
+    with engine.connect() as connection:
+        return {
+            name: {
+                tuple(row) for row in connection.execute(text(query)) if "alembic" not in str(row)
+            }
+            for name, query in _CATALOG.items()
+        }
+
+
+@pytest.fixture
+def newer_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], Any]:
+    """`with newer_code():` runs code that has one more migration."""
+    migrations = shutil.copytree(MIGRATIONS, tmp_path / "migrations")
+    (migrations / "versions" / "0002_next.py").write_text(_NEXT_REVISION)
+
+    @contextmanager
+    def newer() -> Iterator[None]:
+        with monkeypatch.context() as patch:
+            patch.setattr("app.store.database.MIGRATIONS", migrations)
+            yield
+
+    return newer
+
+
+def test_migrations_make_exactly_the_tables_of_the_code(
+    empty_database_url: str, database_url: str
+) -> None:
+    from_tables = create_engine(psycopg_url(empty_database_url), poolclass=NullPool)
+    metadata.create_all(from_tables)
+
+    assert catalog(database_url) == catalog(empty_database_url)
+    migrated = create_engine(psycopg_url(database_url), poolclass=NullPool)
+    with migrated.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_server_default": True})
+        assert compare_metadata(context, metadata) == []
+
+
+def test_migrations_go_up_and_down_and_up_again(empty_database_url: str) -> None:
+    assert migrate(empty_database_url) == "0001"
+    first = catalog(empty_database_url)
+
+    assert downgrade(empty_database_url, "base") == "base"
+    assert catalog(empty_database_url)["tables"] == set()
+
+    migrate(empty_database_url)
+    assert catalog(empty_database_url) == first
+
+
+def test_migrations_started_at_once_wait_for_each_other(empty_database_url: str) -> None:
+    assert at_once(*[partial(migrate, empty_database_url)] * 3) == ["0001"] * 3
+
+
+def test_every_table_and_column_says_what_it_holds() -> None:
+    for table in metadata.sorted_tables:
+        assert table.comment, table.name
+        for column in table.columns:
+            assert column.comment, f"{table.name}.{column.name}"
+            if column.name.endswith("_ms"):
+                assert "in ms" in column.comment, f"{table.name}.{column.name}"
+            if column.name.endswith("_ns"):
+                assert "in nanoseconds" in column.comment, f"{table.name}.{column.name}"
+
+
+def test_a_database_without_a_schema_is_refused_with_the_command(empty_database_url: str) -> None:
+    with closing(Database(empty_database_url)) as db, pytest.raises(SchemaError) as refusal:
+        db.check_schema()
+    assert "has no Gristmill schema. Run: gristmill migrate" in str(refusal.value)
+
+
+def test_a_fitting_schema_is_accepted(database: Database) -> None:
+    database.check_schema()
+
+
+def test_an_older_schema_is_refused_until_it_is_migrated(
+    database: Database, database_url: str, newer_code: Callable[[], Any]
+) -> None:
+    with newer_code():
+        with pytest.raises(SchemaError, match=r"older .* Run: gristmill migrate"):
+            database.check_schema()
+
+        assert migrate(database_url) == "0002"
+        database.check_schema()
+
+
+def test_a_newer_schema_is_refused_and_left_as_it_is(
+    database: Database, database_url: str, newer_code: Callable[[], Any]
+) -> None:
+    with newer_code():
+        migrate(database_url)
+
+    with pytest.raises(SchemaError, match="is newer"):
+        database.check_schema()
+    with pytest.raises(SchemaError, match="is newer"):
+        migrate(database_url)
