@@ -1,0 +1,246 @@
+"""Static padded batches through transformers' own `generate`: any decoder or encoder-decoder.
+
+The batch is padded once and runs until its last row is done. Tokens are chosen row by row by our
+sampler, in the place of a logits processor: it hands `generate` scores of which each row's token is
+the only one left. So all of transformers' models and caches work, and each row has its own
+parameters, length, stop strings and end.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as Seq
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from app.config import ModelSettings
+from app.costs import prefill_weights, share
+from app.engines.base import (
+    NOT_FINITE,
+    Generation,
+    Progress,
+    Sequence,
+    StepStats,
+    TokenLogprob,
+)
+from app.engines.device import load_model
+from app.engines.sampling import BAD_ROW, Plan, RowSampler, Sampled
+from app.engines.static import StaticEngine
+from app.engines.stopping import Output
+from app.engines.tokenizer import Tokenizer, load_tokenizer
+from app.errors import RequestError
+from app.jobs import FinishReason
+
+
+class GenerateEngine(StaticEngine):
+    def __init__(
+        self, folder: Path, settings: ModelSettings, device: str, threads: int, progress: Progress
+    ) -> None:
+        super().__init__(load_tokenizer(folder, settings), settings, device, threads, progress)
+        kind = AutoModelForSeq2SeqLM if self._tokenizer.separate_output else AutoModelForCausalLM
+        self._model: Any = load_model(kind, folder, settings.dtype, self._device)
+        self._model.generation_config = _plain(self._model.generation_config)
+
+    def _check(self, sequence: Sequence) -> None:
+        if sequence.params is None:
+            raise RequestError("This model generates text; it gives no embeddings.")
+
+    def _run(self, sequences: Seq[Sequence], stats: StepStats) -> list[Generation]:
+        answers = []
+        for part in self._fitting(sequences):
+            rows = _Rows(part, self._tokenizer, self._cancelled, self._progress)
+            self._model.generate(
+                **self._padded(part),
+                max_new_tokens=_longest_output(part),
+                logits_processor=LogitsProcessorList([_Choose(rows)]),
+                stopping_criteria=StoppingCriteriaList([_Ended(rows)]),
+            )
+            answers += rows.answers(stats)
+        return answers
+
+    def _fitting(self, sequences: Seq[Sequence]) -> list[list[Sequence]]:
+        """Parts, nearly always one, of which the longest prompt and output fit the context.
+
+        `generate` goes on computing rows that are done, at places after their last; a short answer
+        to a long prompt must not be carried beyond the context by a long answer to a short one.
+        """
+        parts: list[list[Sequence]] = []
+        for sequence in sorted(sequences, key=lambda each: len(each.prompt_token_ids)):
+            grown = [*parts[-1], sequence] if parts else [sequence]
+            longest = len(sequence.prompt_token_ids) + _longest_output(grown)
+            if parts and (
+                self._tokenizer.separate_output or longest <= self._tokenizer.context_tokens
+            ):
+                parts[-1] = grown
+            else:
+                parts.append([sequence])
+        return parts
+
+    def _padded(self, sequences: Seq[Sequence]) -> dict[str, Tensor]:
+        """Prompts side by side: a decoder goes on at the right, so its padding is on the left."""
+        prompts = [each.prompt_token_ids for each in sequences]
+        width = max(map(len, prompts))
+        pad = self._model.generation_config.pad_token_id
+        ids = torch.full((len(prompts), width), pad, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            left = 0 if self._tokenizer.separate_output else width - len(prompt)
+            ids[row, left : left + len(prompt)] = torch.tensor(prompt)
+            mask[row, left : left + len(prompt)] = 1
+        return {"input_ids": ids.to(self._device), "attention_mask": mask.to(self._device)}
+
+
+class _Rows:
+    """The rows of a running batch: what they have, who is done, and when."""
+
+    def __init__(
+        self,
+        sequences: Seq[Sequence],
+        tokenizer: Tokenizer,
+        cancelled: set[int],
+        progress: Progress,
+    ) -> None:
+        self.is_done = [False] * len(sequences)
+        self._sequences = sequences
+        self._cancelled = cancelled
+        self._progress = progress
+        self._outputs = [
+            Output(each.params, tokenizer.decode, tokenizer.eos_token_ids)
+            for each in sequences
+            if each.params
+        ]
+        self._answers = [
+            Generation(
+                each.id,
+                FinishReason.LENGTH,
+                input_tokens=len(each.prompt_token_ids),
+            )
+            for each in sequences
+        ]
+        self._logprobs: list[list[TokenLogprob]] = [[] for _ in sequences]
+        self._steps = [0] * len(sequences)  # that each row was in
+        self._stamps = [time.monotonic_ns()]  # of the start, then of the end of each step
+        self._sampler: RowSampler | None = None  # made for the first logits: they tell its size
+        self._plan: Plan | None = None  # of the last step, while no row leaves
+
+    def step(self, logits: Tensor) -> Tensor:
+        """A token for each row, [rows]; 0 for those that are done. Waits for the device."""
+        for row, sequence in enumerate(self._sequences):
+            if sequence.id in self._cancelled and not self.is_done[row]:
+                self._end(row, FinishReason.CANCELLED)
+        chosen = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+        live = [row for row, done in enumerate(self.is_done) if not done]
+        if live:
+            sampled = self._sample(logits, live)
+            self._take(live, sampled.tokens.tolist(), sampled.logprobs())
+            chosen[live] = sampled.tokens.clamp(min=0)
+        self._stamps.append(time.monotonic_ns())
+        self._progress()
+        return chosen
+
+    def _sample(self, logits: Tensor, live: list[int]) -> Sampled:
+        if self._sampler is None:
+            self._sampler = RowSampler(len(logits), logits.shape[1], logits.device)
+            for row, sequence in enumerate(self._sequences):
+                if sequence.params:
+                    self._sampler.put(row, sequence.params, sequence.prompt_token_ids)
+        if self._plan is None:
+            self._plan = self._sampler.plan(live)
+        return self._sampler.sample(logits[live], self._plan)
+
+    def _take(self, live: list[int], tokens: list[int], logprobs: dict[int, TokenLogprob]) -> None:
+        for place, (row, token) in enumerate(zip(live, tokens, strict=True)):
+            self._steps[row] += 1
+            if token == BAD_ROW:
+                self._end(row, FinishReason.ERROR)
+                self._answers[row].error_code, self._answers[row].error_message = NOT_FINITE
+                continue
+            if place in logprobs:
+                self._logprobs[row].append(logprobs[place])
+            if reason := self._outputs[row].append(token):
+                self._end(row, reason)
+
+    def _end(self, row: int, reason: FinishReason) -> None:
+        self.is_done[row] = True
+        self._plan = None
+        self._answers[row].finish_reason = reason
+        self._answers[row].finished_ns = time.monotonic_ns()
+
+    def answers(self, stats: StepStats) -> list[Generation]:
+        """The rows' generations, with what was computed counted and its time shared out."""
+        self._stamps[-1] = time.monotonic_ns()  # the last step ends with the batch
+        lengths = [len(each.prompt_token_ids) for each in self._sequences]
+        stats.useful_tokens += sum(lengths) + sum(self._steps)
+        stats.padded_tokens += len(lengths) * (max(lengths) + max(self._steps))
+        for row, device_ns in enumerate(self._device_ns(lengths)):
+            answer = self._answers[row]
+            answer.device_ns = device_ns
+            answer.started_ns = self._stamps[0]
+            answer.first_token_ns = self._stamps[1] if self._steps[row] else 0
+            answer.token_ids, answer.text = self._outputs[row].token_ids, self._outputs[row].text
+            params = self._sequences[row].params
+            if params and params.logprobs is not None:
+                answer.logprobs = self._logprobs[row]
+        return self._answers
+
+    def _device_ns(self, lengths: list[int]) -> list[int]:
+        """Each row's share: of the first step by its prompt, of the others while it was in them."""
+        ends = sorted({1, *self._steps} - {0})
+        shares = [share(self._stamps[1] - self._stamps[0], prefill_weights(lengths))]
+        for begin, end in pairwise(ends):
+            present = [int(steps >= end) for steps in self._steps]
+            shares.append(share(self._stamps[end] - self._stamps[begin], present))
+        return [sum(parts) for parts in zip(*shares, strict=True)]
+
+
+class _Choose(LogitsProcessor):
+    """Leaves of each row's scores only the token that the sampler took."""
+
+    def __init__(self, rows: _Rows) -> None:
+        self._rows = rows
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        chosen = self._rows.step(scores)
+        return torch.full_like(scores, float("-inf")).scatter_(1, chosen[:, None], 0.0)
+
+
+class _Ended(StoppingCriteria):
+    """Tells `generate` row by row who is done; it stops when all are."""
+
+    def __init__(self, rows: _Rows) -> None:
+        self._rows = rows
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        return torch.tensor(self._rows.is_done, device=input_ids.device)
+
+
+def _longest_output(sequences: Seq[Sequence]) -> int:
+    return max(each.params.max_tokens for each in sequences if each.params)
+
+
+def _plain(given: GenerationConfig) -> GenerationConfig:
+    """What belongs to the model; how to sample and when to stop is each request's own matter."""
+    own = (
+        "bos_token_id",
+        "decoder_start_token_id",
+        "forced_bos_token_id",
+        "suppress_tokens",
+        "begin_suppress_tokens",
+        "bad_words_ids",
+    )
+    kept = {name: getattr(given, name, None) for name in own}
+    kept["pad_token_id"] = given.pad_token_id or 0  # any id will do: padding is masked
+    return GenerationConfig(**kept)  # type: ignore[no-untyped-call]

@@ -1,0 +1,139 @@
+"""What engines share that run one batch from its first token to its last."""
+
+from __future__ import annotations
+
+import abc
+import time
+from collections.abc import Sequence as Seq
+from typing import Final
+
+import torch
+
+from app.config import ModelSettings
+from app.engines.base import Generation, Progress, Sequence, StepStats
+from app.engines.device import pick_device, ran_out_of_memory, use_threads
+from app.engines.tokenizer import Tokenizer
+from app.errors import ContextLengthExceeded, OutOfMemory, RequestError
+from app.jobs import FinishReason
+
+
+class StaticEngine(abc.ABC):
+    """Owns the one batch inside; a subclass runs it. Implements `base.Engine`."""
+
+    joins: Final = False
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        settings: ModelSettings,
+        device: str,
+        threads: int,
+        progress: Progress,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._device = pick_device(device)
+        self._progress = progress
+        self._max_rows = settings.max_batch_size
+        self._batch: tuple[str, Seq[Sequence]] | None = None
+        self._cancelled: set[int] = set()  # filled from another thread, also before admission
+        self._stats: list[StepStats] = []
+        use_threads(threads)
+
+    @abc.abstractmethod
+    def _check(self, sequence: Sequence) -> None:
+        """Raise `RequestError` if this engine cannot run the sequence at all."""
+
+    @abc.abstractmethod
+    def _run(self, sequences: Seq[Sequence], stats: StepStats) -> list[Generation]:
+        """Run a batch of at least one sequence to its end, and count what it computed.
+
+        The sum of the generations' `device_ns` is what it took.
+        """
+
+    def admit(self, batch_id: str, sequences: Seq[Sequence]) -> None:
+        if self._batch is not None:
+            raise RuntimeError("A static engine takes one batch at a time.")
+        self._batch = batch_id, sequences
+
+    def step(self) -> list[Generation]:
+        """Run the batch inside; all of its sequences come back."""
+        if self._batch is None:
+            return []
+        (batch_id, sequences), self._batch = self._batch, None
+        ended = {each.id: found for each in sequences if (found := self._refusal(each))}
+        good = [each for each in sequences if each.id not in ended]
+        stats = StepStats(batch_id, rows=len(good))
+        out_of_memory = False
+        try:
+            with torch.inference_mode():
+                ended |= {each.sequence_id: each for each in self._run(good, stats)} if good else {}
+        except Exception as error:
+            if not ran_out_of_memory(error):
+                raise
+            out_of_memory = True
+        self._cancelled.difference_update(each.id for each in sequences)
+        if out_of_memory:  # here, where the error no longer holds on to the batch's tensors
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+            raise OutOfMemory
+        stats.device_ns = sum(each.device_ns for each in ended.values())
+        self._stats.append(stats)
+        return [ended[each.id] for each in sequences]
+
+    def cancel(self, sequence_id: int) -> None:
+        self._cancelled.add(sequence_id)
+
+    @property
+    def has_work(self) -> bool:
+        return self._batch is not None
+
+    @property
+    def free_rows(self) -> int:
+        return 0 if self._batch else self._max_rows
+
+    def take_stats(self) -> list[StepStats]:
+        stats, self._stats = self._stats, []
+        return stats
+
+    def close(self) -> None:
+        self._batch = None
+
+    def _refusal(self, sequence: Sequence) -> Generation | None:
+        """The answer to a sequence that is not worth running."""
+        now = time.monotonic_ns()
+        answer = Generation(
+            sequence.id,
+            FinishReason.CANCELLED,
+            input_tokens=len(sequence.prompt_token_ids),
+            started_ns=now,
+            finished_ns=now,
+        )
+        if sequence.id in self._cancelled:
+            return answer
+        try:
+            self._check_tokens(sequence)
+            self._check(sequence)
+        except RequestError as error:
+            answer.finish_reason = FinishReason.ERROR
+            answer.error_code, answer.error_message = error.code, error.message
+            return answer
+        return None
+
+    def _check_tokens(self, sequence: Sequence) -> None:
+        """What would end in an index error deep in the model, and on CUDA poison the device."""
+        prompt, known = sequence.prompt_token_ids, self._tokenizer.vocab_size
+        if not prompt:
+            raise RequestError("The prompt has no tokens.")
+        if min(prompt) < 0 or max(prompt) >= known:
+            raise RequestError(f"A token id is out of range; this model's run to {known - 1}.")
+        output = sequence.params.max_tokens if sequence.params else 0
+        context = self._tokenizer.context_tokens
+        if self._tokenizer.separate_output:
+            fits = max(len(prompt), output) <= context
+        else:
+            fits = len(prompt) + output <= context
+        if not fits:
+            raise ContextLengthExceeded(
+                f"The prompt has {len(prompt)} tokens and the answer may have {output}; this "
+                f"model's context is {context} tokens."
+            )
