@@ -1,0 +1,243 @@
+// Attention of packed tokens over a paged KV cache, for CPUs.
+//
+// Keys lie as [block, head, dim, place] and values as [block, head, place, dim], so that both
+// products run along contiguous memory: scores over the places of a block, outputs over the dims.
+// The arithmetic is float32 whatever the cache holds. Vectors are GCC's portable extension: the
+// compiler maps them to whatever the machine has.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+namespace {
+
+constexpr int LANES = 16;
+constexpr int BLOCK = 32;         // tokens of a block; cache.py says the same
+constexpr int VECS = BLOCK / LANES;
+constexpr int RUN = 16;           // most tokens of one run; attention.py says the same
+
+typedef float f32 __attribute__((vector_size(LANES * 4)));
+typedef int32_t i32 __attribute__((vector_size(LANES * 4)));
+typedef uint32_t u32 __attribute__((vector_size(LANES * 4)));
+typedef uint16_t u16 __attribute__((vector_size(LANES * 2)));
+
+struct bf16 { uint16_t bits; };
+
+const i32 COUNT = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+inline f32 load(const float* from) { f32 x; std::memcpy(&x, from, sizeof x); return x; }
+inline f32 load(const bf16* from) {
+    u16 x; std::memcpy(&x, from, sizeof x);
+    return (f32)(__builtin_convertvector(x, u32) << 16);
+}
+inline void store(float* to, f32 x) { std::memcpy(to, &x, sizeof x); }
+inline void store(bf16* to, f32 x) {
+    u32 bits = (u32)x;
+    u32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;   // to nearest, ties to even
+    u32 quiet = (bits >> 16) | 0x40;
+    u16 y = __builtin_convertvector((u32)(x == x ? (f32)rounded : (f32)quiet), u16);
+    std::memcpy(to, &y, sizeof y);
+}
+inline float widen(float x) { return x; }
+inline float widen(bf16 x) {
+    uint32_t bits = uint32_t(x.bits) << 16; float y; std::memcpy(&y, &bits, 4); return y;
+}
+
+// e^x for x <= 0, within 2 units in the last place; 0 below -87.
+inline f32 exp_(f32 x) {
+    const f32 zero = {};
+    f32 n = __builtin_convertvector(
+        __builtin_convertvector(x * 1.44269504f - 0.5f, i32), f32);
+    f32 r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    f32 p = zero + 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    f32 scale = (f32)((__builtin_convertvector(n, i32) + 127) << 23);
+    return x < -87.0f ? zero : p * scale;  // NaN stays NaN
+}
+
+// scores[ROWS][BLOCK] = query[ROWS][dim] x keys[dim][BLOCK]
+template <int ROWS, class T>
+void score(const float* query, int dim, const T* keys, float* scores) {
+    f32 sum[ROWS][VECS] = {};
+    for (int d = 0; d < dim; ++d)
+        for (int v = 0; v < VECS; ++v) {
+            f32 key = load(keys + d * BLOCK + v * LANES);
+            for (int r = 0; r < ROWS; ++r) sum[r][v] += key * query[r * dim + d];
+        }
+    for (int r = 0; r < ROWS; ++r)
+        for (int v = 0; v < VECS; ++v) store(scores + r * BLOCK + v * LANES, sum[r][v]);
+}
+
+// out[ROWS][dim] = out * shrink + weights[ROWS][places] x values[places][dim], WIDE vectors of dims
+template <int ROWS, int WIDE, class T>
+void mix(const float* weights, const float* shrink, int places, const T* values, int dim,
+         float* out) {
+    f32 sum[ROWS][WIDE];
+    for (int r = 0; r < ROWS; ++r)
+        for (int v = 0; v < WIDE; ++v) sum[r][v] = load(out + r * dim + v * LANES) * shrink[r];
+    for (int t = 0; t < places; ++t)
+        for (int v = 0; v < WIDE; ++v) {
+            f32 value = load(values + t * dim + v * LANES);
+            for (int r = 0; r < ROWS; ++r) sum[r][v] += value * weights[r * BLOCK + t];
+        }
+    for (int r = 0; r < ROWS; ++r)
+        for (int v = 0; v < WIDE; ++v) store(out + r * dim + v * LANES, sum[r][v]);
+}
+
+template <int ROWS, class T>
+void mix_all(const float* weights, const float* shrink, int places, const T* values, int dim,
+             float* out) {
+    int d = 0;
+    for (; d + 4 * LANES <= dim; d += 4 * LANES)
+        mix<ROWS, 4>(weights, shrink, places, values + d, dim, out + d);
+    for (; d < dim; d += LANES)
+        mix<ROWS, 1>(weights, shrink, places, values + d, dim, out + d);
+}
+
+// Runs f<4>, f<3>, f<2> or f<1> over the rows, so that each has its sums in registers.
+#define BY_ROWS(rows, CALL)                                     \
+    for (int r = 0; r < (rows);) switch (std::min(4, (rows) - r)) { \
+        case 4: CALL(4); r += 4; break;                         \
+        case 3: CALL(3); r += 3; break;                         \
+        case 2: CALL(2); r += 2; break;                         \
+        default: CALL(1); r += 1; }
+
+}  // namespace
+
+extern "C" {
+
+struct Step {               // what all layers of a step share; attention.py mirrors it
+    const int32_t* runs;    // [num_runs][4]: row of tables, first token, tokens, its position
+    const int32_t* tables;  // [rows][table_width]: block ids
+    const int64_t* slots;   // [num_tokens]: block * BLOCK + place, where each token is kept
+    int32_t num_runs, num_tokens, table_width;
+};
+
+struct Layer {
+    const void *query, *key, *value;  // [token, head, dim], dims contiguous, strides below
+    void *keys, *values, *out;        // cache; out is [token, head, dim], contiguous
+    int64_t query_token, query_head, key_token, key_head, value_token, value_head;
+    int32_t heads, kv_heads, dim, window;  // window 0: all tokens
+    float scale, softcap;                  // softcap 0: none
+};
+}
+
+namespace {
+
+// One token's key and value go to their place in the cache.
+template <class T>
+void keep(const Step& step, const Layer& layer, int token) {
+    int64_t block = step.slots[token] / BLOCK, place = step.slots[token] % BLOCK;
+    for (int h = 0; h < layer.kv_heads; ++h) {
+        int64_t base = (block * layer.kv_heads + h) * layer.dim * BLOCK;
+        const T* key = (const T*)layer.key + token * layer.key_token + h * layer.key_head;
+        const T* value = (const T*)layer.value + token * layer.value_token + h * layer.value_head;
+        T* column = (T*)layer.keys + base + place;
+        for (int d = 0; d < layer.dim; ++d) column[d * BLOCK] = key[d];
+        std::memcpy((T*)layer.values + base + place * layer.dim, value, layer.dim * sizeof(T));
+    }
+}
+
+// Rows of one block: how much the running sums shrink, and the new weights in place of the scores.
+// Row r of a run is token r / group of the run, and sees the places up to its own.
+void weigh(const Layer& layer, int rows, int group, int position, int first, float* scores,
+           float* most, float* total, float* shrink) {
+    const f32 none = f32{} - INFINITY;
+    for (int r = 0; r < rows; ++r) {
+        const int own = position + r / group - first;
+        const int from = layer.window ? own - layer.window + 1 : 0;
+        f32 row[VECS], high = none;
+        for (int v = 0; v < VECS; ++v) {
+            row[v] = load(scores + r * BLOCK + v * LANES);
+            if (layer.softcap > 0)
+                for (int i = 0; i < LANES; ++i)
+                    row[v][i] = layer.softcap * std::tanh(row[v][i] / layer.softcap);
+            const i32 place = COUNT + v * LANES;
+            row[v] = (place < from) | (place > own) ? none : row[v];
+            high = row[v] > high ? row[v] : high;
+        }
+        float top = most[r];
+        for (int i = 0; i < LANES; ++i) top = std::max(top, high[i]);
+        shrink[r] = top == most[r] ? 1.0f : std::exp(most[r] - top);
+        f32 sum = {};
+        for (int v = 0; v < VECS; ++v) {
+            f32 weight = top == -INFINITY ? f32{} : exp_(row[v] - top);
+            store(scores + r * BLOCK + v * LANES, weight);
+            sum += weight;
+        }
+        float add = 0;
+        for (int i = 0; i < LANES; ++i) add += sum[i];
+        total[r] = total[r] * shrink[r] + add;
+        most[r] = top;
+    }
+}
+
+// One run of tokens of one sequence, one key head and the query heads that share it.
+template <class T>
+void attend_run(const Step& step, const Layer& layer, int run, int head, float* scratch) {
+    const int32_t *entry = step.runs + run * 4, *table = step.tables + entry[0] * step.table_width;
+    const int first_token = entry[1], tokens = entry[2], position = entry[3];
+    const int dim = layer.dim, group = layer.heads / layer.kv_heads, rows = tokens * group;
+    float *query = scratch, *out = query + rows * dim, *scores = out + rows * dim;
+    float *most = scores + rows * BLOCK, *total = most + rows, *shrink = total + rows;
+    for (int r = 0; r < rows; ++r) {
+        const T* from = (const T*)layer.query + (first_token + r / group) * layer.query_token +
+                        (head * group + r % group) * layer.query_head;
+        for (int d = 0; d < dim; ++d) query[r * dim + d] = widen(from[d]) * layer.scale;
+        most[r] = -INFINITY;
+    }
+    std::fill(out, out + rows * dim, 0.0f);
+    std::fill(total, total + rows, 0.0f);
+    const int last = position + tokens - 1;
+    const int begin = layer.window ? std::max(0, position - layer.window + 1) / BLOCK : 0;
+    for (int b = begin; b * BLOCK <= last; ++b) {
+        const int64_t base = ((int64_t)table[b] * layer.kv_heads + head) * dim * BLOCK;
+        const T *keys = (const T*)layer.keys + base, *values = (const T*)layer.values + base;
+        const int places = std::min(BLOCK, last - b * BLOCK + 1);
+#define SCORE(N) score<N>(query + r * dim, dim, keys, scores + r * BLOCK)
+        BY_ROWS(rows, SCORE)
+        weigh(layer, rows, group, position, b * BLOCK, scores, most, total, shrink);
+#define MIX(N) mix_all<N>(scores + r * BLOCK, shrink + r, places, values, dim, out + r * dim)
+        BY_ROWS(rows, MIX)
+    }
+    for (int r = 0; r < rows; ++r) {
+        T* to = (T*)layer.out + ((int64_t)(first_token + r / group) * layer.heads +
+                                 head * group + r % group) * dim;
+        for (int d = 0; d < dim; d += LANES)
+            store(to + d, load(out + r * dim + d) * (1.0f / total[r]));
+    }
+}
+
+template <class T>
+void attend(const Step& step, const Layer& layer) {
+    const int group = layer.heads / layer.kv_heads;
+    const size_t rows = RUN * group, room = rows * (2 * layer.dim + BLOCK + 3);
+#pragma omp parallel
+    {
+        static thread_local std::vector<float> scratch;
+        if (scratch.size() < room) scratch.resize(room);
+#pragma omp for
+        for (int token = 0; token < step.num_tokens; ++token) keep<T>(step, layer, token);
+#pragma omp for collapse(2) schedule(dynamic, 4)
+        for (int run = 0; run < step.num_runs; ++run)
+            for (int head = 0; head < layer.kv_heads; ++head)
+                attend_run<T>(step, layer, run, head, scratch.data());
+    }
+}
+
+}  // namespace
+
+extern "C" void attend_float32(const Step* step, const Layer* layer) {
+    attend<float>(*step, *layer);
+}
+extern "C" void attend_bfloat16(const Step* step, const Layer* layer) {
+    attend<bf16>(*step, *layer);
+}

@@ -1,0 +1,203 @@
+"""Attention of packed tokens over the block cache, called by transformers' own model code.
+
+The model runs on one row of packed tokens, [1, tokens], with no mask and no cache of its own. Each
+layer calls `attend`, which keeps the new keys and values in our cache and lets every token look at
+the blocks of its own sequence. `BlockStep` says which those are. On CPUs the work is done by
+`native`, where it can be compiled; `PortableStep` is the same in torch operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from app.engines.inflight.cache import BLOCK, KVCache, LayerShape, blocks_for
+from app.engines.inflight.scheduler import Segment
+
+NAME: Final = "gristmill"
+"""Under this name transformers finds our attention; without a mask function beside it, it makes
+none."""
+
+STEP: Final = "gristmill_step"
+"""The keyword argument that carries the step through the model to `attend`."""
+
+
+class Step(Protocol):
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int,
+        softcap: float,
+    ) -> Tensor:
+        """query [heads, tokens, dim], key and value [kv_heads, tokens, dim] → [tokens, heads, dim].
+
+        `window` is how many tokens back a token sees, itself included, 0 for all; `softcap` bounds
+        the scores, 0 for none.
+        """
+        ...
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function: [1, heads, tokens, dim] → [1, tokens, heads, dim]."""
+    step: Step = others[STEP]
+    out = step.attend(
+        module.layer_idx,  # type: ignore[arg-type]
+        query[0],
+        key[0],
+        value[0],
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=sliding_window or 0,
+        softcap=softcap or 0.0,
+    )
+    return out[None], None
+
+
+AttentionInterface.register(NAME, attend)
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """The tokens of a step, one after the other, and where each belongs."""
+
+    token_ids: np.ndarray  #: [tokens] int64
+    positions: np.ndarray  #: [tokens] int64, within their sequences
+    slots: np.ndarray  #: [tokens] int64: block * BLOCK + place, where each is kept
+    segments: np.ndarray  #: [segments, 4] int32: row of the table, first token, tokens, position
+    ends: np.ndarray  #: [samples] int64: the last tokens of rows whose next token is due
+
+
+def pack(segments: Seq[Segment], tables: np.ndarray) -> Packed:
+    """`tables` [rows, blocks] holds the block ids of each row."""
+    rows = np.array([segment.row.slot for segment in segments])
+    starts = np.array([segment.start for segment in segments])
+    counts = np.array([segment.count for segment in segments])
+    firsts = np.cumsum(counts) - counts
+    positions = np.arange(counts.sum()) + np.repeat(starts - firsts, counts)
+    blocks = tables[np.repeat(rows, counts), positions // BLOCK]
+    token_ids = [
+        token
+        for segment in segments
+        for token in segment.row.tokens[segment.start : segment.start + segment.count]
+    ]
+    due = np.array([segment.is_last for segment in segments])
+    return Packed(
+        token_ids=np.array(token_ids, np.int64),
+        positions=positions,
+        slots=blocks.astype(np.int64) * BLOCK + positions % BLOCK,
+        segments=np.stack([rows, firsts, counts, starts], axis=1).astype(np.int32),
+        ends=(firsts + counts - 1)[due],
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Segments of equal length that are attended to together."""
+
+    tokens: Tensor  #: [segments, length] their tokens
+    tables: Tensor  #: [segments, blocks]
+    positions: Tensor  #: [segments, length]
+
+
+class PortableStep:
+    """Attention in plain torch operations, on any device: gathers each sequence's blocks."""
+
+    def __init__(self, cache: KVCache, packed: Packed, tables: np.ndarray) -> None:
+        self._cache = cache
+        device = cache.keys[0].device
+        self._blocks = torch.from_numpy(packed.slots // BLOCK).to(device)
+        self._places = torch.from_numpy(packed.slots % BLOCK).to(device)
+        self._groups = [
+            _group(part, tables, device)
+            for count in np.unique(packed.segments[:, 2])
+            for part in _halves(packed.segments[packed.segments[:, 2] == count])
+        ]
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int,
+        softcap: float,
+    ) -> Tensor:
+        keys, values = self._cache.keys[layer], self._cache.values[layer]
+        keys[self._blocks, :, :, self._places] = key.transpose(0, 1)
+        values[self._blocks, :, self._places] = value.transpose(0, 1)
+        heads, num_tokens, dim = query.shape
+        out = query.new_empty(num_tokens, heads, dim)
+        for group in self._groups:
+            rows, length = group.tokens.shape
+            q = query[:, group.tokens].transpose(0, 1).reshape(rows, len(key), -1, dim)
+            k = keys[group.tables].permute(0, 2, 3, 1, 4).flatten(3)  # [rows, kv, dim, places]
+            v = values[group.tables].permute(0, 2, 1, 3, 4).flatten(2, 3)
+            scores = (q @ k).float() * scale
+            if softcap:
+                scores = softcap * torch.tanh(scores / softcap)
+            places = torch.arange(k.shape[-1], device=k.device)
+            seen = places <= group.positions[..., None]  # [rows, length, places]
+            if window:
+                seen &= places > group.positions[..., None] - window
+            scores = scores.view(rows, len(key), -1, length, k.shape[-1])
+            scores = scores.masked_fill(~seen[:, None, None], float("-inf"))
+            weights = scores.softmax(-1).to(v.dtype).flatten(2, 3)
+            # What nobody sees may be anything, NaN too, and 0 · NaN is not 0.
+            v = v.masked_fill(~seen.any(1)[:, None, :, None], 0)
+            mixed = (weights @ v).view(rows, heads, length, dim)
+            out[group.tokens] = mixed.transpose(1, 2)
+        return out
+
+
+def _halves(segments: np.ndarray) -> list[np.ndarray]:
+    """Segments of equal length, short contexts apart from long ones, to gather few blocks."""
+    order = segments[np.argsort(segments[:, 3], kind="stable")]
+    widths = np.log2(blocks_for(1) + (order[:, 3] + order[:, 2]) // BLOCK).astype(int)
+    return [order[widths == width] for width in np.unique(widths)]
+
+
+def _group(segments: np.ndarray, tables: np.ndarray, device: torch.device) -> _Group:
+    steps = np.arange(segments[0, 2])
+    width = blocks_for(int((segments[:, 2] + segments[:, 3]).max()))
+
+    def put(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array.astype(np.int64)).to(device)
+
+    return _Group(
+        tokens=put(segments[:, 1:2] + steps),
+        tables=put(tables[segments[:, 0], :width]),
+        positions=put(segments[:, 3:4] + steps),
+    )
+
+
+class ProbeStep:
+    """Looks at what a model asks of attention, before there is a cache."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, LayerShape] = {}
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **_: float) -> Tensor:
+        self.layers[layer] = LayerShape(kv_heads=len(key), dim=key.shape[-1])
+        return query.transpose(0, 1).contiguous()

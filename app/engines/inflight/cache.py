@@ -1,0 +1,52 @@
+"""The KV cache: fixed tensors, cut into blocks of tokens, written in place and never moved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+BLOCK: Final = 32
+"""Tokens of one block. attention.cpp says the same."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """What one layer keeps of a token: a key and a value for each of its key heads."""
+
+    kv_heads: int
+    dim: int
+
+    def block_bytes(self, dtype: torch.dtype) -> int:
+        return 2 * self.kv_heads * self.dim * BLOCK * dtype.itemsize
+
+
+class KVCache:
+    """Keys [block, head, dim, place] and values [block, head, place, dim] of every layer.
+
+    Keys lie transposed, so that both products of attention run along contiguous memory.
+    """
+
+    def __init__(
+        self, layers: Seq[LayerShape], num_blocks: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.num_blocks = num_blocks
+
+        def room(*shape: int) -> Tensor:
+            return torch.empty(num_blocks, *shape, dtype=dtype, device=device)
+
+        self.keys = [room(layer.kv_heads, layer.dim, BLOCK) for layer in layers]
+        self.values = [room(layer.kv_heads, BLOCK, layer.dim) for layer in layers]
+
+    def copy(self, pairs: Seq[tuple[int, int]]) -> None:
+        """Copy whole blocks, (from, to); all are read before any is written."""
+        source, target = torch.tensor(pairs, device=self.keys[0].device).unbind(1)
+        for part in (*self.keys, *self.values):
+            part[target] = part[source]
+
+
+def blocks_for(num_tokens: int) -> int:
+    return -(-num_tokens // BLOCK)

@@ -1,0 +1,298 @@
+"""The engine in flight: every step computes the next tokens of all rows, packed together."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Sequence as Seq
+from pathlib import Path
+from typing import Final
+
+import psutil
+import torch
+
+from app.config import ModelSettings
+from app.costs import share
+from app.engines.base import NOT_FINITE, Generation, Progress, Sequence, StepStats
+from app.engines.inflight import native
+from app.engines.inflight.attention import Packed, PortableStep, Step, pack
+from app.engines.inflight.cache import BLOCK, KVCache, LayerShape, blocks_for
+from app.engines.inflight.loading import load_decoder, run
+from app.engines.inflight.scheduler import Row, Scheduler, Segment
+from app.engines.sampling import BAD_ROW, Plan, RowSampler, Sampled
+from app.engines.stopping import Output
+from app.engines.tokenizer import load_tokenizer
+from app.errors import ConfigError, ContextLengthExceeded, OutOfMemory, RequestError
+from app.jobs import FinishReason
+
+TOKENS_PER_FETCH: Final = {"cpu": 16, "cuda": 256}
+"""Tokens whose arithmetic takes as long as fetching the weights once: sets a step's fixed part."""
+
+_NOTHING: Final = Sampled(torch.empty(0, dtype=torch.int64), [])
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Options:
+    """`[models.NAME.options]` of this engine."""
+
+    cache_tokens: int = 0  #: size of the KV cache; 0 takes cache_share of the free memory
+    cache_share: float = 0.0  #: 0 takes 0.25 of free host memory or 0.9 of free device memory
+    prefill_tokens: int = 0  #: most prompt tokens of a step; 0 takes 256 on a CPU, else 2048
+
+    @classmethod
+    def of(cls, settings: ModelSettings) -> Options:
+        unknown = settings.options.keys() - {field.name for field in dataclasses.fields(cls)}
+        if unknown:
+            raise ConfigError(f"The engine inflight has no option {', '.join(sorted(unknown))}.")
+        return cls(**settings.options)  # type: ignore[arg-type]
+
+
+class InflightEngine:
+    """Any decoder of transformers, run packed over a block cache. Implements `base.Engine`."""
+
+    joins: Final = True
+
+    def __init__(
+        self, folder: Path, settings: ModelSettings, device: str, threads: int, progress: Progress
+    ) -> None:
+        options = Options.of(settings)
+        self._device = _device(device)
+        if threads:
+            torch.set_num_threads(threads)
+        self._tokenizer = load_tokenizer(folder, settings)
+        self._context_tokens = self._tokenizer.context_tokens
+        self._model, layers = load_decoder(
+            folder, settings.dtype, self._device, self._context_tokens
+        )
+        num_rows = settings.max_batch_size
+        enough = num_rows * blocks_for(self._context_tokens)
+        num_blocks = min(_num_blocks(options, layers, self._model.dtype, self._device), enough)
+        cache = KVCache(layers, num_blocks, self._model.dtype, self._device)
+        self._cache, self._kernel = cache, native.load(cache)
+        self._scheduler = Scheduler(num_rows, num_blocks, self._context_tokens)
+        self._sampler = RowSampler(num_rows, self._tokenizer.vocab_size, self._device)
+        self._sampling: tuple[list[Row], Plan] | None = None  # of the last step, while rows last
+        self._prefill_tokens = options.prefill_tokens or (
+            256 if self._device.type == "cpu" else 2048
+        )
+        self._progress = progress
+        self._rows: dict[int, Row] = {}
+        self._arrivals = itertools.count()
+        self._refused: list[Generation] = []
+        self._cancelled: set[int] = set()
+        self._stats: dict[str, StepStats] = {}
+
+    def admit(self, batch_id: str, sequences: Seq[Sequence]) -> None:
+        for sequence in sequences:
+            generation = Generation(
+                sequence.id,
+                FinishReason.ERROR,
+                input_tokens=len(sequence.prompt_token_ids),
+                started_ns=time.monotonic_ns(),
+            )
+            try:
+                self._check(sequence)
+            except RequestError as error:
+                self._refused.append(generation)
+                self._end(generation, FinishReason.ERROR, (error.code, error.message))
+                continue
+            self._rows[sequence.id] = row = self._row(batch_id, sequence, generation)
+            self._scheduler.add(row)
+
+    def step(self) -> list[Generation]:
+        """Compute the next tokens of all rows; the sequences that ended come back."""
+        began = time.monotonic_ns()
+        finished, self._refused = self._refused, []
+        finished += self._drop_cancelled()
+        schedule = self._scheduler.schedule(self._prefill_tokens)
+        if not schedule.segments:
+            return finished
+        if schedule.copies:
+            self._cache.copy(schedule.copies)
+        for row in schedule.joined:
+            self._join(row)
+        due = [segment.row for segment in schedule.segments if segment.is_last]
+        sampled = self._compute(schedule.segments, due)
+        tokens = sampled.tokens.tolist()
+        self._scheduler.advance(schedule.segments)
+        self._charge(schedule.segments, time.monotonic_ns() - began)
+        finished += self._take(due, tokens, sampled)
+        self._progress()
+        return finished
+
+    def cancel(self, sequence_id: int) -> None:
+        self._cancelled.add(sequence_id)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._rows or self._refused)
+
+    @property
+    def free_rows(self) -> int:
+        return max(0, self._scheduler.num_rows - len(self._rows))
+
+    def take_stats(self) -> list[StepStats]:
+        taken, self._stats = list(self._stats.values()), {}
+        return taken
+
+    def close(self) -> None:
+        self._rows.clear()
+        del self._model, self._cache, self._kernel
+
+    def _check(self, sequence: Sequence) -> None:
+        prompt, params = sequence.prompt_token_ids, sequence.params
+        if params is None:
+            raise RequestError("This model generates text; it gives no embeddings.")
+        if not prompt:
+            raise RequestError("The prompt has no tokens.")
+        if min(prompt) < 0 or max(prompt) >= self._tokenizer.vocab_size:
+            raise RequestError(
+                f"A token id is out of range; this model's run to {self._tokenizer.vocab_size - 1}."
+            )
+        room = min(self._context_tokens, self._scheduler.num_blocks * BLOCK)
+        if sequence.max_total_tokens > room:
+            raise ContextLengthExceeded(
+                f"The prompt has {len(prompt)} tokens and the answer may have "
+                f"{params.max_tokens}; this engine has room for {room} together."
+            )
+
+    def _row(self, batch_id: str, sequence: Sequence, generation: Generation) -> Row:
+        assert sequence.params is not None
+        decode, eos = self._tokenizer.decode, self._tokenizer.eos_token_ids
+        return Row(
+            sequence=sequence,
+            params=sequence.params,
+            batch_id=batch_id,
+            arrival=next(self._arrivals),
+            generation=generation,
+            output=Output(sequence.params, decode, eos),
+            tokens=list(sequence.prompt_token_ids),
+        )
+
+    def _drop_cancelled(self) -> list[Generation]:
+        dropped = []
+        for sequence_id in list(self._cancelled):
+            row = self._rows.get(sequence_id)
+            if row is not None:
+                self._cancelled.discard(sequence_id)
+                dropped.append(self._leave(row, FinishReason.CANCELLED))
+        return dropped
+
+    def _join(self, row: Row) -> None:
+        """A row has a slot, for the first time or again."""
+        output = row.output.token_ids
+        self._sampler.put(row.slot, row.params, row.sequence.prompt_token_ids, output)
+        # Whatever seed was drawn stays with the row, should it lose its slot.
+        row.params = dataclasses.replace(row.params, seed=self._sampler.seed_of(row.slot))
+        self._sampling = None
+
+    def _compute(self, segments: list[Segment], due: list[Row]) -> Sampled:
+        """One pass of the model, and the next token of the rows that are due."""
+        packed = pack(segments, self._scheduler.tables)
+        try:
+            with torch.inference_mode():
+                logits = run(
+                    self._model,
+                    self._attention(packed),
+                    torch.from_numpy(packed.token_ids).to(self._device),
+                    torch.from_numpy(packed.positions).to(self._device),
+                    torch.from_numpy(packed.ends).to(self._device),
+                )
+                # A step of unfinished prompts alone has nothing to sample.
+                return self._sampler.sample(logits, self._plan(due)) if due else _NOTHING
+        except torch.OutOfMemoryError as error:
+            self._drop_all()
+            raise OutOfMemory("The step did not fit into the device's memory.") from error
+
+    def _attention(self, packed: Packed) -> Step:
+        tables = self._scheduler.tables
+        if self._kernel is not None:
+            return native.NativeStep(self._kernel, packed, tables)
+        return PortableStep(self._cache, packed, tables)
+
+    def _plan(self, due: list[Row]) -> Plan:
+        """How to sample; the last step's plan as long as nobody came or went."""
+        if self._sampling is None or self._sampling[0] != due:
+            self._sampling = due, self._sampler.plan([row.slot for row in due])
+        return self._sampling[1]
+
+    def _take(self, due: list[Row], tokens: list[int], sampled: Sampled) -> list[Generation]:
+        """Give each row its token; those that end with it leave."""
+        now = time.monotonic_ns()
+        for place, logprob in sampled.logprobs().items():
+            if tokens[place] != BAD_ROW:
+                row = due[place]
+                row.generation.logprobs = [*(row.generation.logprobs or ()), logprob]
+        finished = []
+        for row, token in zip(due, tokens, strict=True):
+            if token == BAD_ROW:
+                finished.append(self._leave(row, FinishReason.ERROR, NOT_FINITE))
+                continue
+            row.tokens.append(token)
+            if len(row.output.token_ids) == 0:
+                row.generation.first_token_ns = now
+            reason = row.output.append(token)
+            if reason is not None:
+                finished.append(self._leave(row, reason))
+        return finished
+
+    def _leave(
+        self, row: Row, reason: FinishReason, error: tuple[str, str] | None = None
+    ) -> Generation:
+        self._scheduler.remove(row)
+        del self._rows[row.sequence.id]
+        generation = row.generation
+        generation.token_ids, generation.text = row.output.token_ids, row.output.text
+        self._end(generation, reason, error)
+        return generation
+
+    def _end(
+        self, generation: Generation, reason: FinishReason, error: tuple[str, str] | None = None
+    ) -> None:
+        generation.finish_reason = reason
+        generation.finished_ns = time.monotonic_ns()
+        if error is not None:
+            generation.error_code, generation.error_message = error
+
+    def _drop_all(self) -> None:
+        for row in self._rows.values():
+            self._scheduler.remove(row)
+        self._rows.clear()
+
+    def _charge(self, segments: list[Segment], device_ns: int) -> None:
+        """Share the step's time: fetching the weights equally, a row's own tokens to the row."""
+        fixed = TOKENS_PER_FETCH[self._device.type]
+        weights = [fixed + len(segments) * segment.count for segment in segments]
+        for segment, part in zip(segments, share(device_ns, weights), strict=True):
+            row = segment.row
+            row.generation.device_ns += part
+            stats = self._stats.setdefault(row.batch_id, StepStats(row.batch_id))
+            stats.rows += 1
+            stats.useful_tokens += segment.count
+            stats.padded_tokens += segment.count
+            stats.device_ns += part
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"The device is {name}, but torch sees no CUDA device.")
+    if device.type not in TOKENS_PER_FETCH:
+        raise ConfigError(f"The engine inflight runs on cpu and cuda, not on {device.type}.")
+    return device
+
+
+def _num_blocks(
+    options: Options, layers: Seq[LayerShape], dtype: torch.dtype, device: torch.device
+) -> int:
+    """Blocks that fit into the cache's budget."""
+    if options.cache_tokens:
+        return max(1, options.cache_tokens // BLOCK)
+    if device.type == "cuda":
+        free, part = torch.cuda.mem_get_info(device)[0], options.cache_share or 0.9
+    else:
+        free, part = psutil.virtual_memory().available, options.cache_share or 0.25
+    return int(free * part) // sum(layer.block_bytes(dtype) for layer in layers)

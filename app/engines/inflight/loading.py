@@ -1,0 +1,110 @@
+"""Loading a decoder so that it attends through our cache, and refusing what would be wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+from app.engines.inflight.attention import NAME, STEP, ProbeStep
+from app.engines.inflight.cache import LayerShape
+from app.errors import ConfigError
+
+_LAYER_TYPES: Final = {"full_attention", "sliding_attention"}
+_ROPE_TYPES_BY_LENGTH: Final = {"dynamic", "longrope"}
+"""With these, how a token is rotated depends on the longest sequence in the batch."""
+
+
+def load_decoder(
+    folder: Path, dtype: str, device: torch.device, context_tokens: int
+) -> tuple[PreTrainedModel, list[LayerShape]]:
+    """The model, ready to run packed, and what each of its layers keeps of a token.
+
+    Raises `ConfigError` that names what the engine cannot do.
+    """
+    disable_progress_bar()  # type: ignore[no-untyped-call]
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    _check(config.get_text_config(decoder=True), context_tokens)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=torch_dtype(dtype, device),
+            attn_implementation=NAME,
+            use_safetensors=True,
+            local_files_only=True,
+        )
+    except ValueError as error:
+        raise _refusal(f"{config.model_type} cannot be loaded: {error}") from error
+    model.requires_grad_(False).to(device).eval()  # type: ignore[arg-type]
+    return model, _probe(model, config.get_text_config(decoder=True).num_hidden_layers)
+
+
+def run(
+    model: PreTrainedModel, step: Any, token_ids: Tensor, positions: Tensor, ends: Tensor
+) -> Tensor:
+    """Logits [samples, vocab] of the tokens at `ends`; all are [n] int64 over the packed tokens."""
+    out = model(
+        input_ids=token_ids[None],
+        position_ids=positions[None],
+        logits_to_keep=ends,
+        use_cache=False,
+        **{STEP: step},
+    )
+    logits: Tensor = out.logits[0]
+    return logits
+
+
+def torch_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the device computes in it, else float32."""
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def _check(config: Any, context_tokens: int) -> None:
+    """Refuse by its configuration a model that would run and be wrong."""
+    kind = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise _refusal(f"{kind} is an encoder-decoder")
+    strange = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
+    if strange:
+        raise _refusal(f"{kind} has layers of the type {', '.join(sorted(strange))}")
+    if getattr(config, "num_kv_shared_layers", 0):
+        raise _refusal(f"layers of {kind} share their keys and values")
+    ropes = getattr(config, "rope_parameters", None) or {}
+    for rope in [ropes, *(each for each in ropes.values() if isinstance(each, dict))]:
+        original = rope.get("original_max_position_embeddings", config.max_position_embeddings)
+        if rope.get("rope_type") in _ROPE_TYPES_BY_LENGTH and context_tokens > original:
+            raise _refusal(
+                f"{kind} rotates by the longest sequence of a batch ({rope['rope_type']}) beyond "
+                f"{original} tokens; set context_tokens to {original}"
+            )
+
+
+def _probe(model: PreTrainedModel, num_layers: int) -> list[LayerShape]:
+    """Run two tokens to see whether every layer attends through us, once, and what it keeps."""
+    step = ProbeStep()
+    tokens = torch.zeros(2, dtype=torch.int64, device=model.device)
+    try:
+        run(model, step, tokens, torch.arange(2, device=model.device), tokens[:1])
+    except (TypeError, KeyError, ValueError, NotImplementedError, RuntimeError) as error:
+        raise _refusal(f"{model.config.model_type} does not run packed: {error}") from error
+    if sorted(step.layers) != list(range(num_layers)):
+        raise _refusal(
+            f"only {len(step.layers)} of the {num_layers} layers of {model.config.model_type} "
+            "attend through transformers' attention interface"
+        )
+    return [step.layers[place] for place in range(num_layers)]
+
+
+def _refusal(reason: str) -> ConfigError:
+    return ConfigError(f"The engine inflight cannot run this model: {reason}. Use engine generate.")

@@ -1,0 +1,169 @@
+"""Prompts that begin alike share the cache blocks of what they have in common.
+
+A tree for each tenant: a node is one block of prompt tokens after its parent's. Rows that use a
+node keep it; a node that nobody uses stays until its block is needed, least recently used first.
+Only the last node of a path may be shorter than a block. What two prompts share beyond their last
+common block is copied, so that reuse is exact to the token.
+
+A node is known before it is computed. A prompt that would gain from a node in the making is told
+to wait, so that prompts which arrive together compute what they share once.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections import OrderedDict
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from typing import Final
+from weakref import WeakValueDictionary
+
+from app.engines.inflight.cache import BLOCK
+
+WORTH_WAITING: Final = 16
+"""Tokens. For less than this a prompt does not wait until somebody else has computed them."""
+
+
+@dataclass(slots=True, weakref_slot=True, eq=False)
+class Node:
+    parent: Node | None
+    tokens: tuple[int, ...]  #: at most BLOCK
+    block: int
+    ready: int = 0  #: leading tokens whose keys and values are in the block
+    users: int = 0
+    children: list[Node] = field(default_factory=list)  #: sorted by tokens: likes are neighbours
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """What the cache holds of a prompt's beginning."""
+
+    nodes: list[Node]  #: whole blocks, to be used as they are
+    partial: Node | None  #: begins like what follows; to be copied
+    partial_tokens: int
+    worth_waiting: bool  #: somebody computes more of it right now
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.nodes) * BLOCK + self.partial_tokens
+
+
+class PrefixCache:
+    """Owns the trees and the order in which unused blocks are given up."""
+
+    def __init__(self) -> None:
+        # A root lives as long as it has children: each of them holds its parent.
+        self._roots: WeakValueDictionary[str, Node] = WeakValueDictionary()
+        self._idle: OrderedDict[Node, None] = OrderedDict()  # a parent always after its children
+
+    @property
+    def num_idle(self) -> int:
+        """Blocks that `evict` could free."""
+        return len(self._idle)
+
+    def match(self, tenant: str, tokens: Seq[int]) -> Match:
+        """The longest known beginning of a prompt; always short of its last token, whose output
+        somebody has to compute."""
+        node, usable = self._root(tenant), len(tokens) - 1
+        nodes: list[Node] = []
+        while True:
+            wanted = tuple(tokens[len(nodes) * BLOCK : (len(nodes) + 1) * BLOCK])
+            child, common = _most_alike(node.children, wanted)
+            common = min(common, usable - len(nodes) * BLOCK)
+            if child is None or common <= 0:
+                return Match(nodes, None, 0, False)
+            ready = min(common, child.ready)
+            if ready < BLOCK:
+                partial = child if ready else None
+                return Match(nodes, partial, ready, common - ready >= WORTH_WAITING)
+            nodes.append(child)
+            node = child
+
+    def use(self, nodes: Seq[Node]) -> None:
+        for node in nodes:
+            node.users += 1
+            self._idle.pop(node, None)
+
+    def publish(
+        self, tenant: str, tokens: Seq[int], nodes: Seq[Node], blocks: Seq[int]
+    ) -> list[Node]:
+        """Add a prompt's blocks after the `nodes` it uses; its row is their first user.
+
+        Stops where the tree already has the very block: that stays the row's own.
+        """
+        parent = nodes[-1] if nodes else self._root(tenant)
+        added: list[Node] = []
+        for place in range(len(nodes), len(blocks)):
+            part = tuple(tokens[place * BLOCK : (place + 1) * BLOCK])
+            like, common = _most_alike(parent.children, part)
+            if not part or (like is not None and common == len(part)):
+                break
+            parent = Node(parent, part, blocks[place], users=1)
+            assert parent.parent is not None
+            insort(parent.parent.children, parent, key=_tokens)
+            added.append(parent)
+        return added
+
+    def release(self, nodes: Seq[Node]) -> list[int]:
+        """A row leaves its nodes. Blocks that were not computed to the end come back free."""
+        freed: list[int] = []
+        for node in reversed(nodes):
+            node.users -= 1
+            if node.users:
+                continue
+            if node.ready:
+                self._shorten(node)
+                self._idle[node] = None
+            else:
+                self._remove(node)
+                freed.append(node.block)
+        return freed
+
+    def evict(self) -> int | None:
+        """Give up the block that was not used for the longest time; None if all are in use."""
+        if not self._idle:
+            return None
+        node, _ = self._idle.popitem(last=False)
+        self._remove(node)
+        return node.block
+
+    def _root(self, tenant: str) -> Node:
+        return self._roots.setdefault(tenant, Node(None, (), -1))
+
+    def _shorten(self, node: Node) -> None:
+        """Forget the tokens that a cancelled row never computed."""
+        if node.ready < len(node.tokens):
+            self._remove(node)
+            node.tokens = node.tokens[: node.ready]
+            assert node.parent is not None
+            insort(node.parent.children, node, key=_tokens)
+
+    def _remove(self, node: Node) -> None:
+        assert node.parent is not None and not node.children
+        siblings = node.parent.children
+        place = bisect_left(siblings, node.tokens, key=_tokens)
+        while siblings[place] is not node:
+            place += 1
+        del siblings[place]
+
+
+def _tokens(node: Node) -> tuple[int, ...]:
+    return node.tokens
+
+
+def _most_alike(nodes: Seq[Node], tokens: tuple[int, ...]) -> tuple[Node | None, int]:
+    """The node that has the most leading tokens in common, and how many: a neighbour in order."""
+    place = bisect_left(nodes, tokens, key=_tokens)
+    best, most = None, 0
+    for node in nodes[max(0, place - 1) : place + 1]:
+        common = _common(node.tokens, tokens)
+        if common > most:
+            best, most = node, common
+    return best, most
+
+
+def _common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+    for count, (left, right) in enumerate(zip(a, b, strict=False)):
+        if left != right:
+            return count
+    return min(len(a), len(b))

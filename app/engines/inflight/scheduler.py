@@ -1,0 +1,195 @@
+"""Which tokens the next step computes, and whose blocks they are kept in.
+
+Every row is treated alike: it has tokens, of which the first `computed` are in the cache, and the
+next step computes some of the rest. A decoding row has one token left; a prompt has many, and gets
+them in chunks within the step's budget. Rows are served by priority, then age. When the cache is
+full, the last of them in this order gives up its blocks and waits again, with the tokens it has.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from app.engines.base import Generation, SamplingParams, Sequence
+from app.engines.inflight.cache import BLOCK, blocks_for
+from app.engines.inflight.prefix import Node, PrefixCache
+from app.engines.stopping import Output
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """One sequence inside the engine. `slot` and what follows it is the scheduler's to write."""
+
+    sequence: Sequence
+    params: SamplingParams
+    batch_id: str
+    arrival: int
+    generation: Generation
+    output: Output
+    tokens: list[int]  #: prompt and output so far
+    slot: int = -1  #: its place in the block table and in the sampler
+    computed: int = 0  #: leading tokens that are in the cache
+    blocks: list[int] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list)  #: of the first blocks; the others are its own
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Smaller is served first."""
+        return self.sequence.priority, self.arrival
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """The next `count` tokens of a row."""
+
+    row: Row
+    start: int
+    count: int
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the row's next token can be sampled after this."""
+        return self.start + self.count == len(self.row.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    segments: list[Segment]
+    copies: list[tuple[int, int]]  #: blocks, (from, to), to be copied before the step
+    joined: list[Row]  #: rows that have a slot since this step
+
+
+class Scheduler:
+    """Owns the rows, their slots and their blocks."""
+
+    def __init__(self, num_rows: int, num_blocks: int, context_tokens: int) -> None:
+        self.num_rows = num_rows
+        self.num_blocks = num_blocks
+        self.waiting: list[Row] = []  # by rank
+        self.running: list[Row] = []  # by rank
+        self.tables = np.zeros((num_rows, blocks_for(context_tokens)), np.int32)
+        self._slots = list(reversed(range(num_rows)))
+        self._free = list(reversed(range(num_blocks)))
+        self._prefixes = PrefixCache()
+
+    def add(self, row: Row) -> None:
+        insort(self.waiting, row, key=_rank)
+
+    def schedule(self, prefill_tokens: int) -> Schedule:
+        """What to compute now: a token of every decoding row, and up to `prefill_tokens` others."""
+        segments: list[Segment] = []
+        budget, preempted, place = prefill_tokens, False, 0
+        while place < len(self.running):
+            row = self.running[place]
+            left = len(row.tokens) - row.computed
+            count = left if left == 1 else min(left, budget)
+            while not self._make_room(row, row.computed + count):
+                preempted = True
+                if self._preempt() is row:
+                    break
+            else:
+                place += 1
+                if count:
+                    segments.append(Segment(row, row.computed, count))
+                    budget -= count if left > 1 else 0
+        copies: dict[int, int] = {}
+        joined = [] if preempted else self._admit(budget, segments, copies)
+        return Schedule(segments, [(source, to) for to, source in copies.items()], joined)
+
+    def advance(self, segments: Seq[Segment]) -> None:
+        """The step is done: what it computed is in the cache, for others too."""
+        for segment in segments:
+            row, computed = segment.row, segment.start + segment.count
+            row.computed = computed
+            first = segment.start // BLOCK
+            for place, node in enumerate(row.nodes[first : blocks_for(computed)], first):
+                ready = min(len(node.tokens), computed - place * BLOCK)
+                node.ready = max(node.ready, ready)
+
+    def remove(self, row: Row) -> None:
+        """The row leaves for good; it may be running or waiting."""
+        if row.slot < 0:
+            self.waiting.remove(row)
+        else:
+            self.running.remove(row)
+            self._give_back(row)
+
+    def _admit(self, budget: int, segments: list[Segment], copies: dict[int, int]) -> list[Row]:
+        """Let waiting rows in, in order, while there are slots, budget and blocks."""
+        joined: list[Row] = []
+        for row in list(self.waiting):
+            if not (self._slots and budget > 0):
+                break
+            match = self._prefixes.match(row.sequence.tenant, row.tokens)
+            if match.worth_waiting:
+                continue
+            self._prefixes.use(match.nodes)
+            needed = blocks_for(len(row.tokens)) - len(match.nodes)
+            # Each running row may soon want one more block: leave it, or they would preempt us.
+            if needed + len(self.running) > self._num_available and self.running:
+                self._prefixes.release(match.nodes)
+                break
+            self.waiting.remove(row)
+            insort(self.running, row, key=_rank)
+            row.slot = self._slots.pop()
+            row.nodes = list(match.nodes)
+            row.computed = match.num_tokens
+            for node in match.nodes:
+                self._append(row, node.block)
+            self._make_room(row, len(row.tokens))
+            if match.partial:
+                # A block that is itself a copy of this step: go to where that comes from.
+                source = copies.get(match.partial.block, match.partial.block)
+                copies[row.blocks[len(match.nodes)]] = source
+            self._publish(row)
+            segment = Segment(row, row.computed, min(len(row.tokens) - row.computed, budget))
+            segments.append(segment)
+            joined.append(row)
+            budget -= segment.count
+        return joined
+
+    def _publish(self, row: Row) -> None:
+        """Let prompts that begin like this one use its blocks as they are computed."""
+        sequence = row.sequence
+        prompt = sequence.prompt_token_ids
+        blocks = row.blocks[: blocks_for(len(prompt))]
+        row.nodes += self._prefixes.publish(sequence.tenant, prompt, row.nodes, blocks)
+        self.advance([Segment(row, 0, row.computed)])  # what was copied is there already
+
+    @property
+    def _num_available(self) -> int:
+        return len(self._free) + self._prefixes.num_idle
+
+    def _make_room(self, row: Row, num_tokens: int) -> bool:
+        """Blocks for the row's first `num_tokens`; False if there are not enough."""
+        while len(row.blocks) * BLOCK < num_tokens:
+            block = self._free.pop() if self._free else self._prefixes.evict()
+            if block is None:
+                return False
+            self._append(row, block)
+        return True
+
+    def _append(self, row: Row, block: int) -> None:
+        self.tables[row.slot, len(row.blocks)] = block
+        row.blocks.append(block)
+
+    def _preempt(self) -> Row:
+        """The youngest row of the lowest priority gives up its blocks and waits again."""
+        row = self.running.pop()
+        self._give_back(row)
+        self.add(row)
+        return row
+
+    def _give_back(self, row: Row) -> None:
+        self._free += row.blocks[len(row.nodes) :]
+        self._free += self._prefixes.release(row.nodes)
+        self._slots.append(row.slot)
+        row.slot, row.computed, row.blocks, row.nodes = -1, 0, [], []
+
+
+def _rank(row: Row) -> tuple[int, int]:
+    return row.rank
