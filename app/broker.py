@@ -98,6 +98,10 @@ def _celery_settings(settings: Settings) -> dict[str, Any]:
     sizes = [settings.models[model].max_batch_size for model in served_models(settings)]
     return {
         "broker_url": broker.url,
+        # kombu would take any certificate; ssl_cert_reqs in the URL says otherwise.
+        "broker_use_ssl": {"ssl_cert_reqs": "required"}
+        if broker.url.startswith("rediss")
+        else None,
         "worker_pool": "app.worker.pool:EnginePool",
         "worker_consumer": "app.worker.intake:Consumer",
         # Messages held: one batch running and one forming for each model; not threads.
@@ -170,6 +174,7 @@ def flower_command(settings: Settings) -> tuple[list[str], dict[str, str]]:
         "max_tasks": flower.max_tasks,
         "read_only": True,
         "persistent": False,
+        "purge_offline_workers": 3600,  # a worker has another name after each start
     }
     command = [*_CELERY, "flower", *(f"--{name}={value}" for name, value in options.items())]
     if flower.host in ("127.0.0.1", "::1", "localhost"):

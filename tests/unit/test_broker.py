@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import ssl
 from collections.abc import Callable, Iterator
 from typing import Any
 from uuid import uuid4
@@ -69,6 +70,23 @@ def test_a_task_that_celery_runs_itself_says_what_is_wrong(two_models: Settings)
     for name in ("inference.generate", "inference.embed"):
         with pytest.raises(RuntimeError, match="its own pool"):
             app.tasks[name](prompt=PROMPT)
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("redis://broker/0", None),
+        ("rediss://broker/0", "required"),
+        ("rediss://broker/0?ssl_cert_reqs=none", ssl.CERT_NONE),
+    ],
+)
+def test_certificates_are_checked_unless_the_url_says_otherwise(
+    make_settings: Callable[..., Settings], url: str, expected: object
+) -> None:
+    app = broker.make_app(make_settings(broker={"url": url}))
+
+    with app.connection_for_read() as connection:
+        assert (connection.ssl or {}).get("ssl_cert_reqs") == expected
 
 
 @pytest.mark.parametrize("priority", range(10))

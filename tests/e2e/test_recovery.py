@@ -1,0 +1,109 @@
+"""What dies is made good: a worker in the middle of a batch, and everything in Redis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import redis
+
+from app.config import Settings
+from tests.apis import running_api
+from tests.rescues import running_rescue
+from tests.waiting import eventually
+from tests.workers import results, rows, running_worker
+
+
+@pytest.fixture
+def settings(make_settings: Callable[..., Settings], database_url: str, redis_url: str) -> Settings:
+    """Short leases and small batches, so that dying and mending take seconds."""
+    return make_settings(
+        database={"url": database_url},
+        broker={"url": redis_url},
+        worker={"lease_s": 2, "heartbeat_s": 0.5},
+        rescue={"sweep_ms": 200, "lost_after_s": 1},
+        models={
+            "stub": {
+                "source": "stub",
+                "engine": "stub",
+                "kind": "generate",
+                "default": True,
+                "max_batch_size": 8,
+            }
+        },
+    )
+
+
+@pytest.fixture
+def api(settings: Settings) -> Iterator[httpx.Client]:
+    with running_api(settings) as api:
+        yield api
+
+
+def submit(api: httpx.Client, prompts: list[str]) -> list[str]:
+    ids = []
+    for prompt in prompts:
+        answer = api.post("/v1/jobs", json={"body": {"prompt": prompt}}).raise_for_status()
+        ids.append(answer.json()["id"])
+    return ids
+
+
+def test_a_worker_that_is_killed_in_the_middle_of_a_batch_loses_no_job(
+    settings: Settings, api: httpx.Client, tmp_path: Path
+) -> None:
+    # given a worker with jobs that run, jobs that it received, and jobs in Redis
+    with running_worker(settings, tmp_path / "first") as worker:
+        ids = submit(api, [f"prompt {n}\nsleep 400" for n in range(40)])
+        eventually(lambda: rows(settings, "SELECT id FROM jobs WHERE state = 'running'"))
+        worker.kill()
+
+    # when another one takes its place
+    with (
+        running_rescue(settings, tmp_path / "rescue"),
+        running_worker(settings, tmp_path / "second"),
+    ):
+        found = eventually(lambda: (all_ := results(settings)).keys() >= set(ids) and all_, 60)
+
+    # then every job has its one answer, and the lost attempts are on record
+    assert {row["state"] for row in found.values()} == {"completed"}
+    assert len(rows(settings, "SELECT job_id FROM results")) == 40
+    lost = rows(settings, "SELECT charged, device_ns FROM attempts WHERE outcome = 'lost'")
+    assert lost
+    assert all(attempt["charged"] for attempt in lost)
+
+
+def test_redis_losing_everything_loses_no_job(
+    settings: Settings, api: httpx.Client, tmp_path: Path, redis_url: str
+) -> None:
+    ids = submit(api, [f"prompt {n}" for n in range(100)])
+    with redis.Redis.from_url(redis_url) as client:
+        assert client.llen("gristmill.stub") == 100
+        client.flushdb()
+
+    with (
+        running_rescue(settings, tmp_path / "rescue"),
+        running_worker(settings, tmp_path / "worker"),
+    ):
+        found = eventually(lambda: (all_ := results(settings)).keys() >= set(ids) and all_, 60)
+
+    assert {row["state"] for row in found.values()} == {"completed"}
+    assert len(rows(settings, "SELECT id FROM attempts")) == 100
+
+
+def test_redis_losing_everything_under_a_running_worker_loses_no_job(
+    settings: Settings, api: httpx.Client, tmp_path: Path, redis_url: str
+) -> None:
+    with (
+        running_rescue(settings, tmp_path / "rescue"),
+        running_worker(settings, tmp_path / "worker"),
+        redis.Redis.from_url(redis_url) as client,
+    ):
+        ids = submit(api, [f"prompt {n}\nsleep 100" for n in range(60)])
+        eventually(lambda: rows(settings, "SELECT id FROM jobs WHERE state = 'running'"))
+        client.flushdb()
+
+        found = eventually(lambda: (all_ := results(settings)).keys() >= set(ids) and all_, 60)
+
+    assert {row["state"] for row in found.values()} == {"completed"}

@@ -1,0 +1,35 @@
+"""Real rescue processes for the tests."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from app.config import Settings
+
+_MAIN = """
+import sys
+from pathlib import Path
+from app import rescue, telemetry
+from app.config import Settings
+
+telemetry.setup_logging()
+rescue.serve(Settings.model_validate_json(Path(sys.argv[1]).read_text()))
+"""
+
+
+@contextmanager
+def running_rescue(settings: Settings, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A rescue process that is killed at the end of the block."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "settings.json"
+    file.write_text(settings.model_dump_json())
+    process = subprocess.Popen([sys.executable, "-c", _MAIN, str(file)])
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
