@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Final
 
 from fastapi import Request
@@ -11,36 +12,54 @@ from starlette.exceptions import HTTPException
 from app.errors import RequestError, RequestTooLarge
 
 DRAIN_BYTES: Final = 16_000_000
-"""How much of a body that is too large is still taken off the wire. A client that is cut off
-while it sends often loses the answer that tells it why."""
+"""How much of a body that is refused is still taken off the wire, and dropped: a client that is cut
+off while it sends often loses the answer that tells it why."""
+
+READ_TIMEOUT_S: Final = 60.0
+"""How long a body may take to arrive."""
+
+_CLOSE: Final = {"Connection": "close"}  # there may be more of the body under way
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
     """The body as sent, at most `max_bytes` long however it is framed.
 
     Raises `RequestTooLarge`, or an `HTTPException` with 415 for a body that is compressed (so a
-    bomb is never unpacked) or not declared as JSON (so a form on a foreign web page cannot submit).
+    bomb is never unpacked) or not declared as JSON (so a form on a foreign web page cannot submit),
+    with 408 for one that does not arrive. The connection is to be closed after any of these.
     """
-    if request.headers.get("content-encoding", "identity").lower() != "identity":
-        raise HTTPException(
-            415,
-            "Compressed bodies are not taken. Send the JSON as it is, without Content-Encoding.",
-            {"Accept-Encoding": "identity"},
-        )
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type != "application/json":
-        raise HTTPException(415, "Send the body with Content-Type: application/json.")
+    refused = _refused_unread(request)
+    room = 0 if refused else max_bytes
     chunks: list[bytes] = []
     size = 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size <= max_bytes:
-            chunks.append(chunk)
-        elif size > max_bytes + DRAIN_BYTES:
-            break
+    try:
+        async with asyncio.timeout(READ_TIMEOUT_S):
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size <= room:
+                    chunks.append(chunk)
+                elif size > room + DRAIN_BYTES:
+                    break
+    except TimeoutError:
+        raise HTTPException(408, "The body did not arrive in time.", _CLOSE) from None
+    if refused:
+        raise refused
     if size > max_bytes:
         raise RequestTooLarge(f"The body is larger than the {max_bytes} bytes taken here.")
     return b"".join(chunks)
+
+
+def _refused_unread(request: Request) -> HTTPException | None:
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        return HTTPException(
+            415,
+            "Compressed bodies are not taken. Send the JSON as it is, without Content-Encoding.",
+            {"Accept-Encoding": "identity"} | _CLOSE,
+        )
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        return HTTPException(415, "Send the body with Content-Type: application/json.", _CLOSE)
+    return None
 
 
 def parse_json(raw: bytes) -> object:

@@ -23,7 +23,7 @@ from app.submit import Submission, Submitted, parse_submission
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
-_KEY: Final = re.compile(r'"(?P<quoted>[ !#-\[\]-~]{1,255})"|(?P<bare>[!-~]{1,255})')
+_KEY: Final = re.compile(r'"(?P<quoted>[ !#-\[\]-~]{1,255})"|(?P<bare>[!#-~]{1,255})')
 
 JobId = Annotated[
     str,

@@ -118,6 +118,8 @@ def _on_gristmill_error(request: Request, error: Exception) -> Response:
     headers: dict[str, str] = {}
     if isinstance(error, errors.QueueFull):
         headers["Retry-After"] = str(error.retry_after)
+    elif isinstance(error, errors.RequestTooLarge):
+        headers["Connection"] = "close"  # there may be more of it under way
     elif isinstance(error, errors.JobStateConflict):
         headers["x-should-retry"] = "false"  # the OpenAI and Anthropic clients retry every 409
     elif problem.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
