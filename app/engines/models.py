@@ -177,12 +177,17 @@ def check_folder(folder: Path) -> None:
 
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a model's folder; empty if there is no such file."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise ConfigError(f"{file} is not JSON: {error}") from None
+    content = load_json(file, missing={})
     if not isinstance(content, dict):
         raise ConfigError(f"{file} does not hold a JSON object.")
     return content
+
+
+def load_json(file: Path, missing: Any) -> Any:
+    """What a JSON file holds, or `missing` if there is no such file."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return missing
+    except ValueError as error:
+        raise ConfigError(f"{file} is not JSON: {error}") from None

@@ -103,9 +103,7 @@ def test_a_mate_never_raises_the_price_of_a_decode_step(contexts: list[int]) -> 
     st.lists(st.integers(0, 10**12), max_size=50),
     st.decimals("0", "1000", places=9),
 )
-def test_what_a_meter_charges_is_the_price_of_the_sum(
-    shares: list[int], price: Decimal
-) -> None:
+def test_what_a_meter_charges_is_the_price_of_the_sum(shares: list[int], price: Decimal) -> None:
     meter = Meter(price)
 
     charges = [meter.charge(device_ns) for device_ns in shares]
