@@ -142,7 +142,7 @@ class Child:
             if self._process.poll() is None:
                 self._process.send_signal(number)
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    self._process.wait(timeout_s / len(self._stop_signals))
+                    self._process.wait(max(0, timeout_s / len(self._stop_signals)))
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
