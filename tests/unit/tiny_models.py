@@ -42,8 +42,9 @@ def save_tokenizer(
     )
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    texts: dict[str, Any] = {"bos_token": "<bos>", "eos_token": {"content": "<eos>"}}
-    texts |= {"pad_token": "<pad>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    eos = {"__type": "AddedToken", "content": "<eos>", "special": True}  # an older way to write it
+    texts: dict[str, Any] = {"bos_token": "<bos>", "eos_token": eos, "pad_token": "<pad>"}
+    texts["tokenizer_class"] = "PreTrainedTokenizerFast"
     if template is not None:
         texts["chat_template"] = template
     (folder / "tokenizer_config.json").write_text(json.dumps(texts))

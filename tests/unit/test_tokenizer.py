@@ -1,0 +1,263 @@
+"""Text to tokens and every limit in tokens, without loading torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from app.config import ModelSettings
+from app.engines.base import Kind
+from app.engines.tokenizer import StubTokenizer, Tokenizer, load_tokenizer
+from app.errors import ConfigError, ContextLengthExceeded, RequestError
+from app.requests import parse
+from tests.unit import tiny_models
+from tests.unit.tiny_models import BOS, CONTEXT, EOS, VOCAB
+
+TEXTS = ["water wheel", "naïve 漢字 🙂", "  two  spaces\n\n", "<eos> inside"]
+
+
+def settings(**given: Any) -> ModelSettings:
+    return ModelSettings(source="x", kind=Kind.GENERATE, engine="generate", **given)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models.save_llama(tmp_path_factory.mktemp("llama") / "model")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: Path) -> Tokenizer:
+    return load_tokenizer(folder, settings())
+
+
+def copy_of(folder: Path, into: Path, **changes: dict[str, Any]) -> Path:
+    """The same model with some keys of its JSON files changed: config={...}."""
+    into.mkdir(exist_ok=True)
+    for file in folder.iterdir():
+        (into / file.name).write_bytes(file.read_bytes())
+    for name, keys in changes.items():
+        file = into / f"{name}.json"
+        content = json.loads(file.read_text()) if file.exists() else {}
+        file.write_text(json.dumps(content | keys))
+    return into
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_texts_encode_and_decode_as_in_transformers(
+    folder: Path, tokenizer: Tokenizer, text: str
+) -> None:
+    reference = AutoTokenizer.from_pretrained(folder)
+
+    found = tokenizer.encode_text(text)
+
+    assert list(found) == reference(text)["input_ids"]
+    assert found[0] == BOS
+    assert tokenizer.decode(found) == reference.decode(found, skip_special_tokens=True)
+
+
+def test_a_conversation_is_rendered_as_in_transformers(folder: Path, tokenizer: Tokenizer) -> None:
+    messages = [{"role": "user", "content": "hello <b>"}, {"role": "assistant", "content": "ok"}]
+    reference = AutoTokenizer.from_pretrained(folder)
+
+    [found] = tokenizer.encode(parse({"messages": messages}))
+
+    expected = reference.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert list(found) == expected
+    assert found.count(BOS) == 2
+
+
+def test_a_template_may_use_what_transformers_offers(folder: Path, tmp_path: Path) -> None:
+    template = (
+        "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}"
+        "{% generation %}{{ m | tojson }}{% endgeneration %}{% endfor %}"
+        "{{ strftime_now('%Y') | length }}{% if add_generation_prompt %}>{% endif %}"
+    )
+    changed = copy_of(folder, tmp_path, tokenizer_config={"chat_template": template})
+    (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
+
+    tokenizer = load_tokenizer(changed, settings())
+    [found] = tokenizer.encode(parse({"messages": [{"role": "user", "content": "<é>"}]}))
+
+    assert tokenizer.decode(found) == '{"role": "user", "content": "<é>"}4>'
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "refuses these messages: roles must"),
+        ("{{ messages[7].content.secret }}", r"failed on these messages \(UndefinedError\)"),
+        ("{{ messages.__class__.__mro__ }}", r"failed on these messages \(SecurityError\)"),
+    ],
+)
+def test_a_template_that_fails_is_the_requests_fault_and_quotes_nothing(
+    folder: Path, tmp_path: Path, template: str, reason: str
+) -> None:
+    changed = copy_of(folder, tmp_path, tokenizer_config={"chat_template": template})
+
+    tokenizer = load_tokenizer(changed, settings())
+    with pytest.raises(RequestError, match=reason) as caught:
+        tokenizer.encode(parse({"messages": [{"role": "user", "content": "quiet"}]}))
+
+    assert caught.value.param == "messages"
+    assert "quiet" not in caught.value.message
+
+
+def test_a_model_without_a_template_takes_prompts_only(tmp_path: Path) -> None:
+    folder = tiny_models.save_t5(tmp_path / "t5")
+    tokenizer = load_tokenizer(folder, settings())
+
+    [prompt] = tokenizer.encode(parse({"prompt": "a"}))
+
+    assert (tokenizer.decode(prompt), prompt[-1]) == ("a", EOS)
+    with pytest.raises(RequestError, match="no chat template; send a prompt"):
+        tokenizer.encode(parse({"messages": [{"role": "user", "content": "a"}]}))
+
+
+def test_several_prompts_keep_their_order(tokenizer: Tokenizer) -> None:
+    prepared = tokenizer.check(parse({"prompt": ["a", "bb"], "n": 2, "max_tokens": 5}), settings())
+
+    assert [len(prompt) for prompt in prepared.prompts] == [2, 3]
+    assert (prepared.num_input_tokens, prepared.max_tokens) == (5, 5)
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "reason"),
+    [
+        ({"prompt": [5, VOCAB]}, "prompt", "token id is out of range"),
+        ({"prompt": [[5], [VOCAB]]}, "prompt.1", "token id is out of range"),
+        ({"prompt": "a", "n": 20}, "n", "20 sequences"),
+        ({"prompt": ["a"] * 20}, "prompt", "20 sequences"),
+        ({"prompt": "a", "max_tokens": 61}, "max_tokens", "at most 60 tokens"),
+        (
+            {"messages": [{"role": "user", "content": "a"}], "max_completion_tokens": 61},
+            "max_completion_tokens",
+            "at most 60 tokens",
+        ),
+        ({"prompt": "a" * 40, "n": 8, "max_tokens": 30}, "prompt", "limit of 512 tokens at once"),
+    ],
+)
+def test_what_is_beyond_a_limit_is_refused_with_its_field(
+    tokenizer: Tokenizer, body: dict[str, Any], param: str, reason: str
+) -> None:
+    limits = settings(max_output_tokens=60, max_batch_tokens=512)
+
+    with pytest.raises(RequestError, match=reason) as caught:
+        tokenizer.check(parse(body), limits)
+
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    "body", [{"prompt": "a" * CONTEXT}, {"prompt": "a" * 50, "max_tokens": CONTEXT - 50}]
+)
+def test_prompt_and_answer_must_fit_the_context(tokenizer: Tokenizer, body: dict[str, Any]) -> None:
+    with pytest.raises(ContextLengthExceeded) as caught:
+        tokenizer.check(parse(body), settings())
+
+    assert caught.value.param == "prompt"
+    assert str(CONTEXT) in caught.value.message
+
+
+def test_the_default_output_is_cut_to_the_room_that_is_left(tokenizer: Tokenizer) -> None:
+    prompt = {"prompt": "a" * 50}  # and <bos>
+
+    assert tokenizer.check(parse(prompt), settings()).max_tokens == CONTEXT - 51
+    assert tokenizer.check(parse(prompt), settings(default_max_tokens=9)).max_tokens == 9
+    assert tokenizer.check(parse(prompt), settings(max_batch_tokens=80)).max_tokens == 29
+    assert tokenizer.check(parse(prompt), settings(max_output_tokens=7)).max_tokens == 7
+
+
+def test_the_output_of_an_encoder_decoder_has_a_context_of_its_own(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(tiny_models.save_t5(tmp_path / "t5"), settings())
+
+    request = parse({"prompt": "a" * (CONTEXT - 1), "max_tokens": CONTEXT})
+
+    assert tokenizer.check(request, settings()).max_tokens == CONTEXT
+    with pytest.raises(ContextLengthExceeded):
+        tokenizer.check(parse({"prompt": "a" * CONTEXT}), settings())
+
+
+def test_an_embedding_may_fill_the_whole_context(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(tiny_models.save_bert(tmp_path / "bert"), settings())
+
+    prepared = tokenizer.check(parse({"input": "a" * (CONTEXT - 1)}), settings())
+
+    assert (prepared.num_input_tokens, prepared.max_tokens) == (CONTEXT, 0)
+    with pytest.raises(ContextLengthExceeded):
+        tokenizer.check(parse({"input": "a" * CONTEXT}), settings())
+
+
+def test_the_context_is_the_smallest_that_the_files_name(folder: Path, tmp_path: Path) -> None:
+    def context(name: str, **changes: dict[str, Any]) -> int:
+        changed = copy_of(folder, tmp_path / name, **changes)
+        return load_tokenizer(changed, settings()).context_tokens
+
+    assert context("as-it-is") == CONTEXT
+    assert context("tokenizer", tokenizer_config={"model_max_length": 40}) == 40
+    assert context("unlimited", tokenizer_config={"model_max_length": 10**30}) == CONTEXT
+    assert context("sentence", sentence_bert_config={"max_seq_length": 30}) == 30
+    assert load_tokenizer(folder, settings(context_tokens=50)).context_tokens == 50
+    with pytest.raises(ConfigError, match=f"context is {CONTEXT} tokens"):
+        load_tokenizer(folder, settings(context_tokens=CONTEXT + 1))
+
+
+def test_the_end_tokens_come_from_the_generation_settings_first(
+    folder: Path, tmp_path: Path
+) -> None:
+    def ends(name: str, **changes: dict[str, Any]) -> set[int]:
+        changed = copy_of(folder, tmp_path / name, **changes)
+        return set(load_tokenizer(changed, settings()).eos_token_ids)
+
+    assert ends("as-it-is") == {EOS}
+    assert ends("several", generation_config={"eos_token_id": [3, 4]}) == {3, 4}
+    unset = {"eos_token_id": None}
+    assert ends("config", generation_config=unset, config={"eos_token_id": 5}) == {5}
+    assert ends("tokenizer", generation_config=unset, config=unset) == {EOS}
+
+
+def test_one_token_as_text_shows_special_tokens(tokenizer: Tokenizer) -> None:
+    assert tokenizer.token_text(EOS) == "<eos>"
+    assert tokenizer.decode([EOS]) == ""
+
+
+def test_a_limit_left_in_the_tokenizer_file_does_not_cut_texts(
+    folder: Path, tmp_path: Path
+) -> None:
+    cut = {"max_length": 3, "direction": "Right", "stride": 0, "strategy": "LongestFirst"}
+    changed = copy_of(folder, tmp_path, tokenizer={"truncation": cut})
+
+    assert len(load_tokenizer(changed, settings()).encode_text("abcdef")) == 7
+
+
+def test_the_stub_counts_bytes() -> None:
+    tokenizer = load_tokenizer(
+        Path("nowhere"), ModelSettings(source="stub", kind=Kind.GENERATE, engine="stub")
+    )
+
+    assert isinstance(tokenizer, StubTokenizer)
+    assert tokenizer.decode(tokenizer.encode_text("héllo")) == "héllo"
+    prepared = tokenizer.check(parse({"prompt": "héllo"}), settings())
+    assert prepared.num_input_tokens == 6
+
+
+def test_counting_tokens_loads_neither_torch_nor_transformers(folder: Path) -> None:
+    code = f"""
+import sys
+from pathlib import Path
+from app.config import ModelSettings
+from app.engines.catalog import load_catalog
+from app.engines.tokenizer import load_tokenizer
+settings = ModelSettings(source="x", kind="generate", engine="generate")
+load_tokenizer(Path({str(folder)!r}), settings).encode_text("a")
+print(sorted({{"torch", "transformers"}} & sys.modules.keys()))
+"""
+
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+
+    assert done.stdout.strip() == "[]"
