@@ -1,0 +1,263 @@
+"""Every statement finds its rows by an index, at a million jobs.
+
+The store's own functions run, and Postgres explains each of their statements with the parameters
+that it is sent with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+from sqlalchemy import Connection, event, text
+
+from app.jobs import AttemptOutcome, JobState
+from app.store import cancellation, claims, intake, reads, rescue, workers
+from app.store.claims import Member
+from app.store.database import Database
+from app.store.intake import Arrival
+from tests.rows import MODEL, Worker, completed, end_lease, new_job
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+# A service with a history: 900,000 finished jobs of four models, and 100,000 open ones.
+_HISTORY = """
+    INSERT INTO jobs (
+        id, model, kind, request, source, idempotency_key, state, not_before, deadline, created_at,
+        queued_at, finished_at, enqueued_at, attempt_id, worker_id, batch_id, received_by
+    )
+    SELECT
+        gen_random_uuid(), (ARRAY['smollm2', 'other', 'rare', 'embed'])[1 + n % 4], 'generate',
+        '{"prompt": "A mill"}', 'api', CASE WHEN n % 5 = 0 THEN 'key ' || n END, state, made,
+        CASE WHEN n % 10 = 0 THEN made + interval '30 days' END, made, made,
+        CASE WHEN n > 100000 THEN made END,
+        CASE WHEN n % 7 > 0 THEN made END,
+        CASE state WHEN 'running' THEN gen_random_uuid() END,
+        CASE state WHEN 'running' THEN CAST(:worker_id AS uuid) END,
+        CASE state WHEN 'running' THEN gen_random_uuid() END,
+        CASE WHEN n % 500 = 1 THEN CAST(:worker_id AS uuid) END
+    FROM (
+        SELECT
+            n, now() - n * interval '1 s' AS made,
+            CASE WHEN n <= 200 THEN 'running' WHEN n <= 100000 THEN 'queued'
+                ELSE coalesce((ARRAY['failed', 'cancelled', 'expired'])[n % 97], 'completed')
+                END AS state
+        FROM generate_series(1, 1000000) AS n
+    ) AS job
+"""
+_RESULTS = """
+    INSERT INTO results (job_id, model, kind, state, created_at, queued_at, finished_at, total_ms)
+    SELECT id, model, kind, state, created_at, queued_at, finished_at, 1 FROM jobs
+    WHERE finished_at IS NOT NULL AND idempotency_key IS NOT NULL
+"""
+_ATTEMPTS = """
+    INSERT INTO attempts (id, job_id, number, worker_id, batch_id, claimed_at)
+    SELECT gen_random_uuid(), job_id, 1, gen_random_uuid(), gen_random_uuid(), created_at
+    FROM results
+"""
+_BATCHES = """
+    INSERT INTO batches (
+        id, worker_id, model, kind, engine, close_reason, num_jobs, num_sequences, wait_ms,
+        opened_at, claimed_at
+    )
+    SELECT batch_id, worker_id, 'smollm2', 'generate', 'stub', 'size', 1, 1, 0, claimed_at,
+        claimed_at
+    FROM attempts
+"""
+
+
+@dataclass
+class Explained:
+    """What the plans of some statements touch."""
+
+    indexes: set[str] = field(default_factory=set)
+    read_whole: set[str] = field(default_factory=set)  #: tables
+
+    def add(self, node: dict[str, Any]) -> None:
+        if "Index Name" in node:
+            self.indexes.add(node["Index Name"])
+        elif node["Node Type"] == "Seq Scan":
+            self.read_whole.add(node["Relation Name"])
+        for child in node.get("Plans", ()):
+            self.add(child)
+
+
+@dataclass
+class Service:
+    """The database with its history, a worker of its own, and a few ids."""
+
+    database: Database
+    worker: Worker
+    finished: UUID
+    queued: list[UUID]
+
+    def explain(self, call: Callable[[Connection], object]) -> set[str]:
+        """Run a function of the store in a transaction that is undone; the indexes that it uses.
+
+        Fails if a statement reads a table whole, other than the few rows of `workers`.
+        """
+        explained = Explained()
+
+        def before(
+            connection: Connection, cursor: Any, statement: str, parameters: Any, *_: object
+        ) -> None:
+            cursor.execute(f"EXPLAIN (FORMAT JSON) {statement}", parameters)
+            explained.add(cursor.fetchone()[0][0]["Plan"])
+
+        with self.database.begin() as connection:
+            event.listen(connection, "before_cursor_execute", before)
+            call(connection)
+            connection.rollback()
+        assert explained.read_whole <= {"workers"}
+        return explained.indexes
+
+
+@pytest.fixture(scope="module")
+def service(empty_databases: Callable[[str], str], migrated_template: str) -> Iterator[Service]:
+    url = empty_databases(migrated_template)
+    with closing(Database(url, statement_timeout_ms=110_000)) as database:
+        worker = Worker.registered(database, lease_s=3600)
+        with database.begin() as connection:
+            for statement in (_HISTORY, _RESULTS, _ATTEMPTS, _BATCHES):
+                connection.execute(text(statement), {"worker_id": worker.id})
+            connection.execute(text("ANALYZE"))
+            pick = text("SELECT id FROM jobs WHERE state = :state AND received_by IS NULL LIMIT 64")
+            queued = list(connection.scalars(pick, {"state": "queued"}))
+            finished = connection.scalar(pick, {"state": "completed"})
+        assert finished is not None
+        yield Service(database, worker, finished, queued)
+
+
+def test_submitting(service: Service) -> None:
+    new = [new_job(idempotency_key=f"new {n}") for n in range(100)]
+    known = new_job(idempotency_key="key 5")
+
+    def submit(connection: Connection) -> None:
+        assert all(row.created for row in intake.insert_jobs(connection, new))
+        assert not intake.insert_jobs(connection, [known])[0].created
+        intake.mark_enqueued(connection, [job.id for job in new])
+
+    assert service.explain(submit) == {"jobs_pkey", "jobs_idempotency_key"}
+
+
+def test_receiving(service: Service) -> None:
+    arrivals = [Arrival(id) for id in service.queued] + [
+        Arrival(job.id, job) for job in [new_job()]
+    ]
+
+    def receive(connection: Connection) -> None:
+        assert len(intake.receive(connection, service.worker.id, arrivals)) == len(arrivals)
+        intake.unreceive(connection, service.worker.id, service.queued)
+
+    assert service.explain(receive) >= {"jobs_pkey"}
+
+
+def test_claiming_finishing_and_releasing(service: Service) -> None:
+    members = [Member(id, uuid4()) for id in service.queued]
+
+    def run(connection: Connection) -> None:
+        claimed = claims.claim(connection, service.worker.batch(), members)
+        half = len(claimed) // 2
+        assert half == 32
+        claims.finish(connection, [completed(each) for each in claimed[:half]])
+        claims.release(
+            connection,
+            [
+                claims.Release(
+                    job_id=each.job_id,
+                    attempt_id=each.attempt_id,
+                    outcome=AttemptOutcome.LOST,
+                    charged=True,
+                )
+                for each in claimed[half:]
+            ],
+        )
+
+    assert service.explain(run) >= {
+        "jobs_pkey",
+        "attempts_pkey",
+        "results_pkey",
+        "batches_pkey",
+    }
+
+
+def test_the_heartbeat(service: Service) -> None:
+    beat = partial(workers.heartbeat, worker_id=service.worker.id, lease_s=3600)
+
+    assert service.explain(beat) == {"jobs_running"}
+
+
+def test_cancelling(service: Service) -> None:
+    cancel = partial(cancellation.cancel, job_id=service.queued[0])
+
+    assert service.explain(cancel) == {"jobs_pkey"}
+
+
+@pytest.mark.parametrize(
+    ("call", "index"),
+    [
+        (partial(rescue.return_received, page=500), "jobs_received"),
+        (partial(rescue.expire_deadlines, page=500), "jobs_deadline"),
+        (partial(rescue.unsent, page=500), "jobs_unsent"),
+        (partial(rescue.overdue, model=MODEL, lost_after_s=10.0, page=500), "jobs_waiting"),
+        (rescue.count_unreceived, "jobs_waiting"),
+        (intake.count_queued, "jobs_waiting"),
+    ],
+)
+def test_rescue_and_counts(
+    service: Service, call: Callable[[Connection], object], index: str
+) -> None:
+    indexes = service.explain(call)
+
+    assert index in indexes
+    assert indexes <= {index, "jobs_pkey"}
+
+
+def test_the_leases(service: Service) -> None:
+    end_lease(service.database, service.worker.id)
+
+    indexes = service.explain(partial(rescue.expire_leases, page=500))
+
+    service.worker.heartbeat(3600)
+    assert indexes == {
+        "jobs_running",
+        "jobs_pkey",
+        "attempts_pkey",
+    }
+
+
+def test_the_status(service: Service) -> None:
+    assert service.explain(partial(reads.job, job_id=service.finished)) == {
+        "jobs_pkey",
+        "results_pkey",
+        "batches_pkey",
+        "attempts_job_id_number_key",
+    }
+
+
+@pytest.mark.parametrize("state", [None, JobState.FAILED, JobState.QUEUED, JobState.CANCELLED])
+@pytest.mark.parametrize("model", [None, "rare", "unknown"])
+def test_lists(service: Service, state: JobState | None, model: str | None) -> None:
+    def list_jobs(connection: Connection) -> None:
+        reads.list_jobs(connection, state=state, model=model, after=service.finished, limit=100)
+
+    best = "jobs_by_model" if model else "jobs_by_state"
+    indexes = {name for name in service.explain(list_jobs) if name.startswith("jobs")}
+
+    assert best in indexes
+    assert indexes <= {best, "jobs_pkey", "jobs_running"}
+
+
+def test_the_depths_and_ages_of_queues(service: Service) -> None:
+    assert service.explain(reads.queue_depths) == {
+        "jobs_waiting",
+        "jobs_received",
+        "jobs_running",
+    }
+    ages = partial(reads.oldest_queued_s, models=[MODEL, "other"])
+    assert service.explain(ages) == {"jobs_by_model"}
