@@ -97,9 +97,7 @@ class RowSampler:
         self._params: list[SamplingParams | None] = [None] * num_slots
         self._seeds = [0] * num_slots
         self._position = torch.zeros(num_slots, dtype=torch.int64, device=self.device)
-        # Only penalties need these, [slots, vocab] each, so the first such row pays for them.
-        self._output_counts: Tensor | None = None
-        self._in_prompt: Tensor | None = None
+        self._seen = _SeenTokens(num_slots, vocab_size, self.device)
 
     def put(
         self,
@@ -116,7 +114,8 @@ class RowSampler:
         self._seeds[slot] = random.getrandbits(63) if params.seed is None else params.seed
         self._position[slot] = len(output_token_ids)
         if _has_penalty(params):
-            self._remember(slot, prompt_token_ids, output_token_ids)
+            room = len(prompt_token_ids) + params.max_tokens
+            self._seen.put(slot, prompt_token_ids, output_token_ids, room)
 
     def seed_of(self, slot: int) -> int:
         """The seed in use, given or drawn."""
@@ -159,7 +158,7 @@ class RowSampler:
             tokens = tokens.index_copy(0, plan.random, drawn)
         tokens = torch.where(torch.isfinite(top), tokens, BAD_ROW)
         if len(plan.penalised):
-            self._count(tokens, plan)
+            self._seen.add(plan.penalised_slots, tokens[plan.penalised].clamp(min=0))
         return self._score(logits, tokens, plan) if plan.scored else Sampled(tokens, [])
 
     def _draw(self, logits: Tensor, top: Tensor, plan: Plan) -> Tensor:
@@ -178,20 +177,13 @@ class RowSampler:
         return tokens
 
     def _penalise(self, logits: Tensor, plan: Plan) -> Tensor:
-        assert self._output_counts is not None
-        assert self._in_prompt is not None
-        counts = self._output_counts[plan.penalised_slots]
-        seen = (counts > 0) | self._in_prompt[plan.penalised_slots]
+        """Logits with penalties: only tokens that a row has seen are looked at."""
+        tokens, counts = self._seen.of(plan.penalised_slots)
         rows = logits[plan.penalised].float()
-        repeated = torch.where(rows > 0, rows / plan.repetition, rows * plan.repetition)
-        rows = torch.where(seen, repeated, rows)
-        rows = rows - plan.frequency * counts - plan.presence * (counts > 0)
-        return logits.float().index_copy(0, plan.penalised, rows)
-
-    def _count(self, tokens: Tensor, plan: Plan) -> None:
-        assert self._output_counts is not None
-        chosen = tokens[plan.penalised].clamp(min=0)
-        self._output_counts[plan.penalised_slots, chosen] += 1
+        seen = rows.gather(1, tokens)
+        seen = torch.where(seen > 0, seen / plan.repetition, seen * plan.repetition)
+        seen = seen - plan.frequency * counts - plan.presence * (counts > 0)
+        return logits.float().index_copy(0, plan.penalised, rows.scatter_(1, tokens, seen))
 
     def _score(self, logits: Tensor, tokens: Tensor, plan: Plan) -> Sampled:
         rows = self._ints([row for row, _ in plan.scored])
@@ -199,16 +191,6 @@ class RowSampler:
         chosen = logprobs.gather(1, tokens[rows].clamp(min=0)[:, None])[:, 0]
         values, ids = logprobs.topk(min(max(k for _, k in plan.scored), self.vocab_size))
         return Sampled(tokens, plan.scored, chosen, ids, values)
-
-    def _remember(self, slot: int, prompt: Seq[int], output: Seq[int]) -> None:
-        if self._output_counts is None or self._in_prompt is None:
-            shape = (len(self._params), self.vocab_size)
-            self._output_counts = torch.zeros(shape, dtype=torch.int32, device=self.device)
-            self._in_prompt = torch.zeros(shape, dtype=torch.bool, device=self.device)
-        self._in_prompt[slot] = False
-        self._in_prompt[slot, self._ints(prompt)] = True
-        counts = torch.bincount(self._ints(output), minlength=self.vocab_size)
-        self._output_counts[slot] = counts.to(torch.int32)
 
     def _of(self, slot: int) -> SamplingParams:
         params = self._params[slot]
@@ -222,6 +204,51 @@ class RowSampler:
     def _column(self, values: Seq[float]) -> Tensor:
         """[n, 1] float32, to be broadcast over the vocabulary."""
         return torch.tensor(values).reshape(-1, 1).to(self.device, non_blocking=True)
+
+
+class _SeenTokens:
+    """The tokens of prompt and output of the slots whose rows have penalties.
+
+    Nothing is allocated before the first such row: most batches have none, and the counts take
+    4 bytes for each slot and token of the vocabulary.
+    """
+
+    def __init__(self, num_slots: int, vocab_size: int, device: torch.device) -> None:
+        self._shape = num_slots, vocab_size
+        self._device = device
+        self._counts = torch.empty(0)  #: [slots, vocab], of each token in the output
+        self._tokens = torch.empty(0)  #: [slots, room], filled up with the prompt's first
+        self._length = torch.empty(0)  #: [slots]
+
+    def put(self, slot: int, prompt: Seq[int], output: Seq[int], room: int) -> None:
+        num_slots, _ = self._shape
+        if not self._counts.numel():
+            self._counts = torch.zeros(self._shape, dtype=torch.int32, device=self._device)
+            self._length = torch.zeros(num_slots, dtype=torch.int64, device=self._device)
+            self._tokens = torch.zeros((num_slots, 0), dtype=torch.int64, device=self._device)
+        if (more := room - self._tokens.shape[1]) > 0:
+            # Every row starts with a token that it has seen, and repeating one changes nothing.
+            first = self._tokens[:, :1] if self._tokens.numel() else self._length[:, None]
+            self._tokens = torch.cat([self._tokens, first.expand(-1, more)], dim=1)
+        known = torch.tensor([*prompt, *output], device=self._device)
+        self._tokens[slot] = known[0]
+        self._tokens[slot, : len(known)] = known
+        self._length[slot] = len(known)
+        self._counts[slot] = 0
+        ones = torch.ones(len(output), dtype=torch.int32, device=self._device)
+        self._counts[slot].index_add_(0, known[len(prompt) :], ones)
+
+    def of(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens a row has seen, and how often each is in its output, [rows, room] both."""
+        tokens = self._tokens[slots]
+        return tokens, self._counts[slots[:, None], tokens]
+
+    def add(self, slots: Tensor, tokens: Tensor) -> None:
+        """One more token of each row's output."""
+        places = self._length[slots].clamp(max=self._tokens.shape[1] - 1)
+        self._tokens[slots, places] = tokens
+        self._length[slots] += 1
+        self._counts[slots, tokens] += 1
 
 
 def uniform(seed: Tensor, position: Tensor) -> Tensor:

@@ -1,0 +1,316 @@
+"""Each row is sampled by its own parameters, whatever else is in the batch."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from app.engines.base import SamplingParams, TokenLogprob
+from app.engines.sampling import BAD_ROW, RowSampler, Sampled, uniform
+
+VOCAB = 1000  # not a multiple of the blocks that rows are searched in
+DRAWS = 4000
+
+
+def params(**given: Any) -> SamplingParams:
+    return SamplingParams(**{"max_tokens": 100} | given)
+
+
+def sampler(*rows: SamplingParams, prompt: tuple[int, ...] = (1, 2)) -> RowSampler:
+    made = RowSampler(len(rows), VOCAB, "cpu")
+    for slot, each in enumerate(rows):
+        made.put(slot, each, prompt)
+    return made
+
+
+def sample(logits: Tensor, *rows: SamplingParams, prompt: tuple[int, ...] = (1, 2)) -> Sampled:
+    made = sampler(*rows, prompt=prompt)
+    return made.sample(logits, made.plan(range(len(rows))))
+
+
+def random_logits(num_rows: int, seed: int = 0, spread: float = 3.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(num_rows, VOCAB, generator=generator) * spread
+
+
+def frequencies(logits: Tensor, **given: Any) -> Tensor:
+    """How often each token is drawn from one row of logits, over many seeds."""
+    rows = [params(seed=seed, **given) for seed in range(DRAWS)]
+    tokens = sample(logits.expand(DRAWS, -1), *rows).tokens
+    return torch.bincount(tokens, minlength=VOCAB) / DRAWS
+
+
+def assert_like(found: Tensor, expected: Tensor) -> None:
+    """Within six standard deviations, or four draws of what is rare; the impossible never."""
+    assert not found[expected == 0].any()
+    deviation = (expected * (1 - expected) / DRAWS).sqrt()
+    assert ((found - expected).abs() <= 6 * deviation + 4 / DRAWS).all()
+
+
+def test_greedy_takes_the_likeliest_and_the_first_of_equals() -> None:
+    logits = random_logits(3)
+    logits[2] = 0.0
+
+    tokens = sample(logits, *[params(temperature=0)] * 3).tokens
+
+    assert tokens.tolist() == [*logits[:2].argmax(-1).tolist(), 0]
+
+
+@pytest.mark.parametrize("vocab", [1, 7, 255, 256, 257, 512, 49_153])
+def test_greedy_is_right_for_any_size_of_vocabulary(vocab: int) -> None:
+    logits = torch.randn(5, vocab, generator=torch.Generator().manual_seed(vocab))
+    made = RowSampler(5, vocab, "cpu")
+    for slot in range(5):
+        made.put(slot, params(temperature=0), (0,))
+
+    for values in (logits, logits.bfloat16()):
+        tokens = made.sample(values, made.plan(range(5))).tokens
+        assert tokens.tolist() == values.float().argmax(-1).tolist()
+
+
+def test_draws_follow_the_probabilities_of_the_model() -> None:
+    logits = random_logits(1)[0]
+
+    assert_like(frequencies(logits), torch.softmax(logits, -1))
+
+
+def test_temperature_flattens_or_sharpens() -> None:
+    logits = random_logits(1)[0]
+
+    assert_like(frequencies(logits, temperature=0.5), torch.softmax(logits / 0.5, -1))
+    assert_like(frequencies(logits, temperature=2.0), torch.softmax(logits / 2.0, -1))
+
+
+def kept(logits: Tensor, keep: Tensor) -> Tensor:
+    probs = torch.softmax(logits, -1) * keep
+    return probs / probs.sum()
+
+
+def test_top_k_draws_from_the_k_likeliest() -> None:
+    logits = random_logits(1)[0]
+    keep = torch.zeros(VOCAB)
+    keep[logits.topk(5).indices] = 1
+
+    assert_like(frequencies(logits, top_k=5), kept(logits, keep))
+
+
+@pytest.mark.parametrize("spread", [3.0, 0.3])
+def test_top_p_draws_from_the_smallest_set_that_reaches_it(spread: float) -> None:
+    # A spread of 0.3 is nearly flat: its set is wider than the first candidates looked at.
+    logits = random_logits(1, spread=spread)[0]
+    probs, order = torch.softmax(logits, -1).sort(descending=True)
+    size = int((probs.cumsum(-1) < 0.8).sum()) + 1
+    keep = torch.zeros(VOCAB)
+    keep[order[:size]] = 1
+
+    assert_like(frequencies(logits, top_p=0.8), kept(logits, keep))
+
+
+def test_top_p_counts_within_top_k() -> None:
+    logits = torch.full((VOCAB,), -20.0)
+    logits[:4] = torch.log(torch.tensor([0.4, 0.3, 0.2, 0.1]))
+    keep = torch.zeros(VOCAB)
+    keep[:1] = 1  # 0.4 / 0.7 of the two likeliest is past a half already
+
+    assert_like(frequencies(logits, top_k=2, top_p=0.5), kept(logits, keep))
+
+
+def test_min_p_drops_what_is_far_less_likely_than_the_likeliest() -> None:
+    logits = random_logits(1)[0]
+    probs = torch.softmax(logits / 1.5, -1)
+
+    found = frequencies(logits, min_p=0.1, temperature=1.5)
+
+    assert_like(found, kept(logits / 1.5, (probs >= 0.1 * probs.max()).float()))
+
+
+@given(
+    st.lists(
+        st.builds(
+            params,
+            temperature=st.sampled_from([0.0, 0.7, 1.0, 2.0]),
+            top_p=st.sampled_from([0.3, 0.95, 1.0]),
+            top_k=st.sampled_from([0, 1, 40, 300, 999]),
+            min_p=st.sampled_from([0.0, 0.05]),
+            frequency_penalty=st.sampled_from([0.0, 0.5]),
+            repetition_penalty=st.sampled_from([1.0, 1.3]),
+            logprobs=st.sampled_from([None, 0, 3]),
+            seed=st.integers(-(2**63), 2**63 - 1),
+        ),
+        min_size=2,
+        max_size=6,
+    ),
+    st.integers(0, 1000),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_row_draws_the_same_alone_and_in_any_company(
+    rows: list[SamplingParams], seed: int
+) -> None:
+    steps = [random_logits(len(rows), seed * 10 + step) for step in range(3)]
+
+    together = sampler(*rows)
+    crowd = [together.sample(logits, together.plan(range(len(rows)))) for logits in steps]
+
+    for place, row in enumerate(rows):
+        single = sampler(row)
+        plan = single.plan([0])
+        for logits, sampled in zip(steps, crowd, strict=True):
+            alone = single.sample(logits[place : place + 1], plan)
+            assert alone.tokens.item() == sampled.tokens[place].item()
+
+
+def test_rows_keep_their_draws_when_others_come_and_go() -> None:
+    rows = [params(seed=seed, top_p=0.9) for seed in range(4)]
+    steps = [random_logits(4, step) for step in range(4)]
+    still = sampler(*rows)
+    undisturbed = [still.sample(each, still.plan(range(4))).tokens[2].item() for each in steps]
+
+    moving = sampler(*rows)
+    crowds = [[0, 1, 2, 3], [3, 2], [2], [2, 0, 1]]
+    seen = [
+        moving.sample(each[crowd], moving.plan(crowd)).tokens[crowd.index(2)].item()
+        for each, crowd in zip(steps, crowds, strict=True)
+    ]
+
+    assert seen == undisturbed
+
+
+@pytest.mark.parametrize("given_seed", [None, 5])
+def test_an_interrupted_row_goes_on_where_it_was(given_seed: int | None) -> None:
+    row = params(seed=given_seed, frequency_penalty=1.0, repetition_penalty=1.2)
+    steps = [random_logits(1, step) for step in range(6)]
+    whole = sampler(row)
+    plan = whole.plan([0])
+    tokens = [int(whole.sample(each, plan).tokens) for each in steps]
+
+    resumed = RowSampler(3, VOCAB, "cpu")
+    seeded = params(seed=whole.seed_of(0), frequency_penalty=1.0, repetition_penalty=1.2)
+    resumed.put(1, seeded, (1, 2), tokens[:3])
+    rest = [int(resumed.sample(each, resumed.plan([1])).tokens) for each in steps[3:]]
+
+    assert rest == tokens[3:]
+
+
+def test_rows_without_a_seed_differ() -> None:
+    logits = torch.zeros(20, VOCAB)
+
+    tokens = sample(logits, *[params()] * 20).tokens
+
+    assert len(set(tokens.tolist())) > 10
+
+
+def test_penalties_follow_their_definitions() -> None:
+    # given a row that has put out 3, 3 and 4 after the prompt 1, 2
+    made = RowSampler(1, VOCAB, "cpu")
+    row = params(
+        temperature=0, repetition_penalty=2.0, frequency_penalty=0.5, presence_penalty=0.25
+    )
+    made.put(0, row, (1, 2), (3, 3, 4))
+    logits = torch.full((1, VOCAB), -50.0)
+    logits[0, :6] = torch.tensor([3.3, 8.0, -1.0, 10.0, 9.0, 3.4])
+
+    # when the likeliest is taken step by step, and then made impossible
+    order = []
+    for _ in range(5):
+        token = int(made.sample(logits, made.plan([0])).tokens)
+        order.append(token)
+        logits[0, token] = -1000.0
+
+    # then 1 → 4, 2 → -2, 3 → 5 - 2·0.5 - 0.25 = 3.75, 4 → 4.5 - 0.5 - 0.25 = 3.75
+    assert order == [1, 3, 4, 5, 0]
+
+
+def test_a_token_is_penalised_as_soon_as_it_is_put_out() -> None:
+    logits = torch.zeros(1, VOCAB)
+    logits[0, [7, 8, 9]] = torch.tensor([3.0, 2.5, 2.2])
+    made = sampler(params(temperature=0, presence_penalty=1.0))
+    plan = made.plan([0])
+
+    assert [int(made.sample(logits, plan).tokens) for _ in range(4)] == [7, 8, 9, 7]
+
+
+def test_a_penalised_row_changes_nothing_for_its_mates() -> None:
+    logits = random_logits(2)
+    before = logits.clone()
+
+    tokens = sample(
+        logits, params(temperature=0), params(temperature=0, repetition_penalty=5.0)
+    ).tokens
+
+    assert tokens[0] == before[0].argmax()
+    assert torch.equal(logits, before)
+
+
+def test_log_probabilities_are_of_the_model_before_any_change() -> None:
+    logits = random_logits(3)
+    rows = [
+        params(temperature=0),
+        params(temperature=0.3, top_k=2, seed=1, logprobs=3),
+        params(temperature=0, repetition_penalty=3.0, logprobs=0),
+    ]
+
+    sampled = sample(logits, *rows)
+
+    expected = torch.log_softmax(logits, -1)
+    found = sampled.logprobs()
+    assert set(found) == {1, 2}
+    for place, each in found.items():
+        assert each.token_id == sampled.tokens[place]
+        assert each.logprob == pytest.approx(expected[place, each.token_id].item(), abs=1e-5)
+    assert [token for token, _ in found[1].top] == expected[1].topk(3).indices.tolist()
+    assert found[2] == TokenLogprob(found[2].token_id, found[2].logprob, ())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_row_that_is_not_finite_fails_and_its_mates_do_not_notice(value: float) -> None:
+    rows = [params(seed=seed, top_p=0.9, presence_penalty=0.1, logprobs=1) for seed in range(3)]
+    logits = random_logits(3)
+    clean = sample(logits, *rows)
+
+    logits[1, 400] = value
+    dirty = sample(logits, *rows)
+
+    assert dirty.tokens.tolist() == [clean.tokens[0], BAD_ROW, clean.tokens[2]]
+    assert dirty.logprobs()[0] == clean.logprobs()[0]
+
+
+def test_a_row_without_a_possible_token_fails() -> None:
+    logits = torch.full((1, VOCAB), float("-inf"))
+
+    assert sample(logits, params(seed=1)).tokens.tolist() == [BAD_ROW]
+
+
+def test_forbidden_tokens_are_never_drawn() -> None:
+    logits = torch.full((VOCAB,), float("-inf"))
+    logits[[3, 700]] = 0.0
+
+    assert set(frequencies(logits, temperature=2.0).nonzero()[:, 0].tolist()) == {3, 700}
+
+
+def test_noise_is_even_and_unlike_its_neighbours() -> None:
+    grid = 200
+    seeds = torch.arange(grid).repeat_interleave(grid)
+    positions = torch.arange(grid).repeat(grid)
+
+    noise = uniform(seeds, positions)
+
+    assert (noise >= 0).all()
+    assert (noise < 1).all()
+    counts = torch.histc(noise, bins=20, min=0, max=1)
+    assert (counts - grid * grid / 20).abs().max() < 6 * math.sqrt(grid * grid / 20)
+    assert len(noise.unique()) == len(noise)
+    table = noise.reshape(grid, grid)
+    for shifted in (table.roll(1, 0), table.roll(1, 1), table.T):
+        correlation = torch.corrcoef(torch.stack([table.flatten(), shifted.flatten()]))[0, 1]
+        assert abs(correlation) < 6 / grid
+
+
+def test_a_slot_that_was_not_filled_is_an_error() -> None:
+    with pytest.raises(LookupError, match="slot 1"):
+        RowSampler(2, VOCAB, "cpu").plan([1])
