@@ -59,6 +59,9 @@ a worker takes. The row has the request."""
 BREAK_S: Final = 5.0
 """After a failed send nobody tries again for this long: submissions do not wait for Redis."""
 
+PAGE_SIZE: Final = 1_000
+"""Messages that are sent, and marked as sent, at once."""
+
 COUNT_EVERY_S: Final = 1.0
 """How old the count of queued jobs may be that is held against the limit."""
 
@@ -333,14 +336,14 @@ class Sender:
         """Jobs that are not due yet are left to rescue, which wakes them in time."""
         now = datetime.now(UTC)
         due = [job for job in jobs if job.not_before is None or job.not_before <= now]
-        if not due:
-            return
-        is_sent = self._may_try() and self._try(due)
-        with self._lock:
-            if is_sent:
-                self.num_sent += len(due)
-            else:
-                self.num_left_to_rescue += len(due)
+        for start in range(0, len(due), PAGE_SIZE):
+            page = due[start : start + PAGE_SIZE]
+            is_sent = self._may_try() and self._try(page)
+            with self._lock:
+                if is_sent:
+                    self.num_sent += len(page)
+                else:
+                    self.num_left_to_rescue += len(page)
 
     def _try(self, jobs: Sequence[NewJob]) -> bool:
         try:

@@ -152,13 +152,15 @@ def _check_schema(database: Database) -> None:
 
 
 def listen_on(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises `ConfigError` if the address cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server(
-            (host, port),
-            family=socket.AF_INET6 if ":" in host else socket.AF_INET,
-            backlog=2048,
-        )
+        sock = socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         raise ConfigError(
             f"api.host {host} and api.port {port}: cannot listen there ({error.strerror})."
         ) from None
+    # Connections inherit it. Without it an answer in two writes waits 40 ms for the caller's ACK,
+    # and asyncio only sets it on sockets that name their protocol, which this one does not.
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock
