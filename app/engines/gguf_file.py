@@ -19,7 +19,7 @@ from gguf import GGUFReader, dequantize
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from tokenizers import pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
 
 from app.errors import ConfigError
 
@@ -44,13 +44,9 @@ def convert(file: Path, folder: Path) -> None:
 
     Raises `ConfigError` if the file is of another family or a weight does not arrive intact.
     """
-    given = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    config = AutoConfig.from_pretrained(**given)
     reader = GGUFReader(file)
-    splits = reader.fields["tokenizer.ggml.pre"].contents()
-    if (config.model_type, splits) != ("llama", "smollm"):
-        raise ConfigError(f"{file.name} is not a SmolLM2 model; give a safetensors folder instead.")
-    tokenizer = AutoTokenizer.from_pretrained(**given)
+    config = _config(reader)
+    tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
     # A GGUF file only names how text is split before BPE, and transformers assumes GPT-2's way.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -58,7 +54,10 @@ def convert(file: Path, folder: Path) -> None:
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    heads: dict[str, int] = {
+        "attn_q": reader.fields["llama.attention.head_count"].contents(),
+        "attn_k": reader.fields["llama.attention.head_count_kv"].contents(),
+    }
     weights = {}
     for tensor in reader.tensors:
         name, kind = _name(tensor.name)
@@ -68,14 +67,38 @@ def convert(file: Path, folder: Path) -> None:
         if not np.allclose(weights[name], stored, rtol=2**-10, atol=1e-7):
             raise ConfigError(f"{file.name}: the weight {tensor.name} does not fit float16.")
 
-    config.architectures = ["LlamaForCausalLM"]
-    config.dtype = "float16"
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     GenerationConfig.from_dict(ends).save_pretrained(folder)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     _verify(folder)
+
+
+def _config(reader: GGUFReader) -> LlamaConfig:
+    def field(name: str) -> Any:
+        return reader.fields[name].contents()
+
+    kind = field("general.architecture"), field("tokenizer.ggml.pre")
+    if kind != ("llama", "smollm"):
+        raise ConfigError("This is not a SmolLM2 model; give a safetensors folder instead.")
+    return LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        dtype="float16",
+        vocab_size=field("llama.vocab_size"),
+        hidden_size=field("llama.embedding_length"),
+        intermediate_size=field("llama.feed_forward_length"),
+        num_hidden_layers=field("llama.block_count"),
+        num_attention_heads=field("llama.attention.head_count"),
+        num_key_value_heads=field("llama.attention.head_count_kv"),
+        max_position_embeddings=field("llama.context_length"),
+        rms_norm_eps=field("llama.attention.layer_norm_rms_epsilon"),
+        rope_parameters={"rope_type": "default", "rope_theta": field("llama.rope.freq_base")},
+        bos_token_id=field("tokenizer.ggml.bos_token_id"),
+        eos_token_id=field("tokenizer.ggml.eos_token_id"),
+        pad_token_id=field("tokenizer.ggml.padding_token_id"),
+        tie_word_embeddings=all(tensor.name != "output.weight" for tensor in reader.tensors),
+    )
 
 
 def _name(gguf_name: str) -> tuple[str, str]:
