@@ -77,7 +77,7 @@ def _postgres(settings: Settings) -> Finding:
         return Finding("Postgres", None, "embedded: `gristmill up` starts it")
     with closing(Database(settings.database.url)) as database:
         with database.begin() as connection:
-            version: tuple[int, ...] = connection.dialect.server_version_info or (0,)
+            version = tuple(map(int, connection.dialect.server_version_info or (0,)))
         if version < MIN_POSTGRES:
             return Finding("Postgres", False, f"it is {_dotted(version)}; 15 or newer is needed")
         database.check_schema()
