@@ -5,8 +5,11 @@
        └────release──────┘
 
 Each is one statement for any number of jobs and is fenced: it moves only jobs that are still
-`running` under the attempt it names. Rows are locked in the order of their ids, so that groups of
-different workers never deadlock. Each may be repeated after a commit whose fate is unknown.
+`running` under the attempt it names. Each may be repeated after a commit whose fate is unknown.
+
+Rows are looked up and locked one by one in the order of their ids. So groups of different workers
+never deadlock, and no plan depends on how many jobs the planner believes to be queued: in a queue
+that is wrong most of the time.
 """
 
 from __future__ import annotations
@@ -62,18 +65,21 @@ _CLAIM: Final = text("""
     WITH member AS MATERIALIZED (
         SELECT * FROM jsonb_to_recordset(CAST(:members AS jsonb))
             AS member(job_id uuid, attempt_id uuid, num_sequences int)
-    ), free AS MATERIALIZED (
-        SELECT jobs.id, member.attempt_id
-        FROM jobs JOIN member ON jobs.id = member.job_id
-        WHERE state = 'queued' AND not_before <= now() AND (deadline > now()) IS NOT FALSE
-            AND EXISTS (SELECT FROM workers WHERE id = :worker_id AND lease_expires_at > now())
-        ORDER BY jobs.id
-        FOR NO KEY UPDATE OF jobs
+        ORDER BY job_id
+    ), locked AS MATERIALIZED (
+        SELECT job.*, member.attempt_id AS new_attempt_id
+        FROM member CROSS JOIN LATERAL (
+            SELECT id, state, not_before, deadline, attempt_id, attempt, claimed_at
+            FROM jobs WHERE id = member.job_id FOR NO KEY UPDATE
+        ) AS job
     ), moved AS (
         UPDATE jobs SET
-            state = 'running', attempt = attempt + 1, attempt_id = free.attempt_id,
+            state = 'running', attempt = jobs.attempt + 1, attempt_id = new_attempt_id,
             worker_id = :worker_id, batch_id = :id, claimed_at = now()
-        FROM free WHERE jobs.id = free.id
+        FROM locked
+        WHERE jobs.id = locked.id AND locked.state = 'queued'
+            AND locked.not_before <= now() AND (locked.deadline > now()) IS NOT FALSE
+            AND EXISTS (SELECT FROM workers WHERE id = :worker_id AND lease_expires_at > now())
         RETURNING jobs.id AS job_id, jobs.tenant, jobs.kind, jobs.attempt_id, jobs.attempt AS number
     ), opened AS (
         INSERT INTO attempts (id, tenant, job_id, number, worker_id, batch_id, claimed_at)
@@ -91,9 +97,8 @@ _CLAIM: Final = text("""
     )
     SELECT job_id, attempt_id, number, now() AS claimed_at FROM moved
     UNION ALL  -- claimed by this very call before, if it is repeated
-    SELECT jobs.id, jobs.attempt_id, jobs.attempt, jobs.claimed_at
-    FROM jobs JOIN member ON jobs.id = member.job_id AND jobs.attempt_id = member.attempt_id
-    WHERE state = 'running'
+    SELECT id, attempt_id, attempt, claimed_at FROM locked
+    WHERE state = 'running' AND attempt_id = new_attempt_id
 """)
 
 _HAS_LEASE: Final = text(
@@ -165,13 +170,14 @@ class BatchStats:
 _FINISH: Final = text(f"""
     WITH given AS MATERIALIZED (
         SELECT * FROM jsonb_populate_recordset(NULL::results, CAST(:finished AS jsonb))
+        ORDER BY job_id
     ), held AS MATERIALIZED (
-        SELECT jobs.id AS job_id, jobs.tenant, jobs.model, jobs.kind, jobs.batch_id,
-            jobs.created_at, jobs.queued_at, jobs.claimed_at
-        FROM jobs JOIN given ON jobs.id = given.job_id AND jobs.attempt_id = given.attempt_id
-        WHERE jobs.state = 'running'
-        ORDER BY jobs.id
-        FOR NO KEY UPDATE OF jobs
+        SELECT job.id AS job_id, job.tenant, job.model, job.kind, job.batch_id,
+            job.created_at, job.queued_at, job.claimed_at
+        FROM given CROSS JOIN LATERAL (
+            SELECT * FROM jobs WHERE id = given.job_id FOR NO KEY UPDATE
+        ) AS job
+        WHERE job.state = 'running' AND job.attempt_id = given.attempt_id
     ), moved AS (
         UPDATE jobs SET
             state = given.state, finished_at = now(), attempts_charged = attempts_charged + 1,
@@ -300,15 +306,18 @@ passed meanwhile ends so."""
 
 # Give up attempts.
 _RELEASE: Final = text(f"""
-    WITH held AS MATERIALIZED (
-        SELECT given.*, batch_id, cancel_requested_at, deadline, attempts_charged, max_attempts
-        FROM jobs JOIN jsonb_to_recordset(CAST(:releases AS jsonb)) AS given(
+    WITH given AS MATERIALIZED (
+        SELECT * FROM jsonb_to_recordset(CAST(:releases AS jsonb)) AS given(
             job_id uuid, attempt_id uuid, outcome text, charged bool, delay_s float8,
             error_code text, error_message text, device_ns bigint, cost numeric
-        ) ON jobs.id = given.job_id AND jobs.attempt_id = given.attempt_id
-        WHERE jobs.state = 'running'
-        ORDER BY jobs.id
-        FOR NO KEY UPDATE OF jobs
+        )
+        ORDER BY job_id
+    ), held AS MATERIALIZED (
+        SELECT given.*, batch_id, cancel_requested_at, deadline, attempts_charged, max_attempts
+        FROM given CROSS JOIN LATERAL (
+            SELECT * FROM jobs WHERE id = given.job_id FOR NO KEY UPDATE
+        ) AS job
+        WHERE job.state = 'running' AND job.attempt_id = given.attempt_id
     ), {GIVE_BACK}
 """)
 

@@ -132,9 +132,11 @@ def insert_jobs(connection: Connection, jobs: Sequence[NewJob]) -> list[Inserted
 # notes the same, so it is left out rather than waited for.
 _MARK_ENQUEUED: Final = text("""
     WITH sent AS MATERIALIZED (
-        SELECT id FROM jobs
-        WHERE id = ANY(CAST(:ids AS uuid[])) AND state = 'queued' AND received_by IS NULL
-        FOR NO KEY UPDATE SKIP LOCKED
+        SELECT job.id FROM unnest(CAST(:ids AS uuid[])) AS given(id)
+        CROSS JOIN LATERAL (
+            SELECT * FROM jobs WHERE id = given.id FOR NO KEY UPDATE SKIP LOCKED
+        ) AS job
+        WHERE state = 'queued' AND received_by IS NULL
     )
     UPDATE jobs
     SET enqueued_at = now(), wake_count = wake_count + CAST(enqueued_at IS NOT NULL AS int)
@@ -159,7 +161,8 @@ _RECEIVE: Final = text(f"""
             enqueued_at = coalesce(jobs.enqueued_at, now())
         RETURNING jobs.*
     ), known AS MATERIALIZED (
-        SELECT id FROM jobs WHERE id = ANY(CAST(:ids AS uuid[])) ORDER BY id FOR NO KEY UPDATE
+        SELECT job.id FROM unnest(CAST(:ids AS uuid[])) AS given(id)
+        CROSS JOIN LATERAL (SELECT * FROM jobs WHERE id = given.id FOR NO KEY UPDATE) AS job
     ), woken AS (
         UPDATE jobs SET
             received_by = CASE state
@@ -208,9 +211,9 @@ def receive(
 # Let go of received jobs.
 _UNRECEIVE: Final = text("""
     WITH held AS MATERIALIZED (
-        SELECT id FROM jobs
-        WHERE id = ANY(CAST(:ids AS uuid[])) AND state = 'queued' AND received_by = :worker_id
-        ORDER BY id FOR NO KEY UPDATE
+        SELECT job.id FROM unnest(CAST(:ids AS uuid[])) AS given(id)
+        CROSS JOIN LATERAL (SELECT * FROM jobs WHERE id = given.id FOR NO KEY UPDATE) AS job
+        WHERE state = 'queued' AND received_by = :worker_id
     )
     UPDATE jobs SET
         received_by = NULL, enqueued_at = CASE WHEN not_before <= now() THEN now() END
@@ -225,7 +228,7 @@ def unreceive(connection: Connection, worker_id: UUID, ids: Sequence[UUID]) -> N
     that is lost. Jobs that are not due count as never sent: rescue sends them in time.
     """
     if ids:
-        connection.execute(_UNRECEIVE, {"worker_id": worker_id, "ids": list(ids)})
+        connection.execute(_UNRECEIVE, {"worker_id": worker_id, "ids": sorted(ids)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

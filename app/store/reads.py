@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from uuid import UUID
 
 from sqlalchemy import (
+    ARRAY,
     Column,
     Connection,
     Row,
@@ -17,6 +18,8 @@ from sqlalchemy import (
     Table,
     Tuple,
     Uuid,
+    any_,
+    bindparam,
     func,
     literal,
     select,
@@ -128,16 +131,53 @@ class JobView:
     batch: BatchView | None  #: while it runs, and of the attempt that ended it
 
 
+def _columns(view: type[DataclassInstance], table: Table) -> list[Column[Any]]:
+    """The columns of a table that a view shows."""
+    return [table.c[field.name] for field in fields(view) if field.name in table.c]
+
+
+_OF_ATTEMPT: Final = _columns(AttemptView, attempts)
+_OF_BATCH: Final = _columns(BatchView, batches)
+_OF_JOB: Final = _columns(JobView, jobs)
+_OF_RESULT: Final = _columns(ResultView, results)
+
+_IDS: Final = any_(bindparam("ids", type_=ARRAY(Uuid)))
+
+# The attempts of some jobs, oldest first.
+_TRIED: Final = (
+    select(attempts.c.job_id, *_OF_ATTEMPT)
+    .where(attempts.c.job_id == _IDS)
+    .order_by(attempts.c.number)
+)
+
+# Some jobs without their responses, each with the batch that it is in, or was in when it ended.
+_LISTED: Final = (
+    select(
+        *_OF_JOB,
+        results.c.job_id,
+        *(column for column in _OF_RESULT if column is not results.c.response),
+        *_OF_BATCH,
+    )
+    .join_from(jobs, results, isouter=True)
+    .join(batches, batches.c.id == func.coalesce(jobs.c.batch_id, results.c.batch_id), isouter=True)
+    .where(jobs.c.id == _IDS, jobs.c.tenant == bindparam("tenant"))
+)
+
+# The same with their responses.
+_WHOLE: Final = _LISTED.add_columns(results.c.response)
+
+# The states of some jobs.
+_STATES: Final = select(jobs.c.id, jobs.c.state).where(jobs.c.id == _IDS)
+
+
 def job(connection: Connection, job_id: UUID, *, tenant: str = DEFAULT_TENANT) -> JobView | None:
     """A job with its attempts, batch and result; None if this tenant has no such job."""
-    return next(iter(_views(connection, [job_id], tenant)), None)
+    return next(iter(_views(connection, _WHOLE, [job_id], tenant)), None)
 
 
 def states(connection: Connection, ids: Sequence[UUID]) -> dict[UUID, JobState]:
     """The states of those of the jobs that exist."""
-    rows = connection.execute(
-        select(jobs.c.id, jobs.c.state).where(jobs.c.id == func.any(list(ids)))
-    )
+    rows = connection.execute(_STATES, {"ids": list(ids)})
     return {id: JobState(state) for id, state in rows}
 
 
@@ -170,7 +210,7 @@ def list_jobs(
     wanted = [state] if state else list(JobState)
     merged = union_all(*(newest(each).subquery().select() for each in wanted)).subquery()
     page = select(merged.c.id).order_by(merged.c.created_at.desc(), merged.c.id.desc()).limit(limit)
-    return _views(connection, list(connection.scalars(page)), tenant, without=["response"])
+    return _views(connection, _LISTED, list(connection.scalars(page)), tenant)
 
 
 def _place(connection: Connection, job_id: UUID, tenant: str) -> Tuple:
@@ -184,52 +224,32 @@ def _place(connection: Connection, job_id: UUID, tenant: str) -> Tuple:
 
 
 def _views(
-    connection: Connection, ids: Sequence[UUID], tenant: str, without: Sequence[str] = ()
+    connection: Connection, query: Select[*tuple[Any, ...]], ids: list[UUID], tenant: str
 ) -> list[JobView]:
-    """The jobs in the order of `ids`, as far as this tenant has them, `without` result columns."""
+    """The jobs in the order of `ids`, as far as this tenant has them."""
+    # Jobs before attempts: a final job's attempts are then final too.
+    rows = connection.execute(query, {"ids": ids, "tenant": tenant}).all()
     tried: dict[UUID, list[AttemptView]] = {id: [] for id in ids}
-    of_attempt = _columns(AttemptView, attempts)
-    for row in connection.execute(
-        select(attempts.c.job_id, *of_attempt)
-        .where(attempts.c.job_id == func.any(list(ids)))
-        .order_by(attempts.c.number)
-    ):
-        tried[row.job_id].append(_view(row, AttemptView, of_attempt))
-    of_job, of_batch = _columns(JobView, jobs), _columns(BatchView, batches)
-    of_result = [column for column in _columns(ResultView, results) if column.name not in without]
-    rows = connection.execute(
-        select(*of_job, results.c.job_id, *of_result, *of_batch)
-        .join_from(jobs, results, isouter=True)
-        .join(
-            batches,
-            batches.c.id == func.coalesce(jobs.c.batch_id, results.c.batch_id),
-            isouter=True,
-        )
-        .where(jobs.c.id == func.any(list(ids)), jobs.c.tenant == tenant)
-    )
+    for attempt in connection.execute(_TRIED, {"ids": ids}):
+        tried[attempt.job_id].append(_view(attempt, AttemptView, _OF_ATTEMPT))
     views: dict[UUID, JobView] = {}
     for row in rows:
         id = row._mapping[jobs.c.id]
         views[id] = _view(
             row,
             JobView,
-            of_job,
+            _OF_JOB,
             attempts=tuple(tried[id]),
-            result=_view(row, ResultView, of_result) if row._mapping[results.c.job_id] else None,
-            batch=_view(row, BatchView, of_batch) if row._mapping[batches.c.id] else None,
+            result=_view(row, ResultView, _OF_RESULT) if row._mapping[results.c.job_id] else None,
+            batch=_view(row, BatchView, _OF_BATCH) if row._mapping[batches.c.id] else None,
         )
     return [views[id] for id in ids if id in views]
-
-
-def _columns(view: type[DataclassInstance], table: Table) -> list[Column[Any]]:
-    """The columns of a table that a view shows."""
-    return [table.c[field.name] for field in fields(view) if field.name in table.c]
 
 
 def _view(
     row: Row[*tuple[Any, ...]], view: type[V], columns: Sequence[Column[Any]], **more: object
 ) -> V:
-    values = {column.name: row._mapping[column] for column in columns}
+    values = {column.name: row._mapping[column] for column in columns if column in row._mapping}
     if "state" in values:
         values["state"] = JobState(values["state"])
     return view(**values, **more)
