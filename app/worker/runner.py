@@ -322,15 +322,17 @@ class Runner(threading.Thread):
                 job.ticket.dropped()
             elif job.doomed is not None:
                 job.claimed_run.ending = job.doomed
-                self._over.append(job)
-        self._hand_over([job for job in granted if job.doomed is None])
+        self._hand_over(granted)
 
     def _hand_over(self, jobs: list[Job]) -> None:
-        if not jobs:
+        """Run claimed jobs; those that were cut short meanwhile are over without it."""
+        going = [job for job in jobs if job.claimed_run.ending is None]
+        self._over += [job for job in jobs if job not in going]
+        if not going:
             return
-        batch = jobs[0].claimed_run.batch
-        self._host.admit(batch.model, str(batch.id), self._running.enter(jobs))
-        for job in jobs:
+        batch = going[0].claimed_run.batch
+        self._host.admit(batch.model, str(batch.id), self._running.enter(going))
+        for job in going:
             job.ticket.started()
 
     # ── the engine ───────────────────────────────────────────────────────────────────────────
@@ -368,20 +370,20 @@ class Runner(threading.Thread):
             len(suspects),
             extra={"action": "engine_lost"},
         )
+        if not suspects:
+            raise EngineError("The engine process died with nothing to do.")
         self._run_apart(suspects, Ending.failed(EngineCrashed()))
         if self._drain is None:
             self._host.start()
 
-    def _run_apart(self, jobs: list[Job], alone: Ending) -> None:
-        """Run the dropped jobs again in halves, each by itself; a job that was alone ends."""
-        alive = [job for job in jobs if job.run and job.run.ending is None]
-        for job in jobs:
-            if job not in alive:
-                self._over.append(job)  # it was being cut short anyway
-        if len(jobs) == 1 and alive:
-            alive[0].claimed_run.ending = alone
-            self._over.append(alive[0])
-        elif alive:
-            middle = (len(alive) + 1) // 2
-            halves = [alive[:middle], alive[middle:]]
-            self._again.extendleft(half for half in reversed(halves) if half)
+    def _run_apart(self, dropped: list[Job], alone: Ending) -> None:
+        """Run dropped jobs again in smaller groups, each by itself; one that was alone ends."""
+        if len(dropped) == 1:
+            run = dropped[0].claimed_run
+            run.ending = run.ending or alone
+        groups = [[job for job in dropped if job.model == model] for model in self._models]
+        groups = [group for group in groups if group]
+        if len(groups) == 1:
+            middle = (len(dropped) + 1) // 2
+            groups = [half for half in (dropped[:middle], dropped[middle:]) if half]
+        self._again.extendleft(reversed(groups))

@@ -32,6 +32,7 @@ class Ticket:
         "_accept",
         "_detach",
         "_end",
+        "_is_started",
         "_time_out",
         "arrival",
         "detached",
@@ -54,6 +55,7 @@ class Ticket:
         self.arrival = arrival
         self.time_limit_s = time_limit_s
         self.detached = False
+        self._is_started = False
         self._accept, self._end, self._time_out, self._detach = accept, end, time_out, detach
 
     @property
@@ -66,7 +68,9 @@ class Ticket:
 
     def started(self) -> None:
         """The job's batch begins: Flower counts its runtime and Celery its time limit from here."""
-        self._tell(lambda: self._accept(self.slot, time.monotonic()))
+        if not self._is_started:  # a job that runs again after a crash has started once
+            self._is_started = True
+            self._tell(lambda: self._accept(self.slot, time.monotonic()))
 
     def succeeded(self, summary: str, runtime_s: float) -> None:
         """Ack, and show `summary` as the result."""
