@@ -18,6 +18,7 @@ from app.errors import JobNotFound
 from app.store import reads
 from app.store.database import Database
 
+JSON: Final = "application/json"
 RETRY_AFTER_S: Final = 1
 _PREFER_WAIT: Final = re.compile(r"(?:^|[,;])\s*wait\s*=\s*\"?(\d{1,9})\"?\s*(?:[,;]|$)", re.I)
 _TAG: Final = re.compile(r'(?:W/)?("[^"]*")')
@@ -105,7 +106,7 @@ def answer(
         told["Preference-Applied"] = f"wait={hold.seconds:g}"
     if if_none_match is not None and _has_tag(if_none_match, job.etag):
         return Response(status_code=304, headers=told)
-    return Response(job.body, status, told, media_type="application/json")
+    return Response(job.body, status, told, media_type=JSON)
 
 
 def _has_tag(if_none_match: str, etag: str) -> bool:

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
 from app.api import bodies
-from app.api.answers import Held, Snapshot, answer, look
+from app.api.answers import JSON, Held, Snapshot, answer, look
 from app.api.problems import documented
 from app.api.schemas import BulkAnswer, BulkRequest, Job, JobList
 from app.api.services import Here, Services
@@ -44,9 +44,7 @@ IdempotencyKey = Annotated[
 def _json_body(schema: type[BaseModel]) -> dict[str, Any]:
     """OpenAPI of a body that the handler reads itself, within a limit."""
     reference = {"$ref": f"#/components/schemas/{schema.__name__}"}
-    return {
-        "requestBody": {"required": True, "content": {"application/json": {"schema": reference}}}
-    }
+    return {"requestBody": {"required": True, "content": {JSON: {"schema": reference}}}}
 
 
 SUBMISSION_ERRORS: Final = documented(
@@ -123,24 +121,23 @@ def _parse_key(header: str) -> str:
 @router.post(
     "/bulk",
     status_code=202,
-    response_model_exclude_none=True,
+    response_model=BulkAnswer,
     responses=_NONE_ACCEPTED | SUBMISSION_ERRORS,
     openapi_extra=_json_body(BulkRequest),
     summary="Submit many jobs",
 )
-async def submit_bulk(request: Request, here: Here, response: Response) -> BulkAnswer:
+async def submit_bulk(request: Request, here: Here) -> Response:
     """Store up to 10,000 jobs in one transaction, and answer for each in its place.
 
     The good ones are accepted beside the bad ones: 202 if there is any good one, else 200. Only
     what is wrong with the body as a whole, a full queue and an absent Postgres are errors here.
     """
-    raw = await bodies.read_body(request, here.settings.api.max_bulk_bytes)
-    bulk = await run_in_threadpool(_submit_bulk, here, raw)
-    response.status_code = 202 if bulk.accepted else 200
-    return bulk
+    async with here.bulk_slots:
+        raw = await bodies.read_body(request, here.settings.api.max_bulk_bytes)
+        return await run_in_threadpool(_submit_bulk, here, raw)
 
 
-def _submit_bulk(here: Services, raw: bytes) -> BulkAnswer:
+def _submit_bulk(here: Services, raw: bytes) -> Response:
     value = bodies.parse_json(raw)
     if not (isinstance(value, dict) and value.keys() == {"jobs"}):
         raise RequestError('The body must be {"jobs": [...]} and nothing else.', param="jobs")
@@ -148,19 +145,18 @@ def _submit_bulk(here: Services, raw: bytes) -> BulkAnswer:
     limit = here.settings.api.max_bulk_items
     if not (isinstance(submissions, list) and 1 <= len(submissions) <= limit):
         raise RequestError(f"jobs must be a list of 1 to {limit} jobs.", param="jobs")
-    items = [
-        bulk_item(index, outcome)
-        for index, outcome in enumerate(here.submitter.submit_many(submissions))
-    ]
+    outcomes = here.submitter.submit_many(submissions)
+    items = [bulk_item(index, outcome) for index, outcome in enumerate(outcomes)]
     refused = sum(item.error is not None for item in items)
     replayed = sum(item.status == HTTPStatus.OK for item in items)
-    for outcome, num in (
-        ("accepted", len(items) - refused - replayed),
-        ("replayed", replayed),
-        ("refused", refused),
-    ):
-        here.metrics.count_submissions(outcome, num)
-    return BulkAnswer(accepted=len(items) - refused, refused=refused, items=items)
+    accepted = len(items) - refused
+    here.metrics.count_submissions("accepted", accepted - replayed)
+    here.metrics.count_submissions("replayed", replayed)
+    here.metrics.count_submissions("refused", refused)
+    bulk = BulkAnswer(accepted=accepted, refused=refused, items=items)
+    return Response(
+        bulk.model_dump_json(exclude_none=True), 202 if accepted else 200, media_type=JSON
+    )
 
 
 @router.get(
@@ -201,7 +197,9 @@ def list_jobs(
     model: Annotated[
         str | None,
         Query(
-            max_length=200, description="Only jobs of this model.", examples=["all-minilm-l6-v2"]
+            pattern=r"^[\w.-]{1,100}$",
+            description="Only jobs of this model.",
+            examples=["all-minilm-l6-v2"],
         ),
     ] = None,
     after: Annotated[

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated
+import asyncio
+from dataclasses import dataclass, field
+from typing import Annotated, Final
 
 from fastapi import Depends, Request
 
@@ -14,6 +15,9 @@ from app.config import Settings
 from app.store.database import Database
 from app.submit import Submitter
 
+MAX_BULKS: Final = 4
+"""Bulk submissions read at once: each may take many megabytes, and the next ones wait."""
+
 
 @dataclass(frozen=True, slots=True)
 class Services:
@@ -23,6 +27,7 @@ class Services:
     submitter: Submitter
     waiters: Waiters
     metrics: Metrics
+    bulk_slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_BULKS))
 
     def close(self) -> None:
         self.publisher.close()

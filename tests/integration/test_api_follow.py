@@ -312,6 +312,7 @@ def test_a_list_holds_the_jobs_asked_for_without_their_answers(
         ({"state": "sleeping"}, 400, "state"),
         ({"limit": "0"}, 400, "limit"),
         ({"limit": "101"}, 400, "limit"),
+        ({"model": "\0"}, 400, "model"),
         ({"after": str(uuid4())}, 404, None),
     ],
 )
