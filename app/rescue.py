@@ -39,6 +39,9 @@ log = logging.getLogger(__name__)
 MAX_PAGES: Final = 20
 """Of one kind of work in one sweep, so that none keeps the others waiting."""
 
+MAX_SENT_AGAIN: Final = 2_000
+"""Messages of one model in one sweep; their rows stay locked while they are sent."""
+
 MAX_PAUSE_S: Final = 5.0
 """Longest pause between sweeps while Postgres or Redis is away."""
 
@@ -122,7 +125,7 @@ class Rescue:
         sent = 0
         for model, missing in self._num_missing().items():
             with self._database.begin() as connection:
-                limit = min(missing, MAX_PAGES * self._page)
+                limit = min(missing, MAX_SENT_AGAIN)
                 found = rescue.overdue(connection, model, self._lost_after_s, limit)
                 lost = [wake_up for wake_up in found if wake_up.id in self._suspects]
                 self._publisher.send_many(map(_message, lost))

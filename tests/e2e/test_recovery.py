@@ -11,6 +11,7 @@ import redis
 
 from app.config import Settings
 from tests.apis import running_api
+from tests.own_redis import running_redis
 from tests.rescues import running_rescue
 from tests.waiting import eventually
 from tests.workers import results, rows, running_worker
@@ -107,3 +108,29 @@ def test_redis_losing_everything_under_a_running_worker_loses_no_job(
         found = eventually(lambda: (all_ := results(settings)).keys() >= set(ids) and all_, 60)
 
     assert {row["state"] for row in found.values()} == {"completed"}
+
+
+@pytest.mark.parametrize("number", [4, 60], ids=["fewer than it holds", "more than it holds"])
+def test_a_redis_that_restarts_empty_neither_ends_the_worker_nor_loses_a_job(
+    settings: Settings, tmp_path: Path, number: int
+) -> None:
+    with running_redis(tmp_path) as own_redis:
+        settings = settings.model_copy(
+            update={"broker": settings.broker.model_copy(update={"url": own_redis.url})}
+        )
+        with (
+            running_api(settings) as api,
+            running_rescue(settings, tmp_path / "rescue"),
+            running_worker(settings, tmp_path / "worker") as worker,
+        ):
+            ids = submit(api, [f"prompt {n}\nsleep 500" for n in range(number)])
+            eventually(lambda: rows(settings, "SELECT id FROM jobs WHERE state = 'running'"))
+            own_redis.stop()
+            ids += submit(api, ["sent while Redis is away"])
+            own_redis.start()
+
+            found = eventually(lambda: (all_ := results(settings)).keys() >= set(ids) and all_, 60)
+            assert worker.log.count("Unrecoverable error") == 0
+
+    assert {row["state"] for row in found.values()} == {"completed"}
+    assert len(rows(settings, "SELECT id FROM workers")) == 1

