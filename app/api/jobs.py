@@ -41,10 +41,19 @@ IdempotencyKey = Annotated[
 ]
 
 
-def _json_body(schema: type[BaseModel]) -> dict[str, Any]:
+_EXAMPLE: Final = {
+    "body": {
+        "messages": [{"role": "user", "content": "What is a grist mill?"}],
+        "max_tokens": 64,
+    },
+    "metadata": {"customer": "42"},
+}
+
+
+def _json_body(schema: type[BaseModel], example: dict[str, Any]) -> dict[str, Any]:
     """OpenAPI of a body that the handler reads itself, within a limit."""
-    reference = {"$ref": f"#/components/schemas/{schema.__name__}"}
-    return {"requestBody": {"required": True, "content": {JSON: {"schema": reference}}}}
+    told = {"schema": {"$ref": f"#/components/schemas/{schema.__name__}"}, "example": example}
+    return {"requestBody": {"required": True, "content": {JSON: told}}}
 
 
 SUBMISSION_ERRORS: Final = documented(
@@ -69,8 +78,9 @@ _NONE_ACCEPTED: Final[dict[int | str, dict[str, Any]]] = {
     status_code=202,
     response_model=Job,
     responses=_ALREADY_FINAL | SUBMISSION_ERRORS,
-    openapi_extra=_json_body(Submission),
+    openapi_extra=_json_body(Submission, _EXAMPLE),
     summary="Submit a job",
+    response_description="The job is accepted.",
 )
 async def submit(
     request: Request,
@@ -123,8 +133,9 @@ def _parse_key(header: str) -> str:
     status_code=202,
     response_model=BulkAnswer,
     responses=_NONE_ACCEPTED | SUBMISSION_ERRORS,
-    openapi_extra=_json_body(BulkRequest),
+    openapi_extra=_json_body(BulkRequest, {"jobs": [_EXAMPLE]}),
     summary="Submit many jobs",
+    response_description="At least one job is accepted.",
 )
 async def submit_bulk(request: Request, here: Here) -> Response:
     """Store up to 10,000 jobs in one transaction, and answer for each in its place.
@@ -167,6 +178,7 @@ def _submit_bulk(here: Services, raw: bytes) -> Response:
     )
     | {304: {"description": "Nothing changed since the ETag in If-None-Match."}},
     summary="Follow a job",
+    response_description="The job.",
 )
 async def get_job(
     here: Here,
@@ -190,6 +202,7 @@ async def get_job(
         HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_FOUND, HTTPStatus.SERVICE_UNAVAILABLE
     ),
     summary="List jobs",
+    response_description="One page of jobs.",
 )
 def list_jobs(
     here: Here,
@@ -233,6 +246,7 @@ def list_jobs(
     responses=_ALREADY_FINAL
     | documented(HTTPStatus.NOT_FOUND, HTTPStatus.CONFLICT, HTTPStatus.SERVICE_UNAVAILABLE),
     summary="Cancel a job",
+    response_description="The job is running; its worker is asked to stop it.",
 )
 async def cancel(here: Here, job_id: JobId) -> Response:
     """A queued job is cancelled at once: 200. A running one is stopped by its worker within a step

@@ -11,8 +11,10 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
+from app import requests
 from app.api.app import create_app
 from app.config import Settings
+from app.submit import parse_submission
 
 
 @pytest.fixture
@@ -107,6 +109,16 @@ def test_the_body_of_a_submission_is_one_of_the_three_calls(document: dict[str, 
     assert set(references(body)) == {
         f"#/components/schemas/{name}" for name in ("ChatBody", "CompletionBody", "EmbeddingBody")
     }
+
+
+def test_the_examples_of_submissions_would_be_accepted(document: dict[str, Any]) -> None:
+    def example(path: str) -> dict[str, Any]:
+        body = document["paths"][path]["post"]["requestBody"]
+        told: dict[str, Any] = body["content"]["application/json"]["example"]
+        return told
+
+    for submission in [example("/v1/jobs"), *example("/v1/jobs/bulk")["jobs"]]:
+        requests.parse(parse_submission(submission).body)
 
 
 def test_the_documentation_page_loads_nothing_from_elsewhere(app: FastAPI) -> None:
