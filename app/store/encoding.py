@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import fields
 from datetime import datetime
 from decimal import Decimal
 from typing import Any
@@ -21,13 +20,16 @@ _ESCAPE = re.compile(r"\\(?:u0000|.)")
 
 
 def encode(records: Iterable[Any]) -> str:
-    """Dataclasses as a JSON array of objects keyed by field name.
+    """Dataclasses with slots as a JSON array of objects; fields that are None are left out.
 
     jsonb can hold neither NUL nor half of a surrogate pair, and one such character would fail the
     commit of everybody in the group. They are replaced by U+FFFD and "?". What JSON has no word
     for, such as NaN, raises `GristmillError`: it is a bug of whoever made the record.
     """
-    rows = [{f.name: getattr(record, f.name) for f in fields(record)} for record in records]
+    rows = [
+        {name: value for name in record.__slots__ if (value := getattr(record, name)) is not None}
+        for record in records
+    ]
     try:
         text = json.dumps(
             rows, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_plain

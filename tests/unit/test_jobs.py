@@ -1,0 +1,53 @@
+"""The states of a job and the moves between them."""
+
+from __future__ import annotations
+
+from itertools import product
+from uuid import UUID, uuid4
+
+import pytest
+
+from app.jobs import FINAL_STATES, TRANSITIONS, JobState, Usage, can_move, job_id_of
+
+
+def test_a_final_state_is_left_by_no_move() -> None:
+    for before, after in product(FINAL_STATES, JobState):
+        assert before.is_final
+        assert not can_move(before, after)
+
+
+def test_every_state_can_end_and_no_state_moves_to_itself() -> None:
+    for state in JobState:
+        assert not can_move(state, state)
+        reached, frontier = {state}, {state}
+        while frontier:
+            frontier = {after for each in frontier for after in TRANSITIONS[each]} - reached
+            reached |= frontier
+        assert reached & FINAL_STATES
+
+
+def test_only_a_running_job_completes_or_is_given_back() -> None:
+    assert [before for before in JobState if can_move(before, JobState.COMPLETED)] == ["running"]
+    assert [before for before in JobState if can_move(before, JobState.QUEUED)] == ["running"]
+
+
+def test_the_total_of_a_usage_is_its_parts() -> None:
+    assert Usage(input_tokens=7, output_tokens=5).total_tokens == 12
+
+
+def test_a_task_id_that_is_a_uuid_stands_for_itself() -> None:
+    job_id = uuid4()
+
+    assert job_id_of(str(job_id)) == job_id_of(job_id.hex.upper()) == job_id
+
+
+@pytest.mark.parametrize("text", ["order-7", "", "mühle", "x" * 255])
+def test_any_other_task_id_has_a_job_id_of_its_own_that_never_changes(text: str) -> None:
+    assert job_id_of(text) == job_id_of(text)
+    assert job_id_of(text).version == 5
+    assert job_id_of(text) != job_id_of(text + "!")
+
+
+def test_the_mapping_of_task_ids_is_fixed_for_good() -> None:
+    """Rows outlive releases: another mapping would lose the jobs of before."""
+    assert job_id_of("order-7") == UUID("9e53a750-f2db-564f-b2cb-1b09504df7d2")
