@@ -118,7 +118,7 @@ struct Step {               // what all layers of a step share; attention.py mir
     const int32_t* runs;    // [num_runs][4]: row of tables, first token, tokens, its position
     const int32_t* tables;  // [rows][table_width]: block ids
     const int64_t* slots;   // [num_tokens]: block * BLOCK + place, where each token is kept
-    int32_t num_runs, num_tokens, table_width;
+    int32_t num_runs, num_segments, table_width;
 };
 
 struct Layer {
@@ -132,14 +132,16 @@ struct Layer {
 
 namespace {
 
-// One token's key and value go to their place in the cache.
+// The keys and values of a run's tokens, of one head, go to their places in the cache.
 template <class T>
-void keep(const Step& step, const Layer& layer, int token) {
-    int64_t block = step.slots[token] / BLOCK, place = step.slots[token] % BLOCK;
-    for (int h = 0; h < layer.kv_heads; ++h) {
-        int64_t base = (block * layer.kv_heads + h) * layer.dim * BLOCK;
-        const T* key = (const T*)layer.key + token * layer.key_token + h * layer.key_head;
-        const T* value = (const T*)layer.value + token * layer.value_token + h * layer.value_head;
+void keep(const Step& step, const Layer& layer, int run, int head) {
+    const int32_t* entry = step.runs + run * 4;
+    for (int token = entry[1]; token < entry[1] + entry[2]; ++token) {
+        const int64_t block = step.slots[token] / BLOCK, place = step.slots[token] % BLOCK;
+        const int64_t base = (block * layer.kv_heads + head) * layer.dim * BLOCK;
+        const T* key = (const T*)layer.key + token * layer.key_token + head * layer.key_head;
+        const T* value =
+            (const T*)layer.value + token * layer.value_token + head * layer.value_head;
         T* column = (T*)layer.keys + base + place;
         for (int d = 0; d < layer.dim; ++d) column[d * BLOCK] = key[d];
         std::memcpy((T*)layer.values + base + place * layer.dim, value, layer.dim * sizeof(T));
@@ -224,12 +226,17 @@ void attend(const Step& step, const Layer& layer) {
     {
         static thread_local std::vector<float> scratch;
         if (scratch.size() < room) scratch.resize(room);
-#pragma omp for
-        for (int token = 0; token < step.num_tokens; ++token) keep<T>(step, layer, token);
-#pragma omp for collapse(2) schedule(dynamic, 4)
+        if (step.num_runs != step.num_segments) {  // a run may need what another keeps: wait
+#pragma omp for collapse(2)
+            for (int run = 0; run < step.num_runs; ++run)
+                for (int head = 0; head < layer.kv_heads; ++head) keep<T>(step, layer, run, head);
+        }
+#pragma omp for collapse(2) schedule(dynamic, 4) nowait
         for (int run = 0; run < step.num_runs; ++run)
-            for (int head = 0; head < layer.kv_heads; ++head)
+            for (int head = 0; head < layer.kv_heads; ++head) {
+                if (step.num_runs == step.num_segments) keep<T>(step, layer, run, head);
                 attend_run<T>(step, layer, run, head, scratch.data());
+            }
     }
 }
 

@@ -27,6 +27,12 @@ none."""
 STEP: Final = "gristmill_step"
 """The keyword argument that carries the step through the model to `attend`."""
 
+_WITHOUT_EFFECT: Final = {
+    *("dropout", "is_causal", "position_ids", "position_embeddings", "cache_position"),
+    *("use_cache", "output_attentions", "output_hidden_states", "return_dict"),
+}
+"""What models hand on besides, and what changes nothing here."""
+
 
 class Step(Protocol):
     def attend(
@@ -61,6 +67,8 @@ def attend(
 ) -> tuple[Tensor, None]:
     """transformers' attention function: [1, heads, tokens, dim] → [1, tokens, heads, dim]."""
     step: Step = others[STEP]
+    if isinstance(step, ProbeStep):
+        step.check(module, attention_mask, others)
     out = step.attend(
         module.layer_idx,  # type: ignore[arg-type]
         query[0],
@@ -198,6 +206,21 @@ class ProbeStep:
     def __init__(self) -> None:
         self.layers: dict[int, LayerShape] = {}
 
+    def check(self, module: nn.Module, mask: Tensor | None, others: dict[str, Any]) -> None:
+        """Raise `ValueError` for what `attend` would silently leave out."""
+        given = {name for name, value in others.items() if value is not None}
+        strange = given - {STEP, *_WITHOUT_EFFECT}
+        if mask is not None:
+            strange.add("a mask of its own")
+        if not getattr(module, "is_causal", True):
+            strange.add("attention to later tokens")
+        if strange:
+            raise ValueError(f"{type(module).__name__} asks for {', '.join(sorted(strange))}")
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **_: float) -> Tensor:
+        if not query.shape[-1] == key.shape[-1] == value.shape[-1]:
+            raise ValueError("its keys and values differ in size")
+        if layer in self.layers:
+            raise ValueError(f"its layer {layer} attends twice")
         self.layers[layer] = LayerShape(kv_heads=len(key), dim=key.shape[-1])
         return query.transpose(0, 1).contiguous()

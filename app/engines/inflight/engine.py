@@ -229,6 +229,7 @@ class InflightEngine:
             if token == BAD_ROW:
                 finished.append(self._leave(row, FinishReason.ERROR, NOT_FINITE))
                 continue
+            self._scheduler.share(row)
             row.tokens.append(token)
             if len(row.output.token_ids) == 0:
                 row.generation.first_token_ns = now

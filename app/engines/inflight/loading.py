@@ -12,6 +12,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from app.engines.inflight.attention import NAME, STEP, ProbeStep
 from app.engines.inflight.cache import LayerShape
+from app.engines.inflight.weights import pack_linears
 from app.errors import ConfigError
 
 _LAYER_TYPES: Final = {"full_attention", "sliding_attention"}
@@ -41,6 +42,7 @@ def load_decoder(
     except ValueError as error:
         raise _refusal(f"{config.model_type} cannot be loaded: {error}") from error
     model.requires_grad_(False).to(device).eval()  # type: ignore[arg-type]
+    pack_linears(model)
     return model, _probe(model, config.get_text_config(decoder=True).num_hidden_layers)
 
 

@@ -43,7 +43,7 @@ _KERNELS: Final = {torch.float32: "attend_float32", torch.bfloat16: "attend_bflo
 class _Step(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("runs", "tables", "slots")),
-        *((name, ctypes.c_int32) for name in ("num_runs", "num_tokens", "table_width")),
+        *((name, ctypes.c_int32) for name in ("num_runs", "num_segments", "table_width")),
     )
 
 
@@ -75,9 +75,12 @@ class NativeStep:
     def __init__(self, kernel: NativeKernel, packed: Packed, tables: np.ndarray) -> None:
         self._kernel = kernel
         self._held = _runs(packed.segments), tables, packed.slots
-        runs, tables, slots = self._held
+        runs = self._held[0]
         self._step = _Step(
-            *(array.ctypes.data for array in self._held), len(runs), len(slots), tables.shape[1]
+            *(array.ctypes.data for array in self._held),
+            len(runs),
+            len(packed.segments),
+            tables.shape[1],
         )
 
     def attend(

@@ -6,7 +6,8 @@ Only the last node of a path may be shorter than a block. What two prompts share
 common block is copied, so that reuse is exact to the token.
 
 A node is known before it is computed. A prompt that would gain from a node in the making is told
-to wait, so that prompts which arrive together compute what they share once.
+to wait, so that prompts which arrive together compute what they share once. A node is ready when
+its prompt has led to a first token: what computes no number is never shared.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Node:
     parent: Node | None
     tokens: tuple[int, ...]  #: at most BLOCK
     block: int
-    ready: int = 0  #: leading tokens whose keys and values are in the block
+    ready: int = 0  #: leading tokens that others may use: computed, and known to be sound
     users: int = 0
     children: list[Node] = field(default_factory=list)  #: sorted by tokens: likes are neighbours
 

@@ -101,13 +101,15 @@ class Scheduler:
         return Schedule(segments, [(source, to) for to, source in copies.items()], joined)
 
     def advance(self, segments: Seq[Segment]) -> None:
-        """The step is done: what it computed is in the cache, for others too."""
+        """The step is done: what it computed is in the cache."""
         for segment in segments:
-            row, computed = segment.row, segment.start + segment.count
-            row.computed = computed
-            first = segment.start // BLOCK
-            for place, node in enumerate(row.nodes[first : blocks_for(computed)], first):
-                ready = min(len(node.tokens), computed - place * BLOCK)
+            segment.row.computed = segment.start + segment.count
+
+    def share(self, row: Row) -> None:
+        """Offer what is computed of the row's prompt to others: its numbers turned out sound."""
+        if row.nodes and row.nodes[-1].ready < len(row.nodes[-1].tokens):
+            for place, node in enumerate(row.nodes):
+                ready = min(len(node.tokens), row.computed - place * BLOCK)
                 node.ready = max(node.ready, ready)
 
     def remove(self, row: Row) -> None:
@@ -158,7 +160,7 @@ class Scheduler:
         prompt = sequence.prompt_token_ids
         blocks = row.blocks[: blocks_for(len(prompt))]
         row.nodes += self._prefixes.publish(sequence.tenant, prompt, row.nodes, blocks)
-        self.advance([Segment(row, 0, row.computed)])  # what was copied is there already
+        self.share(row)  # what it copies is sound already
 
     @property
     def _num_available(self) -> int:
