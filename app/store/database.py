@@ -34,7 +34,7 @@ class Database:
 
     Timeouts hold for every statement: `statement_timeout_ms` for its whole time, `lock_timeout_ms`
     for a wait on a row. A client that stands still inside a transaction is cut off after
-    `statement_timeout_ms` as well, so that its row locks end with it.
+    `statement_timeout_ms` as well, so that its row locks end with it. Stamps come back in UTC.
     """
 
     def __init__(
@@ -48,10 +48,11 @@ class Database:
         lock_timeout_ms: int = 3_000,
     ) -> None:
         self.url: Final = psycopg_url(url)
-        timeouts = {
+        session = {
             "statement_timeout": statement_timeout_ms,
             "idle_in_transaction_session_timeout": statement_timeout_ms,
             "lock_timeout": lock_timeout_ms,
+            "timezone": "UTC",
         }
         self._engine: Final = create_engine(
             self.url,
@@ -63,7 +64,7 @@ class Database:
             connect_args={
                 "application_name": application_name,
                 "connect_timeout": connect_timeout_s,
-                "options": " ".join(f"-c {name}={ms}" for name, ms in timeouts.items()),
+                "options": " ".join(f"-c {name}={value}" for name, value in session.items()),
                 **KEEPALIVE,
             },
         )

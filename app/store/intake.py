@@ -286,7 +286,7 @@ _COUNT_QUEUED: Final = text(
 def count_queued(connection: Connection) -> int:
     """Queued jobs that no worker has received: the length of the queue.
 
-    An index-only count; at a million rows about a tenth of a second, so ask every few seconds,
-    not for every job.
+    Reads an index entry for each, which takes some tenths of a second for a million: keep the
+    answer for a while instead of asking for every job.
     """
     return connection.scalar(_COUNT_QUEUED) or 0

@@ -186,7 +186,10 @@ def upgrade() -> None:
         CheckConstraint("priority BETWEEN 0 AND 9", name=op.f("jobs_priority_check")),
         PrimaryKeyConstraint("id", name=op.f("jobs_pkey")),
         comment="One row per accepted job: its request, its state, and who may move it next.",
-        postgresql_with={"autovacuum_vacuum_scale_factor": "0.02"},
+        postgresql_with={
+            "autovacuum_vacuum_scale_factor": "0.02",
+            "autovacuum_vacuum_insert_scale_factor": "0.02",
+        },
     )
     op.create_index("jobs_by_model", "jobs", ["tenant", "model", "state", "created_at", "id"])
     op.create_index("jobs_by_state", "jobs", ["tenant", "state", "created_at", "id"])
@@ -350,7 +353,6 @@ def upgrade() -> None:
         PrimaryKeyConstraint("job_id", name=op.f("results_pkey")),
         comment="One row per final job, written once: the answer, its timing and its cost.",
     )
-    op.create_index("results_by_time", "results", ["tenant", "finished_at"])
 
 
 def downgrade() -> None:

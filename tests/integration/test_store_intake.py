@@ -52,6 +52,7 @@ def test_a_job_is_written_as_it_was_asked(database: Database) -> None:
     assert (stored.priority, stored.deadline, stored.metadata) == (3, deadline, {"order": "7"})
     assert (stored.state, stored.max_attempts) == (JobState.QUEUED, 5)
     assert stored.created_at == stored.queued_at == stored.not_before
+    assert stored.created_at.utcoffset() == timedelta(0)
     assert column(database, job.id, "request") == {"prompt": "A mill"}
     assert column(database, job.id, "enqueued_at") is None
 
