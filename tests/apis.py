@@ -29,7 +29,7 @@ def running_api(settings: Settings) -> Iterator[httpx.Client]:
     try:
         url = f"http://127.0.0.1:{sock.getsockname()[1]}"
         # The socket listens already, so the first request is answered once the API is up.
-        with httpx.Client(base_url=url, timeout=30) as client:
+        with httpx.Client(base_url=url, timeout=120) as client:
             yield client
     finally:
         server.should_exit = True

@@ -13,7 +13,9 @@ import pytest
 
 from app.config import Settings
 from app.jobs import JobState
+from app.local import EmbeddedRedis
 from tests.apis import Hands, running_api
+from tests.conftest import STUB_MODELS
 from tests.waiting import eventually
 from tests.workers import rows
 
@@ -22,6 +24,20 @@ BODY = {"prompt": "A grist mill is"}
 
 @pytest.fixture
 def api(settings: Settings) -> Iterator[httpx.Client]:
+    with running_api(settings) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def refusing(
+    empty_databases: Callable[[str], str], migrated_template: str, redis_server: EmbeddedRedis
+) -> Iterator[httpx.Client]:
+    """One API for all requests that find nothing."""
+    settings = Settings(
+        database={"url": empty_databases(migrated_template)},
+        broker={"url": redis_server.url},
+        models=STUB_MODELS,
+    )
     with running_api(settings) as client:
         yield client
 
@@ -114,8 +130,8 @@ def test_a_failed_job_says_why(api: httpx.Client, hands: Hands) -> None:
 @pytest.mark.parametrize(
     "job_id", [str(uuid4()), "not-an-id", "0", "%00", "a" * 300, "..%2f..", "☕"]
 )
-def test_an_id_that_is_no_jobs_is_not_found(api: httpx.Client, job_id: str) -> None:
-    for answer in (api.get(f"/v1/jobs/{job_id}"), api.post(f"/v1/jobs/{job_id}/cancel")):
+def test_an_id_that_is_no_jobs_is_not_found(refusing: httpx.Client, job_id: str) -> None:
+    for answer in (refusing.get(f"/v1/jobs/{job_id}"), refusing.post(f"/v1/jobs/{job_id}/cancel")):
         assert answer.status_code == 404
         assert answer.headers["content-type"] == "application/problem+json"
 
@@ -222,8 +238,8 @@ def test_a_wait_is_no_longer_than_the_server_allows(
 
 
 @pytest.mark.parametrize("wait", ["-1", "soon", "nan", "inf"])
-def test_a_wait_that_is_no_time_is_refused(api: httpx.Client, wait: str) -> None:
-    answer = api.get(f"/v1/jobs/{submit(api)}", params={"wait": wait})
+def test_a_wait_that_is_no_time_is_refused(refusing: httpx.Client, wait: str) -> None:
+    answer = refusing.get(f"/v1/jobs/{uuid4()}", params={"wait": wait})
 
     assert (answer.status_code, answer.json()["param"]) == (400, "wait")
 
@@ -317,9 +333,9 @@ def test_a_list_holds_the_jobs_asked_for_without_their_answers(
     ],
 )
 def test_a_wrong_filter_is_refused(
-    api: httpx.Client, query: dict[str, str], status: int, param: str | None
+    refusing: httpx.Client, query: dict[str, str], status: int, param: str | None
 ) -> None:
-    answer = api.get("/v1/jobs", params=query)
+    answer = refusing.get("/v1/jobs", params=query)
 
     assert (answer.status_code, answer.json().get("param")) == (status, param)
 
