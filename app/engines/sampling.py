@@ -33,7 +33,7 @@ GREEDY_BELOW: Final = 1e-5
 """Temperatures under this are greedy: dividing by them would only overflow."""
 
 _BLOCK: Final = 256  # torch searches an index along a row slowly; maxima of blocks come first
-_WIDTHS: Final = (256, 4096)  # candidates tried for top_k and top_p before the whole vocabulary
+_WIDTHS: Final = (64, 1024, 8192)  # candidates tried for top_k and top_p before the whole vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +169,8 @@ class RowSampler:
             weights *= weights >= plan.min_p
         noise = uniform(plan.seed, self._position[plan.random_slots])
         self._position[plan.random_slots] += 1
+        if len(plan.filtered) == len(plan.random):
+            return _draw_filtered(weights, plan.top_k, plan.top_p, noise)
         tokens = _inverse_cdf(weights, noise)
         if len(rows := plan.filtered):
             tokens[rows] = _draw_filtered(
@@ -289,7 +291,8 @@ def _draw_filtered(weights: Tensor, top_k: Tensor, top_p: Tensor, noise: Tensor)
     left = torch.arange(len(weights), device=weights.device)
     for width in (*(width for width in _WIDTHS if width < vocab_size), vocab_size):
         k = top_k[left][:, None]
-        likeliest, ids = weights[left].topk(width)
+        rows = weights if len(left) == len(weights) else weights[left]
+        likeliest, ids = rows.topk(width)
         rank = torch.arange(width, device=weights.device)
         likeliest = torch.where((rank < k) | (k == 0), likeliest, 0.0)
         mass = likeliest.cumsum(-1)
@@ -323,7 +326,8 @@ def _inverse_cdf(weights: Tensor, noise: Tensor) -> Tensor:
     members, first = _members(weights, block[:, 0], 0.0)
     inside = members.double().cumsum(-1)
     place = torch.searchsorted(inside, into.clamp(0, 1 - 2.0**-53) * inside[:, -1:], right=True)
-    return first + place[:, 0].clamp_(max=_BLOCK - 1)
+    # Only a row that is not finite gets past its end; it fails for that anyway.
+    return (first + place[:, 0]).clamp_(max=weights.shape[1] - 1)
 
 
 def _by_block(values: Tensor, reduce: Callable[..., Tensor]) -> Tensor:
