@@ -174,6 +174,7 @@ def serve(settings: Settings) -> None:
         lock_timeout_ms=given.lock_timeout_ms,
     )
     publisher = Publisher(settings)
+    _alive_file(settings).unlink(missing_ok=True)  # that of an earlier process says nothing
     try:
         _sweep_until(stop, Rescue(settings, database, publisher), settings, database)
     finally:

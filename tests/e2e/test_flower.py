@@ -101,7 +101,7 @@ def test_a_finished_and_a_failed_job_can_be_read_from_flower_without_their_promp
 
 
 def test_flower_lets_nobody_change_anything(flower: Flower) -> None:
-    [worker_name] = flower.http.get("/api/workers").raise_for_status().json()
+    [worker_name] = flower.http.get("/api/workers?status=true").raise_for_status().json()
 
     for path in (
         f"/api/worker/shutdown/{worker_name}",
