@@ -33,7 +33,7 @@ GREEDY_BELOW: Final = 1e-5
 """Temperatures under this are greedy: dividing by them would only overflow."""
 
 _BLOCK: Final = 256  # torch searches an index along a row slowly; maxima of blocks come first
-_WIDTHS: Final = (64, 1024, 8192)  # candidates tried for top_k and top_p before the whole vocabulary
+_WIDTHS: Final = (64, 1024, 8192)  # candidates for top_k and top_p, before all of them
 
 
 @dataclass(frozen=True, slots=True)
