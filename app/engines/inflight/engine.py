@@ -15,6 +15,7 @@ import torch
 from app.config import ModelSettings
 from app.costs import share
 from app.engines.base import NOT_FINITE, Generation, Progress, Sequence, StepStats
+from app.engines.device import pick_device, ran_out_of_memory, use_threads
 from app.engines.inflight import native
 from app.engines.inflight.attention import Packed, PortableStep, Step, pack
 from app.engines.inflight.cache import BLOCK, KVCache, LayerShape, blocks_for
@@ -57,9 +58,8 @@ class InflightEngine:
         self, folder: Path, settings: ModelSettings, device: str, threads: int, progress: Progress
     ) -> None:
         options = Options.of(settings)
-        self._device = _device(device)
-        if threads:
-            torch.set_num_threads(threads)
+        self._device = pick_device(device)
+        use_threads(threads)
         self._tokenizer = load_tokenizer(folder, settings)
         self._context_tokens = self._tokenizer.context_tokens
         self._model, layers = load_decoder(
@@ -201,9 +201,11 @@ class InflightEngine:
                 )
                 # A step of unfinished prompts alone has nothing to sample.
                 return self._sampler.sample(logits, self._plan(due)) if due else _NOTHING
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out_of_memory(error):
+                raise
             self._drop_all()
-            raise OutOfMemory("The step did not fit into the device's memory.") from error
+            raise OutOfMemory from error
 
     def _attention(self, packed: Packed) -> Step:
         tables = self._scheduler.tables
@@ -273,17 +275,6 @@ class InflightEngine:
             stats.useful_tokens += segment.count
             stats.padded_tokens += segment.count
             stats.device_ns += part
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"The device is {name}, but torch sees no CUDA device.")
-    if device.type not in TOKENS_PER_FETCH:
-        raise ConfigError(f"The engine inflight runs on cpu and cuda, not on {device.type}.")
-    return device
 
 
 def _num_blocks(

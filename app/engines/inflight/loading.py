@@ -8,8 +8,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
 
+from app.engines.device import load_model
 from app.engines.inflight.attention import NAME, STEP, ProbeStep
 from app.engines.inflight.cache import LayerShape
 from app.engines.inflight.weights import pack_linears
@@ -27,21 +27,10 @@ def load_decoder(
 
     Raises `ConfigError` that names what the engine cannot do.
     """
-    disable_progress_bar()  # type: ignore[no-untyped-call]
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     _check(config.get_text_config(decoder=True), context_tokens)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=torch_dtype(dtype, device),
-            attn_implementation=NAME,
-            use_safetensors=True,
-            local_files_only=True,
-        )
-    except ValueError as error:
-        raise _refusal(f"{config.model_type} cannot be loaded: {error}") from error
-    model.requires_grad_(False).to(device).eval()  # type: ignore[arg-type]
+    model = load_model(AutoModelForCausalLM, folder, dtype, device)
+    model.set_attn_implementation(NAME)  # where a model does not heed this, the probe finds out
     pack_linears(model)
     return model, _probe(model, config.get_text_config(decoder=True).num_hidden_layers)
 
@@ -59,17 +48,6 @@ def run(
     )
     logits: Tensor = out.logits[0]
     return logits
-
-
-def torch_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where the device computes in it, else float32."""
-    if name != "auto":
-        dtype: torch.dtype = getattr(torch, name)
-        return dtype
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if fast else torch.float32
 
 
 def _check(config: Any, context_tokens: int) -> None:
