@@ -376,7 +376,7 @@ def print_json(value: Any) -> None:
 def _client() -> Client:
     from app.client import Client
 
-    return Client(_load().settings.api.url)
+    return Client(_load().settings.api.url, max_retries=2)
 
 
 def _json(text: str, where: str) -> dict[str, Any]:
