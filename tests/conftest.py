@@ -7,6 +7,7 @@ server starts one of its own: `EmbeddedPostgres(tmp_path / "postgres")`.
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,14 @@ from app.local import EmbeddedPostgres, EmbeddedRedis
 ROOT = Path(__file__).resolve().parents[1]
 
 hypothesis.configuration.set_hypothesis_home_dir(ROOT / ".cache" / "hypothesis")
+
+
+@pytest.fixture(autouse=True)
+def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test sees the settings of whoever runs the tests, or those of another test."""
+    for name in [name for name in os.environ if name.startswith("GRISTMILL_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("GRISTMILL_CONFIG", "")  # what --config sets is taken back, too
 
 
 @pytest.fixture(scope="session")
