@@ -11,7 +11,6 @@ import os
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,15 @@ from psycopg.rows import dict_row
 from pydantic import BaseModel
 
 from app.api import problems
+from app.cli import cli
 from app.config import ModelSettings, PriceSettings, Settings
 from app.config_file import load
+from app.demo_prompts import bodies
+from app.doctor import MIN_POSTGRES, MIN_REDIS
 from app.local import EmbeddedPostgres
+from app.submit import MAX_INLINE_BYTES
 from app.supervisor import System
+from tests.waiting import eventually
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -81,7 +85,7 @@ class Terminal:
         self._api_url = system.settings.api.url
         self._folder = folder
         cache_dir = Path(system.settings.cache_dir)
-        self._environ = os.environ | {
+        self.environ = os.environ | {
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "GRISTMILL_CONFIG": str(cache_dir.with_name("settings.toml")),
         }
@@ -91,7 +95,7 @@ class Terminal:
         code = EXAMPLES[name][1]
         names = re.findall(r"^export (\w+)=", code, re.MULTILINE)
         values = self._run(["bash", "-euc", code + "".join(f"echo ${each}\n" for each in names)])
-        self._environ |= dict(zip(names, values.splitlines(), strict=True))
+        self.environ |= dict(zip(names, values.splitlines(), strict=True))
 
     def run(self, name: str, *, then: str = "", **environ: str) -> str:
         """Run an example as it stands in the README; returns what it prints."""
@@ -103,7 +107,7 @@ class Terminal:
         done = subprocess.run(
             command,
             cwd=self._folder,
-            env=self._environ | environ,
+            env=self.environ | environ,
             capture_output=True,
             text=True,
             check=False,
@@ -113,9 +117,9 @@ class Terminal:
         return done.stdout
 
 
-@pytest.fixture
-def terminal(system: System, tmp_path: Path) -> Terminal:
-    terminal = Terminal(system, tmp_path)
+@pytest.fixture(scope="module")
+def terminal(system: System, tmp_path_factory: pytest.TempPathFactory) -> Terminal:
+    terminal = Terminal(system, tmp_path_factory.mktemp("terminal"))
     terminal.export("environment")
     return terminal
 
@@ -126,11 +130,8 @@ def ended(system: System) -> Callable[[str], dict[str, Any]]:
 
     def wait(job_id: str) -> dict[str, Any]:
         url = f"{system.settings.api.url}/v1/jobs/{job_id}"
-        for _ in range(100):  # a message that was only just sent has no row yet
-            answer = httpx.get(url, params={"wait": 20}, timeout=30)
-            if answer.status_code != 404:
-                break
-            threading.Event().wait(0.1)
+        eventually(lambda: httpx.get(url).is_success)  # a bare message gets its row when received
+        answer = httpx.get(url, params={"wait": 20}, timeout=30)
         job: dict[str, Any] = answer.raise_for_status().json()
         return job
 
@@ -145,6 +146,11 @@ Ended = Callable[[str], dict[str, Any]]
 
 def test_the_first_job_of_the_command_line_is_answered(terminal: Terminal) -> None:
     assert "completed" in terminal.run("first job")
+
+
+def test_the_addresses_are_those_of_the_running_system(terminal: Terminal, system: System) -> None:
+    assert terminal.environ["REDIS_URL"] == system.settings.broker.url
+    assert terminal.environ["DATABASE_URL"] == system.settings.database.url
 
 
 def test_a_services_own_celery_app_needs_nothing_of_this_package(
@@ -241,7 +247,7 @@ def query(system: System) -> Callable[[str], list[dict[str, Any]]]:
     def run(name: str) -> list[dict[str, Any]]:
         url = system.settings.database.url
         with psycopg.connect(url, row_factory=dict_row) as connection:
-            cursor = connection.execute(EXAMPLES[name][1])  # type: ignore[arg-type]
+            cursor = connection.execute(EXAMPLES[name][1])
             return cursor.fetchall() if cursor.description else []
 
     return run
@@ -313,6 +319,16 @@ def _definitions(file: Path) -> set[str]:
     return found
 
 
+def test_every_command_and_make_target_that_is_named_exists() -> None:
+    commands = re.findall(r"(?:^|`)gristmill (?:--config \S+ )?([a-z]+)", README, re.MULTILINE)
+    targets = re.findall(r"(?:^|`)make ([a-z0-9]+)", README, re.MULTILINE)
+    makefile = (ROOT / "Makefile").read_text()
+
+    assert set(commands) <= cli.commands.keys()
+    rules = " ".join(re.findall(r"^([a-z0-9 ]+):", makefile, re.MULTILINE)).split()
+    assert set(targets) <= set(rules)
+
+
 def test_every_section_that_is_linked_exists() -> None:
     headings = re.findall(r"^#+ (.*)$", PROSE, re.MULTILINE)
     anchors = {re.sub(r"[^\w -]", "", text).lower().replace(" ", "-") for text in headings}
@@ -374,6 +390,20 @@ def _default(field: Any) -> str:
             return "none"
         case text:
             return f'`"{text}"`'
+
+
+def test_the_numbers_in_the_text_are_those_of_the_code() -> None:
+    told = Settings()
+
+    for phrase in (
+        f"more than {MAX_INLINE_BYTES:,} bytes",
+        f"Up to {told.api.max_bulk_items:,} jobs",
+        f"at most {told.api.max_wait_s:.0f} seconds",
+        f"the last {told.flower.max_tasks:,} jobs",
+        f"{len(bodies())} real prompts",
+        f"Postgres {MIN_POSTGRES[0]} or newer; Redis {MIN_REDIS[0]}.{MIN_REDIS[1]} or newer",
+    ):
+        assert phrase in README, phrase
 
 
 def test_the_errors_are_those_of_the_api() -> None:
