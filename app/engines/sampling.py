@@ -33,7 +33,6 @@ GREEDY_BELOW: Final = 1e-5
 """Temperatures under this are greedy: dividing by them would only overflow."""
 
 _BLOCK: Final = 256  # torch searches an index along a row slowly; maxima of blocks come first
-_WIDTHS: Final = (64, 1024, 8192)  # candidates for top_k and top_p, before all of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +51,10 @@ class Plan:
     top_p: Tensor
     top_k: Tensor
     seed: Tensor
-    filtered: Tensor  #: places within `random` that need top_k or top_p
+    max_top_k: int
+    free: Tensor  #: places within `random` with neither top_k nor top_p
+    in_nucleus: Tensor  #: those with top_p alone
+    in_top_k: Tensor  #: those with top_k, and maybe top_p
     penalised: Tensor
     penalised_slots: Tensor
     repetition: Tensor
@@ -125,6 +127,7 @@ class RowSampler:
         """Sort the rows by what they need. `slots[i]` is the slot of the i-th row of the logits."""
         rows = [(place, slot, self._of(slot)) for place, slot in enumerate(slots)]
         drawn = [row for row in rows if row[2].temperature >= GREEDY_BELOW]
+        kinds = [params for _, _, params in drawn]
         penalised = [row for row in rows if _has_penalty(row[2])]
         return Plan(
             num_rows=len(rows),
@@ -136,9 +139,10 @@ class RowSampler:
             top_p=self._column([params.top_p for _, _, params in drawn]),
             top_k=self._ints([min(params.top_k, self.vocab_size) for _, _, params in drawn]),
             seed=self._ints([self._seeds[slot] for _, slot, _ in drawn]),
-            filtered=self._ints(
-                [i for i, (_, _, params) in enumerate(drawn) if params.top_k or params.top_p < 1]
-            ),
+            max_top_k=max((params.top_k for _, _, params in drawn), default=0),
+            free=self._ints([i for i, p in enumerate(kinds) if not p.top_k and p.top_p == 1]),
+            in_nucleus=self._ints([i for i, p in enumerate(kinds) if not p.top_k and p.top_p < 1]),
+            in_top_k=self._ints([i for i, p in enumerate(kinds) if p.top_k]),
             penalised=self._ints([place for place, _, _ in penalised]),
             penalised_slots=self._ints([slot for _, slot, _ in penalised]),
             repetition=self._column([params.repetition_penalty for _, _, params in penalised]),
@@ -167,15 +171,20 @@ class RowSampler:
         weights = logits.float().sub_(top.float()[:, None]).div_(plan.temperature).exp_()
         if plan.has_min_p:
             weights *= weights >= plan.min_p
-        noise = uniform(plan.seed, self._position[plan.random_slots])
+        seed, position = plan.seed, self._position[plan.random_slots]
         self._position[plan.random_slots] += 1
-        if len(plan.filtered) == len(plan.random):
-            return _draw_filtered(weights, plan.top_k, plan.top_p, noise)
-        tokens = _inverse_cdf(weights, noise)
-        if len(rows := plan.filtered):
-            tokens[rows] = _draw_filtered(
-                weights[rows], plan.top_k[rows], plan.top_p[rows], noise[rows]
+        tokens = torch.empty_like(seed)
+        if len(at := plan.free):
+            tokens[at] = _inverse_cdf(_rows(weights, at), uniform(seed[at], position[at]))
+        if len(at := plan.in_nucleus):
+            tokens[at] = _draw_in_nucleus(
+                _rows(weights, at), plan.top_p[at], seed[at], position[at]
             )
+        if len(at := plan.in_top_k):
+            likeliest, ids = _rows(weights, at).topk(min(plan.max_top_k, self.vocab_size))
+            noise = uniform(seed[at], position[at])
+            places = _draw_in_top_k(likeliest, plan.top_k[at], plan.top_p[at], noise)
+            tokens[at] = ids.gather(1, places[:, None])[:, 0]
         return tokens
 
     def _penalise(self, logits: Tensor, plan: Plan) -> Tensor:
@@ -278,31 +287,41 @@ def _shift(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _draw_filtered(weights: Tensor, top_k: Tensor, top_p: Tensor, noise: Tensor) -> Tensor:
-    """Draw within top_k and top_p: weights [rows, vocab], top_p [rows, 1] → [rows].
+def _draw_in_nucleus(weights: Tensor, top_p: Tensor, seed: Tensor, position: Tensor) -> Tensor:
+    """Draw within top_p: weights [rows, vocab], top_p [rows, 1] → [rows].
 
-    Few rows need more than the likeliest few hundred tokens, and sorting a whole vocabulary costs
-    more than the model's step, so wider sets are taken only for rows that need them. How wide
-    depends on the row alone.
+    By rejection, because to sort a vocabulary costs more than the model's step: a token drawn from
+    all is in the nucleus if the tokens likelier than it hold less than top_p, which is so with
+    probability top_p or more. If it is not, neither is anything as unlikely, and the next draw is
+    from what is left.
     """
-    vocab_size = weights.shape[1]
-    all_mass = weights.sum(-1, keepdim=True)
-    tokens = torch.empty_like(top_k)
+    needed = top_p * weights.sum(-1, keepdim=True)
+    tokens = torch.empty_like(seed)
     left = torch.arange(len(weights), device=weights.device)
-    for width in (*(width for width in _WIDTHS if width < vocab_size), vocab_size):
-        k = top_k[left][:, None]
-        rows = weights if len(left) == len(weights) else weights[left]
-        likeliest, ids = rows.topk(width)
-        rank = torch.arange(width, device=weights.device)
-        likeliest = torch.where((rank < k) | (k == 0), likeliest, 0.0)
-        mass = likeliest.cumsum(-1)
-        needed = top_p[left] * torch.where(k > 0, mass[:, -1:], all_mass[left])
-        kept = torch.where(mass - likeliest < needed, likeliest, 0.0)
-        tokens[left] = ids.gather(1, _inverse_cdf(kept, noise[left])[:, None])[:, 0]
-        left = left[((k > width) | (mass[:, -1:] < needed))[:, 0]]
-        if not len(left):
-            break
+    attempt = 0
+    while len(left):
+        noise = uniform(seed[left], position[left] + (attempt << 32))
+        drawn = _inverse_cdf(weights, noise)
+        tokens[left] = drawn
+        likelier = weights * (weights > weights.gather(1, drawn[:, None]))
+        outside = (likelier.sum(-1, keepdim=True) >= needed[left])[:, 0]
+        weights, left = likelier[outside], left[outside]
+        attempt += 1
     return tokens
+
+
+def _draw_in_top_k(weights: Tensor, top_k: Tensor, top_p: Tensor, noise: Tensor) -> Tensor:
+    """Draw a place among weights in falling order, [rows, at least top_k]; top_p within top_k."""
+    ranks = torch.arange(weights.shape[1], device=weights.device)
+    weights = weights * (ranks < top_k[:, None])
+    mass = weights.cumsum(-1)
+    kept = weights * (mass - weights < top_p * mass[:, -1:])
+    return _inverse_cdf(kept, noise)
+
+
+def _rows(values: Tensor, at: Tensor) -> Tensor:
+    """Some rows of a table, without a copy if it is all of them."""
+    return values if len(at) == len(values) else values[at]
 
 
 def _largest(values: Tensor) -> tuple[Tensor, Tensor]:
