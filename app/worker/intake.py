@@ -29,6 +29,7 @@ from app.engines.base import Kind
 from app.errors import GristmillError, RequestError, RequestTooLarge
 from app.jobs import MAX_PRIORITY, job_id_of
 from app.requests import Request
+from app.worker.channel import outlive_connection
 from app.worker.envelope import guard
 
 log = logging.getLogger(__name__)
@@ -69,8 +70,9 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]
     def connect(self) -> Any:
         """Called again after every reconnect, with a new channel each time."""
         connection = super().connect()
-        limit = self.app.settings.worker.max_request_bytes
-        guard(connection.default_channel.client, limit, self._refuse_raw)
+        channel = connection.default_channel
+        outlive_connection(channel)
+        guard(channel.client, self.app.settings.worker.max_request_bytes, self._refuse_raw)
         return connection
 
     def _refuse_raw(self, task_id: str | None, error: RequestError) -> None:

@@ -80,8 +80,10 @@ class Ticket:
         """Ack, and show the error."""
         try:
             raise JobFailed(f"{code}: {message}")
-        except JobFailed:
+        except JobFailed as error:
             info = ExceptionInfo()
+            # Billiard would show its own wrapper and where in this file it was raised.
+            info.exception, info.traceback = error, str(error)
         self._finish(lambda: self._end((1, info, runtime_s)))
 
     def timed_out(self) -> None:
