@@ -55,30 +55,36 @@ class _Sampled(_Body):
         1.0, description="0 is greedy: always the most likely token.", examples=[0.0]
     )
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(
-        1.0, description="Sample from the smallest set of tokens with this probability.",
+        1.0,
+        description="Sample from the smallest set of tokens with this probability.",
         examples=[0.9],
     )
     top_k: Annotated[int, Field(ge=0)] = Field(
         0, description="Sample from this many most likely tokens; 0 is off.", examples=[40]
     )
     min_p: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.0, description="Drop tokens less likely than this share of the likeliest.",
+        0.0,
+        description="Drop tokens less likely than this share of the likeliest.",
         examples=[0.05],
     )
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = Field(
-        0.0, description="Taken from the logit of every token already in the output.",
+        0.0,
+        description="Taken from the logit of every token already in the output.",
         examples=[0.0],
     )
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = Field(
-        0.0, description="Taken from a token's logit once per occurrence in the output.",
+        0.0,
+        description="Taken from a token's logit once per occurrence in the output.",
         examples=[0.0],
     )
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] = Field(
-        1.0, description="Divides the logits of tokens in prompt or output; 1 is off.",
+        1.0,
+        description="Divides the logits of tokens in prompt or output; 1 is off.",
         examples=[1.0],
     )
     stop: str | Annotated[list[str], Field(max_length=4)] | None = Field(
-        None, description="Up to 4 strings; the text ends before the first one met.",
+        None,
+        description="Up to 4 strings; the text ends before the first one met.",
         examples=[["\n\n"]],
     )
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = Field(
@@ -88,11 +94,13 @@ class _Sampled(_Body):
         1, description="How many answers; at most the model's `max_batch_size`.", examples=[1]
     )
     ignore_eos: bool = Field(
-        False, description="Generate `max_tokens` tokens even if the model ends before.",
+        False,
+        description="Generate `max_tokens` tokens even if the model ends before.",
         examples=[False],
     )
     stream: Literal[False] | None = Field(
-        None, description="Queued jobs are polled, not streamed: only false is accepted.",
+        None,
+        description="Queued jobs are polled, not streamed: only false is accepted.",
         examples=[False],
     )
 
@@ -124,7 +132,8 @@ class ChatBody(_Sampled):
         None, description="Return the log probability of each output token.", examples=[False]
     )
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = Field(
-        None, description="With `logprobs`: this many likeliest tokens at each place.",
+        None,
+        description="With `logprobs`: this many likeliest tokens at each place.",
         examples=[0],
     )
 
@@ -136,14 +145,18 @@ Text = Annotated[str, Field(min_length=1)]
 class CompletionBody(_Sampled):
     """Body of /v1/completions."""
 
-    prompt: Text | TokenIds | Annotated[list[Text], Field(min_length=1, max_length=2048)] | (
-        Annotated[list[TokenIds], Field(min_length=1, max_length=2048)]
+    prompt: (
+        Text
+        | TokenIds
+        | Annotated[list[Text], Field(min_length=1, max_length=2048)]
+        | (Annotated[list[TokenIds], Field(min_length=1, max_length=2048)])
     ) = Field(
         description="Text, several texts, or the model's token ids of one or several.",
         examples=["A grist mill is"],
     )
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = Field(
-        None, description="Return log probabilities with this many likeliest tokens.",
+        None,
+        description="Return log probabilities with this many likeliest tokens.",
         examples=[0],
     )
 
@@ -151,14 +164,18 @@ class CompletionBody(_Sampled):
 class EmbeddingBody(_Body):
     """Body of /v1/embeddings."""
 
-    input: Text | TokenIds | Annotated[list[Text], Field(min_length=1, max_length=2048)] | (
-        Annotated[list[TokenIds], Field(min_length=1, max_length=2048)]
+    input: (
+        Text
+        | TokenIds
+        | Annotated[list[Text], Field(min_length=1, max_length=2048)]
+        | (Annotated[list[TokenIds], Field(min_length=1, max_length=2048)])
     ) = Field(
         description="Text, several texts, or the model's token ids of one or several.",
         examples=["water wheel"],
     )
     encoding_format: Literal["float", "base64"] = Field(
-        "float", description="How vectors are written: numbers, or base64 of little-endian float32.",
+        "float",
+        description="How vectors are written: numbers, or base64 of little-endian float32.",
         examples=["float"],
     )
 
@@ -361,7 +378,7 @@ def _printable(name: str) -> str:
 
 
 def _is_in_body(part: int | str, raw: dict[str, Any]) -> bool:
-    """Whether a part of an error's location is a field or an index, not the name of a union branch."""
+    """Whether a part of an error's path is a field or an index, not the name of a union branch."""
     if isinstance(part, int):
         return True
     return part in _FIELDS or part in raw

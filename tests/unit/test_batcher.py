@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import uuid
 
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from app.jobs import CloseReason
 from app.worker.batcher import Batcher, Candidate, Capacity, Limits

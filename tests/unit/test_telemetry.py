@@ -78,7 +78,7 @@ def test_extra_fields_end_the_line(log: io.StringIO) -> None:
 
     [line] = log.getvalue().splitlines()
     assert line.endswith("INFO    app.rescue: Sent again. model=small jobs=3")
-    assert line[19] == "." and line[23] == "Z"  # UTC, with milliseconds  # noqa: PT018
+    assert line[19] == "." and line[23] == "Z"  # UTC, with milliseconds
 
 
 def test_json_lines_hold_the_fields_and_the_traceback(
