@@ -5,9 +5,9 @@
     plan = sampler.plan([3, 0, 5])               # whenever the set of rows changes
     sampled = sampler.sample(logits, plan)       # every step; logits[1] is the row in slot 0
 
-A step is a fixed number of tensor operations however many rows there are, and all-greedy batches
-take only four. What a row draws depends on its logits, its seed and its position alone: the noise
-is a hash of (seed, position), not the state of a generator that the rows share.
+A step has no Python per row, and rows that are greedy cost one pass over their logits. What a row
+draws depends on its logits, its seed and its position alone: the noise is a hash of (seed,
+position), not the state of a generator that the rows share.
 
 Order of operations, as in vLLM: repetition, frequency and presence penalty, temperature, min_p,
 top_k, top_p. Log probabilities are those of the model, before all of these.
@@ -16,7 +16,7 @@ top_k, top_p. Log probabilities are those of the model, before all of these.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Final
@@ -39,28 +39,29 @@ _BLOCK: Final = 256  # torch searches an index along a row slowly; maxima of blo
 class Plan:
     """What the rows of a step need, as index tensors. Valid until a row joins or leaves.
 
-    `random`, `penalised` and `scored` are places in the batch; `*_slots` the slots behind them.
+    `random`, `penalised` and `scored` are places in the batch, `*_slots` the slots behind them;
+    `free`, `in_nucleus` and `in_top_k` are places within `random`.
     """
 
-    num_rows: int
     random: Tensor
     random_slots: Tensor
-    temperature: Tensor
-    has_min_p: bool
-    min_p: Tensor
-    top_p: Tensor
-    top_k: Tensor
     seed: Tensor
-    max_top_k: int
-    free: Tensor  #: places within `random` with neither top_k nor top_p
-    in_nucleus: Tensor  #: those with top_p alone
-    in_top_k: Tensor  #: those with top_k, and maybe top_p
+    top_k: Tensor
+    free: Tensor  #: neither top_k nor top_p
+    in_nucleus: Tensor  #: top_p alone
+    in_top_k: Tensor  #: top_k, and maybe top_p
     penalised: Tensor
     penalised_slots: Tensor
+    scored: Tensor
+    temperature: Tensor
+    min_p: Tensor
+    top_p: Tensor
     repetition: Tensor
     frequency: Tensor
     presence: Tensor
-    scored: list[tuple[int, int]]  #: (place, how many likeliest tokens)
+    has_min_p: bool
+    max_top_k: int
+    num_top: list[tuple[int, int]]  #: (place, how many likeliest tokens) of the scored rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,7 @@ class Sampled:
     """
 
     tokens: Tensor
-    scored: list[tuple[int, int]]
+    num_top: Seq[tuple[int, int]] = ()  #: (place, how many likeliest tokens) of the scored rows
     logprob: Tensor | None = None  #: [scored] of the chosen tokens
     top_ids: Tensor | None = None  #: [scored, k]
     top_logprobs: Tensor | None = None  #: [scored, k]
@@ -86,7 +87,7 @@ class Sampled:
             row: TokenLogprob(
                 chosen[row], logprobs[i], tuple(zip(ids[i][:k], values[i][:k], strict=True))
             )
-            for i, (row, k) in enumerate(self.scored)
+            for i, (row, k) in enumerate(self.num_top)
         }
 
 
@@ -127,30 +128,35 @@ class RowSampler:
         """Sort the rows by what they need. `slots[i]` is the slot of the i-th row of the logits."""
         rows = [(place, slot, self._of(slot)) for place, slot in enumerate(slots)]
         drawn = [row for row in rows if row[2].temperature >= GREEDY_BELOW]
-        kinds = [params for _, _, params in drawn]
         penalised = [row for row in rows if _has_penalty(row[2])]
+        num_top = [(place, p.logprobs) for place, _, p in rows if p.logprobs is not None]
+        top_k = [min(p.top_k, self.vocab_size) for _, _, p in drawn]
+        ints = {
+            "random": [place for place, _, _ in drawn],
+            "random_slots": [slot for _, slot, _ in drawn],
+            "seed": [self._seeds[slot] for _, slot, _ in drawn],
+            "top_k": top_k,
+            "free": [i for i, (_, _, p) in enumerate(drawn) if not p.top_k and p.top_p == 1],
+            "in_nucleus": [i for i, (_, _, p) in enumerate(drawn) if not p.top_k and p.top_p < 1],
+            "in_top_k": [i for i, k in enumerate(top_k) if k],
+            "penalised": [place for place, _, _ in penalised],
+            "penalised_slots": [slot for _, slot, _ in penalised],
+            "scored": [place for place, _ in num_top],
+        }
+        columns = {
+            "temperature": [p.temperature for _, _, p in drawn],
+            "min_p": [p.min_p for _, _, p in drawn],
+            "top_p": [p.top_p for _, _, p in drawn],
+            "repetition": [p.repetition_penalty for _, _, p in penalised],
+            "frequency": [p.frequency_penalty for _, _, p in penalised],
+            "presence": [p.presence_penalty for _, _, p in penalised],
+        }
         return Plan(
-            num_rows=len(rows),
-            random=self._ints([place for place, _, _ in drawn]),
-            random_slots=self._ints([slot for _, slot, _ in drawn]),
-            temperature=self._column([params.temperature for _, _, params in drawn]),
-            has_min_p=any(params.min_p for _, _, params in drawn),
-            min_p=self._column([params.min_p for _, _, params in drawn]),
-            top_p=self._column([params.top_p for _, _, params in drawn]),
-            top_k=self._ints([min(params.top_k, self.vocab_size) for _, _, params in drawn]),
-            seed=self._ints([self._seeds[slot] for _, slot, _ in drawn]),
-            max_top_k=max((params.top_k for _, _, params in drawn), default=0),
-            free=self._ints([i for i, p in enumerate(kinds) if not p.top_k and p.top_p == 1]),
-            in_nucleus=self._ints([i for i, p in enumerate(kinds) if not p.top_k and p.top_p < 1]),
-            in_top_k=self._ints([i for i, p in enumerate(kinds) if p.top_k]),
-            penalised=self._ints([place for place, _, _ in penalised]),
-            penalised_slots=self._ints([slot for _, slot, _ in penalised]),
-            repetition=self._column([params.repetition_penalty for _, _, params in penalised]),
-            frequency=self._column([params.frequency_penalty for _, _, params in penalised]),
-            presence=self._column([params.presence_penalty for _, _, params in penalised]),
-            scored=[
-                (place, params.logprobs) for place, _, params in rows if params.logprobs is not None
-            ],
+            **self._upload(ints, torch.int64),
+            **{name: each[:, None] for name, each in self._upload(columns, torch.float32).items()},
+            has_min_p=any(p.min_p for _, _, p in drawn),
+            max_top_k=max(top_k, default=0),
+            num_top=num_top,
         )
 
     def sample(self, logits: Tensor, plan: Plan) -> Sampled:
@@ -163,7 +169,7 @@ class RowSampler:
         tokens = torch.where(torch.isfinite(top), tokens, BAD_ROW)
         if len(plan.penalised):
             self._seen.add(plan.penalised_slots, tokens[plan.penalised].clamp(min=0))
-        return self._score(logits, tokens, plan) if plan.scored else Sampled(tokens, [])
+        return self._score(logits, tokens, plan) if plan.num_top else Sampled(tokens)
 
     def _draw(self, logits: Tensor, top: Tensor, plan: Plan) -> Tensor:
         """A token for each random row: [random, vocab] → [random]."""
@@ -181,7 +187,7 @@ class RowSampler:
                 _rows(weights, at), plan.top_p[at], seed[at], position[at]
             )
         if len(at := plan.in_top_k):
-            likeliest, ids = _rows(weights, at).topk(min(plan.max_top_k, self.vocab_size))
+            likeliest, ids = _rows(weights, at).topk(plan.max_top_k)
             noise = uniform(seed[at], position[at])
             places = _draw_in_top_k(likeliest, plan.top_k[at], plan.top_p[at], noise)
             tokens[at] = ids.gather(1, places[:, None])[:, 0]
@@ -197,11 +203,10 @@ class RowSampler:
         return logits.float().index_copy(0, plan.penalised, rows.scatter_(1, tokens, seen))
 
     def _score(self, logits: Tensor, tokens: Tensor, plan: Plan) -> Sampled:
-        rows = self._ints([row for row, _ in plan.scored])
-        logprobs = torch.log_softmax(logits[rows].float(), dim=-1)
-        chosen = logprobs.gather(1, tokens[rows].clamp(min=0)[:, None])[:, 0]
-        values, ids = logprobs.topk(min(max(k for _, k in plan.scored), self.vocab_size))
-        return Sampled(tokens, plan.scored, chosen, ids, values)
+        logprobs = torch.log_softmax(logits[plan.scored].float(), dim=-1)
+        chosen = logprobs.gather(1, tokens[plan.scored].clamp(min=0)[:, None])[:, 0]
+        values, ids = logprobs.topk(min(max(k for _, k in plan.num_top), self.vocab_size))
+        return Sampled(tokens, plan.num_top, chosen, ids, values)
 
     def _of(self, slot: int) -> SamplingParams:
         params = self._params[slot]
@@ -209,12 +214,11 @@ class RowSampler:
             raise LookupError(f"Nothing was put into slot {slot}.")
         return params
 
-    def _ints(self, values: Seq[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64).to(self.device, non_blocking=True)
-
-    def _column(self, values: Seq[float]) -> Tensor:
-        """[n, 1] float32, to be broadcast over the vocabulary."""
-        return torch.tensor(values).reshape(-1, 1).to(self.device, non_blocking=True)
+    def _upload(self, lists: Mapping[str, Seq[float]], dtype: torch.dtype) -> dict[str, Tensor]:
+        """A tensor for each list, with one copy to the device for all."""
+        flat = torch.tensor([value for each in lists.values() for value in each], dtype=dtype)
+        parts = torch.split(flat.to(self.device), [len(each) for each in lists.values()])
+        return dict(zip(lists, parts, strict=True))
 
 
 class _SeenTokens:
