@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -125,12 +126,11 @@ class System:
     def _checks(self) -> dict[str, Callable[[], bool]]:
         """The children, each with the question whether it is ready."""
         settings = self.settings
-        app = make_app(settings)
         return {
-            "api": lambda: _answers(f"{settings.api.url}/readyz"),
-            "worker": lambda: bool(app.control.ping(timeout=1, limit=1)),
+            "api": lambda: api_answers(settings),
+            "worker": lambda: worker_answers(settings),
             "rescue": lambda: rescue.is_alive(settings),
-            "flower": lambda: _answers(f"{settings.flower.url}/healthcheck"),
+            "flower": lambda: flower_answers(settings),
         }
 
     def _write_run_file(self, chosen: dict[tuple[str, str], Any]) -> None:
@@ -223,6 +223,23 @@ def _with(settings: Settings, chosen: dict[tuple[str, str], Any]) -> Settings:
         part = getattr(settings, section).model_copy(update={key: value})
         settings = settings.model_copy(update={section: part})
     return settings
+
+
+def api_answers(settings: Settings) -> bool:
+    """Whether the API on this machine can take jobs."""
+    return _answers(f"{settings.api.url}/readyz")
+
+
+def flower_answers(settings: Settings) -> bool:
+    return _answers(f"{settings.flower.url}/healthcheck")
+
+
+def worker_answers(settings: Settings) -> bool:
+    """Whether a worker on this machine takes messages, that is, has its models loaded."""
+    with make_app(settings) as app:
+        replies = app.control.ping(timeout=1)
+    here = socket.gethostname()
+    return any(name.endswith(f"@{here}") for reply in replies for name in reply)
 
 
 def _answers(url: str) -> bool:

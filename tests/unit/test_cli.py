@@ -68,9 +68,9 @@ class FakeApi:
 
 @pytest.fixture
 def api(monkeypatch: pytest.MonkeyPatch):
-    def answer(*jobs: Job | GristmillError) -> FakeApi:
-        fake = FakeApi(*jobs)
-        monkeypatch.setattr(cli, "_client", lambda: fake)
+    def answer(*answers: Job | GristmillError) -> FakeApi:
+        fake = FakeApi(*answers)
+        monkeypatch.setattr(jobs, "_client", lambda: fake)
         return fake
 
     return answer
