@@ -101,6 +101,7 @@ _CLAIM: Final = text("""
     WHERE state = 'running' AND attempt_id = new_attempt_id
 """)
 
+# Whether a worker may claim.
 _HAS_LEASE: Final = text(
     "SELECT EXISTS (SELECT FROM workers WHERE id = :worker_id AND lease_expires_at > now())"
 )

@@ -124,7 +124,12 @@ def downgrade(url: str, revision: str) -> str:
 
 
 def _run_alembic(url: str, move: Callable[[Config, str], None], revision: str) -> str:
-    engine = create_engine(psycopg_url(url), poolclass=NullPool, hide_parameters=True)
+    engine = create_engine(
+        psycopg_url(url),
+        poolclass=NullPool,
+        hide_parameters=True,
+        connect_args={"connect_timeout": 5, **KEEPALIVE},
+    )
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
     try:
