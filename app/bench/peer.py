@@ -1,0 +1,36 @@
+"""vLLM on the same requests. Runs in vLLM's own environment, so it imports nothing of ours.
+
+    python peer.py MODEL_FOLDER DTYPE
+Each line on standard input is a JSON list of [prompt token ids, answer length]; each is answered by
+a line {"peer": "vllm", "tokens": …, "seconds": …}.
+"""
+
+import json
+import sys
+import time
+
+ROWS = 64
+
+
+def main() -> None:
+    from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
+
+    folder, dtype = sys.argv[1:]
+    llm = LLM(model=folder, dtype=dtype, max_num_seqs=ROWS, max_model_len=8192, seed=0)
+    for line in sys.stdin:
+        work = json.loads(line)
+        llm.reset_prefix_cache()
+        prompts = [{"prompt_token_ids": prompt} for prompt, _ in work]
+        params = [
+            SamplingParams(temperature=0, max_tokens=length, ignore_eos=True, detokenize=False)
+            for _, length in work
+        ]
+        began = time.perf_counter()
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        seconds = time.perf_counter() - began
+        tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+        print(json.dumps({"peer": "vllm", "tokens": tokens, "seconds": seconds}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

