@@ -186,6 +186,15 @@ def flower_command(settings: Settings) -> tuple[list[str], dict[str, str]]:
     return command, {}
 
 
+def answering_workers(settings: Settings, timeout_s: float = 1.0) -> list[str]:
+    """Names, NAME@HOST, of the workers that answer within the time: their models are loaded.
+
+    Raises `Unavailable`.
+    """
+    with _redis_errors(), make_app(settings) as app:
+        return [name for reply in app.control.ping(timeout=timeout_s) for name in reply]
+
+
 _CELERY: Final = (sys.executable, "-m", "celery", "-A", "app.worker")
 
 

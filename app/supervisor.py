@@ -13,18 +13,15 @@ import os
 import re
 import shutil
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Self
 
-import httpx
-
-from app import rescue, run_file
-from app.broker import make_app
+from app import checks, run_file
 from app.config import Settings
 from app.config_file import Loaded
 from app.engines.models import prepare
@@ -39,6 +36,14 @@ MIN_BACKOFF_S: Final = 0.5
 MAX_BACKOFF_S: Final = 30.0
 STEADY_S: Final = 60.0
 """A part that ran for this long before it ended begins anew with the shortest backoff."""
+
+_CHECKS: Final[dict[str, Callable[[Settings], bool]]] = {
+    "api": checks.api_answers,
+    "worker": checks.worker_answers,
+    "rescue": checks.rescue_is_alive,
+    "flower": checks.flower_answers,
+}
+"""The children, each with the question whether it is ready."""
 
 Part = Child | EmbeddedPostgres | EmbeddedRedis
 
@@ -109,8 +114,7 @@ class System:
         return urls
 
     def _start_children(self, environment: dict[str, str]) -> None:
-        checks = self._checks()
-        for name in checks:
+        for name in _CHECKS:
             command = [sys.executable, "-m", "app.cli", name]
             child = Child(name, command, self._log_file(name), env=environment)
             self._watched.append(_Watched(child, time.monotonic()))
@@ -120,18 +124,8 @@ class System:
             child = log.child
             is_worker = child.name == "worker"
             limit_s = self.settings.worker.load_timeout_s if is_worker else START_TIMEOUT_S
-            child.wait_until(checks[child.name], limit_s)
+            child.wait_until(partial(_CHECKS[child.name], self.settings), limit_s)
             self._tell(f"{child.name} is ready.")
-
-    def _checks(self) -> dict[str, Callable[[], bool]]:
-        """The children, each with the question whether it is ready."""
-        settings = self.settings
-        return {
-            "api": lambda: api_answers(settings),
-            "worker": lambda: worker_answers(settings),
-            "rescue": lambda: rescue.is_alive(settings),
-            "flower": lambda: flower_answers(settings),
-        }
 
     def _write_run_file(self, chosen: dict[tuple[str, str], Any]) -> None:
         values = {".".join(key): value for key, value in chosen.items()}
@@ -223,30 +217,6 @@ def _with(settings: Settings, chosen: dict[tuple[str, str], Any]) -> Settings:
         part = getattr(settings, section).model_copy(update={key: value})
         settings = settings.model_copy(update={section: part})
     return settings
-
-
-def api_answers(settings: Settings) -> bool:
-    """Whether the API on this machine can take jobs."""
-    return _answers(f"{settings.api.url}/readyz")
-
-
-def flower_answers(settings: Settings) -> bool:
-    return _answers(f"{settings.flower.url}/healthcheck")
-
-
-def worker_answers(settings: Settings) -> bool:
-    """Whether a worker on this machine takes messages, that is, has its models loaded."""
-    with make_app(settings) as app:
-        replies = app.control.ping(timeout=1)
-    here = socket.gethostname()
-    return any(name.endswith(f"@{here}") for reply in replies for name in reply)
-
-
-def _answers(url: str) -> bool:
-    try:
-        return httpx.get(url, timeout=2, trust_env=False).is_success
-    except httpx.TransportError:
-        return False
 
 
 @contextlib.contextmanager

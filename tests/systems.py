@@ -43,15 +43,20 @@ _FILES = {
 }
 
 
+def write_stub_config(folder: Path) -> Path:
+    """Settings, models and prices in a folder; the path of the settings."""
+    for name, text in _FILES.items():
+        (folder / name).write_text(text.replace("{folder}", str(folder)))
+    return folder / "settings.toml"
+
+
 class Up:
     """A `gristmill up` process with files of its own; other commands find it through `config`."""
 
     def __init__(self, folder: Path, more_settings: str = "") -> None:
-        self.config = folder / "settings.toml"
+        self.config = write_stub_config(folder)
         self.cache_dir = folder / "the cache"
         self._output = folder / "up.out"
-        for name, text in _FILES.items():
-            (folder / name).write_text(text.replace("{folder}", str(folder)))
         with self.config.open("a") as settings:
             settings.write(more_settings)
         with self._output.open("wb") as output:

@@ -19,6 +19,7 @@ from app.cli.terminal import (
     load_settings,
     out,
     print_json,
+    tell,
 )
 from app.client import Client, Job
 from app.errors import GristmillError

@@ -56,7 +56,7 @@ check_option = click.option(
 def api(check: bool) -> None:
     """Serve the HTTP API."""
     if check:
-        from app.supervisor import api_answers
+        from app.checks import api_answers
 
         _answer(api_answers(load_settings().settings))
     from app.api.app import serve
@@ -70,12 +70,12 @@ def api(check: bool) -> None:
 @check_option
 def worker(models: tuple[str, ...], device: str | None, check: bool) -> None:
     """Run models: a Celery worker with Gristmill's pool."""
-    from app.broker import worker_command
-
     if check:
-        from app.supervisor import worker_answers
+        from app.checks import worker_answers
 
         _answer(worker_answers(load_settings().connected()))
+    from app.broker import worker_command
+
     if models:
         os.environ["GRISTMILL_WORKER__MODELS"] = ",".join(models)
     if device:
@@ -87,11 +87,13 @@ def worker(models: tuple[str, ...], device: str | None, check: bool) -> None:
 @check_option
 def rescue(check: bool) -> None:
     """Bring back what was lost: leases that ran out, messages that vanished, deadlines."""
-    from app import rescue as rescue_process
-
     if check:
-        _answer(rescue_process.is_alive(load_settings().settings))
-    rescue_process.serve(load_settings().connected())
+        from app.checks import rescue_is_alive
+
+        _answer(rescue_is_alive(load_settings().settings))
+    from app.rescue import serve
+
+    serve(load_settings().connected())
 
 
 @click.command()
@@ -99,7 +101,7 @@ def rescue(check: bool) -> None:
 def flower(check: bool) -> None:
     """Watch the queue in a browser."""
     if check:
-        from app.supervisor import flower_answers
+        from app.checks import flower_answers
 
         _answer(flower_answers(load_settings().settings))
     from app.broker import flower_command

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from app import cli
+from app.cli import jobs
 from app.client import Job, JobFailed
 from app.errors import (
     ConfigError,
