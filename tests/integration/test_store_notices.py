@@ -43,10 +43,12 @@ class Listener:
 @pytest.fixture
 def listener(database_url: str) -> Iterator[Listener]:
     listener = Listener(database_url)
-    assert {listener.next(), listener.next()} == {Notice(DONE, None), Notice(CANCEL, None)}
-    yield listener
-    listener.stop.set()
-    listener.thread.join(timeout=10)
+    try:
+        assert {listener.next(), listener.next()} == {Notice(DONE, None), Notice(CANCEL, None)}
+        yield listener
+    finally:
+        listener.stop.set()
+        listener.thread.join(timeout=10)
     assert not listener.thread.is_alive()
 
 
