@@ -150,24 +150,33 @@ def mark_enqueued(connection: Connection, ids: Sequence[UUID]) -> None:
         connection.execute(_MARK_ENQUEUED, {"ids": list(ids)})
 
 
+_NEW_IS_DUE: Final = "coalesce(not_before, now()) <= now()"
+
+# A job that is not due is nobody's: its message is acknowledged, and rescue sends one in time.
+_NOTE_RECEIVED: Final = """
+    received_by = CASE WHEN jobs.state = 'queued' AND jobs.not_before <= now()
+        THEN CAST(:worker_id AS uuid) ELSE jobs.received_by END,
+    enqueued_at = CASE WHEN jobs.state = 'queued' AND jobs.not_before > now()
+        THEN NULL ELSE coalesce(jobs.enqueued_at, now()) END
+"""
+
 # Register messages that reached a worker. Inserting on conflict locks the row and sees it as it
 # is now, whoever else writes it at this moment; a plain select would miss a row being inserted.
 _RECEIVE: Final = text(f"""
     WITH brought AS (
-        {_INSERT.format(received_by="CAST(:worker_id AS uuid)", enqueued_at="now()")}
-        ON CONFLICT (id) DO UPDATE SET
-            received_by = CASE jobs.state
-                WHEN 'queued' THEN excluded.received_by ELSE jobs.received_by END,
-            enqueued_at = coalesce(jobs.enqueued_at, now())
+        {
+    _INSERT.format(
+        received_by=f"CASE WHEN {_NEW_IS_DUE} THEN CAST(:worker_id AS uuid) END",
+        enqueued_at=f"CASE WHEN {_NEW_IS_DUE} THEN now() END",
+    )
+}
+        ON CONFLICT (id) DO UPDATE SET {_NOTE_RECEIVED}
         RETURNING jobs.*
     ), known AS MATERIALIZED (
         SELECT job.id FROM unnest(CAST(:ids AS uuid[])) AS given(id)
         CROSS JOIN LATERAL (SELECT * FROM jobs WHERE id = given.id FOR NO KEY UPDATE) AS job
     ), woken AS (
-        UPDATE jobs SET
-            received_by = CASE state
-                WHEN 'queued' THEN CAST(:worker_id AS uuid) ELSE received_by END,
-            enqueued_at = coalesce(enqueued_at, now())
+        UPDATE jobs SET {_NOTE_RECEIVED}
         FROM known WHERE jobs.id = known.id
         RETURNING jobs.*
     )

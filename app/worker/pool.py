@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable
 from typing import Any, Final
+from uuid import UUID
 from weakref import WeakValueDictionary
 
 from celery import signals
@@ -100,6 +101,7 @@ class EnginePool(BasePool):  # type: ignore[misc]
             time_out=timeout_callback,
             time_limit_s=timeout,
             detach=self.terminate_job,
+            revoke=self._revoke,
         )
         self._tickets[ticket.slot] = ticket
         self._parts.runner.post(ticket)
@@ -119,7 +121,11 @@ class EnginePool(BasePool):  # type: ignore[misc]
             ticket.detached = True
 
     def _revoked(self, request: Any = None, **_: Any) -> None:
-        self._parts.runner.post(Revoked(job_id_of(request.id)))
+        """Celery's signal; it comes after terminate_job, and before a job is even received."""
+        self._revoke(job_id_of(request.id))
+
+    def _revoke(self, job_id: UUID) -> None:
+        self._parts.runner.post(Revoked(job_id))
 
     def flush(self) -> None:
         """The broker connection is lost: unacknowledged messages will come again."""

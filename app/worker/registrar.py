@@ -128,11 +128,8 @@ class Registrar:
         if row is None:
             self.refuse(_no_row(each.ticket))
             return None
-        if row.state is not JobState.QUEUED or job_id in known or job_id in new:
-            each.ticket.dropped()
-            return None
-        if not row.is_due:
-            self.give_back(job_id)
+        is_old = row.state is not JobState.QUEUED or job_id in known or job_id in new
+        if is_old or not row.is_due:
             each.ticket.dropped()
             return None
         if row.model not in self._served:

@@ -33,6 +33,7 @@ class Ticket:
         "_detach",
         "_end",
         "_is_started",
+        "_revoke",
         "_time_out",
         "arrival",
         "detached",
@@ -50,21 +51,26 @@ class Ticket:
         time_out: Callable[[bool, float], object],
         time_limit_s: float | None,
         detach: Callable[[int], object],
+        revoke: Callable[[UUID], object],
     ) -> None:
         self.slot = slot
         self.arrival = arrival
         self.time_limit_s = time_limit_s
         self.detached = False
         self._is_started = False
-        self._accept, self._end, self._time_out, self._detach = accept, end, time_out, detach
+        self._accept, self._end, self._time_out = accept, end, time_out
+        self._detach, self._revoke = detach, revoke
 
     @property
     def job_id(self) -> UUID:
         return self.arrival.job_id
 
     def terminate(self, signum: int) -> None:
-        """Celery's second way to say terminate_job; see `EnginePool.terminate_job`."""
-        self._detach(self.slot)
+        """Celery terminates this request. If it has not started, it waits for us to say more."""
+        if self._is_started:
+            self._detach(self.slot)
+        else:
+            self._revoke(self.job_id)
 
     def started(self) -> None:
         """The job's batch begins: Flower counts its runtime and Celery its time limit from here."""

@@ -307,7 +307,7 @@ def upgrade() -> None:
         Column("state", Text, nullable=False, comment="Final state of the job."),
         Column("attempt_id", Uuid, comment="Attempt that ended it; null if it never ran."),
         Column("batch_id", Uuid, comment="Admission batch of that attempt."),
-        Column("batch_size", Integer, comment="Sequences that ran beside it, itself included."),
+        Column("batch_size", Integer, comment="Jobs that were claimed with it, itself included."),
         Column("response", JSONB, comment="Body of the answer, whole or partial, if any."),
         Column("error_code", Text, comment="Stable code, see app.errors; null if it completed."),
         Column(

@@ -152,6 +152,25 @@ def test_a_revoked_running_job_ends_as_cancelled_and_frees_its_place(
     assert ended(config, [send(producer, "next")])
 
 
+def test_a_revoked_job_that_waits_for_its_batch_never_runs_and_is_acknowledged(
+    config: Settings, worker: Worker, producer: Celery
+) -> None:
+    running = send(producer, "sleep 3000")
+    eventually(
+        lambda: rows(config, "SELECT FROM jobs WHERE id = %s AND state = 'running'", running)
+    )
+    waiting = send(producer, "never")
+    eventually(lambda: rows(config, "SELECT FROM jobs WHERE id = %s", waiting))
+
+    producer.control.revoke(waiting, terminate=True)
+
+    row = ended(config, [waiting])[waiting]
+    assert (row["state"], row["attempt_id"]) == ("cancelled", None)
+    ended(config, [running])
+    with redis.Redis.from_url(config.broker.url) as client:
+        eventually(lambda: client.hlen("unacked") == 0)
+
+
 def test_a_cancel_in_the_database_reaches_a_running_job_at_once(
     config: Settings, worker: Worker, producer: Celery
 ) -> None:
