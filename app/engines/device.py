@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,17 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def use_threads(threads: int) -> None:
     """Threads of CPU operators in this process; 0 takes the cores that the process may use."""
-    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(threads or given_cores())
+
+
+def given_cores(quota_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Cores that the process is allowed: by affinity, and by the quota of a container."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = quota_file.read_text().split()
+    except OSError:
+        return cores
+    return cores if quota == "max" else min(cores, math.ceil(int(quota) / int(period)))
 
 
 def load_model(auto_class: Any, folder: Path, dtype: str, device: torch.device) -> PreTrainedModel:

@@ -251,6 +251,7 @@ def test_counting_tokens_loads_neither_torch_nor_transformers(folder: Path) -> N
 import sys
 from pathlib import Path
 from app.config import ModelSettings
+from app.engines import registry
 from app.engines.catalog import load_catalog
 from app.engines.tokenizer import load_tokenizer
 settings = ModelSettings(source="x", kind="generate", engine="generate")
