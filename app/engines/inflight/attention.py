@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, Self
 
 import numpy as np
 import torch
@@ -119,7 +119,7 @@ def pack(segments: Seq[Segment], tables: np.ndarray) -> Packed:
 
 
 @dataclass(frozen=True, slots=True)
-class _Group:
+class Group:
     """Segments of equal length that are attended to together."""
 
     tokens: Tensor  #: [segments, length] their tokens
@@ -130,16 +130,24 @@ class _Group:
 class PortableStep:
     """Attention in plain torch operations, on any device: gathers each sequence's blocks."""
 
-    def __init__(self, cache: KVCache, packed: Packed, tables: np.ndarray) -> None:
+    def __init__(self, cache: KVCache, blocks: Tensor, places: Tensor, groups: Seq[Group]) -> None:
+        """`blocks` and `places`, [tokens] each, say where the cache keeps each token."""
         self._cache = cache
+        self._blocks = blocks
+        self._places = places
+        self._groups = groups
+
+    @classmethod
+    def of(cls, cache: KVCache, packed: Packed, tables: np.ndarray) -> Self:
         device = cache.keys[0].device
-        self._blocks = torch.from_numpy(packed.slots // BLOCK).to(device)
-        self._places = torch.from_numpy(packed.slots % BLOCK).to(device)
-        self._groups = [
+        blocks, places = (torch.from_numpy(x).to(device) for x in np.divmod(packed.slots, BLOCK))
+        lengths = packed.segments[:, 2]
+        groups = [
             _group(part, tables, device)
-            for count in np.unique(packed.segments[:, 2])
-            for part in _halves(packed.segments[packed.segments[:, 2] == count])
+            for length in np.unique(lengths)
+            for part in _by_width(packed.segments[lengths == length])
         ]
+        return cls(cache, blocks, places, groups)
 
     def attend(
         self,
@@ -179,21 +187,20 @@ class PortableStep:
         return out
 
 
-def _halves(segments: np.ndarray) -> list[np.ndarray]:
-    """Segments of equal length, short contexts apart from long ones, to gather few blocks."""
-    order = segments[np.argsort(segments[:, 3], kind="stable")]
-    widths = np.log2(blocks_for(1) + (order[:, 3] + order[:, 2]) // BLOCK).astype(int)
-    return [order[widths == width] for width in np.unique(widths)]
+def _by_width(segments: np.ndarray) -> list[np.ndarray]:
+    """Short contexts apart from long ones, so that few blocks are gathered for nothing."""
+    widths = np.log2(1 + (segments[:, 3] + segments[:, 2]) // BLOCK).astype(int)
+    return [segments[widths == width] for width in np.unique(widths)]
 
 
-def _group(segments: np.ndarray, tables: np.ndarray, device: torch.device) -> _Group:
+def _group(segments: np.ndarray, tables: np.ndarray, device: torch.device) -> Group:
     steps = np.arange(segments[0, 2])
     width = blocks_for(int((segments[:, 2] + segments[:, 3]).max()))
 
     def put(array: np.ndarray) -> Tensor:
         return torch.from_numpy(array.astype(np.int64)).to(device)
 
-    return _Group(
+    return Group(
         tokens=put(segments[:, 1:2] + steps),
         tables=put(tables[segments[:, 0], :width]),
         positions=put(segments[:, 3:4] + steps),

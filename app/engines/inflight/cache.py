@@ -33,10 +33,10 @@ class KVCache:
     def __init__(
         self, layers: Seq[LayerShape], num_blocks: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.num_blocks = num_blocks
+        self.scrap = num_blocks  #: one block more, for what nobody reads
 
         def room(*shape: int) -> Tensor:
-            return torch.empty(num_blocks, *shape, dtype=dtype, device=device)
+            return torch.empty(num_blocks + 1, *shape, dtype=dtype, device=device)
 
         self.keys = [room(layer.kv_heads, layer.dim, BLOCK) for layer in layers]
         self.values = [room(layer.kv_heads, BLOCK, layer.dim) for layer in layers]

@@ -11,6 +11,7 @@ from typing import Final
 
 import psutil
 import torch
+from torch import Tensor
 
 from app.config import ModelSettings
 from app.costs import share
@@ -18,7 +19,9 @@ from app.engines.base import NOT_FINITE, Generation, Progress, Sequence, StepSta
 from app.engines.device import pick_device, ran_out_of_memory, use_threads
 from app.engines.inflight import native
 from app.engines.inflight.attention import Packed, PortableStep, Step, pack
+from app.engines.inflight.budget import PromptBudget
 from app.engines.inflight.cache import BLOCK, KVCache, LayerShape, blocks_for
+from app.engines.inflight.graphs import DecodeGraphs
 from app.engines.inflight.loading import load_decoder, run
 from app.engines.inflight.scheduler import Row, Scheduler, Segment
 from app.engines.sampling import BAD_ROW, Plan, RowSampler, Sampled
@@ -39,7 +42,8 @@ class Options:
 
     cache_tokens: int = 0  #: size of the KV cache; 0 takes cache_share of the free memory
     cache_share: float = 0.0  #: 0 takes 0.25 of free host memory or 0.9 of free device memory
-    prefill_tokens: int = 0  #: most prompt tokens of a step; 0 takes 256 on a CPU, else 2048
+    stall_ms: float = 200.0  #: about the longest step that prompts may cause
+    prefill_tokens: int = 0  #: prompt tokens of a step, if not by stall_ms
 
     @classmethod
     def of(cls, settings: ModelSettings) -> Options:
@@ -70,12 +74,11 @@ class InflightEngine:
         num_blocks = min(_num_blocks(options, layers, self._model.dtype, self._device), enough)
         cache = KVCache(layers, num_blocks, self._model.dtype, self._device)
         self._cache, self._kernel = cache, native.load(cache)
+        self._graphs = DecodeGraphs(self._model, cache) if self._device.type == "cuda" else None
         self._scheduler = Scheduler(num_rows, num_blocks, self._context_tokens)
         self._sampler = RowSampler(num_rows, self._tokenizer.vocab_size, self._device)
         self._sampling: tuple[list[Row], Plan] | None = None  # of the last step, while rows last
-        self._prefill_tokens = options.prefill_tokens or (
-            256 if self._device.type == "cpu" else 2048
-        )
+        self._budget = PromptBudget(options.stall_ms, options.prefill_tokens)
         self._progress = progress
         self._rows: dict[int, Row] = {}
         self._arrivals = itertools.count()
@@ -105,7 +108,7 @@ class InflightEngine:
         began = time.monotonic_ns()
         finished, self._refused = self._refused, []
         finished += self._drop_cancelled()
-        schedule = self._scheduler.schedule(self._prefill_tokens)
+        schedule = self._scheduler.schedule(self._budget.tokens)
         if not schedule.segments:
             return finished
         if schedule.copies:
@@ -138,7 +141,7 @@ class InflightEngine:
 
     def close(self) -> None:
         self._rows.clear()
-        del self._model, self._cache, self._kernel
+        del self._model, self._cache, self._kernel, self._graphs
 
     def _check(self, sequence: Sequence) -> None:
         prompt, params = sequence.prompt_token_ids, sequence.params
@@ -192,13 +195,7 @@ class InflightEngine:
         packed = pack(segments, self._scheduler.tables)
         try:
             with torch.inference_mode():
-                logits = run(
-                    self._model,
-                    self._attention(packed),
-                    torch.from_numpy(packed.token_ids).to(self._device),
-                    torch.from_numpy(packed.positions).to(self._device),
-                    torch.from_numpy(packed.ends).to(self._device),
-                )
+                logits = self._logits(packed)
                 # A step of unfinished prompts alone has nothing to sample.
                 return self._sampler.sample(logits, self._plan(due)) if due else _NOTHING
         except (RuntimeError, MemoryError) as error:
@@ -207,11 +204,21 @@ class InflightEngine:
             self._drop_all()
             raise OutOfMemory from error
 
+    def _logits(self, packed: Packed) -> Tensor:
+        """[due rows, vocab]"""
+        if self._graphs is not None and self._graphs.fits(packed):
+            return self._graphs.run(packed, self._scheduler.tables)
+        token_ids, positions, ends = (
+            torch.from_numpy(array).to(self._device)
+            for array in (packed.token_ids, packed.positions, packed.ends)
+        )
+        return run(self._model, self._attention(packed), token_ids, positions, ends)
+
     def _attention(self, packed: Packed) -> Step:
         tables = self._scheduler.tables
         if self._kernel is not None:
             return native.NativeStep(self._kernel, packed, tables)
-        return PortableStep(self._cache, packed, tables)
+        return PortableStep.of(self._cache, packed, tables)
 
     def _plan(self, due: list[Row]) -> Plan:
         """How to sample; the last step's plan as long as nobody came or went."""
@@ -265,6 +272,7 @@ class InflightEngine:
 
     def _charge(self, segments: list[Segment], device_ns: int) -> None:
         """Share the step's time: fetching the weights equally, a row's own tokens to the row."""
+        self._budget.observe(sum(segment.count for segment in segments), device_ns)
         fixed = TOKENS_PER_FETCH[self._device.type]
         weights = [fixed + len(segments) * segment.count for segment in segments]
         for segment, part in zip(segments, share(device_ns, weights), strict=True):
