@@ -4,7 +4,7 @@ A sweep looks, in this order, for
 
     running jobs of workers whose lease is over      → queued again, or at their last state
     queued jobs whose message such a worker had      → to be sent again
-    jobs past their deadline                         → expired; running ones are cut short
+    queued jobs past their deadline                  → expired; running ones are their worker's
     jobs that are due and were never sent            → sent
     jobs whose message is missing in Redis           → sent again
 
@@ -42,6 +42,9 @@ MAX_PAGES: Final = 20
 MAX_SENT_AGAIN: Final = 2_000
 """Messages of one model in one sweep; their rows stay locked while they are sent."""
 
+COUNT_SHARE: Final = 20
+"""Counting the queue takes at most one part in so many of the time."""
+
 MAX_PAUSE_S: Final = 5.0
 """Longest pause between sweeps while Postgres or Redis is away."""
 
@@ -64,11 +67,13 @@ class Rescue:
     """Sweeps once per call. Not for several threads at once."""
 
     def __init__(self, settings: Settings, database: Database, publisher: Publisher) -> None:
+        self._sweep_s = settings.rescue.sweep_ms / 1000
         self._lost_after_s = settings.rescue.lost_after_s
         self._page = settings.rescue.page_size
         self._database = database
         self._publisher = publisher
         self._suspects: frozenset[UUID] = frozenset()
+        self._count_again_at = 0.0
 
     def sweep(self) -> SweepReport:
         """Do all there is to do, up to `MAX_PAGES` of each kind.
@@ -109,7 +114,7 @@ class Rescue:
 
     def _send_unsent(self) -> int:
         with self._database.begin() as connection:
-            wake_ups = rescue.unsent(connection, self._page)
+            wake_ups = rescue.unsent(connection, self._page, self._lost_after_s)
             self._publisher.send_many(map(_message, wake_ups))
             intake.mark_enqueued(connection, [wake_up.id for wake_up in wake_ups])
         return len(wake_ups)
@@ -121,6 +126,8 @@ class Rescue:
         is shorter than the number of jobs that should be in it: the oldest. A message that a worker
         has just taken is missing too, but not any more at the next sweep.
         """
+        if time.monotonic() < self._count_again_at:
+            return 0  # counting a million rows takes a while, so it waits for many times as long
         suspects: set[UUID] = set()
         sent = 0
         for model, missing in self._num_missing().items():
@@ -140,8 +147,11 @@ class Rescue:
 
     def _num_missing(self) -> dict[str, int]:
         """By how much each model's queue is shorter than it should be; only those that are."""
+        began = time.monotonic()
         with self._database.begin() as connection:
             expected = rescue.count_unreceived(connection)
+        pause_s = COUNT_SHARE * (time.monotonic() - began)
+        self._count_again_at = began + pause_s if pause_s > self._sweep_s else 0.0
         if not expected:
             return {}
         lengths = self._publisher.queue_lengths(expected)

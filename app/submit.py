@@ -16,7 +16,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Annotated, Any, Final
 from uuid import UUID, uuid4
 
@@ -33,9 +32,8 @@ from pydantic import (
 
 from app import requests
 from app.broker import Message, Publisher
-from app.config import ModelSettings, Settings
-from app.engines import models
-from app.engines.tokenizer import Tokenizer, load_tokenizer
+from app.config import Settings
+from app.engines.catalog import CatalogModel
 from app.errors import (
     DeadlinePassed,
     GristmillError,
@@ -63,7 +61,9 @@ PAGE_SIZE: Final = 1_000
 """Messages that are sent, and marked as sent, at once."""
 
 COUNT_EVERY_S: Final = 1.0
-"""How old the count of queued jobs may be that is held against the limit."""
+"""How old the count of queued jobs may be that is held against the limit, unless counting is slow:
+a million rows take a while, so it has at most one part in `COUNT_SHARE` of the time."""
+COUNT_SHARE: Final = 20
 
 
 def _only_text(value: object) -> object:
@@ -153,31 +153,11 @@ def parse_submission(value: object) -> Submission:
 
 
 @dataclass(frozen=True, slots=True)
-class ServedModel:
-    """A model that requests may name, with what it takes to count their tokens."""
-
-    settings: ModelSettings
-    tokenizer: Tokenizer
-
-
-@dataclass(frozen=True, slots=True)
 class Submitted:
     """The job of a submission; not `created` if its Idempotency-Key had brought it before."""
 
     job_id: UUID
     created: bool
-
-
-def load_models(settings: Settings) -> dict[str, ServedModel]:
-    """Every configured model, by name; converts or fetches what is not there yet.
-
-    Raises `ConfigError` if a model's files are missing or unfit.
-    """
-    cache_dir = Path(settings.cache_dir)
-    return {
-        name: ServedModel(model, load_tokenizer(models.prepare(name, model, cache_dir), model))
-        for name, model in settings.models.items()
-    }
 
 
 class Submitter:
@@ -188,7 +168,7 @@ class Submitter:
         settings: Settings,
         database: Database,
         publisher: Publisher,
-        served: dict[str, ServedModel],
+        served: dict[str, CatalogModel],
     ) -> None:
         self._settings = settings
         self._database = database
@@ -299,8 +279,11 @@ class Admission:
     def admit(self, num_jobs: int) -> None:
         """Raises `QueueFull` if there is no room for so many more."""
         if self._is_count_due():
+            began = time.monotonic()
             with self._database.begin() as connection:
                 self._num_queued = intake.count_queued(connection)
+            took_s = time.monotonic() - began
+            self._count_again_at = max(self._count_again_at, began + COUNT_SHARE * took_s)
         with self._lock:
             if self._num_queued + num_jobs > self._max_queued_jobs:
                 raise QueueFull(

@@ -15,7 +15,7 @@ from anyio import to_thread
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 
-from app import submit, telemetry
+from app import telemetry
 from app.api import health, jobs, models, openapi, problems
 from app.api.metrics import Metrics, SystemCollector
 from app.api.middleware import RequestScope
@@ -23,6 +23,7 @@ from app.api.services import Services
 from app.api.waiting import Waiters
 from app.broker import Publisher
 from app.config import Settings
+from app.engines.catalog import load_catalog
 from app.errors import ConfigError, Unavailable
 from app.store import notices
 from app.store.database import Database
@@ -66,7 +67,7 @@ def _services(settings: Settings) -> Services:
         lock_timeout_ms=settings.database.lock_timeout_ms,
     )
     publisher = Publisher(settings)
-    submitter = Submitter(settings, database, publisher, submit.load_models(settings))
+    submitter = Submitter(settings, database, publisher, load_catalog(settings))
     waiters = Waiters()
     metrics = Metrics()
     metrics.register(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 from uuid import UUID
@@ -53,6 +54,7 @@ def listen(url: str, channels: Sequence[str], stop: threading.Event) -> Iterator
                     yield Notice(channel, None)
                 while not stop.is_set():
                     for notify in connection.notifies(timeout=STOP_CHECK_S):
-                        yield Notice(notify.channel, UUID(notify.payload))
+                        with suppress(ValueError):  # anybody may notify, with any text
+                            yield Notice(notify.channel, UUID(notify.payload))
         except psycopg.OperationalError:
             stop.wait(RECONNECT_S)

@@ -110,16 +110,19 @@ def _wake_up(row: Row[Any]) -> WakeUp:
 _UNSENT: Final = text("""
     SELECT id, model, kind, priority FROM jobs
     WHERE state = 'queued' AND received_by IS NULL AND enqueued_at IS NULL
-        AND not_before <= now() AND created_at <= now() - :grace_s * interval '1 s'
+        AND not_before <= now()
+        AND (attempt > 0 OR not_before > created_at
+            OR created_at <= now() - :grace_s * interval '1 s')
     ORDER BY not_before LIMIT :page
     FOR NO KEY UPDATE SKIP LOCKED
 """)
 
 
-def unsent(connection: Connection, page: int, grace_s: float = 2.0) -> list[WakeUp]:
+def unsent(connection: Connection, page: int, grace_s: float) -> list[WakeUp]:
     """Due jobs without a message. Send them, then `intake.mark_enqueued` in this transaction.
 
-    Whoever just committed a job is about to send its message; `grace_s` is the time for that.
+    Whoever just committed a new job that is due is about to send its message; `grace_s` is the time
+    for that.
     """
     rows = connection.execute(_UNSENT, {"page": page, "grace_s": grace_s})
     return [_wake_up(row) for row in rows]

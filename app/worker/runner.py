@@ -232,12 +232,16 @@ class Runner(threading.Thread):
             self._registrar.give_back(job.id)
 
     def _watch_limits(self) -> None:
-        """Time limits, a stuck engine, and the end of the grace period."""
+        """Time limits, deadlines, a stuck engine, and the end of the grace period."""
         now_ns = time.monotonic_ns()
         for job in self._jobs.values():
+            if job.run is None:
+                continue
             limit_s = job.ticket.time_limit_s
-            if limit_s and job.run and now_ns - job.run.claimed_ns > limit_s * 1e9:
+            if limit_s and now_ns - job.run.claimed_ns > limit_s * 1e9:
                 self._cut_short(job, TIMED_OUT)
+            if job.deadline is not None and job.run.stamp(now_ns) > job.deadline:
+                self._cut_short(job, EXPIRED)
         if self._host.is_stuck():
             self._lose_engine(Broken("it made no progress"))
         if self._drain is not None and now_ns > self._drain.until_ns:
