@@ -46,7 +46,7 @@ def settings(make_settings: Callable[..., Settings], database_url: str, redis_ur
     return make_settings(
         database={"url": database_url},
         broker={"url": redis_url},
-        rescue={"page_size": 7, "lost_after_s": 10, "sweep_ms": 50},
+        rescue={"page_size": 7, "lost_after_s": 10, "sweep_ms": 500},
     )
 
 
