@@ -7,7 +7,7 @@ import os
 import sys
 from typing import Final
 
-BENCHES: Final = ("engine", "step")
+BENCHES: Final = ("engine", "step", "pipeline")
 
 
 def main() -> None:

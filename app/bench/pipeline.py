@@ -1,0 +1,121 @@
+"""The whole path against a bare loop: what the queue, the batches and the commits cost.
+
+The same prompts run twice a round, in turns: through HTTP, Redis, the worker and Postgres to the
+last committed result, and through the engine alone in a loop of this process. The ratio is the tax.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence as Seq
+from contextlib import ExitStack
+from statistics import median
+
+import httpx
+
+from app.bench.report import machine, print_json, print_table
+from app.bench.workloads import WORKLOADS, Request, make
+from app.client import Client
+from app.config import Settings
+from app.config_file import load
+from app.engines import registry
+from app.engines.base import Engine, Kind, SamplingParams, Sequence
+from app.engines.catalog import load_catalog
+from app.supervisor import System
+
+POLL_S = 0.05
+
+
+def main(arguments: Seq[str]) -> None:
+    options = _parser().parse_args(arguments)
+    with ExitStack() as held:
+        system = held.enter_context(System(load(), print))
+        settings = system.settings
+        model = settings.model_name(Kind.GENERATE, None)
+        entry = load_catalog(settings, [model])[model]
+        requests = make(options.workload, entry.tokenizer.encode_text, options.requests)
+        engine = registry.create(
+            entry.settings.engine,
+            entry.folder,
+            entry.settings,
+            device=settings.worker.device,
+            threads=settings.worker.threads,
+            progress=lambda: None,
+        )
+        warm_up = requests[:8]
+        _path(settings, warm_up), _bare(engine, warm_up)
+        path, bare = [], []
+        for number in range(options.rounds):
+            path.append(_path(settings, requests))
+            bare.append(_bare(engine, requests))
+            print(f"round {number + 1}: path {path[-1]:.2f} s, bare {bare[-1]:.2f} s", flush=True)
+    _print(options.workload, requests, path, bare)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m app.bench pipeline", description=__doc__)
+    parser.add_argument("--workload", choices=WORKLOADS, default="mixed")
+    parser.add_argument("--requests", type=int, default=160)
+    parser.add_argument("--rounds", type=int, default=3)
+    return parser
+
+
+def _path(settings: Settings, requests: Seq[Request]) -> float:
+    """Seconds from the submission of all to the commit of the last."""
+    bodies = [
+        {
+            "prompt": list(request.prompt),
+            "max_tokens": request.num_tokens,
+            "temperature": 0.0,
+            "ignore_eos": True,
+        }
+        for request in requests
+    ]
+    with Client(settings.api.url) as client, httpx.Client(base_url=settings.api.url) as http:
+        began = time.monotonic()
+        ids = client.submit_many([{"body": body} for body in bodies])
+        failed = [each for each in ids if isinstance(each, Exception)]
+        if failed:
+            raise failed[0]
+        while any(_open_jobs(http, state) for state in ("queued", "running")):
+            time.sleep(POLL_S)
+        return time.monotonic() - began
+
+
+def _open_jobs(http: httpx.Client, state: str) -> bool:
+    answer = http.get("/v1/jobs", params={"state": state, "limit": 1})
+    return bool(answer.raise_for_status().json()["data"])
+
+
+def _bare(engine: Engine, requests: Seq[Request]) -> float:
+    """Seconds of the engine alone, fed as fast as it has room."""
+    waiting = [
+        Sequence(
+            number,
+            request.prompt,
+            SamplingParams(request.num_tokens, temperature=0.0, ignore_eos=True),
+        )
+        for number, request in enumerate(requests)
+    ]
+    began = time.monotonic()
+    while waiting or engine.has_work:
+        rows = engine.free_rows
+        if waiting and rows:
+            engine.admit("bare", waiting[:rows])
+            del waiting[:rows]
+        engine.step()
+    return time.monotonic() - began
+
+
+def _print(workload: str, requests: Seq[Request], path: Seq[float], bare: Seq[float]) -> None:
+    tokens = sum(request.num_tokens for request in requests)
+    print(f"\n{machine()}\n{workload}: {len(requests)} requests, {tokens} output tokens\n")
+    rows = [
+        [name, f"{median(times):.2f}", f"{min(times):.2f}–{max(times):.2f}", f"{rate:.0f}"]
+        for name, times in (("HTTP → Redis → engine → commit", path), ("bare engine loop", bare))
+        for rate in [tokens / median(times)]
+    ]
+    print_table(["way", "seconds", "spread", "output tokens/s"], rows)
+    ratio = median(a / b for a, b in zip(path, bare, strict=True))
+    print_json("pipeline", {"path_over_bare": round(ratio, 3)}, workload=workload)
