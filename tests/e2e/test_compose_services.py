@@ -41,6 +41,7 @@ class Host:
             "GRISTMILL_CONFIG": str(write_stub_config(folder)),
             "GRISTMILL_API__PORT": str(free_port()),
             "GRISTMILL_FLOWER__PORT": str(free_port()),
+            "TMPDIR": str(folder),
             "REDIS_DIR": str(folder),
             "REDIS_PORT": str(free_port()),
         }
@@ -62,6 +63,7 @@ class Host:
                 env=self._environment(name),
                 stdout=output,
                 stderr=output,
+                start_new_session=True,
             ) as process,
         ):
             try:
@@ -75,6 +77,8 @@ class Host:
             finally:
                 process.terminate()
                 assert process.wait(30) in (0, -15), log.read_text()
+                with pytest.raises(ProcessLookupError):  # nor has it left a process behind
+                    os.killpg(process.pid, 0)
 
     def is_healthy(self, name: str) -> bool:
         kind, *command = self._services[name]["healthcheck"]["test"]
