@@ -280,8 +280,9 @@ class InflightEngine:
             row.generation.device_ns += part
             stats = self._stats.setdefault(row.batch_id, StepStats(row.batch_id))
             stats.rows += 1
-            stats.useful_tokens += segment.count
+            stats.useful_tokens += max(0, row.computed - max(segment.start, row.furthest))
             stats.padded_tokens += segment.count
+            row.furthest = max(row.computed, row.furthest)
             stats.device_ns += part
 
 

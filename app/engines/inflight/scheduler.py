@@ -31,6 +31,7 @@ class Row:
     generation: Generation
     output: Output
     tokens: list[int]  #: prompt and output so far
+    furthest: int = 0  #: tokens that were computed once; after a preemption some are again
     slot: int = -1  #: its place in the block table and in the sampler
     computed: int = 0  #: leading tokens that are in the cache
     blocks: list[int] = field(default_factory=list)
