@@ -50,6 +50,11 @@ class Options:
         unknown = settings.options.keys() - {field.name for field in dataclasses.fields(cls)}
         if unknown:
             raise ConfigError(f"The engine inflight has no option {', '.join(sorted(unknown))}.")
+        for name, value in settings.options.items():
+            if isinstance(value, str) or value < 0:
+                raise ConfigError(
+                    f"The option {name} of the engine inflight is a number from 0 on."
+                )
         return cls(**settings.options)  # type: ignore[arg-type]
 
 
@@ -82,7 +87,7 @@ class InflightEngine:
         self._progress = progress
         self._rows: dict[int, Row] = {}
         self._arrivals = itertools.count()
-        self._refused: list[Generation] = []
+        self._ended: list[Generation] = []  # to come back from the next step
         self._cancelled: set[int] = set()
         self._stats: dict[str, StepStats] = {}
 
@@ -97,7 +102,6 @@ class InflightEngine:
             try:
                 self._check(sequence)
             except RequestError as error:
-                self._refused.append(generation)
                 self._end(generation, FinishReason.ERROR, (error.code, error.message))
                 continue
             self._rows[sequence.id] = row = self._row(batch_id, sequence, generation)
@@ -106,11 +110,10 @@ class InflightEngine:
     def step(self) -> list[Generation]:
         """Compute the next tokens of all rows; the sequences that ended come back."""
         began = time.monotonic_ns()
-        finished, self._refused = self._refused, []
-        finished += self._drop_cancelled()
+        self._drop_cancelled()
         schedule = self._scheduler.schedule(self._budget.tokens)
         if not schedule.segments:
-            return finished
+            return self._take_ended()
         if schedule.copies:
             self._cache.copy(schedule.copies)
         for row in schedule.joined:
@@ -120,16 +123,16 @@ class InflightEngine:
         tokens = sampled.tokens.tolist()
         self._scheduler.advance(schedule.segments)
         self._charge(schedule.segments, time.monotonic_ns() - began)
-        finished += self._take(due, tokens, sampled)
+        self._give(due, tokens, sampled)
         self._progress()
-        return finished
+        return self._take_ended()
 
     def cancel(self, sequence_id: int) -> None:
         self._cancelled.add(sequence_id)
 
     @property
     def has_work(self) -> bool:
-        return bool(self._rows or self._refused)
+        return bool(self._rows or self._ended)
 
     @property
     def free_rows(self) -> int:
@@ -173,14 +176,16 @@ class InflightEngine:
             tokens=list(sequence.prompt_token_ids),
         )
 
-    def _drop_cancelled(self) -> list[Generation]:
-        dropped = []
+    def _take_ended(self) -> list[Generation]:
+        ended, self._ended = self._ended, []
+        return ended
+
+    def _drop_cancelled(self) -> None:
         for sequence_id in list(self._cancelled):
             row = self._rows.get(sequence_id)
             if row is not None:
                 self._cancelled.discard(sequence_id)
-                dropped.append(self._leave(row, FinishReason.CANCELLED))
-        return dropped
+                self._leave(row, FinishReason.CANCELLED)
 
     def _join(self, row: Row) -> None:
         """A row has a slot, for the first time or again."""
@@ -226,17 +231,17 @@ class InflightEngine:
             self._sampling = due, self._sampler.plan([row.slot for row in due])
         return self._sampling[1]
 
-    def _take(self, due: list[Row], tokens: list[int], sampled: Sampled) -> list[Generation]:
+    def _give(self, due: list[Row], tokens: list[int], sampled: Sampled) -> None:
         """Give each row its token; those that end with it leave."""
         now = time.monotonic_ns()
         for place, logprob in sampled.logprobs().items():
             if tokens[place] != BAD_ROW:
-                row = due[place]
-                row.generation.logprobs = [*(row.generation.logprobs or ()), logprob]
-        finished = []
+                generation = due[place].generation
+                generation.logprobs = generation.logprobs or []
+                generation.logprobs.append(logprob)
         for row, token in zip(due, tokens, strict=True):
             if token == BAD_ROW:
-                finished.append(self._leave(row, FinishReason.ERROR, NOT_FINITE))
+                self._leave(row, FinishReason.ERROR, NOT_FINITE)
                 continue
             self._scheduler.share(row)
             row.tokens.append(token)
@@ -244,22 +249,19 @@ class InflightEngine:
                 row.generation.first_token_ns = now
             reason = row.output.append(token)
             if reason is not None:
-                finished.append(self._leave(row, reason))
-        return finished
+                self._leave(row, reason)
 
-    def _leave(
-        self, row: Row, reason: FinishReason, error: tuple[str, str] | None = None
-    ) -> Generation:
+    def _leave(self, row: Row, reason: FinishReason, error: tuple[str, str] | None = None) -> None:
         self._scheduler.remove(row)
         del self._rows[row.sequence.id]
         generation = row.generation
         generation.token_ids, generation.text = row.output.token_ids, row.output.text
         self._end(generation, reason, error)
-        return generation
 
     def _end(
         self, generation: Generation, reason: FinishReason, error: tuple[str, str] | None = None
     ) -> None:
+        self._ended.append(generation)
         generation.finish_reason = reason
         generation.finished_ns = time.monotonic_ns()
         if error is not None:
