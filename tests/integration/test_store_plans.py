@@ -203,7 +203,7 @@ def test_cancelling(service: Service) -> None:
     [
         (partial(rescue.return_received, page=500), "jobs_received"),
         (partial(rescue.expire_deadlines, page=500), "jobs_deadline"),
-        (partial(rescue.unsent, page=500), "jobs_unsent"),
+        (partial(rescue.unsent, page=500, grace_s=10.0), "jobs_unsent"),
         (partial(rescue.overdue, model=MODEL, lost_after_s=10.0, page=500), "jobs_waiting"),
         (rescue.count_unreceived, "jobs_waiting"),
         (intake.count_queued, "jobs_waiting"),
