@@ -30,8 +30,10 @@ from app.store.database import migrate
 
 START_TIMEOUT_S: Final = 60.0
 """For api, rescue and flower; the worker has `worker.load_timeout_s`."""
-DRAIN_S: Final = 4.0
-"""At the end, time for the worker to finish what it runs. All parts are gone within 10 s."""
+DRAIN_S: Final = 3.5
+"""At the end, time for the worker to finish what it runs."""
+LEAVE_S: Final = 2.5
+"""Then, time for it to give the rest back. All parts are gone within 10 s."""
 MIN_BACKOFF_S: Final = 0.5
 MAX_BACKOFF_S: Final = 30.0
 STEADY_S: Final = 60.0
@@ -181,7 +183,7 @@ class System:
             parts = [watched.part for watched in self._watched]
             children = {part.name: part for part in parts if isinstance(part, Child)}
             if worker := children.pop("worker", None):
-                worker.stop(DRAIN_S + 1)
+                worker.stop(DRAIN_S + LEAVE_S)
             for child in children.values():
                 child.signal_stop()
             deadline = time.monotonic() + 2
