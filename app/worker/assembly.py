@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import socket
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID, uuid4
@@ -74,9 +74,7 @@ def assemble(settings: Settings, on_end: Callable[[], object]) -> Assembly:
         lock_timeout_ms=settings.database.lock_timeout_ms,
     )
     publisher = Publisher(settings)
-    limits: dict[Hashable, Limits] = {
-        name: Limits.of(model.settings) for name, model in catalog.items()
-    }
+    limits: dict[str, Limits] = {name: Limits.of(model.settings) for name, model in catalog.items()}
     runner = Runner(
         models=names,
         registrar=Registrar(

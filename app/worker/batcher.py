@@ -7,7 +7,8 @@ longest allowed output). It closes
     size    when it holds `max_batch_size` sequences, or the next one would not fit,
     tokens  when the next candidate would pass `max_batch_tokens`,
     wait    when its oldest member has waited `max_wait_ms`,
-    join    at once, if the engine is running and takes sequences between steps.
+    join    when its oldest member has waited `JOIN_WAIT_NS`, if the engine is running and takes
+            sequences between steps: those that come during one step then share a claim.
 
 What does not fit opens the next batch. Members go in by priority, then deadline, then age; a
 candidate that has been passed over for `STARVATION_WAITS` times its group's `max_wait_ms` goes
@@ -17,7 +18,7 @@ first whatever its priority, so nothing waits for ever.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 from uuid import UUID
@@ -27,6 +28,8 @@ from app.jobs import CloseReason
 
 STARVATION_WAITS: Final = 100
 STARVATION_FLOOR_NS: Final = 10_000_000_000
+JOIN_WAIT_NS: Final = 20_000_000
+"""Shorter than most steps, so that it costs a joining sequence next to nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,10 @@ class Limits:
     def of(cls, model: ModelSettings) -> Limits:
         return cls(model.max_batch_size, model.max_batch_tokens, int(model.max_wait_ms * 1e6))
 
+    def wait_ns(self, capacity: Capacity) -> int:
+        """How long the oldest member waits for company."""
+        return min(self.max_wait_ns, JOIN_WAIT_NS) if capacity.joins else self.max_wait_ns
+
     @property
     def starvation_ns(self) -> int:
         return max(self.max_wait_ns * STARVATION_WAITS, STARVATION_FLOOR_NS)
@@ -51,7 +58,7 @@ class Candidate:
     """A job that waits for a batch. Times are monotonic nanoseconds of the caller's clock."""
 
     job_id: UUID
-    group: Hashable
+    group: str
     num_sequences: int
     prompt_tokens: int  #: of its longest prompt
     max_new_tokens: int
@@ -70,7 +77,7 @@ class Capacity:
 
 @dataclass(frozen=True, slots=True)
 class ClosedBatch:
-    group: Hashable
+    group: str
     members: tuple[Candidate, ...]  #: in the order they were admitted
     reason: CloseReason
     wait_ns: int  #: of the oldest member
@@ -83,10 +90,10 @@ class ClosedBatch:
 class Batcher:
     """Owns every candidate between its registration and its batch."""
 
-    def __init__(self, limits: dict[Hashable, Limits]) -> None:
+    def __init__(self, limits: dict[str, Limits]) -> None:
         """`limits` has one entry per group key that candidates may carry."""
         self._limits = limits
-        self._waiting: dict[Hashable, dict[UUID, Candidate]] = {group: {} for group in limits}
+        self._waiting: dict[str, dict[UUID, Candidate]] = {group: {} for group in limits}
 
     def __len__(self) -> int:
         return sum(len(group) for group in self._waiting.values())
@@ -101,7 +108,7 @@ class Batcher:
                 return candidate
         return None
 
-    def close(self, group: Hashable, capacity: Capacity, now_ns: int) -> ClosedBatch | None:
+    def close(self, group: str, capacity: Capacity, now_ns: int) -> ClosedBatch | None:
         """The batch of this group that closes now, taken out of the waiting, or None."""
         limits, waiting = self._limits[group], self._waiting[group]
         if not waiting or capacity.free_rows < 1:
@@ -120,12 +127,12 @@ class Batcher:
         oldest = min(member.arrived_ns for member in members)
         return ClosedBatch(group, tuple(members), reason, now_ns - oldest)
 
-    def next_close_ns(self, groups: Iterable[Hashable]) -> int | None:
+    def next_close_ns(self, capacities: Mapping[str, Capacity]) -> int | None:
         """When the first of these groups closes by waiting, or None if nothing waits there."""
         times = [
             min(c.arrived_ns for c in self._waiting[group].values())
-            + self._limits[group].max_wait_ns
-            for group in groups
+            + self._limits[group].wait_ns(capacity)
+            for group, capacity in capacities.items()
             if self._waiting[group]
         ]
         return min(times, default=None)
@@ -161,6 +168,6 @@ def _fill(
 
 
 def _timely(wait_ns: int, limits: Limits, capacity: Capacity) -> CloseReason | None:
-    if wait_ns >= limits.max_wait_ns:
-        return CloseReason.WAIT
-    return CloseReason.JOIN if capacity.joins else None
+    if wait_ns < limits.wait_ns(capacity):
+        return None
+    return CloseReason.JOIN if capacity.joins else CloseReason.WAIT

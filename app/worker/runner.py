@@ -164,7 +164,7 @@ class Runner(threading.Thread):
             listened.append(self._host.connection.fileno())
         timeout_s = IDLE_WAIT_S
         paused_s = self._paused_until - now_ns / 1e9
-        closes_ns = self._batcher.next_close_ns(self._free_models())
+        closes_ns = self._batcher.next_close_ns(self._capacities())
         if paused_s > 0:
             timeout_s = paused_s
         elif closes_ns is not None:
@@ -293,8 +293,7 @@ class Runner(threading.Thread):
         if self._again and not self._host.busy:
             self._runs_apart = True
             self._hand_over(self._again.popleft())
-        for model in self._free_models():
-            capacity = Capacity(self._free_rows(model), self._host.joins(model))
+        for model, capacity in self._capacities().items():
             closed = self._batcher.close(model, capacity, time.monotonic_ns())
             if closed is not None:
                 jobs = [self._jobs[member.job_id] for member in closed.members]
@@ -302,14 +301,16 @@ class Runner(threading.Thread):
                     job.closed_ns = time.monotonic_ns()
                 self._claim(Batch(uuid4(), model, closed.reason, closed.wait_ns), jobs)
 
-    def _free_models(self) -> list[str]:
-        """Models whose engine takes sequences now."""
+    def _capacities(self) -> dict[str, Capacity]:
+        """What each model's engine would take now; models that take nothing are left out."""
         if self._drain is not None or self._again or self._runs_apart:
-            return []
-        return [model for model in self._models if self._free_rows(model) > 0]
-
-    def _free_rows(self, model: str) -> int:
-        return min(self._host.free_rows(model), self._row_caps.get(model, 1 << 30))
+            return {}
+        capacities: dict[str, Capacity] = {}
+        for model in self._models:
+            rows = min(self._host.free_rows(model), self._row_caps.get(model, 1 << 30))
+            if rows > 0:
+                capacities[model] = Capacity(rows, self._host.joins(model))
+        return capacities
 
     def _claim(self, batch: Batch, jobs: list[Job]) -> None:
         """Claim the members and run those that were granted.

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.jobs import CloseReason
-from app.worker.batcher import Batcher, Candidate, Capacity, Limits
+from app.worker.batcher import JOIN_WAIT_NS, Batcher, Candidate, Capacity, Limits
 
 MS = 1_000_000
 LIMITS = Limits(max_batch_size=4, max_batch_tokens=1_000, max_wait_ns=50 * MS)
@@ -49,7 +49,7 @@ def test_a_lone_candidate_waits_for_company_until_max_wait() -> None:
     waiting = batcher(candidate(arrived_ms=10))
 
     assert waiting.close("g", IDLE, now_ns=59 * MS) is None
-    assert waiting.next_close_ns(["g"]) == 60 * MS
+    assert waiting.next_close_ns({"g": IDLE}) == 60 * MS
     closed = waiting.close("g", IDLE, now_ns=60 * MS)
 
     assert closed is not None
@@ -77,13 +77,25 @@ def test_a_batch_closes_by_tokens_before_the_padded_size_passes_the_limit() -> N
     assert closed.members == (short,)
 
 
-def test_an_engine_that_joins_gets_candidates_without_waiting() -> None:
+def test_a_running_engine_gets_candidates_after_a_moment_and_not_after_the_whole_wait() -> None:
     waiting = batcher(candidate())
+    running = Capacity(free_rows=2, joins=True)
 
-    closed = waiting.close("g", Capacity(free_rows=1, joins=True), now_ns=0)
+    assert waiting.close("g", running, now_ns=JOIN_WAIT_NS - 1) is None
+    assert waiting.next_close_ns({"g": running}) == JOIN_WAIT_NS
+    closed = waiting.close("g", running, now_ns=JOIN_WAIT_NS)
 
     assert closed is not None
-    assert closed.reason in (CloseReason.JOIN, CloseReason.SIZE)
+    assert closed.reason is CloseReason.JOIN
+
+
+def test_a_running_engine_is_refilled_at_once_when_enough_wait_for_its_free_rows() -> None:
+    waiting = batcher(*(candidate() for _ in range(9)))
+
+    closed = waiting.close("g", Capacity(free_rows=2, joins=True), now_ns=0)
+
+    assert closed is not None
+    assert (len(closed.members), closed.reason) == (2, CloseReason.JOIN)
 
 
 def test_nothing_closes_while_the_engine_has_no_room() -> None:
