@@ -188,6 +188,7 @@ def serve(settings: Settings) -> None:
     try:
         _sweep_until(stop, Rescue(settings, database, publisher), settings, database)
     finally:
+        _alive_file(settings).unlink(missing_ok=True)
         publisher.close()
         database.close()
 
