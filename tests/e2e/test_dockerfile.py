@@ -71,7 +71,7 @@ class Image:
         for step in steps:
             if any(words in step for words in _NOT_HERE):
                 continue
-            done = self.run("sh", "-c", self._moved(step.strip()))
+            done = self.run("sh", "-c", self._moved(step.strip(), quote='"'))
             assert done.returncode == 0, f"{step}\n{done.stdout}\n{done.stderr}"
 
     def _copy(self, words: list[str]) -> None:
@@ -87,9 +87,13 @@ class Image:
                 place.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(ROOT / source, place)
 
-    def _moved(self, text: str) -> str:
-        """Absolute folders of the image, below the folder that stands for its root."""
-        return re.sub(r"(?<![\w/.])/(?=(venv|app|cache)\b)", f"{self._folder}/", text)
+    def _moved(self, text: str, quote: str = "") -> str:
+        """Absolute folders of the image, below the folder that stands for its root.
+
+        A shell wants it in quotes: the path of a checkout may have a space.
+        """
+        root = f"{quote}{self._folder}{quote}/"
+        return re.sub(r"(?<![\w/.])/(?=(venv|app|cache)\b)", lambda _: root, text)
 
     def _at(self, path: str) -> Path:
         return self._folder / path.lstrip("/")

@@ -112,7 +112,7 @@ def test_a_wrong_setting_names_file_and_line(gristmill, tmp_path: Path):
     code, _, err = gristmill("--config", str(file), "config", "show")
 
     assert code == 3
-    assert f"{file} line 2: api.prot is not a setting; did you mean port?" in err
+    assert f"{file.name} line 2: api.prot is not a setting; did you mean port?" in err
 
 
 def test_config_show_tells_where_a_value_comes_from(gristmill, monkeypatch: pytest.MonkeyPatch):
