@@ -173,6 +173,7 @@ def flower_command(settings: Settings) -> tuple[list[str], dict[str, str]]:
         "port": flower.port,
         "max_tasks": flower.max_tasks,
         "read_only": True,
+        "tasks_columns": "uuid,name,state,kwargs,result,received,runtime",
         "persistent": False,
         "purge_offline_workers": 3600,  # a worker has another name after each start
     }
