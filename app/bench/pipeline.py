@@ -12,8 +12,6 @@ from collections.abc import Sequence as Seq
 from contextlib import ExitStack
 from statistics import median
 
-import httpx
-
 from app.bench.report import machine, print_json, print_table
 from app.bench.workloads import WORKLOADS, Request, make
 from app.client import Client
@@ -22,9 +20,8 @@ from app.config_file import load
 from app.engines import registry
 from app.engines.base import Engine, Kind, SamplingParams, Sequence
 from app.engines.catalog import load_catalog
+from app.errors import GristmillError
 from app.supervisor import System
-
-POLL_S = 0.05
 
 
 def main(arguments: Seq[str]) -> None:
@@ -62,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _path(settings: Settings, requests: Seq[Request]) -> float:
-    """Seconds from the submission of all to the commit of the last."""
+    """Seconds from the submission of all to the answer to the last."""
     bodies = [
         {
             "prompt": list(request.prompt),
@@ -72,20 +69,13 @@ def _path(settings: Settings, requests: Seq[Request]) -> float:
         }
         for request in requests
     ]
-    with Client(settings.api.url) as client, httpx.Client(base_url=settings.api.url) as http:
+    with Client(settings.api.url) as client:
         began = time.monotonic()
-        ids = client.submit_many([{"body": body} for body in bodies])
-        failed = [each for each in ids if isinstance(each, Exception)]
-        if failed:
-            raise failed[0]
-        while any(_open_jobs(http, state) for state in ("queued", "running")):
-            time.sleep(POLL_S)
+        for job_id in client.submit_many([{"body": body} for body in bodies]):
+            if isinstance(job_id, GristmillError):
+                raise job_id
+            client.result(job_id)
         return time.monotonic() - began
-
-
-def _open_jobs(http: httpx.Client, state: str) -> bool:
-    answer = http.get("/v1/jobs", params={"state": state, "limit": 1})
-    return bool(answer.raise_for_status().json()["data"])
 
 
 def _bare(engine: Engine, requests: Seq[Request]) -> float:
