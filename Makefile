@@ -10,7 +10,7 @@ PIP := $(RUN) pip --quiet --disable-pip-version-check install
 LOCKED = $(shell cat pyproject.toml requirements/*.lock | cksum)
 export PYTEST_DEBUG_TEMPROOT := $(CURDIR)/.cache/tmp
 
-.PHONY: help setup install demo up test lint types unit integration e2e chaos bench lock clean
+.PHONY: help setup install demo up test lint types unit integration e2e bench lock clean
 
 help:  ## List what can be made
 	@sed -n 's/^\([a-z0-9 ]*\):.*##  */\1|/p' Makefile | while IFS='|' read -r name text; \
@@ -47,7 +47,7 @@ lint: setup  ## Style and the direction of imports
 types: setup  ## Types of the whole product
 	$(RUN) mypy
 
-unit integration e2e chaos: setup  ## Run one tier of the tests (chaos is not part of `make test`)
+unit integration e2e: setup  ## Run one tier of the tests
 	$(RUN) pytest tests/$@
 
 bench: setup  ## Measure the engine against its alternatives; takes minutes
