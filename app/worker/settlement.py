@@ -87,11 +87,11 @@ def summary(job: Job, record: Finished) -> str:
     """What Flower shows as the result: never text of the prompt or the answer."""
     return repr(
         {
-            "model": job.model,
+            "in": record.input_tokens,  # first what Flower's list has room for
+            "out": record.output_tokens,
             "batch": str(job.claimed_run.batch.id)[:8],
             "size": record.batch_size,
-            "in": record.input_tokens,
-            "out": record.output_tokens,
+            "model": job.model,
             "cost": f"{record.cost:f} {record.currency}",
         }
     )
