@@ -44,15 +44,16 @@ def share(total: int, weights: Sequence[int | Fraction]) -> list[int]:
 
 def decode_weights(
     contexts: Sequence[int], fixed: int = 1, per_row: int = 0, per_token: int = 0
-) -> list[Fraction]:
-    """What each row causes of one decode step, given the tokens of context of the rows in it.
+) -> list[int]:
+    """What each row causes of one decode step, times the number of rows in it.
 
-    With the set S of rows the step takes fixed + per_row·|S| + per_token·Σ context, and a row pays
-    fixed/|S| + per_row + per_token·context: fetching the weights is shared, computing a row and
-    reading its cache is not. A mate never raises a row's price. Only the ratio of the three
-    numbers matters; the bytes that each moves are a good measure on a device bound by memory.
+    With the set S of rows the step takes fixed + per_row·|S| + per_token·Σ tokens, and a row pays
+    fixed/|S| + per_row + per_token·tokens: fetching the weights is shared, computing a row and
+    reading its cache is not. A mate never raises a row's price. Only ratios matter, so everything
+    is times |S|: whole numbers, since this runs at every step.
     """
-    return [Fraction(fixed, len(contexts)) + per_row + per_token * each for each in contexts]
+    rows = len(contexts)
+    return [fixed + rows * (per_row + per_token * each) for each in contexts]
 
 
 def prefill_weights(

@@ -56,7 +56,7 @@ def test_decoding_is_paid_by_the_steps_a_row_is_in() -> None:
     for step in steps:
         weights = decode_weights(list(step.values()), fixed=120, per_row=10, per_token=1)
         for row, weight in zip(step, weights, strict=True):
-            paid[row] += weight
+            paid[row] += Fraction(weight, len(step))
 
     # then
     assert paid == {"A": 147, "B": 426}
@@ -96,7 +96,7 @@ def test_prefill_weights_are_the_average_over_all_orders_of_joining(prompts: lis
 def test_a_mate_never_raises_the_price_of_a_decode_step(contexts: list[int]) -> None:
     alone = decode_weights(contexts[:1], 120, 10, 1)[0]
 
-    assert decode_weights(contexts, 120, 10, 1)[0] <= alone
+    assert Fraction(decode_weights(contexts, 120, 10, 1)[0], len(contexts)) <= alone
 
 
 @given(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from app.config import ModelSettings
-from app.costs import share
+from app.costs import decode_weights, share
 from app.engines.base import NOT_FINITE, Generation, Progress, Sequence, StepStats
 from app.engines.device import pick_device, ran_out_of_memory, use_threads
 from app.engines.inflight import native
@@ -274,9 +274,9 @@ class InflightEngine:
 
     def _charge(self, segments: list[Segment], device_ns: int) -> None:
         """Share the step's time: fetching the weights equally, a row's own tokens to the row."""
-        self._budget.observe(sum(segment.count for segment in segments), device_ns)
-        fixed = TOKENS_PER_FETCH[self._device.type]
-        weights = [fixed + len(segments) * segment.count for segment in segments]
+        counts = [segment.count for segment in segments]
+        self._budget.observe(sum(counts), device_ns)
+        weights = decode_weights(counts, fixed=TOKENS_PER_FETCH[self._device.type], per_token=1)
         for segment, part in zip(segments, share(device_ns, weights), strict=True):
             row = segment.row
             row.generation.device_ns += part
