@@ -15,6 +15,7 @@
     ├── LeaseLost              this worker was declared stopped; it must end
     ├── QueueFull              bounded admission; come back later
     ├── Unavailable            Postgres or Redis cannot be reached; come back later
+    ├── AttemptsExhausted      a job was interrupted too often
     └── EngineError            the model or its process failed
         ├── EngineCrashed      the engine process died
         └── OutOfMemory        the batch did not fit the device
@@ -134,6 +135,12 @@ class Unavailable(GristmillError):
 
     code = "unavailable"
     retryable = True
+
+
+class AttemptsExhausted(GristmillError):
+    """The job was interrupted too often."""
+
+    code = "attempts_exhausted"
 
 
 class EngineError(GristmillError):

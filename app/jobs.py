@@ -72,8 +72,26 @@ class AttemptOutcome(enum.StrEnum):
 
     SUCCEEDED = "succeeded"  #: its result was committed
     FAILED = "failed"  #: the engine answered with an error, or the caller cancelled it
-    LOST = "lost"  #: the lease ran out, or the engine died under it
+    LOST = "lost"  #: the worker died under it; charged only if nothing else ran there
     RELEASED = "released"  #: given back unharmed at a shutdown; not charged
+
+
+MAX_UNCHARGED: Final = 20
+"""Attempts that were nobody's fault, after which a job fails all the same."""
+
+SUSPECT_AFTER: Final = 2
+"""A job that was lost so often with its worker may be why: it runs apart, in small groups."""
+
+ALONE_AFTER: Final = 3
+"""A job that was lost so often runs alone, and is charged if it is lost again."""
+
+MAX_SUSPECTS: Final = 8
+"""Jobs of a group of suspects that may still be innocent."""
+
+
+def max_company(losses: int) -> int:
+    """How many jobs a suspect's group may have, itself included, after so many lost workers."""
+    return 1 if losses >= ALONE_AFTER else MAX_SUSPECTS
 
 
 class CloseReason(enum.StrEnum):

@@ -23,8 +23,8 @@ from uuid import UUID
 
 from sqlalchemy import Connection, text
 
-from app.errors import Unavailable
-from app.jobs import AttemptOutcome, CloseReason, JobState
+from app.errors import AttemptsExhausted, Unavailable
+from app.jobs import MAX_UNCHARGED, AttemptOutcome, CloseReason, JobState
 from app.store.encoding import encode
 from app.store.results import ANNOUNCE, RECORD_ENDED, elapsed_ms
 
@@ -263,18 +263,24 @@ class Released:
     state: JobState
 
 
+NEVER_FINISHED: Final = AttemptsExhausted(
+    f"The job was interrupted {MAX_UNCHARGED} times, by shutdowns or with its worker."
+)
+
 GIVE_BACK: Final = f"""
     next AS MATERIALIZED (
         SELECT *, CASE
             WHEN cancel_requested_at IS NOT NULL THEN 'cancelled'
             WHEN deadline <= now() THEN 'expired'
             WHEN charged AND attempts_charged + 1 >= max_attempts THEN 'failed'
+            WHEN attempt - attempts_charged >= {MAX_UNCHARGED} AND NOT charged THEN 'failed'
             ELSE 'queued' END AS next_state
         FROM held
     ), moved AS (
         UPDATE jobs SET
             state = next_state,
             attempts_charged = jobs.attempts_charged + CAST(charged AS int),
+            losses = jobs.losses + CAST(outcome = 'lost' AS int),
             attempt_id = NULL, worker_id = NULL, batch_id = NULL,
             not_before = greatest(not_before, now() + delay_s * interval '1 s'),
             queued_at = CASE next_state WHEN 'queued' THEN now() ELSE queued_at END,
@@ -282,7 +288,8 @@ GIVE_BACK: Final = f"""
             received_by = NULL, enqueued_at = NULL, wake_count = 0
         FROM next WHERE jobs.id = next.job_id
         RETURNING jobs.*, next.attempt_id AS last_attempt_id, next.batch_id AS last_batch_id,
-            error_code, error_message
+            CASE WHEN charged THEN error_code ELSE '{NEVER_FINISHED.code}' END AS error_code,
+            CASE WHEN charged THEN error_message ELSE '{NEVER_FINISHED}' END AS error_message
     ), closed AS (
         UPDATE attempts SET
             ended_at = now(), outcome = next.outcome, charged = next.charged,
@@ -303,7 +310,8 @@ GIVE_BACK: Final = f"""
 """
 """What becomes of jobs whose attempt ended without a result. It reads a sibling `held`: the fields
 of `Release` beside those of the locked row that decide. A job that was cancelled or whose deadline
-passed meanwhile ends so."""
+passed meanwhile ends so, and one that was given up `MAX_UNCHARGED` times, though never charged, as
+failed."""
 
 # Give up attempts.
 _RELEASE: Final = text(f"""
@@ -314,7 +322,9 @@ _RELEASE: Final = text(f"""
         )
         ORDER BY job_id
     ), held AS MATERIALIZED (
-        SELECT given.*, batch_id, cancel_requested_at, deadline, attempts_charged, max_attempts
+        SELECT
+            given.*, batch_id, cancel_requested_at, deadline, attempt, attempts_charged,
+            max_attempts
         FROM given CROSS JOIN LATERAL (
             SELECT * FROM jobs WHERE id = given.job_id FOR NO KEY UPDATE
         ) AS job

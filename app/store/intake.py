@@ -70,6 +70,7 @@ class Received:
     deadline: datetime | None
     priority: int
     attempts_charged: int
+    losses: int  #: times its worker was lost while it ran
     created_at: datetime
     url: str | None  #: with `request`
     request: dict[str, Any] | None  #: only if the message brought none, or another one
@@ -182,7 +183,8 @@ _RECEIVE: Final = text(f"""
     )
     SELECT
         row.id, row.tenant, row.model, row.kind, row.state, row.not_before <= now() AS is_due,
-        row.not_before, row.deadline, row.priority, row.attempts_charged, row.created_at, row.url,
+        row.not_before, row.deadline, row.priority, row.attempts_charged, row.losses,
+        row.created_at, row.url,
         CASE WHEN given.fingerprint IS DISTINCT FROM row.fingerprint THEN row.request END AS request
     FROM (TABLE brought UNION ALL TABLE woken) AS row
     LEFT JOIN jsonb_populate_recordset(NULL::jobs, CAST(:jobs AS jsonb)) AS given USING (id)

@@ -15,7 +15,7 @@ from uuid import UUID
 from sqlalchemy import Connection, Row, text
 
 from app.engines.base import Kind
-from app.jobs import JobState
+from app.jobs import ALONE_AFTER, JobState
 from app.store.claims import GIVE_BACK, Released
 from app.store.results import RECORD_ENDED
 
@@ -23,15 +23,18 @@ _LEASE_OVER: Final = """
     NOT EXISTS (SELECT FROM workers WHERE workers.id = {worker} AND lease_expires_at > now())
 """
 
-# Take running jobs from workers whose lease is over. Their device time is not known: it stays
-# null, and a worker that was only slow may still report it.
+# Take running jobs from workers whose lease is over. A job is charged only if it was the only one
+# on its worker, and that holds for those that are run alone because they were lost before: the
+# others may be mates of what killed it. Their device time is not known: it stays null, and a worker
+# that was only slow may still report it.
 _EXPIRE_LEASES: Final = text(f"""
     WITH held AS MATERIALIZED (
         SELECT
-            id AS job_id, attempt_id, batch_id, cancel_requested_at, deadline, attempts_charged,
-            max_attempts, 'lost' AS outcome, true AS charged, 0.0 AS delay_s,
-            'worker_lost' AS error_code,
-            'The worker was lost while it ran the job, at every attempt.' AS error_message,
+            id AS job_id, attempt_id, batch_id, cancel_requested_at, deadline, attempt,
+            attempts_charged, max_attempts, 'lost' AS outcome,
+            losses >= {ALONE_AFTER} AS charged, 0.0 AS delay_s, 'worker_lost' AS error_code,
+            format('The worker was lost %s times while it ran the job, %s of them with nothing '
+                'else running.', losses + 1, attempts_charged + 1) AS error_message,
             CAST(NULL AS bigint) AS device_ns, CAST(NULL AS numeric) AS cost
         FROM jobs
         WHERE state = 'running' AND {_LEASE_OVER.format(worker="jobs.worker_id")}
@@ -42,7 +45,7 @@ _EXPIRE_LEASES: Final = text(f"""
 
 
 def expire_leases(connection: Connection, page: int) -> list[Released]:
-    """End the attempts of dead workers as `lost` and charged; says where their jobs went."""
+    """End the attempts of dead workers as `lost`; says where their jobs went."""
     rows = connection.execute(_EXPIRE_LEASES, {"page": page})
     return [Released(row[0], row[1], JobState(row[2])) for row in rows]
 

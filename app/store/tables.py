@@ -120,6 +120,13 @@ jobs = Table(
         server_default=text("3"),
         comment="Charged attempts after which the job fails.",
     ),
+    Column(
+        "losses",
+        SmallInteger,
+        nullable=False,
+        server_default=text("0"),
+        comment="Times its worker was lost while it ran; a suspect from app.jobs.SUSPECT_AFTER on.",
+    ),
     Column("attempt_id", Uuid, comment="The running attempt: the fence of every write; else null."),
     Column("worker_id", Uuid, comment="Worker that runs it; null unless running."),
     Column("batch_id", Uuid, comment="Batch that it runs in; null unless running."),

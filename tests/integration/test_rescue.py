@@ -25,7 +25,7 @@ from app.broker import Message, Publisher, list_key, queue_name
 from app.config import Settings
 from app.engines.base import Kind
 from app.errors import Unavailable
-from app.jobs import CloseReason
+from app.jobs import ALONE_AFTER, CloseReason
 from app.local import free_port
 from app.rescue import Rescue
 from app.store import claims, intake, workers
@@ -306,6 +306,7 @@ def test_a_job_that_lost_its_last_worker_fails(world: World) -> None:
     worker_id = world.start_worker()
     world.receive(worker_id, [id])
     world.claim(worker_id, [id])
+    world.change([id], f"losses = {ALONE_AFTER}")
 
     world.kill(worker_id)
     world.rescue.sweep()

@@ -8,7 +8,7 @@ from contextlib import suppress
 import pytest
 
 from app.errors import JobStateConflict
-from app.jobs import FINAL_STATES, JobState, can_move
+from app.jobs import FINAL_STATES, MAX_UNCHARGED, JobState, can_move
 from app.store import cancellation, claims, reads, rescue
 from app.store.database import Database
 from tests.rows import Worker, completed, end_lease, insert, new_job, view
@@ -75,3 +75,4 @@ def test_whatever_happens_states_only_move_forward_and_each_job_gets_one_result(
         assert num_open == (1 if job.state is JobState.RUNNING else 0)
         assert job.attempts_charged == sum(bool(each.charged) for each in job.attempts)
         assert job.attempts_charged <= job.max_attempts
+        assert job.attempt - job.attempts_charged <= MAX_UNCHARGED

@@ -8,12 +8,12 @@ from uuid import UUID, uuid4
 import pytest
 
 from app.errors import LeaseLost
-from app.jobs import JobState
+from app.jobs import ALONE_AFTER, MAX_UNCHARGED, JobState
 from app.store import cancellation, intake, rescue, workers
 from app.store.claims import Released
 from app.store.database import Database
 from app.store.intake import Arrival
-from tests.rows import MODEL, Worker, end_lease, insert, new_job, rewrite, view
+from tests.rows import MODEL, Worker, column, end_lease, insert, new_job, rewrite, view
 
 
 def expire_leases(database: Database, page: int = 100) -> list[Released]:
@@ -37,7 +37,7 @@ def send(database: Database, *ids: UUID) -> None:
         intake.mark_enqueued(connection, ids)
 
 
-def test_jobs_of_a_dead_worker_are_queued_again_and_charged(database: Database) -> None:
+def test_jobs_of_a_dead_worker_are_queued_again_and_not_charged(database: Database) -> None:
     ids = insert(database, new_job(), new_job())
     worker = Worker.registered(database)
     worker.claim(ids)
@@ -49,27 +49,54 @@ def test_jobs_of_a_dead_worker_are_queued_again_and_charged(database: Database) 
         (job_id, JobState.QUEUED) for job_id in ids
     }
     job = view(database, ids[0])
-    assert (job.state, job.attempts_charged) == (JobState.QUEUED, 1)
+    assert (job.state, job.attempts_charged) == (JobState.QUEUED, 0)
     assert [(each.outcome, each.charged, each.device_ns) for each in job.attempts] == [
-        ("lost", True, None)
+        ("lost", False, None)
     ]
+    assert column(database, ids[0], "losses") == 1
     assert set(ids) <= unsent(database)
 
 
-def test_a_job_that_was_lost_with_every_attempt_fails(database: Database) -> None:
-    [job_id] = insert(database, new_job(max_attempts=3))
-    for _ in range(3):
-        worker = Worker.registered(database)
-        worker.claim([job_id])
-        end_lease(database, worker.id)
-        expire_leases(database)
+def lose_worker(database: Database, *ids: UUID) -> None:
+    """A worker claims these jobs and dies."""
+    worker = Worker.registered(database)
+    worker.claim(ids)
+    end_lease(database, worker.id)
+    expire_leases(database)
+
+
+def test_only_losses_alone_are_charged_and_the_last_of_them_says_how_often(
+    database: Database,
+) -> None:
+    [job_id] = insert(database, new_job(max_attempts=2))
+
+    for _ in range(ALONE_AFTER + 2):
+        lose_worker(database, job_id)
 
     job = view(database, job_id)
-
+    assert [each.charged for each in job.attempts] == [False] * ALONE_AFTER + [True, True]
     assert job.state is JobState.FAILED
     assert job.result is not None
-    assert (job.result.error_code, job.result.state) == ("worker_lost", JobState.FAILED)
-    assert [each.outcome for each in job.attempts] == ["lost"] * 3
+    assert job.result.error_code == "worker_lost"
+    assert job.result.error_message == (
+        "The worker was lost 5 times while it ran the job, 2 of them with nothing else running."
+    )
+
+
+def test_a_job_that_is_interrupted_without_end_fails_at_last(database: Database) -> None:
+    [job_id] = insert(database, new_job(max_attempts=1))
+    worker = Worker.registered(database)
+
+    states = []
+    while JobState.FAILED not in states:
+        [claimed] = worker.claim([job_id])
+        states.append(worker.release(claimed))
+
+    job = view(database, job_id)
+    assert len(states) == MAX_UNCHARGED
+    assert job.attempts_charged == 0
+    assert job.result is not None
+    assert job.result.error_code == "attempts_exhausted"
 
 
 def test_a_cancel_is_not_forgotten_when_the_worker_dies(database: Database) -> None:

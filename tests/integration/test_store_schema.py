@@ -20,8 +20,8 @@ from app.store.tables import metadata
 from tests.rows import at_once
 
 _NEXT_REVISION = """
-revision = "0002"
-down_revision = "0001"
+revision = "9999"
+down_revision = "{newest}"
 branch_labels = depends_on = None
 
 
@@ -32,6 +32,8 @@ def upgrade() -> None:
 def downgrade() -> None:
     pass
 """
+
+NEWEST = max(file.name[:4] for file in MIGRATIONS.glob("versions/0*.py"))
 
 # All that autogenerate does not compare: predicates of indexes, constraints, defaults, comments.
 _CATALOG = {
@@ -68,7 +70,7 @@ def catalog(url: str) -> dict[str, set[tuple[Any, ...]]]:
 def newer_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], Any]:
     """`with newer_code():` runs code that has one more migration."""
     migrations = shutil.copytree(MIGRATIONS, tmp_path / "migrations")
-    (migrations / "versions" / "0002_next.py").write_text(_NEXT_REVISION)
+    (migrations / "versions" / "9999_next.py").write_text(_NEXT_REVISION.format(newest=NEWEST))
 
     @contextmanager
     def newer() -> Iterator[None]:
@@ -93,7 +95,7 @@ def test_migrations_make_exactly_the_tables_of_the_code(
 
 
 def test_migrations_go_up_and_down_and_up_again(empty_database_url: str) -> None:
-    assert migrate(empty_database_url) == "0001"
+    assert migrate(empty_database_url) == NEWEST
     first = catalog(empty_database_url)
 
     assert downgrade(empty_database_url, "base") == "base"
@@ -104,7 +106,7 @@ def test_migrations_go_up_and_down_and_up_again(empty_database_url: str) -> None
 
 
 def test_migrations_started_at_once_wait_for_each_other(empty_database_url: str) -> None:
-    assert at_once(*[partial(migrate, empty_database_url)] * 3) == ["0001"] * 3
+    assert at_once(*[partial(migrate, empty_database_url)] * 3) == [NEWEST] * 3
 
 
 def test_every_table_and_column_says_what_it_holds() -> None:
@@ -135,7 +137,7 @@ def test_an_older_schema_is_refused_until_it_is_migrated(
         with pytest.raises(SchemaError, match=r"older .* Run: gristmill migrate"):
             database.check_schema()
 
-        assert migrate(database_url) == "0002"
+        assert migrate(database_url) == "9999"
         database.check_schema()
 
 
