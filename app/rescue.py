@@ -66,12 +66,19 @@ class SweepReport:
 class Rescue:
     """Sweeps once per call. Not for several threads at once."""
 
-    def __init__(self, settings: Settings, database: Database, publisher: Publisher) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        database: Database,
+        publisher: Publisher,
+        now_s: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._sweep_s = settings.rescue.sweep_ms / 1000
         self._lost_after_s = settings.rescue.lost_after_s
         self._page = settings.rescue.page_size
         self._database = database
         self._publisher = publisher
+        self._now_s = now_s
         self._suspects: frozenset[UUID] = frozenset()
         self._count_again_at = 0.0
 
@@ -126,7 +133,7 @@ class Rescue:
         is shorter than the number of jobs that should be in it: the oldest. A message that a worker
         has just taken is missing too, but not any more at the next sweep.
         """
-        if time.monotonic() < self._count_again_at:
+        if self._now_s() < self._count_again_at:
             return 0  # counting a million rows takes a while, so it waits for many times as long
         suspects: set[UUID] = set()
         sent = 0
@@ -147,10 +154,10 @@ class Rescue:
 
     def _num_missing(self) -> dict[str, int]:
         """By how much each model's queue is shorter than it should be; only those that are."""
-        began = time.monotonic()
+        began = self._now_s()
         with self._database.begin() as connection:
             expected = rescue.count_unreceived(connection)
-        pause_s = COUNT_SHARE * (time.monotonic() - began)
+        pause_s = COUNT_SHARE * (self._now_s() - began)
         self._count_again_at = began + pause_s if pause_s > self._sweep_s else 0.0
         if not expected:
             return {}

@@ -23,6 +23,7 @@ from app.worker.ledger import Ledger
 from app.worker.registrar import Registrar
 from app.worker.runner import Runner
 from app.worker.settlement import Settlement
+from app.worker.thread import RunnerThread
 from app.worker.wire import Load, ServedModel
 
 
@@ -31,7 +32,7 @@ class Assembly:
     """A worker's parts, from start to stop."""
 
     worker_id: UUID
-    runner: Runner
+    runner: RunnerThread
     lease: LeaseKeeper
     database: Database
     publisher: Publisher
@@ -103,8 +104,8 @@ def assemble(settings: Settings, on_end: Callable[[], object]) -> Assembly:
             load_timeout_s=settings.worker.load_timeout_s,
             step_timeout_s=settings.worker.step_timeout_s,
         ),
-        on_end=on_end,
     )
+    thread = RunnerThread(runner, on_end)
     worker = NewWorker(
         id=worker_id,
         name=f"gristmill@{socket.gethostname()}",
@@ -121,8 +122,8 @@ def assemble(settings: Settings, on_end: Callable[[], object]) -> Assembly:
         worker=worker,
         database=database,
         database_url=settings.database.url,
-        runner=runner,
+        runner=thread,
         lease_s=settings.worker.lease_s,
         heartbeat_s=settings.worker.heartbeat_s,
     )
-    return Assembly(worker_id, runner, lease, database, publisher, settings.worker.load_timeout_s)
+    return Assembly(worker_id, thread, lease, database, publisher, settings.worker.load_timeout_s)

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
 
 from app.engines.base import Sequence
@@ -41,8 +41,16 @@ class EngineHost:
     Not thread-safe: only the runner thread calls it, but for `is_stuck`, which only reads.
     """
 
-    def __init__(self, load: Load, *, load_timeout_s: float, step_timeout_s: float) -> None:
+    def __init__(
+        self,
+        load: Load,
+        *,
+        load_timeout_s: float,
+        step_timeout_s: float,
+        now_ns: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
         self._load = load
+        self._now_ns = now_ns
         self._load_timeout_ns = int(load_timeout_s * 1e9)
         self._step_timeout_ns = int(step_timeout_s * 1e9)
         self._process: subprocess.Popen[bytes] | None = None
@@ -54,6 +62,12 @@ class EngineHost:
 
     def start(self) -> None:
         """Start a process; it says `Ready` when the models are loaded."""
+        self._spawn()
+        self._engines, self._rows = {}, dict.fromkeys((m.name for m in self._load.models), 0)
+        self._last_progress = (b"", self._now_ns())
+        self._send(self._load)
+
+    def _spawn(self) -> None:
         ours, theirs = socket.socketpair()
         with tempfile.TemporaryFile() as page, theirs:
             page.truncate(PROGRESS_BYTES)
@@ -72,9 +86,6 @@ class EngineHost:
                 start_new_session=True,
             )
         self._connection = Connection(ours.detach())
-        self._engines, self._rows = {}, dict.fromkeys((m.name for m in self._load.models), 0)
-        self._last_progress = (b"", time.monotonic_ns())
-        self._send(self._load)
 
     @property
     def pid(self) -> int | None:
@@ -109,7 +120,7 @@ class EngineHost:
     def admit(self, model: str, batch_id: str, sequences: Iterable[Sequence]) -> None:
         command = Admit(model, batch_id, tuple(sequences))
         if not self.busy:
-            self._last_progress = (self._last_progress[0], time.monotonic_ns())
+            self._last_progress = (self._last_progress[0], self._now_ns())
         self._rows[model] += len(command.sequences)
         self._send(command)
 
@@ -134,7 +145,7 @@ class EngineHost:
         """Whether the process is loading or busy and has shown no progress for too long."""
         if self._progress is None or (self.ready and not self.busy):
             return False
-        now, shown = time.monotonic_ns(), bytes(self._progress[:PROGRESS_BYTES])
+        now, shown = self._now_ns(), bytes(self._progress[:PROGRESS_BYTES])
         if shown != self._last_progress[0]:
             self._last_progress = (shown, now)
         limit = self._step_timeout_ns if self.ready else self._load_timeout_ns

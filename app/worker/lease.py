@@ -10,12 +10,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from uuid import UUID
 
 from app.errors import LeaseLost, Unavailable
 from app.store import notices, workers
 from app.store.database import Database
-from app.worker.runner import Runner
+from app.worker.thread import RunnerThread
 from app.worker.work import LeaseNews
 
 log = logging.getLogger(__name__)
@@ -30,9 +31,10 @@ class LeaseKeeper:
         worker: workers.NewWorker,
         database: Database,
         database_url: str,
-        runner: Runner,
+        runner: RunnerThread,
         lease_s: float,
         heartbeat_s: float,
+        now_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self._worker = worker
         self._database = database
@@ -40,6 +42,7 @@ class LeaseKeeper:
         self._runner = runner
         self._lease_s = lease_s
         self._heartbeat_s = heartbeat_s
+        self._now_ns = now_ns
         self._stopping = threading.Event()
         self._threads = [
             threading.Thread(target=self._keep, name="lease", daemon=True),
@@ -48,10 +51,13 @@ class LeaseKeeper:
 
     def start(self) -> None:
         """Register the worker; raises `Unavailable`, and `SchemaError`."""
-        with self._database.begin() as connection:
-            workers.register_worker(connection, self._worker, self._lease_s)
+        self.register()
         for thread in self._threads:
             thread.start()
+
+    def register(self) -> None:
+        with self._database.begin() as connection:
+            workers.register_worker(connection, self._worker, self._lease_s)
 
     def stop(self) -> None:
         """Give the lease back: whatever this worker still has is free at once."""
@@ -64,25 +70,28 @@ class LeaseKeeper:
 
     def _keep(self) -> None:
         while not self._stopping.wait(self._heartbeat_s):
-            still_s = (time.monotonic_ns() - self._runner.turned_ns) / 1e9
-            if still_s > self._lease_s / 2:
-                log.error(
-                    "The runner has stood still for %.0f s; the lease is not renewed.",
-                    still_s,
-                    extra={"action": "lease_withheld"},
-                )
-                continue
-            try:
-                self._renew()
-            except Unavailable as error:
-                log.warning("No heartbeat: %s", error, extra={"action": "heartbeat_failed"})
-            except LeaseLost as error:
-                if not self._stopping.is_set():
-                    self._runner.fail(error)
-                return
+            self.beat()
+
+    def beat(self) -> None:
+        """Renew the lease if the runner deserves it."""
+        still_s = (self._now_ns() - self._runner.turned_ns) / 1e9
+        if still_s > self._lease_s / 2:
+            log.error(
+                "The runner has stood still for %.0f s; the lease is not renewed.",
+                still_s,
+                extra={"action": "lease_withheld"},
+            )
+            return
+        try:
+            self._renew()
+        except Unavailable as error:
+            log.warning("No heartbeat: %s", error, extra={"action": "heartbeat_failed"})
+        except LeaseLost as error:
+            if not self._stopping.is_set():
+                self._runner.fail(error)
 
     def _renew(self) -> None:
-        asked_ns = time.monotonic_ns()
+        asked_ns = self._now_ns()
         with self._database.begin() as connection:
             beat = workers.heartbeat(connection, self._worker.id, self._lease_s)
         self._runner.post(
@@ -99,8 +108,8 @@ class LeaseKeeper:
         heard = notices.listen(self._database_url, [notices.CANCEL], self._stopping)
         for notice in heard:
             if notice.job_id is not None:
-                self._runner.post(_cancelled(notice.job_id))
+                self.hear_cancel(notice.job_id)
 
-
-def _cancelled(job_id: UUID) -> LeaseNews:
-    return LeaseNews(asked_ns=0, held=None, cancelled_jobs=frozenset({job_id}))
+    def hear_cancel(self, job_id: UUID) -> None:
+        """A running job was cancelled; whose it is, the runner knows."""
+        self._runner.post(LeaseNews(asked_ns=0, held=None, cancelled_jobs=frozenset({job_id})))

@@ -35,12 +35,14 @@ class Ledger:
         database: Database,
         engines: dict[str, str],
         settlement: Settlement,
+        now_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         """`engines` names the engine of each served model."""
         self._worker_id = worker_id
         self._database = database
         self._engines = engines
         self._settlement = settlement
+        self._now_ns = now_ns
 
     def claim(self, batch: Batch, jobs: Sequence[Job]) -> list[Job]:
         """Claim a batch in one statement; the jobs that were granted now have a run.
@@ -52,7 +54,7 @@ class Ledger:
         with self._database.begin() as connection:
             answer = claims.claim(connection, self._new_batch(batch), members)
         grants = {grant.job_id: grant for grant in answer}
-        claimed_ns = time.monotonic_ns()
+        claimed_ns = self._now_ns()
         granted = [job for job in jobs if job.id in grants]
         for job in granted:
             job.run = Run(

@@ -57,12 +57,14 @@ class Registrar:
         publisher: Publisher,
         served: dict[str, CatalogModel],
         max_attempts: int,
+        now_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self._worker_id = worker_id
         self._database = database
         self._publisher = publisher
         self._served = served
         self._max_attempts = max_attempts
+        self._now_ns = now_ns
         self._waiting: list[_Waiting] = []
         self._refusals: list[Refusal] = []
         self._revoked: deque[UUID] = deque()
@@ -75,7 +77,7 @@ class Registrar:
     def add(self, ticket: Ticket) -> None:
         arrival = ticket.arrival
         prepared = self._prepare(arrival.request, arrival.model) if arrival.request else None
-        self._waiting.append(_Waiting(ticket, time.monotonic_ns(), prepared))
+        self._waiting.append(_Waiting(ticket, self._now_ns(), prepared))
 
     def refuse(self, refusal: Refusal) -> None:
         self._refusals.append(refusal)
@@ -155,7 +157,7 @@ class Registrar:
             deadline=row.deadline,
             tenant=row.tenant,
             arrived_ns=each.arrived_ns,
-            registered_ns=time.monotonic_ns(),
+            registered_ns=self._now_ns(),
             doomed=doomed,
         )
 

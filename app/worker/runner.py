@@ -1,8 +1,8 @@
-"""The runner: one thread that takes jobs from their message to their row, and then to the ack.
+"""The runner takes jobs from their message to their row, and then to the ack.
 
 It alone owns the batcher, the engine process, the claim and finish transactions and every word to
-Celery. It is not the hub: Celery's hub stands still while it reconnects and while it shuts down,
-and in those windows leases, commits and running work must go on. Other threads only post commands.
+Celery. It goes round and never waits: `app.worker.thread` gives it a thread and wakes it. Other
+threads only post commands.
 
 While Postgres is away nothing is lost: what arrived waits, what finished waits, and the same
 statement is tried again. The fence makes a second try harmless.
@@ -11,13 +11,12 @@ statement is tried again. The fence makes a second try harmless.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection
 from typing import Final
 from uuid import UUID, uuid4
 
@@ -68,8 +67,8 @@ class Drain:
 Command = Ticket | Refusal | Revoked | LeaseNews | Flush | Drain
 
 
-class Runner(threading.Thread):
-    """Runs jobs until it is drained. `post` may be called from any thread and signal handler."""
+class Runner:
+    """Runs jobs, a turn at a time. All but `post`, `fail` and `facts` is for one thread alone."""
 
     def __init__(
         self,
@@ -79,22 +78,17 @@ class Runner(threading.Thread):
         batcher: Batcher,
         ledger: Ledger,
         host: EngineHost,
-        on_end: Callable[[], object],
+        now_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
-        """`on_end` is called when the thread has ended, with `failure` set if it had to."""
-        super().__init__(name="runner", daemon=True)
         self.ready = threading.Event()  #: the models are loaded, or never will be
-        self.failure: GristmillError | None = None
-        self.turned_ns = time.monotonic_ns()  #: when the loop last went round
+        self.turned_ns = now_ns()  #: when the last turn began
+        self._now_ns = now_ns
         self._models = models
         self._registrar = registrar
         self._batcher = batcher
         self._ledger = ledger
         self._host = host
-        self._on_end = on_end
         self._commands: deque[Command] = deque()
-        self._wake_out, self._wake_in = os.pipe()
-        os.set_blocking(self._wake_in, False)
         self._jobs: dict[UUID, Job] = {}
         self._running = Running()
         self._over: list[Job] = []  #: ended, not yet committed
@@ -104,19 +98,15 @@ class Runner(threading.Thread):
         self._drain: Drain | None = None
         self._claiming: tuple[Batch, list[Job]] | None = None  #: a claim whose fate is unknown
         self._fatal: GristmillError | None = None
-        self._paused_until = 0.0
+        self._paused_until_ns = 0
 
     def fail(self, error: GristmillError) -> None:
         """End the runner because of something that another thread found out."""
         self._fatal = error
-        self.post(Flush())
 
     def post(self, command: Command) -> None:
+        """For the next turn."""
         self._commands.append(command)
-        try:
-            os.write(self._wake_in, b"!")
-        except BlockingIOError:
-            pass  # a full pipe wakes as well
 
     def facts(self) -> dict[str, object]:
         """For `celery inspect stats`; only numbers."""
@@ -129,57 +119,53 @@ class Runner(threading.Thread):
 
     # ── the loop ─────────────────────────────────────────────────────────────────────────────
 
-    def run(self) -> None:
-        try:
-            self._host.start()
-            while not self._is_drained:
-                self._wait()
-                self._take_commands()
-                if self._fatal is not None:
-                    raise self._fatal
-                self._hear_engine()
-                self._watch_limits()
-                self._with_database(self._register)
-                self._with_database(self._commit)
-                self._with_database(self._admit)
-        except GristmillError as error:
-            self.failure = error
-        except Exception as error:
-            log.exception("The runner failed.", extra={"action": "runner_failed"})
-            self.failure = EngineError(f"The runner failed ({type(error).__name__}).")
-        finally:
-            self._host.kill()
-            self.ready.set()
-            self._on_end()
+    def start(self) -> None:
+        self._host.start()
+
+    def turn(self) -> None:
+        """Do all there is to do now. Raises what ends this worker."""
+        self.turned_ns = self._now_ns()
+        self._take_commands()
+        if self._fatal is not None:
+            raise self._fatal
+        self._hear_engine()
+        self._watch_limits()
+        self._with_database(self._register)
+        self._with_database(self._commit)
+        self._with_database(self._admit)
+
+    def stop(self) -> None:
+        """No turn follows."""
+        self._host.kill()
+        self.ready.set()
 
     @property
-    def _is_drained(self) -> bool:
+    def is_drained(self) -> bool:
         return self._drain is not None and not self._jobs and not self._registrar.has_work
 
-    def _wait(self) -> None:
-        """Sleep until somebody says something or the next batch closes by waiting."""
-        self.turned_ns = now_ns = time.monotonic_ns()
-        listened: list[int] = [self._wake_out]
-        if self._host.connection is not None:
-            listened.append(self._host.connection.fileno())
-        timeout_s = IDLE_WAIT_S
-        paused_s = self._paused_until - now_ns / 1e9
+    @property
+    def connection(self) -> Connection | None:
+        """To the engine process: what it says asks for a turn."""
+        return self._host.connection
+
+    def next_turn_s(self) -> float:
+        """How long the next turn can wait if nobody says anything: until a batch closes, say."""
+        now_ns = self._now_ns()
         closes_ns = self._batcher.next_close_ns(self._capacities())
-        if paused_s > 0:
-            timeout_s = paused_s
-        elif closes_ns is not None:
-            timeout_s = min(timeout_s, max(0.0, (closes_ns - now_ns) / 1e9))
-        if self._wake_out in wait(listened, timeout_s):
-            os.read(self._wake_out, 65_536)
+        if self._paused_until_ns > now_ns:
+            return (self._paused_until_ns - now_ns) / 1e9
+        if closes_ns is not None:
+            return min(IDLE_WAIT_S, max(0.0, (closes_ns - now_ns) / 1e9))
+        return IDLE_WAIT_S
 
     def _with_database(self, step: Callable[[], None]) -> None:
         """Run a step, or leave it for later while Postgres is away."""
-        if time.monotonic() < self._paused_until:
+        if self._now_ns() < self._paused_until_ns:
             return
         try:
             step()
         except (Unavailable, LeaseLost) as error:  # the next heartbeat may renew the lease
-            self._paused_until = time.monotonic() + RETRY_S
+            self._paused_until_ns = self._now_ns() + int(RETRY_S * 1e9)
             log.warning("Waiting for Postgres: %s", error, extra={"action": "database_away"})
 
     # ── what others say ──────────────────────────────────────────────────────────────────────
@@ -233,7 +219,7 @@ class Runner(threading.Thread):
 
     def _watch_limits(self) -> None:
         """Time limits, deadlines, a stuck engine, and the end of the grace period."""
-        now_ns = time.monotonic_ns()
+        now_ns = self._now_ns()
         for job in self._jobs.values():
             if job.run is None:
                 continue
@@ -294,11 +280,11 @@ class Runner(threading.Thread):
             self._runs_apart = True
             self._hand_over(self._again.popleft())
         for model, capacity in self._capacities().items():
-            closed = self._batcher.close(model, capacity, time.monotonic_ns())
+            closed = self._batcher.close(model, capacity, self._now_ns())
             if closed is not None:
                 jobs = [self._jobs[member.job_id] for member in closed.members]
                 for job in jobs:
-                    job.closed_ns = time.monotonic_ns()
+                    job.closed_ns = self._now_ns()
                 self._claim(Batch(uuid4(), model, closed.reason, closed.wait_ns), jobs)
 
     def _capacities(self) -> dict[str, Capacity]:

@@ -1,0 +1,77 @@
+"""The runner's thread: it sleeps until somebody has something for the runner, then turns it.
+
+It is not the hub: Celery's hub stands still while it reconnects and while it shuts down, and in
+those windows leases, commits and running work must go on.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable
+from multiprocessing.connection import wait
+
+from app.errors import EngineError, GristmillError
+from app.worker.runner import Command, Runner
+
+log = logging.getLogger(__name__)
+
+
+class RunnerThread(threading.Thread):
+    """Runs jobs until it is drained. `post` may be called from any thread and signal handler."""
+
+    def __init__(self, runner: Runner, on_end: Callable[[], object]) -> None:
+        """`on_end` is called when the thread has ended, with `failure` set if it had to."""
+        super().__init__(name="runner", daemon=True)
+        self.ready = runner.ready
+        self.failure: GristmillError | None = None
+        self._runner = runner
+        self._on_end = on_end
+        self._wake_out, self._wake_in = os.pipe()
+        os.set_blocking(self._wake_in, False)
+
+    @property
+    def turned_ns(self) -> int:
+        """When the runner last went round."""
+        return self._runner.turned_ns
+
+    def post(self, command: Command) -> None:
+        self._runner.post(command)
+        self._wake()
+
+    def fail(self, error: GristmillError) -> None:
+        """End the runner because of something that another thread found out."""
+        self._runner.fail(error)
+        self._wake()
+
+    def facts(self) -> dict[str, object]:
+        return self._runner.facts()
+
+    def run(self) -> None:
+        try:
+            self._runner.start()
+            while not self._runner.is_drained:
+                self._sleep()
+                self._runner.turn()
+        except GristmillError as error:
+            self.failure = error
+        except Exception as error:
+            log.exception("The runner failed.", extra={"action": "runner_failed"})
+            self.failure = EngineError(f"The runner failed ({type(error).__name__}).")
+        finally:
+            self._runner.stop()
+            self._on_end()
+
+    def _sleep(self) -> None:
+        listened: list[int] = [self._wake_out]
+        if self._runner.connection is not None:
+            listened.append(self._runner.connection.fileno())
+        if self._wake_out in wait(listened, self._runner.next_turn_s()):
+            os.read(self._wake_out, 65_536)
+
+    def _wake(self) -> None:
+        try:
+            os.write(self._wake_in, b"!")
+        except BlockingIOError:
+            pass  # a full pipe wakes as well
