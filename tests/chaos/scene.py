@@ -1,0 +1,263 @@
+"""One fault: load on, fault in and healed, load off, all jobs awaited, everything checked."""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from app.jobs import FINAL_STATES
+from tests.chaos import checker
+from tests.chaos.checker import Evidence, Recovery, Violation
+from tests.chaos.history import History
+from tests.chaos.load import Load
+from tests.chaos.world import (
+    LEASE_S,
+    LOST_AFTER_S,
+    PARTS,
+    SERVERS,
+    SWEEP_S,
+    NotInTime,
+    World,
+    eventually,
+)
+
+RATE: Final = 120.0
+"""Jobs submitted per second."""
+QUIESCE_S: Final = 90.0
+"""After this, a job that has not ended is lost."""
+RESEND_S: Final = 2.0
+"""How long a bare message is waited for before its producer sends it again."""
+FLOOR_RATE: Final = 40.0
+"""Jobs per second that two workers do at least, on two cores that others use as well."""
+MAX_RSS: Final = 700 << 20
+MAX_CONNECTIONS: Final = {"postgres": 60, "redis": 150}
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """An entry of the catalogue."""
+
+    number: int
+    name: str
+    checks: tuple[str, ...]  #: the invariants that it probes; those of every run are added
+    run: Callable[[Scene], None]
+    jobs_share: float = 1.0  #: of the jobs that a fault gets
+    ways: tuple[str, ...] = ("http", "bulk", "message")
+    extra_s: float = 0.0  #: added to the bound of recovery, for what the fault says
+    needs_fresh_world: bool = False  #: it leaves the world unfit for others
+
+
+EVERY_RUN: Final = ("I1", "I2", "I3", "I4", "I5", "I8", "I10")
+FAULTS: Final[dict[int, Fault]] = {}
+
+
+def fault(
+    number: int, name: str, *, checks: tuple[str, ...] = (), **given: Any
+) -> Callable[[Callable[[Scene], None]], Callable[[Scene], None]]:
+    """Enter a function in the catalogue. It injects and heals while load runs, and returns."""
+
+    def enter(function: Callable[[Scene], None]) -> Callable[[Scene], None]:
+        assert number not in FAULTS, number
+        FAULTS[number] = Fault(number, name, checks, function, **given)
+        return function
+
+    return enter
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What is reported of a fault."""
+
+    number: int
+    name: str
+    jobs: int = 0
+    lost: int = 0
+    doubled: int = 0
+    resent: int = 0  #: bare messages that their producer had to send again
+    recovery_s: float = 0.0
+    bound_s: float = 0.0
+    took_s: float = 0.0
+    checks: tuple[str, ...] = ()
+    violations: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def survived(self) -> bool:
+        return not self.violations
+
+
+class Scene:
+    """What a fault is given: the world, its load, chance, and a place to say what it saw."""
+
+    def __init__(self, world: World, load: Load, rng: random.Random) -> None:
+        self.world = world
+        self.load = load
+        self.rng = rng
+        self.notes: list[str] = []
+        self.found: list[Violation] = []
+        self.later: list[Callable[[Evidence], None]] = []
+
+    def note(self, text: str) -> None:
+        """Tell the reader of the report: a figure, or the substitute for a tool that is missing."""
+        self.notes.append(text)
+
+    def expect(self, is_so: bool, invariant: str, text: str) -> None:
+        """A check of this fault's own; `text` says what is wrong if it is not so."""
+        if not is_so:
+            self.found.append(Violation(invariant, text))
+
+    def afterwards(self, look: Callable[[Evidence], None]) -> None:
+        """Look at the evidence when all has ended; `look` uses `expect` and `note`."""
+        self.later.append(look)
+
+    def pause(self, least_s: float, most_s: float) -> None:
+        """A time by chance."""
+        time.sleep(self.rng.uniform(least_s, most_s))
+
+
+def play(
+    world: World, history: History, fault: Fault, *, seed: int, jobs: int, folder: Path
+) -> Outcome:
+    """Run a fault to its end and check it. Leaves history, tables and texts in the folder."""
+    began = time.monotonic()
+    rng = random.Random(f"{seed}/{fault.number}")
+    canary = f"canary-{rng.getrandbits(64):016x}"
+    history.fault = f"{fault.number}"
+    since = world.now()
+    load = Load(
+        world,
+        history,
+        rng,
+        jobs=round(jobs * fault.jobs_share),
+        rate=RATE,
+        canary=canary,
+        ways=fault.ways,
+    )
+    scene = Scene(world, load, rng)
+    outcome = Outcome(fault.number, fault.name, checks=tuple(sorted({*fault.checks, *EVERY_RUN})))
+    world.reload_s = 0.0
+    with _sampled(world) as samples:
+        try:
+            with load:
+                load.wait_accepted(round(jobs * fault.jobs_share * 0.1))
+                fault.run(scene)
+                healed_at, open_ids = world.now(), _open_ids(world, since)
+            outcome.resent = _quiesce(world, load, since)
+        except NotInTime as error:
+            scene.expect(False, "I7", str(error))
+            healed_at, open_ids = world.now(), []
+    tables = world.dump(since)
+    evidence = Evidence(
+        events=history.events(history.fault),
+        **tables,  # type: ignore[arg-type]
+        texts=world.texts(),
+        canary=canary,
+        recovery=_recovery(world, fault, healed_at, open_ids),
+        rss=samples["rss"],
+        connections=samples["connections"],
+        max_rss=MAX_RSS,
+        max_connections=MAX_CONNECTIONS,
+    )
+    for look in scene.later:
+        look(evidence)
+    _keep_evidence(folder, evidence, tables)
+    return _judge(outcome, evidence, scene, took_s=time.monotonic() - began)
+
+
+def _judge(outcome: Outcome, evidence: Evidence, scene: Scene, took_s: float) -> Outcome:
+    violations = [*scene.found, *checker.check(evidence, outcome.checks)]
+    outcome.jobs = len(evidence.submissions())
+    outcome.lost, outcome.doubled = len(checker.lost(evidence)), len(checker.doubled(evidence))
+    if evidence.recovery is not None:
+        outcome.recovery_s, outcome.bound_s = evidence.recovery.seconds, evidence.recovery.bound_s
+    outcome.violations = [str(each) for each in violations]
+    outcome.notes = scene.notes
+    outcome.took_s = took_s
+    return outcome
+
+
+def _open_ids(world: World, since: str) -> list[Any]:
+    found = world.rows(
+        "SELECT id FROM jobs"
+        " WHERE created_at >= %s AND finished_at IS NULL AND not_before <= now()",
+        since,
+    )
+    return [row["id"] for row in found]
+
+
+def _quiesce(world: World, load: Load, since: str) -> int:
+    """Wait until every job has ended; returns how many bare messages were sent again."""
+    resent, again_at = 0, time.monotonic() + RESEND_S
+    deadline = time.monotonic() + QUIESCE_S
+    while True:
+        states = {
+            str(row["id"]): row["state"]
+            for row in world.rows("SELECT id, state FROM jobs WHERE created_at >= %s", since)
+        }
+        missing = set(filter(None, load.accepted.values())) - states.keys()
+        if not missing and FINAL_STATES.issuperset(states.values()):
+            break
+        if time.monotonic() > deadline:
+            break  # the checker will name them
+        if missing and time.monotonic() > again_at:
+            resent += load.send_unreceived(set(states))
+            again_at = time.monotonic() + 2 * RESEND_S
+        time.sleep(0.1)
+    for part in PARTS:
+        eventually(lambda part=part: world.is_up(part), 30, f"{part} up")
+        world.wait_ready(part)
+    return resent
+
+
+def _recovery(world: World, fault: Fault, healed_at: str, open_ids: Collection[Any]) -> Recovery:
+    """The bound is lease + sweep + reload + the run of what was open, and what the fault adds."""
+    last_s = world.value(
+        "SELECT extract(epoch FROM max(finished_at) - CAST(%s AS timestamptz))::float8 FROM jobs"
+        " WHERE id = ANY(%s)",
+        healed_at,
+        list(open_ids),
+    )
+    run_s = 1.0 + len(open_ids) / FLOOR_RATE
+    bound_s = LEASE_S + 2 * SWEEP_S + LOST_AFTER_S + world.reload_s + run_s + fault.extra_s
+    return Recovery(seconds=max(0.0, last_s or 0.0), bound_s=bound_s)
+
+
+@contextmanager
+def _sampled(world: World) -> Iterator[dict[str, dict[str, list[int]]]]:
+    """Memory and connections, twice a second, while the block runs."""
+    samples: dict[str, dict[str, list[int]]] = {
+        "rss": defaultdict(list),
+        "connections": {server: [] for server in SERVERS},
+    }
+    ended = threading.Event()
+
+    def sample() -> None:
+        while not ended.wait(0.5):
+            for kind, found in (("rss", world.rss()), ("connections", world.connections())):
+                for name, number in found.items():
+                    samples[kind][name].append(number)
+
+    thread = threading.Thread(target=sample, name="sampler")
+    thread.start()
+    try:
+        yield samples
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _keep_evidence(folder: Path, evidence: Evidence, tables: dict[str, Any]) -> None:
+    """So that a failure can be looked into, and checked again without a system."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tables.json").write_text(json.dumps(tables, default=str))
+    recovery = asdict(evidence.recovery) if evidence.recovery else None
+    samples = {"rss": evidence.rss, "connections": evidence.connections, "recovery": recovery}
+    (folder / "samples.json").write_text(json.dumps(samples))
