@@ -94,6 +94,9 @@ _CLAIM: Final = text("""
             sum(num_sequences), :wait_ms, now() - :wait_ms * interval '1 ms', now()
         FROM moved JOIN member USING (job_id)
         HAVING count(*) > 0
+        ON CONFLICT (id) DO UPDATE SET  -- a repeated call may get more than the first
+            num_jobs = batches.num_jobs + excluded.num_jobs,
+            num_sequences = batches.num_sequences + excluded.num_sequences
     )
     SELECT job_id, attempt_id, number, now() AS claimed_at FROM moved
     UNION ALL  -- claimed by this very call before, if it is repeated

@@ -116,6 +116,24 @@ def test_a_repeated_claim_is_the_same_claim(database: Database) -> None:
     assert count(database, "batches") == 1
 
 
+def test_a_repeated_claim_may_get_more_than_the_first(database: Database) -> None:
+    [free, taken] = insert(database, new_job(), new_job())
+    other, worker = Worker.registered(database), Worker.registered(database)
+    [theirs] = other.claim([taken])
+    batch, members = worker.batch(), [Member(id, uuid4()) for id in (free, taken)]
+    with database.begin() as connection:
+        claims.claim(connection, batch, members)
+    other.release(theirs)
+
+    with database.begin() as connection:
+        claimed = claims.claim(connection, batch, members)
+
+    assert {each.job_id for each in claimed} == {free, taken}
+    job = view(database, free)
+    assert job.batch is not None
+    assert (job.batch.num_jobs, job.batch.num_sequences) == (2, 2)
+
+
 def test_a_worker_whose_lease_is_over_claims_nothing_until_its_next_heartbeat(
     database: Database,
 ) -> None:
