@@ -101,7 +101,8 @@ _INSERT_NEW: Final = text(
 _FIND_EARLIER: Final = text("""
     SELECT
         new.id AS asked, old.id,
-        (old.tenant, old.fingerprint) = (new.tenant, new.fingerprint) AS fingerprint_matches
+        (old.tenant, old.fingerprint) IS NOT DISTINCT FROM (new.tenant, new.fingerprint)
+            AS fingerprint_matches
     FROM jsonb_populate_recordset(NULL::jobs, CAST(:jobs AS jsonb)) AS new
     JOIN LATERAL (
         SELECT id, tenant, fingerprint FROM jobs WHERE jobs.id = new.id
