@@ -1,0 +1,321 @@
+"""The store in memory, on which the simulation runs, does what Postgres does.
+
+Random moves go to both; after each one their answers and all their rows are compared. Time is
+counted in thousands of seconds: what Postgres itself takes then never matters.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import Any
+from uuid import UUID
+
+import pytest
+from sqlalchemy import DateTime, text
+
+from app.engines.base import Kind
+from app.errors import GristmillError
+from app.jobs import FINAL_STATES, AttemptOutcome, CloseReason
+from app.store import cancellation, claims, intake, rescue, workers
+from app.store.claims import BatchStats, Finished, Member, NewBatch, Release
+from app.store.database import Database
+from app.store.intake import Arrival, RejectedJob
+from app.store.tables import metadata
+from app.store.workers import NewWorker
+from tests.memory_store import KEYS, MemoryDatabase
+from tests.rows import MODEL, new_job
+
+UNIT_S = 1_000
+HALF_S = 500
+LEASE_S = 3_500.0
+PAGE = 100
+
+
+class Postgres:
+    """A real store whose stamps are moved back to let time pass."""
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+
+    def now(self) -> datetime:
+        with self.database.begin() as connection:
+            return connection.scalar(text("SELECT now()")) or datetime.now(UTC)
+
+    def rows(self, table: str) -> list[dict[str, Any]]:
+        with self.database.begin() as connection:
+            return [dict(row._mapping) for row in connection.execute(text(f"TABLE {table}"))]
+
+    def let_pass(self, seconds: int) -> None:
+        with self.database.begin() as connection:
+            for table in KEYS:
+                stamps = [
+                    f"{column.name} = {column.name} - interval '{seconds} s'"
+                    for column in metadata.tables[table].columns
+                    if isinstance(column.type, DateTime)
+                ]
+                connection.execute(text(f"UPDATE {table} SET {', '.join(stamps)}"))
+
+
+class Memory:
+    """The store in memory, on a clock of its own."""
+
+    def __init__(self) -> None:
+        self._now = datetime(2030, 1, 1, tzinfo=UTC)
+        self.database = MemoryDatabase(self.now)
+
+    def now(self) -> datetime:
+        return self._now
+
+    def rows(self, table: str) -> list[dict[str, Any]]:
+        return self.database.rows(table)
+
+    def let_pass(self, seconds: int) -> None:
+        self._now += timedelta(seconds=seconds)
+
+
+Move = Callable[[Any, datetime], Any]
+"""What is done in one transaction: with a connection, at a time."""
+
+
+class Moves:
+    """Random moves, as likely to be wrong, late or repeated as to be right."""
+
+    def __init__(self, seed: int) -> None:
+        self.chance = random.Random(seed)
+        self.jobs = [self._uuid() for _ in range(20)]
+        self.workers = [self._uuid() for _ in range(3)]
+        self.registered: set[UUID] = set()
+        self.claims: list[tuple[NewBatch, list[Member]]] = []
+
+    def _uuid(self) -> UUID:
+        return UUID(int=self.chance.getrandbits(128), version=4)
+
+    def next(self) -> tuple[str, Move]:
+        kinds = {
+            self.insert: 6, self.receive: 3, self.unreceive: 1, self.sent: 5, self.reject: 0.3,
+            self.claim: 10, self.finish: 4, self.release: 5, self.register: 1, self.beat: 7,
+            self.stop: 0.2, self.cancel: 5, self.sweep: 8,
+        }  # fmt: skip
+        if len(self.registered) < len(self.workers):
+            return "register", self.register()
+        move = self.chance.choices(list(kinds), list(kinds.values()))[0]
+        return move.__name__, move()
+
+    def some_jobs(self) -> list[UUID]:
+        return self.chance.sample(self.jobs, self.chance.randint(1, 4))
+
+    def insert(self) -> Move:
+        wanted = [(job_id, *self._times()) for job_id in self.some_jobs()]
+        keys = self.chance.choices([None, "a", "b"], weights=[4, 1, 1], k=len(wanted))
+        prints = self.chance.choices(["f00d", "beef"], k=len(wanted))
+        max_attempts = self.chance.randint(1, 2)
+
+        def move(connection: Any, now: datetime) -> Any:
+            jobs = [
+                new_job(
+                    id=job_id,
+                    not_before=_after(now, early),
+                    deadline=_after(now, late),
+                    idempotency_key=key,
+                    fingerprint=fingerprint,
+                    max_attempts=max_attempts,
+                )
+                for (job_id, early, late), key, fingerprint in zip(
+                    wanted, keys, prints, strict=True
+                )
+            ]
+            return intake.insert_jobs(connection, jobs)
+
+        return move
+
+    def _times(self) -> tuple[int | None, int | None]:
+        """Units until it is due and until its deadline."""
+        return (
+            self.chance.choice([None, None, None, None, 1]),
+            self.chance.choice([None, None, None, 2, 5]),
+        )
+
+    def receive(self) -> Move:
+        worker, ids = self.chance.choice(self.workers), self.some_jobs()
+        times = [self._times() for _ in ids]
+        bare = [self.chance.random() < 0.4 for _ in ids]
+
+        def move(connection: Any, now: datetime) -> Any:
+            arrivals = []
+            for job_id, (early, late), is_bare in zip(ids, times, bare, strict=True):
+                job = new_job(
+                    id=job_id,
+                    source="message",
+                    not_before=_after(now, early),
+                    deadline=_after(now, late),
+                )
+                arrivals.append(Arrival(job_id, None if is_bare else job))
+            return list(intake.receive(connection, worker, arrivals).values())
+
+        return move
+
+    def unreceive(self) -> Move:
+        worker, ids = self.chance.choice(self.workers), self.some_jobs()
+        return lambda connection, _: intake.unreceive(connection, worker, ids)
+
+    def sent(self) -> Move:
+        ids = self.some_jobs()
+        return lambda connection, _: intake.mark_enqueued(connection, ids)
+
+    def reject(self) -> Move:
+        [job_id, *_] = self.some_jobs()
+        bad = RejectedJob(id=job_id, kind=Kind.EMBED, error_code="bad", error_message="Bad.")
+        return lambda connection, _: intake.reject(connection, [bad])
+
+    def claim(self) -> Move:
+        if self.claims and self.chance.random() < 0.15:
+            batch, members = self.claims[-1]  # its answer was lost
+        else:
+            batch = NewBatch(
+                id=self._uuid(),
+                worker_id=self.chance.choice(self.workers),
+                model=MODEL,
+                engine="stub",
+                close_reason=CloseReason.SIZE,
+                wait_ms=5.0,
+            )
+            members = [Member(job_id, self._uuid(), 2) for job_id in self.some_jobs()]
+            self.claims.append((batch, members))
+        return lambda connection, _: claims.claim(connection, batch, members)
+
+    def _some_members(self) -> tuple[NewBatch | None, list[Member]]:
+        if not self.claims:
+            return None, []
+        batch, members = self.chance.choice(self.claims[-5:])
+        return batch, self.chance.sample(members, self.chance.randint(1, len(members)))
+
+    def finish(self) -> Move:
+        batch, members = self._some_members()
+        records = [
+            Finished(
+                job_id=member.job_id,
+                attempt_id=member.attempt_id,
+                state=self.chance.choice(sorted(FINAL_STATES)),
+                response={"text": "Flour."},
+                error_code=self.chance.choice([None, "oops"]),
+                device_ns=self.chance.randint(0, 99),
+                cost=Decimal("0.000000015"),
+            )
+            for member in members
+        ]
+        stats = [BatchStats(batch.id, 3, 4, 5)] if batch else []
+        return lambda connection, _: claims.finish(connection, records, stats)
+
+    def release(self) -> Move:
+        releases = [
+            Release(
+                job_id=member.job_id,
+                attempt_id=member.attempt_id,
+                outcome=self.chance.choice([AttemptOutcome.RELEASED, AttemptOutcome.LOST]),
+                charged=self.chance.random() < 0.3,
+                delay_s=self.chance.choice([0.0, 0.0, 2_500.0]),
+                error_code="oops",
+                error_message="Oops.",
+                device_ns=7,
+            )
+            for member in self._some_members()[1]
+        ]
+        return lambda connection, _: claims.release(connection, releases)
+
+    def register(self) -> Move:
+        self.registered.add(worker_id := self.workers[len(self.registered) % len(self.workers)])
+        worker = NewWorker(
+            id=worker_id,
+            name="worker@mill",
+            host="mill",
+            pid=1,
+            models=[MODEL],
+            device="cpu",
+            price_id="cpu",
+            currency="EUR",
+            price_per_device_hour=Decimal("0.036"),
+        )
+        return lambda connection, _: workers.register_worker(connection, worker, LEASE_S)
+
+    def beat(self) -> Move:
+        worker = self.chance.choice(self.workers)
+        return lambda connection, _: workers.heartbeat(connection, worker, LEASE_S)
+
+    def stop(self) -> Move:
+        worker = self.chance.choice(self.workers)
+        return lambda connection, _: workers.stop_worker(connection, worker)
+
+    def cancel(self) -> Move:
+        members = self._some_members()[1] if self.chance.random() < 0.6 else []
+        job_id = members[0].job_id if members else self.some_jobs()[0]
+        return lambda connection, _: cancellation.cancel(connection, job_id)
+
+    def sweep(self) -> Move:
+        sweeps: list[Move] = [
+            lambda connection, _: rescue.expire_leases(connection, PAGE),
+            lambda connection, _: rescue.return_received(connection, PAGE),
+            lambda connection, _: rescue.expire_deadlines(connection, PAGE),
+            lambda connection, _: rescue.unsent(connection, PAGE, HALF_S),
+            lambda connection, _: rescue.overdue(connection, MODEL, 1_700.0, PAGE),
+            lambda connection, _: rescue.count_unreceived(connection),
+            lambda connection, _: intake.count_queued(connection),
+        ]
+        return self.chance.choice(sweeps)
+
+
+def _after(now: datetime, units: int | None) -> datetime | None:
+    return None if units is None else now + timedelta(seconds=units * UNIT_S + HALF_S)
+
+
+def _plain(value: Any, now: datetime) -> Any:
+    """A value that can be compared between stores: stamps by their age, groups in one order."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {each.name: _plain(getattr(value, each.name), now) for each in fields(value)}
+    if isinstance(value, datetime):
+        return ("age", round((now - value).total_seconds() / HALF_S))
+    if isinstance(value, dict):
+        return {
+            key: round(each / 1e3 / HALF_S)
+            if isinstance(each, float) and str(key).endswith("_ms")
+            else _plain(each, now)
+            for key, each in value.items()
+        }
+    if isinstance(value, list | set | frozenset):
+        return sorted((_plain(each, now) for each in value), key=repr)
+    return value
+
+
+def _do(store: Postgres | Memory, move: Move) -> Any:
+    now = store.now()
+    try:
+        with store.database.begin() as connection:
+            return _plain(move(connection, now), now)
+    except GristmillError as error:
+        return type(error)
+
+
+def _rows(store: Postgres | Memory) -> dict[str, Any]:
+    now = store.now()
+    return {table: _plain(store.rows(table), now) for table in KEYS}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_postgres_and_the_store_in_memory_answer_and_keep_the_same(
+    database: Database, seed: int
+) -> None:
+    moves, real, fake = Moves(seed), Postgres(database), Memory()
+    done = []
+
+    for _ in range(100):
+        name, move = moves.next()
+        done.append(name)
+
+        assert _do(fake, move) == _do(real, move), done
+        assert _rows(fake) == _rows(real), done
+        if moves.chance.random() < 0.15:
+            for store in (fake, real):
+                store.let_pass(UNIT_S)
