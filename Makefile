@@ -10,7 +10,7 @@ PIP := $(RUN) pip --quiet --disable-pip-version-check install
 LOCKED = $(shell cat pyproject.toml requirements/*.lock | cksum)
 export PYTEST_DEBUG_TEMPROOT := $(CURDIR)/.cache/tmp
 
-.PHONY: help setup install demo up test lint types unit integration e2e bench lock clean
+.PHONY: help setup install demo up test lint types unit integration e2e chaos soak bench lock clean
 
 help:  ## List what can be made
 	@sed -n 's/^\([a-z0-9 ]*\):.*##  */\1|/p' Makefile | while IFS='|' read -r name text; \
@@ -36,8 +36,8 @@ demo: setup  ## Run 48 real prompts through the whole system, show each one's re
 up: setup  ## Run everything on this machine until Ctrl-C
 	@exec $(RUN) app.cli up
 
-test: setup lint types  ## Set up, lint, check types, run the unit, integration and e2e tests
-	$(RUN) pytest tests/unit tests/integration tests/e2e
+test: setup lint types  ## Set up, lint, check types, run all tests
+	$(RUN) pytest tests/unit tests/integration tests/e2e tests/chaos
 
 lint: setup  ## Style and the direction of imports
 	$(RUN) ruff check .
@@ -49,6 +49,12 @@ types: setup  ## Types of the whole product
 
 unit integration e2e: setup  ## Run one tier of the tests
 	$(RUN) pytest tests/$@
+
+chaos: setup  ## Do 30 faults to the whole system, under load, and check that nothing is lost
+	$(RUN) tests.chaos
+
+soak: setup  ## Random faults for HOURS=1, with memory and connections drawn
+	$(RUN) tests.chaos.soak --hours $(or $(HOURS),1)
 
 bench: setup  ## Measure the engine against its alternatives; takes minutes
 	$(RUN) app.bench engine

@@ -7,6 +7,8 @@ may ask for trouble instead:
     nan           fails alone, as a row with NaN logits does
     oom above N   the batch does not fit if it has more than N rows
     crash         the process dies
+    assert        the device breaks: this step and all later ones raise
+    eat MB        takes so much memory for as long as it runs
     hang          the step never ends and shows no progress
 
 Options: `step_ms` and `row_ms`, the time of a step and what each row adds; `joins`, whether rows
@@ -56,6 +58,8 @@ class _Row:
         self.verb = verb
         self.awake_ns = now + (number * 1_000_000 if verb == "sleep" else 0)
         self.max_rows = number if verb == "oom" else math.inf
+        self.eats_bytes = number << 20 if verb == "eat" else 0
+        self.eaten = b""
         self.left = [tokenizer.EOS, *reversed(sequence.prompt_token_ids)]
         self.output = Output(
             sequence.params or SamplingParams(max_tokens=1),
@@ -86,6 +90,7 @@ class StubEngine:
         self._tokenizer = StubTokenizer(settings)
         self._progress = progress
         self._rows: list[_Row] = []
+        self._is_broken = False
         self._cancelled: set[int] = set()
         self._stats: dict[str, StepStats] = {}
 
@@ -97,6 +102,8 @@ class StubEngine:
         stats.padded_tokens = stats.useful_tokens
 
     def step(self) -> list[Generation]:
+        if self._is_broken:
+            raise RuntimeError("device-side assert triggered")
         if any(len(self._rows) > row.max_rows for row in self._rows):
             self._rows.clear()
             raise OutOfMemory
@@ -135,6 +142,11 @@ class StubEngine:
             os._exit(CRASHED)
         while row.verb == "hang":
             time.sleep(1)
+        if row.verb == "assert":
+            self._is_broken = True
+            raise RuntimeError("device-side assert triggered")
+        if row.eats_bytes and not row.eaten:
+            row.eaten = b"\1" * row.eats_bytes
         if row.verb == "nan":
             return FinishReason.ERROR
         if now_ns < row.awake_ns:

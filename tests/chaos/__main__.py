@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from tests.chaos.world import World
 
 
 def main(arguments: Sequence[str]) -> int:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that all is stopped in order
     options = _parser().parse_args(arguments)
     chosen = [FAULTS[number] for number in options.faults]
     commit = _commit()

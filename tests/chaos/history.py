@@ -69,6 +69,11 @@ class History:
         with self._lock:
             return [event for event in self._events if fault is None or event.fault == fault]
 
+    def forget(self) -> None:
+        """Let go of what is in the file already."""
+        with self._lock:
+            self._events.clear()
+
     def close(self) -> None:
         self._file.close()
 

@@ -287,15 +287,17 @@ class World:
             )
         )
 
-    def wait_running(self, part: str, at_least: int = 1, timeout_s: float = 20.0) -> None:
+    def wait_running(self, part: str, at_least: int = 1, timeout_s: float = 60.0) -> None:
         """Return in the middle of a batch of a worker."""
         eventually(lambda: self.num_running(part) >= at_least, timeout_s, f"a batch of {part}")
 
     # ── measures ─────────────────────────────────────────────────────────────────────────────
 
     def rss(self) -> dict[str, int]:
-        """Resident bytes of each part, children included, and of the servers."""
+        """Resident bytes of each part, children included, and of Redis."""
         found: dict[str, int] = {}
+        with contextlib.suppress(redis.RedisError), self.redis_client() as client:
+            found["redis"] = int(client.info("memory")["used_memory_rss"])
         for part in self._children:
             with contextlib.suppress(psutil.Error):
                 process = psutil.Process(self.pid(part))

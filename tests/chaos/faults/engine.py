@@ -2,18 +2,179 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
 
+import psutil
+
+from tests.chaos.checker import Evidence
+from tests.chaos.load import Spec
 from tests.chaos.scene import Scene, fault
+from tests.chaos.world import BATCH_SIZE, MODELS, STEP_TIMEOUT_S, WORKERS, eventually
+
+CRASH = ("engine_crash", "out_of_memory")
+MOST_CRASHES = math.ceil(math.log2(BATCH_SIZE)) + 1
+"""Of one poison: its batch, and a half each time until it is alone."""
 
 
 @fault(1, "engine process SIGKILL mid-batch", checks=("I6", "I7"))
 def engine_killed(scene: Scene) -> None:
     for _ in range(3):
-        part = scene.rng.choice(("worker-1", "worker-2"))
+        part = scene.rng.choice(WORKERS)
         scene.world.wait_running(part)
         scene.pause(0.0, 0.05)
         if pid := scene.world.engine_pid(part):
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         scene.pause(0.2, 0.6)
+
+
+@fault(8, "host out of memory in the engine process", checks=("I6", "I7"), extra_s=15)
+def host_out_of_memory(scene: Scene) -> None:
+    """A prompt that makes the engine take 600 MB, where 300 are left."""
+    with _memory_limit(scene, more_bytes=300 << 20):
+        eaters = [scene.load.make("eat 600", expect=CRASH) for _ in range(2)]
+        _submit_among_mates(scene, eaters)
+        _wait_ended(scene, eaters, timeout_s=90)
+
+
+@contextlib.contextmanager
+def _memory_limit(scene: Scene, more_bytes: int) -> Iterator[None]:
+    """Both workers and what they start may take so much more: by a cgroup, else by prlimit."""
+    world = scene.world
+    group = Path(f"/sys/fs/cgroup/memory/chaos-{os.getpid()}")
+    try:
+        group.mkdir()
+    except OSError:
+        scene.note("no memory cgroup here: prlimit --as in its place")
+        for part in WORKERS:
+            if pid := world.engine_pid(part):
+                limit = psutil.Process(pid).memory_info().vms + more_bytes
+                psutil.Process(pid).rlimit(psutil.RLIMIT_AS, (limit, limit))
+        yield
+        return
+    (group / "memory.limit_in_bytes").write_text(str(more_bytes))
+    for part in WORKERS:
+        for process in (psutil.Process(world.pid(part)), *_children(world.pid(part))):
+            with contextlib.suppress(OSError):
+                (group / "cgroup.procs").write_text(str(process.pid))
+    try:
+        yield
+    finally:
+        kills = (group / "memory.oom_control").read_text().split()[-1]
+        scene.note(f"the kernel killed {kills} engine processes")
+        for part in WORKERS:  # theirs are outside of it
+            world.restart(part)
+        with contextlib.suppress(OSError):
+            group.rmdir()
+
+
+def _children(pid: int) -> list[psutil.Process]:
+    return psutil.Process(pid).children(recursive=True)
+
+
+@fault(9, "device out of memory above 4 rows", checks=("I6", "I7"), extra_s=5)
+def device_out_of_memory(scene: Scene) -> None:
+    """On a CPU the stub raises what an engine raises when the device is full."""
+    scene.note("the stub engine raises OutOfMemory in the place of a full device")
+    heavy = [scene.load.make("oom above 4", model=MODELS[0]) for _ in range(3)]
+    _submit_among_mates(scene, heavy)
+    _wait_ended(scene, heavy, timeout_s=90)
+    halvings = sum(_count_in_log(scene, part, "halved") for part in WORKERS)
+    scene.note(f"halved {halvings} times")
+    scene.expect(halvings > 0, "I6", "No batch was halved.")
+    for part in WORKERS:  # forget the caps
+        scene.world.restart(part)
+
+
+@fault(10, "device-side assert: the engine raises for ever", checks=("I6", "I7"), extra_s=10)
+def device_assert(scene: Scene) -> None:
+    """The process whose device is broken must be gone at once: nothing else may run in it."""
+    pids = {pid for part in WORKERS if (pid := scene.world.engine_pid(part))}
+    poison = scene.load.make("assert", expect=CRASH)
+    _submit_among_mates(scene, [poison])
+    began = time.monotonic()
+    eventually(lambda: any(not psutil.pid_exists(pid) for pid in pids), 60, "the engine's end")
+    scene.note(f"broken process gone {time.monotonic() - began:.1f} s after the submission")
+    _wait_ended(scene, [poison], timeout_s=90)
+
+
+@fault(11, "hung kernel", checks=("I6", "I7"), extra_s=MOST_CRASHES * (STEP_TIMEOUT_S + 2))
+def hung(scene: Scene) -> None:
+    poison = scene.load.make("hang", expect=CRASH)
+    before = sum(_count_in_log(scene, part, "no progress") for part in WORKERS)
+    began = time.monotonic()
+    _submit_among_mates(scene, [poison])
+    eventually(
+        lambda: sum(_count_in_log(scene, part, "no progress") for part in WORKERS) > before,
+        STEP_TIMEOUT_S + 60,
+        "a hung engine killed",
+    )
+    scene.note(
+        f"killed {time.monotonic() - began:.1f} s after the submission; "
+        f"the limit of a step is {STEP_TIMEOUT_S:g} s"
+    )
+    _wait_ended(scene, [poison], timeout_s=90)
+
+
+@fault(13, "NaN logits; endless generation", checks=("I6", "I7"))
+def odd_rows(scene: Scene) -> None:
+    bad = [scene.load.make("nan", expect=("not_finite",)) for _ in range(5)]
+    endless = [
+        scene.load.make(fields={"ignore_eos": True, "max_tokens": 600}, model=model)
+        for model in MODELS
+    ]
+    late = [
+        scene.load.make("sleep 30000", deadline_s=2.0, expect=("expired",), model=model)
+        for model in MODELS
+    ]
+    scene.load.submit(*bad, *endless, *late)
+    _wait_ended(scene, [*bad, *endless, *late], timeout_s=90)
+
+
+@fault(14, "poison crashes the process: 1, 2 and 5 of 32", checks=("I6", "I7"), extra_s=10)
+def poison(scene: Scene) -> None:
+    for number in (1, 2, 5):
+        before = sum(_count_in_log(scene, part, "engine process is lost") for part in WORKERS)
+        poisons = [scene.load.make("crash", expect=CRASH) for _ in range(number)]
+        _submit_among_mates(scene, poisons, mates=32 - number)
+        _wait_ended(scene, poisons, timeout_s=90)
+        crashes = sum(_count_in_log(scene, part, "engine process is lost") for part in WORKERS)
+        crashes -= before
+        most = number * MOST_CRASHES
+        scene.note(f"{number} of 32: {crashes} crashes, at most {most}")
+        scene.expect(crashes <= most, "I6", f"{number} poisons took {crashes} crashes.")
+
+    def mates_not_charged(evidence: Evidence) -> None:
+        for job in evidence.jobs:
+            if job["state"] == "completed" and job["attempts_charged"] != 1:
+                text = f"{job['id']} completed with {job['attempts_charged']} charged attempts."
+                scene.expect(False, "I6", text)
+
+    scene.afterwards(mates_not_charged)
+
+
+def _submit_among_mates(scene: Scene, bad: list[Spec], mates: int = 12) -> None:
+    """In one transaction, so that they come into the same batches."""
+    all_ = [*bad, *(scene.load.make() for _ in range(mates))]
+    scene.rng.shuffle(all_)
+    scene.load.submit(*all_, way="bulk")
+
+
+def _wait_ended(scene: Scene, specs: list[Spec], timeout_s: float) -> None:
+    ids = [scene.load.accepted[spec.nonce] for spec in specs]
+
+    def ended() -> bool:
+        query = "SELECT count(*) FROM jobs WHERE id = ANY(%s) AND finished_at IS NOT NULL"
+        return bool(scene.world.value(query, ids) == len(ids))
+
+    eventually(ended, timeout_s, "the bad jobs ended")
+
+
+def _count_in_log(scene: Scene, part: str, text: str) -> int:
+    return (scene.world.logs / f"{part}.log").read_text(errors="replace").count(text)
