@@ -337,7 +337,7 @@ class Sender:
             return False
         self._try_again_at = None
         try:
-            with self._database.begin() as connection:
+            with self._database.autocommit() as connection:
                 intake.mark_enqueued(connection, [job.id for job in jobs])
         except Unavailable:
             log.warning("Sent, but not marked so.", extra={"action": "mark_enqueued_failed"})

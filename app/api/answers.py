@@ -73,7 +73,7 @@ class Snapshot:
     @classmethod
     def read(cls, database: Database, job_id: UUID) -> Snapshot:
         """Raises `JobNotFound`. Not for the event loop."""
-        with database.begin() as connection:
+        with database.autocommit() as connection:
             view = reads.job(connection, job_id)
         if view is None:
             raise JobNotFound()

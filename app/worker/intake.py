@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import datetime as dt
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -39,6 +40,7 @@ ARRIVAL_HEADER: Final = "gristmill"
 EMPTY_BODY: Final = "[[], {}, {}]"
 EMBEDS: Final = ("callbacks", "errbacks", "chain", "chord")
 MAX_TASK_ID: Final = 255
+EVENTS_EVERY_S: Final = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,22 @@ class Refusal:
 
 class Consumer(CeleryConsumer):  # type: ignore[misc]
     """Celery's consumer with the check in front; set as `worker_consumer`."""
+
+    _events_leave_at = 0.0  #: by the monotonic clock
+
+    def on_send_event_buffered(self) -> None:
+        """Events for Flower go out in groups: Celery would send a message at each turn of its hub.
+
+        Called by the runner too, and only the hub's own thread may touch its timer.
+        """
+        now = time.monotonic()
+        if self.hub and now >= self._events_leave_at:
+            self._events_leave_at = now + EVENTS_EVERY_S
+            self.hub.call_soon(self.hub.call_later, EVENTS_EVERY_S, self._flush_events)
+
+    def stop(self) -> None:
+        self._flush_events()
+        super().stop()
 
     def connect(self) -> Any:
         """Called again after every reconnect, with a new channel each time."""

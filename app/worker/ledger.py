@@ -51,7 +51,7 @@ class Ledger:
         what it got the first time.
         """
         members = [Member(job.id, job.attempt_id, job.num_sequences) for job in jobs]
-        with self._database.begin() as connection:
+        with self._database.autocommit() as connection:
             answer = claims.claim(connection, self._new_batch(batch), members)
         grants = {grant.job_id: grant for grant in answer}
         claimed_ns = self._now_ns()
@@ -104,14 +104,14 @@ class Ledger:
             run.record = run.record or self._settlement.settle(job)
             records.append(run.record)
             stats[run.batch.id] = batch_stats(run.batch)
-        with self._database.begin() as connection:
+        with self._database.autocommit() as connection:
             return claims.finish(connection, records, list(stats.values()))
 
     def release(self, jobs: Sequence[Job]) -> None:
         """Give claimed jobs back to the queue, uncharged."""
         if not jobs:
             return
-        with self._database.begin() as connection:
+        with self._database.autocommit() as connection:
             claims.release(
                 connection,
                 [

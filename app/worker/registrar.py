@@ -106,7 +106,7 @@ class Registrar:
         Raises `Unavailable`; everything then waits for the next call.
         """
         waiting = self._waiting
-        with self._database.begin() as connection:
+        with self._database.autocommit() as connection:  # each may be repeated by itself
             received = intake.receive(connection, self._worker_id, map(self._row, waiting))
             intake.reject(connection, list(map(_rejected, self._refusals)))
             intake.unreceive(connection, self._worker_id, self._given_back)

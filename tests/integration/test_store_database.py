@@ -32,6 +32,53 @@ def test_a_commit_keeps_and_an_error_drops_what_was_written(database: Database) 
         assert list(connection.scalars(text("SELECT id FROM jobs"))) == [kept]
 
 
+def test_each_statement_of_autocommit_is_kept_whatever_follows(database: Database) -> None:
+    job = new_job()
+
+    def write_and_fail() -> None:
+        with database.autocommit() as connection:
+            intake.insert_jobs(connection, [job])
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        write_and_fail()
+    with database.begin() as connection:
+        assert list(connection.scalars(text("SELECT id FROM jobs"))) == [job.id]
+
+
+def test_a_transaction_after_autocommit_is_one_again(database_url: str) -> None:
+    """They share one connection here."""
+    job = new_job()
+
+    def write_and_fail(database: Database) -> None:
+        with database.begin() as connection:
+            intake.insert_jobs(connection, [job])
+            raise ZeroDivisionError
+
+    with closing(Database(database_url, pool_size=1)) as database:
+        with database.autocommit() as connection:
+            connection.execute(text("SELECT 1"))
+        with pytest.raises(ZeroDivisionError):
+            write_and_fail(database)
+        with database.autocommit() as connection:
+            assert connection.scalar(text("SELECT count(*) FROM jobs")) == 0
+
+
+def test_a_connection_that_died_while_idle_is_replaced_unnoticed(
+    database: Database, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with closing(Database(database_url, pool_size=1)) as idle:
+        with idle.autocommit() as connection:
+            pid = connection.scalar(text("SELECT pg_backend_pid()"))
+        with database.begin() as connection:
+            gone = text("SELECT pg_terminate_backend(:pid, 10000)")
+            assert connection.scalar(gone, {"pid": pid})
+        monkeypatch.setattr("app.store.database.PING_AFTER_S", 0.0)
+
+        with idle.autocommit() as connection:
+            assert connection.scalar(text("SELECT pg_backend_pid()")) != pid
+
+
 def test_a_server_that_is_not_there_is_unavailable() -> None:
     url = f"postgresql://nobody@127.0.0.1:{free_port()}/nowhere"
     with (
