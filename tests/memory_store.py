@@ -103,6 +103,8 @@ class MemoryDatabase:
         for channel, job_id in connection.notices:
             self.on_notice(channel, job_id)
 
+    autocommit = begin  # one statement in a transaction of its own
+
     def rows(self, table: str) -> list[Row]:
         return list(self.tables[table].values())
 
