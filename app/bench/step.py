@@ -25,7 +25,7 @@ from app.engines.base import Kind, SamplingParams, Sequence
 from app.engines.inflight.attention import pack
 from app.engines.inflight.engine import InflightEngine
 from app.engines.inflight.scheduler import Segment
-from app.engines.inflight.weights import PackedLinear
+from app.engines.inflight.weights import NativeLinear, PackedLinear
 from app.engines.models import prepare
 
 REPEATS = 15
@@ -149,7 +149,7 @@ def _linears(engine: InflightEngine, rows: int) -> Callable[[], Any]:
     """Every linear layer of the model once, on as many rows as in a step."""
     layers: list[tuple[nn.Module, Tensor]] = []
     for module in engine._model.modules():
-        if isinstance(module, PackedLinear | nn.Linear):
+        if isinstance(module, NativeLinear | PackedLinear | nn.Linear):
             x = torch.randn(1, rows, module.in_features)
             layers.append((module, x.to(engine._device, engine._model.dtype)))
 
@@ -189,7 +189,7 @@ def _bytes_read(engine: InflightEngine, rows: int, context: int) -> int:
     """The linear layers' weights once, and each row's keys and values."""
     weights = 0
     for module in engine._model.modules():
-        if isinstance(module, PackedLinear):
+        if isinstance(module, NativeLinear | PackedLinear):
             weights += module.num_weights * engine._model.dtype.itemsize
         elif isinstance(module, nn.Linear):
             weights += module.weight.nbytes

@@ -2,66 +2,11 @@
 //
 // Keys lie as [block, head, dim, place] and values as [block, head, place, dim], so that both
 // products run along contiguous memory: scores over the places of a block, outputs over the dims.
-// The arithmetic is float32 whatever the cache holds. Vectors are GCC's portable extension: the
-// compiler maps them to whatever the machine has.
+// The arithmetic is float32 whatever the cache holds.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <limits>
-#include <vector>
+#include "kernels.h"
 
 namespace {
-
-constexpr int LANES = 16;
-constexpr int BLOCK = 32;         // tokens of a block; cache.py says the same
-constexpr int VECS = BLOCK / LANES;
-constexpr int RUN = 16;           // most tokens of one run; attention.py says the same
-
-typedef float f32 __attribute__((vector_size(LANES * 4)));
-typedef int32_t i32 __attribute__((vector_size(LANES * 4)));
-typedef uint32_t u32 __attribute__((vector_size(LANES * 4)));
-typedef uint16_t u16 __attribute__((vector_size(LANES * 2)));
-
-struct bf16 { uint16_t bits; };
-
-const i32 COUNT = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-
-inline f32 load(const float* from) { f32 x; std::memcpy(&x, from, sizeof x); return x; }
-inline f32 load(const bf16* from) {
-    u16 x; std::memcpy(&x, from, sizeof x);
-    return (f32)(__builtin_convertvector(x, u32) << 16);
-}
-inline void store(float* to, f32 x) { std::memcpy(to, &x, sizeof x); }
-inline void store(bf16* to, f32 x) {
-    u32 bits = (u32)x;
-    u32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;   // to nearest, ties to even
-    u32 quiet = (bits >> 16) | 0x40;
-    u16 y = __builtin_convertvector((u32)(x == x ? (f32)rounded : (f32)quiet), u16);
-    std::memcpy(to, &y, sizeof y);
-}
-inline float widen(float x) { return x; }
-inline float widen(bf16 x) {
-    uint32_t bits = uint32_t(x.bits) << 16; float y; std::memcpy(&y, &bits, 4); return y;
-}
-
-// e^x for x <= 0, within 2 units in the last place; 0 below -87.
-inline f32 exp_(f32 x) {
-    const f32 zero = {};
-    f32 n = __builtin_convertvector(
-        __builtin_convertvector(x * 1.44269504f - 0.5f, i32), f32);
-    f32 r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    f32 p = zero + 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    f32 scale = (f32)((__builtin_convertvector(n, i32) + 127) << 23);
-    return x < -87.0f ? zero : p * scale;  // NaN stays NaN
-}
 
 // scores[ROWS][BLOCK] = query[ROWS][dim] x keys[dim][BLOCK]
 template <int ROWS, class T>
@@ -112,29 +57,11 @@ void mix_all(const float* weights, const float* shrink, int places, const T* val
 
 }  // namespace
 
-extern "C" {
-
-struct Step {               // what all layers of a step share; attention.py mirrors it
-    const int32_t* runs;    // [num_runs][4]: row of tables, first token, tokens, its position
-    const int32_t* tables;  // [rows][table_width]: block ids
-    const int64_t* slots;   // [num_tokens]: block * BLOCK + place, where each token is kept
-    int32_t num_runs, num_segments, table_width;
-};
-
-struct Layer {
-    const void *query, *key, *value;  // [token, head, dim], dims contiguous, strides below
-    void *keys, *values, *out;        // cache; out is [token, head, dim], contiguous
-    int64_t query_token, query_head, key_token, key_head, value_token, value_head;
-    int32_t heads, kv_heads, dim, window;  // window 0: all tokens
-    float scale, softcap;                  // softcap 0: none
-};
-}
-
 namespace {
 
 // The keys and values of a run's tokens, of one head, go to their places in the cache.
 template <class T>
-void keep(const Step& step, const Layer& layer, int run, int head) {
+void keep(const Step& step, const Attention& layer, int run, int head) {
     const int32_t* entry = step.runs + run * 4;
     for (int token = entry[1]; token < entry[1] + entry[2]; ++token) {
         const int64_t block = step.slots[token] / BLOCK, place = step.slots[token] % BLOCK;
@@ -150,7 +77,7 @@ void keep(const Step& step, const Layer& layer, int run, int head) {
 
 // Rows of one block: how much the running sums shrink, and the new weights in place of the scores.
 // Row r of a run is token r / group of the run, and sees the places up to its own.
-void weigh(const Layer& layer, int rows, int group, int position, int first, float* scores,
+void weigh(const Attention& layer, int rows, int group, int position, int first, float* scores,
            float* most, float* total, float* shrink) {
     const f32 none = f32{} - INFINITY;
     for (int r = 0; r < rows; ++r) {
@@ -184,7 +111,7 @@ void weigh(const Layer& layer, int rows, int group, int position, int first, flo
 
 // One run of tokens of one sequence, one key head and the query heads that share it.
 template <class T>
-void attend_run(const Step& step, const Layer& layer, int run, int head, float* scratch) {
+void attend_run(const Step& step, const Attention& layer, int run, int head, float* scratch) {
     const int32_t *entry = step.runs + run * 4, *table = step.tables + entry[0] * step.table_width;
     const int first_token = entry[1], tokens = entry[2], position = entry[3];
     const int dim = layer.dim, group = layer.heads / layer.kv_heads, rows = tokens * group;
@@ -218,33 +145,35 @@ void attend_run(const Step& step, const Layer& layer, int run, int head, float* 
     }
 }
 
-template <class T>
-void attend(const Step& step, const Layer& layer) {
-    const int group = layer.heads / layer.kv_heads;
-    const size_t rows = RUN * group, room = rows * (2 * layer.dim + BLOCK + 3);
-#pragma omp parallel
-    {
-        static thread_local std::vector<float> scratch;
-        if (scratch.size() < room) scratch.resize(room);
-        if (step.num_runs != step.num_segments) {  // a run may need what another keeps: wait
-#pragma omp for collapse(2)
-            for (int run = 0; run < step.num_runs; ++run)
-                for (int head = 0; head < layer.kv_heads; ++head) keep<T>(step, layer, run, head);
-        }
-#pragma omp for collapse(2) schedule(dynamic, 4) nowait
-        for (int run = 0; run < step.num_runs; ++run)
-            for (int head = 0; head < layer.kv_heads; ++head) {
-                if (step.num_runs == step.num_segments) keep<T>(step, layer, run, head);
-                attend_run<T>(step, layer, run, head, scratch.data());
-            }
-    }
-}
-
 }  // namespace
 
-extern "C" void attend_float32(const Step* step, const Layer* layer) {
+template <class T>
+void attend(const Step& step, const Attention& layer) {
+    const int group = layer.heads / layer.kv_heads;
+    const size_t rows = RUN * group, room = rows * (2 * layer.dim + BLOCK + 3);
+    static thread_local std::vector<float> scratch;
+    if (scratch.size() < room) scratch.resize(room);
+    if (step.num_runs != step.num_segments) {  // a run may need what another keeps: wait
+#pragma omp for collapse(2)
+        for (int run = 0; run < step.num_runs; ++run)
+            for (int head = 0; head < layer.kv_heads; ++head) keep<T>(step, layer, run, head);
+    }
+#pragma omp for collapse(2) schedule(dynamic, 4) nowait
+    for (int run = 0; run < step.num_runs; ++run)
+        for (int head = 0; head < layer.kv_heads; ++head) {
+            if (step.num_runs == step.num_segments) keep<T>(step, layer, run, head);
+            attend_run<T>(step, layer, run, head, scratch.data());
+        }
+}
+
+template void attend<float>(const Step&, const Attention&);
+template void attend<bf16>(const Step&, const Attention&);
+
+extern "C" void attend_float32(const Step* step, const Attention* layer) {
+#pragma omp parallel
     attend<float>(*step, *layer);
 }
-extern "C" void attend_bfloat16(const Step* step, const Layer* layer) {
+extern "C" void attend_bfloat16(const Step* step, const Attention* layer) {
+#pragma omp parallel
     attend<bf16>(*step, *layer);
 }

@@ -15,7 +15,7 @@ from typing import Any, Final, Protocol, Self
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
 from app.engines.inflight.cache import BLOCK, KVCache, LayerShape, blocks_for
 from app.engines.inflight.scheduler import Segment
@@ -82,6 +82,21 @@ def attend(
 
 
 AttentionInterface.register(NAME, attend)
+
+
+def run(
+    model: PreTrainedModel, step: Step, token_ids: Tensor, positions: Tensor, ends: Tensor
+) -> Tensor:
+    """Logits [samples, vocab] of the tokens at `ends`; all are [n] int64 over the packed tokens."""
+    out = model(
+        input_ids=token_ids[None],
+        position_ids=positions[None],
+        logits_to_keep=ends,
+        use_cache=False,
+        **{STEP: step},
+    )
+    logits: Tensor = out.logits[0]
+    return logits
 
 
 @dataclass(frozen=True, slots=True)

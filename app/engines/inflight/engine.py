@@ -18,11 +18,11 @@ from app.costs import decode_weights, share
 from app.engines.base import NOT_FINITE, Generation, Progress, Sequence, StepStats
 from app.engines.device import pick_device, ran_out_of_memory, use_threads
 from app.engines.inflight import native
-from app.engines.inflight.attention import Packed, PortableStep, Step, pack
+from app.engines.inflight.attention import Packed, PortableStep, Step, pack, run
 from app.engines.inflight.budget import PromptBudget
 from app.engines.inflight.cache import BLOCK, KVCache, LayerShape, blocks_for
 from app.engines.inflight.graphs import DecodeGraphs
-from app.engines.inflight.loading import load_decoder, run
+from app.engines.inflight.loading import load_decoder
 from app.engines.inflight.scheduler import Row, Scheduler, Segment
 from app.engines.sampling import BAD_ROW, Plan, RowSampler, Sampled
 from app.engines.stopping import Output
@@ -111,7 +111,7 @@ class InflightEngine:
         """Compute the next tokens of all rows; the sequences that ended come back."""
         began = time.monotonic_ns()
         self._drop_cancelled()
-        schedule = self._scheduler.schedule(self._budget.tokens)
+        schedule = self._scheduler.schedule(self._budget.tokens(len(self._scheduler.running)))
         if not schedule.segments:
             return self._take_ended()
         if schedule.copies:

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from app.engines.inflight.attention import Group, Packed, PortableStep
+from app.engines.inflight.attention import Group, Packed, PortableStep, run
 from app.engines.inflight.cache import BLOCK, KVCache, blocks_for
-from app.engines.inflight.loading import run
 
 Replay = Callable[[], Tensor]
 Record = Callable[[Replay], Replay]

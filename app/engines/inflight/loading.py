@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from app.engines.device import load_model
-from app.engines.inflight.attention import NAME, STEP, ProbeStep
+from app.engines.inflight.attention import NAME, ProbeStep, run
 from app.engines.inflight.cache import LayerShape
+from app.engines.inflight.fused import fuse_layers
 from app.engines.inflight.weights import pack_linears
 from app.errors import ConfigError
 
@@ -31,23 +31,10 @@ def load_decoder(
     _check(config.get_text_config(decoder=True), context_tokens)
     model = load_model(AutoModelForCausalLM, folder, dtype, device)
     model.set_attn_implementation(NAME)  # where a model does not heed this, the probe finds out
+    layers = _probe(model, config.get_text_config(decoder=True).num_hidden_layers)
+    fuse_layers(model, layers)
     pack_linears(model)
-    return model, _probe(model, config.get_text_config(decoder=True).num_hidden_layers)
-
-
-def run(
-    model: PreTrainedModel, step: Any, token_ids: Tensor, positions: Tensor, ends: Tensor
-) -> Tensor:
-    """Logits [samples, vocab] of the tokens at `ends`; all are [n] int64 over the packed tokens."""
-    out = model(
-        input_ids=token_ids[None],
-        position_ids=positions[None],
-        logits_to_keep=ends,
-        use_cache=False,
-        **{STEP: step},
-    )
-    logits: Tensor = out.logits[0]
-    return logits
+    return model, layers
 
 
 def _check(config: Any, context_tokens: int) -> None:

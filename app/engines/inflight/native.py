@@ -1,21 +1,13 @@
-"""The CPU kernel of attention: attention.cpp, compiled once with the machine's own compiler.
+"""A step on a CPU through our compiled kernels.
 
-The compiled file lies beside Python's own in __pycache__; where that cannot be written, each start
-compiles anew. Without a compiler `load` says so and returns None, and `attention.PortableStep` does
-the same work more slowly.
+Where there are none, `load` returns None, and `attention.PortableStep` does the same work more
+slowly.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import logging
-import os
-import shutil
-import subprocess
-import tempfile
-from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import torch
@@ -23,19 +15,11 @@ from torch import Tensor
 
 from app.engines.inflight.attention import Packed
 from app.engines.inflight.cache import KVCache
-
-log = logging.getLogger(__name__)
-
-_SOURCE: Final = Path(__file__).with_name("attention.cpp")
-_FLAGS: Final = (
-    *("-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-std=c++17"),
-    *("-fopenmp", "-shared", "-fPIC"),
-)
-_LANES: Final = 16
-"""Head sizes must be a multiple of this. attention.cpp says the same."""
+from app.engines.inflight.library import LANES, library
+from app.engines.inflight.weights import Product
 
 _RUN: Final = 16
-"""Most tokens that the kernel treats at once. attention.cpp says the same."""
+"""Most tokens that the kernel treats at once. kernels.h says the same."""
 
 _KERNELS: Final = {torch.float32: "attend_float32", torch.bfloat16: "attend_bfloat16"}
 
@@ -47,7 +31,9 @@ class _Step(ctypes.Structure):
     )
 
 
-class _Layer(ctypes.Structure):
+class Attention(ctypes.Structure):
+    """`Attention` of kernels.h."""
+
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("query", "key", "value", "keys", "values", "out")),
         *((name, ctypes.c_int64) for name in ("query_token", "query_head", "key_token")),
@@ -57,14 +43,27 @@ class _Layer(ctypes.Structure):
     )
 
 
-class NativeKernel:
-    """The compiled function for one cache."""
+class Decoder(ctypes.Structure):
+    """`Decoder` of layer.cpp."""
 
-    def __init__(self, library: ctypes.CDLL, cache: KVCache) -> None:
+    _fields_ = (
+        *((name, Product) for name in ("qkv", "mixed", "gated", "down")),
+        *((name, ctypes.c_void_p) for name in ("attention_norm", "mlp_norm")),
+        *((name, ctypes.c_float) for name in ("attention_eps", "mlp_eps")),
+        *((name, ctypes.c_int32) for name in ("width", "inner")),
+        ("attention", Attention),
+    )
+
+
+class NativeKernel:
+    """The compiled functions for one cache."""
+
+    def __init__(self, compiled: ctypes.CDLL, cache: KVCache) -> None:
         self.cache = cache
-        self.function = getattr(library, _KERNELS[cache.keys[0].dtype])
+        self.compiled = compiled
+        self.function = getattr(compiled, _KERNELS[cache.keys[0].dtype])
         self.layers = [
-            _Layer(keys=keys.data_ptr(), values=values.data_ptr())
+            Attention(keys=keys.data_ptr(), values=values.data_ptr())
             for keys, values in zip(cache.keys, cache.values, strict=True)
         ]
 
@@ -107,6 +106,20 @@ class NativeStep:
         self._kernel.function(ctypes.byref(self._step), ctypes.byref(to))
         return out
 
+    def decode(self, layer: int, decoder: Decoder, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """A whole layer: x [1, tokens, width] → the same, cos and sin [1, tokens, dim]."""
+        x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
+        out = torch.empty_like(x)
+        kept = self._kernel.layers[layer]
+        decoder.attention.keys, decoder.attention.values = kept.keys, kept.values
+        self._kernel.compiled.decode_bfloat16(
+            ctypes.byref(self._step),
+            ctypes.byref(decoder),
+            *(ctypes.c_void_p(part.data_ptr()) for part in (x, cos, sin, out)),
+            x.shape[1],
+        )
+        return out
+
 
 def _runs(segments: np.ndarray) -> np.ndarray:
     """Segments cut into runs of at most _RUN tokens: [runs, 4] int32."""
@@ -125,46 +138,7 @@ def load(cache: KVCache) -> NativeKernel | None:
     part = cache.keys[0]
     if part.device.type != "cpu" or part.dtype not in _KERNELS:
         return None
-    if any(keys.shape[2] % _LANES for keys in cache.keys):
+    if any(keys.shape[2] % LANES for keys in cache.keys):
         return None
-    library = _library()
-    return None if library is None else NativeKernel(library, cache)
-
-
-def _library() -> ctypes.CDLL | None:
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if compiler is None:
-        log.warning("no C++ compiler: attention runs in torch operations, which is slower")
-        return None
-    file = _SOURCE.parent / "__pycache__" / f"attention-{_fingerprint(compiler)}.so"
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            if file.exists():
-                return ctypes.CDLL(str(file))
-            fresh = Path(folder) / file.name
-            command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(fresh)]
-            subprocess.run(command, check=True, capture_output=True)
-            _keep(fresh, file)
-            return ctypes.CDLL(str(fresh))
-    except (OSError, subprocess.CalledProcessError) as error:
-        log.warning("attention.cpp could not be compiled (%s): attention is slower", error)
-        return None
-
-
-def _keep(fresh: Path, file: Path) -> None:
-    """Leave the compiled file for the next start, where only the installer may write."""
-    try:
-        file.parent.mkdir(exist_ok=True)
-        part = file.with_suffix(f".{os.getpid()}")
-        shutil.copy(fresh, part)
-        part.replace(file)
-    except OSError:
-        log.info("the compiled attention kernel cannot be kept in %s", file.parent)
-
-
-def _fingerprint(compiler: str) -> str:
-    """What the compiled file depends on: source, flags, compiler, and this processor."""
-    cpu: Any = Path("/proc/cpuinfo")
-    features = [line for line in cpu.read_text().splitlines() if line.startswith("flags")][:1]
-    parts = [_SOURCE.read_text(), *_FLAGS, compiler, *features]
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    compiled = library()
+    return None if compiled is None else NativeKernel(compiled, cache)

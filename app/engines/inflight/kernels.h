@@ -1,0 +1,87 @@
+// What the kernels share: vectors, the types they are kept in, and how attention is asked for.
+//
+// Vectors are GCC's portable extension: the compiler maps them to whatever the machine has.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+struct bf16 { uint16_t bits; };
+
+namespace {
+
+constexpr int LANES = 16;
+constexpr int BLOCK = 32;         // tokens of a block; cache.py says the same
+constexpr int VECS = BLOCK / LANES;
+constexpr int RUN = 16;           // most tokens of one run; native.py says the same
+
+typedef float f32 __attribute__((vector_size(LANES * 4)));
+typedef int32_t i32 __attribute__((vector_size(LANES * 4)));
+typedef uint32_t u32 __attribute__((vector_size(LANES * 4)));
+typedef uint16_t u16 __attribute__((vector_size(LANES * 2)));
+
+const i32 COUNT = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+inline f32 load(const float* from) { f32 x; std::memcpy(&x, from, sizeof x); return x; }
+inline f32 load(const bf16* from) {
+    u16 x; std::memcpy(&x, from, sizeof x);
+    return (f32)(__builtin_convertvector(x, u32) << 16);
+}
+inline void store(float* to, f32 x) { std::memcpy(to, &x, sizeof x); }
+inline void store(bf16* to, f32 x) {
+    u32 bits = (u32)x;
+    u32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;   // to nearest, ties to even
+    u32 quiet = (bits >> 16) | 0x40;
+    u16 y = __builtin_convertvector((u32)(x == x ? (f32)rounded : (f32)quiet), u16);
+    std::memcpy(to, &y, sizeof y);
+}
+inline float widen(float x) { return x; }
+inline float widen(bf16 x) {
+    uint32_t bits = uint32_t(x.bits) << 16; float y; std::memcpy(&y, &bits, 4); return y;
+}
+
+// e^x for x <= 0, within 2 units in the last place; 0 below -87.
+inline f32 exp_(f32 x) {
+    const f32 zero = {};
+    f32 n = __builtin_convertvector(
+        __builtin_convertvector(x * 1.44269504f - 0.5f, i32), f32);
+    f32 r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    f32 p = zero + 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    f32 scale = (f32)((__builtin_convertvector(n, i32) + 127) << 23);
+    return x < -87.0f ? zero : p * scale;  // NaN stays NaN
+}
+
+}  // namespace
+
+extern "C" {
+
+struct Step {               // what all layers of a step share; attention.py mirrors it
+    const int32_t* runs;    // [num_runs][4]: row of tables, first token, tokens, its position
+    const int32_t* tables;  // [rows][table_width]: block ids
+    const int64_t* slots;   // [num_tokens]: block * BLOCK + place, where each token is kept
+    int32_t num_runs, num_segments, table_width;
+};
+
+struct Attention {
+    const void *query, *key, *value;  // [token, head, dim], dims contiguous, strides below
+    void *keys, *values, *out;        // cache; out is [token, head, dim], contiguous
+    int64_t query_token, query_head, key_token, key_head, value_token, value_head;
+    int32_t heads, kv_heads, dim, window;  // window 0: all tokens
+    float scale, softcap;                  // softcap 0: none
+};
+}
+
+// All runs and heads of a step, shared out among the threads of the parallel region it is called
+// in. Waits for nobody at its end. T is float or bf16.
+template <class T> void attend(const Step& step, const Attention& layer);
