@@ -44,6 +44,11 @@ class Worker:
         return self._process.pid
 
     @property
+    def has_ended(self) -> bool:
+        assert self._process is not None
+        return self._process.poll() is not None
+
+    @property
     def log(self) -> str:
         return (self._folder / "worker.log").read_text()
 

@@ -9,6 +9,7 @@ may ask for trouble instead:
     crash         the process dies
     assert        the device breaks: this step and all later ones raise
     eat MB        takes so much memory for as long as it runs
+    kill          the process and its parent, the worker, are killed
     hang          the step never ends and shows no progress
 
 Options: `step_ms` and `row_ms`, the time of a step and what each row adds; `joins`, whether rows
@@ -20,6 +21,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import signal
 import time
 from collections.abc import Sequence as Seq
 from pathlib import Path
@@ -139,6 +141,9 @@ class StubEngine:
         if row.sequence.id in self._cancelled:
             return FinishReason.CANCELLED
         if row.verb == "crash":
+            os._exit(CRASHED)
+        if row.verb == "kill":
+            os.kill(os.getppid(), signal.SIGKILL)
             os._exit(CRASHED)
         while row.verb == "hang":
             time.sleep(1)

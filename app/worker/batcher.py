@@ -18,7 +18,7 @@ first whatever its priority, so nothing waits for ever.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 from uuid import UUID
@@ -73,6 +73,9 @@ class Capacity:
 
     free_rows: int
     joins: bool = False  #: it is running, and admits between steps
+    ceiling: Callable[[int], int] | None = None
+    """Most rows that may be added if the longest has so many tokens; None is no limit."""
+    is_empty: bool = True  #: nothing runs: then one job is taken even if it passes the ceiling
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +95,7 @@ class Batcher:
 
     def __init__(self, limits: dict[str, Limits]) -> None:
         """`limits` has one entry per group key that candidates may carry."""
-        self._limits = limits
+        self.limits = limits
         self._waiting: dict[str, dict[UUID, Candidate]] = {group: {} for group in limits}
 
     def __len__(self) -> int:
@@ -110,12 +113,12 @@ class Batcher:
 
     def close(self, group: str, capacity: Capacity, now_ns: int) -> ClosedBatch | None:
         """The batch of this group that closes now, taken out of the waiting, or None."""
-        limits, waiting = self._limits[group], self._waiting[group]
+        limits, waiting = self.limits[group], self._waiting[group]
         if not waiting or capacity.free_rows < 1:
             return None
         size = min(limits.max_batch_size, capacity.free_rows)
         ordered = sorted(waiting.values(), key=lambda c: _urgency(c, limits, now_ns))
-        members, full = _fill(ordered, size, limits.max_batch_tokens)
+        members, full = fill(ordered, size, limits.max_batch_tokens, capacity)
         if full is CloseReason.SIZE and size < limits.max_batch_size and capacity.joins:
             full = CloseReason.JOIN
         wait_ns = now_ns - min(candidate.arrived_ns for candidate in waiting.values())
@@ -131,7 +134,7 @@ class Batcher:
         """When the first of these groups closes by waiting, or None if nothing waits there."""
         times = [
             min(c.arrived_ns for c in self._waiting[group].values())
-            + self._limits[group].wait_ns(capacity)
+            + self.limits[group].wait_ns(capacity)
             for group, capacity in capacities.items()
             if self._waiting[group]
         ]
@@ -145,8 +148,8 @@ def _urgency(candidate: Candidate, limits: Limits, now_ns: int) -> tuple[bool, i
     return (True, candidate.priority, candidate.deadline, candidate.arrived_ns)
 
 
-def _fill(
-    ordered: list[Candidate], max_size: int, max_tokens: int
+def fill(
+    ordered: list[Candidate], max_size: int, max_tokens: int, capacity: Capacity | None = None
 ) -> tuple[list[Candidate], CloseReason | None]:
     """Admit in order until a limit is met; the most urgent one that does not fit ends the batch.
 
@@ -160,11 +163,20 @@ def _fill(
         grown_output = max(output, candidate.max_new_tokens)
         if grown_rows > max_size:
             return members, CloseReason.SIZE
+        if _is_over(capacity, grown_rows, grown_prompt + grown_output, is_first=not members):
+            return members, CloseReason.SIZE
         if members and grown_rows * (grown_prompt + grown_output) > max_tokens:
             return members, CloseReason.TOKENS
         members.append(candidate)
         rows, prompt, output = grown_rows, grown_prompt, grown_output
     return members, CloseReason.SIZE if rows == max_size else None
+
+
+def _is_over(capacity: Capacity | None, rows: int, tokens: int, *, is_first: bool) -> bool:
+    """Whether so many rows would not fit into memory, as far as is known."""
+    if capacity is None or capacity.ceiling is None or (is_first and capacity.is_empty):
+        return False
+    return rows > capacity.ceiling(tokens)
 
 
 def _timely(wait_ns: int, limits: Limits, capacity: Capacity) -> CloseReason | None:

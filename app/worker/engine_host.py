@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import mmap
-import os
+import signal
 import socket
 import subprocess
 import sys
@@ -16,10 +16,11 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
+from typing import Final
 
 from app.engines.base import Sequence
 from app.worker.wire import (
-    PROGRESS_BYTES,
+    PROGRESS,
     Admit,
     Broken,
     Cancel,
@@ -34,11 +35,22 @@ from app.worker.wire import (
 
 log = logging.getLogger(__name__)
 
+LEARNED_AFTER: Final = 32
+"""Steps after which their pace is known; the first ones compile and warm up."""
+SLOWER: Final = 20
+"""A step that takes so many times the slowest of late is a hang."""
+STEP_FLOOR_NS: Final = 10_000_000_000
+"""No step is called a hang sooner than this: a busy machine may stop anybody for seconds."""
+LOAD_FLOOR_NS: Final = 60_000_000_000
+LOOK_NS: Final = 2_000_000_000
+"""Longest time between two looks that counts as no progress: more, and it was we who stood still,
+with the engine process as like as not."""
+
 
 class EngineHost:
     """Owns one engine process, and counts the rows inside it.
 
-    Not thread-safe: only the runner thread calls it, but for `is_stuck`, which only reads.
+    Not thread-safe: only the runner thread calls it. Others may read `ready` and `is_slow`.
     """
 
     def __init__(
@@ -56,7 +68,10 @@ class EngineHost:
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
         self._progress: mmap.mmap | None = None
-        self._last_progress: tuple[bytes, int] = (b"", 0)
+        self._shown = (0, 0)  #: what the page said at the last look
+        self._looked_ns = 0
+        self._still_ns = 0  #: time without progress
+        self._load_ns = 0  #: what the last load took
         self._engines: dict[str, EngineFacts] = {}
         self._rows: dict[str, int] = {}
 
@@ -64,14 +79,15 @@ class EngineHost:
         """Start a process; it says `Ready` when the models are loaded."""
         self._spawn()
         self._engines, self._rows = {}, dict.fromkeys((m.name for m in self._load.models), 0)
-        self._last_progress = (b"", self._now_ns())
+        self._shown = (0, 0)
+        self._count_anew()
         self._send(self._load)
 
     def _spawn(self) -> None:
         ours, theirs = socket.socketpair()
         with tempfile.TemporaryFile() as page, theirs:
-            page.truncate(PROGRESS_BYTES)
-            self._progress = mmap.mmap(page.fileno(), PROGRESS_BYTES)
+            page.truncate(PROGRESS.size)
+            self._progress = mmap.mmap(page.fileno(), PROGRESS.size)
             self._process = subprocess.Popen(
                 [
                     sys.executable,
@@ -120,7 +136,7 @@ class EngineHost:
     def admit(self, model: str, batch_id: str, sequences: Iterable[Sequence]) -> None:
         command = Admit(model, batch_id, tuple(sequences))
         if not self.busy:
-            self._last_progress = (self._last_progress[0], self._now_ns())
+            self._count_anew()
         self._rows[model] += len(command.sequences)
         self._send(command)
 
@@ -137,19 +153,37 @@ class EngineHost:
                 heard.append(self._take(self._connection.recv()))
             except (EOFError, OSError):
                 if not any(isinstance(event, Broken) for event in heard):
-                    heard.append(Broken(f"the engine process ended ({self._bury()})"))
+                    heard.append(self._bury())
                 self.kill()
         return heard
 
     def is_stuck(self) -> bool:
-        """Whether the process is loading or busy and has shown no progress for too long."""
+        """Whether the process is loading or busy and has shown no progress for too long.
+
+        To be called often while it is: each call adds the time since the last one.
+        """
         if self._progress is None or (self.ready and not self.busy):
+            self._still_ns = 0
             return False
-        now, shown = self._now_ns(), bytes(self._progress[:PROGRESS_BYTES])
-        if shown != self._last_progress[0]:
-            self._last_progress = (shown, now)
-        limit = self._step_timeout_ns if self.ready else self._load_timeout_ns
-        return now - self._last_progress[1] > limit
+        now_ns, shown = self._now_ns(), PROGRESS.unpack_from(self._progress)
+        self._still_ns += min(now_ns - self._looked_ns, LOOK_NS)
+        self._looked_ns = now_ns
+        if shown != self._shown:
+            self._shown, self._still_ns = shown, 0
+        return self._still_ns > self._limit_ns()
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether a step has taken so long already that it may well be stuck."""
+        return 2 * self._still_ns > self._limit_ns()
+
+    def _limit_ns(self) -> int:
+        if not self.ready:
+            return load_limit_ns(self._load_ns, self._load_timeout_ns)
+        return step_limit_ns(*self._shown, self._step_timeout_ns)
+
+    def _count_anew(self) -> None:
+        self._looked_ns, self._still_ns = self._now_ns(), 0
 
     def kill(self) -> None:
         """End the process at once and forget what was inside."""
@@ -165,8 +199,8 @@ class EngineHost:
 
     def _take(self, event: Event) -> Event:
         match event:
-            case Ready(engines=engines):
-                self._engines = engines
+            case Ready(engines=engines, load_ns=load_ns):
+                self._engines, self._load_ns = engines, load_ns
             case Stepped(model=model, generations=generations):
                 self._rows[model] -= len(generations)
             case DidNotFit(model=model):
@@ -181,12 +215,28 @@ class EngineHost:
         except OSError:
             log.warning("The engine process does not take commands.", extra={"pid": self.pid})
 
-    def _bury(self) -> str:
-        """How the process ended, in words."""
+    def _bury(self) -> Broken:
+        """How the process ended, which was not by this host."""
         if self._process is None:
-            return "never started"
+            return Broken("never started")
         try:
             status = self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:
-            return "closed its connection"
-        return f"signal {-status}" if status < 0 else f"exit status {os.WEXITSTATUS(status << 8)}"
+            return Broken("it closed its connection")
+        if status >= 0:
+            return Broken(f"it ended with exit status {status}")
+        killed = -status == signal.SIGKILL
+        hint = ", as when the host runs out of memory" if killed else ""
+        return Broken(f"signal {-status} ended it{hint}", was_killed=killed)
+
+
+def step_limit_ns(num_steps: int, slowest_ns: int, timeout_ns: int) -> int:
+    """How long a step may take: many times the slowest of late, and never more than the timeout."""
+    if num_steps < LEARNED_AFTER:
+        return timeout_ns
+    return min(timeout_ns, max(STEP_FLOOR_NS, SLOWER * slowest_ns))
+
+
+def load_limit_ns(last_ns: int, timeout_ns: int) -> int:
+    """How long the models may take to load; much less than the timeout once they have."""
+    return min(timeout_ns, max(LOAD_FLOOR_NS, SLOWER * last_ns)) if last_ns else timeout_ns

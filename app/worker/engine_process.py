@@ -10,7 +10,6 @@ from __future__ import annotations
 import mmap
 import os
 import queue
-import struct
 import sys
 import threading
 import time
@@ -24,7 +23,7 @@ from app.engines import registry
 from app.engines.base import Engine, StepStats
 from app.errors import GristmillError, OutOfMemory
 from app.worker.wire import (
-    PROGRESS_BYTES,
+    PROGRESS,
     Admit,
     Broken,
     Cancel,
@@ -36,6 +35,8 @@ from app.worker.wire import (
 )
 
 FAILED_TO_LOAD: Final = 3  #: exit status; a restart would not help
+FADING: Final = 256
+"""The slowest step is forgotten by one part in so many with every step that follows."""
 ENGINE_FAILED: Final = 4  #: exit status; the device's state is not to be trusted
 
 
@@ -46,6 +47,8 @@ class EngineProcess:
         self._parent = parent
         self._progress = progress
         self._steps = 0
+        self._since_ns = 0  #: when the step that runs began
+        self._slowest_ns = 0
         self._inbox: queue.SimpleQueue[Admit] = queue.SimpleQueue()
         self._engines: dict[str, Engine] = {}
 
@@ -73,6 +76,7 @@ class EngineProcess:
             name: EngineFacts(max_rows=engine.free_rows, joins=engine.joins)
             for name, engine in self._engines.items()
         }
+        self._steps = self._slowest_ns = 0
         self._parent.send(Ready(facts, time.monotonic_ns() - began))
 
     def _listen(self) -> None:
@@ -92,6 +96,8 @@ class EngineProcess:
         idle = not any(engine.has_work for engine in self._engines.values())
         while idle or not self._inbox.empty():
             command = self._inbox.get()
+            if idle:
+                self._since_ns = time.monotonic_ns()
             self._engines[command.model].admit(command.batch_id, command.sequences)
             idle = False
 
@@ -108,15 +114,18 @@ class EngineProcess:
             self._parent.send(Stepped(model, generations, list(stats)))
 
     def _made_progress(self) -> None:
+        began_ns, self._since_ns = self._since_ns, time.monotonic_ns()
         self._steps += 1
-        self._progress[:PROGRESS_BYTES] = struct.pack("=Q", self._steps)
+        faded_ns = self._slowest_ns - self._slowest_ns // FADING
+        self._slowest_ns = max(self._since_ns - began_ns, faded_ns)
+        PROGRESS.pack_into(self._progress, 0, self._steps, self._slowest_ns)
 
 
 def main() -> None:
     """`python -m app.worker.engine_process SOCKET_FD PROGRESS_FD`, by the engine host alone."""
     socket_fd, progress_fd = int(sys.argv[1]), int(sys.argv[2])
     parent = Connection(socket_fd)
-    process = EngineProcess(parent, mmap.mmap(progress_fd, PROGRESS_BYTES))
+    process = EngineProcess(parent, mmap.mmap(progress_fd, PROGRESS.size))
     try:
         process.run()
     except (EOFError, BrokenPipeError, ConnectionResetError, KeyboardInterrupt):

@@ -25,8 +25,8 @@ from app.config import Settings
 from app.errors import GristmillError
 from app.jobs import job_id_of
 from app.worker.assembly import Assembly, assemble
+from app.worker.commands import Drain, Flush, Revoked
 from app.worker.intake import ARRIVAL_HEADER, Refusal
-from app.worker.runner import Drain, Flush, Revoked
 from app.worker.ticket import Ticket
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -99,10 +99,10 @@ class Registrar:
         self._waiting, self._refusals, self._given_back = [], [], []
         self._revoked.clear()
 
-    def register(self, known: Container[UUID]) -> list[Job]:
+    def register(self, known: Mapping[UUID, Job]) -> list[Job]:
         """Write the rows of all that waits; returns the jobs that are now ready for a batch.
 
-        `known` holds the ids of jobs that this worker has already: a second message is dropped.
+        `known` holds the jobs that this worker has already: a second message is dropped.
         Raises `Unavailable`; everything then waits for the next call.
         """
         waiting = self._waiting
@@ -123,13 +123,19 @@ class Registrar:
         return list(jobs.values())
 
     def _sort(
-        self, each: _Waiting, row: Received | None, known: Container[UUID], new: Container[UUID]
+        self,
+        each: _Waiting,
+        row: Received | None,
+        known: Mapping[UUID, Job],
+        new: Container[UUID],
     ) -> Job | None:
         """What a registered message is good for: a job, or nothing more."""
         job_id = each.arrival.job_id
         if row is None:
             self.refuse(_no_row(each.ticket))
             return None
+        if row.state is JobState.QUEUED and job_id in known and known[job_id].run is not None:
+            self.give_back(job_id)  # it was taken from us, and our late run is to end first
         is_old = row.state is not JobState.QUEUED or job_id in known or job_id in new
         if is_old or not row.is_due:
             each.ticket.dropped()
@@ -156,6 +162,7 @@ class Registrar:
             priority=row.priority,
             deadline=row.deadline,
             tenant=row.tenant,
+            losses=row.losses,
             arrived_ns=each.arrived_ns,
             registered_ns=self._now_ns(),
             doomed=doomed,

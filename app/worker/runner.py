@@ -15,25 +15,27 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Final
 from uuid import UUID, uuid4
 
 from app.errors import (
-    EngineCrashed,
     EngineError,
     GristmillError,
     LeaseLost,
     OutOfMemory,
     Unavailable,
 )
+from app.jobs import CloseReason
 from app.worker.batcher import Batcher, Capacity
+from app.worker.ceilings import Ceilings
+from app.worker.commands import Command, Drain, Flush, Revoked
 from app.worker.engine_host import EngineHost
 from app.worker.intake import Refusal
 from app.worker.ledger import Ledger
 from app.worker.registrar import Registrar
 from app.worker.running import Running
+from app.worker.suspects import Suspects, verdict
 from app.worker.ticket import Ticket
 from app.worker.wire import Broken, DidNotFit, Ready, Stepped
 from app.worker.work import CANCELLED, EXPIRED, TIMED_OUT, Batch, Ending, Job, LeaseNews
@@ -41,30 +43,9 @@ from app.worker.work import CANCELLED, EXPIRED, TIMED_OUT, Batch, Ending, Job, L
 log = logging.getLogger(__name__)
 
 IDLE_WAIT_S: Final = 1.0
+LEAST_WAIT_S: Final = 0.001  #: a batch may be due and have no room
 RETRY_S: Final = 0.5
-RESTART_S: Final = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Revoked:
-    """Celery revoked this job."""
-
-    job_id: UUID
-
-
-@dataclass(frozen=True, slots=True)
-class Flush:
-    """The broker connection was lost: every message not yet acknowledged comes again."""
-
-
-@dataclass(frozen=True, slots=True)
-class Drain:
-    """Admit nothing more; give back what is not finished by `until_ns`, and end."""
-
-    until_ns: int
-
-
-Command = Ticket | Refusal | Revoked | LeaseNews | Flush | Drain
+MAX_DEATHS: Final = 3  #: of engine processes in a row that had nothing to run
 
 
 class Runner:
@@ -86,15 +67,16 @@ class Runner:
         self._models = models
         self._registrar = registrar
         self._batcher = batcher
+        self._suspects = Suspects(batcher.limits)
+        self._ceilings = Ceilings()
         self._ledger = ledger
         self._host = host
         self._commands: deque[Command] = deque()
         self._jobs: dict[UUID, Job] = {}
         self._running = Running()
         self._over: list[Job] = []  #: ended, not yet committed
-        self._again: deque[list[Job]] = deque()  #: claimed, to run apart from all others
         self._runs_apart = False  #: what is inside the engine now must stay alone
-        self._row_caps: dict[str, int] = {}
+        self._deaths = 0  #: of engine processes since the last answer
         self._drain: Drain | None = None
         self._claiming: tuple[Batch, list[Job]] | None = None  #: a claim whose fate is unknown
         self._fatal: GristmillError | None = None
@@ -115,6 +97,8 @@ class Runner:
             "ready": self._host.ready,
             "jobs": len(self._jobs),
             "waiting": len(self._batcher),
+            "draining": self._drain is not None,
+            "slow": self._host.is_slow,
         }
 
     # ── the loop ─────────────────────────────────────────────────────────────────────────────
@@ -135,8 +119,8 @@ class Runner:
         self._with_database(self._admit)
 
     def stop(self) -> None:
-        """No turn follows."""
-        self._host.kill()
+        """No turn follows: whatever is still claimed goes back, uncharged."""
+        self._give_up()
         self.ready.set()
 
     @property
@@ -155,7 +139,7 @@ class Runner:
         if self._paused_until_ns > now_ns:
             return (self._paused_until_ns - now_ns) / 1e9
         if closes_ns is not None:
-            return min(IDLE_WAIT_S, max(0.0, (closes_ns - now_ns) / 1e9))
+            return min(IDLE_WAIT_S, max(LEAST_WAIT_S, (closes_ns - now_ns) / 1e9))
         return IDLE_WAIT_S
 
     def _with_database(self, step: Callable[[], None]) -> None:
@@ -214,6 +198,7 @@ class Runner:
         claiming = self._claiming[1] if self._claiming else []
         for job in [job for job in self._jobs.values() if job.run is None and job not in claiming]:
             self._batcher.remove(job.id)
+            self._suspects.remove(job.id)
             del self._jobs[job.id]
             self._registrar.give_back(job.id)
 
@@ -229,12 +214,18 @@ class Runner:
             if job.deadline is not None and job.run.stamp(now_ns) > job.deadline:
                 self._cut_short(job, EXPIRED)
         if self._host.is_stuck():
-            self._lose_engine(Broken("it made no progress"))
-        if self._drain is not None and now_ns > self._drain.until_ns:
+            self._lose_engine(Broken("it made no progress in time", was_stuck=True))
+        if self._drain is not None and (now_ns > self._drain.until_ns or self._waits_in_vain):
             self._give_up()
 
+    @property
+    def _waits_in_vain(self) -> bool:
+        """Whether no job that this worker has claimed will end by itself: none is started now."""
+        ends = self._host.busy or self._over or self._claiming
+        return bool(self._jobs) and not ends
+
     def _give_up(self) -> None:
-        """The grace period is over: what still runs goes back to the queue, uncharged.
+        """What still runs goes back to the queue, uncharged; nothing more is run here.
 
         If Postgres is away now, the lease runs out instead, and rescue gives the jobs back.
         """
@@ -243,7 +234,7 @@ class Runner:
             self._commit()
             self._ledger.release([job for job in self._jobs.values() if job.run is not None])
             self._register()
-        except Unavailable as error:
+        except GristmillError as error:
             log.warning("Jobs are left to rescue: %s", error, extra={"action": "left_to_rescue"})
         self._jobs.clear()
         self._registrar.clear()
@@ -253,9 +244,12 @@ class Runner:
     def _register(self) -> None:
         if not self._registrar.has_work:
             return
-        for job in self._registrar.register(self._jobs.keys()):
+        for job in self._registrar.register(self._jobs):
             self._jobs[job.id] = job
-            self._batcher.add(job.candidate())
+            if job.is_suspect:
+                self._suspects.add(job)
+            else:
+                self._batcher.add(job.candidate())
         if self._drain is not None:
             self._forget_waiting()
 
@@ -276,9 +270,7 @@ class Runner:
         if self._drain is not None or not self._host.ready:
             return
         self._runs_apart = self._runs_apart and self._host.busy
-        if self._again and not self._host.busy:
-            self._runs_apart = True
-            self._hand_over(self._again.popleft())
+        self._admit_suspects()
         for model, capacity in self._capacities().items():
             closed = self._batcher.close(model, capacity, self._now_ns())
             if closed is not None:
@@ -287,15 +279,33 @@ class Runner:
                     job.closed_ns = self._now_ns()
                 self._claim(Batch(uuid4(), model, closed.reason, closed.wait_ns), jobs)
 
+    def _admit_suspects(self) -> None:
+        """Run the next group of suspects: one that is claimed already, or else claim one."""
+        while self._suspects and not self._host.busy:
+            self._runs_apart = True
+            if (group := self._suspects.next_claimed()) is not None:
+                log.info("Runs %d suspects apart.", len(group), extra={"action": "runs_apart"})
+                self._hand_over(group)
+                continue
+            free_rows = {model: self._host.free_rows(model) for model in self._models}
+            jobs, now_ns = self._suspects.next_unclaimed(free_rows), self._now_ns()
+            if not jobs:
+                return
+            for job in jobs:
+                job.closed_ns = now_ns
+            wait_ns = now_ns - min(job.arrived_ns for job in jobs)
+            self._claim(Batch(uuid4(), jobs[0].model, CloseReason.WAIT, wait_ns), jobs)
+
     def _capacities(self) -> dict[str, Capacity]:
         """What each model's engine would take now; models that take nothing are left out."""
-        if self._drain is not None or self._again or self._runs_apart:
+        if self._drain is not None or self._suspects or self._runs_apart:
             return {}
         capacities: dict[str, Capacity] = {}
         for model in self._models:
-            rows = min(self._host.free_rows(model), self._row_caps.get(model, 1 << 30))
-            if rows > 0:
-                capacities[model] = Capacity(rows, self._host.joins(model))
+            if (rows := self._host.free_rows(model)) > 0:
+                inside = self._running.num_rows(model)
+                room = self._ceilings.room(model, inside)
+                capacities[model] = Capacity(rows, self._host.joins(model), room, inside == 0)
         return capacities
 
     def _claim(self, batch: Batch, jobs: list[Job]) -> None:
@@ -335,46 +345,57 @@ class Runner:
                     log.info("The models were loaded in %.1f s.", load_ns / 1e9)
                     self.ready.set()
                 case Stepped():
-                    self._over += self._running.answer(event)
+                    self._take_answers(self._running.answer(event))
                 case DidNotFit(model):
                     self._halve(model)
                 case Broken() as broken:
                     self._lose_engine(broken)
 
+    def _take_answers(self, answered: list[Job]) -> None:
+        self._deaths = 0
+        for job in answered:
+            self._ceilings.fitted(job.model, job.max_tokens, job.num_sequences)
+        self._over += answered
+
     def _halve(self, model: str) -> None:
         """The device ran out of memory: smaller batches follow, and nobody is charged."""
-        dropped = self._running.leave(model)
-        rows = sum(job.num_sequences for job in dropped)
-        self._row_caps[model] = max(1, rows // 2)
-        log.warning("Out of memory at %d rows; halved.", rows, extra={"action": "rows_halved"})
-        self._run_apart(dropped, Ending.failed(OutOfMemory()))
+        dropped, solo = self._running.leave(model), self._running.solo
+        self._lower_ceilings(dropped)
+        if dropped == [solo]:
+            run = dropped[0].claimed_run
+            run.ending = run.ending or Ending.failed(OutOfMemory())
+        self._suspects.split(dropped)
+
+    def _lower_ceilings(self, dropped: list[Job]) -> None:
+        for model in dict.fromkeys(job.model for job in dropped):
+            jobs = [job for job in dropped if job.model == model]
+            rows, tokens = sum(j.num_sequences for j in jobs), max(j.max_tokens for j in jobs)
+            fits = self._ceilings.overflowed(model, tokens, rows)
+            sentence = "Out of memory at %d rows of up to %d tokens; from now on at most %d."
+            log.warning(sentence, rows, tokens, fits, extra={"action": "rows_halved"})
 
     def _lose_engine(self, broken: Broken) -> None:
         """The engine process died or hangs. Find the guilty by halves, and charge nobody else."""
         self._host.kill()
         if broken.will_not_load or not self.ready.is_set():
             raise EngineError(f"The models cannot be loaded: {broken.reason}.")
-        suspects = self._running.leave()
+        suspects, solo = self._running.leave(), self._running.solo
         log.error(
             "The engine process is lost: %s. It held %d jobs.",
             broken.reason,
             len(suspects),
             extra={"action": "engine_lost"},
         )
-        if not suspects:
-            raise EngineError("The engine process died with nothing to do.")
-        self._run_apart(suspects, Ending.failed(EngineCrashed()))
+        self._deaths = 0 if suspects else self._deaths + 1
+        if self._deaths == MAX_DEATHS:
+            raise EngineError(f"{MAX_DEATHS} engine processes died with nothing to run.")
+        if broken.was_killed:
+            self._lower_ceilings(suspects)
+        for job in suspects:
+            job.claimed_run.deaths += 1
+        if suspects == [solo]:
+            run = suspects[0].claimed_run
+            run.ending = run.ending or verdict(run, broken)
+        self._suspects.split(suspects)
         if self._drain is None:
             self._host.start()
-
-    def _run_apart(self, dropped: list[Job], alone: Ending) -> None:
-        """Run dropped jobs again in smaller groups, each by itself; one that was alone ends."""
-        if len(dropped) == 1:
-            run = dropped[0].claimed_run
-            run.ending = run.ending or alone
-        groups = [[job for job in dropped if job.model == model] for model in self._models]
-        groups = [group for group in groups if group]
-        if len(groups) == 1:
-            middle = (len(dropped) + 1) // 2
-            groups = [half for half in (dropped[:middle], dropped[middle:]) if half]
-        self._again.extendleft(reversed(groups))

@@ -15,10 +15,13 @@ class Running:
     def __init__(self) -> None:
         self._owners: dict[int, tuple[Job, int]] = {}
         self._next_id = 1
+        self.solo: Job | None = None  #: the one job inside, if nothing was beside it since it came
 
     def enter(self, jobs: Iterable[Job]) -> list[Sequence]:
         """Number the sequences of jobs that are about to be handed to the engine."""
         entered: list[Sequence] = []
+        jobs = list(jobs)
+        self.solo = jobs[0] if len(jobs) == 1 and not self._owners else None
         for job in jobs:
             for place, sequence in enumerate(job.sequences(self._next_id)):
                 self._owners[sequence.id] = (job, place)
@@ -48,6 +51,10 @@ class Running:
             if batch := batches.get(stats.batch_id):
                 batch.useful_tokens += stats.useful_tokens
                 batch.padded_tokens += stats.padded_tokens
+
+    def num_rows(self, model: str) -> int:
+        """Sequences of this model that are inside."""
+        return sum(job.model == model for job, _ in self._owners.values())
 
     def sequence_ids(self, job: Job) -> list[int]:
         return [id_ for id_, (owner, _) in self._owners.items() if owner is job]

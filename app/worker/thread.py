@@ -13,7 +13,8 @@ from collections.abc import Callable
 from multiprocessing.connection import wait
 
 from app.errors import EngineError, GristmillError
-from app.worker.runner import Command, Runner
+from app.worker.commands import Command
+from app.worker.runner import Runner
 
 log = logging.getLogger(__name__)
 
@@ -60,8 +61,10 @@ class RunnerThread(threading.Thread):
             log.exception("The runner failed.", extra={"action": "runner_failed"})
             self.failure = EngineError(f"The runner failed ({type(error).__name__}).")
         finally:
-            self._runner.stop()
-            self._on_end()
+            try:
+                self._runner.stop()
+            finally:
+                self._on_end()
 
     def _sleep(self) -> None:
         listened: list[int] = [self._wake_out]

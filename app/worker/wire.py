@@ -5,6 +5,7 @@ Both ends are one program on one machine; nobody else can reach the socket.
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -12,8 +13,9 @@ from typing import Final
 from app.config import ModelSettings
 from app.engines.base import Generation, Sequence, StepStats
 
-PROGRESS_BYTES: Final = 8
-"""Size of the shared page: a counter of the model steps taken, as a native unsigned integer."""
+PROGRESS: Final = struct.Struct("=QQ")
+"""The shared page: model steps taken since the models were loaded, and the slowest of late, in
+nanoseconds; native unsigned integers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +82,17 @@ class DidNotFit:
 
 @dataclass(frozen=True, slots=True)
 class Broken:
-    """The last word of a process that is about to exit. `reason` never holds a prompt."""
+    """The end of an engine process, by itself or by the host. `reason` never holds a prompt."""
 
     reason: str
     will_not_load: bool = False
+    was_killed: bool = False  #: by SIGKILL and not by the host: mostly the kernel, out of memory
+    was_stuck: bool = False  #: the host killed it
+
+    @property
+    def may_be_innocent(self) -> bool:
+        """Whether its end says little of what ran inside."""
+        return self.was_killed or self.was_stuck
 
 
 Event = Ready | Stepped | DidNotFit | Broken

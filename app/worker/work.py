@@ -13,7 +13,7 @@ from uuid import UUID, uuid4
 from app.engines.base import Generation, Sequence
 from app.engines.tokenizer import Prepared
 from app.errors import GristmillError
-from app.jobs import CloseReason, JobState
+from app.jobs import SUSPECT_AFTER, CloseReason, JobState
 from app.requests import Request
 from app.store.claims import Finished
 from app.worker.batcher import Candidate
@@ -46,6 +46,8 @@ class Run:
     claimed_ns: int
     generations: list[Generation | None]
     device_ns: int = 0  #: its share of the device's time, so far
+    deaths: int = 0  #: engine processes that were lost while they ran it
+    deaths_alone: int = 0  #: those of them that ran nothing else
     ending: Ending | None = None  #: why it is being cut short
     record: Finished | None = None  #: what is to be committed; made once, so that it is priced once
 
@@ -92,6 +94,7 @@ class Job:
     priority: int
     deadline: dt.datetime | None
     tenant: str
+    losses: int  #: workers that were lost while they ran it
     arrived_ns: int  #: when its message came; the batcher counts from here
     registered_ns: int  #: when its row was known; what the row calls batch wait counts from here
     doomed: Ending | None = None  #: it cannot run; the reason found before its batch
@@ -110,6 +113,16 @@ class Job:
     @property
     def batch_wait_ns(self) -> int:
         return max(0, self.closed_ns - self.registered_ns)
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether it may be what its workers died of."""
+        return self.losses >= SUSPECT_AFTER
+
+    @property
+    def max_tokens(self) -> int:
+        """Of its longest sequence, prompt and allowed output."""
+        return max(map(len, self.prepared.prompts), default=0) + self.prepared.max_tokens
 
     def candidate(self) -> Candidate:
         """The job as the batcher sees it."""

@@ -201,3 +201,31 @@ def test_no_batch_ever_passes_a_limit_and_every_candidate_leaves_exactly_once(
     assert len(came_out) == len(set(came_out))
     assert set(came_out) == given_in
     assert len(waiting) == 0
+
+
+def test_a_batch_stays_below_the_ceiling_of_its_longest_member() -> None:
+    def ceiling(tokens: int) -> int:
+        return 2 if tokens > 100 else 4
+
+    long = [candidate(prompt_tokens=200) for _ in range(3)]
+    capacity = Capacity(free_rows=4, ceiling=ceiling)
+
+    closed = batcher(*long).close("g", capacity, now_ns=0)
+
+    assert closed is not None
+    assert closed.members == tuple(long[:2])
+    assert closed.reason is CloseReason.SIZE
+
+
+def test_a_job_over_the_ceiling_runs_alone_and_not_beside_others() -> None:
+    big = candidate(num_sequences=3)
+
+    def ceiling(tokens: int) -> int:
+        return 1
+
+    full = Capacity(free_rows=4, joins=True, ceiling=ceiling, is_empty=False)
+    assert batcher(big).close("g", full, now_ns=JOIN_WAIT_NS) is None
+    closed = batcher(big).close("g", Capacity(4, ceiling=ceiling), now_ns=50 * MS)
+
+    assert closed is not None
+    assert closed.members == (big,)

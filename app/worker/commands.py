@@ -1,0 +1,32 @@
+"""What other threads tell the runner."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from uuid import UUID
+
+from app.worker.intake import Refusal
+from app.worker.ticket import Ticket
+from app.worker.work import LeaseNews
+
+
+@dataclass(frozen=True, slots=True)
+class Revoked:
+    """Celery revoked this job."""
+
+    job_id: UUID
+
+
+@dataclass(frozen=True, slots=True)
+class Flush:
+    """The broker connection was lost: every message not yet acknowledged comes again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """Admit nothing more; give back what is not finished by `until_ns`, and end."""
+
+    until_ns: int
+
+
+Command = Ticket | Refusal | Revoked | LeaseNews | Flush | Drain
