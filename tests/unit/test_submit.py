@@ -111,6 +111,8 @@ class Postgres:
             raise Unavailable("Postgres cannot be reached.")
         yield
 
+    autocommit = begin
+
 
 @pytest.fixture
 def redis() -> Redis:
