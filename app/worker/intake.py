@@ -30,7 +30,7 @@ from app.engines.base import Kind
 from app.errors import GristmillError, RequestError, RequestTooLarge
 from app.jobs import MAX_PRIORITY, job_id_of
 from app.requests import Request
-from app.worker.channel import outlive_connection
+from app.worker.channel import outlive_connection, outlive_full_server
 from app.worker.envelope import guard
 
 log = logging.getLogger(__name__)
@@ -90,6 +90,7 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]
         connection = super().connect()
         channel = connection.default_channel
         outlive_connection(channel)
+        outlive_full_server(channel)
         guard(channel.client, self.app.settings.worker.max_request_bytes, self._refuse_raw)
         return connection
 
