@@ -34,9 +34,9 @@ def main(arguments: Sequence[str]) -> int:
     outcomes = run(chosen, seed=options.seed, jobs=jobs, out=options.out)
     report.write_html(outcomes, options.out / "report.html", seed=options.seed, commit=commit)
     report.print_all(outcomes)
-    survived = all(outcome.survived for outcome in outcomes)
+    survived = not any(outcome.violations for outcome in outcomes)
     if not survived:
-        failed = ",".join(str(each.number) for each in outcomes if not each.survived)
+        failed = ",".join(str(each.number) for each in outcomes if each.violations)
         print(
             f"again: python -m tests.chaos --faults {failed} --seed {options.seed} "
             f"--jobs {jobs * failed.count(',') + jobs}  (commit {commit})",

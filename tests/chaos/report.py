@@ -15,7 +15,8 @@ COLUMNS: Final = ("fault", "survived", "jobs", "lost", "doubled", "recovery s", 
 
 def print_one(outcome: Outcome) -> None:
     """What happened, as soon as it has."""
-    word = "survived" if outcome.survived else "NOT SURVIVED"
+    word = f"SKIPPED, {outcome.skipped}" if outcome.skipped else "survived"
+    word = "NOT SURVIVED" if outcome.violations else word
     print(
         f"{outcome.number:>2} {outcome.name}: {word}, {outcome.jobs} jobs, recovery "
         f"{outcome.recovery_s:.1f} of {outcome.bound_s:.1f} s, took {outcome.took_s:.0f} s",
@@ -47,7 +48,7 @@ def totals(outcomes: Sequence[Outcome]) -> dict[str, int]:
 def _cells(outcome: Outcome) -> list[str]:
     return [
         f"{outcome.number:>2} {outcome.name}",
-        "yes" if outcome.survived else "NO",
+        "NO" if outcome.violations else "skipped" if outcome.skipped else "yes",
         f"{outcome.jobs:,}",
         str(outcome.lost),
         str(outcome.doubled),

@@ -36,6 +36,8 @@ QUIESCE_S: Final = 60.0
 """After this, a job that has not ended is lost."""
 RESEND_S: Final = 2.0
 """How long a bare message is waited for before its producer sends it again."""
+FULL_JOBS: Final = 300
+"""Of one fault; a run with fewer is a short slice."""
 MAX_RSS: Final = 700 << 20
 MAX_CONNECTIONS: Final = {"postgres": 60, "redis": 150}
 
@@ -87,16 +89,22 @@ class Outcome:
     checks: tuple[str, ...] = ()
     violations: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    skipped: str = ""  #: why the fault cannot be injected on this machine
 
     @property
     def survived(self) -> bool:
-        return not self.violations
+        return not self.violations and not self.skipped
+
+
+class NotPossible(Exception):
+    """This machine lacks what a fault needs; the text names it. Raised before anything changes."""
 
 
 class Scene:
     """What a fault is given: the world, its load, chance, and a place to say what it saw."""
 
-    def __init__(self, world: World, load: Load, rng: random.Random) -> None:
+    def __init__(self, world: World, load: Load, rng: random.Random, *, is_full: bool) -> None:
+        self.is_full = is_full  #: no short slice: a fault may last as long as it does in life
         self.world = world
         self.load = load
         self.rng = rng
@@ -140,14 +148,14 @@ def play(
         canary=canary,
         ways=fault.ways,
     )
-    scene = Scene(world, load, rng)
+    scene = Scene(world, load, rng, is_full=jobs >= FULL_JOBS)
     outcome = Outcome(fault.number, fault.name, checks=tuple(sorted({*fault.checks, *EVERY_RUN})))
     world.reload_s = 0.0
     with _sampled(world) as samples:
         with load:
             try:
                 load.wait_accepted(round(jobs * fault.jobs_share * 0.1))
-                fault.run(scene)
+                outcome.skipped = _inject(fault, scene)
             except NotInTime as error:
                 scene.expect(False, "I7", str(error))
             healed_at, open_ids = world.now(), _open_ids(world, since)
@@ -168,6 +176,15 @@ def play(
         look(evidence)
     _keep_evidence(folder, evidence, tables)
     return _judge(outcome, evidence, scene, took_s=time.monotonic() - began)
+
+
+def _inject(fault: Fault, scene: Scene) -> str:
+    """Do it; returns why it cannot be done here, if so."""
+    try:
+        fault.run(scene)
+    except NotPossible as reason:
+        return str(reason)
+    return ""
 
 
 def _judge(outcome: Outcome, evidence: Evidence, scene: Scene, took_s: float) -> Outcome:
