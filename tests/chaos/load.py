@@ -9,6 +9,7 @@ sent again under its id, by `send_unreceived`.
 from __future__ import annotations
 
 import contextlib
+import math
 import queue
 import random
 import threading
@@ -139,14 +140,17 @@ class Load:
         """A job whose prompt ends with a line that the stub engine obeys."""
         return _spec(self._rng, self.canary, last_line, given)
 
-    def submit(self, *specs: Spec, way: str = "http") -> list[str]:
-        """Submit a fault's own jobs now, until they are accepted; returns their ids."""
+    def submit(self, *specs: Spec, way: str = "http", give_up_s: float = math.inf) -> list[str]:
+        """Submit a fault's own jobs now, until they are accepted; returns their ids.
+
+        After `give_up_s` it is left; the ids are those of the jobs accepted by then.
+        """
         for spec in specs:
             self._specs[spec.nonce] = spec
         groups = [list(specs)] if way == "bulk" else [[spec] for spec in specs]
         for group in groups:
-            self._send(way, group)
-        return [self.accepted[spec.nonce] for spec in specs]
+            self._send(way, group, give_up_s)
+        return [job_id for spec in specs if (job_id := self.accepted.get(spec.nonce))]
 
     def send_unreceived(self, received: set[str]) -> int:
         """Send bare messages again whose job is not in Postgres yet; how many there were."""
@@ -231,9 +235,10 @@ class Load:
             self._send(way, group)
         self._client.close()
 
-    def _send(self, way: str, group: list[Spec]) -> None:
+    def _send(self, way: str, group: list[Spec], give_up_s: float = math.inf) -> None:
         """Submit until all of a group are accepted, or refused for good."""
-        while group and not self._ended.is_set():
+        until = time.monotonic() + give_up_s
+        while group and not self._ended.is_set() and time.monotonic() < until:
             if way == "message":
                 done = self._send_message(group[0])
             else:

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -192,7 +193,7 @@ def _postmaster(scene: Scene) -> int:
 @fault(26, "connections used up; idle in a transaction; a lock on jobs", checks=("I7",))
 def database_busy(scene: Scene) -> None:
     hold_s = 10.0 if scene.is_full else 3.5  # longer than the lock time-out
-    with _all_connections_taken(scene) as taken:
+    with _submitting(scene), _all_connections_taken(scene) as taken:
         scene.note(f"{taken} connections were taken.")
         time.sleep(hold_s)
     submit_for(scene, 0.5)
@@ -204,11 +205,21 @@ def database_busy(scene: Scene) -> None:
         scene.note(f"{len(rows)} rows were held by an idle transaction.")
         time.sleep(hold_s)
         idle.rollback()
-    with scene.world.admin(autocommit=False) as holder:
+    with _submitting(scene), scene.world.admin(autocommit=False) as holder:
         holder.execute("LOCK TABLE jobs IN ACCESS EXCLUSIVE MODE")
         time.sleep(hold_s)
         holder.rollback()
     scene.afterwards(partial(expect_refusals, scene))
+
+
+@contextmanager
+def _submitting(scene: Scene) -> Iterator[None]:
+    """Meanwhile a client tries to submit; all of its jobs are accepted in the end."""
+    specs = [scene.load.make() for _ in range(5)]
+    client = threading.Thread(target=scene.load.submit, args=specs)
+    client.start()
+    yield
+    client.join()
 
 
 @contextmanager
