@@ -40,6 +40,7 @@ import base64
 import json
 import os
 import sys
+from bisect import bisect_right
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,9 +65,14 @@ def queue_name(model: str) -> str:
     return f"gristmill.{model}"
 
 
+def priority_step(priority: int) -> int:
+    """The place in `PRIORITY_STEPS` of the list for messages of this priority."""
+    return bisect_right(PRIORITY_STEPS, priority) - 1
+
+
 def list_key(queue: str, priority: int = 0) -> str:
     """The Redis list that holds a queue's messages of this priority."""
-    step = max(step for step in PRIORITY_STEPS if step <= priority)
+    step = PRIORITY_STEPS[priority_step(priority)]
     return f"{queue}\x06\x16{step}" if step else queue
 
 
@@ -287,13 +293,17 @@ class Publisher:
 
     def queue_lengths(self, models: Collection[str]) -> dict[str, int]:
         """Messages waiting in each model's queue, over all priorities. One round trip."""
+        return {model: sum(lengths) for model, lengths in self.list_lengths(models).items()}
+
+    def list_lengths(self, models: Collection[str]) -> dict[str, list[int]]:
+        """Messages waiting in each model's queue, by `PRIORITY_STEPS`. One round trip."""
         with _redis_errors(), self._app.pool.acquire(block=True) as connection:
             pipe = connection.default_channel.client.pipeline(transaction=False)
             for model in models:
                 for step in PRIORITY_STEPS:
                     pipe.llen(list_key(queue_name(model), step))
             lengths = iter(pipe.execute())
-        return {model: sum(next(lengths) for _ in PRIORITY_STEPS) for model in models}
+        return {model: [next(lengths) for _ in PRIORITY_STEPS] for model in models}
 
     def close(self) -> None:
         self._app.close()

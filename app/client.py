@@ -27,7 +27,7 @@ from uuid import uuid4
 
 import httpx
 
-from app.errors import GristmillError, RequestError, Unavailable
+from app.errors import GristmillError, RequestError, ResponseRemoved, Unavailable
 from app.jobs import JobState
 
 RETRIED: Final = frozenset({429, 502, 503, 504})
@@ -35,6 +35,7 @@ MAX_PAUSE_S: Final = 60.0
 POLL_S: Final = 30
 """How long one long poll is held; a wait is made of many."""
 BULK_SIZE: Final = 1_000
+PAGE_SIZE: Final = 100
 
 
 class JobFailed(GristmillError):
@@ -69,6 +70,15 @@ class Options(TypedDict, total=False):
     deadline: datetime
     metadata: dict[str, str]
     idempotency_key: str
+
+
+class Filters(TypedDict, total=False):
+    """Which jobs to list; see the API's documentation of GET /v1/jobs."""
+
+    state: str
+    model: str
+    error_code: str
+    since: datetime
 
 
 T = TypeVar("T")
@@ -107,6 +117,23 @@ class _Flows:
         response = yield from self._exchange("GET", f"/v1/jobs/{job_id}", hold_s=hold_s)
         return _job(response.json())
 
+    def jobs(self, limit: int | None, filters: Filters) -> Flow[list[Job]]:
+        found: list[Job] = []
+        query = {name: _plain(value) for name, value in filters.items() if value is not None}
+        while limit is None or len(found) < limit:
+            page = PAGE_SIZE if limit is None else min(PAGE_SIZE, limit - len(found))
+            params = query | {"limit": page} | ({"after": found[-1].id} if found else {})
+            response = yield from self._exchange("GET", "/v1/jobs", params=params)
+            answer = response.json()
+            found += map(_job, answer["data"])
+            if not answer["has_more"]:
+                break
+        return found
+
+    def replay(self, job_id: str) -> Flow[Job]:
+        response = yield from self._exchange("POST", f"/v1/jobs/{job_id}/replay")
+        return _job(response.json())
+
     def cancel(self, job_id: str) -> Flow[Job]:
         response = yield from self._exchange("POST", f"/v1/jobs/{job_id}/cancel")
         return _job(response.json())
@@ -127,19 +154,27 @@ class _Flows:
 
     def result(self, job_id: str, timeout_s: float | None) -> Flow[dict[str, Any]]:
         job = yield from self.wait(job_id, timeout_s)
+        if job.state is JobState.COMPLETED and job.response is None:
+            raise ResponseRemoved()
         if job.state is not JobState.COMPLETED or job.response is None:
             raise JobFailed(job)
         return job.response
 
     def _exchange(
-        self, method: str, path: str, json: object = None, *, hold_s: int = 0
+        self,
+        method: str,
+        path: str,
+        json: object = None,
+        *,
+        hold_s: int = 0,
+        params: Mapping[str, Any] | None = None,
     ) -> Flow[httpx.Response]:
         """One answer, after as many tries as it takes or is allowed."""
         for tries in itertools.count(1):
             outcome = yield httpx.Request(
                 method,
                 self._base_url + path,
-                params={"wait": hold_s} if hold_s else None,
+                params={"wait": hold_s} if hold_s else params,
                 json=json,
                 extensions={"timeout": httpx.Timeout(self._timeout_s + hold_s).as_dict()},
             )
@@ -200,6 +235,14 @@ class Client:
     def result(self, job_id: str, timeout_s: float | None = None) -> dict[str, Any]:
         """The response body once there is one; raises `JobFailed` or `TimeoutError`."""
         return self._run(self._flows.result(job_id, timeout_s))
+
+    def jobs(self, *, limit: int | None = None, **filters: Unpack[Filters]) -> list[Job]:
+        """Jobs without their responses, newest first; all that fit, or `limit`."""
+        return self._run(self._flows.jobs(limit, filters))
+
+    def replay(self, job_id: str) -> Job:
+        """Run a job that ended badly once more; returns the new job, the same one every time."""
+        return self._run(self._flows.replay(job_id))
 
     def cancel(self, job_id: str) -> Job:
         """Cancel the job; raises `JobStateConflict` if it has ended otherwise."""
@@ -272,6 +315,14 @@ class AsyncClient:
     async def result(self, job_id: str, timeout_s: float | None = None) -> dict[str, Any]:
         """The response body once there is one; raises `JobFailed` or `TimeoutError`."""
         return await self._run(self._flows.result(job_id, timeout_s))
+
+    async def jobs(self, *, limit: int | None = None, **filters: Unpack[Filters]) -> list[Job]:
+        """Jobs without their responses, newest first; all that fit, or `limit`."""
+        return await self._run(self._flows.jobs(limit, filters))
+
+    async def replay(self, job_id: str) -> Job:
+        """Run a job that ended badly once more; returns the new job, the same one every time."""
+        return await self._run(self._flows.replay(job_id))
 
     async def cancel(self, job_id: str) -> Job:
         """Cancel the job; raises `JobStateConflict` if it has ended otherwise."""

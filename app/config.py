@@ -1,6 +1,6 @@
 """Settings: what may be set, in which unit, and within which bounds.
 
-Units are part of a name: `_ms`, `_s`, `_bytes`, `_tokens`. Everything is frozen at start.
+Units are part of a name: `_ms`, `_s`, `_days`, `_bytes`, `_tokens`. Everything is frozen at start.
 """
 
 from __future__ import annotations
@@ -45,6 +45,11 @@ class BrokerSettings(_Section):
     )
     inline_requests: bool = Field(
         True, description="Messages carry the request; false sends the job id alone."
+    )
+    max_messages: Annotated[int, Field(ge=100)] = Field(
+        10_000,
+        description="Most messages waiting in a queue; further jobs stay in Postgres until there "
+        "is room.",
     )
     visibility_timeout_s: Annotated[int, Field(ge=60)] = Field(
         3_600, description="Redis redelivers unacknowledged messages after this; leases act sooner."
@@ -99,6 +104,20 @@ class RescueSettings(_Section):
     )
 
 
+class RetentionSettings(_Section):
+    """Counted from the end of a job. 36_500 keeps for ever."""
+
+    prompts_days: Annotated[float, Field(ge=0, le=36_500)] = Field(
+        30.0, description="Requests of ended jobs are kept this long; the row stays."
+    )
+    results_days: Annotated[float, Field(ge=0, le=36_500)] = Field(
+        30.0, description="Responses are kept this long; state, timing and cost stay."
+    )
+    jobs_days: Annotated[float, Field(gt=0, le=36_500)] = Field(
+        365.0, description="Ended jobs are kept this long, with attempts, results and cost."
+    )
+
+
 class _Listening(_Section):
     """A part that listens on a host and a port."""
 
@@ -128,6 +147,10 @@ class ApiSettings(_Listening):
     )
     max_queued_jobs: Annotated[int, Field(ge=1)] = Field(
         1_000_000, description="Beyond this many queued jobs submissions answer 429."
+    )
+    max_queued_tokens: Annotated[int, Field(ge=1)] = Field(
+        1_000_000_000,
+        description="The same for the tokens of queued jobs: prompts and most output.",
     )
     max_wait_s: Annotated[float, Field(gt=0, le=600)] = Field(
         60.0, description="Longest long poll."
@@ -203,6 +226,7 @@ class Settings(_Section):
     broker: BrokerSettings = BrokerSettings()
     worker: WorkerSettings = WorkerSettings()
     rescue: RescueSettings = RescueSettings()
+    retention: RetentionSettings = RetentionSettings()
     api: ApiSettings = ApiSettings()
     flower: FlowerSettings = FlowerSettings()
     models: dict[Name, ModelSettings] = Field(default_factory=dict)

@@ -219,6 +219,7 @@ class _Problems:
     def check(self, settings: Settings) -> None:
         """What no single setting can tell."""
         problems = [*self._check_urls(settings), *self._check_worker(settings)]
+        problems += self._check_retention(settings)
         problems += self._check_models(settings)
         if problems:
             raise self._error(problems)
@@ -247,6 +248,15 @@ class _Problems:
                 ("worker", "heartbeat_s"),
                 f"must be at most half of worker.lease_s ({worker.lease_s:g} s), so that one late "
                 "heartbeat does not lose the lease.",
+            )
+
+    def _check_retention(self, settings: Settings) -> Iterator[str]:
+        least_s = 2 * settings.broker.visibility_timeout_s
+        if settings.retention.jobs_days * 86_400 < least_s:
+            yield self._at(
+                ("retention", "jobs_days"),
+                f"must be at least {least_s / 86_400:.3g}, twice broker.visibility_timeout_s: a "
+                "message that Redis delivers again must find its job, or it would make it anew.",
             )
 
     def _check_models(self, settings: Settings) -> Iterator[str]:
@@ -313,8 +323,14 @@ def _hint(key: Key) -> str:
 
 
 _NAMED: Final[dict[str, type[BaseModel]]] = {"models": ModelSettings, "prices": PriceSettings}
-_UNITS: Final = {"ms": "milliseconds", "s": "seconds", "bytes": "bytes", "tokens": "tokens"}
-_UNIT: Final = r"_(ms|s|sec|seconds|minutes|bytes|kb|mb|tokens)$"
+_UNITS: Final = {
+    "ms": "milliseconds",
+    "s": "seconds",
+    "days": "days",
+    "bytes": "bytes",
+    "tokens": "tokens",
+}
+_UNIT: Final = r"_(ms|s|sec|seconds|minutes|hours|days|bytes|kb|mb|tokens)$"
 
 
 def _missing(source: str) -> str | None:

@@ -12,6 +12,8 @@
     ├── IdempotencyConflict    same key, another request
     ├── JobNotFound
     ├── JobStateConflict       the job is not in a state that allows this
+    ├── RequestRemoved         the job's request is not kept any more
+    ├── ResponseRemoved        the job's response is not kept any more
     ├── LeaseLost              this worker was declared stopped; it must end
     ├── QueueFull              bounded admission; come back later
     ├── Unavailable            Postgres or Redis cannot be reached; come back later
@@ -111,6 +113,18 @@ class JobStateConflict(GristmillError):
     """The job is in a state that does not allow this."""
 
     code = "job_state_conflict"
+
+
+class RequestRemoved(GristmillError):
+    """The job's request is not there: its time was over, or its message could not be read."""
+
+    code = "request_removed"
+
+
+class ResponseRemoved(GristmillError):
+    """The job completed, and its response was removed when its time was over."""
+
+    code = "response_removed"
 
 
 class LeaseLost(GristmillError):

@@ -53,6 +53,9 @@ FINAL_STATES: Final = frozenset(
     {JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED, JobState.EXPIRED}
 )
 
+REPLAYED: Final = FINAL_STATES - {JobState.COMPLETED}
+"""Jobs that ended so may be replayed: their request is run once more as a new job."""
+
 TRANSITIONS: Final[dict[JobState, frozenset[JobState]]] = {
     JobState.QUEUED: frozenset(
         {JobState.RUNNING, JobState.FAILED, JobState.CANCELLED, JobState.EXPIRED}

@@ -5,11 +5,13 @@ A sweep looks, in this order, for
     running jobs of workers whose lease is over      → queued again, or at their last state
     queued jobs whose message such a worker had      → to be sent again
     queued jobs past their deadline                  → expired; running ones are their worker's
-    jobs that are due and were never sent            → sent
+    what has been kept for its time                  → requests and responses removed, jobs deleted
+    jobs that are due and were never sent            → sent, as far as their queue has room
     jobs whose message is missing in Redis           → sent again
 
-The first three need Postgres alone and go on while Redis is away. Messages carry no request: the
-worker reads it from the row.
+The first four need Postgres alone and go on while Redis is away. Messages carry no request: the
+worker reads it from the row. A queue takes up to `broker.max_messages`, so that Redis stays small
+whatever waits in Postgres; the rest is sent as the queue drains, urgent jobs first, then old ones.
 
 Several may run at once: they skip each other's rows. A job that was never sent is then sent once;
 a message that is missing is sent at most once by each of them.
@@ -21,16 +23,19 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 from uuid import UUID
 
-from app.broker import Message, Publisher
+from app.broker import PRIORITY_STEPS, Message, Publisher
 from app.config import Settings
 from app.errors import Unavailable
-from app.store import intake, rescue
+from app.jobs import MAX_PRIORITY
+from app.store import intake, rescue, retention
 from app.store.database import Database
 from app.store.rescue import WakeUp
 
@@ -38,6 +43,17 @@ log = logging.getLogger(__name__)
 
 MAX_PAGES: Final = 20
 """Of one kind of work in one sweep, so that none keeps the others waiting."""
+
+MAX_RETENTION_PAGES: Final = 10
+"""The same for what nobody waits for."""
+
+SEND_GRACE_S: Final = 3.0
+"""Time for whoever wrote a job to send its message; after that it was held back, or lost."""
+
+PRIORITIES: Final = tuple(range(*ends) for ends in pairwise([*PRIORITY_STEPS, MAX_PRIORITY + 1]))
+"""The priorities that share each list of a queue."""
+
+DAY_S: Final = 86_400
 
 MAX_SENT_AGAIN: Final = 2_000
 """Messages of one model in one sweep; their rows stay locked while they are sent."""
@@ -59,6 +75,7 @@ class SweepReport:
     worker_lost: int  #: ran on a worker that is gone
     message_lost: int  #: had been received by a worker that is gone
     expired: int  #: queued past their deadline
+    removed: int  #: requests, responses, jobs and batches that were kept for their time
     sent: int  #: due and never sent
     sent_again: int  #: missing in Redis
 
@@ -75,7 +92,10 @@ class Rescue:
     ) -> None:
         self._sweep_s = settings.rescue.sweep_ms / 1000
         self._lost_after_s = settings.rescue.lost_after_s
+        self._grace_s = min(SEND_GRACE_S, self._lost_after_s)
         self._page = settings.rescue.page_size
+        self._max_messages = settings.broker.max_messages
+        self._retention = settings.retention
         self._database = database
         self._publisher = publisher
         self._now_s = now_s
@@ -91,20 +111,21 @@ class Rescue:
             worker_lost=self._pages(self._expire_leases, "Took jobs from workers that are gone."),
             message_lost=self._pages(self._return_received, "Workers that are gone had messages."),
             expired=self._pages(self._expire_deadlines, "Jobs expired in the queue."),
-            sent=self._pages(self._send_unsent, "Sent jobs that were due and never sent."),
+            removed=self._remove_old(),
+            sent=self._send_unsent(),
             sent_again=self._send_missing(),
         )
 
-    def _pages(self, step: Callable[[], int], sentence: str) -> int:
+    def _pages(self, step: Callable[[], int], sentence: str, most: int = MAX_PAGES) -> int:
         """Repeat a step, each time a page in a transaction of its own, until a page is not full."""
         total = 0
-        for _ in range(MAX_PAGES):
+        for _ in range(most):
             done = step()
             total += done
             if done < self._page:
                 break
         if total:
-            log.info(sentence, extra={"action": step.__name__.strip("_"), "jobs": total})
+            log.info(sentence, extra={"action": "sweep", "rows": total})
         return total
 
     def _expire_leases(self) -> int:
@@ -119,9 +140,60 @@ class Rescue:
         with self._database.begin() as connection:
             return len(rescue.expire_deadlines(connection, self._page))
 
-    def _send_unsent(self) -> int:
+    def _remove_old(self) -> int:
+        kept = self._retention
+        steps: tuple[tuple[Callable[..., int], float, str], ...] = (
+            (retention.redact_requests, kept.prompts_days, "Removed requests of old jobs."),
+            (retention.redact_responses, kept.results_days, "Removed responses of old jobs."),
+            (retention.delete_jobs, kept.jobs_days, "Deleted old jobs."),
+            (retention.delete_batches, kept.jobs_days, "Deleted batches of old jobs."),
+        )
+        return sum(
+            self._pages(partial(self._remove, step, days), sentence, MAX_RETENTION_PAGES)
+            for step, days, sentence in steps
+        )
+
+    def _remove(self, step: Callable[..., int], days: float) -> int:
         with self._database.begin() as connection:
-            wake_ups = rescue.unsent(connection, self._page, self._lost_after_s)
+            return step(connection, days * DAY_S, self._page)
+
+    def _send_unsent(self) -> int:
+        """Fill the queues with what was never sent, each up to its limit."""
+        with self._database.begin() as connection:
+            models = rescue.unsent_models(connection)
+        if not models:
+            return 0
+        lengths = self._publisher.list_lengths(models)
+        sent = sum(self._fill(model, lengths[model]) for model in models)
+        if sent:
+            extra = {"action": "send_unsent", "jobs": sent}
+            log.info("Sent jobs that were due and never sent.", extra=extra)
+        return sent
+
+    def _fill(self, model: str, lengths: Sequence[int]) -> int:
+        """Send the unsent jobs of one model as long as few enough messages would be served first.
+
+        So a queue full of patient jobs does not keep an urgent one in Postgres.
+        """
+        sent = ahead = 0
+        for priorities, length in zip(PRIORITIES, lengths, strict=True):
+            ahead += length
+            sent += self._send_pages(model, priorities, self._max_messages - ahead - sent)
+        return sent
+
+    def _send_pages(self, model: str, priorities: Sequence[int], room: int) -> int:
+        sent = 0
+        for _ in range(MAX_PAGES):
+            page = min(room - sent, self._page)
+            done = self._send_page(model, priorities, page) if page > 0 else 0
+            sent += done
+            if done < page or page <= 0:
+                break
+        return sent
+
+    def _send_page(self, model: str, priorities: Sequence[int], page: int) -> int:
+        with self._database.begin() as connection:
+            wake_ups = rescue.unsent(connection, model, priorities, page, self._grace_s)
             self._publisher.send_many(map(_message, wake_ups))
             intake.mark_enqueued(connection, [wake_up.id for wake_up in wake_ups])
         return len(wake_ups)

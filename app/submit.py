@@ -8,15 +8,11 @@ The commit is the promise. The message is only a wake-up: if it cannot be sent, 
 
 from __future__ import annotations
 
-import json
-import logging
 import re
-import threading
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Annotated, Any, Final
+from typing import Annotated, Any
 from uuid import UUID, uuid4
 
 from pydantic import (
@@ -31,39 +27,24 @@ from pydantic import (
 )
 
 from app import requests
-from app.broker import Message, Publisher
+from app.admission import Admission
+from app.broker import Publisher
 from app.config import Settings
 from app.engines.catalog import CatalogModel
 from app.errors import (
     DeadlinePassed,
     GristmillError,
     IdempotencyConflict,
-    QueueFull,
+    JobStateConflict,
     RequestError,
+    RequestRemoved,
     RequestTooLarge,
-    Unavailable,
 )
-from app.jobs import MAX_PRIORITY
-from app.store import intake
+from app.jobs import MAX_PRIORITY, REPLAYED
+from app.sender import Sender, num_bytes
+from app.store import intake, reads
 from app.store.database import Database
-from app.store.intake import NewJob
-
-log = logging.getLogger(__name__)
-
-MAX_INLINE_BYTES: Final = 256_000
-"""Larger requests travel as a bare wake-up, so that Redis stays small and no message outgrows what
-a worker takes. The row has the request."""
-
-BREAK_S: Final = 5.0
-"""After a failed send nobody tries again for this long: submissions do not wait for Redis."""
-
-PAGE_SIZE: Final = 1_000
-"""Messages that are sent, and marked as sent, at once."""
-
-COUNT_EVERY_S: Final = 1.0
-"""How old the count of queued jobs may be that is held against the limit, unless counting is slow:
-a million rows take a while, so it has at most one part in `COUNT_SHARE` of the time."""
-COUNT_SHARE: Final = 20
+from app.store.intake import Load, NewJob
 
 
 def _only_text(value: object) -> object:
@@ -154,7 +135,8 @@ def parse_submission(value: object) -> Submission:
 
 @dataclass(frozen=True, slots=True)
 class Submitted:
-    """The job of a submission; not `created` if its Idempotency-Key had brought it before."""
+    """The job of a submission; not `created` if an earlier one with its key, or of the same replay,
+    had brought it."""
 
     job_id: UUID
     created: bool
@@ -173,8 +155,9 @@ class Submitter:
         self._settings = settings
         self._database = database
         self.models = served
-        self._admission = Admission(database, settings.api.max_queued_jobs)
-        self.sender = Sender(database, publisher)
+        most = Load(settings.api.max_queued_jobs, settings.api.max_queued_tokens)
+        self._admission = Admission(database, most)
+        self.sender = Sender(database, publisher, settings.broker.max_messages)
 
     def submit(self, submission: Submission) -> Submitted:
         """One submission; raises what is wrong with it, `QueueFull` or `Unavailable`."""
@@ -193,15 +176,47 @@ class Submitter:
         jobs = [job for job in checked if isinstance(job, NewJob)]
         if not jobs:
             return [error for error in checked if isinstance(error, RequestError)]
-        self._admission.admit(len(jobs))
-        with self._database.begin() as connection:
-            inserted = intake.insert_jobs(connection, jobs)
-        self.sender.send([job for job, row in zip(jobs, inserted, strict=True) if row.created])
-        rows = iter(inserted)
+        rows = iter(self._store(jobs))
         return [
             outcome if isinstance(outcome, RequestError) else _submitted(next(rows))
             for outcome in checked
         ]
+
+    def replay(self, job_id: UUID) -> Submitted:
+        """Run a job that failed, expired or was cancelled once more, as a new job.
+
+        The new one has the request, priority and metadata of the old, and its deadline if that has
+        not passed. A job is replayed once: asked again, this answers with the same new job. Raises
+        `JobNotFound`, `JobStateConflict` if it has not ended or has completed, `RequestRemoved`,
+        and what may be wrong with a submission.
+        """
+        with self._database.begin() as connection:
+            old = reads.replayable(connection, job_id)
+        if old.replayed_by is not None:
+            return Submitted(old.replayed_by, False)
+        if old.state not in REPLAYED:
+            raise JobStateConflict(f"The job is {old.state}: only what ended badly is replayed.")
+        if old.request is None:
+            raise RequestRemoved()
+        is_late = old.deadline is not None and old.deadline <= datetime.now(UTC)
+        submission = Submission.model_construct(  # from a row: checked when it was written
+            url=old.url,
+            body=old.request,
+            priority=old.priority,
+            deadline=None if is_late else old.deadline,
+            metadata=old.metadata,
+        )
+        [row] = self._store([replace(self._new_job(submission), replay_of=job_id)])
+        return Submitted(row.id, row.created)
+
+    def _store(self, jobs: Sequence[NewJob]) -> list[intake.Inserted]:
+        """Write rows, commit, send messages."""
+        tokens = sum((job.input_tokens or 0) + (job.max_output_tokens or 0) for job in jobs)
+        self._admission.admit(Load(len(jobs), tokens))
+        with self._database.begin() as connection:
+            inserted = intake.insert_jobs(connection, jobs)
+        self.sender.send([job for job, row in zip(jobs, inserted, strict=True) if row.created])
+        return inserted
 
     def _check(self, submission: object) -> NewJob | RequestError:
         try:
@@ -234,13 +249,13 @@ class Submitter:
             idempotency_key=submission.idempotency_key,
             source="api",
             input_tokens=prepared.num_input_tokens,
-            max_output_tokens=prepared.max_tokens,
+            max_output_tokens=prepared.max_tokens * request.num_sequences,
             max_attempts=self._settings.worker.max_attempts,
         )
 
     def _request(self, submission: Submission) -> requests.Request:
         limit = self._settings.api.max_body_bytes
-        if _num_bytes(submission.body) > limit:
+        if num_bytes(submission.body) > limit:
             raise RequestTooLarge(f"The request is larger than {limit} bytes.", param="body")
         return requests.parse(submission.body, submission.url)
 
@@ -259,108 +274,3 @@ def _submitted(row: intake.Inserted) -> Submitted | GristmillError:
     if not row.fingerprint_matches:
         return IdempotencyConflict()
     return Submitted(row.id, row.created)
-
-
-def _num_bytes(request: dict[str, Any]) -> int:
-    return len(json.dumps(request, ensure_ascii=False).encode())
-
-
-class Admission:
-    """Holds the number of queued jobs against a limit. Counting is not free, so the count is
-    taken now and then, and what was let in since is added to it."""
-
-    def __init__(self, database: Database, max_queued_jobs: int) -> None:
-        self._database = database
-        self._max_queued_jobs = max_queued_jobs
-        self._lock = threading.Lock()
-        self._num_queued = 0
-        self._count_again_at = 0.0
-
-    def admit(self, num_jobs: int) -> None:
-        """Raises `QueueFull` if there is no room for so many more."""
-        if self._is_count_due():
-            began = time.monotonic()
-            with self._database.begin() as connection:
-                self._num_queued = intake.count_queued(connection)
-            took_s = time.monotonic() - began
-            self._count_again_at = max(self._count_again_at, began + COUNT_SHARE * took_s)
-        with self._lock:
-            if self._num_queued + num_jobs > self._max_queued_jobs:
-                raise QueueFull(
-                    f"The queue takes {self._max_queued_jobs} jobs and has no room for these."
-                )
-            self._num_queued += num_jobs
-
-    def _is_count_due(self) -> bool:
-        """True for one caller at a time: the others go on with the count there is."""
-        now = time.monotonic()
-        with self._lock:
-            if now < self._count_again_at:
-                return False
-            self._count_again_at = now + COUNT_EVERY_S
-            return True
-
-
-class Sender:
-    """Sends the messages of new jobs as well as it can, and never makes a submission fail.
-
-    A send that fails opens a pause in which nobody tries, and at its end one caller does.
-    """
-
-    def __init__(self, database: Database, publisher: Publisher) -> None:
-        self._database = database
-        self._publisher = publisher
-        self._lock = threading.Lock()
-        self._try_again_at: float | None = None
-        self.num_sent = 0
-        self.num_left_to_rescue = 0
-
-    def send(self, jobs: Sequence[NewJob]) -> None:
-        """Jobs that are not due yet are left to rescue, which wakes them in time."""
-        now = datetime.now(UTC)
-        due = [job for job in jobs if job.not_before is None or job.not_before <= now]
-        for start in range(0, len(due), PAGE_SIZE):
-            page = due[start : start + PAGE_SIZE]
-            is_sent = self._may_try() and self._try(page)
-            with self._lock:
-                if is_sent:
-                    self.num_sent += len(page)
-                else:
-                    self.num_left_to_rescue += len(page)
-
-    def _try(self, jobs: Sequence[NewJob]) -> bool:
-        try:
-            self._publisher.send_many(map(_message, jobs))
-        except Unavailable as error:
-            self._try_again_at = time.monotonic() + BREAK_S
-            log.warning("%s Rescue sends later.", error, extra={"action": "send_failed"})
-            return False
-        self._try_again_at = None
-        try:
-            with self._database.autocommit() as connection:
-                intake.mark_enqueued(connection, [job.id for job in jobs])
-        except Unavailable:
-            log.warning("Sent, but not marked so.", extra={"action": "mark_enqueued_failed"})
-        return True
-
-    def _may_try(self) -> bool:
-        now = time.monotonic()
-        with self._lock:
-            if self._try_again_at is None:
-                return True
-            if now < self._try_again_at:
-                return False
-            self._try_again_at = now + BREAK_S
-            return True
-
-
-def _message(job: NewJob) -> Message:
-    is_inline = _num_bytes(job.request) <= MAX_INLINE_BYTES
-    return Message(
-        job_id=job.id,
-        kind=job.kind,
-        model=job.model,
-        request=job.request if is_inline else None,
-        url=job.url if is_inline else None,
-        priority=job.priority,
-    )

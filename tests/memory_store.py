@@ -8,7 +8,7 @@ to the real Postgres. One transaction at a time; `now()` is a clock that the cal
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -19,7 +19,7 @@ from sqlalchemy import DateTime, Numeric, Uuid
 
 from app.errors import GristmillError
 from app.jobs import ALONE_AFTER, MAX_UNCHARGED
-from app.store import cancellation, claims, intake, rescue, workers
+from app.store import cancellation, claims, intake, rescue, retention, workers
 from app.store.notices import CANCEL, DONE
 from app.store.tables import metadata
 
@@ -390,11 +390,18 @@ def _by_key(self: MemoryConnection, job: Row) -> Row | None:
     return next(same, None) if key[1] is not None else None
 
 
+def _replays(self: MemoryConnection, job: Row) -> Row | None:
+    """The job that replays the same one."""
+    old = job.get("replay_of")
+    same = (row for row in self.jobs.values() if row["replay_of"] == old)
+    return next(same, None) if old is not None else None
+
+
 @statement(intake._INSERT_NEW)
 def _insert_new(self: MemoryConnection, given: Params) -> Answer:
     created = []
     for job in _records("jobs", given["jobs"]):
-        if job["id"] not in self.jobs and _by_key(self, job) is None:
+        if job["id"] not in self.jobs and _by_key(self, job) is None and not _replays(self, job):
             row = _new_row(self, job)
             created.append({"id": row["id"]})
     return Answer(created)
@@ -404,7 +411,7 @@ def _insert_new(self: MemoryConnection, given: Params) -> Answer:
 def _find_earlier(self: MemoryConnection, given: Params) -> Answer:
     found = []
     for job in _records("jobs", given["jobs"]):
-        old = self.jobs.get(job["id"]) or _by_key(self, job)
+        old = self.jobs.get(job["id"]) or _by_key(self, job) or _replays(self, job)
         if old is not None:
             same = all(old[name] == job[name] for name in ("tenant", "fingerprint"))
             found.append({"asked": job["id"], "id": old["id"], "fingerprint_matches": same})
@@ -484,9 +491,26 @@ def _reject(self: MemoryConnection, given: Params) -> Answer:
     return Answer(written)
 
 
-@statement(intake._COUNT_QUEUED)
-def _count_queued(self: MemoryConnection, _: Params) -> Answer:
-    return Answer([{"count": sum(map(_is_unreceived, self.jobs.values()))}])
+@statement(intake._QUEUED)
+def _queued(self: MemoryConnection, _: Params) -> Answer:
+    return _load(filter(_is_unreceived, self.jobs.values()))
+
+
+@statement(intake._ENDED)
+def _ended(self: MemoryConnection, given: Params) -> Answer:
+    since = self.now - timedelta(seconds=given["window_s"])
+    jobs = _of(self.jobs, given)
+    return _load(job for job in jobs if job["finished_at"] and job["finished_at"] > since)
+
+
+def _load(jobs: Iterable[Row]) -> Answer:
+    tokens = [(job["input_tokens"] or 0) + (job["max_output_tokens"] or 0) for job in jobs]
+    return Answer([{"jobs": len(tokens), "tokens": sum(tokens)}])
+
+
+def _of(table: Table, given: Params) -> list[Row]:
+    """The rows of a tenant."""
+    return [row for row in table.values() if row["tenant"] == given["tenant"]]
 
 
 def _is_unreceived(job: Row) -> bool:
@@ -548,14 +572,25 @@ def _expire_queued(self: MemoryConnection, given: Params) -> Answer:
     return Answer([{"id": job["id"]} for job in ended])
 
 
-@statement(rescue._UNSENT)
-def _unsent(self: MemoryConnection, given: Params) -> Answer:
+@statement(rescue._UNSENT_MODELS)
+def _unsent_models(self: MemoryConnection, _: Params) -> Answer:
+    models = {job["model"] for job in self.jobs.values() if _is_unsent(job)}
+    return Answer([{"model": model} for model in sorted(models)])
+
+
+def _is_unsent(job: Row) -> bool:
+    return _is_unreceived(job) and job["enqueued_at"] is None
+
+
+@statement(rescue._FIND_UNSENT)
+def _find_unsent(self: MemoryConnection, given: Params) -> Answer:
     sent_before = self.now - timedelta(seconds=given["grace_s"])
     found = [
         job
         for job in self.jobs.values()
-        if _is_unreceived(job)
-        and job["enqueued_at"] is None
+        if _is_unsent(job)
+        and job["model"] == given["model"]
+        and job["priority"] in given["priorities"]
         and job["not_before"] <= self.now
         and (
             job["attempt"] > 0
@@ -563,7 +598,7 @@ def _unsent(self: MemoryConnection, given: Params) -> Answer:
             or job["created_at"] <= sent_before
         )
     ]
-    found.sort(key=lambda job: job["not_before"])
+    found.sort(key=lambda job: (job["priority"], job["not_before"]))
     return Answer(list(map(_wake_up, found[: given["page"]])))
 
 
@@ -594,6 +629,59 @@ def _count_unreceived(self: MemoryConnection, _: Params) -> Answer:
         if _is_unreceived(job) and job["enqueued_at"] is not None:
             counts[job["model"]] = counts.get(job["model"], 0) + 1
     return Answer([{"model": model, "count": count} for model, count in counts.items()])
+
+
+# ── retention ───────────────────────────────────────────────────────────────────────────────────
+
+
+def _kept_for_long(self: MemoryConnection, rows: Iterable[Row], given: Params) -> list[Row]:
+    """The page of those that ended first."""
+    until = self.now - timedelta(seconds=given["keep_s"])
+    old = [row for row in rows if row["finished_at"] is not None and row["finished_at"] < until]
+    return sorted(old, key=lambda row: row["finished_at"])[: given["page"]]
+
+
+@statement(retention._REDACT_REQUESTS)
+def _redact_requests(self: MemoryConnection, given: Params) -> Answer:
+    kept = [job for job in _of(self.jobs, given) if job["request"] is not None]
+    old = _kept_for_long(self, kept, given)
+    for job in old:
+        self.update("jobs", job["id"], request=None)
+    return Answer([], rowcount=len(old))
+
+
+@statement(retention._REDACT_RESPONSES)
+def _redact_responses(self: MemoryConnection, given: Params) -> Answer:
+    kept = [result for result in _of(self.results, given) if result["response"] is not None]
+    old = _kept_for_long(self, kept, given)
+    for result in old:
+        self.update("results", result["job_id"], response=None)
+    return Answer([], rowcount=len(old))
+
+
+@statement(retention._DELETE_JOBS)
+def _delete_jobs(self: MemoryConnection, given: Params) -> Answer:
+    old = [job["id"] for job in _kept_for_long(self, _of(self.jobs, given), given)]
+    for job_id in old:
+        del self.jobs[job_id]
+        self.results.pop(job_id, None)
+        for attempt in [each for each in self.attempts.values() if each["job_id"] == job_id]:
+            del self.attempts[attempt["id"]]
+    return Answer([], rowcount=len(old))
+
+
+@statement(retention._DELETE_BATCHES)
+def _delete_batches(self: MemoryConnection, given: Params) -> Answer:
+    until = self.now - timedelta(seconds=given["keep_s"])
+    old = [
+        batch
+        for batch in self.batches.values()
+        if batch["claimed_at"] < until and (batch["finished_at"] or batch["claimed_at"]) < until
+    ]
+    old = sorted(old, key=lambda batch: batch["claimed_at"])[: given["page"]]
+    for batch in old:
+        del self.batches[batch["id"]]
+    return Answer([], rowcount=len(old))
 
 
 # ── workers and cancels ─────────────────────────────────────────────────────────────────────────

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from datetime import datetime
 from http import HTTPStatus
 from typing import Annotated, Any, Final
 
@@ -67,6 +68,9 @@ SUBMISSION_ERRORS: Final = documented(
 )
 _ALREADY_FINAL: Final[dict[int | str, dict[str, Any]]] = {
     200: {"model": Job, "description": "The job is final already."}
+}
+_REPLAYED_BEFORE: Final[dict[int | str, dict[str, Any]]] = {
+    200: {"model": Job, "description": "It was replayed before, by this job."}
 }
 _NONE_ACCEPTED: Final[dict[int | str, dict[str, Any]]] = {
     200: {"model": BulkAnswer, "description": "No job was accepted."}
@@ -219,14 +223,33 @@ def list_jobs(
         str | None,
         Query(max_length=255, description="Begin after this job: `last_id` of the page before."),
     ] = None,
+    error_code: Annotated[
+        str | None,
+        Query(
+            pattern=r"^[a-z_]{1,100}$",
+            description="Only jobs that ended with this error.",
+            examples=["engine_crash"],
+        ),
+    ] = None,
+    since: Annotated[
+        datetime | None,
+        Query(
+            description="Only jobs accepted at or after this time (RFC 3339, with its zone).",
+            examples=["2027-01-31T12:00:00Z"],
+        ),
+    ] = None,
     limit: Annotated[int, Query(ge=1, le=100, description="Most jobs of a page.")] = 20,
 ) -> JobList:
     """Jobs without their answers, newest first."""
+    if since is not None and since.tzinfo is None:
+        raise RequestError("since must name its zone, as in 2027-01-31T12:00:00Z.", param="since")
     with here.database.begin() as connection:
         page = reads.list_jobs(
             connection,
             state=state,
             model=model,
+            error_code=error_code,
+            since=since,
             after=job_id_of(after) if after else None,
             limit=limit + 1,
         )
@@ -259,3 +282,34 @@ def _cancel(here: Services, job_id: str) -> Snapshot:
     with here.database.begin() as connection:
         cancellation.cancel(connection, job_id_of(job_id))
     return Snapshot.read(here.database, job_id_of(job_id))
+
+
+@router.post(
+    "/{job_id}/replay",
+    status_code=202,
+    response_model=Job,
+    responses=_REPLAYED_BEFORE
+    | documented(
+        HTTPStatus.BAD_REQUEST,
+        HTTPStatus.NOT_FOUND,
+        HTTPStatus.CONFLICT,
+        HTTPStatus.GONE,
+        HTTPStatus.UNPROCESSABLE_ENTITY,
+        HTTPStatus.TOO_MANY_REQUESTS,
+        HTTPStatus.SERVICE_UNAVAILABLE,
+    ),
+    summary="Replay a job",
+    response_description="The new job is accepted.",
+)
+async def replay(here: Here, job_id: JobId) -> Response:
+    """Run a job that failed, expired or was cancelled once more: as a new job, which says so in
+    `replay_of`. May be repeated: one job is replayed once, and the same new job is answered."""
+    submitted, job = await run_in_threadpool(_replay, here, job_id)
+    headers = {"Location": f"/v1/jobs/{submitted.job_id}"}
+    return answer(job, status=202 if submitted.created else 200, headers=headers)
+
+
+def _replay(here: Services, job_id: str) -> tuple[Submitted, Snapshot]:
+    submitted = here.submitter.replay(job_id_of(job_id))
+    here.metrics.count_submissions("accepted" if submitted.created else "replayed")
+    return submitted, Snapshot.read(here.database, submitted.job_id)

@@ -15,9 +15,9 @@ from prometheus_client.registry import Collector
 from app.api.waiting import Waiters
 from app.broker import Publisher
 from app.errors import GristmillError
+from app.sender import Sender
 from app.store import reads
 from app.store.database import Database
-from app.submit import Sender
 
 
 class Metrics:

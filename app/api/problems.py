@@ -30,6 +30,8 @@ STATUS: Final[dict[type[errors.GristmillError], HTTPStatus]] = {
     errors.IdempotencyConflict: HTTPStatus.UNPROCESSABLE_ENTITY,
     errors.JobNotFound: HTTPStatus.NOT_FOUND,
     errors.JobStateConflict: HTTPStatus.CONFLICT,
+    errors.RequestRemoved: HTTPStatus.GONE,
+    errors.ResponseRemoved: HTTPStatus.GONE,
     errors.QueueFull: HTTPStatus.TOO_MANY_REQUESTS,
     errors.Unavailable: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.SchemaError: HTTPStatus.SERVICE_UNAVAILABLE,
@@ -171,6 +173,7 @@ RESPONSES: Final[dict[HTTPStatus, str]] = {
     HTTPStatus.BAD_REQUEST: "Broken JSON, an unknown field, a wrong type or a value out of range.",
     HTTPStatus.NOT_FOUND: "No such job, model or url.",
     HTTPStatus.CONFLICT: "The job's state does not allow this. Not to be retried.",
+    HTTPStatus.GONE: "The job's request is not kept any more.",
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "The body is larger than allowed.",
     HTTPStatus.UNSUPPORTED_MEDIA_TYPE: "The body is not plain `application/json`.",
     HTTPStatus.UNPROCESSABLE_ENTITY: "Well formed, and yet it cannot run: too long for the model's "

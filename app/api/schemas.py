@@ -102,6 +102,11 @@ class Links(BaseModel):
         description="Where to cancel it, while that is possible.",
         examples=["/v1/jobs/0b9f…/cancel"],
     )
+    replay: str | None = Field(
+        None,
+        description="Where to run it once more, if it ended without an answer.",
+        examples=["/v1/jobs/0b9f…/replay"],
+    )
 
 
 class JobSummary(BaseModel):
@@ -117,6 +122,7 @@ class JobSummary(BaseModel):
     kind: Kind = Field(description="What the model does.")
     model: str = Field(description="The model asked.", examples=["smollm2-135m-instruct"])
     priority: int = Field(description="0 is served first, 9 last.", examples=[0])
+    replay_of: UUID | None = Field(description="The ended job that this one runs once more.")
     created_at: datetime = Field(description="When it was accepted.")
     not_before: datetime = Field(description="The earliest time to run it.")
     deadline: datetime | None = Field(description="When it expires if it is not finished.")

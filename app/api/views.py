@@ -18,7 +18,7 @@ from app.api.schemas import (
     TokenUsage,
 )
 from app.errors import GristmillError
-from app.jobs import AttemptOutcome, CloseReason
+from app.jobs import REPLAYED, AttemptOutcome, CloseReason
 from app.store.reads import AttemptView, BatchView, JobView, ResultView
 from app.submit import Submitted
 
@@ -55,6 +55,7 @@ def _fields(view: JobView) -> dict[str, Any]:
         "kind": view.kind,
         "model": view.model,
         "priority": view.priority,
+        "replay_of": view.replay_of,
         "created_at": view.created_at,
         "not_before": view.not_before,
         "deadline": view.deadline,
@@ -126,4 +127,8 @@ def _error(result: ResultView) -> JobError | None:
 
 def _links(view: JobView) -> Links:
     here = f"/v1/jobs/{view.id}"
-    return Links(self=here, cancel=None if view.state.is_final else f"{here}/cancel")
+    return Links(
+        self=here,
+        cancel=None if view.state.is_final else f"{here}/cancel",
+        replay=f"{here}/replay" if view.state in REPLAYED else None,
+    )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
-from collections.abc import Iterator, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final, TypeVar
 
 import click
 from rich.progress import Progress
@@ -22,8 +24,10 @@ from app.cli.terminal import (
     tell,
 )
 from app.client import Client, Job
-from app.errors import GristmillError
-from app.jobs import JobState
+from app.errors import GristmillError, QueueFull, Unavailable
+from app.jobs import REPLAYED, JobState
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 @click.command()
@@ -112,6 +116,99 @@ def cancel(job_id: str, as_json: bool) -> None:
         _show(client.cancel(job_id), as_json)
 
 
+class _Since(click.ParamType[datetime]):
+    """A time, or how long ago: `2027-01-31T12:00`, `90m`, `12h`, `7d`."""
+
+    name = "TIME"
+
+    def convert(self, value: Any, *_: object) -> datetime:
+        if ago := re.fullmatch(r"(\d{1,6})([mhd])", value):
+            unit = {"m": "minutes", "h": "hours", "d": "days"}[ago[2]]
+            return datetime.now(UTC) - timedelta(**{unit: int(ago[1])})
+        try:
+            return datetime.fromisoformat(value).astimezone(UTC)  # without a zone it is local
+        except (ValueError, OverflowError):
+            raise click.BadParameter(
+                f"{value} is neither a time, as in 2027-01-31T12:00, nor how long ago, as in 12h."
+            ) from None
+
+
+def _which_jobs(command: Command) -> Command:
+    """The options of a command that choose jobs."""
+    for option in (
+        click.option("--since", type=_Since(), help="Accepted since then; or 90m, 12h, 7d ago."),
+        click.option("--error-code", help="Ended with this error, as in engine_crash."),
+        click.option("--model", help="Of this model."),
+        click.option("--state", type=click.Choice([state.value for state in JobState]), help="In this state."),
+    ):
+        command = option(command)
+    return command
+
+
+@click.group("jobs")
+def group() -> None:
+    """List jobs, and replay those that ended badly."""
+
+
+@group.command("list")
+@_which_jobs
+@click.option("--limit", type=click.IntRange(1), default=50, show_default=True, help="Most jobs.")
+@as_json_option
+def list_jobs(limit: int, as_json: bool, **filters: Any) -> None:
+    """List jobs, newest first; with --json one a line."""
+    with _client() as client:
+        found = client.jobs(limit=limit, **filters)
+    if as_json:
+        for job in found:
+            click.echo(json.dumps(job.raw))
+        return
+    table = Table(box=None, pad_edge=False)
+    for name in ("id", "state", "model", "accepted", "error"):
+        table.add_column(name, no_wrap=name == "id")
+    for job in found:
+        error = (job.error or {}).get("code", "")
+        table.add_row(job.id, job.state, job.raw["model"], job.raw["created_at"][:19], error)
+    out.print(table)
+
+
+@group.command()
+@click.argument("job_ids", nargs=-1, metavar="[ID]...")
+@_which_jobs
+@as_json_option
+def replay(job_ids: tuple[str, ...], as_json: bool, **filters: Any) -> None:
+    """Run jobs once more that failed, expired or were cancelled: those named, or all that fit.
+
+    Each becomes a new job, whose id is printed behind that of the old one. A job is replayed once:
+    a second time prints the same id.
+    """
+    if bool(job_ids) == any(filters.values()):
+        raise click.UsageError("Name jobs, or choose them by options, and not both.")
+    with _client() as client:
+        refused = 0
+        for job_id in job_ids or _ended_badly(client, filters):
+            try:
+                new_id = client.replay(job_id).id
+            except RETRIABLE:
+                raise
+            except GristmillError as error:
+                refused += 1
+                tell(f"{job_id}: {error}")
+            else:
+                told = {"id": new_id, "replay_of": job_id}
+                click.echo(json.dumps(told) if as_json else f"{job_id} {new_id}")
+    sys.exit(FAILED if refused else 0)
+
+
+RETRIABLE: Final = (Unavailable, QueueFull)
+"""Refusals of the service itself: the jobs behind would meet the same. Start again later."""
+
+
+def _ended_badly(client: Client, filters: dict[str, Any]) -> list[str]:
+    given = filters.pop("state")
+    states = [JobState(given)] if given else sorted(REPLAYED)
+    return [job.id for state in states for job in client.jobs(state=state, **filters)]
+
+
 def _show(job: Job, as_json: bool) -> None:
     if as_json:
         print_json(job.raw)
@@ -164,4 +261,4 @@ def _setting(text: str) -> tuple[str, Any]:
         return name, value
 
 
-COMMANDS: Final = (submit, status, cancel)
+COMMANDS: Final = (submit, status, cancel, group)

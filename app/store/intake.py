@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any, Final, Literal
 from uuid import UUID
 
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, TextClause, text
 
 from app.engines.base import Kind
 from app.jobs import JobState
@@ -34,6 +34,7 @@ class NewJob:
     metadata: dict[str, str] = field(default_factory=dict)
     tenant: str = DEFAULT_TENANT
     idempotency_key: str | None = None
+    replay_of: UUID | None = None  #: the ended job that this one runs once more
     input_tokens: int | None = None
     max_output_tokens: int | None = None
     max_attempts: int = 3
@@ -80,13 +81,13 @@ class Received:
 # same one first and never deadlock.
 _INSERT: Final = """
     INSERT INTO jobs (
-        id, tenant, model, kind, url, request, fingerprint, source, idempotency_key, metadata,
-        priority, input_tokens, max_output_tokens, not_before, deadline, max_attempts,
+        id, tenant, model, kind, url, request, fingerprint, source, idempotency_key, replay_of,
+        metadata, priority, input_tokens, max_output_tokens, not_before, deadline, max_attempts,
         state, created_at, queued_at, received_by, enqueued_at
     )
     SELECT
-        id, tenant, model, kind, url, request, fingerprint, source, idempotency_key, metadata,
-        priority, input_tokens, max_output_tokens, coalesce(not_before, now()), deadline,
+        id, tenant, model, kind, url, request, fingerprint, source, idempotency_key, replay_of,
+        metadata, priority, input_tokens, max_output_tokens, coalesce(not_before, now()), deadline,
         max_attempts, 'queued', now(), now(), {received_by}, {enqueued_at}
     FROM jsonb_populate_recordset(NULL::jobs, CAST(:jobs AS jsonb)) WITH ORDINALITY
     ORDER BY idempotency_key, ordinality
@@ -97,7 +98,7 @@ _INSERT_NEW: Final = text(
     _INSERT.format(received_by="NULL", enqueued_at="NULL") + "ON CONFLICT DO NOTHING RETURNING id"
 )
 
-# Find the rows that already had the ids or the idempotency keys of new jobs.
+# Find the rows that already had the ids or the idempotency keys of new jobs, or replay the same.
 _FIND_EARLIER: Final = text("""
     SELECT
         new.id AS asked, old.id,
@@ -109,6 +110,8 @@ _FIND_EARLIER: Final = text("""
         UNION ALL
         SELECT id, tenant, fingerprint FROM jobs
         WHERE jobs.tenant = new.tenant AND jobs.idempotency_key = new.idempotency_key
+        UNION ALL
+        SELECT id, tenant, fingerprint FROM jobs WHERE jobs.replay_of = new.replay_of
         LIMIT 1
     ) AS old ON true
 """)
@@ -117,8 +120,8 @@ _FIND_EARLIER: Final = text("""
 def insert_jobs(connection: Connection, jobs: Sequence[NewJob]) -> list[Inserted]:
     """Write many jobs in one statement; one answer each, in order. May be repeated.
 
-    A job whose id or idempotency key is taken is not written: the answer names the earlier job
-    and whether it was the same request.
+    A job whose id or idempotency key is taken, or that replays what another does, is not written:
+    the answer names the earlier job and whether it was the same request.
     """
     created = set(connection.scalars(_INSERT_NEW, {"jobs": encode(jobs)}))
     rest = [job for job in jobs if job.id not in created]
@@ -289,16 +292,43 @@ def reject(connection: Connection, rejected: Sequence[RejectedJob]) -> set[UUID]
     return set(connection.scalars(_REJECT, {"rejected": encode(rejected)}))
 
 
-# Count what waits in the queues.
-_COUNT_QUEUED: Final = text(
-    "SELECT count(*) FROM jobs WHERE state = 'queued' AND received_by IS NULL"
-)
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Jobs, and the tokens that they have and may still generate, as far as they were counted."""
+
+    jobs: int
+    tokens: int
 
 
-def count_queued(connection: Connection) -> int:
+_LOAD: Final = """
+    count(*), coalesce(sum(coalesce(input_tokens, 0) + coalesce(max_output_tokens, 0)), 0)
+"""
+
+# Measure what waits in the queues.
+_QUEUED: Final = text(f"SELECT {_LOAD} FROM jobs WHERE state = 'queued' AND received_by IS NULL")
+
+
+def queued(connection: Connection) -> Load:
     """Queued jobs that no worker has received: the length of the queue.
 
     Reads an index entry for each, which takes some tenths of a second for a million: keep the
     answer for a while instead of asking for every job.
     """
-    return connection.scalar(_COUNT_QUEUED) or 0
+    return _load(connection, _QUEUED)
+
+
+# Measure what ended lately.
+_ENDED: Final = text(f"""
+    SELECT {_LOAD} FROM jobs
+    WHERE tenant = :tenant AND finished_at > now() - :window_s * interval '1 s'
+""")
+
+
+def ended(connection: Connection, window_s: float, *, tenant: str = DEFAULT_TENANT) -> Load:
+    """What became final within the last `window_s`: how fast the queue drains. Reads their rows."""
+    return _load(connection, _ENDED, window_s=window_s, tenant=tenant)
+
+
+def _load(connection: Connection, query: TextClause, **given: object) -> Load:
+    [(jobs, tokens)] = connection.execute(query, given).all()
+    return Load(jobs, int(tokens))

@@ -113,6 +113,7 @@ class JobView:
     kind: str
     url: str | None
     source: str
+    replay_of: UUID | None
     state: JobState
     priority: int
     metadata: dict[str, str]
@@ -175,6 +176,35 @@ def job(connection: Connection, job_id: UUID, *, tenant: str = DEFAULT_TENANT) -
     return next(iter(_views(connection, _WHOLE, [job_id], tenant)), None)
 
 
+@dataclass(frozen=True, slots=True)
+class Replayable:
+    """A job with its request; `replayed_by` is the job that runs it once more, if one does."""
+
+    state: JobState
+    url: str | None
+    request: dict[str, Any] | None  #: None once it was removed, or if it never was readable
+    priority: int
+    deadline: datetime | None
+    metadata: dict[str, str]
+    replayed_by: UUID | None
+
+
+# A job to be replayed, and the job that replays it already.
+_REPLAYABLE: Final = text("""
+    SELECT state, url, request, priority, deadline, metadata,
+        (SELECT later.id FROM jobs AS later WHERE later.replay_of = jobs.id) AS replayed_by
+    FROM jobs WHERE id = :job_id AND tenant = :tenant
+""")
+
+
+def replayable(connection: Connection, job_id: UUID, *, tenant: str = DEFAULT_TENANT) -> Replayable:
+    """The job with its request. Raises `JobNotFound`."""
+    row = connection.execute(_REPLAYABLE, {"job_id": job_id, "tenant": tenant}).one_or_none()
+    if row is None:
+        raise JobNotFound()
+    return Replayable(**{**row._mapping, "state": JobState(row.state)})
+
+
 def states(connection: Connection, ids: Sequence[UUID]) -> dict[UUID, JobState]:
     """The states of those of the jobs that exist."""
     rows = connection.execute(_STATES, {"ids": list(ids)})
@@ -186,26 +216,34 @@ def list_jobs(
     *,
     state: JobState | None = None,
     model: str | None = None,
+    error_code: str | None = None,
+    since: datetime | None = None,
     after: UUID | None = None,
     limit: int = 50,
     tenant: str = DEFAULT_TENANT,
 ) -> list[JobView]:
     """A tenant's jobs without their responses, newest first, beginning after the job `after`.
 
-    Raises `JobNotFound` if there is no job `after`. Takes the newest of each state by its index
-    and merges them, so a page costs the same wherever it lies.
+    `since` leaves out those accepted before. Raises `JobNotFound` if there is no job `after`. Takes
+    the newest of each state, or of the error, by its index and merges them, so a page costs the
+    same wherever it lies.
     """
     here = _place(connection, after, tenant) if after else None
 
     def newest(wanted: JobState) -> Select[Any]:
-        query = select(jobs.c.id, jobs.c.created_at).where(
-            jobs.c.tenant == tenant, jobs.c.state == wanted
+        table, id = (jobs, jobs.c.id) if error_code is None else (results, results.c.job_id)
+        query = select(id.label("id"), table.c.created_at).where(
+            table.c.tenant == tenant, table.c.state == wanted
         )
+        if error_code is not None:
+            query = query.where(results.c.error_code == error_code)
         if model is not None:
-            query = query.where(jobs.c.model == model)
+            query = query.where(table.c.model == model)
+        if since is not None:
+            query = query.where(table.c.created_at >= since)
         if here is not None:
-            query = query.where(tuple_(jobs.c.created_at, jobs.c.id) < here)
-        return query.order_by(jobs.c.created_at.desc(), jobs.c.id.desc()).limit(limit)
+            query = query.where(tuple_(table.c.created_at, id) < here)
+        return query.order_by(table.c.created_at.desc(), id.desc()).limit(limit)
 
     wanted = [state] if state else list(JobState)
     merged = union_all(*(newest(each).subquery().select() for each in wanted)).subquery()

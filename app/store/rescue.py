@@ -8,6 +8,7 @@ counts as never sent (`return_received`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 from uuid import UUID
@@ -109,26 +110,52 @@ def _wake_up(row: Row[Any]) -> WakeUp:
     return WakeUp(row.id, row.model, Kind(row.kind), row.priority)
 
 
-# Jobs that are due and whose message was never sent, oldest first.
-_UNSENT: Final = text("""
-    SELECT id, model, kind, priority FROM jobs
-    WHERE state = 'queued' AND received_by IS NULL AND enqueued_at IS NULL
-        AND not_before <= now()
-        AND (attempt > 0 OR not_before > created_at
-            OR created_at <= now() - :grace_s * interval '1 s')
-    ORDER BY not_before LIMIT :page
-    FOR NO KEY UPDATE SKIP LOCKED
+_UNSENT: Final = "state = 'queued' AND received_by IS NULL AND enqueued_at IS NULL"
+
+# The models of jobs that have no message, by steps from each to the next in the index.
+_UNSENT_MODELS: Final = text(f"""
+    WITH RECURSIVE found (model) AS (
+        (SELECT model FROM jobs WHERE {_UNSENT} ORDER BY model LIMIT 1)
+        UNION ALL
+        SELECT (
+            SELECT jobs.model FROM jobs WHERE {_UNSENT} AND jobs.model > found.model
+            ORDER BY jobs.model LIMIT 1
+        ) FROM found WHERE found.model IS NOT NULL
+    )
+    SELECT model FROM found WHERE model IS NOT NULL
 """)
 
 
-def unsent(connection: Connection, page: int, grace_s: float) -> list[WakeUp]:
-    """Due jobs without a message. Send them, then `intake.mark_enqueued` in this transaction.
+def unsent_models(connection: Connection) -> list[str]:
+    """The models of all queued jobs without a message, due or not."""
+    return list(connection.scalars(_UNSENT_MODELS))
 
-    Whoever just committed a new job that is due is about to send its message; `grace_s` is the time
-    for that.
+
+# Jobs of a model that are due and whose message was never sent: by priority, then oldest first.
+_FIND_UNSENT: Final = text(f"""
+    SELECT job.* FROM unnest(CAST(:priorities AS int[])) AS given(priority)
+    CROSS JOIN LATERAL (
+        SELECT id, model, kind, priority FROM jobs
+        WHERE {_UNSENT} AND model = :model AND priority = given.priority AND not_before <= now()
+            AND (attempt > 0 OR not_before > created_at
+                OR created_at <= now() - :grace_s * interval '1 s')
+        ORDER BY not_before LIMIT :page
+        FOR NO KEY UPDATE SKIP LOCKED
+    ) AS job
+    LIMIT :page
+""")
+
+
+def unsent(
+    connection: Connection, model: str, priorities: Sequence[int], page: int, grace_s: float
+) -> list[WakeUp]:
+    """Due jobs without a message, of the first of these priorities that have some.
+
+    Send them, then `intake.mark_enqueued` in this transaction. Whoever just committed a new job
+    that is due is about to send its message; `grace_s` is the time for that.
     """
-    rows = connection.execute(_UNSENT, {"page": page, "grace_s": grace_s})
-    return [_wake_up(row) for row in rows]
+    given = {"model": model, "priorities": list(priorities), "page": page, "grace_s": grace_s}
+    return [_wake_up(row) for row in connection.execute(_FIND_UNSENT, given)]
 
 
 # Jobs of one model whose message was sent so long ago that it may be lost, oldest first.

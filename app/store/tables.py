@@ -54,6 +54,18 @@ Stamp = DateTime(timezone=True)
 Money = Numeric(20, 9)
 
 
+_FINISHED = text("finished_at IS NOT NULL")
+_BUSY = {
+    "autovacuum_vacuum_scale_factor": "0.02",
+    "autovacuum_vacuum_insert_scale_factor": "0.02",
+    "autovacuum_vacuum_cost_limit": "2000",
+}
+"""A queue turns its rows over many times its size: vacuum long before a fifth is dead or new, and
+ten times as fast as by default. Counting reads only the index where vacuum has been."""
+_AGEING = {"autovacuum_vacuum_scale_factor": "0.05", "autovacuum_vacuum_cost_limit": "2000"}
+"""For tables whose rows are written once or twice, and deleted by the page when they are old."""
+
+
 def _one_of(column: str, values: type[enum.StrEnum] | frozenset[JobState]) -> CheckConstraint:
     """The column holds a word of this vocabulary."""
     listed = ", ".join(f"'{value}'" for value in sorted(values))
@@ -80,6 +92,7 @@ jobs = Table(
     Column("fingerprint", Text, comment="Hex SHA-256 of url and request in canonical JSON."),
     Column("source", Text, nullable=False, comment="Where it came from: api or message."),
     Column("idempotency_key", Text, comment="The caller's key; unique per tenant."),
+    Column("replay_of", Uuid, comment="Ended job that it runs once more; null if none."),
     Column(
         "metadata",
         JSONB,
@@ -168,9 +181,16 @@ jobs = Table(
     # Listing, with and without a model.
     Index("jobs_by_state", "tenant", "state", "created_at", "id"),
     Index("jobs_by_model", "tenant", "model", "state", "created_at", "id"),
-    # Rescue: never sent; sent and not received; received; running; queued with a deadline.
+    # An ended job is replayed by one job.
+    Index(
+        "jobs_replay_of", "replay_of", unique=True, postgresql_where=text("replay_of IS NOT NULL")
+    ),
+    # Rescue: never sent; sent and not received, with what the queue is measured by; received;
+    # running; queued with a deadline.
     Index(
         "jobs_unsent",
+        "model",
+        "priority",
         "not_before",
         postgresql_where=text("state = 'queued' AND received_by IS NULL AND enqueued_at IS NULL"),
     ),
@@ -179,6 +199,7 @@ jobs = Table(
         "model",
         "enqueued_at",
         postgresql_where=text("state = 'queued' AND received_by IS NULL"),
+        postgresql_include=["input_tokens", "max_output_tokens"],
     ),
     Index(
         "jobs_received",
@@ -191,12 +212,15 @@ jobs = Table(
         "deadline",
         postgresql_where=text("state = 'queued' AND deadline IS NOT NULL"),
     ),
-    # A queue turns its rows over many times its size: vacuum long before a fifth is dead or new,
-    # for counting reads only the index where vacuum has been.
-    postgresql_with={
-        "autovacuum_vacuum_scale_factor": "0.02",
-        "autovacuum_vacuum_insert_scale_factor": "0.02",
-    },
+    # Retention: jobs to delete, by age, and requests to remove.
+    Index("jobs_finished", "tenant", "finished_at", postgresql_where=_FINISHED),
+    Index(
+        "jobs_requests",
+        "tenant",
+        "finished_at",
+        postgresql_where=text("finished_at IS NOT NULL AND request IS NOT NULL"),
+    ),
+    postgresql_with=_BUSY,
     comment="One row per accepted job: its request, its state, and who may move it next.",
 )
 
@@ -239,7 +263,7 @@ attempts = Table(
         name="ended",
     ),
     UniqueConstraint("job_id", "number"),
-    postgresql_with={"fillfactor": "80"},
+    postgresql_with={"fillfactor": "80"} | _AGEING,
     comment="One row per try of a job by a worker; never overwritten by the next try.",
 )
 
@@ -266,7 +290,11 @@ results = Table(
     Column("attempt_id", Uuid, comment="Attempt that ended it; null if it never ran."),
     Column("batch_id", Uuid, comment="Admission batch of that attempt."),
     Column("batch_size", Integer, comment="Jobs that were claimed with it, itself included."),
-    Column("response", JSONB, comment="Body of the answer, whole or partial, if any."),
+    Column(
+        "response",
+        JSONB,
+        comment="Body of the answer, whole or partial, if any; null once redacted.",
+    ),
     Column("error_code", Text, comment="Stable code, see app.errors; null if it completed."),
     Column("error_message", Text, comment="A sentence for people; holds no prompt and no output."),
     Column("input_tokens", Integer, comment="Prompt tokens, cached ones too."),
@@ -300,6 +328,23 @@ results = Table(
     Column("price_id", Text, comment="Entry of prices.toml that was charged."),
     _one_of("kind", Kind),
     _one_of("state", FINAL_STATES),
+    # Retention: responses to remove, by age.
+    Index(
+        "results_responses",
+        "tenant",
+        "finished_at",
+        postgresql_where=text("response IS NOT NULL"),
+    ),
+    # Listing jobs by what went wrong.
+    Index(
+        "results_by_error",
+        "tenant",
+        "error_code",
+        "created_at",
+        "job_id",
+        postgresql_where=text("error_code IS NOT NULL"),
+    ),
+    postgresql_with=_AGEING,
     comment="One row per final job, written once: the answer, its timing and its cost.",
 )
 
@@ -341,7 +386,8 @@ batches = Table(
     Column("finished_at", Stamp, comment="Statistics last written; final once all members are."),
     _one_of("kind", Kind),
     _one_of("close_reason", CloseReason),
-    postgresql_with={"fillfactor": "80"},
+    Index("batches_by_age", "claimed_at"),
+    postgresql_with={"fillfactor": "80"} | _AGEING,
     comment="One row per admission batch. It may mix tenants, so it belongs to none.",
 )
 

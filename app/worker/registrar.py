@@ -197,7 +197,9 @@ class Registrar:
                 deadline=arrival.deadline,
                 metadata=arrival.metadata,
                 input_tokens=sum(map(len, prepared.prompts)) if prepared else None,
-                max_output_tokens=prepared.max_tokens if prepared else None,
+                max_output_tokens=prepared.max_tokens * arrival.request.num_sequences
+                if prepared
+                else None,
                 max_attempts=self._max_attempts,
             ),
         )

@@ -30,7 +30,7 @@ from app.config_file import load
 from app.demo_prompts import bodies
 from app.doctor import MIN_POSTGRES, MIN_REDIS
 from app.local import EmbeddedPostgres
-from app.submit import MAX_INLINE_BYTES
+from app.sender import MAX_INLINE_BYTES
 from app.supervisor import System
 from tests.waiting import eventually
 

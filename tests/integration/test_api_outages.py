@@ -15,7 +15,7 @@ import httpx
 import pytest
 import redis
 
-from app import submit
+from app import sender
 from app.api.app import serve
 from app.broker import queue_name
 from app.config import Settings
@@ -76,7 +76,7 @@ def test_when_redis_is_back_messages_are_sent_again(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(submit, "BREAK_S", 0.05)
+    monkeypatch.setattr(sender, "BREAK_S", 0.05)
     with EmbeddedRedis(tmp_path / "redis") as server:
         settings = make_settings(
             database={"url": database_url},

@@ -25,7 +25,7 @@ from app.broker import Message, Publisher, list_key, queue_name
 from app.config import Settings
 from app.engines.base import Kind
 from app.errors import Unavailable
-from app.jobs import ALONE_AFTER, CloseReason
+from app.jobs import ALONE_AFTER, CloseReason, JobState
 from app.local import free_port
 from app.rescue import Rescue
 from app.store import claims, intake, workers
@@ -63,6 +63,7 @@ class World:
         self.database = Database(settings.database.url)
         self.publisher = Publisher(settings)
         self.rescue = Rescue(settings, self.database, self.publisher)
+        self.database_url = settings.database.url
         self._settings = settings
         self._client = client
 
@@ -128,6 +129,17 @@ class World:
             claimed = claims.claim(connection, batch, [Member(id, uuid4()) for id in ids])
         assert len(claimed) == len(ids)
 
+    def finish(self, worker_id: UUID, job_id: UUID) -> None:
+        with psycopg.connect(self.database_url) as connection:
+            row = connection.execute("SELECT attempt_id FROM jobs WHERE id = %s", [job_id])
+            [attempt_id] = row.fetchone() or [None]
+        finished = claims.Finished(
+            job_id=job_id, attempt_id=attempt_id, state=JobState.COMPLETED,
+            response={"choices": []}, cost=Decimal("0.5"), currency="USD",
+        )  # fmt: skip
+        with self.database.begin() as connection:
+            assert claims.finish(connection, [finished])
+
     def messages(self) -> list[UUID]:
         """Ids of the messages in Redis, in any order."""
         keys = [list_key(queue_name(MODEL), priority) for priority in (0, 3, 6, 9)]
@@ -188,6 +200,44 @@ def test_a_job_is_not_sent_before_it_is_due(world: World) -> None:
 
     eventually(lambda: world.rescue.sweep().sent)
     assert world.messages() == [later]
+
+
+@pytest.fixture
+def small_queue(settings: Settings, client: redis.Redis) -> Iterator[World]:
+    """A world whose queues take 100 messages."""
+    broker = settings.broker.model_copy(update={"max_messages": 100})
+    world = World(settings.model_copy(update={"broker": broker}), client)
+    yield world
+    world.close()
+
+
+def test_redis_stays_small_whatever_waits_and_is_fed_as_the_queue_drains(
+    small_queue: World, client: redis.Redis
+) -> None:
+    ids = small_queue.submit(250)
+    small_queue.change(ids[:50], "not_before = not_before - %s", LONG_AGO)  # the oldest
+
+    assert small_queue.rescue.sweep().sent == 100
+    assert small_queue.rescue.sweep().sent == 0
+    assert len(small_queue.messages()) == 100
+    assert set(ids[:50]) <= set(small_queue.messages())
+
+    worker = small_queue.start_worker()
+    small_queue.receive(worker, small_queue.messages()[:30])
+    assert small_queue.rescue.sweep().sent == 30
+    assert len(small_queue.messages()) == 100
+
+
+def test_an_urgent_job_is_sent_although_the_queue_is_full_of_patient_ones(
+    small_queue: World,
+) -> None:
+    small_queue.submit(150, priority=9)
+    assert small_queue.rescue.sweep().sent == 100
+    [urgent] = small_queue.submit(1, priority=0)
+
+    assert small_queue.rescue.sweep().sent == 1
+
+    assert urgent in small_queue.messages()
 
 
 def test_two_rescues_at_once_send_a_job_once(world: World) -> None:
@@ -325,6 +375,32 @@ def test_a_job_past_its_deadline_expires_and_is_not_sent(world: World) -> None:
 
 
 # ── Postgres or Redis away ──────────────────────────────────────────────────────────────────────
+
+
+def test_what_was_kept_for_its_time_is_removed_and_then_deleted(
+    world: World, client: redis.Redis
+) -> None:
+    month, year = world.submit(2)
+    for job_id in (month, year):
+        world.claim(worker := world.start_worker(), [job_id])
+        world.finish(worker, job_id)
+    for job_id, age in ((month, timedelta(days=31)), (year, timedelta(days=366))):
+        world.change([job_id], "finished_at = finished_at - %s", age)
+        with psycopg.connect(world.database_url) as connection:
+            connection.execute(
+                "UPDATE results SET finished_at = finished_at - %s WHERE job_id = %s",
+                (age, job_id),
+            )
+
+    # two requests and two responses, then the older job
+    assert world.rescue.sweep().removed == 5
+    assert world.rescue.sweep().removed == 0
+
+    with psycopg.connect(world.database_url) as connection:
+        left = connection.execute(
+            "SELECT id, request, response, cost FROM jobs JOIN results ON job_id = id"
+        ).fetchall()
+    assert left == [(month, None, None, Decimal("0.5"))]
 
 
 def test_while_redis_is_away_leases_and_deadlines_are_kept_and_nothing_counts_as_sent(

@@ -112,6 +112,7 @@ class Moves:
         wanted = [(job_id, *self._times()) for job_id in self.some_jobs()]
         keys = self.chance.choices([None, "a", "b"], weights=[4, 1, 1], k=len(wanted))
         prints = self.chance.choices(["f00d", "beef"], k=len(wanted))
+        replayed = self.chance.choice(self.jobs) if self.chance.random() < 0.1 else None
         max_attempts = self.chance.randint(1, 2)
 
         def move(connection: Any, now: datetime) -> Any:
@@ -122,6 +123,7 @@ class Moves:
                     deadline=_after(now, late),
                     idempotency_key=key,
                     fingerprint=fingerprint,
+                    replay_of=replayed,
                     max_attempts=max_attempts,
                 )
                 for (job_id, early, late), key, fingerprint in zip(
@@ -259,10 +261,16 @@ class Moves:
             lambda connection, _: rescue.expire_leases(connection, PAGE),
             lambda connection, _: rescue.return_received(connection, PAGE),
             lambda connection, _: rescue.expire_deadlines(connection, PAGE),
-            lambda connection, _: rescue.unsent(connection, PAGE, HALF_S),
+            lambda connection, _: rescue.unsent_models(connection),
+            lambda connection, _: rescue.unsent(connection, MODEL, range(10), PAGE, HALF_S),
             lambda connection, _: rescue.overdue(connection, MODEL, 1_700.0, PAGE),
             lambda connection, _: rescue.count_unreceived(connection),
-            lambda connection, _: intake.count_queued(connection),
+            lambda connection, _: intake.queued(connection),
+            lambda connection, _: intake.ended(connection, 700.0),
+            lambda connection, _: retention.redact_requests(connection, 2_500.0, PAGE),
+            lambda connection, _: retention.redact_responses(connection, 2_500.0, PAGE),
+            lambda connection, _: retention.delete_jobs(connection, 5_500.0, PAGE),
+            lambda connection, _: retention.delete_batches(connection, 5_500.0, PAGE),
         ]
         return self.chance.choice(sweeps)
 

@@ -172,7 +172,7 @@ def test_missing_tables_ask_for_a_migration(empty_database_url: str) -> None:
         pytest.raises(SchemaError, match="gristmill migrate"),
         database.begin() as connection,
     ):
-        intake.count_queued(connection)
+        intake.queued(connection)
 
 
 def test_both_spellings_of_the_url_are_taken(database_url: str) -> None:

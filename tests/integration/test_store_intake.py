@@ -285,5 +285,5 @@ def test_the_queue_is_what_nobody_has_received(database: Database) -> None:
     worker.claim([ids[1]])
 
     with database.begin() as connection:
-        assert intake.count_queued(connection) == 3
+        assert intake.queued(connection).jobs == 3
         assert rescue.count_unreceived(connection) == {}  # none of them was sent

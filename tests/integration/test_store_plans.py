@@ -17,7 +17,7 @@ import pytest
 from sqlalchemy import Connection, event, text
 
 from app.jobs import AttemptOutcome, JobState
-from app.store import cancellation, claims, intake, reads, rescue, workers
+from app.store import cancellation, claims, intake, reads, rescue, retention, workers
 from app.store.claims import Member
 from app.store.database import Database
 from app.store.intake import Arrival
@@ -203,10 +203,16 @@ def test_cancelling(service: Service) -> None:
     [
         (partial(rescue.return_received, page=500), "jobs_received"),
         (partial(rescue.expire_deadlines, page=500), "jobs_deadline"),
-        (partial(rescue.unsent, page=500, grace_s=10.0), "jobs_unsent"),
+        (rescue.unsent_models, "jobs_unsent"),
+        (
+            partial(rescue.unsent, model=MODEL, priorities=range(3), page=500, grace_s=10.0),
+            "jobs_unsent",
+        ),
         (partial(rescue.overdue, model=MODEL, lost_after_s=10.0, page=500), "jobs_waiting"),
         (rescue.count_unreceived, "jobs_waiting"),
-        (intake.count_queued, "jobs_waiting"),
+        (intake.queued, "jobs_waiting"),
+        (partial(intake.ended, window_s=30.0), "jobs_finished"),
+        (partial(retention.redact_requests, keep_s=86_400.0, page=500), "jobs_requests"),
     ],
 )
 def test_rescue_and_counts(
@@ -216,6 +222,41 @@ def test_rescue_and_counts(
 
     assert index in indexes
     assert indexes <= {index, "jobs_pkey"}
+
+
+def test_retention(service: Service) -> None:
+    day = {"keep_s": 86_400.0, "page": 500}
+
+    assert service.explain(partial(retention.redact_responses, **day)) == {
+        "results_responses",
+        "results_pkey",
+    }
+    assert service.explain(partial(retention.delete_jobs, **day)) == {"jobs_finished", "jobs_pkey"}
+    assert service.explain(partial(retention.delete_batches, **day)) == {
+        "batches_by_age",
+        "batches_pkey",
+    }
+
+
+def test_replays(service: Service) -> None:
+    new = new_job(replay_of=service.finished)
+
+    def replay(connection: Connection) -> None:
+        reads.replayable(connection, service.finished)
+        intake.insert_jobs(connection, [new])
+        intake.insert_jobs(connection, [new_job(replay_of=service.finished)])
+
+    assert service.explain(replay) == {"jobs_pkey", "jobs_idempotency_key", "jobs_replay_of"}
+
+
+@pytest.mark.parametrize("model", [None, MODEL])
+def test_lists_by_error(service: Service, model: str | None) -> None:
+    def list_jobs(connection: Connection) -> None:
+        reads.list_jobs(
+            connection, state=JobState.FAILED, model=model, error_code="engine_crash", limit=100
+        )
+
+    assert "results_by_error" in service.explain(list_jobs)
 
 
 def test_the_leases(service: Service) -> None:

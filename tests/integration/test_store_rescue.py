@@ -23,7 +23,7 @@ def expire_leases(database: Database, page: int = 100) -> list[Released]:
 
 def unsent(database: Database, grace_s: float = 0.0) -> set[UUID]:
     with database.begin() as connection:
-        return {wake_up.id for wake_up in rescue.unsent(connection, 100, grace_s)}
+        return {wake_up.id for wake_up in rescue.unsent(connection, MODEL, range(10), 100, grace_s)}
 
 
 def overdue(database: Database, lost_after_s: float = 10.0, page: int = 100) -> list[UUID]:
@@ -203,6 +203,27 @@ def test_a_job_that_was_never_sent_is_found_once_it_is_due_and_its_sender_had_ti
     assert unsent(database) == {never, early}
 
 
+def test_what_was_never_sent_is_found_by_model_urgent_jobs_first_and_then_old_ones(
+    database: Database,
+) -> None:
+    patient, young, old, other = insert(
+        database,
+        new_job(priority=2),
+        new_job(priority=1),
+        new_job(priority=1),
+        new_job(model="other"),
+    )
+    rewrite(database, "not_before = now() - interval '1 hour'", old)
+    rewrite(database, "not_before = now() - interval '2 hours'", patient)
+
+    with database.begin() as connection:
+        assert rescue.unsent_models(connection) == sorted([MODEL, "other"])
+        found = rescue.unsent(connection, MODEL, [0, 1, 2], 100, 0.0)
+        assert [each.id for each in found] == [old, young, patient]
+        assert len(rescue.unsent(connection, MODEL, [0, 1, 2], 2, 0.0)) == 2
+        assert [each.id for each in rescue.unsent(connection, "other", [0], 9, 0.0)] == [other]
+
+
 def test_a_message_is_overdue_twice_as_late_each_time_it_is_sent(database: Database) -> None:
     [job_id] = insert(database, new_job())
     send(database, job_id)
@@ -277,8 +298,8 @@ def test_two_rescue_processes_share_the_work(database: Database) -> None:
     with database.begin() as one, database.begin() as other:
         first = rescue.expire_leases(one, 3)
         second = rescue.expire_leases(other, 3)
-        unsent_first = rescue.unsent(one, 1, 0.0)
-        unsent_second = rescue.unsent(other, 1, 0.0)
+        unsent_first = rescue.unsent(one, MODEL, range(10), 1, 0.0)
+        unsent_second = rescue.unsent(other, MODEL, range(10), 1, 0.0)
 
     assert (len(first), len(second)) == (3, 1)
     assert not {each.job_id for each in first} & {each.job_id for each in second}

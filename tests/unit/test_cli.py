@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from app.errors import (
     GristmillError,
     JobNotFound,
     RequestError,
+    RequestRemoved,
     SchemaError,
     Unavailable,
 )
@@ -47,6 +49,7 @@ class FakeApi:
     def __init__(self, *jobs: Job | GristmillError) -> None:
         self._jobs = list(jobs)
         self.submitted: list[dict[str, Any]] = []
+        self.asked: list[dict[str, Any]] = []
 
     def __enter__(self):
         return self
@@ -65,6 +68,15 @@ class FakeApi:
         return answer
 
     wait = cancel = job
+
+    def jobs(self, **filters: Any) -> list[Job]:
+        self.asked.append(filters)
+        return [each for each in self._jobs if filters.get("state") in (None, each.state)]
+
+    def replay(self, job_id: str) -> Job:
+        if job_id == "kept":
+            raise RequestRemoved()
+        return Job(f"new-{job_id}", JobState.QUEUED, None, None, {})
 
 
 @pytest.fixture
@@ -175,6 +187,49 @@ def test_a_job_without_an_answer_has_an_exit_code_of_its_own(gristmill, api, sta
 
     assert code == 5
     assert "The deadline passed first." in out
+
+
+def test_jobs_are_listed_with_what_went_wrong(gristmill, api):
+    fake = api(job(JobState.FAILED, error={"code": "engine_crash"}, created_at="2027-01-31T12:00Z"))
+
+    code, out, _ = gristmill("jobs", "list", "--state", "failed", "--since", "2027-01-01T00:00Z")
+
+    assert code == 0
+    assert "0b9f" in out and "engine_crash" in out
+    [asked] = fake.asked
+    assert (asked["state"], asked["limit"]) == ("failed", 50)
+    assert asked["since"] == datetime(2027, 1, 1, tzinfo=UTC)
+
+    code, out, _ = gristmill("jobs", "list", "--json", "--since", "12h")
+    assert [json.loads(line)["id"] for line in out.splitlines()] == ["0b9f"]
+    ago = datetime.now(UTC) - fake.asked[1]["since"]
+    assert timedelta(hours=12) <= ago < timedelta(hours=13)
+
+
+def test_jobs_that_are_named_are_replayed_and_a_refusal_does_not_stop_the_others(gristmill, api):
+    api()
+
+    code, out, err = gristmill("jobs", "replay", "one", "kept", "two")
+
+    assert (code, out) == (1, "one new-one\ntwo new-two\n")
+    assert "kept: The job's request is not there" in err
+
+
+def test_jobs_that_are_chosen_are_replayed_if_they_ended_badly(gristmill, api):
+    fake = api(job(JobState.COMPLETED), job(JobState.EXPIRED))
+
+    code, out, _ = gristmill("jobs", "replay", "--error-code", "worker_lost", "--json")
+
+    assert (code, json.loads(out)) == (0, {"id": "new-0b9f", "replay_of": "0b9f"})
+    assert [asked["state"] for asked in fake.asked] == ["cancelled", "expired", "failed"]
+    assert {asked["error_code"] for asked in fake.asked} == {"worker_lost"}
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["one", "--state", "failed"], ["--since", "yesterday"], ["--state", "late"]]
+)
+def test_a_replay_of_nothing_or_of_two_things_at_once_is_wrong_usage(gristmill, arguments):
+    assert gristmill("jobs", "replay", *arguments)[0] == 2
 
 
 def test_migrating_down_asks_how_far(gristmill, monkeypatch: pytest.MonkeyPatch):

@@ -46,7 +46,7 @@ def test_default_toml_shows_every_setting_at_its_default(write):
     shipped = load(PROJECT / "configs" / "default.toml", {})
     bare = load(write(), {})
 
-    sections = {"database", "broker", "worker", "rescue", "api", "flower"}
+    sections = {"database", "broker", "worker", "rescue", "retention", "api", "flower"}
     assert shipped.settings.model_dump(include=sections) == bare.settings.model_dump(
         include=sections
     )

@@ -1,0 +1,114 @@
+"""Admission: how much may wait, and when to come back if that much does.
+
+Counting a long queue is not free, so it is counted now and then, by one caller, and what this
+process let in since is added to it. The limits are therefore kept to within what other processes
+let in between two counts, and room is seen up to that much later. Counts are at most
+`COUNT_EVERY_S` old, or `COUNT_SHARE` times as long as counting takes: a million rows take some
+tenths of a second, so then it is a few seconds.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from typing import Final
+
+from app.errors import QueueFull
+from app.store import intake
+from app.store.database import Database
+from app.store.intake import Load
+
+COUNT_EVERY_S: Final = 1.0
+COUNT_SHARE: Final = 20
+"""Counting has at most one part in so many of the time."""
+
+DRAIN_WINDOW_S: Final = 30.0
+"""The drain rate is that of the jobs that ended within this time."""
+
+MAX_RETRY_AFTER_S: Final = 60
+"""Also the answer while nothing drains."""
+
+
+class Admission:
+    """Holds what is queued against the limits. Threads may share it."""
+
+    def __init__(self, database: Database, max_queued: Load) -> None:
+        self._database = database
+        self._max = max_queued
+        self._lock = threading.Lock()
+        self._counted = Load(0, 0)
+        self._let_in = Load(0, 0)  #: since the count began
+        self._count_again_at = 0.0
+        self._rates = (0.0, 0.0)  #: jobs and tokens that end per second
+        self._room_at = 0.0  #: when all who were told to come back will have
+
+    def admit(self, asked: Load) -> None:
+        """Raises `QueueFull` if there is no room for so much more."""
+        if self._is_count_due():
+            self._count()
+        with self._lock:
+            let_in = _sum(self._let_in, asked)
+            excess = _excess(_sum(self._counted, let_in), self._max)
+            if excess == Load(0, 0):
+                self._let_in = let_in
+                return
+            retry_after = self._retry_after(asked)
+        what, limit = ("jobs", self._max.jobs) if excess.jobs else ("tokens", self._max.tokens)
+        raise QueueFull(
+            f"The queue takes {limit} {what} and has no room for these.", retry_after=retry_after
+        )
+
+    def _is_count_due(self) -> bool:
+        """True for one caller at a time: the others go on with the count there is."""
+        now = time.monotonic()
+        with self._lock:
+            if now < self._count_again_at:
+                return False
+            self._count_again_at = now + COUNT_EVERY_S
+            return True
+
+    def _count(self) -> None:
+        began = time.monotonic()
+        with self._lock:
+            before = self._let_in
+        with self._database.begin() as connection:
+            counted = intake.queued(connection)
+            rates = self._rates
+            if _excess(counted, Load(self._max.jobs // 2, self._max.tokens // 2)) != Load(0, 0):
+                ended = intake.ended(connection, DRAIN_WINDOW_S)
+                rates = (ended.jobs / DRAIN_WINDOW_S, ended.tokens / DRAIN_WINDOW_S)
+        took_s = time.monotonic() - began
+        with self._lock:
+            self._counted, self._rates = counted, rates
+            self._let_in = _less(self._let_in, before)
+            self._count_again_at = max(self._count_again_at, began + COUNT_SHARE * took_s)
+
+    def _retry_after(self, asked: Load) -> int:
+        """Whole seconds until the queue should have room for these.
+
+        Each who is refused gets a turn of its own behind those refused before, at the pace at which
+        the queue drains. So all come back spread out, and not at once.
+        """
+        now = time.monotonic()
+        turn_s = max(
+            amount / rate if rate else math.inf
+            for amount, rate in zip((asked.jobs, asked.tokens), self._rates, strict=True)
+            if amount
+        )
+        self._room_at = min(max(self._room_at, now) + turn_s, now + MAX_RETRY_AFTER_S)
+        return max(1, math.ceil(self._room_at - now))
+
+
+def _sum(one: Load, other: Load) -> Load:
+    return Load(one.jobs + other.jobs, one.tokens + other.tokens)
+
+
+def _less(one: Load, other: Load) -> Load:
+    return Load(one.jobs - other.jobs, one.tokens - other.tokens)
+
+
+def _excess(load: Load, limit: Load) -> Load:
+    """By how much a load is beyond a limit, each part for itself."""
+    over = _less(load, limit)
+    return Load(max(0, over.jobs), max(0, over.tokens))

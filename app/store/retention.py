@@ -1,0 +1,95 @@
+"""How long things are kept: requests and responses leave their rows, whole jobs are deleted.
+
+Every statement takes a page of what has been final for longest, and skips rows that somebody holds,
+so several rescue processes share the work. Repeat one until its page is not full. A row that lost
+its request or its response keeps all the rest: state, timing and cost.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from sqlalchemy import Connection, TextClause, text
+
+from app.store.tables import DEFAULT_TENANT
+
+# Remove the requests of jobs that ended long ago. Open jobs need theirs.
+_REDACT_REQUESTS: Final = text("""
+    WITH due AS MATERIALIZED (
+        SELECT id FROM jobs
+        WHERE tenant = :tenant AND request IS NOT NULL
+            AND finished_at < now() - :keep_s * interval '1 s'
+        ORDER BY finished_at LIMIT :page
+        FOR NO KEY UPDATE SKIP LOCKED
+    )
+    UPDATE jobs SET request = NULL FROM due WHERE jobs.id = due.id
+""")
+
+# Remove the responses of jobs that ended long ago.
+_REDACT_RESPONSES: Final = text("""
+    WITH due AS MATERIALIZED (
+        SELECT job_id FROM results
+        WHERE tenant = :tenant AND response IS NOT NULL
+            AND finished_at < now() - :keep_s * interval '1 s'
+        ORDER BY finished_at LIMIT :page
+        FOR NO KEY UPDATE SKIP LOCKED
+    )
+    UPDATE results SET response = NULL FROM due WHERE results.job_id = due.job_id
+""")
+
+# Delete jobs that ended long ago; their attempts and results go with them.
+_DELETE_JOBS: Final = text("""
+    WITH due AS MATERIALIZED (
+        SELECT id FROM jobs
+        WHERE tenant = :tenant AND finished_at < now() - :keep_s * interval '1 s'
+        ORDER BY finished_at LIMIT :page
+        FOR UPDATE SKIP LOCKED
+    )
+    DELETE FROM jobs USING due WHERE jobs.id = due.id
+""")
+
+# Delete batches whose last member ended long ago. A batch may mix tenants and belongs to none.
+_DELETE_BATCHES: Final = text("""
+    WITH due AS MATERIALIZED (
+        SELECT id FROM batches
+        WHERE claimed_at < now() - :keep_s * interval '1 s'
+            AND coalesce(finished_at, claimed_at) < now() - :keep_s * interval '1 s'
+        ORDER BY claimed_at LIMIT :page
+        FOR UPDATE SKIP LOCKED
+    )
+    DELETE FROM batches USING due WHERE batches.id = due.id
+""")
+
+
+def redact_requests(
+    connection: Connection, keep_s: float, page: int, *, tenant: str = DEFAULT_TENANT
+) -> int:
+    """Set to null the requests of jobs that have been final for `keep_s`; how many."""
+    return _done(connection, _REDACT_REQUESTS, keep_s=keep_s, page=page, tenant=tenant)
+
+
+def redact_responses(
+    connection: Connection, keep_s: float, page: int, *, tenant: str = DEFAULT_TENANT
+) -> int:
+    """Set to null the responses of jobs that have been final for `keep_s`; how many."""
+    return _done(connection, _REDACT_RESPONSES, keep_s=keep_s, page=page, tenant=tenant)
+
+
+def delete_jobs(
+    connection: Connection, keep_s: float, page: int, *, tenant: str = DEFAULT_TENANT
+) -> int:
+    """Delete jobs that have been final for `keep_s`, with attempts and results; how many.
+
+    A message that comes after that would make the job anew: keep jobs for longer than Redis keeps
+    unacknowledged messages.
+    """
+    return _done(connection, _DELETE_JOBS, keep_s=keep_s, page=page, tenant=tenant)
+
+
+def delete_batches(connection: Connection, keep_s: float, page: int) -> int:
+    """Delete batches whose statistics have been final for `keep_s`; how many."""
+    return _done(connection, _DELETE_BATCHES, keep_s=keep_s, page=page)
+
+
+def _done(connection: Connection, statement: TextClause, **given: object) -> int:
+    return connection.execute(statement, given).rowcount

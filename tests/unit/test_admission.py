@@ -1,0 +1,190 @@
+"""How much may wait, and when who is refused is told to come back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from app import admission
+from app.admission import COUNT_EVERY_S, COUNT_SHARE, DRAIN_WINDOW_S, MAX_RETRY_AFTER_S, Admission
+from app.errors import QueueFull
+from app.store.intake import Load
+
+
+class Postgres:
+    """In place of a database: what is queued, and what ended within the window."""
+
+    def __init__(self) -> None:
+        self.queued = Load(0, 0)
+        self.ended = Load(0, 0)
+        self.num_counts = 0
+        self.while_counting: Callable[[], None] = lambda: None
+
+    @contextmanager
+    def begin(self) -> Iterator[Postgres]:
+        yield self
+
+
+@pytest.fixture(autouse=True)
+def store(monkeypatch: pytest.MonkeyPatch) -> None:
+    def queued(postgres: Postgres) -> Load:
+        postgres.num_counts += 1
+        postgres.while_counting()
+        return postgres.queued
+
+    monkeypatch.setattr(admission.intake, "queued", queued)
+    monkeypatch.setattr(admission.intake, "ended", lambda postgres, window_s: postgres.ended)
+
+
+class Clock:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1_000.0
+        monkeypatch.setattr(admission.time, "monotonic", lambda: self.now)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+@pytest.fixture
+def postgres() -> Postgres:
+    return Postgres()
+
+
+def gate(postgres: Postgres, jobs: int = 100, tokens: int = 10_000) -> Admission:
+    return Admission(postgres, Load(jobs, tokens))  # type: ignore[arg-type]
+
+
+def refused(gate: Admission, jobs: int = 1, tokens: int = 10) -> int:
+    """The seconds after which whoever asks for so much is to come back."""
+    with pytest.raises(QueueFull) as refusal:
+        gate.admit(Load(jobs, tokens))
+    return refusal.value.retry_after
+
+
+def test_a_full_queue_takes_no_more_jobs(postgres: Postgres, clock: Clock) -> None:
+    postgres.queued = Load(95, 0)
+    admission = gate(postgres)
+
+    admission.admit(Load(3, 0))
+    admission.admit(Load(2, 0))  # what was let in counts, before it is counted in Postgres
+
+    refused(admission)
+
+
+def test_tokens_fill_a_queue_as_well_as_jobs_do(postgres: Postgres, clock: Clock) -> None:
+    postgres.queued = Load(3, 9_000)
+    admission = gate(postgres)
+
+    admission.admit(Load(1, 1_000))
+
+    with pytest.raises(QueueFull, match="10000 tokens"):
+        admission.admit(Load(1, 1))
+
+
+def test_room_is_seen_again_when_the_queue_has_shrunk(postgres: Postgres, clock: Clock) -> None:
+    postgres.queued = Load(100, 0)
+    admission = gate(postgres)
+    refused(admission)
+
+    postgres.queued = Load(10, 0)
+    clock.now += COUNT_EVERY_S
+
+    admission.admit(Load(1, 1))
+
+
+def test_many_submissions_share_one_count(postgres: Postgres, clock: Clock) -> None:
+    admission = gate(postgres)
+
+    for _ in range(50):
+        admission.admit(Load(1, 1))
+
+    assert postgres.num_counts == 1
+
+
+def test_what_is_let_in_during_a_count_is_not_forgotten(postgres: Postgres, clock: Clock) -> None:
+    admission = gate(postgres)
+    admission.admit(Load(1, 0))
+    clock.now += COUNT_EVERY_S
+    postgres.while_counting = lambda: admission.admit(Load(90, 0))
+
+    admission.admit(Load(1, 0))
+
+    refused(admission, jobs=10)
+
+
+def test_a_count_that_takes_long_is_made_less_often(postgres: Postgres, clock: Clock) -> None:
+    def take_a_second() -> None:
+        clock.now += 1.0
+
+    postgres.while_counting = take_a_second
+    admission = gate(postgres)
+    admission.admit(Load(1, 0))
+
+    clock.now += COUNT_SHARE - 2
+    admission.admit(Load(1, 0))
+    assert postgres.num_counts == 1
+
+    clock.now += 2
+    admission.admit(Load(1, 0))
+    assert postgres.num_counts == 2
+
+
+def test_each_who_is_refused_gets_a_turn_at_the_pace_of_the_drain(
+    postgres: Postgres, clock: Clock
+) -> None:
+    postgres.queued = Load(100, 0)
+    postgres.ended = Load(int(0.5 * DRAIN_WINDOW_S), 0)  # one job in two seconds
+    admission = gate(postgres)
+
+    assert [refused(admission, tokens=0) for _ in range(4)] == [2, 4, 6, 8]
+
+    clock.now += 8
+    assert refused(admission, tokens=0) == 2
+
+
+def test_the_slower_of_jobs_and_tokens_says_when(postgres: Postgres, clock: Clock) -> None:
+    postgres.queued = Load(100, 0)
+    postgres.ended = Load(int(100 * DRAIN_WINDOW_S), int(50 * DRAIN_WINDOW_S))
+    admission = gate(postgres)
+
+    assert refused(admission, jobs=1, tokens=1_000) == 20
+
+
+def test_while_nothing_drains_everybody_is_told_the_longest_pause(
+    postgres: Postgres, clock: Clock
+) -> None:
+    postgres.queued = Load(100, 0)
+    admission = gate(postgres)
+
+    assert refused(admission) == MAX_RETRY_AFTER_S
+
+
+@given(
+    asked=st.lists(st.tuples(st.integers(1, 50), st.integers(0, 9_000)), max_size=30),
+    ended=st.tuples(st.integers(0, 10_000), st.integers(0, 10**7)),
+)
+def test_the_limits_hold_and_pauses_are_whole_seconds_within_bounds(
+    asked: list[tuple[int, int]], ended: tuple[int, int]
+) -> None:
+    postgres = Postgres()
+    postgres.ended = Load(*ended)
+    admission = gate(postgres)
+    let_in = [0, 0]
+    pauses = []
+    for jobs, tokens in asked:
+        try:
+            admission.admit(Load(jobs, tokens))
+        except QueueFull as refusal:
+            pauses.append(refusal.retry_after)
+        else:
+            let_in[0] += jobs
+            let_in[1] += tokens
+    assert all(isinstance(pause, int) and 1 <= pause <= MAX_RETRY_AFTER_S for pause in pauses)
+    assert let_in[0] <= 100
+    assert let_in[1] <= 10_000

@@ -1,0 +1,245 @@
+"""Which new jobs get a message: Redis may be away, a job not due, a queue long enough."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+from app import sender as sending
+from app.broker import Message, priority_step
+from app.engines.base import Kind
+from app.errors import Unavailable
+from app.sender import Sender
+from app.store.intake import NewJob
+
+BODY = {"prompt": "A grist mill is"}
+
+
+class Redis:
+    """In place of a publisher: up or away, and counting. Messages stay until a test takes them."""
+
+    def __init__(self) -> None:
+        self.is_away = False
+        self.num_failures = 0
+        self.num_looks = 0
+        self.sent: list[Message] = []
+        self.waiting = [0, 0, 0, 0]
+
+    def send_many(self, messages: Iterable[Message]) -> None:
+        self._answer()
+        for message in messages:
+            self.sent.append(message)
+            self.waiting[priority_step(message.priority)] += 1
+
+    def list_lengths(self, models: Collection[str]) -> dict[str, list[int]]:
+        self._answer()
+        self.num_looks += 1
+        return {model: list(self.waiting) for model in models}
+
+    def _answer(self) -> None:
+        if self.is_away:
+            self.num_failures += 1
+            raise Unavailable("Redis does not answer.")
+
+
+class Postgres:
+    """In place of a database: its connections keep what was marked, or it is away."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.is_away = False
+        self.marked: list[Any] = []
+        monkeypatch.setattr(sending.intake, "mark_enqueued", lambda _, ids: self.marked.extend(ids))
+
+    @contextmanager
+    def autocommit(self) -> Iterator[None]:
+        if self.is_away:
+            raise Unavailable("Postgres cannot be reached.")
+        yield
+
+
+@pytest.fixture
+def redis() -> Redis:
+    return Redis()
+
+
+@pytest.fixture
+def postgres(monkeypatch: pytest.MonkeyPatch) -> Postgres:
+    return Postgres(monkeypatch)
+
+
+@pytest.fixture
+def sender(redis: Redis, postgres: Postgres) -> Sender:
+    return Sender(postgres, redis, max_messages=100)  # type: ignore[arg-type]
+
+
+def new_job(**given: Any) -> NewJob:
+    fields = {
+        "id": uuid4(),
+        "model": "stub",
+        "kind": Kind.GENERATE,
+        "url": "/v1/completions",
+        "request": BODY,
+        "fingerprint": "f",
+        "source": "api",
+    }
+    return NewJob(**(fields | given))
+
+
+def test_a_message_is_sent_and_marked(sender: Sender, redis: Redis, postgres: Postgres) -> None:
+    job = new_job(priority=3)
+
+    sender.send([job])
+
+    [message] = redis.sent
+    assert (message.job_id, message.model, message.priority) == (job.id, "stub", 3)
+    assert message.request == BODY
+    assert postgres.marked == [job.id]
+    assert (sender.num_sent, sender.num_left_to_rescue) == (1, 0)
+
+
+def test_a_large_request_stays_in_its_row(sender: Sender, redis: Redis) -> None:
+    sender.send([new_job(request={"prompt": "x" * sending.MAX_INLINE_BYTES})])
+
+    assert redis.sent[0].request is None
+
+
+def test_a_job_that_is_not_due_is_left_to_rescue(
+    sender: Sender, redis: Redis, postgres: Postgres
+) -> None:
+    later = new_job(not_before=datetime.now(UTC) + timedelta(hours=1))
+    due = new_job(not_before=datetime.now(UTC) - timedelta(hours=1))
+
+    sender.send([later, due])
+
+    assert [message.job_id for message in redis.sent] == [due.id]
+    assert postgres.marked == [due.id]
+
+
+def test_while_redis_is_away_nobody_waits_for_it_again(
+    sender: Sender, redis: Redis, postgres: Postgres
+) -> None:
+    redis.is_away = True
+
+    for _ in range(5):
+        sender.send([new_job()])
+
+    assert redis.num_failures == 1
+    assert postgres.marked == []
+    assert (sender.num_sent, sender.num_left_to_rescue) == (0, 5)
+
+
+def test_after_the_pause_one_try_brings_sending_back(
+    sender: Sender, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1_000.0
+    monkeypatch.setattr(sending.time, "monotonic", lambda: now)
+    redis.is_away = True
+    sender.send([new_job()])
+    redis.is_away = False
+
+    now += sending.BREAK_S - 0.1
+    sender.send([new_job()])
+    assert redis.sent == []
+
+    now += 0.2
+    sender.send([new_job()])
+    sender.send([new_job()])
+    assert (redis.num_failures, len(redis.sent)) == (1, 2)
+
+
+def test_a_sent_message_that_cannot_be_marked_is_sent_all_the_same(
+    sender: Sender, redis: Redis, postgres: Postgres
+) -> None:
+    postgres.is_away = True
+
+    sender.send([new_job()])
+    sender.send([new_job()])
+
+    assert len(redis.sent) == 2
+
+
+# ── queues that are long enough ─────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+class Clock:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1_000.0
+        monkeypatch.setattr(sending.time, "monotonic", lambda: self.now)
+
+    def let_the_next_look_come(self) -> None:
+        self.now += sending.LOOK_EVERY_S
+
+
+def send(sender: Sender, number: int, **given: Any) -> None:
+    for _ in range(number):
+        sender.send([new_job(**given)])
+
+
+def test_a_queue_takes_its_most_messages_and_the_rest_is_left_to_rescue(
+    sender: Sender, redis: Redis, postgres: Postgres, clock: Clock
+) -> None:
+    sender.send([new_job() for _ in range(130)])
+
+    assert len(redis.sent) == len(postgres.marked) == 100
+    assert (sender.num_sent, sender.num_left_to_rescue) == (100, 30)
+    assert redis.num_looks == 1
+
+
+def test_who_was_held_back_is_not_overtaken_while_rescue_keeps_the_queue_filled(
+    sender: Sender, redis: Redis, clock: Clock
+) -> None:
+    send(sender, 101)
+    redis.waiting[0] = 70  # some were taken; rescue fills it up at its next sweep
+    clock.let_the_next_look_come()
+
+    send(sender, 1)
+
+    assert len(redis.sent) == 100
+
+
+def test_a_queue_that_is_half_empty_takes_new_jobs_with_or_without_rescue(
+    sender: Sender, redis: Redis, clock: Clock
+) -> None:
+    send(sender, 101)
+    redis.waiting[0] = 49
+    clock.let_the_next_look_come()
+
+    send(sender, 10)
+
+    assert len(redis.sent) == 110
+
+
+def test_an_urgent_job_passes_a_queue_that_is_full_of_patient_ones(
+    sender: Sender, redis: Redis, clock: Clock
+) -> None:
+    send(sender, 101, priority=9)
+
+    send(sender, 1, priority=5)
+    send(sender, 1, priority=0)
+    assert [message.priority for message in redis.sent[100:]] == [5, 0]
+
+    send(sender, 99, priority=0)
+    send(sender, 1, priority=5)  # a hundred are ahead of it now
+    assert len(redis.sent) == 201
+
+
+def test_a_full_queue_of_one_model_does_not_hold_back_another(
+    sender: Sender, redis: Redis, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        redis, "list_lengths", lambda models: {m: [500 * (m == "long"), 0, 0, 0] for m in models}
+    )
+
+    sender.send([new_job(model="long"), new_job(model="short")])
+
+    assert [message.model for message in redis.sent] == ["short"]
