@@ -133,13 +133,18 @@ class _Since(click.ParamType[datetime]):
             ) from None
 
 
+STATES: Final = [state.value for state in JobState]
+
+
 def _which_jobs(command: Command) -> Command:
     """The options of a command that choose jobs."""
     for option in (
         click.option("--since", type=_Since(), help="Accepted since then; or 90m, 12h, 7d ago."),
         click.option("--error-code", help="Ended with this error, as in engine_crash."),
         click.option("--model", help="Of this model."),
-        click.option("--state", type=click.Choice([state.value for state in JobState]), help="In this state."),
+        click.option(
+            "--state", type=click.Choice([state.value for state in JobState]), help="In this state."
+        ),
     ):
         command = option(command)
     return command

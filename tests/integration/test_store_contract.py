@@ -20,7 +20,7 @@ from sqlalchemy import DateTime, text
 from app.engines.base import Kind
 from app.errors import GristmillError
 from app.jobs import FINAL_STATES, AttemptOutcome, CloseReason
-from app.store import cancellation, claims, intake, rescue, workers
+from app.store import cancellation, claims, intake, rescue, retention, workers
 from app.store.claims import BatchStats, Finished, Member, NewBatch, Release
 from app.store.database import Database
 from app.store.intake import Arrival, RejectedJob
