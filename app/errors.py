@@ -7,6 +7,7 @@
     │   ├── ModelNotFound
     │   ├── UrlNotFound
     │   ├── ContextLengthExceeded
+    │   ├── InvalidSchema
     │   ├── DeadlinePassed
     │   └── RequestTooLarge
     ├── IdempotencyConflict    same key, another request
@@ -83,6 +84,12 @@ class ContextLengthExceeded(RequestError):
     """Prompt and allowed output do not fit the model's context."""
 
     code = "context_length_exceeded"
+
+
+class InvalidSchema(RequestError):
+    """The JSON schema or regular expression for the output cannot be used."""
+
+    code = "invalid_schema"
 
 
 class DeadlinePassed(RequestError):

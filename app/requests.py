@@ -18,8 +18,10 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from app.engines.base import Kind, SamplingParams
+from app import output_format
+from app.engines.base import Grammar, Kind, SamplingParams
 from app.errors import RequestError, UrlNotFound
+from app.output_format import JsonSchema, ResponseFormat, StructuredOutputs
 
 
 class Url(enum.StrEnum):
@@ -97,6 +99,16 @@ class _Sampled(_Body):
         False,
         description="Generate `max_tokens` tokens even if the model ends before.",
         examples=[False],
+    )
+    response_format: ResponseFormat | None = Field(
+        None,
+        description="Let the output be JSON, of a schema or of none; it comes on one line.",
+        examples=[{"type": "json_object"}],
+    )
+    structured_outputs: StructuredOutputs | None = Field(
+        None,
+        description="Let the output match a regular expression.",
+        examples=[{"regex": "(yes|no)"}],
     )
     stream: Literal[False] | None = Field(
         None,
@@ -198,7 +210,8 @@ Prompt = str | tuple[int, ...] | tuple[ChatMessage, ...]
 
 @dataclass(frozen=True)
 class Request:
-    """A checked request. `raw` is the body as it was sent: what is stored and fingerprinted."""
+    """A checked request. `raw` is the body as it was sent, only with a schema in it as JSON text:
+    what is stored and fingerprinted."""
 
     url: Url
     body: Body
@@ -243,6 +256,13 @@ class Request:
             case _:
                 return None
 
+    @property
+    def grammar(self) -> Grammar | None:
+        """What each answer has to match, if anything."""
+        if isinstance(self.body, EmbeddingBody):
+            return None
+        return output_format.grammar_of(self.body.response_format, self.body.structured_outputs)
+
     def sampling(self, max_tokens: int, answer: int = 0) -> SamplingParams | None:
         """Sampling of answer number `answer`, or None for an embedding.
 
@@ -269,6 +289,7 @@ class Request:
             seed=None if body.seed is None else body.seed + answer,
             logprobs=logprobs,
             ignore_eos=body.ignore_eos,
+            grammar=self.grammar,
         )
 
 
@@ -285,6 +306,8 @@ def parse(raw: object, url: str | None = None) -> Request:
         body = BODIES[known_url].model_validate(raw)
     except ValidationError as error:
         raise first_problem(error, raw) from None
+    if not isinstance(body, EmbeddingBody):
+        raw = output_format.checked(raw, body.response_format, body.structured_outputs)
     refuse_unstorable(raw)
     request = Request(known_url, body, raw)
     if isinstance(body, ChatBody) and body.max_tokens and body.max_completion_tokens:
@@ -362,9 +385,10 @@ def _url(raw: dict[str, Any], url: str | None) -> Url:
 def first_problem(error: ValidationError, raw: dict[str, Any]) -> RequestError:
     """The first problem as a sentence; unions report once per branch, so the top field decides."""
     problem = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    path = [str(part) for part in problem["loc"] if _is_in_body(part, raw)]
+    unknown = problem["loc"][-1] if problem["type"] == "extra_forbidden" else None
+    path = [str(part) for part in problem["loc"] if part == unknown or _is_in_body(part, raw)]
     param = _printable(".".join(path) or str(problem["loc"][0]))
-    if problem["type"] == "extra_forbidden":
+    if unknown is not None:
         return RequestError(f"Unknown field {param}.", param=param)
     if problem["type"] == "missing":
         return RequestError(f"The field {param} is required.", param=param)
@@ -385,7 +409,11 @@ def _is_in_body(part: int | str, raw: dict[str, Any]) -> bool:
 
 
 _FIELDS: Final = frozenset(
-    {name for body in BODIES.values() for name in body.model_fields} | set(ChatMessage.model_fields)
+    {
+        field.alias or name
+        for part in (*BODIES.values(), ChatMessage, ResponseFormat, JsonSchema, StructuredOutputs)
+        for name, field in part.model_fields.items()
+    }
 )
 
 

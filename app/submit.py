@@ -30,17 +30,20 @@ from app import requests
 from app.admission import Admission
 from app.broker import Publisher
 from app.config import Settings
+from app.engines import grammar
 from app.engines.catalog import CatalogModel
 from app.errors import (
     DeadlinePassed,
     GristmillError,
     IdempotencyConflict,
+    InvalidSchema,
     JobStateConflict,
     RequestError,
     RequestRemoved,
     RequestTooLarge,
 )
 from app.jobs import MAX_PRIORITY, REPLAYED
+from app.output_format import field_of
 from app.sender import Sender, num_bytes
 from app.store import intake, reads
 from app.store.database import Database
@@ -230,6 +233,7 @@ class Submitter:
             model = self._settings.model_name(request.kind, request.body.model)
             served = self.models[model]
             prepared = served.tokenizer.check(request, served.settings)
+            _check_grammar(request)
         except RequestError as error:
             if error.param not in (None, "url", "body"):
                 error.param = f"body.{error.param}"
@@ -258,6 +262,16 @@ class Submitter:
         if num_bytes(submission.body) > limit:
             raise RequestTooLarge(f"The request is larger than {limit} bytes.", param="body")
         return requests.parse(submission.body, submission.url)
+
+
+def _check_grammar(request: requests.Request) -> None:
+    if request.grammar is None:
+        return
+    try:
+        grammar.check(request.grammar)
+    except InvalidSchema as error:
+        error.param = field_of(request.grammar)
+        raise
 
 
 def _check_times(submission: Submission) -> None:

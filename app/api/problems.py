@@ -25,6 +25,7 @@ STATUS: Final[dict[type[errors.GristmillError], HTTPStatus]] = {
     errors.ModelNotFound: HTTPStatus.NOT_FOUND,
     errors.UrlNotFound: HTTPStatus.NOT_FOUND,
     errors.ContextLengthExceeded: HTTPStatus.UNPROCESSABLE_ENTITY,
+    errors.InvalidSchema: HTTPStatus.BAD_REQUEST,
     errors.DeadlinePassed: HTTPStatus.UNPROCESSABLE_ENTITY,
     errors.RequestTooLarge: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     errors.IdempotencyConflict: HTTPStatus.UNPROCESSABLE_ENTITY,

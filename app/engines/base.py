@@ -15,7 +15,7 @@ import enum
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Final, Literal, Protocol
 
 from app.jobs import FinishReason
 
@@ -25,6 +25,14 @@ class Kind(enum.StrEnum):
 
     GENERATE = "generate"  #: tokens to tokens: chat and completions
     EMBED = "embed"  #: tokens to one vector
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What an output must match, as a whole: a JSON schema, as JSON, or a regular expression."""
+
+    kind: Literal["json_schema", "regex"]
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +51,7 @@ class SamplingParams:
     seed: int | None = None  #: same seed, prompt and model: same text, whatever the company
     logprobs: int | None = None  #: None = off; k = the chosen token and the k most likely ones
     ignore_eos: bool = False
+    grammar: Grammar | None = None  #: its end ends the output, `ignore_eos` or not
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,7 @@ from app.engines.base import (
     TokenLogprob,
 )
 from app.engines.device import load_model
+from app.engines.grammar import Grammars, Matcher
 from app.engines.sampling import BAD_ROW, Plan, RowSampler, Sampled
 from app.engines.static import StaticEngine
 from app.engines.stopping import Output
@@ -50,6 +51,8 @@ class GenerateEngine(StaticEngine):
         self, folder: Path, settings: ModelSettings, device: str, threads: int, progress: Progress
     ) -> None:
         super().__init__(load_tokenizer(folder, settings), settings, device, threads, progress)
+        self._grammars = Grammars(self._tokenizer)
+        self._matchers: dict[int, Matcher] = {}  #: by sequence, of the batch inside
         kind = AutoModelForSeq2SeqLM if self._tokenizer.separate_output else AutoModelForCausalLM
         self._model: Any = load_model(kind, folder, settings.dtype, self._device)
         self._model.generation_config = _plain(self._model.generation_config)
@@ -57,11 +60,18 @@ class GenerateEngine(StaticEngine):
     def _check(self, sequence: Sequence) -> None:
         if sequence.params is None:
             raise RequestError("This model generates text; it gives no embeddings.")
+        if sequence.params.grammar:
+            self._matchers[sequence.id] = self._grammars.compile(sequence.params.grammar).wait()
+
+    def close(self) -> None:
+        super().close()
+        self._grammars.close()
 
     def _run(self, sequences: Seq[Sequence], stats: StepStats) -> list[Generation]:
         answers = []
         for part in self._fitting(sequences):
-            rows = _Rows(part, self._tokenizer, self._cancelled, self._progress)
+            matchers = [self._matchers.pop(each.id, None) for each in part]
+            rows = _Rows(part, matchers, self._tokenizer, self._cancelled, self._progress)
             self._model.generate(
                 **self._padded(part),
                 max_new_tokens=_longest_output(part),
@@ -109,6 +119,7 @@ class _Rows:
     def __init__(
         self,
         sequences: Seq[Sequence],
+        matchers: Seq[Matcher | None],
         tokenizer: Tokenizer,
         cancelled: set[int],
         progress: Progress,
@@ -122,6 +133,8 @@ class _Rows:
             for each in sequences
             if each.params
         ]
+        for output, matcher in zip(self._outputs, matchers, strict=True):
+            output.matcher = matcher
         self._answers = [
             Generation(
                 each.id,
@@ -156,7 +169,10 @@ class _Rows:
             self._sampler = RowSampler(len(logits), logits.shape[1], logits.device)
             for row, sequence in enumerate(self._sequences):
                 if sequence.params:
-                    self._sampler.put(row, sequence.params, sequence.prompt_token_ids)
+                    matcher = self._outputs[row].matcher
+                    self._sampler.put(
+                        row, sequence.params, sequence.prompt_token_ids, matcher=matcher
+                    )
         if self._plan is None:
             self._plan = self._sampler.plan(live)
         return self._sampler.sample(logits[live], self._plan)
@@ -165,19 +181,21 @@ class _Rows:
         for place, (row, token) in enumerate(zip(live, tokens, strict=True)):
             self._steps[row] += 1
             if token == BAD_ROW:
-                self._end(row, FinishReason.ERROR)
-                self._answers[row].error_code, self._answers[row].error_message = NOT_FINITE
+                self._end(row, FinishReason.ERROR, NOT_FINITE)
                 continue
             if place in logprobs:
                 self._logprobs[row].append(logprobs[place])
             if reason := self._outputs[row].append(token):
-                self._end(row, reason)
+                self._end(row, reason, self._outputs[row].error)
 
-    def _end(self, row: int, reason: FinishReason) -> None:
+    def _end(self, row: int, reason: FinishReason, error: tuple[str, str] | None = None) -> None:
         self.is_done[row] = True
         self._plan = None
-        self._answers[row].finish_reason = reason
-        self._answers[row].finished_ns = time.monotonic_ns()
+        answer = self._answers[row]
+        answer.finish_reason = reason
+        answer.finished_ns = time.monotonic_ns()
+        if error is not None:
+            answer.error_code, answer.error_message = error
 
     def answers(self, stats: StepStats) -> list[Generation]:
         """The rows' generations, with what was computed counted and its time shared out."""

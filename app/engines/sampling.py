@@ -10,7 +10,8 @@ draws depends on its logits, its seed and its position alone: the noise is a has
 position), not the state of a generator that the rows share.
 
 Order of operations, as in vLLM: repetition, frequency and presence penalty, temperature, min_p,
-top_k, top_p. Log probabilities are those of the model, before all of these.
+top_k, top_p; a token that the row's grammar forbids is never drawn. Log probabilities are those of
+the model, before all of these.
 """
 
 from __future__ import annotations
@@ -21,10 +22,13 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding
 
 from app.engines.base import SamplingParams, TokenLogprob
+from app.engines.grammar import Matcher
 
 BAD_ROW: Final = -1
 """Stands for a token where a row's logits hold NaN or +inf, or nothing but -inf."""
@@ -39,8 +43,8 @@ _BLOCK: Final = 256  # torch searches an index along a row slowly; maxima of blo
 class Plan:
     """What the rows of a step need, as index tensors. Valid until a row joins or leaves.
 
-    `random`, `penalised` and `scored` are places in the batch, `*_slots` the slots behind them;
-    `free`, `in_nucleus` and `in_top_k` are places within `random`.
+    `random`, `penalised`, `scored` and `masked` are places in the batch, `*_slots` the slots behind
+    them; `free`, `in_nucleus` and `in_top_k` are places within `random`.
     """
 
     random: Tensor
@@ -53,6 +57,7 @@ class Plan:
     penalised: Tensor
     penalised_slots: Tensor
     scored: Tensor
+    masked: Tensor  #: places of the rows with a grammar
     temperature: Tensor
     min_p: Tensor
     top_p: Tensor
@@ -61,6 +66,7 @@ class Plan:
     presence: Tensor
     has_min_p: bool
     max_top_k: int
+    matchers: list[Matcher]  #: of the masked rows
     num_top: list[tuple[int, int]]  #: (place, how many likeliest tokens) of the scored rows
 
 
@@ -99,6 +105,10 @@ class RowSampler:
         self.vocab_size = vocab_size
         self._params: list[SamplingParams | None] = [None] * num_slots
         self._seeds = [0] * num_slots
+        self._matchers: list[Matcher | None] = [None] * num_slots
+        octet, bit = torch.arange(256)[:, None], torch.arange(8)
+        bias = torch.where(octet >> bit & 1 == 1, 0.0, float("-inf"))
+        self._bias = bias.to(self.device)  #: [256, 8], of the tokens behind 8 bits of a mask
         self._position = torch.zeros(num_slots, dtype=torch.int64, device=self.device)
         self._seen = _SeenTokens(num_slots, vocab_size, self.device)
 
@@ -108,12 +118,16 @@ class RowSampler:
         params: SamplingParams,
         prompt_token_ids: Seq[int],
         output_token_ids: Seq[int] = (),
+        matcher: Matcher | None = None,
     ) -> None:
         """Let a row into `slot`; with `output_token_ids` it goes on where it was interrupted.
+
+        `matcher` says which tokens may come; whoever gives the row its token tells the matcher.
 
         Without a seed one is drawn here: to resume such a row, pass `params` with `seed_of(slot)`.
         """
         self._params[slot] = params
+        self._matchers[slot] = matcher
         self._seeds[slot] = random.getrandbits(63) if params.seed is None else params.seed
         self._position[slot] = len(output_token_ids)
         if _has_penalty(params):
@@ -129,6 +143,7 @@ class RowSampler:
         rows = [(place, slot, self._of(slot)) for place, slot in enumerate(slots)]
         drawn = [row for row in rows if row[2].temperature >= GREEDY_BELOW]
         penalised = [row for row in rows if _has_penalty(row[2])]
+        matchers = [(place, m) for place, slot, _ in rows if (m := self._matchers[slot])]
         num_top = [(place, p.logprobs) for place, _, p in rows if p.logprobs is not None]
         top_k = [min(p.top_k, self.vocab_size) for _, _, p in drawn]
         ints = {
@@ -142,6 +157,7 @@ class RowSampler:
             "penalised": [place for place, _, _ in penalised],
             "penalised_slots": [slot for _, slot, _ in penalised],
             "scored": [place for place, _ in num_top],
+            "masked": [place for place, _ in matchers],
         }
         columns = {
             "temperature": [p.temperature for _, _, p in drawn],
@@ -156,12 +172,15 @@ class RowSampler:
             **{name: each[:, None] for name, each in self._upload(columns, torch.float32).items()},
             has_min_p=any(p.min_p for _, _, p in drawn),
             max_top_k=max(top_k, default=0),
+            matchers=[matcher for _, matcher in matchers],
             num_top=num_top,
         )
 
     def sample(self, logits: Tensor, plan: Plan) -> Sampled:
         """One token for each row of `logits`, [rows, vocab] in any float type; not changed."""
         adjusted = self._penalise(logits, plan) if len(plan.penalised) else logits
+        if plan.matchers:
+            adjusted = self._mask(adjusted, plan)
         top, tokens = _largest(adjusted)
         if len(plan.random):
             drawn = self._draw(adjusted[plan.random], top[plan.random], plan)
@@ -201,6 +220,15 @@ class RowSampler:
         seen = torch.where(seen > 0, seen / plan.repetition, seen * plan.repetition)
         seen = seen - plan.frequency * counts - plan.presence * (counts > 0)
         return logits.float().index_copy(0, plan.penalised, rows.scatter_(1, tokens, seen))
+
+    def _mask(self, logits: Tensor, plan: Plan) -> Tensor:
+        """Logits with -inf where a row's grammar forbids a token; what is NaN or +inf stays bad."""
+        words = np.empty((len(plan.matchers), -(-self.vocab_size // 32)), np.int32)
+        for row, matcher in zip(words, plan.matchers, strict=True):
+            matcher.fill(row)
+        octets = torch.from_numpy(words.view(np.uint8)).to(self.device).int()
+        bias = embedding(octets, self._bias.to(logits.dtype)).flatten(1)[:, : self.vocab_size]
+        return logits.index_add(0, plan.masked, bias)
 
     def _score(self, logits: Tensor, tokens: Tensor, plan: Plan) -> Sampled:
         logprobs = torch.log_softmax(logits[plan.scored].float(), dim=-1)

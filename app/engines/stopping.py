@@ -11,6 +11,8 @@ from collections.abc import Callable, Collection
 from typing import Final
 
 from app.engines.base import SamplingParams
+from app.engines.grammar import Matcher
+from app.errors import InvalidSchema
 from app.jobs import FinishReason
 
 Decode = Callable[[list[int]], str]
@@ -23,12 +25,15 @@ class Output:
     """The tokens of one sequence, and their text up to a stop string.
 
     `token_ids` keeps all that was sampled, with the token that ended it: usage counts them.
+    `matcher` follows the output's grammar, if it has one; `error` says why it could not.
     """
 
     def __init__(
         self, params: SamplingParams, decode: Decode, eos_token_ids: Collection[int]
     ) -> None:
         self.token_ids: list[int] = []
+        self.matcher: Matcher | None = None
+        self.error: tuple[str, str] | None = None  #: code and message, with FinishReason.ERROR
         self._max_tokens = params.max_tokens
         self._eos = () if params.ignore_eos else eos_token_ids
         self._decode = decode
@@ -39,6 +44,13 @@ class Output:
         self.token_ids.append(token_id)
         if token_id in self._eos or (self._stop and self._stop.push(token_id)):
             return FinishReason.STOP
+        if self.matcher is not None:
+            try:
+                if self.matcher.take(token_id):
+                    return FinishReason.STOP
+            except InvalidSchema as error:
+                self.error = error.code, error.message
+                return FinishReason.ERROR
         return FinishReason.LENGTH if len(self.token_ids) >= self._max_tokens else None
 
     @property

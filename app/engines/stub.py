@@ -12,6 +12,8 @@ may ask for trouble instead:
     kill          the process and its parent, the worker, are killed
     hang          the step never ends and shows no progress
 
+A grammar is taken and not heeded: the echo is what it is.
+
 Options: `step_ms` and `row_ms`, the time of a step and what each row adds; `joins`, whether rows
 may enter while others run, as in an engine in flight.
 """

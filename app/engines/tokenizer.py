@@ -68,6 +68,10 @@ class Tokenizer(abc.ABC):
     @abc.abstractmethod
     def decode(self, token_ids: Seq[int], *, skip_special_tokens: bool = True) -> str: ...
 
+    @abc.abstractmethod
+    def definition(self) -> str:
+        """For libraries that read it themselves: tokenizer.json, or a name that they know."""
+
     def token_text(self, token_id: int) -> str:
         """One token as text, special ones too; U+FFFD for a part of a character."""
         return self.decode((token_id,), skip_special_tokens=False)
@@ -191,6 +195,9 @@ class FileTokenizer(Tokenizer):
     def decode(self, token_ids: Seq[int], *, skip_special_tokens: bool = True) -> str:
         return self._file.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
+    def definition(self) -> str:
+        return self._file.to_str()
+
     def _eos_token_ids(self, folder: Path, config: dict[str, Any]) -> frozenset[int]:
         """generation_config.json decides, as in transformers, then config, then the tokenizer."""
         for source in (read_json(folder / "generation_config.json"), config):
@@ -222,6 +229,9 @@ class StubTokenizer(Tokenizer):
     def decode(self, token_ids: Seq[int], *, skip_special_tokens: bool = True) -> str:
         text = bytes(token for token in token_ids if token < self.EOS).decode(errors="replace")
         return text if skip_special_tokens else text + "<eos>" * list(token_ids).count(self.EOS)
+
+    def definition(self) -> str:
+        return "byte"
 
 
 PROMPT_FIELDS: Final = {

@@ -188,6 +188,14 @@ def test_curl_submits_many_jobs_with_an_answer_for_each(terminal: Terminal, ende
     assert bulk["items"][2]["error"]["param"] == "body.prompt"
 
 
+def test_curl_submits_a_job_whose_output_is_held_to_a_schema(
+    terminal: Terminal, ended: Ended
+) -> None:
+    job = ended(httpx.Response(200, text=terminal.run("schema")).json()["id"])
+
+    assert job["state"] == "completed"
+
+
 def test_the_client_submits_waits_and_cancels(terminal: Terminal) -> None:
     assert terminal.run("client").splitlines() == [
         "A grist mill is",

@@ -14,9 +14,11 @@ import httpx
 import pytest
 import redis
 
+from app import requests
 from app.api import bodies
 from app.broker import queue_name
 from app.config import ModelSettings, Settings
+from app.engines.base import Grammar
 from app.local import EmbeddedRedis
 from tests.apis import Hands, running_api
 from tests.conftest import STUB_MODELS
@@ -118,6 +120,27 @@ def test_a_job_for_later_is_stored_and_not_sent(
         assert client.llen(queue_name("stub")) == 0
 
 
+def test_a_schema_is_kept_with_the_order_of_its_keys(api: httpx.Client, settings: Settings) -> None:
+    schema = {"type": "object", "properties": {"wheel": {}, "age": {}}, "required": ["wheel"]}
+    body = BODY | {
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {"name": "mill", "schema": schema, "strict": True},
+        }
+    }
+
+    answers = [
+        api.post("/v1/jobs", json={"body": body}, headers={"Idempotency-Key": "k"})
+        for _ in range(2)
+    ]
+
+    assert len({answer.json()["id"] for answer in answers}) == 1
+    [row] = stored(settings)
+    kept = requests.parse(row["request"], row["url"])
+    assert kept.grammar == Grammar("json_schema", json.dumps(schema, separators=(",", ":")))
+    assert kept.fingerprint == row["fingerprint"]
+
+
 # ── bad input ───────────────────────────────────────────────────────────────────────────────────
 
 JSON = {"content-type": "application/json"}
@@ -125,6 +148,17 @@ JSON = {"content-type": "application/json"}
 
 def prompt(**fields: Any) -> dict[str, Any]:
     return {"body": {"prompt": SECRET} | fields}
+
+
+SCHEMA = "body.response_format.json_schema.schema"
+NESTED: dict[str, Any] = {}
+for _ in range(80):
+    NESTED = {"properties": {"a": NESTED}}
+
+
+def with_schema(schema: Any, name: str = "mill") -> dict[str, Any]:
+    format_ = {"type": "json_schema", "json_schema": {"name": name, "schema": schema}}
+    return prompt(response_format=format_)
 
 
 @pytest.mark.parametrize(
@@ -138,6 +172,29 @@ def prompt(**fields: Any) -> dict[str, Any]:
         (prompt(temperature=2.5), 400, "invalid_request", "body.temperature"),
         (prompt(stream=True), 400, "invalid_request", "body.stream"),
         (prompt(n=17), 400, "invalid_request", "body.n"),
+        (prompt(stop=["a", "b", "c", "d", "e"]), 400, "invalid_request", "body.stop"),
+        (prompt(stop=[""]), 400, "invalid_request", "body.stop"),
+        (prompt(structured_outputs={"regex": "((("}), 400, "invalid_schema",
+         "body.structured_outputs.regex"),
+        (prompt(structured_outputs={"regex": "x" * 70_000}), 400, "invalid_schema",
+         "body.structured_outputs.regex"),
+        (prompt(structured_outputs={"regex": "x", "grammar": "x"}), 400, "invalid_request",
+         "body.structured_outputs.grammar"),
+        (prompt(structured_outputs={"regex": "x"}, response_format={"type": "json_object"}),
+         400, "invalid_request", "body.structured_outputs"),
+        (prompt(response_format={"type": "yaml"}), 400, "invalid_request",
+         "body.response_format.type"),
+        (prompt(response_format={"type": "json_schema"}), 400, "invalid_request",
+         "body.response_format.json_schema"),
+        (with_schema({"type": "array", "uniqueItems": True}), 400, "invalid_schema", SCHEMA),
+        (with_schema({"$ref": "http://127.0.0.1:9/x.json"}), 400, "invalid_schema", SCHEMA),
+        (with_schema({"enum": [f"value-{n}" for n in range(10_000)]}), 400, "invalid_schema",
+         SCHEMA),
+        (with_schema(NESTED), 400, "invalid_schema", SCHEMA),
+        (with_schema("{"), 400, "invalid_schema", SCHEMA),
+        (with_schema([]), 400, "invalid_request", SCHEMA),
+        (with_schema({}, name="a mill"), 400, "invalid_request",
+         "body.response_format.json_schema.name"),
         ({"body": {"prompt": ""}}, 400, "invalid_request", "body.prompt"),
         ({"body": {"prompt": []}}, 400, "invalid_request", "body.prompt"),
         ({"body": {"prompt": f"{SECRET}\0"}}, 400, "invalid_request", "body.prompt"),
@@ -152,6 +209,10 @@ def prompt(**fields: Any) -> dict[str, Any]:
         (prompt(model="gpt-9"), 404, "model_not_found", "body.model"),
         (prompt(model="stub-embed"), 404, "model_not_found", "body.model"),
         ({"body": {"prompt": "x" * 9_000}}, 422, "context_length_exceeded", "body.prompt"),
+        ({"body": {"prompt": [0, 257]}}, 400, "invalid_request", "body.prompt"),
+        ({"body": {"prompt": [0, -1]}}, 400, "invalid_request", "body.prompt"),
+        (prompt(max_tokens=4_096) | {"body": {"prompt": "x" * 5_000, "max_tokens": 4_096}}, 422,
+         "context_length_exceeded", "body.prompt"),
         ({"body": {"prompt": [1] * 9_000}}, 422, "context_length_exceeded", "body.prompt"),
         (prompt() | {"deadline": "2020-01-01T00:00:00Z"}, 422, "deadline_passed", "deadline"),
         (

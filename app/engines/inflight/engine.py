@@ -17,6 +17,7 @@ from app.config import ModelSettings
 from app.costs import decode_weights, share
 from app.engines.base import NOT_FINITE, Generation, Progress, Sequence, StepStats
 from app.engines.device import pick_device, ran_out_of_memory, use_threads
+from app.engines.grammar import Compiling, Grammars, wait_any
 from app.engines.inflight import native
 from app.engines.inflight.attention import Packed, PortableStep, Step, pack, run
 from app.engines.inflight.budget import PromptBudget
@@ -27,11 +28,19 @@ from app.engines.inflight.scheduler import Row, Scheduler, Segment
 from app.engines.sampling import BAD_ROW, Plan, RowSampler, Sampled
 from app.engines.stopping import Output
 from app.engines.tokenizer import load_tokenizer
-from app.errors import ConfigError, ContextLengthExceeded, OutOfMemory, RequestError
+from app.errors import (
+    ConfigError,
+    ContextLengthExceeded,
+    InvalidSchema,
+    OutOfMemory,
+    RequestError,
+)
 from app.jobs import FinishReason
 
 TOKENS_PER_FETCH: Final = {"cpu": 16, "cuda": 256}
 """Tokens whose arithmetic takes as long as fetching the weights once: sets a step's fixed part."""
+
+_COMPILE_WAIT_S: Final = 0.02
 
 _NOTHING: Final = Sampled(torch.empty(0, dtype=torch.int64), [])
 
@@ -86,6 +95,8 @@ class InflightEngine:
         self._budget = PromptBudget(options.stall_ms, options.prefill_tokens)
         self._progress = progress
         self._rows: dict[int, Row] = {}
+        self._grammars = Grammars(self._tokenizer)
+        self._compiling: dict[int, Compiling] = {}  #: of rows that the scheduler does not have yet
         self._arrivals = itertools.count()
         self._ended: list[Generation] = []  # to come back from the next step
         self._cancelled: set[int] = set()
@@ -105,12 +116,17 @@ class InflightEngine:
                 self._end(generation, FinishReason.ERROR, (error.code, error.message))
                 continue
             self._rows[sequence.id] = row = self._row(batch_id, sequence, generation)
-            self._scheduler.add(row)
+            if row.params.grammar is None:
+                self._scheduler.add(row)
+            else:
+                self._compiling[sequence.id] = self._grammars.compile(row.params.grammar)
 
     def step(self) -> list[Generation]:
         """Compute the next tokens of all rows; the sequences that ended come back."""
-        began = time.monotonic_ns()
         self._drop_cancelled()
+        if self._compiling:
+            self._take_compiled()
+        began = time.monotonic_ns()
         schedule = self._scheduler.schedule(self._budget.tokens(len(self._scheduler.running)))
         if not schedule.segments:
             return self._take_ended()
@@ -144,6 +160,7 @@ class InflightEngine:
 
     def close(self) -> None:
         self._rows.clear()
+        self._grammars.close()
         del self._model, self._cache, self._kernel, self._graphs
 
     def _check(self, sequence: Sequence) -> None:
@@ -187,10 +204,24 @@ class InflightEngine:
                 self._cancelled.discard(sequence_id)
                 self._leave(row, FinishReason.CANCELLED)
 
+    def _take_compiled(self) -> None:
+        """Let in the rows whose grammar is ready; if there are no others, wait a moment for it."""
+        if len(self._compiling) == len(self._rows):
+            wait_any(list(self._compiling.values()), _COMPILE_WAIT_S)
+        for sequence_id, compiling in list(self._compiling.items()):
+            row = self._rows[sequence_id]
+            try:
+                row.output.matcher = compiling.matcher()
+            except InvalidSchema as error:
+                self._leave(row, FinishReason.ERROR, (error.code, error.message))
+            if row.output.matcher is not None:
+                del self._compiling[sequence_id]
+                self._scheduler.add(row)
+
     def _join(self, row: Row) -> None:
         """A row has a slot, for the first time or again."""
-        output = row.output.token_ids
-        self._sampler.put(row.slot, row.params, row.sequence.prompt_token_ids, output)
+        prompt, output = row.sequence.prompt_token_ids, row.output
+        self._sampler.put(row.slot, row.params, prompt, output.token_ids, output.matcher)
         # Whatever seed was drawn stays with the row, should it lose its slot.
         row.params = dataclasses.replace(row.params, seed=self._sampler.seed_of(row.slot))
         self._sampling = None
@@ -249,10 +280,11 @@ class InflightEngine:
                 row.generation.first_token_ns = now
             reason = row.output.append(token)
             if reason is not None:
-                self._leave(row, reason)
+                self._leave(row, reason, row.output.error)
 
     def _leave(self, row: Row, reason: FinishReason, error: tuple[str, str] | None = None) -> None:
-        self._scheduler.remove(row)
+        if self._compiling.pop(row.sequence.id, None) is None:
+            self._scheduler.remove(row)
         del self._rows[row.sequence.id]
         generation = row.generation
         generation.token_ids, generation.text = row.output.token_ids, row.output.text
@@ -269,8 +301,10 @@ class InflightEngine:
 
     def _drop_all(self) -> None:
         for row in self._rows.values():
-            self._scheduler.remove(row)
+            if row.sequence.id not in self._compiling:
+                self._scheduler.remove(row)
         self._rows.clear()
+        self._compiling.clear()
 
     def _charge(self, segments: list[Segment], device_ns: int) -> None:
         """Share the step's time: fetching the weights equally, a row's own tokens to the row."""

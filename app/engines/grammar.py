@@ -1,0 +1,207 @@
+"""Outputs that must match a JSON schema or a regular expression, token by token.
+
+llguidance does the matching: it compiles without a pass over the vocabulary, bounds every step by
+its own limits, and never raises for what a grammar does. Compiling still takes from a millisecond
+to a second, so it happens in threads beside the engine's loop:
+
+    compiling = grammars.compile(grammar)  # at once
+    matcher = compiling.matcher()          # None until it is ready; raises InvalidSchema
+    matcher.fill(mask)                     # before each token: which ones may come
+    is_whole = matcher.take(token_id)      # after it
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+from collections import OrderedDict
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
+from typing import Any, Final
+
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
+from numpy.typing import NDArray
+
+from app.engines.base import Grammar
+from app.engines.tokenizer import Tokenizer
+from app.errors import InvalidSchema
+
+COMPILE_TIMEOUT_S: Final = 5.0
+CACHE_SIZE: Final = 128  #: compiled grammars of one model
+_THREADS: Final = 2
+
+# A step that spends all of its fuel takes about a third of a second on one core; ordinary schemas
+# need less than a hundredth of it. A state takes one to two kilobytes.
+_LIMITS: Final = LLParserLimits(
+    initial_lexer_fuel=200_000,
+    step_lexer_fuel=50_000,
+    max_lexer_states=50_000,
+    verbose_errors=False,  # they would quote the output
+)
+
+# One line, spaced as most of the JSON that models have read. Free whitespace would let a model
+# write blanks without end.
+_JSON: Final[Any] = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+    "lenient": False,
+}
+_ALL_ALLOWED: Final = -1
+
+
+class Matcher:
+    """How far one output has come in its grammar."""
+
+    def __init__(self, grammar: Grammar, compiled: LLMatcher) -> None:
+        self._grammar = grammar
+        self._matcher = compiled.deep_copy()
+
+    def fill(self, mask: NDArray[np.int32]) -> None:
+        """Write which tokens may come next: a bit each, the lowest first, [vocab / 32] words.
+
+        If that is beyond the limits all bits are set, and `take` will say so.
+        """
+        if not self._matcher.is_error():
+            self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        if self._matcher.is_error():
+            mask[:] = _ALL_ALLOWED
+
+    def take(self, token_id: int) -> bool:
+        """Go on by a token; whether the output is whole and nothing may follow.
+
+        Raises `InvalidSchema` if the grammar turns out to be beyond the limits.
+        """
+        if not self._matcher.consume_token(token_id):
+            raise _refusal(self._grammar, self._matcher.get_error())
+        return self._matcher.is_stopped()
+
+
+class Compiling:
+    """A grammar that is compiled, or is about to be."""
+
+    def __init__(self, grammar: Grammar) -> None:
+        self._grammar = grammar
+        self._began_ns = 0  # waiting for a thread does not count
+        self.future: Future[LLMatcher] = Future()
+
+    def run(self, tokenizer: LLTokenizer) -> None:
+        self._began_ns = time.monotonic_ns()
+        try:
+            self.future.set_result(_compile(self._grammar, tokenizer))
+        except Exception as error:
+            self.future.set_exception(error)
+
+    def matcher(self) -> Matcher | None:
+        """A matcher at its beginning, or None while the grammar is being compiled.
+
+        Raises `InvalidSchema` if it cannot be, or takes too long.
+        """
+        if self.future.done():
+            return Matcher(self._grammar, self.future.result())
+        if self._began_ns and time.monotonic_ns() - self._began_ns > COMPILE_TIMEOUT_S * 1e9:
+            raise _refusal(self._grammar, f"it takes over {COMPILE_TIMEOUT_S:g} seconds to compile")
+        return None
+
+    def wait(self) -> Matcher:
+        """The same, once it is ready."""
+        while (matcher := self.matcher()) is None:
+            wait_any([self], 0.1)
+        return matcher
+
+
+def wait_any(compiling: list[Compiling], timeout_s: float) -> None:
+    """Wait until one of them is ready."""
+    wait_for([each.future for each in compiling], timeout_s, "FIRST_COMPLETED")
+
+
+class Grammars:
+    """Compiles for one model, each grammar once as long as it is among the last used."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._cache: OrderedDict[Grammar, Compiling] = OrderedDict()
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="grammar")
+        self._lock = threading.Lock()
+        self._ll_tokenizer: LLTokenizer | None = None
+
+    def compile(self, grammar: Grammar) -> Compiling:
+        """Begin to compile, or find what is compiled. For one thread."""
+        compiling = self._cache.get(grammar)
+        if compiling is None:
+            compiling = self._cache[grammar] = Compiling(grammar)
+            self._pool.submit(self._run, compiling)
+        self._cache.move_to_end(grammar)
+        if len(self._cache) > CACHE_SIZE:
+            self._cache.popitem(last=False)
+        return compiling
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _run(self, compiling: Compiling) -> None:
+        try:
+            with self._lock:  # made for the first grammar: it takes half a second and some memory
+                if self._ll_tokenizer is None:
+                    self._ll_tokenizer = _wrap(self._tokenizer)
+        except Exception:
+            reason = "This model's tokenizer cannot be held to a schema or regular expression."
+            compiling.future.set_exception(InvalidSchema(reason))
+        else:
+            compiling.run(self._ll_tokenizer)
+
+
+def check(grammar: Grammar) -> None:
+    """Raise `InvalidSchema` for what can be seen to be wrong without a model, in milliseconds."""
+    if reason := _problem(grammar):
+        raise _refusal(grammar, reason)
+
+
+@functools.lru_cache(maxsize=CACHE_SIZE)
+def _problem(grammar: Grammar) -> str:
+    try:
+        return LLMatcher.validate_grammar(_source(grammar), limits=_LIMITS)
+    except ValueError as error:
+        return str(error)
+
+
+def _compile(grammar: Grammar, tokenizer: LLTokenizer) -> LLMatcher:
+    try:
+        matcher = LLMatcher(tokenizer, _source(grammar), log_level=0, limits=_LIMITS)
+    except ValueError as error:
+        raise _refusal(grammar, str(error)) from None
+    if not matcher.is_error():
+        matcher.compute_bitmask()  # the first takes longest, and finds out if nothing can match
+    if matcher.is_error():
+        raise _refusal(grammar, matcher.get_error())
+    return matcher
+
+
+def _source(grammar: Grammar) -> str:
+    """In llguidance's own notation."""
+    if grammar.kind == "regex":
+        # \d and \w as in JSON schemas: a date has no Tibetan digits.
+        pattern = regex_to_lark(grammar.text, use_ascii="dw")
+        return LLMatcher.grammar_from_lark(f"start: /{pattern}/")
+    return LLMatcher.grammar_from_json_schema(grammar.text, overrides=_JSON)
+
+
+def _wrap(tokenizer: Tokenizer) -> LLTokenizer:
+    return LLTokenizer(
+        tokenizer.definition(),
+        n_vocab=tokenizer.vocab_size,
+        eos_token=sorted(tokenizer.eos_token_ids),
+    )
+
+
+def _refusal(grammar: Grammar, reason: str) -> InvalidSchema:
+    """The library's reason in one line; what it shows of a regular expression is left out."""
+    lines = reason.splitlines() or [""]
+    told = next((line for line in lines if line.startswith("error: ")), lines[0])
+    told = told.removeprefix("error: ").strip()[:200].rstrip(".")
+    if told.startswith("NoExtension"):
+        told = "nothing can match it"
+    name = "regular expression" if grammar.kind == "regex" else "JSON schema"
+    return InvalidSchema(f"The {name} cannot be used: {told}.")
