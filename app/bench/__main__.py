@@ -7,7 +7,9 @@ import os
 import sys
 from typing import Final
 
-BENCHES: Final = ("engine", "step", "pipeline")
+from app.errors import ConfigError
+
+BENCHES: Final = ("engine", "step", "answers", "pipeline")
 
 
 def main() -> None:
@@ -15,7 +17,10 @@ def main() -> None:
     if name not in BENCHES:
         sys.exit(f"usage: python -m app.bench {{{','.join(BENCHES)}}} [--help]")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    importlib.import_module(f"app.bench.{name}").main(sys.argv[2:])
+    try:
+        importlib.import_module(f"app.bench.{name}").main(sys.argv[2:])
+    except ConfigError as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ class Arena:
         return load_model(AutoModelForCausalLM, self.folder, self.dtype, device)
 
 
-def contestants(arena: Arena, peer_python: str | None) -> dict[str, Contestant]:
+def contestants(arena: Arena, peer_python: str | None, int8: bool) -> dict[str, Contestant]:
     """By name, in the order of the table. What they need is loaded when they first run."""
     entries: dict[str, Contestant] = {
         "one at a time": lambda requests: _static(arena, _spaced(requests, SAMPLE), 1),
@@ -76,6 +76,8 @@ def contestants(arena: Arena, peer_python: str | None) -> dict[str, Contestant]:
         "transformers continuous": functools.partial(_transformers_continuous, arena),
         **{f"inflight {rows}": Inflight(arena, rows) for rows in (16, 32, 64, 96)},
     }
+    if int8:
+        entries["64 with int8 weights"] = Inflight(arena, 64, "int8")
     if peer_python is not None:
         entries["vllm"] = Peer(arena, peer_python)
     return entries
@@ -165,9 +167,10 @@ def _greedy(num_tokens: int) -> GenerationConfig:
 class Inflight:
     """Our engine, loaded once. Each round is a tenant of its own: no prefix outlives a round."""
 
-    def __init__(self, arena: Arena, rows: int) -> None:
+    def __init__(self, arena: Arena, rows: int, weights: str = "full") -> None:
         self._arena = arena
         self._rows = rows
+        self._weights = weights
         self._rounds = itertools.count()
 
     @functools.cached_property
@@ -178,7 +181,7 @@ class Inflight:
             engine="inflight",
             dtype=cast(Any, self._arena.dtype),
             max_batch_size=self._rows,
-            options={"cache_tokens": self._arena.cache_tokens},
+            options={"cache_tokens": self._arena.cache_tokens, "weights": self._weights},
         )
         return InflightEngine(self._arena.folder, settings, self._arena.device, 0, lambda: None)
 

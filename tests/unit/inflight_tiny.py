@@ -94,7 +94,7 @@ def reference(family: str, prompt: tuple[int, ...], num_tokens: int) -> list[int
 
 
 def engine_of(
-    family: str, *, rows: int = 4, portable: bool = False, **options: int
+    family: str, *, rows: int = 4, portable: bool = False, **options: int | str
 ) -> InflightEngine:
     settings = ModelSettings(
         source="tiny",

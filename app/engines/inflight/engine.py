@@ -42,6 +42,8 @@ TOKENS_PER_FETCH: Final = {"cpu": 16, "cuda": 256}
 
 _COMPILE_WAIT_S: Final = 0.02
 
+WEIGHTS: Final = ("full", "int8")
+
 _NOTHING: Final = Sampled(torch.empty(0, dtype=torch.int64), [])
 
 
@@ -53,6 +55,7 @@ class Options:
     cache_share: float = 0.0  #: 0 takes 0.25 of free host memory or 0.9 of free device memory
     stall_ms: float = 200.0  #: about the longest step that prompts may cause
     prefill_tokens: int = 0  #: prompt tokens of a step, if not by stall_ms
+    weights: str = "full"  #: full, or int8: linear layers take half the memory and more time
 
     @classmethod
     def of(cls, settings: ModelSettings) -> Options:
@@ -60,7 +63,12 @@ class Options:
         if unknown:
             raise ConfigError(f"The engine inflight has no option {', '.join(sorted(unknown))}.")
         for name, value in settings.options.items():
-            if isinstance(value, str) or value < 0:
+            if name == "weights":
+                if value not in WEIGHTS:
+                    raise ConfigError(
+                        f"The option weights of the engine inflight is {' or '.join(WEIGHTS)}."
+                    )
+            elif isinstance(value, str) or value < 0:
                 raise ConfigError(
                     f"The option {name} of the engine inflight is a number from 0 on."
                 )
@@ -81,7 +89,7 @@ class InflightEngine:
         self._tokenizer = load_tokenizer(folder, settings)
         self._context_tokens = self._tokenizer.context_tokens
         self._model, layers = load_decoder(
-            folder, settings.dtype, self._device, self._context_tokens
+            folder, settings.dtype, options.weights, self._device, self._context_tokens
         )
         num_rows = settings.max_batch_size
         enough = num_rows * blocks_for(self._context_tokens)

@@ -12,6 +12,7 @@ from app.engines.device import load_model
 from app.engines.inflight.attention import NAME, ProbeStep, run
 from app.engines.inflight.cache import LayerShape
 from app.engines.inflight.fused import fuse_layers
+from app.engines.inflight.int8 import to_int8
 from app.engines.inflight.weights import pack_linears
 from app.errors import ConfigError
 
@@ -21,7 +22,7 @@ _ROPE_TYPES_BY_LENGTH: Final = {"dynamic", "longrope"}
 
 
 def load_decoder(
-    folder: Path, dtype: str, device: torch.device, context_tokens: int
+    folder: Path, dtype: str, weights: str, device: torch.device, context_tokens: int
 ) -> tuple[PreTrainedModel, list[LayerShape]]:
     """The model, ready to run packed, and what each of its layers keeps of a token.
 
@@ -29,11 +30,13 @@ def load_decoder(
     """
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     _check(config.get_text_config(decoder=True), context_tokens)
-    model = load_model(AutoModelForCausalLM, folder, dtype, device)
+    shrink = to_int8 if weights == "int8" else None
+    model = load_model(AutoModelForCausalLM, folder, dtype, device, shrink)
     model.set_attn_implementation(NAME)  # where a model does not heed this, the probe finds out
     layers = _probe(model, config.get_text_config(decoder=True).num_hidden_layers)
-    fuse_layers(model, layers)
-    pack_linears(model)
+    if shrink is None:
+        fuse_layers(model, layers)
+        pack_linears(model)
     return model, layers
 
 
