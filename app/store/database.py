@@ -26,6 +26,10 @@ MIGRATIONS: Final = Path(__file__).parents[2] / "migrations"
 PING_AFTER_S: Final = 0.5
 """A connection that was idle for longer is tried before it is used."""
 
+_FITS_FROM: Final = "0001"
+"""Code of this revision and of all later ones runs on the newest schema. Migrations only add, so
+that old and new versions run side by side; one that takes something away raises this."""
+
 _MIGRATION_LOCK: Final = 0x6772697374  # any constant will do, as long as it stays the same
 _MIGRATION_LOCK_TIMEOUT_MS: Final = 5_000
 
@@ -98,9 +102,12 @@ class Database:
             yield connection
 
     def check_schema(self) -> None:
-        """Raise `SchemaError`, with the command to run, unless the schema is this code's own."""
+        """Raise `SchemaError`, with the command to run, unless this code runs on the schema.
+
+        That is its own, or a later one that has only added to it.
+        """
         with self.begin() as connection:
-            _check_schema(_revision(connection))
+            _check_schema(_revision(connection), _fits_from(connection))
 
     def close(self) -> None:
         self._engine.dispose()
@@ -149,7 +156,15 @@ def migrate(url: str) -> str:
 
     Raises `SchemaError` if the schema is newer than this code, and `Unavailable`.
     """
-    return _run_alembic(url, command.upgrade, "head")
+    return _run_alembic(url, _upgrade, "head")
+
+
+def _upgrade(config: Config, revision: str) -> None:
+    """Move up, and note for older code whether it still fits."""
+    command.upgrade(config, revision)
+    connection: Connection = config.attributes["connection"]
+    connection.execute(text("ALTER TABLE alembic_version ADD COLUMN IF NOT EXISTS fits_from text"))
+    connection.execute(text("UPDATE alembic_version SET fits_from = :it"), {"it": _FITS_FROM})
 
 
 def downgrade(url: str, revision: str) -> str:
@@ -181,9 +196,9 @@ def _run_alembic(url: str, move: Callable[[Config, str], None], revision: str) -
         engine.dispose()
 
 
-def _check_schema(present: str | None) -> None:
+def _check_schema(present: str | None, fits_from: str | None) -> None:
     known = _known_revisions()
-    if present == known[0]:
+    if present == known[0] or (present not in known and fits_from in known):
         return
     if present is None:
         raise SchemaError("The database has no Gristmill schema. Run: gristmill migrate")
@@ -213,6 +228,16 @@ def _revision(connection: Connection) -> str | None:
         return None
     revision: str | None = connection.scalar(text("SELECT version_num FROM alembic_version"))
     return revision
+
+
+def _fits_from(connection: Connection) -> str | None:
+    """The oldest revision whose code runs on the schema; None if there is none, or it is old."""
+    if _revision(connection) is None:
+        return None
+    noted: str | None = connection.scalar(
+        text("SELECT to_jsonb(noted) ->> 'fits_from' FROM alembic_version AS noted")
+    )
+    return noted
 
 
 @contextmanager

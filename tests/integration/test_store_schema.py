@@ -141,13 +141,26 @@ def test_an_older_schema_is_refused_until_it_is_migrated(
         database.check_schema()
 
 
-def test_a_newer_schema_is_refused_and_left_as_it_is(
+def test_a_newer_schema_that_has_only_added_is_accepted_and_left_as_it_is(
     database: Database, database_url: str, newer_code: Callable[[], Any]
 ) -> None:
     with newer_code():
         migrate(database_url)
 
-    with pytest.raises(SchemaError, match="is newer"):
-        database.check_schema()
+    database.check_schema()
     with pytest.raises(SchemaError, match="is newer"):
         migrate(database_url)
+
+
+def test_a_newer_schema_that_has_taken_something_away_is_refused(
+    database: Database,
+    database_url: str,
+    newer_code: Callable[[], Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with newer_code():
+        monkeypatch.setattr("app.store.database._FITS_FROM", "9999")
+        migrate(database_url)
+
+    with pytest.raises(SchemaError, match="is newer"):
+        database.check_schema()
