@@ -10,12 +10,16 @@ from typing import Final
 from uuid import uuid4
 
 from fastapi import Request
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api import problems
 from app.api.metrics import Metrics
 
 log = logging.getLogger(__name__)
+
+CLIENT_IS_GONE: Final = 499
+"""In the metrics alone, as other servers count it: there is nobody to answer."""
 
 REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
@@ -47,6 +51,8 @@ class RequestScope:
 
         try:
             await self._app(scope, receive, send_with_id)
+        except ClientDisconnect:
+            status = status or CLIENT_IS_GONE
         except Exception as error:
             _log_without_values(error, request)
             if not status:

@@ -162,6 +162,22 @@ def test_a_database_without_the_schema_is_not_ready_and_says_what_to_run(
         serve(settings)
 
 
+# ── clients ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_client_that_is_gone_before_its_body_is_no_fault_of_ours(
+    settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    with running_api(settings) as api:
+        with socket.create_connection(("127.0.0.1", api.base_url.port or 0)) as client:
+            client.sendall(
+                b"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                b'Content-Length: 1000\r\n\r\n{"body"'
+            )
+        eventually(lambda: 'status="499"' in api.get("/metrics").text)
+    assert "was not caught" not in caplog.text
+
+
 # ── the process ─────────────────────────────────────────────────────────────────────────────────
 
 
