@@ -10,7 +10,7 @@ PIP := $(RUN) pip --quiet --disable-pip-version-check install
 LOCKED = $(shell cat pyproject.toml requirements/*.lock | cksum)
 export PYTEST_DEBUG_TEMPROOT := $(CURDIR)/.cache/tmp
 
-.PHONY: help setup install demo up test lint types unit integration e2e chaos soak bench lock clean
+.PHONY: help setup install demo up test lint types unit simulation integration e2e simulate chaos soak bench lock clean
 
 help:  ## List what can be made
 	@sed -n 's/^\([a-z0-9 ]*\):.*##  */\1|/p' Makefile | while IFS='|' read -r name text; \
@@ -37,7 +37,7 @@ up: setup  ## Run everything on this machine until Ctrl-C
 	@exec $(RUN) app.cli up
 
 test: setup lint types  ## Set up, lint, check types, run all tests
-	$(RUN) pytest tests/unit tests/integration tests/e2e tests/chaos
+	$(RUN) pytest tests/unit tests/simulation tests/integration tests/e2e tests/chaos
 
 lint: setup  ## Style and the direction of imports
 	$(RUN) ruff check .
@@ -47,8 +47,11 @@ lint: setup  ## Style and the direction of imports
 types: setup  ## Types of the whole product
 	$(RUN) mypy
 
-unit integration e2e: setup  ## Run one tier of the tests
+unit simulation integration e2e: setup  ## Run one tier of the tests
 	$(RUN) pytest tests/$@
+
+simulate: setup  ## Play SCHEDULES=10000 of faults on a simulated clock, from SEED=0 on
+	$(RUN) tests.simulation --schedules $(or $(SCHEDULES),10000) --seed $(or $(SEED),0)
 
 chaos: setup  ## Do 30 faults to the whole system, under load, and check that nothing is lost
 	$(RUN) tests.chaos

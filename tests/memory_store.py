@@ -81,25 +81,25 @@ def statement(of: Any) -> Callable[[Statement], Statement]:
 
 
 class MemoryDatabase:
-    """Stands in for `app.store.database.Database`. `on_commit` gets the tables before and after."""
+    """Stands in for `app.store.database.Database`."""
 
     def __init__(self, now: Callable[[], datetime]) -> None:
         self.now = now
         self.tables: dict[str, Table] = {name: {} for name in KEYS}
-        self.on_commit: Callable[[dict[str, Table], dict[str, Table]], None] = lambda *_: None
+        self.on_commit: Callable[[MemoryConnection], None] = lambda _: None
         self.on_notice: Callable[[str, UUID], None] = lambda *_: None
 
     @contextmanager
     def begin(self) -> Iterator[MemoryConnection]:
-        before = {name: dict(rows) for name, rows in self.tables.items()}
         connection = MemoryConnection(self.tables, self.now())
         try:
             yield connection
         except BaseException:
-            self.tables = before
+            self.tables = connection.before or self.tables
             raise
-        _check(self.tables)
-        self.on_commit(before, self.tables)
+        if connection.before is not None:
+            _check(connection)
+            self.on_commit(connection)
         for channel, job_id in connection.notices:
             self.on_notice(channel, job_id)
 
@@ -115,7 +115,9 @@ class MemoryConnection:
     def __init__(self, tables: dict[str, Table], now: datetime) -> None:
         self.now = now
         self.notices: list[tuple[str, UUID]] = []
-        self._tables = tables
+        self.before: dict[str, Table] | None = None  #: the tables before the first write
+        self.written: set[tuple[str, UUID]] = set()
+        self.tables = tables
         self.jobs, self.workers = tables["jobs"], tables["workers"]
         self.results, self.attempts = tables["results"], tables["attempts"]
         self.batches = tables["batches"]
@@ -130,15 +132,27 @@ class MemoryConnection:
         return next(iter(self.scalars(statement, params)), None)
 
     def update(self, table: str, key: UUID, **changes: Any) -> Row:
-        row = self._tables[table][key] = self._tables[table][key] | changes
+        return self._write(table, key, self.tables[table][key] | changes)
+
+    def _write(self, table: str, key: UUID, row: Row) -> Row:
+        self._note(table, key)
+        self.tables[table][key] = row
         return row
+
+    def delete(self, table: str, key: UUID) -> None:
+        self._note(table, key)
+        del self.tables[table][key]
+
+    def _note(self, table: str, key: UUID) -> None:
+        if self.before is None:
+            self.before = {name: dict(rows) for name, rows in self.tables.items()}
+        self.written.add((table, key))
 
     def insert(self, table: str, row: Row) -> Row:
         key = row[KEYS[table]]
-        if key in self._tables[table]:
+        if key in self.tables[table]:
             raise GristmillError(f"Postgres refused a statement, UniqueViolation of {table}_pkey.")
-        self._tables[table][key] = _blank(table) | row
-        return self._tables[table][key]
+        return self._write(table, key, _blank(table) | row)
 
     def lease_is_over(self, worker_id: UUID | None) -> bool:
         worker = self.workers.get(worker_id) if worker_id else None
@@ -663,10 +677,11 @@ def _redact_responses(self: MemoryConnection, given: Params) -> Answer:
 def _delete_jobs(self: MemoryConnection, given: Params) -> Answer:
     old = [job["id"] for job in _kept_for_long(self, _of(self.jobs, given), given)]
     for job_id in old:
-        del self.jobs[job_id]
-        self.results.pop(job_id, None)
+        self.delete("jobs", job_id)
+        if job_id in self.results:
+            self.delete("results", job_id)
         for attempt in [each for each in self.attempts.values() if each["job_id"] == job_id]:
-            del self.attempts[attempt["id"]]
+            self.delete("attempts", attempt["id"])
     return Answer([], rowcount=len(old))
 
 
@@ -680,7 +695,7 @@ def _delete_batches(self: MemoryConnection, given: Params) -> Answer:
     ]
     old = sorted(old, key=lambda batch: batch["claimed_at"])[: given["page"]]
     for batch in old:
-        del self.batches[batch["id"]]
+        self.delete("batches", batch["id"])
     return Answer([], rowcount=len(old))
 
 
@@ -819,9 +834,10 @@ def _ms(start: datetime, end: datetime | None) -> float | None:
     return None if end is None else max(0.0, (end - start) / timedelta(milliseconds=1))
 
 
-def _check(tables: dict[str, Table]) -> None:
-    """The check constraints of `jobs`, and the unique ones, as they are after a transaction."""
-    for job in tables["jobs"].values():
+def _check(connection: MemoryConnection) -> None:
+    """The check constraints of `jobs`, for the rows that were written."""
+    written = (connection.jobs.get(key) for table, key in connection.written if table == "jobs")
+    for job in filter(None, written):
         is_open = job["state"] in ("queued", "running")
         fence = [job[name] for name in ("attempt_id", "worker_id", "batch_id")]
         assert is_open == (job["finished_at"] is None), "jobs_finished_at_check"
@@ -829,5 +845,3 @@ def _check(tables: dict[str, Table]) -> None:
         assert job["state"] != "queued" or job["cancel_requested_at"] is None, (
             "jobs_cancel_requested_at_check"
         )
-    numbers = [(each["job_id"], each["number"]) for each in tables["attempts"].values()]
-    assert len(numbers) == len(set(numbers)), "attempts_job_id_number_key"

@@ -1,0 +1,211 @@
+"""An engine process without a process: what the engine host would spawn, on the simulated clock.
+
+A prompt says what its row does, and after how many steps: `good 3`, `nan 2`, `poison 1` (the
+process dies), `hang 1` (no step ends any more), `oom 2` (does not fit with more than so many rows).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from app.costs import share
+from app.engines import base
+from app.engines.base import NOT_FINITE, Generation, StepStats
+from app.jobs import FinishReason
+from app.worker.engine_host import EngineHost
+from app.worker.wire import (
+    PROGRESS,
+    Admit,
+    Cancel,
+    Command,
+    DidNotFit,
+    EngineFacts,
+    Event,
+    Load,
+    Ready,
+    Stepped,
+)
+
+LOAD_NS: Final = 1_500_000_000
+STEP_NS: Final = 50_000_000
+MAX_ROWS: Final = 4
+
+MODELS: Final = {"static": EngineFacts(MAX_ROWS, joins=False), "joins": EngineFacts(MAX_ROWS, True)}
+
+
+def answer_to(prompt: str) -> str:
+    return f"answer to {prompt}"
+
+
+@dataclass(slots=True)
+class _Row:
+    sequence: base.Sequence
+    model: str
+    batch_id: str
+    prompt: str
+    verb: str
+    number: int
+    answer: Generation
+    steps: int = 0
+    is_over: bool = False
+
+
+class _Page(bytearray):
+    """The shared page of progress."""
+
+    def close(self) -> None:
+        pass
+
+
+class SimulatedProcess:
+    """Plays the parts that `EngineHost` keeps: the process and its connection; it has the page.
+
+    Whoever drives it calls `run` when `next_ns` has come.
+    """
+
+    def __init__(self, now_ns: Callable[[], int], pid: int) -> None:
+        self.pid = pid
+        self.page = _Page(PROGRESS.size)
+        self.is_alive = True
+        self.is_hung = False
+        self.next_ns: int | None = None
+        self._now_ns = now_ns
+        self._models: tuple[str, ...] = ()
+        self._loaded = False
+        self._rows: list[_Row] = []
+        self._said: list[Event] = []
+        self._cancelled: set[int] = set()
+        self._num_steps = 0
+        self._status = 0
+
+    # ── as the host sees it ──────────────────────────────────────────────────────────────────
+
+    def send(self, command: Command) -> None:
+        if not self.is_alive:
+            raise BrokenPipeError
+        match command:
+            case Load(models):
+                self._models = tuple(model.name for model in models)
+                self.next_ns = self._now_ns() + LOAD_NS
+            case Admit(model, batch_id, sequences):
+                self._rows += [self._row(model, batch_id, each) for each in sequences]
+                if self.next_ns is None and not self.is_hung:
+                    self.next_ns = self._now_ns() + STEP_NS
+            case Cancel(_, sequence_id):
+                self._cancelled.add(sequence_id)
+
+    def poll(self) -> bool:
+        return bool(self._said) or not self.is_alive
+
+    def recv(self) -> Event:
+        if self._said:
+            return self._said.pop(0)
+        raise EOFError
+
+    def kill(self, status: int = -9) -> None:
+        if self.is_alive:
+            self.is_alive, self.next_ns, self._status = False, None, status
+
+    def wait(self, timeout: float | None = None) -> int:
+        return self._status
+
+    def close(self) -> None:
+        pass
+
+    # ── as it runs ───────────────────────────────────────────────────────────────────────────
+
+    @property
+    def inside(self) -> set[str]:
+        """The prompts that it holds."""
+        return {row.prompt for row in self._rows}
+
+    def run(self) -> None:
+        """What happens at `next_ns`: the models are loaded, or a step ends."""
+        self.next_ns = None
+        if not self._loaded:
+            self._loaded = True
+            self._said.append(Ready({name: MODELS[name] for name in self._models}, LOAD_NS))
+        for model in self._models:
+            if self.is_alive:
+                self._step(model, [row for row in self._rows if row.model == model])
+        if self._rows and self.is_alive and not self.is_hung:
+            self.next_ns = self._now_ns() + STEP_NS
+
+    def _row(self, model: str, batch_id: str, sequence: base.Sequence) -> _Row:
+        prompt = bytes(sequence.prompt_token_ids).decode()
+        verb, number, *_ = prompt.split()
+        answer = Generation(
+            sequence.id,
+            FinishReason.STOP,
+            input_tokens=len(sequence.prompt_token_ids),
+            started_ns=self._now_ns(),
+        )
+        return _Row(sequence, model, batch_id, prompt, verb, int(number), answer)
+
+    def _step(self, model: str, rows: Sequence[_Row]) -> None:
+        if not rows:
+            return
+        if any(row.verb == "oom" and len(rows) > row.number for row in rows):
+            self._rows = [row for row in self._rows if row not in rows]
+            self._said.append(DidNotFit(model))
+            return
+        shares = share(STEP_NS, [1] * len(rows))
+        for row, device_ns in zip(rows, shares, strict=True):
+            row.answer.device_ns += device_ns
+            if not row.is_over:
+                row.steps += 1
+                row.is_over = self._is_over(row)
+        if not self.is_alive or self.is_hung:
+            return
+        self._num_steps += 1
+        PROGRESS.pack_into(self.page, 0, self._num_steps, STEP_NS)
+        over = [row for row in rows if row.is_over]
+        if over and (MODELS[model].joins or len(over) == len(rows)):
+            self._rows = [row for row in self._rows if row not in over]
+            self._said.append(Stepped(model, list(map(self._answer, over)), _stats(over)))
+
+    def _is_over(self, row: _Row) -> bool:
+        if row.sequence.id in self._cancelled:
+            row.answer.finish_reason = FinishReason.CANCELLED
+            return True
+        if row.steps < row.number and row.verb != "oom":
+            return False
+        match row.verb:
+            case "poison":
+                self.kill(status=70)
+            case "hang":
+                self.is_hung = True
+            case "nan":
+                row.answer.finish_reason = FinishReason.ERROR
+                row.answer.error_code, row.answer.error_message = NOT_FINITE
+        return True
+
+    def _answer(self, row: _Row) -> Generation:
+        answer = row.answer
+        answer.text, answer.token_ids = answer_to(row.prompt), [1] * row.steps
+        answer.first_token_ns = answer.finished_ns = self._now_ns()
+        return answer
+
+
+def _stats(rows: Sequence[_Row]) -> list[StepStats]:
+    return [StepStats(row.batch_id, 1, row.steps, row.steps, row.answer.device_ns) for row in rows]
+
+
+class SimulatedHost(EngineHost):
+    """The real host with a simulated process in place of a spawned one."""
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self.process: SimulatedProcess | None = None
+        self.num_runs = 0  #: batches that were handed to an engine
+
+    def _spawn(self) -> None:
+        self.process = SimulatedProcess(self._now_ns, pid=1)
+        self._process = self._connection = self.process  # type: ignore[assignment]
+        self._progress = self.process.page  # type: ignore[assignment]
+
+    def admit(self, *given: Any) -> None:
+        self.num_runs += 1
+        super().admit(*given)

@@ -1,0 +1,73 @@
+"""Random schedules of faults, each of which must end with every job where it belongs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+from tests.simulation.schedules import cut_down, drawn, failure_of, play
+from tests.simulation.world import PROMPTS, World
+
+SEEDS_EACH = 25
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    """A fault that the product logs is no news here."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+@pytest.mark.parametrize("first", range(0, 200, SEEDS_EACH))
+def test_every_invariant_holds_on_random_schedules(first: int) -> None:
+    for seed in range(first, first + SEEDS_EACH):
+        if failure := failure_of(drawn(seed)):
+            pytest.fail(f"seed {seed}: make simulate SEED={seed} SCHEDULES=1\n{cut_down(failure)}")
+
+
+def test_a_schedule_plays_the_same_way_each_time() -> None:
+    first, second = play(drawn(7)), play(drawn(7))
+
+    assert first.clock.ns == second.clock.ns
+    assert [row["state"] for row in first.store.rows("jobs")] == [
+        row["state"] for row in second.store.rows("jobs")
+    ]
+
+
+def test_a_world_without_faults_answers_every_good_prompt() -> None:
+    world = World()
+    for number in range(8):
+        world.submit(PROMPTS.index("good 3"), 1 + 6 * (number % 2), 0)
+
+    world.heal()
+
+    assert {row["state"] for row in world.store.rows("jobs")} == {"completed"}
+    assert {row["attempt"] for row in world.store.rows("jobs")} == {1}
+
+
+@pytest.mark.parametrize("place", range(4))
+@pytest.mark.parametrize("num_poisons", [1, 2])
+def test_only_poisons_fail_and_the_engine_runs_no_more_often_than_halves_need(
+    place: int, num_poisons: int
+) -> None:
+    world = World()
+    world.workers[1].die(given_back=False)  # one worker, so that all share a batch
+    kinds = ["good 3"] * 4
+    for poison in range(num_poisons):
+        kinds[(place + poison) % 4] = "poison 1"
+    for kind in kinds:
+        world.submit(PROMPTS.index(kind), 1, 0)
+    worker = world.workers[0]
+    world.go(79, place)
+
+    world.heal()
+
+    jobs = world.store.rows("jobs")
+    assert [row["state"] for row in jobs] == [
+        "failed" if kind.startswith("poison") else "completed" for kind in kinds
+    ]
+    assert [row["attempt"] for row in jobs] == [1] * 4
+    assert worker.host.num_runs <= 1 + 2 * 2 * num_poisons  # 2⌈log2 B⌉ + 1 for one in a batch of B
