@@ -31,9 +31,13 @@ from app.engines.inflight.engine import InflightEngine
 SAMPLE: Final = 8
 """One at a time takes so long that only this many requests are run that way."""
 
+STATIC_SAMPLE: Final = 64
+"""The first so many for static batches: how fast one is does not depend on how many follow."""
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
+    requests: int
     tokens: int  #: of the answers that were asked for
     seconds: float
     efficiency: float | None = None  #: useful / computed row-steps; None if it cannot be seen
@@ -92,6 +96,7 @@ def _spaced(requests: Seq[Request], count: int) -> list[Request]:
 
 def _static_batches(arena: Arena, size: int, ordered: bool, requests: Seq[Request]) -> Outcome:
     """In arrival order, or as if all had been known beforehand and sorted by length."""
+    requests = requests[:STATIC_SAMPLE]
     if ordered:
         requests = sorted(requests, key=lambda each: (each.num_tokens, len(each.prompt)))
     return _static(arena, requests, size)
@@ -118,7 +123,7 @@ def _static(arena: Arena, requests: Seq[Request], size: int) -> Outcome:
             )
         computed += len(batch) * longest
     tokens = sum(request.num_tokens for request in requests)
-    return Outcome(tokens, time.perf_counter() - began, tokens / computed)
+    return Outcome(len(requests), tokens, time.perf_counter() - began, tokens / computed)
 
 
 def _transformers_continuous(arena: Arena, requests: Seq[Request]) -> Outcome:
@@ -151,7 +156,7 @@ def _transformers_continuous(arena: Arena, requests: Seq[Request]) -> Outcome:
                 tokens += len(result.generated_tokens)
         seconds = time.perf_counter() - began
     model.set_attn_implementation("sdpa")  # continuous batching leaves another behind
-    return Outcome(tokens, seconds)
+    return Outcome(len(requests), tokens, seconds)
 
 
 def _greedy(num_tokens: int) -> GenerationConfig:
@@ -199,7 +204,7 @@ class Inflight:
         stats = self.engine.take_stats()
         useful = sum(each.useful_tokens for each in stats)
         computed = sum(each.padded_tokens for each in stats)
-        return Outcome(tokens, seconds, useful / computed, 1e3 * longest)
+        return Outcome(len(sequences), tokens, seconds, useful / computed, 1e3 * longest)
 
     def _sequences(self, requests: Seq[Request]) -> Iterator[Sequence]:
         tenant = f"round-{next(self._rounds)}"
@@ -235,5 +240,5 @@ class Peer:
         for line in process.stdout:  # libraries print here too
             if line.startswith('{"peer"'):
                 result = json.loads(line)
-                return Outcome(result["tokens"], result["seconds"])
+                return Outcome(len(requests), result["tokens"], result["seconds"])
         raise RuntimeError(f"The peer ended with exit code {process.wait()}.")
