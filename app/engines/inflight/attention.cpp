@@ -55,10 +55,6 @@ void mix_all(const float* weights, const float* shrink, int places, const T* val
         case 2: CALL(2); r += 2; break;                         \
         default: CALL(1); r += 1; }
 
-}  // namespace
-
-namespace {
-
 // The keys and values of a run's tokens, of one head, go to their places in the cache.
 template <class T>
 void keep(const Step& step, const Attention& layer, int run, int head) {
@@ -93,8 +89,7 @@ void weigh(const Attention& layer, int rows, int group, int position, int first,
             row[v] = (place < from) | (place > own) ? none : row[v];
             high = row[v] > high ? row[v] : high;
         }
-        float top = most[r];
-        for (int i = 0; i < LANES; ++i) top = std::max(top, high[i]);
+        const float top = std::max(most[r], largest(high));
         shrink[r] = top == most[r] ? 1.0f : std::exp(most[r] - top);
         f32 sum = {};
         for (int v = 0; v < VECS; ++v) {
@@ -102,9 +97,7 @@ void weigh(const Attention& layer, int rows, int group, int position, int first,
             store(scores + r * BLOCK + v * LANES, weight);
             sum += weight;
         }
-        float add = 0;
-        for (int i = 0; i < LANES; ++i) add += sum[i];
-        total[r] = total[r] * shrink[r] + add;
+        total[r] = total[r] * shrink[r] + total_of(sum);
         most[r] = top;
     }
 }

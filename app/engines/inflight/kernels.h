@@ -11,6 +11,10 @@
 #include <limits>
 #include <vector>
 
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
 struct bf16 { uint16_t bits; };
 
 namespace {
@@ -33,6 +37,11 @@ inline f32 load(const bf16* from) {
     return (f32)(__builtin_convertvector(x, u32) << 16);
 }
 inline void store(float* to, f32 x) { std::memcpy(to, &x, sizeof x); }
+#ifdef __AVX512BF16__
+inline void store(bf16* to, f32 x) {
+    _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh((__m512)x));
+}
+#else
 inline void store(bf16* to, f32 x) {
     u32 bits = (u32)x;
     u32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;   // to nearest, ties to even
@@ -40,10 +49,23 @@ inline void store(bf16* to, f32 x) {
     u16 y = __builtin_convertvector((u32)(x == x ? (f32)rounded : (f32)quiet), u16);
     std::memcpy(to, &y, sizeof y);
 }
+#endif
 inline float widen(float x) { return x; }
 inline float widen(bf16 x) {
     uint32_t bits = uint32_t(x.bits) << 16; float y; std::memcpy(&y, &bits, 4); return y;
 }
+
+// Over the lanes, in halves.
+template <class Both>
+inline float reduce(f32 x, Both both) {
+    x = both(x, __builtin_shuffle(x, COUNT ^ 8));
+    x = both(x, __builtin_shuffle(x, COUNT ^ 4));
+    x = both(x, __builtin_shuffle(x, COUNT ^ 2));
+    x = both(x, __builtin_shuffle(x, COUNT ^ 1));
+    return x[0];
+}
+inline float largest(f32 x) { return reduce(x, [](f32 a, f32 b) { return a > b ? a : b; }); }
+inline float total_of(f32 x) { return reduce(x, [](f32 a, f32 b) { return a + b; }); }
 
 // e^x for x <= 0, within 2 units in the last place; 0 below -87.
 inline f32 exp_(f32 x) {
