@@ -57,7 +57,11 @@ def main(arguments: Seq[str]) -> None:
         engine="inflight",
         dtype=options.dtype,
         max_batch_size=max(options.rows),
-        options={"cache_tokens": 2 * max(options.rows) * (options.context + 64)},
+        options={
+            "cache_tokens": 2 * max(options.rows) * (options.context + 64),
+            # All prompts in one step: else the first rows would end before the last have come.
+            "prefill_tokens": max(options.rows) * options.context,
+        },
     )
     folder = prepare("bench", settings, Path(options.cache_dir))
     engine = InflightEngine(folder, settings, options.device, 0, lambda: None)
