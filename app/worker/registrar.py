@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -105,30 +105,22 @@ class Registrar:
         `known` holds the jobs that this worker has already: a second message is dropped.
         Raises `Unavailable`; everything then waits for the next call.
         """
-        waiting = self._waiting
+        waiting, leading = self._waiting, _leading(self._waiting)
         with self._database.autocommit() as connection:  # each may be repeated by itself
-            received = intake.receive(connection, self._worker_id, map(self._row, waiting))
+            received = intake.receive(connection, self._worker_id, map(self._row, leading.values()))
             intake.reject(connection, list(map(_rejected, self._refusals)))
             intake.unreceive(connection, self._worker_id, self._given_back)
         for refusal in self._refusals:
             refusal.acknowledge()
         self._waiting, self._refusals, self._given_back = [], [], []
         self._cancel_revoked()
-        jobs: dict[UUID, Job] = {}
         for each in waiting:
-            row = received.get(each.arrival.job_id)
-            job = self._sort(each, row, known, jobs)
-            if job is not None:
-                jobs[job.id] = job
-        return list(jobs.values())
+            if each is not leading[each.arrival.job_id]:
+                each.ticket.dropped()
+        sorted_ = [self._sort(each, received.get(id), known) for id, each in leading.items()]
+        return [job for job in sorted_ if job is not None]
 
-    def _sort(
-        self,
-        each: _Waiting,
-        row: Received | None,
-        known: Mapping[UUID, Job],
-        new: Container[UUID],
-    ) -> Job | None:
+    def _sort(self, each: _Waiting, row: Received | None, known: Mapping[UUID, Job]) -> Job | None:
         """What a registered message is good for: a job, or nothing more."""
         job_id = each.arrival.job_id
         if row is None:
@@ -136,7 +128,7 @@ class Registrar:
             return None
         if row.state is JobState.QUEUED and job_id in known and known[job_id].run is not None:
             self.give_back(job_id)  # it was taken from us, and our late run is to end first
-        is_old = row.state is not JobState.QUEUED or job_id in known or job_id in new
+        is_old = row.state is not JobState.QUEUED or job_id in known
         if is_old or not row.is_due:
             each.ticket.dropped()
             return None
@@ -221,6 +213,16 @@ class Registrar:
                 except (JobNotFound, JobStateConflict):
                     pass
             self._revoked.popleft()
+
+
+def _leading(waiting: Iterable[_Waiting]) -> dict[UUID, _Waiting]:
+    """Of the messages of each job the first that brings its request, or else the first."""
+    leading: dict[UUID, _Waiting] = {}
+    for each in waiting:
+        first = leading.setdefault(each.arrival.job_id, each)
+        if first.arrival.request is None and each.arrival.request is not None:
+            leading[each.arrival.job_id] = each
+    return leading
 
 
 def _rejected(refusal: Refusal) -> RejectedJob:

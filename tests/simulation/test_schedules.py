@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.simulation.engine import answer_to
 from tests.simulation.schedules import cut_down, drawn, failure_of, play
-from tests.simulation.world import PROMPTS, World
+from tests.simulation.world import PROMPTS, Message, World
 
 SEEDS_EACH = 25
 
@@ -71,3 +72,27 @@ def test_only_poisons_fail_and_the_engine_runs_no_more_often_than_halves_need(
     ]
     assert [row["attempt"] for row in jobs] == [1] * 4
     assert worker.host.num_runs <= 1 + 2 * 2 * num_poisons  # 2⌈log2 B⌉ + 1 for one in a batch of B
+
+
+def test_a_bare_wake_up_and_the_message_with_the_request_may_come_together() -> None:
+    world = World()
+    world.submit(PROMPTS.index("good 3"), 1, 0)
+    [message] = world.queue.lists["static"]
+    world.queue.lists["static"].insert(0, Message(message.job_id, None, "static"))
+
+    world.heal()
+
+    assert [row["state"] for row in world.store.rows("jobs")] == ["completed"]
+    assert not any(worker.unacked for worker in world.workers)
+
+
+def test_of_two_requests_under_one_new_id_the_stored_one_is_answered() -> None:
+    world = World()
+    job_id = world.new_id()
+    for prompt in ("good 1 first", "good 2 second"):
+        world.queue.put(Message(job_id, prompt, "static"))
+
+    world.run_until_quiet()
+
+    [row], [result] = world.store.rows("jobs"), world.store.rows("results")
+    assert result["response"]["choices"][0]["text"] == answer_to(row["request"]["prompt"])

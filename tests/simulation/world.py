@@ -670,6 +670,10 @@ class World:
         for place, rescuer in enumerate(self.rescuers):
             rescuer.database.fault = None
             self.start_rescue(place)
+        self.run_until_quiet()
+        self._check_ends()
+
+    def run_until_quiet(self) -> None:
         chance, until_ns = random.Random(0), self.clock.ns + HEAL_S * 1_000_000_000
         steps = 0
         while not self._is_quiet():
@@ -679,7 +683,6 @@ class World:
             self._step(chance)
             for place in range(len(self.workers)):
                 self.start_worker(place)  # those that drained
-        self._check_ends()
 
     def _step(self, chance: random.Random) -> None:
         due = list(self._due())
