@@ -74,6 +74,9 @@ def load_model(
     room on the device. Raises `ConfigError` if transformers does not
     know the model or the folder lacks some of its weights, which would be random otherwise.
     """
+    if device.type == "cuda":
+        # Streams and pinned memory are made on the current device, wherever their tensors are.
+        torch.cuda.set_device(device.index or 0)
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:

@@ -8,6 +8,8 @@ the blocks of its own sequence. `BlockStep` says which those are. On CPUs the wo
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, Self
@@ -26,6 +28,9 @@ none."""
 
 STEP: Final = "gristmill_step"
 """The keyword argument that carries the step through the model to `attend`."""
+
+_SCORES: Final = 2**21
+"""Most scores that are computed at once, for each head: they are held in float32, several times."""
 
 _WITHOUT_EFFECT: Final = {
     *("dropout", "is_causal", "position_ids", "position_embeddings", "cache_position"),
@@ -154,15 +159,19 @@ class PortableStep:
 
     @classmethod
     def of(cls, cache: KVCache, packed: Packed, tables: np.ndarray) -> Self:
-        device = cache.keys[0].device
-        blocks, places = (torch.from_numpy(x).to(device) for x in np.divmod(packed.slots, BLOCK))
         lengths = packed.segments[:, 2]
-        groups = [
-            _group(part, tables, device)
+        parts = [
+            few
             for length in np.unique(lengths)
             for part in _by_width(packed.segments[lengths == length])
+            for few in _bounded(part)
         ]
-        return cls(cache, blocks, places, groups)
+        arrays = [
+            *np.divmod(packed.slots, BLOCK),
+            *itertools.chain(*(_group(part, tables) for part in parts)),
+        ]
+        blocks, places, *rest = upload(arrays, cache.keys[0].device)
+        return cls(cache, blocks, places, [Group(*rest[i : i + 3]) for i in range(0, len(rest), 3)])
 
     def attend(
         self,
@@ -208,18 +217,35 @@ def _by_width(segments: np.ndarray) -> list[np.ndarray]:
     return [segments[widths == width] for width in np.unique(widths)]
 
 
-def _group(segments: np.ndarray, tables: np.ndarray, device: torch.device) -> Group:
+def _bounded(segments: np.ndarray) -> Iterator[np.ndarray]:
+    """Cut segments of equal length, and their number, so that a group has at most _SCORES."""
+    row, first, count, start = segments.T
+    places = _places(segments)
+    most = max(1, _SCORES // places)
+    for done in range(0, int(count[0]), most):
+        length = min(most, int(count[0]) - done)
+        cut = np.stack([row, first + done, np.full_like(count, length), start + done], axis=1)
+        rows = max(1, _SCORES // (length * places))
+        yield from (cut[place : place + rows] for place in range(0, len(cut), rows))
+
+
+def _places(segments: np.ndarray) -> int:
+    """What the longest context among the segments takes."""
+    return BLOCK * blocks_for(int((segments[:, 2] + segments[:, 3]).max()))
+
+
+def _group(segments: np.ndarray, tables: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The fields of `Group`."""
     steps = np.arange(segments[0, 2])
-    width = blocks_for(int((segments[:, 2] + segments[:, 3]).max()))
+    blocks = tables[segments[:, 0], : _places(segments) // BLOCK]
+    return segments[:, 1:2] + steps, blocks, segments[:, 3:4] + steps
 
-    def put(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array.astype(np.int64)).to(device)
 
-    return Group(
-        tokens=put(segments[:, 1:2] + steps),
-        tables=put(tables[segments[:, 0], :width]),
-        positions=put(segments[:, 3:4] + steps),
-    )
+def upload(arrays: Seq[np.ndarray], device: torch.device) -> list[Tensor]:
+    """Whole numbers as int64 tensors, through one transfer for all: each waits for the device."""
+    flat = np.concatenate([array.ravel() for array in arrays], dtype=np.int64)
+    parts = torch.split(torch.from_numpy(flat).to(device), [array.size for array in arrays])
+    return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
 
 
 class ProbeStep:

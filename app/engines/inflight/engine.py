@@ -19,7 +19,7 @@ from app.engines.base import NOT_FINITE, Generation, Progress, Sequence, StepSta
 from app.engines.device import pick_device, ran_out_of_memory, use_threads
 from app.engines.grammar import Compiling, Grammars, wait_any
 from app.engines.inflight import native
-from app.engines.inflight.attention import Packed, PortableStep, Step, pack, run
+from app.engines.inflight.attention import Packed, PortableStep, Step, pack, run, upload
 from app.engines.inflight.budget import PromptBudget
 from app.engines.inflight.cache import BLOCK, KVCache, LayerShape, blocks_for
 from app.engines.inflight.graphs import DecodeGraphs
@@ -252,10 +252,8 @@ class InflightEngine:
         """[due rows, vocab]"""
         if self._graphs is not None and self._graphs.fits(packed):
             return self._graphs.run(packed, self._scheduler.tables)
-        token_ids, positions, ends = (
-            torch.from_numpy(array).to(self._device)
-            for array in (packed.token_ids, packed.positions, packed.ends)
-        )
+        arrays = packed.token_ids, packed.positions, packed.ends
+        token_ids, positions, ends = upload(arrays, self._device)
         return run(self._model, self._attention(packed), token_ids, positions, ends)
 
     def _attention(self, packed: Packed) -> Step:

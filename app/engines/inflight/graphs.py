@@ -89,21 +89,24 @@ class _Graph:
 
 
 class _CudaRecorder:
-    """Records work as a CUDA graph. All graphs share their memory: only one runs at a time."""
+    """Records work as a CUDA graph. All graphs share their memory: only one runs at a time.
+
+    All are recorded on one stream, where the first calls of libraries are made as well: what those
+    set up belongs to the stream.
+    """
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
     def __call__(self, work: Replay) -> Replay:
-        # Libraries set themselves up in their first calls, which must not be recorded.
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             for _ in range(2):
                 work()
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             out = work()
 
         def replay() -> Tensor:
