@@ -5,8 +5,9 @@ process (`app.worker.engine_process`) drives it, and so can any script on a bare
 
     engine.admit("batch-1", sequences)
     while engine.has_work:
-        for generation in engine.step():
-            ...
+        generations = engine.step()
+        for new in engine.take_tokens():  # of sequences with `stream`
+            print(new.text, end="")
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ class Sequence:
     params: SamplingParams | None = None  #: None for an embedding
     tenant: str = "default"  #: prefix caches never cross it
     priority: int = 0
+    stream: bool = False  #: its tokens leave through `take_tokens` as they come
 
     @property
     def max_total_tokens(self) -> int:
@@ -100,6 +102,19 @@ class Generation:
     error_message: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class NewTokens:
+    """What is new of a sequence that streams.
+
+    `text` ends where a character does, and before anything that may become a stop string, so it may
+    lag behind the tokens. All of a sequence's texts together are that of its `Generation`.
+    """
+
+    sequence_id: int
+    token_ids: tuple[int, ...]
+    text: str
+
+
 @dataclass(slots=True)
 class StepStats:
     """What one call of `step` computed, for the batch record and the books."""
@@ -134,6 +149,14 @@ class Engine(Protocol):
     def step(self) -> list[Generation]: ...
 
     def cancel(self, sequence_id: int) -> None: ...
+
+    def take_tokens(self) -> list[NewTokens]:
+        """New tokens of the sequences that stream, since the last call; call it after each step.
+
+        The last ones of a sequence are there when `step` has returned its generation. `OutOfMemory`
+        makes void what was streamed of the sequences that it drops.
+        """
+        ...
 
     @property
     def joins(self) -> bool:

@@ -10,7 +10,7 @@ from typing import Final
 import torch
 
 from app.config import ModelSettings
-from app.engines.base import Generation, Progress, Sequence, StepStats
+from app.engines.base import Generation, NewTokens, Progress, Sequence, StepStats
 from app.engines.device import pick_device, ran_out_of_memory, use_threads
 from app.engines.tokenizer import Tokenizer
 from app.errors import ContextLengthExceeded, OutOfMemory, RequestError
@@ -36,6 +36,7 @@ class StaticEngine(abc.ABC):
         self._max_rows = settings.max_batch_size
         self._batch: tuple[str, Seq[Sequence]] | None = None
         self._cancelled: set[int] = set()  # filled from another thread, also before admission
+        self._new_tokens: list[NewTokens] = []
         self._stats: list[StepStats] = []
         use_threads(threads)
 
@@ -78,6 +79,11 @@ class StaticEngine(abc.ABC):
             raise OutOfMemory
         stats.device_ns = sum(each.device_ns for each in ended.values())
         self._stats.append(stats)
+        self._new_tokens += [
+            NewTokens(each.id, tuple(ended[each.id].token_ids), ended[each.id].text)
+            for each in sequences
+            if each.stream
+        ]
         return [ended[each.id] for each in sequences]
 
     def cancel(self, sequence_id: int) -> None:
@@ -90,6 +96,10 @@ class StaticEngine(abc.ABC):
     @property
     def free_rows(self) -> int:
         return 0 if self._batch else self._max_rows
+
+    def take_tokens(self) -> list[NewTokens]:
+        taken, self._new_tokens = self._new_tokens, []
+        return taken
 
     def take_stats(self) -> list[StepStats]:
         stats, self._stats = self._stats, []

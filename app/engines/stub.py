@@ -34,6 +34,7 @@ from app.costs import share
 from app.engines.base import (
     NOT_FINITE,
     Generation,
+    NewTokens,
     Progress,
     SamplingParams,
     Sequence,
@@ -69,6 +70,7 @@ class _Row:
             sequence.params or SamplingParams(max_tokens=1),
             tokenizer.decode,
             tokenizer.eos_token_ids,
+            stream=sequence.stream,
         )
         self.generation = Generation(
             sequence.id,
@@ -95,6 +97,7 @@ class StubEngine:
         self._progress = progress
         self._rows: list[_Row] = []
         self._is_broken = False
+        self._new_tokens: list[NewTokens] = []
         self._cancelled: set[int] = set()
         self._stats: dict[str, StepStats] = {}
 
@@ -131,6 +134,10 @@ class StubEngine:
             return 0
         return self._max_rows - len(self._rows)
 
+    def take_tokens(self) -> list[NewTokens]:
+        taken, self._new_tokens = self._new_tokens, []
+        return taken
+
     def take_stats(self) -> list[StepStats]:
         stats, self._stats = self._stats, {}
         return list(stats.values())
@@ -161,7 +168,11 @@ class StubEngine:
         if row.sequence.params is None:
             row.generation.embedding = _embedding(row.sequence.prompt_token_ids)
             return FinishReason.STOP
-        reason = row.output.append(row.left.pop() if row.left else StubTokenizer.EOS)
+        token = row.left.pop() if row.left else StubTokenizer.EOS
+        reason = row.output.append(token)
+        if row.sequence.stream:
+            new = NewTokens(row.sequence.id, (token,), row.output.take_text())
+            self._new_tokens.append(new)
         stats = self._stats_of(row.batch_id)
         stats.useful_tokens += 1
         stats.padded_tokens += 1
@@ -183,6 +194,8 @@ class StubEngine:
 
     def _generation(self, row: _Row, reason: FinishReason) -> Generation:
         self._cancelled.discard(row.sequence.id)
+        if row.sequence.stream and (rest := row.output.take_rest()):
+            self._new_tokens.append(NewTokens(row.sequence.id, (), rest))
         answer = row.generation
         answer.finish_reason = reason
         answer.finished_ns = time.monotonic_ns()

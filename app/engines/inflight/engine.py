@@ -15,7 +15,7 @@ from torch import Tensor
 
 from app.config import ModelSettings
 from app.costs import decode_weights, share
-from app.engines.base import NOT_FINITE, Generation, Progress, Sequence, StepStats
+from app.engines.base import NOT_FINITE, Generation, NewTokens, Progress, Sequence, StepStats
 from app.engines.device import pick_device, ran_out_of_memory, use_threads
 from app.engines.grammar import Compiling, Grammars, wait_any
 from app.engines.inflight import native
@@ -107,6 +107,7 @@ class InflightEngine:
         self._compiling: dict[int, Compiling] = {}  #: of rows that the scheduler does not have yet
         self._arrivals = itertools.count()
         self._ended: list[Generation] = []  # to come back from the next step
+        self._new_tokens: list[NewTokens] = []
         self._cancelled: set[int] = set()
         self._stats: dict[str, StepStats] = {}
 
@@ -162,6 +163,10 @@ class InflightEngine:
     def free_rows(self) -> int:
         return max(0, self._scheduler.num_rows - len(self._rows))
 
+    def take_tokens(self) -> list[NewTokens]:
+        taken, self._new_tokens = self._new_tokens, []
+        return taken
+
     def take_stats(self) -> list[StepStats]:
         taken, self._stats = list(self._stats.values()), {}
         return taken
@@ -197,7 +202,7 @@ class InflightEngine:
             batch_id=batch_id,
             arrival=next(self._arrivals),
             generation=generation,
-            output=Output(sequence.params, decode, eos),
+            output=Output(sequence.params, decode, eos, stream=sequence.stream),
             tokens=list(sequence.prompt_token_ids),
         )
 
@@ -285,6 +290,9 @@ class InflightEngine:
             if len(row.output.token_ids) == 0:
                 row.generation.first_token_ns = now
             reason = row.output.append(token)
+            if row.sequence.stream:
+                new = NewTokens(row.sequence.id, (token,), row.output.take_text())
+                self._new_tokens.append(new)
             if reason is not None:
                 self._leave(row, reason, row.output.error)
 
@@ -292,6 +300,8 @@ class InflightEngine:
         if self._compiling.pop(row.sequence.id, None) is None:
             self._scheduler.remove(row)
         del self._rows[row.sequence.id]
+        if row.sequence.stream and (rest := row.output.take_rest()):
+            self._new_tokens.append(NewTokens(row.sequence.id, (), rest))
         generation = row.generation
         generation.token_ids, generation.text = row.output.token_ids, row.output.text
         self._end(generation, reason, error)
