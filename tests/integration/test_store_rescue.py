@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 from uuid import UUID, uuid4
 
 import pytest
+from sqlalchemy import text
 
 from app.errors import LeaseLost
 from app.jobs import ALONE_AFTER, MAX_UNCHARGED, JobState
@@ -201,6 +202,19 @@ def test_a_job_that_was_never_sent_is_found_once_it_is_due_and_its_sender_had_ti
     assert unsent(database) == {never}
     rewrite(database, "not_before = now()", early)
     assert unsent(database) == {never, early}
+
+
+def test_jobs_of_a_kind_that_only_a_later_version_knows_are_left_to_it(database: Database) -> None:
+    never, sent, known = insert(database, new_job(), new_job(), new_job())
+    send(database, sent)
+    with database.begin() as connection:
+        connection.execute(text("ALTER TABLE jobs DROP CONSTRAINT jobs_kind_check"))
+    for job_id in (never, sent):
+        rewrite(database, "kind = 'rerank'", job_id)
+    rewrite(database, "enqueued_at = now() - interval '1 day'", sent)
+
+    assert unsent(database) == {known}
+    assert overdue(database) == []
 
 
 def test_what_was_never_sent_is_found_by_model_urgent_jobs_first_and_then_old_ones(
