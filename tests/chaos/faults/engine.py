@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
 import psutil
 
@@ -17,8 +18,8 @@ from tests.chaos.load import Spec
 from tests.chaos.scene import Scene, fault
 from tests.chaos.world import BATCH_SIZE, MODELS, STEP_TIMEOUT_S, WORKERS, eventually
 
-CRASH = ("engine_crash", "out_of_memory")
-MOST_CRASHES = math.ceil(math.log2(BATCH_SIZE)) + 1
+CRASH: Final = ("engine_crash", "out_of_memory")
+MOST_CRASHES: Final = math.ceil(math.log2(BATCH_SIZE)) + 1
 """Of one poison: its batch, and a half each time until it is alone."""
 
 

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from app.broker import list_key
 from tests.chaos.checker import Evidence
 from tests.chaos.proxy import LOST
 from tests.chaos.scene import Scene, fault
-from tests.chaos.world import GRACE_S, MODELS, WORKERS, eventually
+from tests.chaos.world import GRACE_S, MODELS, WORKERS, NotInTime, eventually
 
-KILLS: int = 6
-EXIT_S = GRACE_S + 40.0
+KILLS: Final = 6
+EXIT_S: Final = GRACE_S + 40.0
 """The grace period, and time to give back and to say goodbye on a very busy machine."""
 
 
@@ -137,9 +138,7 @@ def asked_to_end(scene: Scene) -> None:
     world = scene.world
     ended: list[str | None] = []
     for times, part in enumerate(WORKERS, start=1):
-        slow = [scene.load.make("sleep 4000", model=scene.rng.choice(MODELS)) for _ in range(8)]
-        scene.load.submit(*slow, way="bulk")
-        world.wait_running(part)
+        _wait_slow_running(scene, part)
         scene.pause(0.0, 0.3)
         ended.append(world.worker_id(part))
         with world.unkept(part):
@@ -160,6 +159,24 @@ def asked_to_end(scene: Scene) -> None:
         scene.expect(released > 0, "I7", "No job was given back.")
 
     scene.afterwards(nothing_charged)
+
+
+def _wait_slow_running(scene: Scene, part: str) -> None:
+    """Return when the part runs a job that takes far longer than the grace period."""
+    ids: list[str] = []
+
+    def is_so() -> bool:
+        running = "SELECT count(*) FROM jobs JOIN workers ON workers.id = worker_id"
+        running += " WHERE state = 'running' AND pid = %s AND jobs.id = ANY(%s::uuid[])"
+        return bool(scene.world.value(running, scene.world.pid(part), ids))
+
+    for _ in range(5):
+        slow = [scene.load.make("sleep 6000", model=scene.rng.choice(MODELS)) for _ in range(8)]
+        ids += scene.load.submit(*slow, way="bulk")
+        with contextlib.suppress(NotInTime):
+            eventually(is_so, 10, f"a slow job of {part}")
+            return
+    raise NotInTime(f"{part} ran no slow job.")
 
 
 @fault(7, f"a kill every few seconds, {KILLS} times", checks=("I7",))
