@@ -91,6 +91,13 @@ class WorkerSettings(_Section):
     max_request_bytes: Annotated[int, Field(ge=1_000)] = Field(
         2_000_000, description="Largest message body taken from Redis."
     )
+    kernel_log: str = Field(
+        "",
+        description="Kernel log to look for NVIDIA's Xid errors in, as /dev/kmsg; empty: none.",
+    )
+    pci_address: Annotated[str, Field(pattern=r"^([0-9A-Fa-f]{1,8}:)?[0-9A-Fa-f:.]*$")] = Field(
+        "", description="PCI address of the worker's device; empty heeds the Xid errors of all."
+    )
     price: Name = Field("cpu", description="Id of the device-hour price in prices.toml.")
 
 

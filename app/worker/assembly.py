@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -25,6 +27,7 @@ from app.worker.runner import Runner
 from app.worker.settlement import Settlement
 from app.worker.thread import RunnerThread
 from app.worker.wire import Load, ServedModel
+from app.worker.xid import Remedy, Xid, XidWatch
 
 
 @dataclass(slots=True)
@@ -37,6 +40,7 @@ class Assembly:
     database: Database
     publisher: Publisher
     load_timeout_s: float
+    xid_watch: XidWatch | None = None
 
     def start(self) -> None:
         """Load the models, then register. Raises what kept the worker from being ready."""
@@ -47,6 +51,8 @@ class Assembly:
         if self.runner.failure is not None:
             raise self.runner.failure
         self.lease.start()
+        if self.xid_watch is not None:
+            self.xid_watch.start()
 
     def stop(self, timeout_s: float) -> None:
         """End after the runner was told to drain. May be called again."""
@@ -58,6 +64,20 @@ class Assembly:
     def facts(self) -> dict[str, Any]:
         """For `celery inspect stats`."""
         return {"worker_id": str(self.worker_id), "engine": self.runner.facts()}
+
+
+def heed(xid: Xid, engine_pid: object) -> None:
+    """Do what an error of the device asks for, from the watch's thread.
+
+    A context that is lost goes with its process: the runner starts another and runs the jobs again,
+    charging nobody. A device that needs a hand is left as at any shutdown: what cannot finish in
+    the grace period goes back, uncharged.
+    """
+    match xid.remedy:
+        case Remedy.RESTART if isinstance(engine_pid, int):
+            os.kill(engine_pid, signal.SIGTERM)
+        case Remedy.LEAVE:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def assemble(settings: Settings, on_end: Callable[[], object]) -> Assembly:
@@ -126,4 +146,13 @@ def assemble(settings: Settings, on_end: Callable[[], object]) -> Assembly:
         lease_s=settings.worker.lease_s,
         heartbeat_s=settings.worker.heartbeat_s,
     )
-    return Assembly(worker_id, thread, lease, database, publisher, settings.worker.load_timeout_s)
+    watch = None
+    if settings.worker.kernel_log:
+        watch = XidWatch(
+            Path(settings.worker.kernel_log),
+            settings.worker.pci_address,
+            lambda xid: heed(xid, thread.facts()["pid"]),
+        )
+    return Assembly(
+        worker_id, thread, lease, database, publisher, settings.worker.load_timeout_s, watch
+    )

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from app.errors import ConfigError
+
 log = logging.getLogger(__name__)
 
 LOOK_S: Final = 0.2
@@ -80,13 +82,21 @@ class XidWatch(threading.Thread):
     """Follows a kernel log from its end on: /dev/kmsg, or a file that syslog writes."""
 
     def __init__(self, path: Path, pci_address: str, on_xid: Callable[[Xid], object]) -> None:
-        """`on_xid` is called in this thread, for each event that is not to be ignored."""
+        """`on_xid` is called in this thread, for each event of the device that needs a remedy.
+
+        Raises `ConfigError` if the log cannot be read.
+        """
         super().__init__(name="xid", daemon=True)
         self._path = path
         self._pci_address = pci_address
         self._on_xid = on_xid
         self._stopping = threading.Event()
-        self._file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            self._file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        except OSError as error:
+            raise ConfigError(
+                f"worker.kernel_log: {path} cannot be read ({error.strerror})."
+            ) from None
         os.lseek(self._file, 0, os.SEEK_END)
 
     def run(self) -> None:

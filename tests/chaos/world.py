@@ -142,6 +142,7 @@ class World:
         self._kept: set[str] = set()
         self._loading: dict[str, float] = {}  #: workers that are not ready yet, and since when
         self._changing = threading.RLock()
+        self._connections = threading.local()  #: of each thread, for its questions
         self._ended = threading.Event()
         self._keeper = threading.Thread(target=self._keep, name="keeper", daemon=True)
         self._held = contextlib.ExitStack()
@@ -324,7 +325,7 @@ class World:
 
     def admin(self, **options: Any) -> psycopg.Connection[dict[str, Any]]:
         """A connection to Postgres that no proxy disturbs; close it."""
-        options = {"autocommit": True, "connect_timeout": 5} | options
+        options = {"autocommit": True, "connect_timeout": 20} | options
         return psycopg.connect(
             self.postgres.url, row_factory=dict_row, application_name="chaos", **options
         )
@@ -337,8 +338,17 @@ class World:
             connection.execute(query, values or None)  # type: ignore[arg-type]
 
     def rows(self, query: str, *values: Any) -> list[dict[str, Any]]:
-        with self.admin() as connection:
-            return connection.execute(query, values or None).fetchall()  # type: ignore[arg-type]
+        """What a query finds; raises `psycopg.OperationalError` while Postgres is away."""
+        own = getattr(self._connections, "own", None)
+        if own is not None:
+            try:
+                return own.execute(query, values or None).fetchall()  # type: ignore[no-any-return]
+            except psycopg.OperationalError:  # it may be old, and Postgres a new one
+                own.close()
+        self._connections.own = None
+        new = self._connections.own = self.admin()
+        self._held.callback(new.close)
+        return new.execute(query, values or None).fetchall()  # type: ignore[arg-type]
 
     def value(self, query: str, *values: Any) -> Any:
         [row] = self.rows(query, *values)
@@ -448,7 +458,7 @@ def eventually(is_so: Callable[[], Any], timeout_s: float, what: str) -> Any:
                 return answer
         if time.monotonic() > deadline:
             raise NotInTime(f"Not within {timeout_s:g} s: {what}.")
-        time.sleep(0.02)
+        time.sleep(0.05)
 
 
 def _port(url: str) -> int:

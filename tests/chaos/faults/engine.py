@@ -16,7 +16,7 @@ import psutil
 from tests.chaos.checker import Evidence
 from tests.chaos.load import Spec
 from tests.chaos.scene import Scene, fault
-from tests.chaos.world import BATCH_SIZE, MODELS, STEP_TIMEOUT_S, WORKERS, eventually
+from tests.chaos.world import BATCH_SIZE, GRACE_S, MODELS, STEP_TIMEOUT_S, WORKERS, eventually
 
 CRASH: Final = ("engine_crash", "out_of_memory")
 MOST_CRASHES: Final = math.ceil(math.log2(BATCH_SIZE)) + 1
@@ -179,3 +179,44 @@ def _wait_ended(scene: Scene, specs: list[Spec], timeout_s: float) -> None:
 
 def _count_in_log(scene: Scene, part: str, text: str) -> int:
     return (scene.world.logs / f"{part}.log").read_text(errors="replace").count(text)
+
+
+@fault(
+    12, "Xid lines: lost context, nothing, device gone", checks=("I6", "I7"), extra_s=GRACE_S + 4
+)
+def xid_lines(scene: Scene) -> None:
+    """A file in the place of the kernel's log says what the driver would."""
+    scene.note("a file in the place of /dev/kmsg")
+    world, part = scene.world, WORKERS[0]
+    file = world.folder / "kern.log"
+    file.touch()
+    world.environment[part]["GRISTMILL_WORKER__KERNEL_LOG"] = str(file)
+    world.environment[part]["GRISTMILL_WORKER__PCI_ADDRESS"] = "0000:06:00.0"
+    world.restart(part)
+    worker_id = world.worker_id(part)
+    pid, engine_pid = world.pid(part), world.engine_pid(part)
+
+    def say(device: str, code: int) -> None:
+        world.wait_running(part)
+        with file.open("a") as log:
+            log.write(f"NVRM: Xid (PCI:0000:{device}:00): {code}, pid={engine_pid}, name=python\n")
+
+    say("07", 79)  # another's
+    say("06", 43)  # to be ignored
+    scene.pause(0.5, 1.0)
+    scene.expect(world.engine_pid(part) == engine_pid, "I6", "A harmless Xid ended the engine.")
+    say("06", 13)
+    eventually(lambda: world.engine_pid(part) not in (None, engine_pid), 60, "another engine")
+    scene.expect(world.pid(part) == pid, "I6", "Xid 13 ended the whole worker.")
+    say("06", 79)
+    eventually(lambda: world.pid(part) != pid, 60, "the worker ended and was started again")
+    world.environment[part].clear()
+    world.restart(part)
+
+    def nothing_charged(evidence: Evidence) -> None:
+        for attempt in evidence.attempts:
+            if attempt["worker_id"] == worker_id and attempt["outcome"] in ("lost", "released"):
+                text = f"{attempt['job_id']} was charged for an error of the device."
+                scene.expect(not attempt["charged"], "I6", text)
+
+    scene.afterwards(nothing_charged)
