@@ -217,7 +217,9 @@ def _claim(self: MemoryConnection, given: Params) -> Answer:
             moved.append((job, member["num_sequences"]))
     if moved:
         _open_batch(self, given, moved)
-    return Answer([_claimed(job) for job, _ in moved] + repeated)
+    lease = {"is_held": not self.lease_is_over(given["worker_id"])}
+    claimed = [_claimed(job) for job, _ in moved] + repeated
+    return Answer([lease | row for row in claimed or [dict.fromkeys(CLAIMED)]])
 
 
 def _open_batch(self: MemoryConnection, given: Params, moved: list[tuple[Row, int]]) -> None:
@@ -248,18 +250,12 @@ def _may_start(job: Row, now: datetime) -> bool:
     return job["state"] == "queued" and job["not_before"] <= now and not late
 
 
+CLAIMED = ("job_id", "attempt_id", "number", "claimed_at")
+
+
 def _claimed(job: Row) -> Row:
-    return {
-        "job_id": job["id"],
-        "attempt_id": job["attempt_id"],
-        "number": job["attempt"],
-        "claimed_at": job["claimed_at"],
-    }
-
-
-@statement(claims._HAS_LEASE)
-def _has_lease(self: MemoryConnection, given: Params) -> Answer:
-    return Answer([{"exists": not self.lease_is_over(given["worker_id"])}])
+    values = (job["id"], job["attempt_id"], job["attempt"], job["claimed_at"])
+    return dict(zip(CLAIMED, values, strict=True))
 
 
 @statement(claims._FINISH)

@@ -62,7 +62,11 @@ class Claimed:
 
 # Claim the members of a batch that may run now; open their attempts and the batch.
 _CLAIM: Final = text("""
-    WITH member AS MATERIALIZED (
+    WITH lease AS MATERIALIZED (
+        SELECT EXISTS (
+            SELECT FROM workers WHERE id = :worker_id AND lease_expires_at > now()
+        ) AS is_held
+    ), member AS MATERIALIZED (
         SELECT * FROM jsonb_to_recordset(CAST(:members AS jsonb))
             AS member(job_id uuid, attempt_id uuid, num_sequences int)
         ORDER BY job_id
@@ -79,7 +83,7 @@ _CLAIM: Final = text("""
         FROM locked
         WHERE jobs.id = locked.id AND locked.state = 'queued'
             AND locked.not_before <= now() AND (locked.deadline > now()) IS NOT FALSE
-            AND EXISTS (SELECT FROM workers WHERE id = :worker_id AND lease_expires_at > now())
+            AND (SELECT is_held FROM lease)
         RETURNING jobs.id AS job_id, jobs.tenant, jobs.kind, jobs.attempt_id, jobs.attempt AS number
     ), opened AS (
         INSERT INTO attempts (id, tenant, job_id, number, worker_id, batch_id, claimed_at)
@@ -98,16 +102,13 @@ _CLAIM: Final = text("""
             num_jobs = batches.num_jobs + excluded.num_jobs,
             num_sequences = batches.num_sequences + excluded.num_sequences
     )
-    SELECT job_id, attempt_id, number, now() AS claimed_at FROM moved
-    UNION ALL  -- claimed by this very call before, if it is repeated
-    SELECT id, attempt_id, attempt, claimed_at FROM locked
-    WHERE state = 'running' AND attempt_id = new_attempt_id
+    SELECT is_held, claimed.* FROM lease LEFT JOIN (
+        SELECT job_id, attempt_id, number, now() AS claimed_at FROM moved
+        UNION ALL  -- claimed by this very call before, if it is repeated
+        SELECT id, attempt_id, attempt, claimed_at FROM locked
+        WHERE state = 'running' AND attempt_id = new_attempt_id
+    ) AS claimed ON true
 """)
-
-# Whether a worker may claim.
-_HAS_LEASE: Final = text(
-    "SELECT EXISTS (SELECT FROM workers WHERE id = :worker_id AND lease_expires_at > now())"
-)
 
 
 def claim(connection: Connection, batch: NewBatch, members: Sequence[Member]) -> list[Claimed]:
@@ -128,9 +129,12 @@ def claim(connection: Connection, batch: NewBatch, members: Sequence[Member]) ->
             "members": encode(members),
         },
     ).all()
-    if not rows and not connection.scalar(_HAS_LEASE, {"worker_id": batch.worker_id}):
+    claimed = [Claimed(*row[1:]) for row in rows if row.job_id is not None]
+    # Said by the statement itself: asked again, the lease may have been renewed in between, and
+    # jobs that were only refused for it would be taken for somebody else's.
+    if not rows[0].is_held and len(claimed) < len(members):
         raise Unavailable("The lease of this worker is over until its next heartbeat.")
-    return [Claimed(*row) for row in rows]
+    return claimed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ from itertools import chain
 from uuid import UUID, uuid4
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import event, text
 
 from app.errors import GristmillError, JobStateConflict, Unavailable
 from app.jobs import AttemptOutcome, JobState
@@ -146,6 +146,20 @@ def test_a_worker_whose_lease_is_over_claims_nothing_until_its_next_heartbeat(
     assert view(database, ids[0]).state is JobState.QUEUED
 
     worker.heartbeat()
+    assert len(worker.claim(ids)) == 1
+
+
+def test_a_lease_that_is_renewed_while_a_claim_is_refused_does_not_make_the_jobs_others(
+    database: Database,
+) -> None:
+    ids = insert(database, new_job())
+    worker = Worker.registered(database)
+    end_lease(database, worker.id)
+
+    with database.begin() as connection, pytest.raises(Unavailable, match="lease"):
+        event.listen(connection, "after_cursor_execute", lambda *_: worker.heartbeat(), once=True)
+        claims.claim(connection, worker.batch(), [Member(ids[0], uuid4())])
+
     assert len(worker.claim(ids)) == 1
 
 
