@@ -92,8 +92,11 @@ def rescue(check: bool) -> None:
 
         _answer(rescue_is_alive(load_settings().settings))
     from app.rescue import serve
+    from app.telemetry import setup_logging
 
-    serve(load_settings().connected())
+    settings = load_settings().connected()
+    setup_logging(settings.log_level)
+    serve(settings)
 
 
 @click.command()

@@ -156,9 +156,10 @@ def test_a_lease_that_is_renewed_while_a_claim_is_refused_does_not_make_the_jobs
     worker = Worker.registered(database)
     end_lease(database, worker.id)
 
-    with database.begin() as connection, pytest.raises(Unavailable, match="lease"):
+    with database.begin() as connection:
         event.listen(connection, "after_cursor_execute", lambda *_: worker.heartbeat(), once=True)
-        claims.claim(connection, worker.batch(), [Member(ids[0], uuid4())])
+        with pytest.raises(Unavailable, match="lease"):
+            claims.claim(connection, worker.batch(), [Member(ids[0], uuid4())])
 
     assert len(worker.claim(ids)) == 1
 
