@@ -162,6 +162,12 @@ class ApiSettings(_Listening):
     max_wait_s: Annotated[float, Field(gt=0, le=600)] = Field(
         60.0, description="Longest long poll."
     )
+    max_long_polls: Annotated[int, Field(ge=0)] = Field(
+        500, description="Most long polls held at once; further ones are answered at once."
+    )
+    max_connections: Annotated[int, Field(ge=1)] = Field(
+        1_000, description="Most connections; further ones are answered 503 and closed."
+    )
 
 
 class FlowerSettings(_Listening):

@@ -161,6 +161,10 @@ class _Server:
         self._server: Child | None = None
 
     @property
+    def pid(self) -> int | None:
+        return self._server.pid if self._server else None
+
+    @property
     def exit_code(self) -> int | None:
         """As `Child.exit_code`; after an end, `start` starts it again under the same URL."""
         return self._server.exit_code if self._server else None

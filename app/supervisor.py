@@ -146,6 +146,10 @@ class System:
     def _log_file(self, name: str) -> Path:
         return self._cache_dir / "logs" / f"{name}.log"
 
+    @property
+    def parts(self) -> list[Part]:
+        return [watched.part for watched in self._watched]
+
     def watch(self) -> None:
         """Look after the parts until interrupted."""
         while True:
@@ -180,7 +184,7 @@ class System:
     def stop(self) -> None:
         """The worker first, while it can still commit; the servers last. May be called twice."""
         with _uninterrupted():
-            parts = [watched.part for watched in self._watched]
+            parts = self.parts
             children = {part.name: part for part in parts if isinstance(part, Child)}
             if worker := children.pop("worker", None):
                 worker.stop(DRAIN_S + LEAVE_S)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
@@ -10,7 +11,6 @@ from typing import Annotated, Final
 from uuid import UUID
 
 from fastapi import Depends, Header, Query, Response
-from starlette.concurrency import run_in_threadpool
 
 from app.api.services import Here, Services
 from app.api.views import job_of
@@ -60,6 +60,7 @@ class Hold:
         return cls(min(float(named[1]), limit), True) if named else cls(0.0, False)
 
 
+Runs = Callable[..., Awaitable["Snapshot"]]
 Held = Annotated[Hold, Depends(Hold.of)]
 
 
@@ -84,10 +85,15 @@ class Snapshot:
         return f'"{sha256(self.body).hexdigest()[:32]}"'
 
 
-async def look(here: Services, job_id: UUID, hold: Hold) -> Snapshot:
-    """The job once it is final, or as it is at the end of the hold."""
-    read = partial(run_in_threadpool, Snapshot.read, here.database, job_id)
-    return await here.waiters.until(lambda seen: seen.is_final, read, job_id, hold.seconds)
+async def look(here: Services, job_id: UUID, hold: Hold, run: Runs | None = None) -> Snapshot:
+    """The job once it is final, or as it is at the end of the hold: now, if too many are held.
+
+    Reads in the threads for reads, or by `run`.
+    """
+    read = partial(run or here.read, Snapshot.read, here.database, job_id)
+    is_full = here.waiters.num_waiting >= here.settings.api.max_long_polls
+    seconds = 0.0 if is_full else hold.seconds
+    return await here.waiters.until(lambda seen: seen.is_final, read, job_id, seconds)
 
 
 def answer(

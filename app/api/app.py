@@ -17,6 +17,7 @@ from fastapi_offline import FastAPIOffline
 
 from app import telemetry
 from app.api import health, jobs, models, openapi, problems
+from app.api.connections import Connection
 from app.api.metrics import Metrics, SystemCollector
 from app.api.middleware import RequestScope
 from app.api.services import Services
@@ -120,6 +121,7 @@ class Server(uvicorn.Server):
                 access_log=False,  # /metrics has durations, and Postgres the jobs
                 server_header=False,
                 timeout_graceful_shutdown=GRACE_S,
+                http=Connection,
             )
         )
         self._app = app

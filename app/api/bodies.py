@@ -18,6 +18,10 @@ off while it sends often loses the answer that tells it why."""
 READ_TIMEOUT_S: Final = 60.0
 """How long a body may take to arrive."""
 
+PATIENCE_S: Final = 10.0
+MIN_BYTES_PER_S: Final = 100_000
+"""After the first seconds a body must come at least this fast: one that drips is given up."""
+
 _CLOSE: Final = {"Connection": "close"}  # there may be more of the body under way
 
 
@@ -32,10 +36,13 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     room = 0 if refused else max_bytes
     chunks: list[bytes] = []
     size = 0
+    began = asyncio.get_running_loop().time()
     try:
-        async with asyncio.timeout(READ_TIMEOUT_S):
+        async with asyncio.timeout(min(PATIENCE_S, READ_TIMEOUT_S)) as limit:
             async for chunk in request.stream():
                 size += len(chunk)
+                earned_s = PATIENCE_S + size / MIN_BYTES_PER_S
+                limit.reschedule(began + min(earned_s, READ_TIMEOUT_S))
                 if size <= room:
                     chunks.append(chunk)
                 elif size > room + DRAIN_BYTES:

@@ -6,7 +6,6 @@ from typing import Final
 
 from fastapi import APIRouter, Response
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
-from starlette.concurrency import run_in_threadpool
 
 from app.api.problems import RETRY_AFTER_UNAVAILABLE_S
 from app.api.schemas import Check, Readiness
@@ -32,7 +31,7 @@ async def healthz() -> Response:
 async def readyz(here: Here, response: Response) -> Readiness:
     """503 while Postgres is away or its schema is not this version's. Without Redis the API is
     `degraded` and still ready: rows are written, and rescue sends their messages later."""
-    readiness = await run_in_threadpool(_readiness, here)
+    readiness = await here.run(_readiness, here)
     if readiness.status == "unavailable":
         response.status_code = 503
         response.headers["Retry-After"] = str(RETRY_AFTER_UNAVAILABLE_S)
@@ -42,7 +41,7 @@ async def readyz(here: Here, response: Response) -> Readiness:
 @router.get("/metrics", summary="Metrics for Prometheus", responses={200: PLAIN_TEXT})
 async def metrics(here: Here) -> Response:
     """Jobs by state and model, queues, submissions and request durations."""
-    text = await run_in_threadpool(here.metrics.text)
+    text = await here.run(here.metrics.text)
     return Response(text, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 

@@ -9,7 +9,6 @@ from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Header, Path, Query, Request, Response
 from pydantic import BaseModel
-from starlette.concurrency import run_in_threadpool
 
 from app.api import bodies
 from app.api.answers import JSON, Held, Snapshot, answer, look
@@ -20,6 +19,7 @@ from app.api.views import bulk_item, summary_of
 from app.errors import GristmillError, RequestError
 from app.jobs import JobState, job_id_of
 from app.store import cancellation, reads
+from app.store.reads import JobView
 from app.submit import Submission, Submitted, parse_submission
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
@@ -98,8 +98,8 @@ async def submit(
     final, is answered with 200.
     """
     raw = await bodies.read_body(request, here.settings.api.max_body_bytes)
-    submitted = await run_in_threadpool(_submit, here, raw, idempotency_key)
-    job = await look(here, submitted.job_id, hold)
+    submitted = await here.run(_submit, here, raw, idempotency_key)
+    job = await look(here, submitted.job_id, hold, here.run)
     headers = {"Location": f"/v1/jobs/{submitted.job_id}"}
     return answer(job, status=200 if job.is_final else 202, hold=hold, headers=headers)
 
@@ -149,7 +149,7 @@ async def submit_bulk(request: Request, here: Here) -> Response:
     """
     async with here.bulk_slots:
         raw = await bodies.read_body(request, here.settings.api.max_bulk_bytes)
-        return await run_in_threadpool(_submit_bulk, here, raw)
+        return await here.run(_submit_bulk, here, raw)
 
 
 def _submit_bulk(here: Services, raw: bytes) -> Response:
@@ -208,7 +208,7 @@ async def get_job(
     summary="List jobs",
     response_description="One page of jobs.",
 )
-def list_jobs(
+async def list_jobs(
     here: Here,
     state: Annotated[JobState | None, Query(description="Only jobs in this state.")] = None,
     model: Annotated[
@@ -243,16 +243,16 @@ def list_jobs(
     """Jobs without their answers, newest first."""
     if since is not None and since.tzinfo is None:
         raise RequestError("since must name its zone, as in 2027-01-31T12:00:00Z.", param="since")
-    with here.database.begin() as connection:
-        page = reads.list_jobs(
-            connection,
-            state=state,
-            model=model,
-            error_code=error_code,
-            since=since,
-            after=job_id_of(after) if after else None,
-            limit=limit + 1,
-        )
+    page = await here.read(
+        _list_jobs,
+        here,
+        state=state,
+        model=model,
+        error_code=error_code,
+        since=since,
+        after=job_id_of(after) if after else None,
+        limit=limit + 1,
+    )
     data = [summary_of(view) for view in page[:limit]]
     return JobList(
         data=data,
@@ -260,6 +260,11 @@ def list_jobs(
         last_id=data[-1].id if data else None,
         has_more=len(page) > limit,
     )
+
+
+def _list_jobs(here: Services, **asked: Any) -> list[JobView]:
+    with here.database.begin() as connection:
+        return reads.list_jobs(connection, **asked)
 
 
 @router.post(
@@ -274,7 +279,7 @@ def list_jobs(
 async def cancel(here: Here, job_id: JobId) -> Response:
     """A queued job is cancelled at once: 200. A running one is stopped by its worker within a step
     or so, and what it generated is kept: 202, follow it. May be repeated."""
-    job = await run_in_threadpool(_cancel, here, job_id)
+    job = await here.run(_cancel, here, job_id)
     return answer(job, status=200 if job.is_final else 202)
 
 
@@ -304,7 +309,7 @@ def _cancel(here: Services, job_id: str) -> Snapshot:
 async def replay(here: Here, job_id: JobId) -> Response:
     """Run a job that failed, expired or was cancelled once more: as a new job, which says so in
     `replay_of`. May be repeated: one job is replayed once, and the same new job is answered."""
-    submitted, job = await run_in_threadpool(_replay, here, job_id)
+    submitted, job = await here.run(_replay, here, job_id)
     headers = {"Location": f"/v1/jobs/{submitted.job_id}"}
     return answer(job, status=202 if submitted.created else 200, headers=headers)
 

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated, Final
+from functools import partial
+from typing import Annotated, Final, ParamSpec, TypeVar
 
+from anyio import CapacityLimiter, fail_after, to_thread
 from fastapi import Depends, Request
 
 from app.api.metrics import Metrics
 from app.api.waiting import Waiters
 from app.broker import Publisher
 from app.config import Settings
+from app.errors import Unavailable
 from app.store.database import Database
 from app.submit import Submitter
 
 MAX_BULKS: Final = 4
 """Bulk submissions read at once: each may take many megabytes, and the next ones wait."""
+
+SPARE_S: Final = 2.0
+"""What a request may take beyond the timeouts of the statements in it."""
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +38,31 @@ class Services:
     waiters: Waiters
     metrics: Metrics
     bulk_slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_BULKS))
+    read_slots: CapacityLimiter = field(init=False)  #: threads that reads may take
+
+    def __post_init__(self) -> None:
+        # Half of the connections, so that no storm of polls keeps a submission waiting.
+        slots = CapacityLimiter(self.settings.database.pool_size // 2)
+        object.__setattr__(self, "read_slots", slots)
+
+    async def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run what blocks in a thread. Raises `Unavailable` if Postgres keeps it for too long."""
+        return await self._in_thread(partial(call, *args, **kwargs), None)
+
+    async def read(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """The same for what only reads: no more at once than `read_slots`."""
+        return await self._in_thread(partial(call, *args, **kwargs), self.read_slots)
+
+    async def _in_thread(self, call: Callable[[], T], slots: CapacityLimiter | None) -> T:
+        # Timeouts of Postgres hold only while it runs. One that is frozen keeps the thread and its
+        # connection until the system gives up on it; who waits is told in time to try again.
+        database, broker = self.settings.database, self.settings.broker
+        limit_s = database.connect_timeout_s + database.statement_timeout_ms / 1000
+        try:
+            with fail_after(limit_s + broker.publish_timeout_s + SPARE_S):
+                return await to_thread.run_sync(call, abandon_on_cancel=True, limiter=slots)
+        except TimeoutError:
+            raise Unavailable("Postgres does not answer.") from None
 
     def close(self) -> None:
         self.publisher.close()

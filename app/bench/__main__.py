@@ -9,7 +9,7 @@ from typing import Final
 
 from app.errors import ConfigError
 
-BENCHES: Final = ("engine", "step", "answers", "pipeline")
+BENCHES: Final = ("engine", "step", "answers", "pipeline", "overload")
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import socket
@@ -12,10 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import psutil
+import psycopg
 import pytest
 import redis
 
 from app import sender
+from app.api import services
 from app.api.app import serve
 from app.broker import queue_name
 from app.config import Settings
@@ -68,6 +72,67 @@ def test_a_redis_that_accepts_and_never_answers_does_not_keep_a_submission(
         with running_api(settings) as api:
             for _ in range(3):
                 assert api.post("/v1/jobs", json=JOB).status_code == 202
+
+
+def test_a_redis_that_is_frozen_does_not_keep_submissions_and_is_used_again_when_it_thaws(
+    make_settings: Callable[..., Settings],
+    database_url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sender, "BREAK_S", 0.2)
+    with EmbeddedRedis(tmp_path / "redis") as server:
+        settings = make_settings(
+            database={"url": database_url},
+            broker={"url": server.url, "publish_timeout_s": 0.5},
+        )
+        assert server.pid is not None
+        with running_api(settings) as api:
+            assert api.post("/v1/jobs", json=JOB).status_code == 202
+            os.kill(server.pid, signal.SIGSTOP)
+            try:
+                for _ in range(3):
+                    assert api.post("/v1/jobs", json=JOB, timeout=30).status_code == 202
+            finally:
+                os.kill(server.pid, signal.SIGCONT)
+
+            sent = 'gristmill_messages_total{outcome="sent"}'
+            before = metric(api, sent)
+
+            def one_more_is_sent() -> bool:
+                assert api.post("/v1/jobs", json=JOB).status_code == 202
+                return metric(api, sent) > before
+
+            eventually(one_more_is_sent)
+
+
+def test_a_full_redis_takes_no_message_and_every_job_is_accepted(
+    make_settings: Callable[..., Settings],
+    database_url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sender, "BREAK_S", 0.05)
+    with (
+        EmbeddedRedis(tmp_path / "redis") as server,
+        redis.Redis.from_url(server.url) as client,
+    ):
+        settings = make_settings(database={"url": database_url}, broker={"url": server.url})
+        with running_api(settings) as api:
+            client.config_set("maxmemory", 1)
+            for _ in range(3):
+                assert api.post("/v1/jobs", json=JOB).status_code == 202
+            assert client.llen(queue_name("stub")) == 0
+
+            client.config_set("maxmemory", 0)
+
+            def one_more_is_sent() -> bool:
+                assert api.post("/v1/jobs", json=JOB).status_code == 202
+                return client.llen(queue_name("stub")) > 0
+
+            eventually(one_more_is_sent)
+        unsent = rows(settings, "SELECT id FROM jobs WHERE enqueued_at IS NULL")
+        assert len(unsent) >= 3
 
 
 def test_when_redis_is_back_messages_are_sent_again(
@@ -147,6 +212,128 @@ def test_without_postgres_nothing_is_accepted_and_with_it_all_goes_on(
             hands.finish(claimed)
             assert following.result(timeout=20).json()["state"] == "completed"
         hands.close()
+
+
+def refused_for_now(answer: httpx.Response) -> bool:
+    assert (answer.status_code, answer.json()["code"]) == (503, "unavailable"), answer.text
+    return 1 <= int(answer.headers["retry-after"]) <= 60
+
+
+@pytest.fixture
+def impatient(
+    make_settings: Callable[..., Settings], database_url: str, redis_url: str
+) -> Settings:
+    """Settings that give up on Postgres soon."""
+    short = {"statement_timeout_ms": 1_000, "lock_timeout_ms": 300, "connect_timeout_s": 1}
+    return make_settings(
+        database={"url": database_url, "pool_size": 4} | short, broker={"url": redis_url}
+    )
+
+
+def test_while_somebody_holds_the_table_the_answer_is_to_try_again_and_no_job_is_left(
+    impatient: Settings,
+) -> None:
+    with running_api(impatient) as api:
+        with psycopg.connect(impatient.database.url) as locking:
+            locking.execute("LOCK TABLE jobs IN ACCESS EXCLUSIVE MODE")
+
+            assert refused_for_now(api.post("/v1/jobs", json=JOB))
+            assert refused_for_now(api.post("/v1/jobs/bulk", json={"jobs": [JOB] * 3}))
+            assert refused_for_now(api.get("/v1/jobs"))
+            locking.rollback()
+
+        assert rows(impatient, "SELECT id FROM jobs") == []
+        assert api.post("/v1/jobs", json=JOB).status_code == 202
+
+
+def test_more_requests_than_a_stuck_database_has_connections_are_all_answered(
+    impatient: Settings,
+) -> None:
+    with running_api(impatient) as api, ThreadPoolExecutor(12) as pool:
+        with psycopg.connect(impatient.database.url) as locking:
+            locking.execute("LOCK TABLE jobs IN ACCESS EXCLUSIVE MODE")
+            stuck = [pool.submit(api.post, "/v1/jobs", json=JOB) for _ in range(12)]
+
+            assert all(refused_for_now(each.result(timeout=60)) for each in stuck)
+            locking.rollback()
+
+        assert api.post("/v1/jobs", json=JOB).status_code == 202
+        assert len(rows(impatient, "SELECT id FROM jobs")) == 1
+
+
+def test_a_frozen_postgres_is_answered_for_in_bounded_time_and_goes_on_when_it_thaws(
+    make_settings: Callable[..., Settings],
+    redis_url: str,
+    postgres: EmbeddedPostgres,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(services, "SPARE_S", 0.5)
+    short = {"statement_timeout_ms": 500, "connect_timeout_s": 1, "pool_size": 2}
+    settings = make_settings(database={"url": postgres.url} | short, broker={"url": redis_url})
+    with running_api(settings) as api:
+        assert api.post("/v1/jobs", json=JOB).status_code == 202
+        assert postgres.pid is not None
+        frozen = [psutil.Process(postgres.pid)]
+        frozen += frozen[0].children(recursive=True)
+        try:
+            for process in frozen:
+                process.suspend()
+            keyed = JOB | {"idempotency_key": "in the cold"}
+            for _ in range(4):  # more than there are connections
+                assert refused_for_now(api.post("/v1/jobs", json=keyed, timeout=60))
+            assert api.get("/healthz").status_code == 200
+        finally:
+            for process in frozen:
+                process.resume()
+
+        eventually(lambda: api.post("/v1/jobs", json=keyed).status_code in (200, 202))
+        assert len(rows(settings, "SELECT id FROM jobs")) == 2
+
+
+def test_connections_that_are_ended_under_the_api_cost_a_refusal_at_most(
+    impatient: Settings,
+) -> None:
+    with running_api(impatient) as api:
+        accepted = {api.post("/v1/jobs", json=JOB).json()["id"]}
+        for _ in range(5):
+            with psycopg.connect(impatient.database.url, autocommit=True) as admin:
+                admin.execute(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                    "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+                )
+            answer = api.post("/v1/jobs", json=JOB)
+            assert answer.status_code == 202 or refused_for_now(answer)
+            if answer.status_code == 202:
+                accepted.add(answer.json()["id"])
+
+        eventually(lambda: api.post("/v1/jobs", json=JOB).status_code == 202)
+        known = {str(row["id"]) for row in rows(impatient, "SELECT id FROM jobs")}
+        assert accepted <= known
+
+
+@pytest.mark.parametrize(
+    "sqlstate",
+    ["53100", "53200", "53300", "57P01", "57P03", "25006", "40001"],
+    ids=["disk full", "memory", "connections", "shutdown", "starting", "standby", "conflict"],
+)
+def test_what_passes_in_postgres_is_no_fault_of_the_request_and_leaves_no_half_job(
+    impatient: Settings, sqlstate: str
+) -> None:
+    with psycopg.connect(impatient.database.url, autocommit=True) as admin:
+        admin.execute(
+            f"CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS "
+            f"$$ BEGIN RAISE EXCEPTION USING ERRCODE = '{sqlstate}'; END $$"
+        )
+        admin.execute(
+            "CREATE TRIGGER refuse AFTER INSERT ON jobs FOR EACH ROW EXECUTE FUNCTION refuse()"
+        )
+        with running_api(impatient) as api:
+            assert refused_for_now(api.post("/v1/jobs", json=JOB))
+            assert refused_for_now(api.post("/v1/jobs/bulk", json={"jobs": [JOB] * 3}))
+            assert rows(impatient, "SELECT id FROM jobs") == []
+            admin.execute("DROP TRIGGER refuse ON jobs")
+
+            assert api.post("/v1/jobs", json=JOB).status_code == 202
 
 
 def test_a_database_without_the_schema_is_not_ready_and_says_what_to_run(

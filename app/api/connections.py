@@ -1,0 +1,64 @@
+"""Connections: how many there may be, and how long the head of a request may take.
+
+Uvicorn closes a kept connection that is idle. It waits for ever for one that sends its first
+request byte by byte, or nothing at all: a few thousand of those, and nobody else gets in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final
+
+import h11
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+HEAD_TIMEOUT_S: Final = 10.0
+"""For the head of a request, from the connection or from its first byte. Bodies have their own."""
+
+_BODY: Final = (
+    b'{"type":"urn:gristmill:problem:too_many_connections","title":"Too many connections",'
+    b'"status":503,"detail":"All connections of this API are taken. Try again.",'
+    b'"code":"too_many_connections"}'
+)
+BUSY: Final = (
+    b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\n"
+    b"Content-Type: application/problem+json\r\nContent-Length: %d\r\n\r\n%b"
+) % (len(_BODY), _BODY)
+"""What is answered beyond the limit, before any request is read."""
+
+
+class Connection(H11Protocol):
+    """Uvicorn's own, within limits."""
+
+    _head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        app = self.config.app
+        assert isinstance(app, FastAPI)
+        if len(self.connections) > app.state.services.settings.api.max_connections:
+            transport.write(BUSY)
+            transport.close()
+        else:
+            self._watch_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def _watch_head(self) -> None:
+        """The timer runs for as long as a request has begun, or must, and its head is not here."""
+        if self.conn.their_state is not h11.IDLE:
+            self._stop_timer()
+        elif self._head_timer is None:
+            self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self.transport.close)
+
+    def _stop_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None

@@ -1,0 +1,200 @@
+"""Slow clients, storms of polls and too many connections do not keep others out."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import httpx
+import pytest
+
+from app.api import bodies, connections
+from app.config import Settings
+from app.store import reads
+from tests.apis import running_api
+from tests.waiting import eventually
+
+JOB = {"body": {"prompt": "A grist mill is"}}
+HEAD = (
+    b"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    b"Content-Length: 1000000\r\n\r\n"
+)
+
+
+@pytest.fixture
+def api(settings: Settings) -> Iterator[httpx.Client]:
+    with running_api(settings) as api:
+        yield api
+
+
+@contextmanager
+def connected(api: httpx.Client, sent: bytes = b"") -> Iterator[socket.socket]:
+    with socket.create_connection((api.base_url.host, api.base_url.port)) as client:
+        client.settimeout(30)
+        client.sendall(sent)
+        yield client
+
+
+def rest_of(client: socket.socket) -> bytes:
+    """What comes until the other side closes."""
+    return b"".join(iter(lambda: client.recv(65_536), b""))
+
+
+def metric(api: httpx.Client, name: str) -> float:
+    [line] = [each for each in api.get("/metrics").text.splitlines() if each.startswith(name + " ")]
+    return float(line.rpartition(" ")[2])
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nX-Slow: "])
+def test_a_request_whose_head_does_not_come_is_given_up(
+    api: httpx.Client, monkeypatch: pytest.MonkeyPatch, sent: bytes
+) -> None:
+    monkeypatch.setattr(connections, "HEAD_TIMEOUT_S", 0.2)
+
+    with connected(api, sent) as slow:
+        assert rest_of(slow) == b""
+
+
+def test_a_head_that_drips_on_a_kept_connection_is_given_up(
+    api: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "HEAD_TIMEOUT_S", 0.3)
+    with connected(api, b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n") as slow:
+        assert slow.recv(65_536).startswith(b"HTTP/1.1 200")
+        stop = threading.Event()
+
+        def drip() -> None:
+            while not stop.wait(0.05):
+                try:
+                    slow.sendall(b"G")
+                except OSError:
+                    return
+
+        with ThreadPoolExecutor() as pool:
+            pool.submit(drip)
+            try:
+                rest = rest_of(slow)
+            except ConnectionResetError:
+                rest = b""
+            stop.set()
+        assert b"200" not in rest
+
+
+def test_a_request_that_takes_long_is_not_cut_off_by_the_timeout_of_its_head(
+    api: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "HEAD_TIMEOUT_S", 0.2)
+    job_id = api.post("/v1/jobs", json=JOB).json()["id"]
+
+    answer = api.get(f"/v1/jobs/{job_id}", params={"wait": 1})
+
+    assert answer.json()["state"] == "queued"
+
+
+def test_a_body_that_drips_is_given_up_although_something_always_comes(
+    api: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bodies, "PATIENCE_S", 0.3)
+    with connected(api, HEAD) as slow:
+        stop = threading.Event()
+
+        def drip() -> None:
+            while not stop.wait(0.05):
+                try:
+                    slow.sendall(b" ")
+                except OSError:
+                    return
+
+        with ThreadPoolExecutor() as pool:
+            pool.submit(drip)
+            answer = slow.recv(65_536)
+            stop.set()
+    assert answer.startswith(b"HTTP/1.1 408 ")
+
+
+def test_slow_clients_do_not_keep_others_waiting(api: httpx.Client) -> None:
+    with ExitStack() as held:
+        for number in range(100):
+            held.enter_context(connected(api, HEAD if number % 2 else b"POST /v1/j"))
+
+        assert api.post("/v1/jobs", json=JOB).status_code == 202
+
+
+def test_beyond_the_most_connections_the_answer_is_busy_and_room_is_used_again(
+    settings: Settings,
+) -> None:
+    few = settings.api.model_copy(update={"max_connections": 5})
+    with running_api(settings.model_copy(update={"api": few})) as api:
+        assert api.get("/healthz").status_code == 200
+        with ExitStack() as held:
+            for _ in range(4):
+                held.enter_context(connected(api))
+            # The client's own connection is the fifth.
+            with connected(api) as one_more:
+                head, _, body = rest_of(one_more).partition(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 503 ")
+            assert b"Retry-After: 1" in head
+            assert json.loads(body)["code"] == "too_many_connections"
+            assert api.post("/v1/jobs", json=JOB).status_code == 202
+
+        def there_is_room() -> bool:
+            with connected(
+                api, b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+            ) as c:
+                return rest_of(c).startswith(b"HTTP/1.1 200")
+
+        eventually(there_is_room)
+
+
+def test_a_long_poll_beyond_the_most_is_answered_at_once(settings: Settings) -> None:
+    few = settings.api.model_copy(update={"max_long_polls": 2})
+    with (
+        running_api(settings.model_copy(update={"api": few})) as api,
+        ThreadPoolExecutor() as pool,
+    ):
+        job_id = api.post("/v1/jobs", json=JOB).json()["id"]
+        held = [pool.submit(api.get, f"/v1/jobs/{job_id}", params={"wait": 50}) for _ in range(2)]
+        eventually(lambda: metric(api, "gristmill_long_polls") == 2)
+
+        answer = api.get(f"/v1/jobs/{job_id}", params={"wait": 50})
+
+        assert answer.json()["state"] == "queued"
+        assert answer.headers["retry-after"] == "1"
+        assert not any(each.done() for each in held)
+        api.post(f"/v1/jobs/{job_id}/cancel")
+        assert {each.result(timeout=30).json()["state"] for each in held} == {"cancelled"}
+
+
+def test_a_storm_of_polls_that_stand_still_leaves_threads_for_submissions(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = threading.Event()
+    begun = threading.Semaphore(0)
+    read = reads.job
+
+    def read_when_let(connection: Any, job_id: Any) -> Any:
+        begun.release()
+        assert go_on.wait(60)
+        return read(connection, job_id)
+
+    with running_api(settings) as api, ThreadPoolExecutor(40) as pool:
+        job_id = api.post("/v1/jobs", json=JOB).json()["id"]
+        monkeypatch.setattr(reads, "job", read_when_let)
+        try:
+            polls = [pool.submit(api.get, f"/v1/jobs/{job_id}") for _ in range(30)]
+            for _ in range(settings.database.pool_size // 2):
+                assert begun.acquire(timeout=30)
+
+            # A bulk submission reads no job back, so what keeps the polls does not keep it.
+            bulk = api.post("/v1/jobs/bulk", json={"jobs": [JOB]})
+
+            assert bulk.status_code == 202
+            assert not begun.acquire(timeout=0.1)  # the other polls wait for a slot
+        finally:
+            go_on.set()
+        assert {each.result(timeout=60).status_code for each in polls} == {200}
