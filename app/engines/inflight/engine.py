@@ -161,7 +161,8 @@ class InflightEngine:
 
     @property
     def free_rows(self) -> int:
-        return max(0, self._scheduler.num_rows - len(self._rows))
+        """Some more than there are slots: whoever waits in here runs in the very next step."""
+        return max(0, self._scheduler.num_rows * 9 // 8 - len(self._rows))
 
     def take_tokens(self) -> list[NewTokens]:
         taken, self._new_tokens = self._new_tokens, []
