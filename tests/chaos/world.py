@@ -196,7 +196,7 @@ class World:
         if wait:
             self.wait_ready(part)
 
-    def wait_ready(self, part: str, timeout_s: float = 60.0) -> None:
+    def wait_ready(self, part: str, timeout_s: float = 180.0) -> None:
         """A worker is ready when it has registered: its models are loaded then."""
         eventually(partial(self.is_ready, part), timeout_s, f"{part} ready")
 

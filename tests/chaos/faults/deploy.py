@@ -1,0 +1,116 @@
+"""Fault 30: two versions at once, around a migration of a live database."""
+
+from __future__ import annotations
+
+import subprocess
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import Final
+
+from app.store.database import MIGRATIONS
+from tests.chaos.faults.broker import expect_both_consume, submit_for
+from tests.chaos.scene import Scene, fault
+from tests.chaos.world import WORKERS
+
+NEW_KIND: Final = "rerank"
+
+# What a next version's migration does: it adds, and takes nothing away.
+_EXPAND: Final = f"""
+    SET LOCAL lock_timeout = '5s';
+    ALTER TABLE jobs ADD COLUMN next_version text;
+    ALTER TABLE jobs DROP CONSTRAINT jobs_kind_check;
+    ALTER TABLE jobs ADD CONSTRAINT jobs_kind_check
+        CHECK (kind IN ('embed', 'generate', '{NEW_KIND}')) NOT VALID;
+    CREATE TABLE next_versions (id uuid PRIMARY KEY);
+    UPDATE alembic_version SET version_num = 'next';
+"""
+_CONTRACT: Final = f"""
+    DELETE FROM jobs WHERE kind = '{NEW_KIND}';
+    DROP TABLE next_versions;
+    ALTER TABLE jobs DROP CONSTRAINT jobs_kind_check;
+    ALTER TABLE jobs ADD CONSTRAINT jobs_kind_check CHECK (kind IN ('embed', 'generate')) NOT VALID;
+    ALTER TABLE jobs DROP COLUMN next_version;
+"""
+
+# Jobs of a kind that only the next version knows, as its API writes them, never sent yet.
+_NEW_JOBS: Final = f"""
+    INSERT INTO jobs (id, model, kind, source, state, request, not_before, created_at, queued_at)
+    SELECT gen_random_uuid(), 'stub', '{NEW_KIND}', 'api', 'queued', '{{"query": "x"}}', now(),
+        now() - interval '1 hour', now()
+    FROM generate_series(1, 3) RETURNING id
+"""
+
+
+@fault(30, "deploy: a later schema and kind under load, two versions at once", checks=("I7",))
+def deploy(scene: Scene) -> None:
+    with _later_schema(scene):
+        new_ids = [row["id"] for row in scene.world.rows(_NEW_JOBS)]
+        submit_for(scene, 2.0)
+        for part in (*WORKERS, "rescue", "api"):  # one that is started again meets it, too
+            scene.world.restart(part)
+        expect_both_consume(scene)
+        kept = scene.world.value(
+            "SELECT count(*) FROM jobs WHERE id = ANY(%s) AND state = 'queued'", new_ids
+        )
+        ended = len(new_ids) - kept
+        scene.expect(not ended, "I1", f"{ended} jobs of a kind of the next version ended.")
+    with _earlier_version(scene) as folder:
+        if folder is not None:
+            scene.world.prefix["worker-2"] = ["env", "-C", str(folder)]
+            scene.world.restart("worker-2")
+            expect_both_consume(scene)
+            scene.world.prefix["worker-2"] = []
+            scene.world.restart("worker-2")
+
+
+@contextmanager
+def _later_schema(scene: Scene) -> Iterator[None]:
+    """The next version has migrated; each of the two moves is one transaction, under load."""
+    revision = scene.world.value("SELECT version_num FROM alembic_version")
+    scene.world.sql(f"BEGIN; {_EXPAND} COMMIT")
+    try:
+        yield
+    finally:
+        back = f"UPDATE alembic_version SET version_num = '{revision}'"
+        scene.world.sql(f"BEGIN; {_CONTRACT} {back}; COMMIT")
+
+
+@contextmanager
+def _earlier_version(scene: Scene) -> Iterator[Path | None]:
+    """A checkout of the version before this one; None where there is no history to take it from."""
+    commit = _earlier_commit()
+    if commit is None:
+        scene.note("No earlier version that may run beside this one: this one played its part.")
+        yield None
+        return
+    folder = scene.world.folder / "earlier"
+    archive = _git("archive", commit, "app", "migrations").stdout
+    with tarfile.open(fileobj=BytesIO(archive)) as packed:
+        packed.extractall(folder, filter="data")
+    scene.note(f"worker-2 ran version {commit[:7]} beside this one.")
+    yield folder
+
+
+def _earlier_commit() -> str | None:
+    """The last one with another schema, if its code takes later schemas; else the oldest that does.
+
+    That code has `fits_from`; see `app.store.database`.
+    """
+    commits = _git("rev-list", "--max-count=200", "HEAD", "--", "app", "migrations").stdout
+    found = None
+    for commit in commits.decode().split()[1:]:
+        if b"fits_from" not in _git("show", f"{commit}:app/store/database.py").stdout:
+            break
+        found = commit
+        if _git("diff", "--quiet", commit, "HEAD", "--", "migrations").returncode:
+            break
+    return found
+
+
+def _git(*arguments: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        ["git", "-C", str(MIGRATIONS.parent), *arguments], check=False, capture_output=True
+    )
