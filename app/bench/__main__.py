@@ -9,7 +9,7 @@ from typing import Final
 
 from app.errors import ConfigError
 
-BENCHES: Final = ("engine", "step", "answers", "pipeline", "overload")
+BENCHES: Final = ("engine", "step", "answers", "pipeline", "overload", "retention")
 
 
 def main() -> None:
