@@ -104,6 +104,25 @@ def test_a_message_that_expired_ends_as_expired_and_never_runs(
     assert (found["state"], found["attempt_id"]) == ("expired", None)
 
 
+def test_a_job_that_expires_while_it_waits_inside_the_worker_never_reaches_the_device(
+    config: Settings, producer: Celery, tmp_path: Path
+) -> None:
+    # No rescue here: the claim alone keeps what is late from the device.
+    with running_worker(config, tmp_path / "worker"):
+        first = send(producer, "sleep 4000")
+        eventually(lambda: rows(config, "SELECT id FROM attempts WHERE job_id = %s", first))
+        late = send(producer, "too late", expires=2)
+        held = "SELECT id FROM jobs WHERE id = %s AND received_by IS NOT NULL"
+        eventually(lambda: rows(config, held, late))
+        last = send(producer, "in time")
+        all_ended(config, [first, last])
+
+        [over] = rows(config, "SELECT deadline <= now() AS over FROM jobs WHERE id = %s", late)
+        assert over["over"]
+        assert rows(config, "SELECT id FROM attempts WHERE job_id = %s", late) == []
+    assert late not in results(config)
+
+
 def test_a_job_past_its_deadline_is_cut_short_while_it_runs(
     config: Settings, producer: Celery, tmp_path: Path
 ) -> None:
