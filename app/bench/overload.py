@@ -5,7 +5,8 @@ machine. First its capacity is measured, with a backlog; then jobs come at that 
 times that pace, one by one and whether or not earlier ones were answered. Every job has a deadline;
 a client that is refused waits as `Retry-After` says, and gives up when its deadline has passed.
 
-Goodput counts jobs that completed before their deadline, per second of arrivals.
+Goodput counts jobs that completed before their deadline, per second, while jobs arrive; the peak is
+that at the single pace, or the capacity if it is more.
 """
 
 from __future__ import annotations
@@ -76,10 +77,16 @@ class Phase:
     given_up: int = 0
     latencies_s: list[float] = field(default_factory=list)  #: of each answer to a submission
     jobs: list[Job] = field(default_factory=list)
+    until: datetime = field(default_factory=lambda: datetime.now(UTC))  #: the arrivals ended
 
     @property
     def in_time(self) -> int:
-        return sum(job.state is JobState.COMPLETED and not _is_late(job) for job in self.jobs)
+        """Completed before their deadline and before the arrivals ended."""
+        return sum(
+            job.state is JobState.COMPLETED
+            and _time(job.raw["finished_at"]) <= min(_time(job.raw["deadline"]), self.until)
+            for job in self.jobs
+        )
 
     @property
     def goodput(self) -> float:
@@ -104,7 +111,7 @@ class Phase:
 
 def main(arguments: Seq[str]) -> None:
     options = _parser().parse_args(arguments)
-    most = round(QUEUE_S * BATCH_SIZE / (STEPS * options.step_ms / 1000))
+    most = BATCH_SIZE * max(3, round(QUEUE_S / (STEPS * options.step_ms / 1000)))
     with _StubSystem(options.step_ms, most) as system:
         url = system.settings.api.url
         _work_off(url, BATCH_SIZE)
@@ -143,10 +150,12 @@ class _StubSystem(System):
 
 
 def _capacity(url: str, number: int) -> float:
-    """Jobs per second while more wait than fit."""
-    began = time.monotonic()
+    """Jobs per second while more wait than fit: from the end of the first batch to that of all."""
+    since = datetime.now(UTC)
     _work_off(url, number)
-    return number / (time.monotonic() - began)
+    with Client(url) as client:
+        ends = sorted(_time(job.raw["finished_at"]) for job in client.jobs(since=since))
+    return (number - BATCH_SIZE) / (ends[-1] - ends[BATCH_SIZE - 1]).total_seconds()
 
 
 def _work_off(url: str, number: int) -> None:
@@ -160,6 +169,7 @@ def _work_off(url: str, number: int) -> None:
 def _run(url: str, phase: Phase, pace: float) -> Phase:
     """Let jobs arrive at this pace, and wait until all have ended."""
     since = datetime.now(UTC)
+    phase.until = since + timedelta(seconds=phase.seconds)
     asyncio.run(_arrivals(url, phase, pace))
     with Client(url) as client:
         while client.jobs(state=JobState.QUEUED) or client.jobs(state=JobState.RUNNING):
@@ -211,10 +221,6 @@ def _memory_mb(system: System) -> dict[str, float]:
     return used
 
 
-def _is_late(job: Job) -> bool:
-    return _time(job.raw["finished_at"]) > _time(job.raw["deadline"])
-
-
 def _time(text: str) -> datetime:
     return datetime.fromisoformat(text)
 
@@ -245,7 +251,7 @@ def _print(
         [[name, f"{before[name]:.0f}", f"{after[name]:.0f}"] for name in before],
     )
     ratios = {
-        "goodput_over_peak": round(over.goodput / peak.goodput, 3),
+        "goodput_over_peak": round(over.goodput / max(peak.goodput, capacity), 3),
         "memory_after_over_before": round(sum(after.values()) / sum(before.values()), 3),
         "ran_expired": over.ran_expired + peak.ran_expired,
     }
