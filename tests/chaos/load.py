@@ -108,6 +108,7 @@ class Load:
         self._ended = threading.Event()
         self._redis = world.redis_client()
         self._clients = threading.local()
+        self._all_clients: list[httpx.Client] = []
         self._threads = [threading.Thread(target=self._send_all) for _ in range(SENDERS)]
         self._poller = threading.Thread(target=self._poll_some, args=(rng.randrange(1 << 30),))
 
@@ -125,6 +126,8 @@ class Load:
             thread.join()
         self._ended.set()
         self._poller.join()
+        for client in self._all_clients:
+            client.close()
 
     # ── for faults ───────────────────────────────────────────────────────────────────────────
 
@@ -224,6 +227,7 @@ class Load:
             self._clients.http = httpx.Client(
                 base_url=self._world.api_url, timeout=TIMEOUT_S, trust_env=False
             )
+            self._all_clients.append(self._clients.http)
         return self._clients.http  # type: ignore[no-any-return]
 
     def _send_all(self) -> None:
@@ -233,7 +237,6 @@ class Load:
             while self._num_open > MOST_OPEN and not self._ended.wait(0.05):
                 pass
             self._send(way, group)
-        self._client.close()
 
     def _send(self, way: str, group: list[Spec], give_up_s: float = math.inf) -> None:
         """Submit until all of a group are accepted, or refused for good."""
@@ -320,7 +323,6 @@ class Load:
                 self.poll(rng.choice(known))
         for spec in self._due_cancels(everything=True):
             self._cancel(spec)
-        self._client.close()
 
     def _due_cancels(self, *, everything: bool = False) -> Iterator[Spec]:
         for _ in range(self._cancels.qsize()):

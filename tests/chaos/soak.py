@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -82,7 +83,9 @@ def _play_all(world: World, samples: Samples, options: argparse.Namespace) -> li
             report.print_one(outcome)
             outcomes.append(outcome)
             if not outcome.survived:
-                folder.rename(options.out / f"failed-{len(outcomes)}-fault-{fault.number}")
+                kept = options.out / f"failed-{len(outcomes)}-fault-{fault.number}"
+                shutil.rmtree(kept, ignore_errors=True)
+                folder.rename(kept)
             history.forget()
     return outcomes
 

@@ -10,12 +10,14 @@ from tests.chaos.__main__ import run
 from tests.chaos.scene import FAULTS
 
 SEED = 20_261_125
-SLICE = (1, 3, 5, 14)
+SLICE = (1, 3, 5, 13)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_what_is_killed_frozen_or_poisoned_loses_no_job_and_doubles_none(tmp_path: Path) -> None:
+def test_what_is_killed_or_frozen_or_computes_nonsense_loses_no_job_and_doubles_none(
+    tmp_path: Path,
+) -> None:
     outcomes = run([FAULTS[number] for number in SLICE], seed=SEED, jobs=120, out=tmp_path)
 
     wrong = [f"{each.name}: {text}" for each in outcomes for text in each.violations]

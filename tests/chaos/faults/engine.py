@@ -19,8 +19,9 @@ from tests.chaos.scene import Scene, fault
 from tests.chaos.world import BATCH_SIZE, GRACE_S, MODELS, STEP_TIMEOUT_S, WORKERS, eventually
 
 CRASH: Final = ("engine_crash", "out_of_memory")
-MOST_CRASHES: Final = math.ceil(math.log2(BATCH_SIZE)) + 1
-"""Of one poison: its batch, and a half each time until it is alone."""
+MOST_CRASHES: Final = math.ceil(math.log2(BATCH_SIZE * len(MODELS))) + 1
+"""Of one poison: all that the process holds, a batch of each model, and then halves until it is
+alone."""
 
 
 @fault(1, "engine process SIGKILL mid-batch", checks=("I6", "I7"))
