@@ -24,6 +24,7 @@ import hashlib
 import math
 import os
 import signal
+import threading
 import time
 from collections.abc import Sequence as Seq
 from pathlib import Path
@@ -182,7 +183,8 @@ class StubEngine:
         """Let the step last as long as it is set to, and share its time over the rows in it."""
         lasts = self._step_ns + self._row_ns * len(self._rows)
         asleep = all(began_ns < row.awake_ns for row in self._rows)
-        time.sleep(max(lasts, 1_000_000 if asleep else 0) / 1e9)
+        # Not time.sleep: it fails under libfaketime, with which clocks are made to jump.
+        threading.Event().wait(max(lasts, 1_000_000 if asleep else 0) / 1e9)
         now = time.monotonic_ns()
         shares = share(now - began_ns, [1] * len(self._rows))
         for row, device_ns in zip(self._rows, shares, strict=True):

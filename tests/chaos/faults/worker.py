@@ -56,8 +56,10 @@ def _lock_until_commit(scene: Scene, part: str) -> str:
             ).fetchone()
             deadline = time.monotonic() + 1.0
             while row is not None and time.monotonic() < deadline:
-                if world.rows(waits):
+                if stuck := world.rows(waits):
                     world.kill_group(part, signal.SIGKILL)
+                    for each in stuck:  # else Postgres would commit for the dead
+                        world.rows("SELECT pg_terminate_backend(%s)", each["pid"])
                     return str(row["id"])
                 time.sleep(0.01)
 
