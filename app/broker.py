@@ -193,13 +193,23 @@ def flower_command(settings: Settings) -> tuple[list[str], dict[str, str]]:
     return command, {}
 
 
-def answering_workers(settings: Settings, timeout_s: float = 1.0) -> list[str]:
-    """Names, NAME@HOST, of the workers that answer within the time: their models are loaded.
+READINESS: Final = "gristmill_readiness"
+"""Name of the remote control command that asks a worker whether it makes progress."""
+
+
+def ready_workers(settings: Settings, timeout_s: float = 1.0) -> list[str]:
+    """Names, NAME@HOST, of the workers that answer within the time that they make progress.
 
     Raises `Unavailable`.
     """
     with _redis_errors(), make_app(settings) as app:
-        return [name for reply in app.control.ping(timeout=timeout_s) for name in reply]
+        replies = app.control.broadcast(READINESS, reply=True, timeout=timeout_s)
+        return [
+            name
+            for reply in replies
+            for name, answer in reply.items()
+            if isinstance(answer, dict) and answer.get("ready")
+        ]
 
 
 _CELERY: Final = (sys.executable, "-m", "celery", "-A", "app.worker")
@@ -297,13 +307,22 @@ class Publisher:
 
     def list_lengths(self, models: Collection[str]) -> dict[str, list[int]]:
         """Messages waiting in each model's queue, by `PRIORITY_STEPS`. One round trip."""
+        return dict(zip(models, self._lengths(map(queue_name, models)), strict=True))
+
+    def backlog(self, models: Collection[str]) -> int:
+        """Messages that a worker of these models could take."""
+        queues = [*map(queue_name, models), self._app.conf.task_default_queue]
+        return sum(map(sum, self._lengths(queues)))
+
+    def _lengths(self, queues: Iterable[str]) -> list[list[int]]:
         with _redis_errors(), self._app.pool.acquire(block=True) as connection:
             pipe = connection.default_channel.client.pipeline(transaction=False)
-            for model in models:
+            for queue in queues:
                 for step in PRIORITY_STEPS:
-                    pipe.llen(list_key(queue_name(model), step))
-            lengths = iter(pipe.execute())
-        return {model: [next(lengths) for _ in PRIORITY_STEPS] for model in models}
+                    pipe.llen(list_key(queue, step))
+            lengths = pipe.execute()
+        steps = len(PRIORITY_STEPS)
+        return [lengths[at : at + steps] for at in range(0, len(lengths), steps)]
 
     def close(self) -> None:
         self._app.close()

@@ -16,11 +16,11 @@ def api_answers(settings: Settings) -> bool:
 
 
 def worker_answers(settings: Settings) -> bool:
-    """Whether a worker takes messages, that is, has its models loaded and Redis at hand."""
-    from app.broker import answering_workers
+    """Whether a worker here makes progress: models, engine, Postgres and Redis are at hand."""
+    from app.broker import ready_workers
 
     try:
-        names = answering_workers(settings)
+        names = ready_workers(settings)
     except Unavailable:
         return False
     return any(name.endswith(f"@{socket.gethostname()}") for name in names)

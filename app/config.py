@@ -85,6 +85,9 @@ class WorkerSettings(_Section):
     step_timeout_s: Annotated[float, Field(gt=0)] = Field(
         60.0, description="An engine without progress for this long while busy is killed."
     )
+    stall_timeout_s: Annotated[float, Field(gt=0)] = Field(
+        60.0, description="A worker that has room and takes no waiting message for this long ends."
+    )
     load_timeout_s: Annotated[float, Field(gt=0)] = Field(
         600.0, description="Longest time to load the models."
     )

@@ -31,12 +31,20 @@ _FITS_FROM: Final = "0001"
 that old and new versions run side by side; one that takes something away raises this."""
 
 _MIGRATION_LOCK: Final = 0x6772697374  # any constant will do, as long as it stays the same
-_MIGRATION_LOCK_TIMEOUT_MS: Final = 5_000
+_MIGRATION_LOCK_TIMEOUT_MS: Final = 2_000
+"""Shorter than any `database.lock_timeout_ms` in use: whoever waits behind a migration that waits
+for its own lock goes on, and it tries again."""
+_MIGRATION_TRIES: Final = 30
+_MIGRATION_PAUSE_S: Final = 1.0
 
 # SQLSTATE classes and codes that pass: no connection, no resources, a shutdown, a standby,
 # a timeout, a deadlock. All else is a bug or a wrong setting.
 _PASSING: Final = ("08", "53", "57", "58", "40001", "40P01", "55P03", "25006", "25P03", "25P04")
 _NO_SUCH_TABLE_OR_COLUMN: Final = ("42P01", "42703")
+
+
+class _Locked(Unavailable):
+    """A lock was not to be had in time."""
 
 
 class Database:
@@ -154,8 +162,14 @@ def psycopg_url(url: str) -> URL:
 def migrate(url: str) -> str:
     """Bring the schema up to date and return its revision. Several may run at once.
 
-    Raises `SchemaError` if the schema is newer than this code, and `Unavailable`.
+    Safe on a live system: it never waits long for a lock, gives way, and tries again. Raises
+    `SchemaError` if the schema is newer than this code, and `Unavailable`.
     """
+    for _ in range(_MIGRATION_TRIES - 1):
+        try:
+            return _run_alembic(url, _upgrade, "head")
+        except _Locked:
+            time.sleep(_MIGRATION_PAUSE_S)
     return _run_alembic(url, _upgrade, "head")
 
 
@@ -263,6 +277,8 @@ def _translated(error: DBAPIError) -> GristmillError:
     if code is None and isinstance(error, OperationalError):
         first_line = str(error.orig).strip().partition("\n")[0]
         return Unavailable(f"Postgres cannot be reached: {first_line}")
+    if code == "55P03":
+        return _Locked("Others hold a lock on this in Postgres for too long (SQLSTATE 55P03).")
     if code is not None and code.startswith(_PASSING):
         return Unavailable(f"Postgres cannot serve this now: {name} (SQLSTATE {code}).")
     if code in _NO_SUCH_TABLE_OR_COLUMN:

@@ -6,10 +6,12 @@ import os
 import platform
 import signal
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 from uuid import UUID, uuid4
 
 from app.broker import Publisher, served_models
@@ -26,8 +28,12 @@ from app.worker.registrar import Registrar
 from app.worker.runner import Runner
 from app.worker.settlement import Settlement
 from app.worker.thread import RunnerThread
+from app.worker.watchdog import Watchdog
 from app.worker.wire import Load, ServedModel
 from app.worker.xid import Remedy, Xid, XidWatch
+
+STILL_S: Final = 5.0
+"""The runner turns every second; one that has not for so long waits for something."""
 
 
 @dataclass(slots=True)
@@ -39,6 +45,7 @@ class Assembly:
     lease: LeaseKeeper
     database: Database
     publisher: Publisher
+    watchdog: Watchdog
     load_timeout_s: float
     xid_watch: XidWatch | None = None
 
@@ -51,11 +58,27 @@ class Assembly:
         if self.runner.failure is not None:
             raise self.runner.failure
         self.lease.start()
+        self.watchdog.start()
         if self.xid_watch is not None:
             self.xid_watch.start()
 
+    def trouble(self) -> str | None:
+        """What keeps this worker from making progress now; None if nothing does."""
+        facts = self.runner.facts()
+        still_s = (time.monotonic_ns() - self.runner.turned_ns) / 1e9
+        if facts["draining"] or not self.runner.is_alive():
+            return "It is shutting down."
+        if not facts["ready"]:
+            return "The models are being loaded."
+        if facts["slow"]:
+            return "The engine shows no progress."
+        if still_s > STILL_S:
+            return "It stands still."
+        return self.lease.trouble
+
     def stop(self, timeout_s: float) -> None:
         """End after the runner was told to drain. May be called again."""
+        self.watchdog.stop()
         self.runner.join(timeout_s)
         self.lease.stop()
         self.publisher.close()
@@ -153,6 +176,14 @@ def assemble(settings: Settings, on_end: Callable[[], object]) -> Assembly:
             settings.worker.pci_address,
             lambda xid: heed(xid, thread.facts()["pid"]),
         )
+    watchdog = Watchdog(
+        backlog=partial(publisher.backlog, names),
+        runner=thread,
+        lease=lease,
+        stall_timeout_s=settings.worker.stall_timeout_s,
+    )
     return Assembly(
-        worker_id, thread, lease, database, publisher, settings.worker.load_timeout_s, watch
+        *(worker_id, thread, lease, database, publisher, watchdog),
+        load_timeout_s=settings.worker.load_timeout_s,
+        xid_watch=watch,
     )

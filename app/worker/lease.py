@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from typing import Final
 from uuid import UUID
 
 from app.errors import LeaseLost, Unavailable
@@ -20,6 +21,10 @@ from app.worker.thread import RunnerThread
 from app.worker.work import LeaseNews
 
 log = logging.getLogger(__name__)
+
+RETRY_S: Final = 1.0
+LATE_S: Final = 3.0
+"""A heartbeat that is late by so much hangs."""
 
 
 class LeaseKeeper:
@@ -43,6 +48,8 @@ class LeaseKeeper:
         self._lease_s = lease_s
         self._heartbeat_s = heartbeat_s
         self._now_ns = now_ns
+        self._renewed_ns = now_ns()
+        self._failed = False  #: the last heartbeat did
         self._stopping = threading.Event()
         self._threads = [
             threading.Thread(target=self._keep, name="lease", daemon=True),
@@ -69,8 +76,14 @@ class LeaseKeeper:
             log.warning("The lease runs out by itself: %s", error)
 
     def _keep(self) -> None:
-        while not self._stopping.wait(self._heartbeat_s):
+        while not self._stopping.wait(RETRY_S if self._failed else self._heartbeat_s):
             self.beat()
+
+    @property
+    def trouble(self) -> str | None:
+        """Why the lease is not being renewed; None if it is."""
+        late_s = (self._now_ns() - self._renewed_ns) / 1e9 - self._heartbeat_s
+        return "Postgres does not answer." if self._failed or late_s > LATE_S else None
 
     def beat(self) -> None:
         """Renew the lease if the runner deserves it."""
@@ -84,7 +97,9 @@ class LeaseKeeper:
             return
         try:
             self._renew()
+            self._failed = False
         except Unavailable as error:
+            self._failed = True
             log.warning("No heartbeat: %s", error, extra={"action": "heartbeat_failed"})
         except LeaseLost as error:
             if not self._stopping.is_set():
@@ -94,6 +109,7 @@ class LeaseKeeper:
         asked_ns = self._now_ns()
         with self._database.begin() as connection:
             beat = workers.heartbeat(connection, self._worker.id, self._lease_s)
+        self._renewed_ns = self._now_ns()
         self._runner.post(
             LeaseNews(
                 asked_ns=asked_ns,

@@ -20,7 +20,9 @@ from celery import signals
 from celery.concurrency.base import BasePool
 from celery.exceptions import WorkerShutdown, WorkerTerminate
 from celery.worker import state as celery_state
+from celery.worker.control import inspect_command
 
+from app.broker import READINESS
 from app.config import Settings
 from app.errors import GristmillError
 from app.jobs import job_id_of
@@ -46,6 +48,7 @@ class EnginePool(BasePool):  # type: ignore[misc]
         # The runner holds a ticket for as long as it matters.
         self._tickets: WeakValueDictionary[int, Ticket] = WeakValueDictionary()
         self._hub: Any = None
+        self._times_asked = 0  #: to shut down
         self._assembly: Assembly | None = None
 
     @property
@@ -65,6 +68,7 @@ class EnginePool(BasePool):  # type: ignore[misc]
             log.critical("The worker cannot start: %s", error)
             raise SystemExit(1) from None
         signals.task_revoked.connect(self._revoked)
+        signals.worker_shutting_down.connect(self._asked_to_stop)
         log.info("The worker is ready.", extra={"action": "worker_ready"})
 
     def register_with_event_loop(self, hub: Any) -> None:
@@ -133,6 +137,12 @@ class EnginePool(BasePool):  # type: ignore[misc]
 
     # ── end ──────────────────────────────────────────────────────────────────────────────────
 
+    def _asked_to_stop(self, **_: Any) -> None:
+        """Celery's signal, in a signal handler. Whoever asks a second time wants it at once."""
+        self._times_asked += 1
+        if self._times_asked > 1:
+            self._parts.runner.post(Drain(time.monotonic_ns()))
+
     def on_close(self) -> None:
         """Warm shutdown: let running work finish within the grace period, and its acks go out.
 
@@ -141,7 +151,7 @@ class EnginePool(BasePool):  # type: ignore[misc]
         parts = self._assembly
         if parts is None:
             return
-        grace_s = self.app.settings.worker.grace_s
+        grace_s = self.app.settings.worker.grace_s if self._times_asked < 2 else 0.0
         parts.runner.post(Drain(time.monotonic_ns() + int(grace_s * 1e9)))
         while parts.runner.is_alive():
             self._turn_hub()
@@ -167,5 +177,17 @@ class EnginePool(BasePool):  # type: ignore[misc]
     def on_terminate(self) -> None:
         self.on_stop()
 
+    def readiness(self) -> dict[str, Any]:
+        """Whether this worker makes progress, and what keeps it from it."""
+        trouble = self._assembly.trouble() if self._assembly else "It has not started."
+        return {"ready": trouble is None, "trouble": trouble}
+
     def _get_info(self) -> dict[str, Any]:
         return {**super()._get_info(), **(self._assembly.facts() if self._assembly else {})}
+
+
+@inspect_command(name=READINESS)  # type: ignore[untyped-decorator]
+def _readiness(state: Any) -> dict[str, Any]:
+    """The answer to `app.broker.ready_workers`: it shows that the hub turns, too."""
+    pool: EnginePool = state.consumer.pool
+    return pool.readiness()

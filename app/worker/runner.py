@@ -71,6 +71,7 @@ class Runner:
         self._ceilings = Ceilings()
         self._ledger = ledger
         self._host = host
+        self._num_received = 0  #: messages
         self._commands: deque[Command] = deque()
         self._jobs: dict[UUID, Job] = {}
         self._running = Running()
@@ -97,6 +98,8 @@ class Runner:
             "ready": self._host.ready,
             "jobs": len(self._jobs),
             "waiting": len(self._batcher),
+            "received": self._num_received,
+            "held": bool(self._commands or self._jobs or self._registrar.has_work),
             "draining": self._drain is not None,
             "slow": self._host.is_slow,
         }
@@ -158,8 +161,10 @@ class Runner:
         while self._commands:
             match self._commands.popleft():
                 case Ticket() as ticket:
+                    self._num_received += 1
                     self._registrar.add(ticket)
                 case Refusal() as refusal:
+                    self._num_received += 1
                     self._registrar.refuse(refusal)
                 case Revoked(job_id):
                     self._registrar.revoke(job_id)

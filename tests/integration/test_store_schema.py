@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,8 @@ from sqlalchemy import NullPool, create_engine, text
 from app.errors import SchemaError
 from app.store.database import MIGRATIONS, Database, downgrade, migrate, psycopg_url
 from app.store.tables import metadata
-from tests.rows import at_once
+from tests.rows import at_once, insert, new_job
+from tests.waiting import eventually
 
 _NEXT_REVISION = """
 revision = "9999"
@@ -164,3 +166,31 @@ def test_a_newer_schema_that_has_taken_something_away_is_refused(
 
     with pytest.raises(SchemaError, match="is newer"):
         database.check_schema()
+
+
+def test_a_migration_waits_for_a_lock_without_keeping_others_waiting(database_url: str) -> None:
+    # given a transaction that has read the table and stays open
+    downgrade(database_url, "0001")
+    reader = create_engine(psycopg_url(database_url), poolclass=NullPool).connect()
+    reader.execute(text("SELECT count(*) FROM jobs"))
+
+    # when a migration wants to change it
+    with ThreadPoolExecutor() as pool:
+        migration = pool.submit(migrate, database_url)
+        eventually(partial(_somebody_waits_for_a_lock, database_url))
+
+        # then others still write, within the lock timeout that they always have
+        with closing(Database(database_url)) as others:
+            for _ in range(5):
+                insert(others, new_job())
+        assert not migration.done()
+
+        # and it goes through once the lock is free
+        reader.close()
+        assert migration.result(60) == NEWEST
+
+
+def _somebody_waits_for_a_lock(url: str) -> bool:
+    with create_engine(psycopg_url(url), poolclass=NullPool).connect() as connection:
+        found = connection.scalar(text("SELECT count(*) FROM pg_locks WHERE NOT granted"))
+    return bool(found)

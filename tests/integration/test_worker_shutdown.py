@@ -1,0 +1,231 @@
+"""Workers that are stopped, replaced and asked how they are."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import redis
+from celery import Celery
+
+from app.broker import ready_workers
+from app.config import Settings
+from app.engines.base import Kind
+from app.store.database import Database
+from tests.own_redis import running_redis
+from tests.rescues import running_rescue
+from tests.rows import insert, new_job
+from tests.waiting import eventually
+from tests.workers import Worker, results, rows, running_worker
+
+
+@pytest.fixture
+def config(make_settings: Callable[..., Settings], database_url: str, redis_url: str) -> Settings:
+    stub = {
+        "source": "stub",
+        "kind": "generate",
+        "engine": "stub",
+        "default": True,
+        "max_batch_size": 4,
+        "max_wait_ms": 20,
+        "options": {"step_ms": 1},
+    }
+    return make_settings(
+        database={"url": database_url},
+        broker={"url": redis_url},
+        worker={"lease_s": 4, "heartbeat_s": 0.5, "grace_s": 600},
+        rescue={"sweep_ms": 200, "lost_after_s": 1},
+        models={"stub": stub},
+    )
+
+
+@pytest.fixture
+def producer(config: Settings) -> Iterator[Celery]:
+    with Celery("somebody-else", broker=config.broker.url, set_as_current=False) as app:
+        yield app
+
+
+def send(producer: Celery, prompt: str) -> str:
+    return str(producer.send_task("inference.generate", kwargs={"prompt": prompt}).id)
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])
+def test_a_second_signal_gives_back_at_once_and_uncharged_what_runs(
+    config: Settings, producer: Celery, tmp_path: Path, second: signal.Signals
+) -> None:
+    with running_worker(config, tmp_path / "worker") as worker:
+        id_ = send(producer, "sleep 600000")
+        eventually(lambda: rows(config, "SELECT FROM jobs WHERE state = 'running'"))
+
+        worker.send_signal(signal.SIGTERM)
+        eventually(lambda: "Warm shutdown" in worker.log)
+        worker.send_signal(second)
+        worker.wait(30)
+
+    [job] = rows(config, "SELECT * FROM jobs WHERE id = %s", id_)
+    assert (job["state"], job["attempts_charged"], job["losses"]) == ("queued", 0, 0)
+    assert [each["outcome"] for each in rows(config, "SELECT * FROM attempts")] == ["released"]
+    with redis.Redis.from_url(config.broker.url) as client:
+        assert client.hlen("unacked") == 0
+
+
+@pytest.mark.slow
+def test_a_rolling_restart_of_two_workers_loses_and_doubles_nothing(
+    config: Settings, producer: Celery, tmp_path: Path
+) -> None:
+    # given two workers under a steady stream of jobs
+    ids: list[str] = []
+    stop = threading.Event()
+
+    def stream() -> None:
+        while not stop.wait(0.02):
+            ids.append(send(producer, f"job {len(ids)}\nsleep 100"))
+
+    workers = [Worker(config, tmp_path / f"worker {n}").start() for n in range(2)]
+    thread = threading.Thread(target=stream)
+    thread.start()
+    try:
+        with running_rescue(config, tmp_path / "rescue"):
+            # when one after the other is stopped and started
+            for worker in workers:
+                eventually(lambda: rows(config, "SELECT FROM jobs WHERE state = 'running'"))
+                worker.send_signal(signal.SIGTERM)
+                worker.wait(60)
+                worker.start()
+            stop.set()
+            thread.join()
+            found = eventually(lambda: (all_ := results(config)).keys() >= set(ids) and all_, 60)
+    finally:
+        stop.set()
+        for worker in workers:
+            worker.kill()
+
+    # then each job ran once and completed
+    assert {row["state"] for row in found.values()} == {"completed"}
+    ends = rows(config, "SELECT outcome, count(*) AS jobs FROM attempts GROUP BY outcome")
+    assert [(each["outcome"], each["jobs"]) for each in ends] == [("succeeded", len(ids))]
+    assert rows(config, "SELECT FROM attempts WHERE outcome <> 'succeeded'") == []
+
+
+def test_a_worker_is_ready_again_after_its_engine_was_stopped_or_its_database_was_away(
+    config: Settings, producer: Celery, tmp_path: Path
+) -> None:
+    def is_ready() -> bool:
+        return bool(ready_workers(config, timeout_s=0.5))
+
+    with running_worker(config, tmp_path / "worker") as worker:
+        eventually(is_ready, 30)
+        [engine] = psutil.Process(worker.pid).children()
+
+        # an engine that hangs in a step, then goes on
+        send(producer, "sleep 600000")
+        eventually(lambda: rows(config, "SELECT FROM jobs WHERE state = 'running'"))
+        os.kill(engine.pid, signal.SIGSTOP)
+        eventually(lambda: not is_ready(), 60)
+        os.kill(engine.pid, signal.SIGCONT)
+        eventually(is_ready, 60)
+
+        # a database that takes no connection, then does
+        name = config.database.url.rpartition("/")[2]
+        admin = config.model_copy(
+            update={
+                "database": config.database.model_copy(
+                    update={"url": config.database.url.replace(name, "postgres")}
+                )
+            }
+        )
+        rows_of_none = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s"
+        set_allowed = "UPDATE pg_database SET datallowconn = {} WHERE datname = %s RETURNING 1"
+        rows(admin, set_allowed.format("false"), name)
+        rows(admin, rows_of_none, name)
+        eventually(lambda: not is_ready(), 60)
+        rows(admin, set_allowed.format("true"), name)
+        eventually(is_ready, 60)
+
+
+def test_a_worker_that_stops_consuming_ends_with_a_clear_line(
+    config: Settings, producer: Celery, tmp_path: Path
+) -> None:
+    watched = config.worker.model_copy(update={"stall_timeout_s": 2.0})
+    config = config.model_copy(update={"worker": watched})
+    with running_worker(config, tmp_path / "worker") as worker:
+        eventually(lambda: ready_workers(config), 30)
+        for queue in ("celery", "gristmill.stub"):
+            producer.control.cancel_consumer(queue, reply=True, timeout=5)
+        id_ = send(producer, "nobody takes this")
+
+        assert worker.wait(60) == os.EX_SOFTWARE
+        assert "messages wait in Redis and it has received none" in worker.log
+
+    with running_worker(config, tmp_path / "next"):
+        assert eventually(lambda: results(config).get(id_), 30)["state"] == "completed"
+
+
+def test_a_task_name_of_a_newer_version_leaves_its_job_to_newer_workers(
+    config: Settings, producer: Celery, tmp_path: Path
+) -> None:
+    database = Database(config.database.url)
+    [id_] = insert(database, new_job(model="stub", kind=Kind.GENERATE))
+    database.close()
+    producer.send_task("inference.rerank", task_id=str(id_), kwargs={"query": "x"})
+    unknown = str(uuid.uuid4())
+    producer.send_task("inference.rerank", task_id=unknown, kwargs={"query": "x"})
+
+    with running_worker(config, tmp_path / "worker"):
+        refused = eventually(lambda: results(config).get(unknown), 30)
+
+    assert "Unknown task name" in refused["error_message"]
+    [job] = rows(config, "SELECT * FROM jobs WHERE id = %s", id_)
+    assert (job["state"], job["received_by"]) == ("queued", None)
+
+
+def test_a_frozen_worker_that_thaws_changes_nothing_and_works_on(
+    config: Settings, producer: Celery, tmp_path: Path
+) -> None:
+    # given a worker that stands still, engine and all, for longer than its lease
+    with (
+        running_rescue(config, tmp_path / "rescue"),
+        running_worker(config, tmp_path / "zombie") as zombie,
+    ):
+        id_ = send(producer, "taken from the zombie\nsleep 3000")
+        eventually(lambda: rows(config, "SELECT FROM jobs WHERE state = 'running'"))
+        family = [zombie.pid, *(each.pid for each in psutil.Process(zombie.pid).children())]
+        for pid in family:
+            os.kill(pid, signal.SIGSTOP)
+        eventually(lambda: rows(config, "SELECT FROM attempts WHERE outcome = 'lost'"), 30)
+
+        # when it thaws, it may get the job again itself
+        for pid in family:
+            os.kill(pid, signal.SIGCONT)
+        found = eventually(lambda: results(config).get(id_), 60)
+
+    assert found["state"] == "completed"
+    attempts = rows(config, "SELECT * FROM attempts ORDER BY number")
+    assert [each["outcome"] for each in attempts] == ["lost", "succeeded"]
+    assert found["attempt_id"] == attempts[1]["id"]
+
+
+def test_redis_away_is_not_ready_and_ready_again_when_it_is_back(
+    config: Settings, tmp_path: Path
+) -> None:
+    with running_redis(tmp_path) as own:
+        broker = config.broker.model_copy(update={"url": own.url})
+        config = config.model_copy(update={"broker": broker})
+
+        def is_ready() -> bool:
+            from app.checks import worker_answers
+
+            return worker_answers(config)
+
+        with running_worker(config, tmp_path / "worker"):
+            eventually(is_ready, 30)
+            own.stop()
+            assert not is_ready()
+            own.start()
+            eventually(is_ready, 60)
