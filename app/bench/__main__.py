@@ -9,7 +9,16 @@ from typing import Final
 
 from app.errors import ConfigError
 
-BENCHES: Final = ("engine", "step", "answers", "pipeline", "overload", "retention")
+BENCHES: Final = (
+    "engine",
+    "step",
+    "answers",
+    "pipeline",
+    "overload",
+    "retention",
+    "recovery",
+    "poison",
+)
 
 
 def main() -> None:

@@ -289,7 +289,6 @@ class Runner:
         while self._suspects and not self._host.busy:
             self._runs_apart = True
             if (group := self._suspects.next_claimed()) is not None:
-                log.info("Runs %d suspects apart.", len(group), extra={"action": "runs_apart"})
                 self._hand_over(group)
                 continue
             free_rows = {model: self._host.free_rows(model) for model in self._models}
@@ -336,6 +335,8 @@ class Runner:
         self._over += [job for job in jobs if job not in going]
         if not going:
             return
+        if self._runs_apart:
+            log.info("Runs %d suspects apart.", len(going), extra={"action": "runs_apart"})
         batch = going[0].claimed_run.batch
         self._host.admit(batch.model, str(batch.id), self._running.enter(going))
         for job in going:

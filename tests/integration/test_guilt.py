@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ import psutil
 import pytest
 from celery import Celery
 
+from app.bench.poison import max_runs
 from app.config import Settings
 from app.jobs import ALONE_AFTER
 from tests.rescues import running_rescue
@@ -93,8 +93,7 @@ def test_the_failed_are_exactly_the_poisons_among_64(
     attempts = rows(config, "SELECT * FROM attempts")
     assert len(attempts) == BATCH
     assert {each["outcome"] for each in attempts} == {"succeeded", "failed"}
-    judged_again = number  # whose end is no run, only said
-    assert runs - judged_again <= 2 * number * math.ceil(math.log2(BATCH)) + 1
+    assert runs <= max_runs(number)
 
 
 def test_an_engine_process_that_somebody_kills_costs_no_job(

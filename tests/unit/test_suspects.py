@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from app.bench.poison import max_runs
 from app.engines.tokenizer import Prepared
 from app.jobs import ALONE_AFTER, MAX_SUSPECTS, SUSPECT_AFTER, CloseReason
 from app.worker.batcher import Limits
@@ -94,7 +95,7 @@ def test_several_poisons_cost_at_most_a_path_down_the_tree_each(
     guilty, runs = try_all(jobs, poisons)
 
     assert guilty == poisons
-    assert runs <= 2 * number * 6 + 1
+    assert runs <= max_runs(number)
 
 
 @pytest.mark.parametrize("broken", [Broken("x", was_killed=True), Broken("x", was_stuck=True)])
