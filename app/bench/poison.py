@@ -32,6 +32,7 @@ _CONFIG: Final = {
         engine = "stub"
         default = true
         max_batch_size = 64
+        max_batch_tokens = 100000
         max_wait_ms = 10000
         [models.stub.options]
         step_ms = 1
