@@ -42,7 +42,7 @@ def plot_step(
 
 def _canvas(height: float) -> tuple[Any, Any]:
     try:
-        from matplotlib import pyplot  # type: ignore[import-not-found]
+        from matplotlib import pyplot
     except ImportError:
         sys.exit("--plot needs matplotlib: pip install matplotlib")
     pyplot.switch_backend("Agg")

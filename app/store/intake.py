@@ -155,11 +155,14 @@ def mark_enqueued(connection: Connection, ids: Sequence[UUID]) -> None:
         connection.execute(_MARK_ENQUEUED, {"ids": list(ids)})
 
 
+KNOWN_KIND: Final = "kind IN ({})".format(", ".join(f"'{kind}'" for kind in Kind))
+"""Jobs of other kinds are a later version's, whose own workers and rescue look after them."""
+
 _NEW_IS_DUE: Final = "coalesce(not_before, now()) <= now()"
 
 # A job that is not due is nobody's: its message is acknowledged, and rescue sends one in time.
-_NOTE_RECEIVED: Final = """
-    received_by = CASE WHEN jobs.state = 'queued' AND jobs.not_before <= now()
+_NOTE_RECEIVED: Final = f"""
+    received_by = CASE WHEN jobs.state = 'queued' AND jobs.not_before <= now() AND jobs.{KNOWN_KIND}
         THEN CAST(:worker_id AS uuid) ELSE jobs.received_by END,
     enqueued_at = CASE WHEN jobs.state = 'queued' AND jobs.not_before > now()
         THEN NULL ELSE coalesce(jobs.enqueued_at, now()) END
@@ -202,7 +205,7 @@ def receive(
 
     Writes the rows that messages bring with them and notes who received which queued job, so that
     rescue knows what is lost when this worker dies. May be repeated. An id that has neither a row
-    nor a request is missing from the answer.
+    nor a request is missing from the answer, and so is a job of a kind that is not known here.
     """
     jobs: dict[UUID, NewJob | None] = {}
     for arrival in sorted(arrivals, key=lambda arrival: arrival.id):  # rows are locked in order
@@ -220,6 +223,7 @@ def receive(
     return {
         row.id: Received(**{**row._mapping, "kind": Kind(row.kind), "state": JobState(row.state)})
         for row in rows
+        if row.kind in set(Kind)
     }
 
 

@@ -18,6 +18,7 @@ from sqlalchemy import Connection, Row, text
 from app.engines.base import Kind
 from app.jobs import ALONE_AFTER, JobState
 from app.store.claims import GIVE_BACK, Released
+from app.store.intake import KNOWN_KIND
 from app.store.results import RECORD_ENDED
 
 _LEASE_OVER: Final = """
@@ -110,9 +111,6 @@ def _wake_up(row: Row[Any]) -> WakeUp:
     return WakeUp(row.id, row.model, Kind(row.kind), row.priority)
 
 
-_KNOWN: Final = "kind IN ({})".format(", ".join(f"'{kind}'" for kind in Kind))
-"""Jobs of other kinds are a later version's, whose own rescue looks after them."""
-
 _UNSENT: Final = "state = 'queued' AND received_by IS NULL AND enqueued_at IS NULL"
 
 # The models of jobs that have no message, by steps from each to the next in the index.
@@ -140,7 +138,7 @@ _FIND_UNSENT: Final = text(f"""
     CROSS JOIN LATERAL (
         SELECT id, model, kind, priority FROM jobs
         WHERE {_UNSENT} AND model = :model AND priority = given.priority AND not_before <= now()
-            AND {_KNOWN}
+            AND {KNOWN_KIND}
             AND (attempt > 0 OR not_before > created_at
                 OR created_at <= now() - :grace_s * interval '1 s')
         ORDER BY not_before LIMIT :page
@@ -166,7 +164,7 @@ def unsent(
 _OVERDUE: Final = text(f"""
     SELECT id, model, kind, priority FROM jobs
     WHERE state = 'queued' AND received_by IS NULL AND model = :model AND not_before <= now()
-        AND {_KNOWN}
+        AND {KNOWN_KIND}
         AND enqueued_at < now() - :lost_after_s * interval '1 s'
         AND enqueued_at < now() - :lost_after_s * 2 ^ least(wake_count, 16) * interval '1 s'
     ORDER BY enqueued_at LIMIT :page

@@ -227,7 +227,8 @@ class EngineHost:
             return Broken(f"it ended with exit status {status}")
         killed = -status == signal.SIGKILL
         hint = ", as when the host runs out of memory" if killed else ""
-        return Broken(f"signal {-status} ended it{hint}", was_killed=killed)
+        ended = -status == signal.SIGTERM
+        return Broken(f"signal {-status} ended it{hint}", was_killed=killed, was_ended=ended)
 
 
 def step_limit_ns(num_steps: int, slowest_ns: int, timeout_ns: int) -> int:

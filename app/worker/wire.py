@@ -88,11 +88,12 @@ class Broken:
     will_not_load: bool = False
     was_killed: bool = False  #: by SIGKILL and not by the host: mostly the kernel, out of memory
     was_stuck: bool = False  #: the host killed it
+    was_ended: bool = False  #: by SIGTERM, as for an error of the device
 
     @property
     def may_be_innocent(self) -> bool:
         """Whether its end says little of what ran inside."""
-        return self.was_killed or self.was_stuck
+        return self.was_killed or self.was_stuck or self.was_ended
 
 
 Event = Ready | Stepped | DidNotFit | Broken

@@ -287,3 +287,18 @@ def test_the_queue_is_what_nobody_has_received(database: Database) -> None:
     with database.begin() as connection:
         assert intake.queued(connection).jobs == 3
         assert rescue.count_unreceived(connection) == {}  # none of them was sent
+
+
+def test_a_forged_message_for_a_job_of_a_later_version_leaves_it_alone(database: Database) -> None:
+    [later, ours] = insert(database, new_job(), new_job())
+    with database.begin() as connection:
+        connection.execute(text("ALTER TABLE jobs DROP CONSTRAINT IF EXISTS jobs_kind_check"))
+        connection.execute(text("UPDATE jobs SET kind = 'rerank' WHERE id = :id"), {"id": later})
+    worker = Worker.registered(database)
+
+    with database.begin() as connection:
+        received = intake.receive(connection, worker.id, [Arrival(later), Arrival(ours)])
+        again = intake.receive(connection, worker.id, [Arrival(later, new_job(id=later))])
+
+    assert set(received) == {ours} and not again
+    assert column(database, later, "received_by") is None

@@ -142,7 +142,7 @@ def test_submitting(service: Service) -> None:
         assert not intake.insert_jobs(connection, [known])[0].created
         intake.mark_enqueued(connection, [job.id for job in new])
 
-    assert service.explain(submit) == {"jobs_pkey", "jobs_idempotency_key"}
+    assert service.explain(submit) == {"jobs_pkey", "jobs_idempotency_key", "jobs_replay_of"}
 
 
 def test_receiving(service: Service) -> None:
@@ -291,7 +291,7 @@ def test_lists(service: Service, state: JobState | None, model: str | None) -> N
     indexes = {name for name in service.explain(list_jobs) if name.startswith("jobs")}
 
     assert best in indexes
-    assert indexes <= {best, "jobs_pkey", "jobs_running"}
+    assert indexes <= {best, "jobs_pkey", "jobs_running", "jobs_replay_of"}
 
 
 def test_the_depths_and_ages_of_queues(service: Service) -> None:

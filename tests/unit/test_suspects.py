@@ -98,7 +98,10 @@ def test_several_poisons_cost_at_most_a_path_down_the_tree_each(
     assert runs <= max_runs(number)
 
 
-@pytest.mark.parametrize("broken", [Broken("x", was_killed=True), Broken("x", was_stuck=True)])
+@pytest.mark.parametrize(
+    "broken",
+    [Broken("x", was_killed=True), Broken("x", was_stuck=True), Broken("x", was_ended=True)],
+)
 def test_a_job_whose_engine_was_killed_by_others_or_was_slow_gets_more_chances(
     broken: Broken,
 ) -> None:
