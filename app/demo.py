@@ -20,12 +20,16 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from app import requests
 from app.broker import list_key, raw_message
 from app.client import AsyncClient, Client
 from app.config import Settings
 from app.config_file import Loaded
 from app.demo_prompts import bodies
+from app.engines import registry
 from app.engines.base import Kind
+from app.engines.base import Sequence as Tokens
+from app.engines.catalog import load_catalog
 from app.errors import GristmillError
 from app.jobs import JobState
 from app.store import reads
@@ -141,9 +145,10 @@ def run(loaded: Loaded, out: Console, tell: Callable[[str], None]) -> None:
         out.print(f"{len(sent)} prompts are on their way, by {len(WAYS)} ways.")
         jobs = _follow(database, sent, system, out)
         alone = _one_at_a_time(system.settings, sent, database, out)
+        plain = _plain_tokens_per_s(system.settings, sent, out)
         out.print(_table(sent, jobs))
         _print_answers(sent, jobs, out)
-        out.print(_summary(jobs, alone))
+        out.print(_summary(jobs, alone, plain))
         settings = system.settings
         out.print(f"API      {settings.api.url}/docs\nFlower   {settings.flower.url}")
         out.print("Both stop now; `make up` keeps them running.")
@@ -195,7 +200,7 @@ def _one_at_a_time(
     settings: Settings, sent: Sequence[Sent], database: Database, out: Console
 ) -> list[JobView]:
     """The records of a sample sent again, each prompt after the answer to the one before."""
-    sample = [each.body for each in sent if "input" not in each.body][:SAMPLE]
+    sample = _sample(sent)
     out.print(f"For comparison, {len(sample)} of them again, one at a time.")
     ids = []
     with Client(settings.api.url) as client:
@@ -203,6 +208,37 @@ def _one_at_a_time(
             ids.append(client.submit(body))
             client.wait(ids[-1], TIMEOUT_S)
     return _records(database, [UUID(job_id) for job_id in ids])
+
+
+def _sample(sent: Sequence[Sent]) -> Bodies:
+    return [each.body for each in sent if "input" not in each.body][:SAMPLE]
+
+
+def _plain_tokens_per_s(settings: Settings, sent: Sequence[Sent], out: Console) -> float:
+    """Output tokens per second of transformers' `generate`, one prompt at a time and no queue."""
+    out.print("And with transformers' generate alone, without a queue.")
+    name = settings.model_name(Kind.GENERATE, None)
+    model = load_catalog(settings, [name])[name]
+    engine = registry.create(
+        "generate",
+        model.folder,
+        model.settings.model_copy(update={"options": {}}),
+        device=settings.worker.device,
+        threads=settings.worker.threads,
+        progress=lambda: None,
+    )
+    tokens, seconds = 0, 0.0
+    for place, body in enumerate(_sample(sent)):
+        request = requests.parse(body)
+        prepared = model.tokenizer.check(request, model.settings)
+        params = request.sampling(prepared.max_tokens, 0)
+        began = time.monotonic()
+        engine.admit("plain", [Tokens(place, prepared.prompts[0], params)])
+        while engine.has_work:
+            tokens += sum(len(each.token_ids) for each in engine.step())
+        seconds += time.monotonic() - began
+    engine.close()
+    return tokens / seconds
 
 
 # ── what came of it ─────────────────────────────────────────────────────────────────────────────
@@ -254,7 +290,7 @@ def _exchange(body: dict[str, Any], response: dict[str, Any]) -> Iterator[tuple[
         )
 
 
-def _summary(jobs: Sequence[JobView], alone: Sequence[JobView]) -> Table:
+def _summary(jobs: Sequence[JobView], alone: Sequence[JobView], plain: float) -> Table:
     table = Table(
         show_header=False, box=None, pad_edge=False, title="Summary", title_justify="left"
     )
@@ -278,7 +314,9 @@ def _summary(jobs: Sequence[JobView], alone: Sequence[JobView]) -> Table:
         "output tokens/s", f"{together:.1f}, from the first prompt in to the last answer out"
     )
     table.add_row("one at a time", f"{one:.1f} on {len(alone)} of the prompts, the same way")
-    table.add_row("speed-up", f"{together / one:.1f}×" if one else "")
+    table.add_row("generate alone", f"{plain:.1f} on the same, one at a time and without a queue")
+    speed_up = f"{together / plain:.1f}× of generate alone, {together / one:.1f}× of one at a time"
+    table.add_row("speed-up", speed_up if one and plain else "")
     return table
 
 

@@ -18,7 +18,7 @@ from sqlalchemy import NullPool, create_engine, text
 from app.errors import SchemaError
 from app.store.database import MIGRATIONS, Database, downgrade, migrate, psycopg_url
 from app.store.tables import metadata
-from tests.rows import at_once, insert, new_job
+from tests.rows import at_once
 from tests.waiting import eventually
 
 _NEXT_REVISION = """
@@ -182,7 +182,8 @@ def test_a_migration_waits_for_a_lock_without_keeping_others_waiting(database_ur
         # then others still write, within the lock timeout that they always have
         with closing(Database(database_url)) as others:
             for _ in range(5):
-                insert(others, new_job())
+                with others.begin() as connection:
+                    connection.execute(text("UPDATE jobs SET priority = 1 WHERE priority = 0"))
         assert not migration.done()
 
         # and it goes through once the lock is free
