@@ -110,10 +110,10 @@ class Registrar:
             received = intake.receive(connection, self._worker_id, map(self._row, leading.values()))
             intake.reject(connection, list(map(_rejected, self._refusals)))
             intake.unreceive(connection, self._worker_id, self._given_back)
+        self._cancel_revoked()
         for refusal in self._refusals:
             refusal.acknowledge()
         self._waiting, self._refusals, self._given_back = [], [], []
-        self._cancel_revoked()
         for each in waiting:
             if each is not leading[each.arrival.job_id]:
                 each.ticket.dropped()

@@ -9,7 +9,7 @@ import pytest
 
 from tests.simulation.engine import answer_to
 from tests.simulation.schedules import cut_down, drawn, failure_of, play
-from tests.simulation.world import PROMPTS, Message, World
+from tests.simulation.world import PROMPTS, ROLLED_BACK, Message, World
 
 SEEDS_EACH = 25
 
@@ -84,6 +84,24 @@ def test_a_bare_wake_up_and_the_message_with_the_request_may_come_together() -> 
 
     assert [row["state"] for row in world.store.rows("jobs")] == ["completed"]
     assert not any(worker.unacked for worker in world.workers)
+
+
+def test_messages_that_arrive_while_postgres_fails_a_revoke_are_not_forgotten() -> None:
+    world = World()
+    world.workers[1].die(given_back=False)
+    world.go(60, 0)  # the worker is registered
+    world.submit(PROMPTS.index("good 3"), 1, 0)
+    world.submit(PROMPTS.index("good 3"), 1, 0)
+    [worker, _] = world.workers
+    for message in (world.queue.lists["static"].pop(0), world.queue.lists["static"].pop(0)):
+        worker.take(message)
+    world.revoke(0, 0)
+    worker.database.fault, worker.database.fault_in = ROLLED_BACK, 1  # after the registration
+    worker.turn()
+
+    world.heal()
+
+    assert [row["state"] for row in world.store.rows("jobs")] == ["cancelled", "completed"]
 
 
 def test_of_two_requests_under_one_new_id_the_stored_one_is_answered() -> None:
