@@ -10,7 +10,7 @@ PIP := $(RUN) pip --quiet --disable-pip-version-check install
 LOCKED = $(shell cat pyproject.toml requirements/*.lock | cksum)
 export PYTEST_DEBUG_TEMPROOT := $(CURDIR)/.cache/tmp
 
-.PHONY: help setup install demo up test lint types unit simulation integration e2e simulate chaos soak bench lock clean
+.PHONY: help setup install demo up test lint types unit simulation integration e2e simulate mutants chaos soak bench lock clean
 
 help:  ## List what can be made
 	@sed -n 's/^\([a-z0-9 ]*\):.*##  */\1|/p' Makefile | while IFS='|' read -r name text; \
@@ -52,6 +52,9 @@ unit simulation integration e2e: setup  ## Run one tier of the tests
 
 simulate: setup  ## Play SCHEDULES=10000 of faults on a simulated clock, from SEED=0 on
 	$(RUN) tests.simulation --schedules $(or $(SCHEDULES),10000) --seed $(or $(SEED),0)
+
+mutants: setup  ## Plant deliberate defects one by one and show which test catches each
+	$(RUN) tests.mutants
 
 chaos: setup  ## Do 30 faults to the whole system, under load, and check that nothing is lost
 	$(RUN) tests.chaos

@@ -200,11 +200,17 @@ class SimulatedHost(EngineHost):
         super().__init__(*given, **named)
         self.process: SimulatedProcess | None = None
         self.num_runs = 0  #: batches that were handed to an engine
+        self.lost_with: list[set[str]] = []  #: prompts inside each process that ended by itself
 
     def _spawn(self) -> None:
         self.process = SimulatedProcess(self._now_ns, pid=1)
         self._process = self._connection = self.process  # type: ignore[assignment]
         self._progress = self.process.page  # type: ignore[assignment]
+
+    def kill(self) -> None:
+        if self._process is not None and self.process and not self.process.is_alive:
+            self.lost_with.append(self.process.inside)
+        super().kill()
 
     def admit(self, *given: Any) -> None:
         self.num_runs += 1

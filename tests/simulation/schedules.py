@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+import time
 from dataclasses import dataclass
 from typing import Final
 
@@ -28,6 +28,7 @@ FAULTS: Final = tuple(
     if name not in ("submit", "go", "start_worker", "start_rescue", "stand_still")
 )
 MAX_NUMBER: Final = 10_000
+CUT_DOWN_S: Final = 20.0
 
 
 def drawn(seed: int) -> Schedule:
@@ -71,11 +72,14 @@ def failure_of(schedule: Schedule) -> Failure | None:
 
 
 def cut_down(failure: Failure) -> Failure:
-    """A schedule as short as leaving out moves makes it that fails with the same kind of error."""
-    smallest = failure
+    """A schedule as short as leaving out moves makes it that fails with the same kind of error.
+
+    Or what is shortest after `CUT_DOWN_S`: one that never comes to rest takes long to play.
+    """
+    smallest, until_s = failure, time.monotonic() + CUT_DOWN_S
     for size in (8, 4, 2, 1):
         place = 0
-        while place < len(smallest.schedule):
+        while place < len(smallest.schedule) and time.monotonic() < until_s:
             moves = smallest.schedule
             shorter = failure_of(moves[:place] + moves[place + size :])
             if shorter is not None and type(shorter.error) is type(failure.error):
@@ -83,10 +87,3 @@ def cut_down(failure: Failure) -> Failure:
             else:
                 place += size
     return smallest
-
-
-def failures(seeds: range) -> Iterator[tuple[int, Failure]]:
-    for seed in seeds:
-        failure = failure_of(drawn(seed))
-        if failure is not None:
-            yield seed, failure

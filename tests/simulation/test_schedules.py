@@ -74,6 +74,25 @@ def test_only_poisons_fail_and_the_engine_runs_no_more_often_than_halves_need(
     assert worker.host.num_runs <= 1 + 2 * 2 * num_poisons  # 2⌈log2 B⌉ + 1 for one in a batch of B
 
 
+def test_healthy_jobs_are_never_beside_the_suspects_of_a_crash() -> None:
+    world = World()
+    world.workers[1].die(given_back=False)
+    host = world.workers[0].host
+    for prompt in ("poison 3", "good 9", "good 9"):
+        world.submit(PROMPTS.index(prompt), 7, 0)  # in the model whose engine lets others join
+    while not host.lost_with:
+        world.go(1, 0)
+    [suspects] = host.lost_with
+    for _ in range(4):
+        world.submit(PROMPTS.index("good 3"), 7, 0)
+
+    world.heal()
+
+    assert len(suspects) == 3
+    assert len(host.lost_with) == 3  # together, in a half, alone
+    assert all(prompts < suspects for prompts in host.lost_with[1:])
+
+
 def test_a_bare_wake_up_and_the_message_with_the_request_may_come_together() -> None:
     world = World()
     world.submit(PROMPTS.index("good 3"), 1, 0)
@@ -102,6 +121,22 @@ def test_messages_that_arrive_while_postgres_fails_a_revoke_are_not_forgotten() 
     world.heal()
 
     assert [row["state"] for row in world.store.rows("jobs")] == ["cancelled", "completed"]
+
+
+def test_a_job_whose_message_is_lost_after_a_reconnect_is_sent_again() -> None:
+    world = World()
+    world.workers[1].die(given_back=False)
+    world.go(60, 0)  # the worker is registered
+    world.submit(PROMPTS.index("good 3"), 1, 0)
+    [worker, _] = world.workers
+    worker.take(world.queue.lists["static"].pop())
+    worker.turn()
+    world.disconnect(0)
+    world.flush_redis()
+
+    world.heal()
+
+    assert [row["state"] for row in world.store.rows("jobs")] == ["completed"]
 
 
 def test_of_two_requests_under_one_new_id_the_stored_one_is_answered() -> None:

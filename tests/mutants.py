@@ -1,0 +1,284 @@
+"""`python -m tests.mutants`: deliberate defects in the product, each of which some test must catch.
+
+Every defect is a few words of the source replaced, in a copy of the tree in which the tests that
+should notice are then run. Words that do not occur exactly once are an error: a list of defects
+that no longer apply would prove nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+ROOT: Final = Path(__file__).resolve().parents[1]
+COPIED: Final = ("app", "configs", "migrations", "tests", "pyproject.toml", "README.md")
+SIMULATION: Final = "tests/simulation/test_schedules.py"
+CLAIMS: Final = "tests/integration/test_store_claims.py"
+STORE: Final = "app/store/claims.py"
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    defect: str
+    file: str
+    old: str
+    new: str
+    tests: str = SIMULATION  #: a file, or a file::test
+
+
+MUTANTS: Final = (
+    Mutant(
+        "finish is not fenced",
+        STORE,
+        """ AND job.attempt_id = given.attempt_id
+    ), moved AS (
+        UPDATE jobs SET
+            state = given.state""",
+        """
+    ), moved AS (
+        UPDATE jobs SET
+            state = given.state""",
+        CLAIMS,
+    ),
+    Mutant(
+        "a late zombie writes over its attempt's record",
+        STORE,
+        "AND (held.job_id IS NOT NULL OR attempts.device_ns IS NULL)",
+        "",
+        CLAIMS,
+    ),
+    Mutant(
+        "claim ignores not_before",
+        STORE,
+        "AND locked.not_before <= now() AND",
+        "AND",
+        CLAIMS,
+    ),
+    Mutant(
+        "claim ignores the worker's lease",
+        STORE,
+        "            AND (SELECT is_held FROM lease)\n",
+        "",
+        CLAIMS,
+    ),
+    Mutant(
+        "a released job forgets its cancel",
+        STORE,
+        "WHEN cancel_requested_at IS NOT NULL THEN 'cancelled'",
+        "WHEN false THEN 'cancelled'",
+        CLAIMS,
+    ),
+    Mutant(
+        "finish tells nobody",
+        STORE,
+        "{ANNOUNCE}",
+        "",
+        "tests/integration/test_store_notices.py",
+    ),
+    Mutant(
+        "a heartbeat revives a stopped worker",
+        "app/store/workers.py",
+        """now() + :lease_s * interval '1 s'
+    WHERE id = :worker_id AND stopped_at IS NULL""",
+        """now() + :lease_s * interval '1 s'
+    WHERE id = :worker_id""",
+        "tests/integration/test_store_rescue.py",
+    ),
+    Mutant(
+        "the idempotency key is not kept",
+        "app/store/intake.py",
+        "id, tenant, model, kind, url, request, fingerprint, source, idempotency_key, replay_of,\n"
+        "        metadata, priority, input_tokens, max_output_tokens, coalesce(",
+        "id, tenant, model, kind, url, request, fingerprint, source, NULL, replay_of,\n"
+        "        metadata, priority, input_tokens, max_output_tokens, coalesce(",
+        "tests/integration/test_store_intake.py",
+    ),
+    Mutant(
+        "rescue sends without marking it",
+        "app/rescue.py",
+        "intake.mark_enqueued(connection, [wake_up.id for wake_up in wake_ups])",
+        "pass",
+        "tests/integration/test_rescue.py::test_a_job_whose_message_was_never_sent_is_sent_once",
+    ),
+    Mutant(
+        "rescue forgets what dead workers had received",
+        "app/rescue.py",
+        'self._pages(self._return_received, "Workers that are gone had messages.")',
+        "0",
+    ),
+    Mutant(
+        "rescue forgets the jobs of dead workers",
+        "app/rescue.py",
+        'self._pages(self._expire_leases, "Took jobs from workers that are gone.")',
+        "0",
+    ),
+    Mutant(
+        "rescue forgets messages that Redis lost",
+        "app/rescue.py",
+        "sent_again=self._send_missing()",
+        "sent_again=0",
+    ),
+    Mutant(
+        "success is told before the commit",
+        "app/worker/runner.py",
+        "        self._over += answered\n",
+        "        for job in answered:\n"
+        '            job.ticket.succeeded("", 0.0)\n'
+        "        self._over += answered\n",
+    ),
+    Mutant(
+        "all that an engine held when it died are guilty",
+        "app/worker/runner.py",
+        "        if suspects == [solo]:\n            run = suspects[0].claimed_run\n",
+        "        for run in [job.claimed_run for job in suspects]:\n",
+    ),
+    Mutant(
+        "a claim whose answer was lost is forgotten",
+        "app/worker/runner.py",
+        "self._claiming = (batch, jobs)",
+        "self._claiming = None",
+    ),
+    Mutant(
+        "suspects run beside healthy work",
+        "app/worker/runner.py",
+        "if self._drain is not None or self._suspects or self._runs_apart:",
+        "if self._drain is not None:",
+        "tests/simulation/test_schedules.py::"
+        "test_healthy_jobs_are_never_beside_the_suspects_of_a_crash",
+    ),
+    Mutant(
+        "jobs of a flushed connection stay received",
+        "app/worker/runner.py",
+        "            del self._jobs[job.id]\n            self._registrar.give_back(job.id)\n",
+        "            del self._jobs[job.id]\n",
+        "tests/simulation/test_schedules.py::"
+        "test_a_job_whose_message_is_lost_after_a_reconnect_is_sent_again",
+    ),
+    Mutant(
+        "a lost answer to a commit counts as a refusal",
+        "app/worker/ledger.py",
+        "        except Unavailable:\n            raise\n        except GristmillError",
+        "        except GristmillError",
+    ),
+    Mutant(
+        "giving back at a shutdown is charged",
+        "app/worker/ledger.py",
+        "charged=False",
+        "charged=True",
+    ),
+    Mutant(
+        "a second message is a second job",
+        "app/worker/registrar.py",
+        " or job_id in known\n",
+        "\n",
+    ),
+    Mutant(
+        "a message for a job that was taken away is dropped for good",
+        "app/worker/registrar.py",
+        "self.give_back(job_id)  # it was taken",
+        "pass  # it was taken",
+    ),
+    Mutant(
+        "of a job's messages the first counts, with or without a request",
+        "app/worker/registrar.py",
+        "if first.arrival.request is None and each.arrival.request is not None:",
+        "if False:",
+    ),
+    Mutant(
+        "a revoke that fails takes the arrivals with it",
+        "app/worker/registrar.py",
+        "        self._cancel_revoked()\n        for refusal in self._refusals:\n",
+        "        self._waiting = []\n"
+        "        self._cancel_revoked()\n        for refusal in self._refusals:\n",
+    ),
+    Mutant(
+        "a batch passes its size",
+        "app/worker/batcher.py",
+        "if grown_rows > max_size:",
+        "if grown_rows > max_size + 1:",
+        "tests/unit/test_batcher.py",
+    ),
+    Mutant(
+        "shares are rounded and do not add up",
+        "app/costs.py",
+        "by_remainder[: total - sum(parts)]",
+        "by_remainder[:0]",
+        "tests/unit/test_costs.py",
+    ),
+)
+
+
+def mutate(root: Path, mutant: Mutant) -> str:
+    """Plant the defect; returns the text of the file as it was."""
+    file = root / mutant.file
+    text = file.read_text()
+    if (found := text.count(mutant.old)) != 1:
+        raise ValueError(f"{mutant.defect}: its words occur {found} times in {mutant.file}.")
+    file.write_text(text.replace(mutant.old, mutant.new))
+    return text
+
+
+def copy_tree(to: Path) -> None:
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, to / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, to / name)
+
+
+def failed_test(root: Path, tests: list[str]) -> str | None:
+    """The first of these tests that fails in this tree; None if all pass."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", *tests],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"},
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode == 0:
+        return None
+    caught = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    if done.returncode != 1 or caught is None:
+        raise RuntimeError(f"pytest did not run {tests}:\n{done.stdout}{done.stderr}")
+    return caught[1].rpartition("::")[2]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("words", nargs="*", help="only defects with one of these in their name")
+    words = parser.parse_args().words
+    chosen = [each for each in MUTANTS if not words or any(w in each.defect for w in words)]
+    survivors = 0
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        copy_tree(root)
+        if test := failed_test(root, list(dict.fromkeys(each.tests for each in chosen))):
+            print(f"{test} fails without any defect.")  # noqa: T201
+            return 2
+        for mutant in chosen:
+            began = time.monotonic()
+            text = mutate(root, mutant)
+            caught = failed_test(root, [mutant.tests])
+            (root / mutant.file).write_text(text)
+            survivors += caught is None
+            took_s = time.monotonic() - began
+            print(  # noqa: T201
+                f"{mutant.defect:62} {took_s:5.1f} s  {caught or 'SURVIVES'}", flush=True
+            )
+    print(f"{len(chosen) - survivors} of {len(chosen)} defects are caught.")  # noqa: T201
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
