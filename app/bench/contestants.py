@@ -25,7 +25,7 @@ from transformers import (
 from app.bench.workloads import Request
 from app.config import ModelSettings
 from app.engines.base import Kind, SamplingParams, Sequence
-from app.engines.device import load_model, pick_device
+from app.engines.device import load_model, pick_device, pick_dtype
 from app.engines.inflight.engine import InflightEngine
 
 SAMPLE: Final = 8
@@ -223,8 +223,10 @@ class Peer:
     @functools.cached_property
     def _process(self) -> subprocess.Popen[str]:
         script = Path(__file__).with_name("peer.py")
+        # By itself vLLM takes the precision of the file, which this processor may not compute in.
+        dtype = pick_dtype(self._arena.dtype, pick_device(self._arena.device))
         return subprocess.Popen(
-            [self._python, str(script), str(self._arena.folder), self._arena.dtype],
+            [self._python, str(script), str(self._arena.folder), str(dtype).removeprefix("torch.")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
