@@ -1,4 +1,4 @@
-"""Pictures of results; needs matplotlib, which nothing else does."""
+"""Pictures of results; matplotlib is one of the packages for development."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from uuid import UUID, uuid4
 
 from app.broker import Publisher, served_models
 from app.config import Settings
-from app.engines.catalog import load_catalog
+from app.engines.catalog import CatalogModel, load_catalog
 from app.errors import EngineError
 from app.store.database import Database
 from app.store.workers import NewWorker
@@ -135,34 +135,11 @@ def assemble(settings: Settings, on_end: Callable[[], object]) -> Assembly:
             engines={name: model.settings.engine for name, model in catalog.items()},
             settlement=Settlement(settings.worker.price, price, catalog),
         ),
-        host=EngineHost(
-            Load(
-                tuple(
-                    ServedModel(name, model.folder, model.settings)
-                    for name, model in catalog.items()
-                ),
-                settings.worker.device,
-                settings.worker.threads,
-            ),
-            load_timeout_s=settings.worker.load_timeout_s,
-            step_timeout_s=settings.worker.step_timeout_s,
-        ),
+        host=_engine_host(settings, catalog),
     )
     thread = RunnerThread(runner, on_end)
-    worker = NewWorker(
-        id=worker_id,
-        name=f"gristmill@{socket.gethostname()}",
-        host=socket.gethostname(),
-        pid=os.getpid(),
-        models=names,
-        device=settings.worker.device,
-        price_id=settings.worker.price,
-        currency=price.currency,
-        price_per_device_hour=price.per_device_hour,
-        engine={"python": platform.python_version()},
-    )
     lease = LeaseKeeper(
-        worker=worker,
+        worker=_this_worker(worker_id, settings),
         database=database,
         database_url=settings.database.url,
         runner=thread,
@@ -186,4 +163,32 @@ def assemble(settings: Settings, on_end: Callable[[], object]) -> Assembly:
         *(worker_id, thread, lease, database, publisher, watchdog),
         load_timeout_s=settings.worker.load_timeout_s,
         xid_watch=watch,
+    )
+
+
+def _engine_host(settings: Settings, catalog: dict[str, CatalogModel]) -> EngineHost:
+    models = tuple(
+        ServedModel(name, model.folder, model.settings) for name, model in catalog.items()
+    )
+    return EngineHost(
+        Load(models, settings.worker.device, settings.worker.threads),
+        load_timeout_s=settings.worker.load_timeout_s,
+        step_timeout_s=settings.worker.step_timeout_s,
+    )
+
+
+def _this_worker(worker_id: UUID, settings: Settings) -> NewWorker:
+    """What the row of this process says."""
+    price = settings.prices[settings.worker.price]
+    return NewWorker(
+        id=worker_id,
+        name=f"gristmill@{socket.gethostname()}",
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        models=served_models(settings),
+        device=settings.worker.device,
+        price_id=settings.worker.price,
+        currency=price.currency,
+        price_per_device_hour=price.per_device_hour,
+        engine={"python": platform.python_version()},
     )
