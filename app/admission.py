@@ -12,6 +12,8 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 from app.errors import QueueFull
@@ -38,26 +40,49 @@ class Admission:
         self._max = max_queued
         self._lock = threading.Lock()
         self._counted = Load(0, 0)
-        self._let_in = Load(0, 0)  #: since the count began
+        self._entering = Load(0, 0)  #: being written now, so perhaps not counted
+        self._let_in = Load(0, 0)  #: written since the count began
         self._count_again_at = 0.0
         self._rates = (0.0, 0.0)  #: jobs and tokens that end per second
         self._room_at = 0.0  #: when all who were told to come back will have
 
-    def admit(self, asked: Load) -> None:
-        """Raises `QueueFull` if there is no room for so much more."""
-        if self._is_count_due():
-            self._count()
+    def expect_room(self, num_jobs: int) -> None:
+        """Raises `QueueFull` if so many more are too many, whatever their tokens.
+
+        Asked before the jobs are looked at: under an overload a refusal has to be cheap.
+        """
+        self._count_if_due()
         with self._lock:
-            let_in = _sum(self._let_in, asked)
-            excess = _excess(_sum(self._counted, let_in), self._max)
-            if excess == Load(0, 0):
-                self._let_in = let_in
-                return
-            retry_after = self._retry_after(asked)
+            self._refuse_excess(Load(num_jobs, 0))
+
+    @contextmanager
+    def admitted(self, asked: Load) -> Iterator[None]:
+        """Let so much more in, which is written inside; raises `QueueFull` if there is no room."""
+        self._count_if_due()
+        with self._lock:
+            self._refuse_excess(asked)
+            self._entering = _sum(self._entering, asked)
+        try:
+            yield
+        finally:  # it may have been written, whatever was raised: the next count tells
+            with self._lock:
+                self._entering = _less(self._entering, asked)
+                self._let_in = _sum(self._let_in, asked)
+
+    def _refuse_excess(self, asked: Load) -> None:
+        inside = _sum(self._counted, _sum(self._let_in, self._entering))
+        excess = _excess(_sum(inside, asked), self._max)
+        if excess == Load(0, 0):
+            return
         what, limit = ("jobs", self._max.jobs) if excess.jobs else ("tokens", self._max.tokens)
         raise QueueFull(
-            f"The queue takes {limit} {what} and has no room for these.", retry_after=retry_after
+            f"The queue takes {limit} {what} and has no room for these.",
+            retry_after=self._retry_after(asked),
         )
+
+    def _count_if_due(self) -> None:
+        if self._is_count_due():
+            self._count()
 
     def _is_count_due(self) -> bool:
         """True for one caller at a time: the others go on with the count there is."""

@@ -156,11 +156,12 @@ class ApiSettings(_Listening):
         10_000, description="Most jobs of a bulk submission."
     )
     max_queued_jobs: Annotated[int, Field(ge=1)] = Field(
-        1_000_000, description="Beyond this many queued jobs submissions answer 429."
+        1_000_000,
+        description="Beyond this many jobs that no worker has received, submissions answer 429.",
     )
     max_queued_tokens: Annotated[int, Field(ge=1)] = Field(
         1_000_000_000,
-        description="The same for the tokens of queued jobs: prompts and most output.",
+        description="The same for the tokens of these jobs: prompts and most output.",
     )
     max_wait_s: Annotated[float, Field(gt=0, le=600)] = Field(
         60.0, description="Longest long poll."

@@ -175,6 +175,7 @@ class Submitter:
         Takes submissions, or the JSON values of some. Raises `QueueFull` or `Unavailable` if
         nothing was stored.
         """
+        self._admission.expect_room(len(submissions))
         checked = [self._check(submission) for submission in submissions]
         jobs = [job for job in checked if isinstance(job, NewJob)]
         if not jobs:
@@ -215,8 +216,8 @@ class Submitter:
     def _store(self, jobs: Sequence[NewJob]) -> list[intake.Inserted]:
         """Write rows, commit, send messages."""
         tokens = sum((job.input_tokens or 0) + (job.max_output_tokens or 0) for job in jobs)
-        self._admission.admit(Load(len(jobs), tokens))
-        with self._database.begin() as connection:
+        load = Load(len(jobs), tokens)
+        with self._admission.admitted(load), self._database.begin() as connection:
             inserted = intake.insert_jobs(connection, jobs)
         self.sender.send([job for job, row in zip(jobs, inserted, strict=True) if row.created])
         return inserted

@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import traceback
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -58,12 +57,7 @@ def run(faults: Iterable[Fault], *, seed: int, jobs: int, out: Path) -> list[Out
                 folder = held.enter_context(tempfile.TemporaryDirectory(prefix="chaos-"))
                 world = held.enter_context(World(Path(folder)))
             folder_of_fault = out / f"fault-{fault.number:02}"
-            try:
-                outcome = play(world, history, fault, seed=seed, jobs=jobs, folder=folder_of_fault)
-            except Exception as error:  # the others are played all the same
-                traceback.print_exc()
-                text = f"It could not be played to its end: {type(error).__name__}: {error}"
-                outcome = Outcome(fault.number, fault.name, violations=[text])
+            outcome = play(world, history, fault, seed=seed, jobs=jobs, folder=folder_of_fault)
             report.print_one(outcome)
             outcomes.append(outcome)
             if fault.needs_fresh_world or not outcome.survived:
@@ -74,6 +68,7 @@ def run(faults: Iterable[Fault], *, seed: int, jobs: int, out: Path) -> list[Out
 
 
 def _keep_logs(world: World, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     for file in world.logs.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
 

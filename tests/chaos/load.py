@@ -28,7 +28,7 @@ import redis
 from app.broker import list_key, queue_name, raw_message
 from app.engines.base import Kind
 from tests.chaos.history import History
-from tests.chaos.world import MODELS, NotInTime, World
+from tests.chaos.world import MODELS, NotInTime, World, eventually
 
 SENDERS: Final = 3
 BULK: Final = 20
@@ -100,6 +100,7 @@ class Load:
         self._jobs = jobs
         self._planned = 0
         self._is_enough = False  #: the fault is over
+        self._is_held = False  #: nothing is added by chance now
         self._planning = threading.Lock()
         self._num_open = 0
         self._specs: dict[str, Spec] = {}
@@ -170,6 +171,16 @@ class Load:
         self.accepted[nonce] = task_id
         self._history.end(number, "ok", "submit", nonce, **given)
 
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside, only the fault's own jobs are submitted; all others have ended."""
+        self._is_held = True
+        try:
+            eventually(lambda: self._world.value(_NUM_OPEN) == 0, TIMEOUT_S * 5, "an empty queue")
+            yield
+        finally:
+            self._is_held = False
+
     def poll(self, nonce: str) -> None:
         """Ask for a job once."""
         job_id = self.accepted[nonce]
@@ -234,9 +245,13 @@ class Load:
         while (item := self._next_group()) is not None and not self._ended.is_set():
             due_s, way, group = item
             self._ended.wait(max(0.0, self._began + due_s - time.monotonic()))
-            while self._num_open > MOST_OPEN and not self._ended.wait(0.05):
+            while self._is_crowded and not self._ended.wait(0.05):
                 pass
             self._send(way, group)
+
+    @property
+    def _is_crowded(self) -> bool:
+        return self._is_held or self._num_open > MOST_OPEN
 
     def _send(self, way: str, group: list[Spec], give_up_s: float = math.inf) -> None:
         """Submit until all of a group are accepted, or refused for good."""

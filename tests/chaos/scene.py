@@ -7,6 +7,7 @@ import math
 import random
 import threading
 import time
+import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -121,6 +122,18 @@ class Scene:
         if not is_so:
             self.found.append(Violation(invariant, text))
 
+    def expect_soon(
+        self, is_so: Callable[[], object], within_s: float, invariant: str, what: str
+    ) -> None:
+        """A check that may take a while to come true; `what` names it, and the time is noted."""
+        began = time.monotonic()
+        try:
+            eventually(is_so, within_s, what)
+        except NotInTime as error:
+            self.expect(False, invariant, str(error))
+        else:
+            self.note(f"{what} after {time.monotonic() - began:.1f} s.")
+
     def afterwards(self, look: Callable[[Evidence], None]) -> None:
         """Look at the evidence when all has ended; `look` uses `expect` and `note`."""
         self.later.append(look)
@@ -133,7 +146,21 @@ class Scene:
 def play(
     world: World, history: History, fault: Fault, *, seed: int, jobs: int, folder: Path
 ) -> Outcome:
-    """Run a fault to its end and check it. Leaves history, tables and texts in the folder."""
+    """Run a fault to its end and check it. Leaves history, tables and texts in the folder.
+
+    What keeps it from its end is a violation, too: others are played all the same.
+    """
+    try:
+        return _play(world, history, fault, seed=seed, jobs=jobs, folder=folder)
+    except Exception as error:
+        traceback.print_exc()
+        text = f"It could not be played to its end: {type(error).__name__}: {error}"
+        return Outcome(fault.number, fault.name, violations=[text])
+
+
+def _play(
+    world: World, history: History, fault: Fault, *, seed: int, jobs: int, folder: Path
+) -> Outcome:
     began = time.monotonic()
     rng = random.Random(f"{seed}/{fault.number}")
     canary = f"canary-{rng.getrandbits(64):016x}"

@@ -30,6 +30,8 @@ import psycopg
 import redis
 from psycopg.rows import dict_row
 
+from app.broker import ready_workers
+from app.config_file import load
 from app.local import LOOPBACK, Child, EmbeddedPostgres, EmbeddedRedis, free_port
 from app.store.database import migrate
 from tests.chaos.proxy import Proxy
@@ -206,6 +208,19 @@ class World:
                 return httpx.get(f"{self.api_url}/readyz", timeout=2).is_success
             return False
         return part == "rescue" or self.worker_id(part) is not None
+
+    def num_ready(self) -> int:
+        """How many workers say themselves that they make progress."""
+        url = {"GRISTMILL_BROKER__URL": self.redis.url}
+        return len(ready_workers(load(self.folder / "settings.toml", url).settings, timeout_s=0.5))
+
+    def api_readiness(self) -> str:
+        """What the API says of itself: ready, degraded or unavailable; or why it says nothing."""
+        try:
+            answer = httpx.get(f"{self.api_url}/readyz", timeout=5)
+        except httpx.TransportError as error:
+            return type(error).__name__
+        return str(answer.json()["status"])
 
     def stop_part(self, part: str, timeout_s: float = 15.0) -> None:
         """SIGTERM, and wait for the end; it stays down until it is started."""

@@ -479,6 +479,7 @@ def test_a_full_queue_says_when_to_come_back(
         for answer in (
             api.post("/v1/jobs", json={"body": BODY}),
             api.post("/v1/jobs/bulk", json=jobs),
+            api.post("/v1/jobs", json={"body": {"what": "it did not look at"}}),
         ):
             assert (answer.status_code, answer.json()["code"]) == (429, "queue_full")
             assert 1 <= int(answer.headers["retry-after"]) <= 60

@@ -95,9 +95,15 @@ def test_healthy_jobs_are_never_beside_the_suspects_of_a_crash() -> None:
 
 def test_a_bare_wake_up_and_the_message_with_the_request_may_come_together() -> None:
     world = World()
-    world.submit(PROMPTS.index("good 3"), 1, 0)
-    [message] = world.queue.lists["static"]
-    world.queue.lists["static"].insert(0, Message(message.job_id, None, "static"))
+    world.workers[1].die(given_back=False)
+    world.go(60, 0)  # the worker is registered
+    world.submit(PROMPTS.index("good 3"), 0, 0)  # a bare message: there is no row yet
+    [worker, _] = world.workers
+    message = world.queue.lists["static"].pop()
+    assert message.body is not None
+    worker.take(Message(message.job_id, None, "static"))
+    worker.take(message)
+    worker.turn()
 
     world.heal()
 

@@ -60,10 +60,15 @@ def gate(postgres: Postgres, jobs: int = 100, tokens: int = 10_000) -> Admission
     return Admission(postgres, Load(jobs, tokens))  # type: ignore[arg-type]
 
 
+def admit(gate: Admission, jobs: int, tokens: int) -> None:
+    with gate.admitted(Load(jobs, tokens)):
+        pass
+
+
 def refused(gate: Admission, jobs: int = 1, tokens: int = 10) -> int:
     """The seconds after which whoever asks for so much is to come back."""
     with pytest.raises(QueueFull) as refusal:
-        gate.admit(Load(jobs, tokens))
+        admit(gate, jobs, tokens)
     return refusal.value.retry_after
 
 
@@ -71,8 +76,8 @@ def test_a_full_queue_takes_no_more_jobs(postgres: Postgres, clock: Clock) -> No
     postgres.queued = Load(95, 0)
     admission = gate(postgres)
 
-    admission.admit(Load(3, 0))
-    admission.admit(Load(2, 0))  # what was let in counts, before it is counted in Postgres
+    admit(admission, 3, 0)
+    admit(admission, 2, 0)  # what was let in counts, before it is counted in Postgres
 
     refused(admission)
 
@@ -81,10 +86,22 @@ def test_tokens_fill_a_queue_as_well_as_jobs_do(postgres: Postgres, clock: Clock
     postgres.queued = Load(3, 9_000)
     admission = gate(postgres)
 
-    admission.admit(Load(1, 1_000))
+    admit(admission, 1, 1_000)
 
     with pytest.raises(QueueFull, match="10000 tokens"):
-        admission.admit(Load(1, 1))
+        admit(admission, 1, 1)
+
+
+def test_asking_for_room_takes_none(postgres: Postgres, clock: Clock) -> None:
+    postgres.queued = Load(98, 0)
+    admission = gate(postgres)
+
+    for _ in range(10):
+        admission.expect_room(2)
+
+    with pytest.raises(QueueFull, match="100 jobs"):
+        admission.expect_room(3)
+    admit(admission, 2, 0)
 
 
 def test_room_is_seen_again_when_the_queue_has_shrunk(postgres: Postgres, clock: Clock) -> None:
@@ -95,27 +112,39 @@ def test_room_is_seen_again_when_the_queue_has_shrunk(postgres: Postgres, clock:
     postgres.queued = Load(10, 0)
     clock.now += COUNT_EVERY_S
 
-    admission.admit(Load(1, 1))
+    admit(admission, 1, 1)
 
 
 def test_many_submissions_share_one_count(postgres: Postgres, clock: Clock) -> None:
     admission = gate(postgres)
 
     for _ in range(50):
-        admission.admit(Load(1, 1))
+        admit(admission, 1, 1)
 
     assert postgres.num_counts == 1
 
 
 def test_what_is_let_in_during_a_count_is_not_forgotten(postgres: Postgres, clock: Clock) -> None:
     admission = gate(postgres)
-    admission.admit(Load(1, 0))
+    admit(admission, 1, 0)
     clock.now += COUNT_EVERY_S
-    postgres.while_counting = lambda: admission.admit(Load(90, 0))
+    postgres.while_counting = lambda: admit(admission, 90, 0)
 
-    admission.admit(Load(1, 0))
+    admit(admission, 1, 0)
 
     refused(admission, jobs=10)
+
+
+def test_what_is_written_while_it_is_counted_is_not_forgotten(
+    postgres: Postgres, clock: Clock
+) -> None:
+    admission = gate(postgres)
+    with admission.admitted(Load(90, 0)):
+        clock.now += COUNT_EVERY_S
+        admit(admission, 1, 0)  # a count does not see the ninety: they are not committed
+    admit(admission, 9, 0)
+
+    refused(admission)
 
 
 def test_a_count_that_takes_long_is_made_less_often(postgres: Postgres, clock: Clock) -> None:
@@ -124,14 +153,14 @@ def test_a_count_that_takes_long_is_made_less_often(postgres: Postgres, clock: C
 
     postgres.while_counting = take_a_second
     admission = gate(postgres)
-    admission.admit(Load(1, 0))
+    admit(admission, 1, 0)
 
     clock.now += COUNT_SHARE - 2
-    admission.admit(Load(1, 0))
+    admit(admission, 1, 0)
     assert postgres.num_counts == 1
 
     clock.now += 2
-    admission.admit(Load(1, 0))
+    admit(admission, 1, 0)
     assert postgres.num_counts == 2
 
 
@@ -179,7 +208,7 @@ def test_the_limits_hold_and_pauses_are_whole_seconds_within_bounds(
     pauses = []
     for jobs, tokens in asked:
         try:
-            admission.admit(Load(jobs, tokens))
+            admit(admission, jobs, tokens)
         except QueueFull as refusal:
             pauses.append(refusal.retry_after)
         else:

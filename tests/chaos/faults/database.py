@@ -45,14 +45,23 @@ def backends_terminated(scene: Scene) -> None:
     scene.note(f"{ended} backends terminated.")
 
 
-@fault(23, "Postgres immediate stop and start", checks=("I7",))
+@fault(23, "Postgres immediate stop and start", checks=("I7", "I9"))
 def postgres_crashes(scene: Scene) -> None:
     for _ in range(3 if scene.is_full else 1):
         os.kill(_postmaster(scene), signal.SIGQUIT)  # as pg_ctl stop -m immediate
         eventually(lambda: scene.world.postgres.exit_code is not None, 20, "Postgres ended")
+        _expect_api(scene, "unavailable")
         scene.pause(0.5, 1.5)
         scene.world.postgres.start()
+        _expect_api(scene, "ready")
         scene.pause(1.0, 2.0)
+
+
+def _expect_api(scene: Scene, readiness: str) -> None:
+    def says_so() -> bool:
+        return scene.world.api_readiness() == readiness
+
+    scene.expect_soon(says_so, 10, "I9", f"the API said that it is {readiness}")
 
 
 @fault(24, "worker cut off from Postgres, one way and both", checks=("I7",))

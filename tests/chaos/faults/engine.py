@@ -94,7 +94,12 @@ def device_out_of_memory(scene: Scene) -> None:
         scene.world.restart(part)
 
 
-@fault(10, "device-side assert: the engine raises for ever", checks=("I6", "I7"), extra_s=10)
+@fault(
+    10,
+    "device-side assert: the engine raises for ever",
+    checks=("I6", "I7", "I9"),
+    extra_s=10,
+)
 def device_assert(scene: Scene) -> None:
     """The process whose device is broken must be gone at once: nothing else may run in it."""
     pids = {pid for part in WORKERS if (pid := scene.world.engine_pid(part))}
@@ -103,15 +108,18 @@ def device_assert(scene: Scene) -> None:
     began = time.monotonic()
     eventually(lambda: any(not psutil.pid_exists(pid) for pid in pids), 60, "the engine's end")
     scene.note(f"broken process gone {time.monotonic() - began:.1f} s after the submission")
+    _expect_truthful(scene)
     _wait_ended(scene, [poison], timeout_s=90)
+    _expect_ready_again(scene)
 
 
-@fault(11, "hung kernel", checks=("I6", "I7"), extra_s=MOST_CRASHES * (STEP_TIMEOUT_S + 2))
+@fault(11, "hung kernel", checks=("I6", "I7", "I9"), extra_s=MOST_CRASHES * (STEP_TIMEOUT_S + 2))
 def hung(scene: Scene) -> None:
     poison = scene.load.make("hang", expect=CRASH)
     before = sum(_count_in_log(scene, part, "no progress") for part in WORKERS)
     began = time.monotonic()
     _submit_among_mates(scene, [poison])
+    _expect_truthful(scene)
     eventually(
         lambda: sum(_count_in_log(scene, part, "no progress") for part in WORKERS) > before,
         STEP_TIMEOUT_S + 60,
@@ -122,6 +130,19 @@ def hung(scene: Scene) -> None:
         f"the limit of a step is {STEP_TIMEOUT_S:g} s"
     )
     _wait_ended(scene, [poison], timeout_s=90)
+    _expect_ready_again(scene)
+
+
+def _expect_truthful(scene: Scene) -> None:
+    """The worker whose engine is hung or gone says that it makes no progress."""
+    all_ = len(WORKERS)
+    what = "a worker said that it is not ready"
+    scene.expect_soon(lambda: scene.world.num_ready() < all_, STEP_TIMEOUT_S + 3, "I9", what)
+
+
+def _expect_ready_again(scene: Scene) -> None:
+    all_ = len(WORKERS)
+    scene.expect_soon(lambda: scene.world.num_ready() == all_, 10, "I9", "all said that they are")
 
 
 @fault(13, "NaN logits; endless generation", checks=("I6", "I7"))
