@@ -49,6 +49,7 @@ from uuid import UUID, uuid4
 
 from celery import Celery, signals
 from kombu.exceptions import KombuError
+from kombu.transport import TRANSPORT_ALIASES
 from redis.exceptions import RedisError
 
 from app import telemetry
@@ -84,8 +85,17 @@ def served_models(settings: Settings) -> tuple[str, ...]:
 # ── the Celery app ──────────────────────────────────────────────────────────────────────────────
 
 
+_TRANSPORTS: Final = {
+    "redis": "app.worker.transport:Transport",
+    "rediss": "app.worker.transport:Transport",
+    "sentinel": "app.worker.transport:SentinelTransport",
+}
+"""By the scheme of a URL. Celery's own setting of a transport is forgotten at a failover."""
+
+
 def make_app(settings: Settings) -> Celery:
     """The Celery app of producers, worker and Flower. Opens no connection."""
+    TRANSPORT_ALIASES.update(_TRANSPORTS)
     app = Celery("gristmill", set_as_current=False)
     app.settings = settings
     app.conf.update(_celery_settings(settings))

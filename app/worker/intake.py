@@ -30,7 +30,6 @@ from app.engines.base import Kind
 from app.errors import GristmillError, RequestError, RequestTooLarge
 from app.jobs import MAX_PRIORITY, job_id_of
 from app.requests import Request
-from app.worker.channel import outlive_connection, outlive_full_server
 from app.worker.envelope import guard
 
 log = logging.getLogger(__name__)
@@ -88,10 +87,8 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]
     def connect(self) -> Any:
         """Called again after every reconnect, with a new channel each time."""
         connection = super().connect()
-        channel = connection.default_channel
-        outlive_connection(channel)
-        outlive_full_server(channel)
-        guard(channel.client, self.app.settings.worker.max_request_bytes, self._refuse_raw)
+        client = connection.default_channel.client
+        guard(client, self.app.settings.worker.max_request_bytes, self._refuse_raw)
         return connection
 
     def _refuse_raw(self, task_id: str | None, error: RequestError) -> None:

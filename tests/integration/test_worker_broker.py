@@ -43,3 +43,22 @@ def test_a_redis_that_is_full_does_not_end_the_worker_and_its_messages_are_answe
             )
             eventually(lambda: last in results(settings), 60)
             assert "Unrecoverable error" not in worker.log
+
+
+def test_a_worker_starts_on_a_redis_that_is_full_and_empties_it(
+    make_settings: Callable[..., Settings], database_url: str, tmp_path: Path
+) -> None:
+    with running_redis(tmp_path) as server, redis.Redis.from_url(server.url) as client:
+        settings = make_settings(database={"url": database_url}, broker={"url": server.url})
+        ids = [str(uuid4()) for _ in range(5)]
+        for job_id in ids:
+            item = broker.raw_message(job_id, Kind.GENERATE, {"prompt": "x"}, queue="celery")
+            client.lpush("celery", item)
+        client.config_set("maxmemory", 1)
+
+        with running_worker(settings, tmp_path / "worker"):
+            found = eventually(lambda: (all_ := results(settings)).keys() >= set(ids) and all_, 60)
+
+            assert {row["state"] for row in found.values()} == {"completed"}
+            client.config_set("maxmemory", 0)
+            eventually(lambda: broker.ready_workers(settings), 60)
