@@ -170,7 +170,8 @@ class ApiSettings(_Listening):
         500, description="Most long polls held at once; further ones are answered at once."
     )
     max_connections: Annotated[int, Field(ge=1)] = Field(
-        1_000, description="Most connections; further ones are answered 503 and closed."
+        4_000,
+        description="Most connections; further ones take an idle one's place or are answered 503.",
     )
 
 

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
-from hashlib import sha256
 from typing import Annotated, Final
 from uuid import UUID
 
 from fastapi import Depends, Header, Query, Response
 
+from app.api.reader import Snapshot
 from app.api.services import Here, Services
-from app.api.views import job_of
-from app.errors import JobNotFound
-from app.store import reads
-from app.store.database import Database
 
 JSON: Final = "application/json"
 RETRY_AFTER_S: Final = 1
@@ -60,39 +55,14 @@ class Hold:
         return cls(min(float(named[1]), limit), True) if named else cls(0.0, False)
 
 
-Runs = Callable[..., Awaitable["Snapshot"]]
 Held = Annotated[Hold, Depends(Hold.of)]
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """A job as it was read: the JSON that tells of it."""
-
-    is_final: bool
-    body: bytes
-
-    @classmethod
-    def read(cls, database: Database, job_id: UUID) -> Snapshot:
-        """Raises `JobNotFound`. Not for the event loop."""
-        with database.autocommit() as connection:
-            view = reads.job(connection, job_id)
-        if view is None:
-            raise JobNotFound()
-        return cls(view.state.is_final, job_of(view).model_dump_json().encode())
-
-    @property
-    def etag(self) -> str:
-        return f'"{sha256(self.body).hexdigest()[:32]}"'
-
-
-async def look(here: Services, job_id: UUID, hold: Hold, run: Runs | None = None) -> Snapshot:
-    """The job once it is final, or as it is at the end of the hold: now, if too many are held.
-
-    Reads in the threads for reads, or by `run`.
-    """
-    read = partial(run or here.read, Snapshot.read, here.database, job_id)
+async def look(here: Services, job_id: UUID, hold: Hold) -> Snapshot:
+    """The job once it is final, or as it is at the end of the hold: now, if too many are held."""
     is_full = here.waiters.num_waiting >= here.settings.api.max_long_polls
     seconds = 0.0 if is_full else hold.seconds
+    read = partial(here.job, job_id)
     return await here.waiters.until(lambda seen: seen.is_final, read, job_id, seconds)
 
 

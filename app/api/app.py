@@ -16,8 +16,7 @@ from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 
 from app import telemetry
-from app.api import health, jobs, models, openapi, problems
-from app.api.connections import Connection
+from app.api import connections, health, jobs, models, openapi, problems
 from app.api.metrics import Metrics, SystemCollector
 from app.api.middleware import RequestScope
 from app.api.services import Services
@@ -121,7 +120,7 @@ class Server(uvicorn.Server):
                 access_log=False,  # /metrics has durations, and Postgres the jobs
                 server_header=False,
                 timeout_graceful_shutdown=GRACE_S,
-                http=Connection,
+                http=connections.Connection,
             )
         )
         self._app = app
@@ -134,10 +133,12 @@ class Server(uvicorn.Server):
 def serve(settings: Settings) -> None:
     """Run the API until SIGTERM or SIGINT. Logs the address, with the port that was free for 0.
 
-    Raises `ConfigError` if it cannot listen, or if a model's files are unfit; `SchemaError` if the
-    database wants migrating. A database that is away is waited for: /readyz tells.
+    Raises `ConfigError` if it cannot listen or may not open so many connections, or if a model's
+    files are unfit; `SchemaError` if the database wants migrating. A database that is away is
+    waited for: /readyz tells.
     """
     telemetry.setup_logging(settings.log_level)
+    connections.allow(settings.api.max_connections)
     app = create_app(settings)
     _check_schema(app.state.services.database)
     with listen_on(settings.api.host, settings.api.port) as sock:

@@ -7,11 +7,14 @@ request byte by byte, or nothing at all: a few thousand of those, and nobody els
 from __future__ import annotations
 
 import asyncio
+import resource
 from typing import Final
 
 import h11
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from app.errors import ConfigError
 
 HEAD_TIMEOUT_S: Final = 10.0
 """For the head of a request, from the connection or from its first byte. Bodies have their own."""
@@ -28,6 +31,26 @@ BUSY: Final = (
 """What is answered beyond the limit, before any request is read."""
 
 
+SPARE_FILES: Final = 96
+"""What the process has open besides: to Postgres, Redis and its log, and libraries."""
+
+
+def allow(number: int) -> None:
+    """Let this process have so many connections: each is a file to the system.
+
+    Raises `ConfigError` if the system's hard limit is lower.
+    """
+    needed = number + SPARE_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and needed > hard:
+        raise ConfigError(
+            f"api.max_connections is {number}, but this process may open only {hard} files: lower "
+            f"it to {max(1, hard - SPARE_FILES)}, or raise the limit (ulimit -Hn)."
+        )
+    if soft != resource.RLIM_INFINITY and needed > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
 class Connection(H11Protocol):
     """Uvicorn's own, within limits."""
 
@@ -37,11 +60,25 @@ class Connection(H11Protocol):
         super().connection_made(transport)
         app = self.config.app
         assert isinstance(app, FastAPI)
-        if len(self.connections) > app.state.services.settings.api.max_connections:
+        is_full = len(self.connections) > app.state.services.settings.api.max_connections
+        if is_full and not self._take_idle_place():
             transport.write(BUSY)
             transport.close()
         else:
             self._watch_head()
+
+    def _take_idle_place(self) -> bool:
+        """Close a connection that was answered and asks for nothing now, if there is one.
+
+        Clients that keep connections open for later do not keep others out.
+        """
+        for each in self.connections:
+            assert isinstance(each, H11Protocol)
+            if each.timeout_keep_alive_task is not None:  # runs between two requests
+                each.timeout_keep_alive_handler()
+                self.connections.discard(each)
+                return True
+        return False
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)

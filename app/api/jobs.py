@@ -6,12 +6,13 @@ import re
 from datetime import datetime
 from http import HTTPStatus
 from typing import Annotated, Any, Final
+from uuid import UUID
 
 from fastapi import APIRouter, Header, Path, Query, Request, Response
 from pydantic import BaseModel
 
 from app.api import bodies
-from app.api.answers import JSON, Held, Snapshot, answer, look
+from app.api.answers import JSON, Held, answer, look
 from app.api.problems import documented
 from app.api.schemas import BulkAnswer, BulkRequest, Job, JobList
 from app.api.services import Here, Services
@@ -99,7 +100,7 @@ async def submit(
     """
     raw = await bodies.read_body(request, here.settings.api.max_body_bytes)
     submitted = await here.run(_submit, here, raw, idempotency_key)
-    job = await look(here, submitted.job_id, hold, here.run)
+    job = await look(here, submitted.job_id, hold)
     headers = {"Location": f"/v1/jobs/{submitted.job_id}"}
     return answer(job, status=200 if job.is_final else 202, hold=hold, headers=headers)
 
@@ -279,14 +280,14 @@ def _list_jobs(here: Services, **asked: Any) -> list[JobView]:
 async def cancel(here: Here, job_id: JobId) -> Response:
     """A queued job is cancelled at once: 200. A running one is stopped by its worker within a step
     or so, and what it generated is kept: 202, follow it. May be repeated."""
-    job = await here.run(_cancel, here, job_id)
+    await here.run(_cancel, here, job_id_of(job_id))
+    job = await here.job(job_id_of(job_id))
     return answer(job, status=200 if job.is_final else 202)
 
 
-def _cancel(here: Services, job_id: str) -> Snapshot:
+def _cancel(here: Services, job_id: UUID) -> None:
     with here.database.begin() as connection:
-        cancellation.cancel(connection, job_id_of(job_id))
-    return Snapshot.read(here.database, job_id_of(job_id))
+        cancellation.cancel(connection, job_id)
 
 
 @router.post(
@@ -309,12 +310,13 @@ def _cancel(here: Services, job_id: str) -> Snapshot:
 async def replay(here: Here, job_id: JobId) -> Response:
     """Run a job that failed, expired or was cancelled once more: as a new job, which says so in
     `replay_of`. May be repeated: one job is replayed once, and the same new job is answered."""
-    submitted, job = await here.run(_replay, here, job_id)
+    submitted = await here.run(_replay, here, job_id_of(job_id))
+    job = await here.job(submitted.job_id)
     headers = {"Location": f"/v1/jobs/{submitted.job_id}"}
     return answer(job, status=202 if submitted.created else 200, headers=headers)
 
 
-def _replay(here: Services, job_id: str) -> tuple[Submitted, Snapshot]:
-    submitted = here.submitter.replay(job_id_of(job_id))
+def _replay(here: Services, job_id: UUID) -> Submitted:
+    submitted = here.submitter.replay(job_id)
     here.metrics.count_submissions("accepted" if submitted.created else "replayed")
-    return submitted, Snapshot.read(here.database, submitted.job_id)
+    return submitted

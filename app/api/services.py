@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Final, ParamSpec, TypeVar
+from uuid import UUID
 
 from anyio import CapacityLimiter, fail_after, to_thread
 from fastapi import Depends, Request
 
 from app.api.metrics import Metrics
+from app.api.reader import Reader, Snapshot, snapshots
 from app.api.waiting import Waiters
 from app.broker import Publisher
 from app.config import Settings
@@ -39,11 +42,19 @@ class Services:
     metrics: Metrics
     bulk_slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_BULKS))
     read_slots: CapacityLimiter = field(init=False)  #: threads that reads may take
+    reader: Reader = field(init=False)
 
     def __post_init__(self) -> None:
         # Half of the connections, so that no storm of polls keeps a submission waiting.
         slots = CapacityLimiter(self.settings.database.pool_size // 2)
         object.__setattr__(self, "read_slots", slots)
+        reader = Reader(lambda ids: self.read(snapshots, self.database, ids))
+        object.__setattr__(self, "reader", reader)
+
+    async def job(self, job_id: UUID) -> Snapshot:
+        """A job as it is now. Raises `JobNotFound` and `Unavailable`."""
+        with self._in_time():
+            return await self.reader.read(job_id)
 
     async def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run what blocks in a thread. Raises `Unavailable` if Postgres keeps it for too long."""
@@ -54,13 +65,18 @@ class Services:
         return await self._in_thread(partial(call, *args, **kwargs), self.read_slots)
 
     async def _in_thread(self, call: Callable[[], T], slots: CapacityLimiter | None) -> T:
+        with self._in_time():
+            return await to_thread.run_sync(call, abandon_on_cancel=True, limiter=slots)
+
+    @contextmanager
+    def _in_time(self) -> Iterator[None]:
         # Timeouts of Postgres hold only while it runs. One that is frozen keeps the thread and its
         # connection until the system gives up on it; who waits is told in time to try again.
         database, broker = self.settings.database, self.settings.broker
         limit_s = database.connect_timeout_s + database.statement_timeout_ms / 1000
         try:
             with fail_after(limit_s + broker.publish_timeout_s + SPARE_S):
-                return await to_thread.run_sync(call, abandon_on_cancel=True, limiter=slots)
+                yield
         except TimeoutError:
             raise Unavailable("Postgres does not answer.") from None
 

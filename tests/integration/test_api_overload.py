@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from app.api import bodies, connections
+from app.api.reader import AT_ONCE
 from app.config import Settings
 from app.store import reads
 from tests.apis import running_api
@@ -130,17 +131,14 @@ def test_beyond_the_most_connections_the_answer_is_busy_and_room_is_used_again(
 ) -> None:
     few = settings.api.model_copy(update={"max_connections": 5})
     with running_api(settings.model_copy(update={"api": few})) as api:
-        assert api.get("/healthz").status_code == 200
         with ExitStack() as held:
-            for _ in range(4):
+            for _ in range(5):
                 held.enter_context(connected(api))
-            # The client's own connection is the fifth.
             with connected(api) as one_more:
                 head, _, body = rest_of(one_more).partition(b"\r\n\r\n")
             assert head.startswith(b"HTTP/1.1 503 ")
             assert b"Retry-After: 1" in head
             assert json.loads(body)["code"] == "too_many_connections"
-            assert api.post("/v1/jobs", json=JOB).status_code == 202
 
         def there_is_room() -> bool:
             with connected(
@@ -149,6 +147,19 @@ def test_beyond_the_most_connections_the_answer_is_busy_and_room_is_used_again(
                 return rest_of(c).startswith(b"HTTP/1.1 200")
 
         eventually(there_is_room)
+
+
+def test_connections_that_are_kept_for_later_do_not_keep_others_out(settings: Settings) -> None:
+    few = settings.api.model_copy(update={"max_connections": 5})
+    with (
+        running_api(settings.model_copy(update={"api": few})) as api,
+        ExitStack() as held,
+    ):
+        for _ in range(12):
+            kept = held.enter_context(connected(api, b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"))
+            assert kept.recv(12) == b"HTTP/1.1 200"
+
+        assert api.post("/v1/jobs", json=JOB).status_code == 202
 
 
 def test_a_long_poll_beyond_the_most_is_answered_at_once(settings: Settings) -> None:
@@ -175,26 +186,26 @@ def test_a_storm_of_polls_that_stand_still_leaves_threads_for_submissions(
 ) -> None:
     go_on = threading.Event()
     begun = threading.Semaphore(0)
-    read = reads.job
+    find = reads.find
 
-    def read_when_let(connection: Any, job_id: Any) -> Any:
+    def find_when_let(connection: Any, ids: Any) -> Any:
         begun.release()
         assert go_on.wait(60)
-        return read(connection, job_id)
+        return find(connection, ids)
 
     with running_api(settings) as api, ThreadPoolExecutor(40) as pool:
-        job_id = api.post("/v1/jobs", json=JOB).json()["id"]
-        monkeypatch.setattr(reads, "job", read_when_let)
+        ids = [api.post("/v1/jobs", json=JOB).json()["id"] for _ in range(30)]
+        monkeypatch.setattr(reads, "find", find_when_let)
         try:
-            polls = [pool.submit(api.get, f"/v1/jobs/{job_id}") for _ in range(30)]
-            for _ in range(settings.database.pool_size // 2):
+            polls = [pool.submit(api.get, f"/v1/jobs/{job_id}") for job_id in ids]
+            for _ in range(AT_ONCE):
                 assert begun.acquire(timeout=30)
 
             # A bulk submission reads no job back, so what keeps the polls does not keep it.
             bulk = api.post("/v1/jobs/bulk", json={"jobs": [JOB]})
 
             assert bulk.status_code == 202
-            assert not begun.acquire(timeout=0.1)  # the other polls wait for a slot
+            assert not begun.acquire(timeout=0.1)  # the other polls wait for the next look
         finally:
             go_on.set()
         assert {each.result(timeout=60).status_code for each in polls} == {200}

@@ -83,9 +83,9 @@ def partitioned(scene: Scene) -> None:
         try:
             held = _running(scene, part)
             eventually(lambda held=held: _attempts_over(scene, held), 10 * LEASE_S, "leases lost")
+            stolen += _lost(scene, held)
         finally:
             proxy.heal()
-        stolen += held
     scene.note(f"{len(stolen)} attempts were lost to a partition.")
 
     def look(evidence: Evidence) -> None:
@@ -113,6 +113,15 @@ def _attempts_over(scene: Scene, attempt_ids: list[str]) -> bool:
         attempt_ids,
     )
     return int(left) == 0
+
+
+def _lost(scene: Scene, attempt_ids: list[str]) -> list[str]:
+    """Those that rescue has ended; one whose commit still got through within the lease has won."""
+    found = scene.world.rows(
+        "SELECT id FROM attempts WHERE id = ANY(CAST(%s AS uuid[])) AND outcome = 'lost'",
+        attempt_ids,
+    )
+    return [str(row["id"]) for row in found]
 
 
 # ── 25: disk full ───────────────────────────────────────────────────────────────────────────────

@@ -1,0 +1,94 @@
+"""Reads jobs for all who ask at about the same time, with one look at Postgres.
+
+While a look is on its way, whoever asks waits for the next one, together with all others. So one
+caller is answered at once, and a thousand take a few looks and not a thousand: however many poll,
+Postgres and this process's threads see no more than `AT_ONCE` of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from itertools import islice
+from typing import Final
+from uuid import UUID
+
+from app.api.views import job_of
+from app.errors import GristmillError, JobNotFound
+from app.store import reads
+from app.store.database import Database
+
+AT_ONCE: Final = 2
+"""Looks that may be on their way: one that takes long does not hold up the others."""
+MOST_JOBS: Final = 100
+"""Of one look; their answers may be long."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A job as it was read: the JSON that tells of it."""
+
+    is_final: bool
+    body: bytes
+
+    @property
+    def etag(self) -> str:
+        return f'"{sha256(self.body).hexdigest()[:32]}"'
+
+
+def snapshots(database: Database, ids: Sequence[UUID]) -> dict[UUID, Snapshot]:
+    """Those of the jobs that exist. Not for the event loop."""
+    with database.autocommit() as connection:
+        views = reads.find(connection, ids)
+    return {
+        view.id: Snapshot(view.state.is_final, job_of(view).model_dump_json().encode())
+        for view in views
+    }
+
+
+Look = Callable[[Sequence[UUID]], Awaitable[Mapping[UUID, Snapshot]]]
+Outcome = Snapshot | Exception
+
+
+class Reader:
+    """Owner of the reads of single jobs; belongs to the event loop's thread."""
+
+    def __init__(self, look: Look) -> None:
+        """`look` finds those of some jobs that exist."""
+        self._look = look
+        self._asked: dict[UUID, asyncio.Future[Outcome]] = {}  #: for the next look
+        self._looking: set[asyncio.Task[None]] = set()
+
+    async def read(self, job_id: UUID) -> Snapshot:
+        """The job as it is now. Raises `JobNotFound`, and what kept it from being read."""
+        if (asked := self._asked.get(job_id)) is None:
+            asked = self._asked[job_id] = asyncio.get_running_loop().create_future()
+            if len(self._looking) < AT_ONCE:
+                task = asyncio.create_task(self._work_off())
+                self._looking.add(task)
+                task.add_done_callback(self._looking.discard)
+        outcome = await asyncio.shield(asked)  # others may wait for it, too
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    async def _work_off(self) -> None:
+        while self._asked:
+            ids = list(islice(self._asked, MOST_JOBS))
+            futures = {id: self._asked.pop(id) for id in ids}
+            outcomes = await self._outcomes(ids)
+            for id, future in futures.items():
+                future.set_result(outcomes[id])
+
+    async def _outcomes(self, ids: Sequence[UUID]) -> Mapping[UUID, Outcome]:
+        try:
+            found = await self._look(ids)
+        except GristmillError as error:
+            return dict.fromkeys(ids, error)
+        except Exception as error:  # of one of them: the others do not suffer for it
+            if len(ids) == 1:
+                return {ids[0]: error}
+            return {id: (await self._outcomes([id]))[id] for id in ids}
+        return {id: found.get(id) or JobNotFound() for id in ids}
