@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import base64
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
 from http import HTTPStatus
 from typing import Any, Final
 
-from app.jobs import FINAL_STATES, JobState, can_move
+from app.jobs import FINAL_STATES, AttemptOutcome, JobState, can_move
 from tests.chaos.history import Event
 
 Row = Mapping[str, Any]
@@ -264,38 +264,50 @@ def no_cross_talk(evidence: Evidence) -> list[Violation]:
 
 
 def books_balance(evidence: Evidence) -> list[Violation]:
+    texts = [*_wrong_bills(evidence), *_wrong_batches(evidence), *_too_busy(evidence)]
+    return [Violation("I5", text) for text in texts]
+
+
+def _wrong_bills(evidence: Evidence) -> Iterator[str]:
     attempts = {row["id"]: row for row in evidence.attempts}
     prices = {row["id"]: Decimal(row["price_per_device_hour"]) for row in evidence.workers}
-    found = []
     for result in evidence.results:
         attempt = attempts.get(result["attempt_id"])
-        if result["device_ns"] < 0 or result["cost"] < 0:
-            found.append(f"{result['job_id']} is charged less than nothing.")
-        if attempt is None or result["currency"] is None:
-            if result["cost"] or result["device_ns"]:
-                found.append(f"{result['job_id']} is charged without an attempt.")
+        billed, cost = result["device_ns"], Decimal(result["cost"])
+        if billed < 0 or cost < 0:
+            yield f"{result['job_id']} is charged less than nothing."
+        if attempt is None or result["currency"] is None or attempt["outcome"] in WASTED:
+            if cost or billed:
+                yield f"{result['job_id']} is charged without an attempt that ended it."
             continue
-        if attempt["device_ns"] != result["device_ns"] or attempt["cost"] != result["cost"]:
-            found.append(f"{result['job_id']} is charged another time than its attempt.")
-        exact = result["device_ns"] * prices[attempt["worker_id"]] / HOUR_NS
-        if abs(exact - Decimal(result["cost"])) > NANO:
-            found.append(f"{result['job_id']} is charged {result['cost']}, not {exact}.")
+        if attempt["device_ns"] != billed or Decimal(attempt["cost"]) != cost:
+            yield f"{result['job_id']} is charged another time than its attempt."
+        exact = billed * prices[attempt["worker_id"]] / HOUR_NS
+        if abs(exact - cost) > NANO:
+            yield f"{result['job_id']} is charged {cost}, not {exact}."
+
+
+def _wrong_batches(evidence: Evidence) -> Iterator[str]:
     of_batch = _by(evidence.attempts, "batch_id")
     for batch in evidence.batches:
         members = of_batch[batch["id"]]
         spent = sum(each["device_ns"] or 0 for each in members)
         all_known = all(each["device_ns"] is not None for each in members)
         if spent > batch["device_ns"] or (all_known and spent != batch["device_ns"]):
-            found.append(f"Batch {batch['id']} took {batch['device_ns']} ns, its jobs {spent}.")
-    for worker in evidence.workers:
-        busy_ns = sum(
-            each["device_ns"] for each in evidence.batches if each["worker_id"] == worker["id"]
-        )
-        up_s = (_time(worker["heartbeat_at"]) - _time(worker["started_at"])).total_seconds()
-        if busy_ns / 1e9 > up_s + SLACK_S:
-            found.append(f"Worker {worker['id']} was busy {busy_ns / 1e9:.1f} s in {up_s:.1f} s.")
-    return [Violation("I5", text) for text in found]
+            yield f"Batch {batch['id']} took {batch['device_ns']} ns, its jobs {spent}."
 
+
+def _too_busy(evidence: Evidence) -> Iterator[str]:
+    of_worker = _by(evidence.batches, "worker_id")
+    for worker in evidence.workers:
+        busy_s = sum(each["device_ns"] for each in of_worker[worker["id"]]) / 1e9
+        up_s = (_time(worker["heartbeat_at"]) - _time(worker["started_at"])).total_seconds()
+        if busy_s > up_s + SLACK_S:
+            yield f"Worker {worker['id']} was busy {busy_s:.1f} s in {up_s:.1f} s."
+
+
+WASTED: Final = frozenset({AttemptOutcome.LOST, AttemptOutcome.RELEASED})
+"""What these took is noted, if it ever becomes known, and on nobody's bill."""
 
 SLACK_S: Final = 10.0
 """A worker's row says when its last heartbeat was, not when it ended."""

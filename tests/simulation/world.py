@@ -9,6 +9,7 @@ every move the invariants are checked; `heal` ends all faults and waits for ever
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from app.engines.base import Kind
 from app.engines.catalog import CatalogModel
 from app.engines.tokenizer import StubTokenizer
 from app.errors import EngineError, JobStateConflict, LeaseLost, RequestError, Unavailable
-from app.jobs import ALONE_AFTER, JobState, can_move
+from app.jobs import ALONE_AFTER, AttemptOutcome, JobState, can_move
 from app.rescue import Rescue
 from app.store import cancellation, intake
 from app.store.intake import NewJob
@@ -792,7 +793,8 @@ class World:
         return expected.prompt if expected else "a stranger"
 
     def _check_ends(self) -> None:
-        """I1, I2, I4 and I6 of every job, now that all have ended."""
+        """I1, I2, I4, I5 and I6 of every job, now that all have ended."""
+        self._check_books()
         attempts: dict[UUID, list[Row]] = {}
         for attempt in self.store.rows("attempts"):
             attempts.setdefault(attempt["job_id"], []).append(attempt)
@@ -807,6 +809,27 @@ class World:
                 self._check_end(row, tries, self.expected[row["id"]])
             else:
                 self.expect(row["state"] == "failed", "a stranger's message did not fail")
+
+    def _check_books(self) -> None:
+        """I5: a job is billed what the attempt that ended it took, and nothing for one that was
+        lost or given back; a batch took what its attempts did.
+
+        A worker that died has not told what its attempts took; then a batch may have taken more.
+        """
+        attempts, spent = self.store.tables["attempts"], Counter[UUID]()
+        for attempt in attempts.values():
+            spent[attempt["batch_id"]] += attempt["device_ns"] or 0
+        for result in self.store.rows("results"):
+            attempt = attempts.get(result["attempt_id"], {"outcome": None})
+            is_billed = attempt["outcome"] in (AttemptOutcome.SUCCEEDED, AttemptOutcome.FAILED)
+            took = (attempt["device_ns"], attempt["cost"]) if is_billed else (0, 0)
+            billed = (result["device_ns"], result["cost"])
+            self.expect(billed == took, f"I5: billed {billed}, took {took}")
+        untold = {each["batch_id"] for each in attempts.values() if each["device_ns"] is None}
+        for batch in self.store.rows("batches"):
+            took, sum_ = batch["device_ns"], spent[batch["id"]]
+            balances = sum_ <= took if batch["id"] in untold else sum_ == took
+            self.expect(balances, f"I5: a batch took {took} ns, its attempts {sum_}")
 
     def _check_end(self, row: Row, tries: list[Row], expected: Expected) -> None:
         result, what = self.store.tables["results"][row["id"]], f"{expected.prompt!r}"
