@@ -8,8 +8,10 @@ from collections.abc import Iterator
 import pytest
 
 from tests.simulation.engine import answer_to
+from tests.simulation.prompts import PROMPTS
 from tests.simulation.schedules import cut_down, drawn, failure_of, play
-from tests.simulation.world import PROMPTS, ROLLED_BACK, Message, World
+from tests.simulation.servers import ROLLED_BACK, Message
+from tests.simulation.world import World
 
 SEEDS_EACH = 25
 

@@ -1,0 +1,104 @@
+"""What must be true of the store after every commit, and when all jobs have ended."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from uuid import UUID
+
+from app.jobs import ALONE_AFTER, AttemptOutcome, JobState, can_move
+from tests.memory_store import MemoryConnection, MemoryDatabase, Row
+from tests.simulation.engine import answer_to
+from tests.simulation.prompts import Expected
+
+
+class Broken(AssertionError):
+    """An invariant does not hold."""
+
+
+def expect(is_so: bool, otherwise: str) -> None:
+    if not is_so:
+        raise Broken(otherwise)
+
+
+def after_commit(written: MemoryConnection) -> None:
+    """I1, I2, I3: after every single commit."""
+    assert written.before is not None
+    for table, key in written.written:
+        if table == "jobs":
+            expect(key in written.jobs, "I1: a job is gone")
+            row = written.jobs[key]
+            _check_move(written.before["jobs"].get(key), row, written.results.get(key))
+        elif table == "results":
+            expect(key not in written.before["results"], "I2: a result was changed")
+
+
+def _check_move(old: Row | None, row: Row, result: Row | None) -> None:
+    state = JobState(row["state"])
+    expect((result is not None) == state.is_final, f"I2: {state}, result: {result}")
+    if result is not None:
+        expect(result["state"] == state, f"I2: {state}, but {result['state']} in results")
+    if old is not None and old["state"] != state:
+        expect(can_move(JobState(old["state"]), state), f"I3: {old['state']} to {state}")
+    if old is not None and old["state"] == state == "running":
+        expect(old["attempt_id"] == row["attempt_id"], "I3: an attempt was taken over")
+
+
+def when_all_have_ended(store: MemoryDatabase, jobs: Mapping[UUID, Expected]) -> None:
+    """I1, I2, I4, I5 and I6 of every job, now that all have ended."""
+    _check_books(store)
+    attempts: dict[UUID, list[Row]] = {}
+    for attempt in store.rows("attempts"):
+        attempts.setdefault(attempt["job_id"], []).append(attempt)
+    for row in store.rows("jobs"):
+        tries = sorted(attempts.get(row["id"], []), key=lambda attempt: attempt["number"])
+        numbers = [attempt["number"] for attempt in tries]
+        expect(numbers == list(range(1, row["attempt"] + 1)), "I3: attempts have gaps")
+        expect(all(attempt["outcome"] for attempt in tries), "I3: an attempt is open")
+        charged = sum(bool(attempt["charged"]) for attempt in tries)
+        expect(row["attempts_charged"] == charged, "I6: charges do not add up")
+        if row["id"] in jobs:
+            _check_end(row, store.tables["results"][row["id"]], tries, jobs[row["id"]])
+        else:
+            expect(row["state"] == "failed", "a stranger's message did not fail")
+
+
+def _check_books(store: MemoryDatabase) -> None:
+    """I5: a job is billed what the attempt that ended it took, and nothing for one that was
+    lost or given back; a batch took what its attempts did.
+
+    A worker that died has not told what its attempts took; then a batch may have taken more.
+    """
+    attempts, spent = store.tables["attempts"], Counter[UUID]()
+    for attempt in attempts.values():
+        spent[attempt["batch_id"]] += attempt["device_ns"] or 0
+    for result in store.rows("results"):
+        attempt = attempts.get(result["attempt_id"], {"outcome": None})
+        is_billed = attempt["outcome"] in (AttemptOutcome.SUCCEEDED, AttemptOutcome.FAILED)
+        took = (attempt["device_ns"], attempt["cost"]) if is_billed else (0, 0)
+        billed = (result["device_ns"], result["cost"])
+        expect(billed == took, f"I5: billed {billed}, took {took}")
+    untold = {each["batch_id"] for each in attempts.values() if each["device_ns"] is None}
+    for batch in store.rows("batches"):
+        took, sum_ = batch["device_ns"], spent[batch["id"]]
+        balances = sum_ <= took if batch["id"] in untold else sum_ == took
+        expect(balances, f"I5: a batch took {took} ns, its attempts {sum_}")
+
+
+def _check_end(row: Row, result: Row, tries: list[Row], expected: Expected) -> None:
+    what = f"{expected.prompt!r}"
+    is_lost_often = row["losses"] > ALONE_AFTER
+    allowed = set(expected.states)
+    if expected.is_unlucky or is_lost_often:
+        allowed.add("failed")
+    expect(
+        row["state"] in allowed,
+        f"I6: {what} ended {row['state']} ({result['error_code']}), not {allowed}",
+    )
+    if row["state"] == "completed":
+        text = result["response"]["choices"][0]["text"]
+        expect(text == answer_to(expected.prompt), f"I4: {what} got {text!r}")
+    ended_by = [attempt["id"] for attempt in tries if attempt["id"] == result["attempt_id"]]
+    charged = [attempt["id"] for attempt in tries if attempt["charged"]]
+    if not (expected.is_unlucky or is_lost_often):
+        expect(set(charged) <= set(ended_by), f"I6: {what} was charged for others")

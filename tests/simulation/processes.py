@@ -1,0 +1,265 @@
+"""Processes of the product on simulated servers, from start to end: its own runner, lease keeper
+and rescue, with Celery and the threads played."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from decimal import Decimal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+from uuid import UUID
+
+from app.engines.base import Kind
+from app.errors import EngineError, LeaseLost, RequestError, Unavailable
+from app.jobs import JobState
+from app.rescue import Rescue
+from app.store.workers import NewWorker
+from app.worker.batcher import Batcher, Limits
+from app.worker.commands import Command, Revoked
+from app.worker.intake import Arrival, Refusal
+from app.worker.lease import LeaseKeeper
+from app.worker.ledger import Ledger
+from app.worker.registrar import Registrar
+from app.worker.runner import Runner
+from app.worker.settlement import Settlement
+from app.worker.ticket import JobFailed, Ticket
+from app.worker.wire import Load, ServedModel
+from tests.simulation.engine import MAX_ROWS, SimulatedHost
+from tests.simulation.invariants import expect
+from tests.simulation.prompts import request_of
+from tests.simulation.servers import Died, Message, ProcessDatabase
+from tests.simulation.settings import CATALOG, SETTINGS
+
+if TYPE_CHECKING:
+    from tests.simulation.world import World
+
+PREFETCHED: Final = 2 * MAX_ROWS
+
+
+class SimulatedWorker:
+    """A worker process from its start to its end; plays Celery and the runner's thread."""
+
+    def __init__(self, world: World, models: tuple[str, ...]) -> None:
+        now_ns = world.clock.now_ns
+        self.id = world.new_id()
+        self.models = models
+        self.database = ProcessDatabase(world)
+        self.unacked: dict[int, Message] = {}
+        self.is_alive, self.is_registered, self.is_drained = True, False, False
+        self.paused_until_ns = self.turn_ns = self.beat_ns = 0
+        self.acks_until_death: int | None = None
+        self.host = SimulatedHost(
+            Load(tuple(ServedModel(n, Path(), SETTINGS.models[n]) for n in models), "cpu", 1),
+            load_timeout_s=SETTINGS.worker.load_timeout_s,
+            step_timeout_s=SETTINGS.worker.step_timeout_s,
+            now_ns=now_ns,
+        )
+        served = {name: CATALOG[name] for name in models}
+        settlement = Settlement("cpu", SETTINGS.prices["cpu"], served)
+        shared: dict[str, Any] = {"worker_id": self.id, "database": self.database, "now_ns": now_ns}
+        self.runner = Runner(
+            models=models,
+            registrar=Registrar(publisher=world.queue, served=served, max_attempts=3, **shared),
+            batcher=Batcher({name: Limits.of(SETTINGS.models[name]) for name in models}),
+            ledger=Ledger(engines=dict.fromkeys(models, "stub"), settlement=settlement, **shared),
+            host=self.host,
+            now_ns=now_ns,
+        )
+        self.lease = LeaseKeeper(
+            worker=_new_worker(self.id, models),
+            database=self.database,
+            database_url="",
+            runner=self,
+            lease_s=SETTINGS.worker.lease_s,
+            heartbeat_s=SETTINGS.worker.heartbeat_s,
+            now_ns=now_ns,
+        )
+        self._world = world
+        self._slots = 0
+        self.runner.start()
+
+    # ── what the runner's thread is to others ────────────────────────────────────────────────
+
+    @property
+    def turned_ns(self) -> int:
+        return self.runner.turned_ns
+
+    def post(self, command: Command) -> None:
+        self.runner.post(command)
+        self.turn_ns = 0
+
+    def fail(self, error: Any) -> None:
+        self.runner.fail(error)
+        self.turn_ns = 0
+
+    # ── what is due ──────────────────────────────────────────────────────────────────────────
+
+    @property
+    def is_paused(self) -> bool:
+        return self._world.clock.ns < self.paused_until_ns
+
+    @property
+    def next_turn_ns(self) -> int:
+        said = self.host.connection is not None and self.host.connection.poll()
+        return max(0 if said else self.turn_ns, self.paused_until_ns)
+
+    @property
+    def wants_messages(self) -> bool:
+        is_up = self.is_alive and self.is_registered and not self.is_drained
+        return is_up and len(self.unacked) < PREFETCHED and not self.is_paused
+
+    def turn(self) -> None:
+        with self._one_life():
+            self.runner.turn()
+            self.turn_ns = self._world.clock.ns + int(self.runner.next_turn_s() * 1e9)
+            if self.runner.is_drained:
+                self.end()
+
+    def beat(self) -> None:
+        """The lease thread; its first round is what `Assembly.start` does."""
+        with self._one_life():
+            if self.is_registered:
+                self.lease.beat()
+            elif self.runner.ready.is_set():
+                with suppress(Unavailable):  # a real worker would end, and be started again
+                    self.lease.register()
+                    self.is_registered = True
+        self.beat_ns = self._world.clock.ns + int(SETTINGS.worker.heartbeat_s * 1e9)
+
+    def end(self) -> None:
+        """Say goodbye; Celery gives back what is not acknowledged."""
+        try:
+            self.runner.stop()
+            self.lease.stop()
+        except Died:
+            self.die(given_back=False)
+        else:
+            self._is_gone(given_back=True)
+
+    def die(self, given_back: bool) -> None:
+        """kill -9. Redis gives back its messages much later; `given_back`: at once."""
+        if self.host.process is not None:
+            self.host.process.kill()
+        self._is_gone(given_back)
+
+    def _is_gone(self, given_back: bool) -> None:
+        self.is_alive = False
+        if given_back:
+            self.give_back()
+
+    def give_back(self) -> None:
+        for message in self.unacked.values():
+            self._world.queue.put(message)
+        self.unacked.clear()
+
+    @contextmanager
+    def _one_life(self) -> Iterator[None]:
+        try:
+            yield
+        except Died:
+            self.die(given_back=False)
+        except (EngineError, LeaseLost):
+            self.end()
+
+    # ── Celery ───────────────────────────────────────────────────────────────────────────────
+
+    def take(self, message: Message) -> None:
+        """A message is delivered: `EnginePool.on_apply`."""
+        self._slots += 1
+        slot = self._slots
+        self.unacked[slot] = message
+        request = request_of(message.body) if message.body is not None else None
+        ticket = Ticket(
+            slot,
+            Arrival(
+                message.job_id,
+                request,
+                message.model if request else None,
+                0,
+                message.eta,
+                message.expires,
+                {},
+            ),
+            accept=lambda slot, _: self._told_start(slot),
+            end=lambda news: self._told_end(slot, *news),
+            time_out=lambda *_: self._told_time_out(slot),
+            time_limit_s=message.time_limit_s,
+            detach=lambda _: None,
+            revoke=lambda job_id: self.post(Revoked(job_id)),
+        )
+        self.post(ticket)
+
+    def refuse(self, job_id: UUID) -> None:
+        """A message that cannot run: `EnginePool.refuse`."""
+        self._slots += 1
+        slot = self._slots
+        self.unacked[slot] = Message(job_id, None, self.models[0])
+
+        def acknowledge() -> None:
+            expect(job_id in self._world.store.tables["jobs"], "acked before the row")
+            self._ack(slot)
+
+        self.post(Refusal(job_id, Kind.GENERATE, RequestError("Bad."), acknowledge))
+
+    def _told_start(self, slot: int) -> None:
+        message = self.unacked.get(slot)
+        if message is not None:
+            row = self._world.store.tables["jobs"][message.job_id]
+            expect(row["attempt"] > 0, "Celery heard of a start before the claim")
+
+    def _told_end(self, slot: int, failed: int, value: Any, _: float) -> None:
+        if failed and not isinstance(value.exception, JobFailed):
+            self._ack(slot)  # dropped: the row is not ours to tell of
+        else:
+            self._told_final(slot, "completed" if not failed else None)
+
+    def _told_time_out(self, slot: int) -> None:
+        self._told_final(slot, "failed")
+
+    def _told_final(self, slot: int, state: str | None) -> None:
+        if (message := self.unacked.get(slot)) is not None:
+            row = self._world.store.tables["jobs"][message.job_id]
+            is_so = row["state"] == state if state else JobState(row["state"]).is_final
+            expect(is_so, f"acked before the commit: Celery heard {state or 'failed'}")
+            self._ack(slot)
+
+    def _ack(self, slot: int) -> None:
+        if self.acks_until_death is not None:
+            self.acks_until_death -= 1
+            if self.acks_until_death < 0:
+                raise Died
+        self.unacked.pop(slot, None)  # after a reconnect it is another's
+
+
+def _new_worker(worker_id: UUID, models: tuple[str, ...]) -> NewWorker:
+    return NewWorker(
+        id=worker_id,
+        name="worker@mill",
+        host="mill",
+        pid=1,
+        models=models,
+        device="cpu",
+        price_id="cpu",
+        currency="EUR",
+        price_per_device_hour=Decimal("0.036"),
+    )
+
+
+class SimulatedRescue:
+    """A rescue process: sweeps until it dies."""
+
+    def __init__(self, world: World) -> None:
+        self.database = ProcessDatabase(world)
+        self.is_alive = True
+        self.sweep_ns = 0
+        self._rescue = Rescue(SETTINGS, self.database, world.queue, world.clock.now_s)
+        self._world = world
+
+    def sweep(self) -> None:
+        try:
+            with suppress(Unavailable):
+                self._rescue.sweep()
+        except Died:
+            self.is_alive = False
+        self.sweep_ns = self._world.clock.ns + SETTINGS.rescue.sweep_ms * 1_000_000

@@ -1,0 +1,131 @@
+"""Clock, Postgres and Redis as the simulated processes find them: there, away, or failing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from app import broker
+from app.errors import Unavailable
+from tests.simulation.engine import MODELS
+
+if TYPE_CHECKING:
+    from tests.simulation.world import World
+
+ROLLED_BACK, UNKNOWN, DIES_BEFORE, DIES_AFTER = range(4)
+"""What may happen to a transaction: its commit fails, or its answer is lost; or the process dies
+before or after the commit."""
+
+
+class Died(BaseException):
+    """kill -9 at this point of the code."""
+
+
+class Clock:
+    """One clock for all: only differences count, and each process measures its own."""
+
+    def __init__(self) -> None:
+        self.ns = 1_000_000_000
+
+    def now_ns(self) -> int:
+        return self.ns
+
+    def now_s(self) -> float:
+        return self.ns / 1e9
+
+    def now(self) -> datetime:
+        return datetime(2030, 1, 1, tzinfo=UTC) + timedelta(microseconds=self.ns // 1_000)
+
+
+class ProcessDatabase:
+    """A process's pool: it may find Postgres away, and one of its transactions may go wrong."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self.fault: int | None = None
+        self.fault_in = 0  #: transactions that go well before the fault
+
+    @contextmanager
+    def begin(self) -> Iterator[Any]:
+        if self._world.clock.ns < self._world.postgres_back_ns:
+            raise Unavailable("Postgres is away.")
+        fault = self._next_fault()
+        with self._world.store.begin() as connection:
+            yield connection
+            if fault == ROLLED_BACK:
+                raise Unavailable("The commit failed.")
+            if fault == DIES_BEFORE:
+                raise Died
+        if fault == UNKNOWN:
+            raise Unavailable("The answer to the commit was lost.")
+        if fault == DIES_AFTER:
+            raise Died
+
+    @contextmanager
+    def autocommit(self) -> Iterator[Any]:
+        yield _Autocommit(self)
+
+    def _next_fault(self) -> int | None:
+        if self.fault is None or self.fault_in > 0:
+            self.fault_in -= 1
+            return None
+        fault, self.fault = self.fault, None
+        return fault
+
+
+class _Autocommit:
+    """A connection on which every statement is a transaction of its own."""
+
+    def __init__(self, database: ProcessDatabase) -> None:
+        self._database = database
+
+    def __getattr__(self, name: str) -> Any:
+        def run(*given: Any) -> Any:
+            with self._database.begin() as connection:
+                return getattr(connection, name)(*given)
+
+        return run
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    job_id: UUID
+    body: str | None  #: the prompt, if the message brings the request
+    model: str
+    eta: datetime | None = None
+    expires: datetime | None = None
+    time_limit_s: float | None = None
+
+
+class Queue:
+    """Redis: a list a model. Also plays the product's publisher."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self.lists: dict[str, list[Message]] = {name: [] for name in MODELS}
+
+    def put(self, message: Message) -> None:
+        self.lists[message.model].append(message)
+
+    def send(self, message: broker.Message) -> None:
+        self.send_many([message])
+
+    def send_many(self, messages: Iterable[broker.Message]) -> None:
+        if self._world.clock.ns < self._world.redis_back_ns:
+            raise Unavailable("Redis is away.")
+        for message in messages:
+            self.put(Message(message.job_id, None, message.model))
+
+    def list_lengths(self, models: Iterable[str]) -> dict[str, list[int]]:
+        """All of the simulation's messages have the first priority."""
+        rest = [0] * (len(broker.PRIORITY_STEPS) - 1)
+        return {model: [length, *rest] for model, length in self.queue_lengths(models).items()}
+
+    def queue_lengths(self, models: Iterable[str]) -> dict[str, int]:
+        if self._world.clock.ns < self._world.redis_back_ns:
+            raise Unavailable("Redis is away.")
+        return {model: len(self.lists[model]) for model in models}
