@@ -1,0 +1,214 @@
+"""What the statements of `app.store.claims` do."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from typing import Final
+
+from app.jobs import MAX_UNCHARGED
+from app.store import claims
+from app.store.notices import DONE
+from tests.memory_store.database import Answer, MemoryConnection, statement
+from tests.memory_store.rows import Params, Row, blank, ms, records
+
+
+@statement(claims._CLAIM)
+def _claim(self: MemoryConnection, given: Params) -> Answer:
+    members = sorted(records(None, given["members"]), key=lambda member: member["job_id"])
+    moved, repeated = [], []
+    for member in members:
+        job = self.jobs.get(member["job_id"])
+        if job is None:
+            continue
+        if job["state"] == "running" and job["attempt_id"] == member["attempt_id"]:
+            repeated.append(_claimed(job))
+        elif _may_start(job, self.now) and not self.lease_is_over(given["worker_id"]):
+            job = self.update(
+                "jobs",
+                job["id"],
+                state="running",
+                attempt=job["attempt"] + 1,
+                attempt_id=member["attempt_id"],
+                worker_id=given["worker_id"],
+                batch_id=given["id"],
+                claimed_at=self.now,
+            )
+            self.insert(
+                "attempts",
+                {
+                    "id": job["attempt_id"],
+                    "number": job["attempt"],
+                    "job_id": job["id"],
+                    **{name: job[name] for name in ("tenant", "worker_id", "batch_id")},
+                    "claimed_at": self.now,
+                },
+            )
+            moved.append((job, member["num_sequences"]))
+    if moved:
+        _open_batch(self, given, moved)
+    lease = {"is_held": not self.lease_is_over(given["worker_id"])}
+    claimed = [_claimed(job) for job, _ in moved] + repeated
+    return Answer([lease | row for row in claimed or [dict.fromkeys(CLAIMED)]])
+
+
+def _open_batch(self: MemoryConnection, given: Params, moved: list[tuple[Row, int]]) -> None:
+    names = ("id", "worker_id", "model", "engine", "close_reason", "wait_ms")
+    num_jobs, num_sequences = len(moved), sum(number for _, number in moved)
+    if batch := self.batches.get(given["id"]):
+        num_jobs, num_sequences = (
+            num_jobs + batch["num_jobs"],
+            num_sequences + batch["num_sequences"],
+        )
+        self.update("batches", batch["id"], num_jobs=num_jobs, num_sequences=num_sequences)
+        return
+    self.insert(
+        "batches",
+        {name: given[name] for name in names}
+        | {
+            "kind": min(job["kind"] for job, _ in moved),
+            "num_jobs": num_jobs,
+            "num_sequences": num_sequences,
+            "opened_at": self.now - timedelta(milliseconds=given["wait_ms"]),
+            "claimed_at": self.now,
+        },
+    )
+
+
+def _may_start(job: Row, now: datetime) -> bool:
+    late = job["deadline"] is not None and job["deadline"] <= now
+    return job["state"] == "queued" and job["not_before"] <= now and not late
+
+
+CLAIMED = ("job_id", "attempt_id", "number", "claimed_at")
+
+
+def _claimed(job: Row) -> Row:
+    values = (job["id"], job["attempt_id"], job["attempt"], job["claimed_at"])
+    return dict(zip(CLAIMED, values, strict=True))
+
+
+@statement(claims._FINISH)
+def _finish(self: MemoryConnection, given: Params) -> Answer:
+    counted = []
+    given_records = [blank("results") | each for each in records("results", given["finished"])]
+    for record in sorted(given_records, key=lambda each: each["job_id"]):
+        job, earlier = self.jobs.get(record["job_id"]), self.results.get(record["job_id"])
+        if earlier is not None and earlier["attempt_id"] == record["attempt_id"]:
+            counted.append(record["attempt_id"])
+        is_held = _is_held(job, record)
+        if job is not None and is_held:
+            counted.append(record["attempt_id"])
+            _record_finished(self, job, record)
+        _close_finished(self, record, is_held)
+    for stats in records("batches", given["batches"]):
+        if stats["id"] in self.batches:
+            self.update("batches", stats["id"], **stats, finished_at=self.now)
+    return Answer([{"attempt_id": attempt_id} for attempt_id in counted])
+
+
+def _is_held(job: Row | None, given: Params) -> bool:
+    return (
+        job is not None and job["state"] == "running" and job["attempt_id"] == given["attempt_id"]
+    )
+
+
+def _record_finished(self: MemoryConnection, job: Row, record: Row) -> None:
+    self.update(
+        "jobs",
+        job["id"],
+        state=record["state"],
+        finished_at=self.now,
+        attempts_charged=job["attempts_charged"] + 1,
+        **_NOBODYS,
+    )
+    names = ("tenant", "model", "kind", "batch_id", "created_at", "queued_at", "claimed_at")
+    self.insert(
+        "results",
+        record
+        | {name: job[name] for name in names}
+        | {
+            "finished_at": self.now,
+            "queue_ms": ms(job["created_at"], job["claimed_at"]),
+            "ttft_ms": ms(job["created_at"], record["first_token_at"]),
+            "total_ms": ms(job["created_at"], self.now),
+        },
+    )
+    self.notices.append((DONE, job["id"]))
+
+
+def _close_finished(self: MemoryConnection, record: Row, is_held: bool) -> None:
+    attempt = self.attempts.get(record["attempt_id"])
+    if attempt is None or not (is_held or attempt["device_ns"] is None):
+        return
+    outcome = "succeeded" if record["state"] == "completed" else "failed"
+    self.update(
+        "attempts",
+        attempt["id"],
+        ended_at=attempt["ended_at"] or self.now,
+        outcome=attempt["outcome"] or outcome,
+        charged=True if attempt["charged"] is None else attempt["charged"],
+        error_code=attempt["error_code"] or record["error_code"],
+        started_at=record["started_at"],
+        device_ns=record["device_ns"],
+        cost=record["cost"],
+    )
+
+
+_NOBODYS: Final = {"attempt_id": None, "worker_id": None, "batch_id": None}
+
+
+@statement(claims._RELEASE)
+def _release(self: MemoryConnection, given: Params) -> Answer:
+    optional = {"error_code": None, "error_message": None}
+    moved = []
+    for release in sorted(records(None, given["releases"]), key=lambda each: each["job_id"]):
+        job = self.jobs.get(release["job_id"])
+        if job is not None and _is_held(job, release):
+            moved.append(give_back(self, job, optional | release))
+    return Answer(moved)
+
+
+def give_back(self: MemoryConnection, job: Row, release: Row) -> Row:
+    """`GIVE_BACK`: what becomes of a job whose attempt ended without a result."""
+    charged = release["charged"]
+    state = _next_state(job, charged, self.now)
+    attempt_id, batch_id = job["attempt_id"], job["batch_id"]
+    job = self.update(
+        "jobs",
+        job["id"],
+        state=state,
+        attempts_charged=job["attempts_charged"] + charged,
+        losses=job["losses"] + (release["outcome"] == "lost"),
+        not_before=max(job["not_before"], self.now + timedelta(seconds=release["delay_s"])),
+        queued_at=self.now if state == "queued" else job["queued_at"],
+        finished_at=None if state == "queued" else self.now,
+        received_by=None,
+        enqueued_at=None,
+        wake_count=0,
+        **_NOBODYS,
+    )
+    names = ("outcome", "charged", "error_code", "device_ns", "cost")
+    self.update(
+        "attempts", attempt_id, ended_at=self.now, **{name: release[name] for name in names}
+    )
+    if state != "queued":
+        failure = (release["error_code"], release["error_message"])
+        if not charged:
+            failure = (claims.NEVER_FINISHED.code, str(claims.NEVER_FINISHED))
+        late = ("deadline_exceeded", "The deadline passed before the job could run again.")
+        cancelled = ("cancelled", "The job was cancelled.")
+        error = {"failed": failure, "expired": late, "cancelled": cancelled}[state]
+        self.record_ended(job, *error, attempt_id=attempt_id, batch_id=batch_id)
+    return {"id": job["id"], "attempt_id": attempt_id, "state": state}
+
+
+def _next_state(job: Row, charged: bool, now: datetime) -> str:
+    if job["cancel_requested_at"] is not None:
+        return "cancelled"
+    if job["deadline"] is not None and job["deadline"] <= now:
+        return "expired"
+    if charged and job["attempts_charged"] + 1 >= job["max_attempts"]:
+        return "failed"
+    if not charged and job["attempt"] - job["attempts_charged"] >= MAX_UNCHARGED:
+        return "failed"
+    return "queued"

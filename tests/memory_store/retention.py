@@ -1,0 +1,61 @@
+"""What the statements of `app.store.retention` do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import timedelta
+
+from app.store import retention
+from tests.memory_store.database import Answer, MemoryConnection, statement
+from tests.memory_store.rows import Params, Row, of_tenant
+
+
+def _kept_for_long(self: MemoryConnection, rows: Iterable[Row], given: Params) -> list[Row]:
+    """The page of those that ended first."""
+    until = self.now - timedelta(seconds=given["keep_s"])
+    old = [row for row in rows if row["finished_at"] is not None and row["finished_at"] < until]
+    return sorted(old, key=lambda row: row["finished_at"])[: given["page"]]
+
+
+@statement(retention._REDACT_REQUESTS)
+def _redact_requests(self: MemoryConnection, given: Params) -> Answer:
+    kept = [job for job in of_tenant(self.jobs, given) if job["request"] is not None]
+    old = _kept_for_long(self, kept, given)
+    for job in old:
+        self.update("jobs", job["id"], request=None)
+    return Answer([], rowcount=len(old))
+
+
+@statement(retention._REDACT_RESPONSES)
+def _redact_responses(self: MemoryConnection, given: Params) -> Answer:
+    kept = [result for result in of_tenant(self.results, given) if result["response"] is not None]
+    old = _kept_for_long(self, kept, given)
+    for result in old:
+        self.update("results", result["job_id"], response=None)
+    return Answer([], rowcount=len(old))
+
+
+@statement(retention._DELETE_JOBS)
+def _delete_jobs(self: MemoryConnection, given: Params) -> Answer:
+    old = [job["id"] for job in _kept_for_long(self, of_tenant(self.jobs, given), given)]
+    for job_id in old:
+        self.delete("jobs", job_id)
+        if job_id in self.results:
+            self.delete("results", job_id)
+        for attempt in [each for each in self.attempts.values() if each["job_id"] == job_id]:
+            self.delete("attempts", attempt["id"])
+    return Answer([], rowcount=len(old))
+
+
+@statement(retention._DELETE_BATCHES)
+def _delete_batches(self: MemoryConnection, given: Params) -> Answer:
+    until = self.now - timedelta(seconds=given["keep_s"])
+    old = [
+        batch
+        for batch in self.batches.values()
+        if batch["claimed_at"] < until and (batch["finished_at"] or batch["claimed_at"]) < until
+    ]
+    old = sorted(old, key=lambda batch: batch["claimed_at"])[: given["page"]]
+    for batch in old:
+        self.delete("batches", batch["id"])
+    return Answer([], rowcount=len(old))

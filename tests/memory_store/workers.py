@@ -1,0 +1,81 @@
+"""What the statements of `app.store.workers` and `cancellation` do."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from app.store import cancellation, workers
+from app.store.notices import CANCEL
+from tests.memory_store.database import Answer, MemoryConnection, statement
+from tests.memory_store.rows import Params, records
+
+
+@statement(workers._REGISTER)
+def _register(self: MemoryConnection, given: Params) -> Answer:
+    for worker in records("workers", given["workers"]):
+        if worker["id"] not in self.workers:
+            lease = self.now + timedelta(seconds=given["lease_s"])
+            stamps = {"started_at": self.now, "heartbeat_at": self.now, "lease_expires_at": lease}
+            self.insert("workers", worker | stamps)
+    return Answer([])
+
+
+@statement(workers._RENEW)
+def _renew(self: MemoryConnection, given: Params) -> Answer:
+    worker = self.workers.get(given["worker_id"])
+    if worker is None or worker["stopped_at"] is not None:
+        return Answer([])
+    lease = self.now + timedelta(seconds=given["lease_s"])
+    self.update("workers", worker["id"], heartbeat_at=self.now, lease_expires_at=lease)
+    return Answer([], rowcount=1)
+
+
+@statement(workers._HELD)
+def _held(self: MemoryConnection, given: Params) -> Answer:
+    return Answer(
+        [
+            {
+                "attempt_id": job["attempt_id"],
+                "cancelled": job["cancel_requested_at"] is not None,
+                "late": job["deadline"] is not None and job["deadline"] <= self.now,
+            }
+            for job in self.jobs.values()
+            if job["state"] == "running" and job["worker_id"] == given["worker_id"]
+        ]
+    )
+
+
+@statement(workers._STOP)
+def _stop(self: MemoryConnection, given: Params) -> Answer:
+    worker = self.workers.get(given["worker_id"])
+    if worker is not None and worker["stopped_at"] is None:
+        self.update("workers", worker["id"], stopped_at=self.now, lease_expires_at=self.now)
+    return Answer([])
+
+
+@statement(cancellation._LOCK)
+def _lock(self: MemoryConnection, given: Params) -> Answer:
+    job = self.jobs.get(given["job_id"])
+    is_there = job is not None and job["tenant"] == given["tenant"]
+    return Answer([{"state": job["state"]}] if job is not None and is_there else [])
+
+
+@statement(cancellation._END_QUEUED)
+def _end_queued(self: MemoryConnection, given: Params) -> Answer:
+    job = self.jobs.get(given["job_id"])
+    if job is None or job["state"] != "queued":
+        return Answer([])
+    row = self.update("jobs", job["id"], state="cancelled", finished_at=self.now)
+    self.record_ended(row, "cancelled", "The job was cancelled.")
+    return Answer([{"id": job["id"]}])
+
+
+@statement(cancellation._ASK_WORKER)
+def _ask_worker(self: MemoryConnection, given: Params) -> Answer:
+    job = self.jobs.get(given["job_id"])
+    if job is None or job["state"] != "running":
+        return Answer([])
+    asked_at = job["cancel_requested_at"] or self.now
+    self.update("jobs", job["id"], cancel_requested_at=asked_at)
+    self.notices.append((CANCEL, job["id"]))
+    return Answer([{"notified": ""}])
