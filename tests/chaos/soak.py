@@ -23,6 +23,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Final
 
+from matplotlib import pyplot
+
 import tests.chaos.faults  # noqa: F401  # enters the faults
 from app.bench.report import print_json
 from tests.chaos import report
@@ -132,12 +134,7 @@ def grown(samples: Samples) -> dict[str, float]:
 
 
 def _plot(samples: Samples, file: Path) -> None:
-    """Memory and connections over time; says so where matplotlib is missing."""
-    try:
-        from matplotlib import pyplot  # type: ignore[import-not-found]
-    except ImportError:
-        print("no plot: pip install matplotlib")
-        return
+    """Memory and connections over time."""
     pyplot.switch_backend("Agg")
     figure, (memory, connections) = pyplot.subplots(
         2, 1, figsize=(10, 7), sharex=True, layout="constrained"
@@ -162,7 +159,7 @@ def _draw(
         values = [each.get(name, 0) / scale for each in samples]
         axes.plot(minutes, values, label=name, linewidth=1)
     axes.set_ylim(bottom=0)
-    axes.legend(fontsize=8, ncols=4)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +40,6 @@ def config(make_settings: Callable[..., Settings], database_url: str, redis_url:
         rescue={"sweep_ms": 100, "lost_after_s": 1},
         models={"stub": stub},
     )
-
-
-@pytest.fixture
-def producer(config: Settings) -> Iterator[Celery]:
-    with Celery("somebody-else", broker=config.broker.url, set_as_current=False) as app:
-        yield app
 
 
 def send(producer: Celery, prompts: list[str]) -> list[str]:

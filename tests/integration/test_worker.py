@@ -49,13 +49,6 @@ def worker(config: Settings, tmp_path: Path) -> Iterator[Worker]:
         yield worker
 
 
-@pytest.fixture
-def producer(config: Settings) -> Iterator[Celery]:
-    """A service's own Celery app, which knows nothing of Gristmill."""
-    with Celery("somebody-else", broker=config.broker.url, set_as_current=False) as app:
-        yield app
-
-
 def send(producer: Celery, prompt: str, **options: Any) -> str:
     sent = producer.send_task("inference.generate", kwargs={"prompt": prompt}, **options)
     return str(sent.id)

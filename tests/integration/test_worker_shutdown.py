@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -43,12 +43,6 @@ def config(make_settings: Callable[..., Settings], database_url: str, redis_url:
         rescue={"sweep_ms": 200, "lost_after_s": 1},
         models={"stub": stub},
     )
-
-
-@pytest.fixture
-def producer(config: Settings) -> Iterator[Celery]:
-    with Celery("somebody-else", broker=config.broker.url, set_as_current=False) as app:
-        yield app
 
 
 def send(producer: Celery, prompt: str) -> str:

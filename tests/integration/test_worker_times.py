@@ -67,12 +67,6 @@ def rescuing(config: Settings) -> Iterator[None]:
         database.close()
 
 
-@pytest.fixture
-def producer(config: Settings) -> Iterator[Celery]:
-    with Celery("somebody-else", broker=config.broker.url, set_as_current=False) as app:
-        yield app
-
-
 def send(producer: Celery, prompt: str, **options: Any) -> str:
     return str(producer.send_task("inference.generate", kwargs={"prompt": prompt}, **options).id)
 

@@ -20,12 +20,11 @@ from app.engines import grammar as grammar_module
 from app.engines.base import Engine, Generation, Grammar, Kind, SamplingParams, Sequence
 from app.engines.grammar import CACHE_SIZE, Grammars, check
 from app.engines.inflight.engine import InflightEngine
-from app.engines.registry import create
 from app.engines.tokenizer import load_tokenizer
 from app.errors import InvalidSchema
 from app.jobs import FinishReason
 from tests.unit import tiny_models
-from tests.unit.tiny_models import CONTEXT, EOS
+from tests.unit.tiny_models import EOS, load
 
 PROMPT = tuple(b"the mill")
 MILL = {
@@ -54,19 +53,6 @@ def sequence(id_: int, grammar: Grammar | None, **params: Any) -> Sequence:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_models.save_llama(tmp_path_factory.mktemp("grammar") / "model")
-
-
-def load(folder: Path, name: str = "inflight", rows: int = 8, **options: int) -> Engine:
-    model = ModelSettings(
-        source=str(folder),
-        kind=Kind.GENERATE,
-        engine=name,
-        dtype="float32",
-        context_tokens=CONTEXT,
-        max_batch_size=rows,
-        options=dict(options),
-    )
-    return create(name, folder, model, device="cpu", threads=1, progress=lambda: None)
 
 
 @pytest.fixture(scope="module", params=["inflight", "generate"])

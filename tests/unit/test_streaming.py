@@ -8,23 +8,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.config import ModelSettings
 from app.engines.base import (
     Engine,
     Generation,
     Grammar,
-    Kind,
     NewTokens,
     SamplingParams,
     Sequence,
 )
 from app.engines.inflight.engine import InflightEngine
-from app.engines.registry import create
 from app.engines.stopping import UNFINISHED, Output
 from app.jobs import FinishReason
 from tests.unit import tiny_models
 from tests.unit.test_stopping import EOS, decode
-from tests.unit.tiny_models import CONTEXT
+from tests.unit.tiny_models import load
 
 WORDS = Grammar("regex", "(é|漢|🙂|the|mill| ){40}")
 
@@ -84,19 +81,6 @@ def test_a_character_comes_when_its_last_token_does() -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_models.save_llama(tmp_path_factory.mktemp("streaming") / "model")
-
-
-def load(folder: Path, name: str, rows: int = 8, **options: int) -> Engine:
-    model = ModelSettings(
-        source=str(folder),
-        kind=Kind.GENERATE,
-        engine=name,
-        dtype="float32",
-        context_tokens=CONTEXT,
-        max_batch_size=rows,
-        options=dict(options),
-    )
-    return create(name, folder, model, device="cpu", threads=1, progress=lambda: None)
 
 
 def run(

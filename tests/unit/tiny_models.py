@@ -20,6 +20,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from app.config import ModelSettings
+from app.engines.base import Engine, Kind
+from app.engines.registry import create
+
 VOCAB = 260
 EOS, BOS, PAD = 256, 257, 258
 CONTEXT = 96
@@ -133,3 +137,17 @@ def save_bert(folder: Path, *, modules: bool = True, pooling: str = "mean_tokens
             json.dumps({"word_embedding_dimension": 32, f"pooling_mode_{pooling}": True})
         )
     return folder
+
+
+def load(folder: Path, name: str = "inflight", rows: int = 8, **options: int) -> Engine:
+    """A text engine with the model of a folder, in float32 on one thread."""
+    model = ModelSettings(
+        source=str(folder),
+        kind=Kind.GENERATE,
+        engine=name,
+        dtype="float32",
+        context_tokens=CONTEXT,
+        max_batch_size=rows,
+        options=dict(options),
+    )
+    return create(name, folder, model, device="cpu", threads=1, progress=lambda: None)
