@@ -35,6 +35,8 @@ BULK: Final = 20
 MOST_OPEN: Final = 200
 """With more jobs that have not ended nothing is added: a long queue says nothing of recovery."""
 TIMEOUT_S: Final = 6.0
+MOST_LATE_S: Final = 1.0
+"""What could not be submitted for longer than that is not made up for in a rush afterwards."""
 PAUSE_S: Final = 0.3
 """Before a submission is tried again; Retry-After is heeded up to three times that."""
 LONG_S: Final = 3600.0
@@ -99,6 +101,7 @@ class Load:
         self._ways = ways
         self._jobs = jobs
         self._planned = 0
+        self._due_at = 0.0  #: when the next is to be submitted, by the monotonic clock
         self._is_enough = False  #: the fault is over
         self._is_held = False  #: nothing is added by chance now
         self._planning = threading.Lock()
@@ -114,7 +117,6 @@ class Load:
         self._poller = threading.Thread(target=self._poll_some, args=(rng.randrange(1 << 30),))
 
     def __enter__(self) -> Load:
-        self._began = time.monotonic()
         for thread in (*self._threads, self._poller):
             thread.start()
         return self
@@ -209,10 +211,11 @@ class Load:
                 return None
             way = self._rng_of_plan.choice(self._ways)
             group = [self._chance_spec(way) for _ in range(BULK if way == "bulk" else 1)]
-            due_s = self._planned / self._rate
+            due_at = max(self._due_at, time.monotonic() - MOST_LATE_S)
+            self._due_at = due_at + len(group) / self._rate
             self._planned += len(group)
             self._specs |= {spec.nonce: spec for spec in group}
-        return due_s, way, group
+        return due_at, way, group
 
     def _chance_spec(self, way: str) -> Spec:
         rng = self._rng_of_plan
@@ -243,8 +246,8 @@ class Load:
 
     def _send_all(self) -> None:
         while (item := self._next_group()) is not None and not self._ended.is_set():
-            due_s, way, group = item
-            self._ended.wait(max(0.0, self._began + due_s - time.monotonic()))
+            due_at, way, group = item
+            self._ended.wait(max(0.0, due_at - time.monotonic()))
             while self._is_crowded and not self._ended.wait(0.05):
                 pass
             self._send(way, group)
