@@ -3,8 +3,8 @@
 Counting a long queue is not free, so it is counted now and then, by one caller, and what this
 process let in since is added to it. The limits are therefore kept to within what other processes
 let in between two counts, and room is seen up to that much later. Counts are at most
-`COUNT_EVERY_S` old, or `COUNT_SHARE` times as long as counting takes: a million rows take some
-tenths of a second, so then it is a few seconds.
+`COUNT_EVERY_S` old, `COUNT_FULL_S` where somebody is refused, or `COUNT_SHARE` times as long as
+counting takes: a million rows take some tenths of a second, so then it is a few seconds.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from app.store.database import Database
 from app.store.intake import Load
 
 COUNT_EVERY_S: Final = 1.0
+COUNT_FULL_S: Final = 0.1
+"""In a queue that is small against its drain, room that is seen late leaves the device idle."""
 COUNT_SHARE: Final = 20
 """Counting has at most one part in so many of the time."""
 
@@ -40,9 +42,10 @@ class Admission:
         self._max = max_queued
         self._lock = threading.Lock()
         self._counted = Load(0, 0)
+        self._counted_at = -math.inf
+        self._count_took_s = 0.0
         self._entering = Load(0, 0)  #: being written now, so perhaps not counted
         self._let_in = Load(0, 0)  #: written since the count began
-        self._count_again_at = 0.0
         self._rates = (0.0, 0.0)  #: jobs and tokens that end per second
         self._room_at = 0.0  #: when all who were told to come back will have
 
@@ -51,14 +54,15 @@ class Admission:
 
         Asked before the jobs are looked at: under an overload a refusal has to be cheap.
         """
-        self._count_if_due()
+        asked = Load(num_jobs, 0)
+        self._count_if_needed(asked)
         with self._lock:
-            self._refuse_excess(Load(num_jobs, 0))
+            self._refuse_excess(asked)
 
     @contextmanager
     def admitted(self, asked: Load) -> Iterator[None]:
         """Let so much more in, which is written inside; raises `QueueFull` if there is no room."""
-        self._count_if_due()
+        self._count_if_needed(asked)
         with self._lock:
             self._refuse_excess(asked)
             self._entering = _sum(self._entering, asked)
@@ -70,8 +74,7 @@ class Admission:
                 self._let_in = _sum(self._let_in, asked)
 
     def _refuse_excess(self, asked: Load) -> None:
-        inside = _sum(self._counted, _sum(self._let_in, self._entering))
-        excess = _excess(_sum(inside, asked), self._max)
+        excess = self._excess(asked)
         if excess == Load(0, 0):
             return
         what, limit = ("jobs", self._max.jobs) if excess.jobs else ("tokens", self._max.tokens)
@@ -80,34 +83,36 @@ class Admission:
             retry_after=self._retry_after(asked),
         )
 
-    def _count_if_due(self) -> None:
-        if self._is_count_due():
-            self._count()
+    def _excess(self, asked: Load) -> Load:
+        inside = _sum(self._counted, _sum(self._let_in, self._entering))
+        return _excess(_sum(inside, asked), self._max)
 
-    def _is_count_due(self) -> bool:
-        """True for one caller at a time: the others go on with the count there is."""
+    def _count_if_needed(self, asked: Load) -> None:
+        """Nobody is refused for a count that may be over by now."""
+        self._count_if_older(COUNT_EVERY_S)
+        with self._lock:
+            has_room = self._excess(asked) == Load(0, 0)
+        if not has_room:
+            self._count_if_older(COUNT_FULL_S)
+
+    def _count_if_older(self, age_s: float) -> None:
+        """One caller at a time: the others go on with the count there is."""
         now = time.monotonic()
         with self._lock:
-            if now < self._count_again_at:
-                return False
-            self._count_again_at = now + COUNT_EVERY_S
-            return True
-
-    def _count(self) -> None:
-        began = time.monotonic()
-        with self._lock:
+            if now < self._counted_at + max(age_s, COUNT_SHARE * self._count_took_s):
+                return
+            self._counted_at = now
             before = self._let_in
         with self._database.begin() as connection:
-            counted = intake.queued(connection)
-            rates = self._rates
-            if _excess(counted, Load(self._max.jobs // 2, self._max.tokens // 2)) != Load(0, 0):
+            counted, rates = intake.queued(connection), self._rates
+            half = Load(self._max.jobs // 2, self._max.tokens // 2)
+            if _excess(_sum(counted, before), half) != Load(0, 0):
                 ended = intake.ended(connection, DRAIN_WINDOW_S)
                 rates = (ended.jobs / DRAIN_WINDOW_S, ended.tokens / DRAIN_WINDOW_S)
-        took_s = time.monotonic() - began
         with self._lock:
             self._counted, self._rates = counted, rates
             self._let_in = _less(self._let_in, before)
-            self._count_again_at = max(self._count_again_at, began + COUNT_SHARE * took_s)
+            self._count_took_s = time.monotonic() - now
 
     def _retry_after(self, asked: Load) -> int:
         """Whole seconds until the queue should have room for these.

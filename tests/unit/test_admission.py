@@ -10,7 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app import admission
-from app.admission import COUNT_EVERY_S, COUNT_SHARE, DRAIN_WINDOW_S, MAX_RETRY_AFTER_S, Admission
+from app.admission import (
+    COUNT_EVERY_S,
+    COUNT_FULL_S,
+    COUNT_SHARE,
+    DRAIN_WINDOW_S,
+    MAX_RETRY_AFTER_S,
+    Admission,
+)
 from app.errors import QueueFull
 from app.store.intake import Load
 
@@ -113,6 +120,19 @@ def test_room_is_seen_again_when_the_queue_has_shrunk(postgres: Postgres, clock:
     clock.now += COUNT_EVERY_S
 
     admit(admission, 1, 1)
+
+
+def test_before_anybody_is_refused_the_queue_is_counted_again(
+    postgres: Postgres, clock: Clock
+) -> None:
+    admission = gate(postgres)
+    admit(admission, 100, 0)
+    refused(admission)
+
+    clock.now += COUNT_FULL_S
+
+    admit(admission, 100, 0)  # the others are with a worker already
+    assert postgres.num_counts == 2
 
 
 def test_many_submissions_share_one_count(postgres: Postgres, clock: Clock) -> None:

@@ -20,19 +20,19 @@ from app.local import LOOPBACK
 from tests.chaos.checker import Evidence
 from tests.chaos.load import Spec
 from tests.chaos.scene import Scene, fault
-from tests.chaos.world import MODELS
+from tests.chaos.world import MODELS, World
 
 OVERLOAD: Final = 3
 LEAST_GOODPUT: Final = 0.9
 NUM_QUEUED: Final = 40
 """Jobs that the API lets wait during the overload, beside some six batches that the workers hold:
-about five seconds of work."""
-JOB_MS: Final = 1_000
+about three seconds of work."""
+JOB_MS: Final = 500
 """A batch takes this long whatever its size, so that not this machine's cores are the capacity."""
 PATIENCE_S: Final = 8.0
 """A job's deadline: most are in time if the queue is kept short."""
 HURRIED_S: Final = 2.0
-"""The deadline of every fifth: it expires in the queue."""
+"""The deadline of every fifth: not all of them are in time."""
 MOST_GROWTH: Final = 150 << 20
 
 
@@ -43,17 +43,12 @@ MOST_GROWTH: Final = 150 << 20
 def overload(scene: Scene) -> None:
     lasts_s = 30.0 if scene.is_full else 10.0
     world = scene.world
-    world.environment["api"]["GRISTMILL_API__MAX_QUEUED_JOBS"] = str(NUM_QUEUED)
-    world.restart("api")
-    try:
-        with scene.load.held():
-            peak = _goodput_when_just_full(scene, lasts_s)
+    with scene.load.held():
+        peak = _goodput_when_just_full(scene, lasts_s)
+        with _bounded_queue(world):
             before = sum(world.rss().values())
             goodput, offered = _goodput_when_overloaded(scene, peak, lasts_s)
             grown = sum(world.rss().values()) - before
-    finally:
-        del world.environment["api"]["GRISTMILL_API__MAX_QUEUED_JOBS"]
-        world.restart("api")
     scene.note(
         f"Peak {peak:.1f} jobs/s; with {offered:.1f} jobs/s offered {goodput:.1f}, "
         f"{100 * goodput / peak:.0f} %. Memory grew by {grown >> 20} MiB."
@@ -63,12 +58,23 @@ def overload(scene: Scene) -> None:
     scene.afterwards(lambda evidence: _look_at_overload(scene, evidence))
 
 
+@contextmanager
+def _bounded_queue(world: World) -> Iterator[None]:
+    world.environment["api"]["GRISTMILL_API__MAX_QUEUED_JOBS"] = str(NUM_QUEUED)
+    world.restart("api")
+    try:
+        yield
+    finally:
+        del world.environment["api"]["GRISTMILL_API__MAX_QUEUED_JOBS"]
+        world.restart("api")
+
+
 def _goodput_when_just_full(scene: Scene, lasts_s: float) -> float:
     """Jobs per second when there is always work, and never much too much."""
     with _counting(scene) as goodput:
         until = time.monotonic() + lasts_s
         while time.monotonic() < until:
-            if scene.world.value("SELECT count(*) FROM jobs WHERE finished_at IS NULL") < 100:
+            if scene.world.value("SELECT count(*) FROM jobs WHERE finished_at IS NULL") < 150:
                 scene.load.submit(*(_long_job(scene) for _ in range(20)), way="bulk")
             time.sleep(0.1)
     return goodput[0]
