@@ -41,6 +41,7 @@ class Admission:
         self._database = database
         self._max = max_queued
         self._lock = threading.Lock()
+        self._counting = threading.Lock()  #: held by whoever counts
         self._counted = Load(0, 0)
         self._counted_at = -math.inf
         self._count_took_s = 0.0
@@ -96,12 +97,20 @@ class Admission:
             self._count_if_older(COUNT_FULL_S)
 
     def _count_if_older(self, age_s: float) -> None:
-        """One caller at a time: the others go on with the count there is."""
-        now = time.monotonic()
+        """One caller at a time counts: the others go on with the count there is."""
+        age_s = max(age_s, COUNT_SHARE * self._count_took_s)
+        if time.monotonic() < self._counted_at + age_s or not self._counting.acquire(
+            blocking=False
+        ):
+            return
+        try:
+            self._count()
+        finally:
+            self._counting.release()
+
+    def _count(self) -> None:
+        began = time.monotonic()
         with self._lock:
-            if now < self._counted_at + max(age_s, COUNT_SHARE * self._count_took_s):
-                return
-            self._counted_at = now
             before = self._let_in
         with self._database.begin() as connection:
             counted, rates = intake.queued(connection), self._rates
@@ -112,7 +121,7 @@ class Admission:
         with self._lock:
             self._counted, self._rates = counted, rates
             self._let_in = _less(self._let_in, before)
-            self._count_took_s = time.monotonic() - now
+            self._counted_at, self._count_took_s = began, time.monotonic() - began
 
     def _retry_after(self, asked: Load) -> int:
         """Whole seconds until the queue should have room for these.

@@ -167,6 +167,20 @@ def test_what_is_written_while_it_is_counted_is_not_forgotten(
     refused(admission)
 
 
+def test_nobody_counts_while_another_does(postgres: Postgres, clock: Clock) -> None:
+    admission = gate(postgres)
+
+    def meanwhile() -> None:
+        clock.now += 2 * COUNT_EVERY_S
+        admit(admission, 60, 0)
+
+    postgres.while_counting = meanwhile
+    admit(admission, 30, 0)
+
+    assert postgres.num_counts == 1
+    refused(admission, jobs=11)
+
+
 def test_a_count_that_takes_long_is_made_less_often(postgres: Postgres, clock: Clock) -> None:
     def take_a_second() -> None:
         clock.now += 1.0
