@@ -214,6 +214,26 @@ MUTANTS: Final = (
         "by_remainder[:0]",
         "tests/unit/test_costs.py",
     ),
+    Mutant(
+        "a batch does not count what its members took",
+        "app/worker/running.py",
+        "            run.batch.device_ns += generation.device_ns\n",
+        "",
+    ),
+    Mutant(
+        "what is being written when the queue is counted is let in twice",
+        "app/admission.py",
+        "inside = _sum(self._counted, _sum(self._let_in, self._entering))",
+        "inside = _sum(self._counted, self._let_in)",
+        "tests/unit/test_admission.py",
+    ),
+    Mutant(
+        "whoever goes away takes the answer from the others who asked",
+        "app/api/reader.py",
+        "await asyncio.shield(asked)",
+        "await asked",
+        "tests/unit/test_api_reader.py",
+    ),
 )
 
 

@@ -161,10 +161,11 @@ def test_what_is_written_while_it_is_counted_is_not_forgotten(
     admission = gate(postgres)
     with admission.admitted(Load(90, 0)):
         clock.now += COUNT_EVERY_S
-        admit(admission, 1, 0)  # a count does not see the ninety: they are not committed
-    admit(admission, 9, 0)
+        admit(admission, 1, 0)  # the count does not see the ninety: they are not committed
 
-    refused(admission)
+        refused(admission, jobs=10)
+    refused(admission, jobs=10)
+    admit(admission, 9, 0)
 
 
 def test_nobody_counts_while_another_does(postgres: Postgres, clock: Clock) -> None:
