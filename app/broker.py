@@ -319,9 +319,8 @@ class Publisher:
         """Messages waiting in each model's queue, by `PRIORITY_STEPS`. One round trip."""
         return dict(zip(models, self._lengths(map(queue_name, models)), strict=True))
 
-    def backlog(self, models: Collection[str]) -> int:
-        """Messages that a worker of these models could take."""
-        queues = [*map(queue_name, models), self._app.conf.task_default_queue]
+    def backlog(self, queues: Iterable[str]) -> int:
+        """Messages in these queues, by name."""
         return sum(map(sum, self._lengths(queues)))
 
     def _lengths(self, queues: Iterable[str]) -> list[list[int]]:

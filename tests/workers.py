@@ -33,8 +33,10 @@ app.worker_main(worker_command(settings)[0][5:])
 class Worker:
     """One worker process; its log is kept in a file."""
 
-    def __init__(self, settings: Settings, folder: Path) -> None:
+    def __init__(self, settings: Settings, folder: Path, prelude: str = "") -> None:
+        """`prelude` is Python that breaks something in the process before it starts."""
         self.settings = settings
+        self._prelude = prelude
         self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -60,7 +62,7 @@ class Worker:
         before = len(rows(self.settings, "SELECT id FROM workers"))
         with open(self._folder / "worker.log", "ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _MAIN, str(file)],
+                [sys.executable, "-c", self._prelude + _MAIN, str(file)],
                 stdout=log,
                 stderr=log,
                 env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -90,8 +92,8 @@ class Worker:
 
 
 @contextmanager
-def running_worker(settings: Settings, folder: Path) -> Iterator[Worker]:
-    worker = Worker(settings, folder).start()
+def running_worker(settings: Settings, folder: Path, prelude: str = "") -> Iterator[Worker]:
+    worker = Worker(settings, folder, prelude).start()
     try:
         yield worker
     finally:

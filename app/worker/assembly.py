@@ -7,9 +7,8 @@ import platform
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 from uuid import UUID, uuid4
@@ -103,8 +102,13 @@ def heed(xid: Xid, engine_pid: object) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def assemble(settings: Settings, on_end: Callable[[], object]) -> Assembly:
-    """Build a worker. Prepares the models first: the longest step, and the likeliest to fail."""
+def assemble(
+    settings: Settings, consumed: Callable[[], Sequence[str]], on_end: Callable[[], object]
+) -> Assembly:
+    """Build a worker. Prepares the models first: the longest step, and the likeliest to fail.
+
+    `consumed` names the queues that it takes messages from now: an operator may cancel some.
+    """
     names = served_models(settings)
     catalog = load_catalog(settings, names)
     price = settings.prices[settings.worker.price]
@@ -154,7 +158,7 @@ def assemble(settings: Settings, on_end: Callable[[], object]) -> Assembly:
             lambda xid: heed(xid, thread.facts()["pid"]),
         )
     watchdog = Watchdog(
-        backlog=partial(publisher.backlog, names),
+        backlog=lambda: publisher.backlog(consumed()),
         runner=thread,
         lease=lease,
         stall_timeout_s=settings.worker.stall_timeout_s,

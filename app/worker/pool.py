@@ -62,7 +62,7 @@ class EnginePool(BasePool):  # type: ignore[misc]
         """Load the models before the first message is taken: an unready worker takes no work."""
         settings: Settings = self.app.settings
         try:
-            self._assembly = assemble(settings, on_end=self._runner_ended)
+            self._assembly = assemble(settings, self._consumed, on_end=self._runner_ended)
             self._assembly.start()
         except GristmillError as error:
             log.critical("The worker cannot start: %s", error)
@@ -70,6 +70,9 @@ class EnginePool(BasePool):  # type: ignore[misc]
         signals.task_revoked.connect(self._revoked)
         signals.worker_shutting_down.connect(self._asked_to_stop)
         log.info("The worker is ready.", extra={"action": "worker_ready"})
+
+    def _consumed(self) -> tuple[str, ...]:
+        return tuple(self.app.amqp.queues.consume_from)
 
     def register_with_event_loop(self, hub: Any) -> None:
         self._hub = hub

@@ -37,7 +37,8 @@ class Watchdog:
         lease: LeaseKeeper,
         stall_timeout_s: float,
     ) -> None:
-        """`backlog` counts the messages that this worker could take; it may raise `Unavailable`."""
+        """`backlog` counts the messages in the queues that this worker consumes; it may raise
+        `Unavailable`."""
         self._backlog = backlog
         self._runner = runner
         self._lease = lease

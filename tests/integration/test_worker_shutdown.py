@@ -45,6 +45,19 @@ def config(make_settings: Callable[..., Settings], database_url: str, redis_url:
     )
 
 
+DEAF = """
+import kombu.transport.redis
+kombu.transport.redis.Channel._brpop_start = lambda *given, **named: None
+"""
+"""A worker that never asks Redis for a message."""
+
+
+def watched(config: Settings) -> Settings:
+    """With a watchdog that is soon sure."""
+    worker = config.worker.model_copy(update={"stall_timeout_s": 2.0})
+    return config.model_copy(update={"worker": worker})
+
+
 def send(producer: Celery, prompt: str) -> str:
     return str(producer.send_task("inference.generate", kwargs={"prompt": prompt}).id)
 
@@ -146,12 +159,9 @@ def test_a_worker_is_ready_again_after_its_engine_was_stopped_or_its_database_wa
 def test_a_worker_that_stops_consuming_ends_with_a_clear_line(
     config: Settings, producer: Celery, tmp_path: Path
 ) -> None:
-    watched = config.worker.model_copy(update={"stall_timeout_s": 2.0})
-    config = config.model_copy(update={"worker": watched})
-    with running_worker(config, tmp_path / "worker") as worker:
+    config = watched(config)
+    with running_worker(config, tmp_path / "worker", DEAF) as worker:
         eventually(lambda: ready_workers(config), 30)
-        for queue in ("celery", "gristmill.stub"):
-            producer.control.cancel_consumer(queue, reply=True, timeout=5)
         id_ = send(producer, "nobody takes this")
 
         assert worker.wait(60) == os.EX_SOFTWARE
@@ -159,6 +169,25 @@ def test_a_worker_that_stops_consuming_ends_with_a_clear_line(
 
     with running_worker(config, tmp_path / "next"):
         assert eventually(lambda: results(config).get(id_), 30)["state"] == "completed"
+
+
+def test_a_worker_whose_queues_an_operator_cancelled_is_left_alone(
+    config: Settings, producer: Celery, tmp_path: Path
+) -> None:
+    config = watched(config)
+    with running_worker(config, tmp_path / "worker") as worker:
+        eventually(lambda: ready_workers(config), 30)
+        for queue in ("celery", "gristmill.stub"):
+            producer.control.cancel_consumer(queue, reply=True, limit=1, timeout=5)
+        id_ = send(producer, "for later")
+        for _ in range(4):  # a second each: more than it would take to be ended
+            assert ready_workers(config)
+        assert id_ not in results(config)
+
+        producer.control.add_consumer("celery", reply=True, limit=1, timeout=5)
+
+        assert eventually(lambda: results(config).get(id_), 30)["state"] == "completed"
+        assert not worker.has_ended
 
 
 def test_a_task_name_of_a_newer_version_leaves_its_job_to_newer_workers(
