@@ -26,6 +26,8 @@ COUNT_FULL_S: Final = 0.1
 """In a queue that is small against its drain, room that is seen late leaves the device idle."""
 COUNT_SHARE: Final = 20
 """Counting has at most one part in so many of the time."""
+MAX_COUNT_AGE_S: Final = 10.0
+"""Whatever the last count took: it may have been slow for once."""
 
 DRAIN_WINDOW_S: Final = 30.0
 """The drain rate is that of the jobs that ended within this time."""
@@ -98,7 +100,7 @@ class Admission:
 
     def _count_if_older(self, age_s: float) -> None:
         """One caller at a time counts: the others go on with the count there is."""
-        age_s = max(age_s, COUNT_SHARE * self._count_took_s)
+        age_s = max(age_s, min(COUNT_SHARE * self._count_took_s, MAX_COUNT_AGE_S))
         if time.monotonic() < self._counted_at + age_s or not self._counting.acquire(
             blocking=False
         ):

@@ -229,7 +229,8 @@ class Rescue:
         began = self._now_s()
         with self._database.begin() as connection:
             expected = rescue.count_unreceived(connection)
-        pause_s = COUNT_SHARE * (self._now_s() - began)
+        # A count may be slow for once, for a lock say: that is no reason to look away for long.
+        pause_s = min(COUNT_SHARE * (self._now_s() - began), self._lost_after_s)
         self._count_again_at = began + pause_s if pause_s > self._sweep_s else 0.0
         if not expected:
             return {}

@@ -29,6 +29,7 @@ import redis
 
 from app.broker import ready_workers
 from app.config_file import load
+from app.errors import Unavailable
 from app.local import LOOPBACK, Child, free_port
 from tests.chaos.proxy import Proxy
 from tests.chaos.servers import Servers
@@ -352,11 +353,14 @@ class World(Servers):
                 del self._loading[part]
 
 
+AWAY: Final = (Unavailable, psycopg.OperationalError, redis.ConnectionError, psutil.Error)
+
+
 def eventually(is_so: Callable[[], Any], timeout_s: float, what: str) -> Any:
     """The first true answer; raises `NotInTime`. An answer that cannot be had now is a no."""
     deadline = time.monotonic() + timeout_s
     while True:
-        with contextlib.suppress(psycopg.OperationalError, redis.ConnectionError, psutil.Error):
+        with contextlib.suppress(*AWAY):
             if answer := is_so():
                 return answer
         if time.monotonic() > deadline:

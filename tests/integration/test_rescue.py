@@ -264,6 +264,29 @@ def test_after_flushall_every_queued_job_is_sent_again_once(world: World) -> Non
     assert sum(report.sent_again for report in reports) == 100
 
 
+def test_a_count_that_was_slow_for_once_delays_no_rescue_for_long(
+    settings: Settings, world: World, client: redis.Redis
+) -> None:
+    # given a count that takes a minute, while a lock is held say
+    now_s, step_s = 0.0, 60.0
+
+    def clock() -> float:
+        nonlocal now_s
+        now_s += step_s
+        return now_s
+
+    rescue = Rescue(settings, world.database, world.publisher, clock)
+    world.submit_and_send(3)
+    client.flushall()
+    rescue.sweep()
+
+    # when the next ones take no time
+    step_s = 0.0
+    sent = [rescue.sweep().sent_again for _ in range(2)]
+
+    assert sum(sent) == 3
+
+
 def test_a_long_healthy_queue_is_not_doubled(world: World) -> None:
     ids = world.submit_and_send(100)
 

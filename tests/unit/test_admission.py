@@ -15,6 +15,7 @@ from app.admission import (
     COUNT_FULL_S,
     COUNT_SHARE,
     DRAIN_WINDOW_S,
+    MAX_COUNT_AGE_S,
     MAX_RETRY_AFTER_S,
     Admission,
 )
@@ -183,19 +184,35 @@ def test_nobody_counts_while_another_does(postgres: Postgres, clock: Clock) -> N
 
 
 def test_a_count_that_takes_long_is_made_less_often(postgres: Postgres, clock: Clock) -> None:
-    def take_a_second() -> None:
-        clock.now += 1.0
+    def take_a_while() -> None:
+        clock.now += 0.2
 
-    postgres.while_counting = take_a_second
+    postgres.while_counting = take_a_while
     admission = gate(postgres)
     admit(admission, 1, 0)
 
-    clock.now += COUNT_SHARE - 2
+    clock.now += 0.2 * COUNT_SHARE - 0.4
     admit(admission, 1, 0)
     assert postgres.num_counts == 1
 
-    clock.now += 2
+    clock.now += 0.4
     admit(admission, 1, 0)
+    assert postgres.num_counts == 2
+
+
+def test_a_count_that_was_slow_for_once_is_soon_made_again(
+    postgres: Postgres, clock: Clock
+) -> None:
+    def take_a_minute() -> None:
+        clock.now += 60.0
+
+    postgres.while_counting = take_a_minute
+    admission = gate(postgres)
+    admit(admission, 1, 0)
+
+    clock.now += MAX_COUNT_AGE_S
+    admit(admission, 1, 0)
+
     assert postgres.num_counts == 2
 
 
