@@ -15,6 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Sequence as Seq
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Final
@@ -38,6 +39,10 @@ FAILED_TO_LOAD: Final = 3  #: exit status; a restart would not help
 FADING: Final = 256
 """The slowest step is forgotten by one part in so many with every step that follows."""
 ENGINE_FAILED: Final = 4  #: exit status; the device's state is not to be trusted
+
+
+KILLED_FIRST: Final = 500
+"""Of a thousand: as if half of the host's memory were its own, besides what is."""
 
 
 class EngineProcess:
@@ -125,6 +130,7 @@ def main() -> None:
     """`python -m app.worker.engine_process SOCKET_FD PROGRESS_FD`, by the engine host alone."""
     socket_fd, progress_fd = int(sys.argv[1]), int(sys.argv[2])
     parent = Connection(socket_fd)
+    _be_killed_first()
     process = EngineProcess(parent, mmap.mmap(progress_fd, PROGRESS.size))
     try:
         process.run()
@@ -134,6 +140,14 @@ def main() -> None:
         loaded = bool(process._engines)
         _say_why(parent, error, will_not_load=not loaded)
         os._exit(ENGINE_FAILED if loaded else FAILED_TO_LOAD)
+
+
+def _be_killed_first() -> None:
+    """A host without memory is to kill this process and not the worker, which would find out
+    whose fault it was. Linux alone knows such a wish: proc_pid_oom_score_adj(5)."""
+    score = Path("/proc/self/oom_score_adj")
+    with suppress(OSError):
+        score.write_text(str(min(1_000, int(score.read_text()) + KILLED_FIRST)))
 
 
 def _say_why(parent: Connection, error: BaseException, *, will_not_load: bool) -> None:

@@ -103,6 +103,18 @@ def test_an_engine_process_that_somebody_kills_costs_no_job(
         assert ended(config, [id_])[id_]["state"] == "completed"
 
 
+@pytest.mark.skipif(not Path("/proc/self/oom_score_adj").exists(), reason="Linux alone has it")
+def test_a_host_without_memory_kills_the_engine_process_and_not_the_worker(
+    config: Settings, tmp_path: Path
+) -> None:
+    with running_worker(config, tmp_path / "worker") as worker:
+        pids = (engine_pid(worker), worker.pid)
+
+        engine, parent = (int(Path(f"/proc/{pid}/oom_score_adj").read_text()) for pid in pids)
+
+        assert engine >= parent + 500
+
+
 def test_an_idle_engine_process_that_is_killed_is_replaced(
     config: Settings, producer: Celery, tmp_path: Path
 ) -> None:
