@@ -101,9 +101,8 @@ class Admission:
     def _count_if_older(self, age_s: float) -> None:
         """One caller at a time counts: the others go on with the count there is."""
         age_s = max(age_s, min(COUNT_SHARE * self._count_took_s, MAX_COUNT_AGE_S))
-        if time.monotonic() < self._counted_at + age_s or not self._counting.acquire(
-            blocking=False
-        ):
+        is_fresh = time.monotonic() < self._counted_at + age_s
+        if is_fresh or not self._counting.acquire(blocking=False):
             return
         try:
             self._count()

@@ -49,6 +49,7 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=_lifespan,
     )
     app.state.services = services
+    app.state.idle_connections = {}
     app.add_middleware(RequestScope, metrics=services.metrics)
     problems.install(app)
     for surface in (jobs, models, health):

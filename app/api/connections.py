@@ -68,24 +68,37 @@ class Connection(H11Protocol):
             self._watch_head()
 
     def _take_idle_place(self) -> bool:
-        """Close a connection that was answered and asks for nothing now, if there is one.
+        """Close the connection that has asked for nothing for the longest, if there is one.
 
         Clients that keep connections open for later do not keep others out.
         """
-        for each in self.connections:
-            assert isinstance(each, H11Protocol)
-            if each.timeout_keep_alive_task is not None:  # runs between two requests
-                each.timeout_keep_alive_handler()
-                self.connections.discard(each)
-                return True
-        return False
+        oldest = next(iter(self._idle), None)
+        if oldest is None:
+            return False
+        del self._idle[oldest]
+        self.connections.discard(oldest)
+        oldest.timeout_keep_alive_handler()
+        return True
+
+    @property
+    def _idle(self) -> dict[Connection, None]:
+        """Those between two requests, of the whole server, the longest idle first."""
+        idle: dict[Connection, None] = self.config.app.state.idle_connections  # type: ignore[union-attr]
+        return idle
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
+            self._idle[self] = None
 
     def data_received(self, data: bytes) -> None:
+        self._idle.pop(self, None)
         super().data_received(data)
         self._watch_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        self._idle.pop(self, None)
         super().connection_lost(exc)
 
     def _watch_head(self) -> None:

@@ -162,6 +162,23 @@ def test_connections_that_are_kept_for_later_do_not_keep_others_out(settings: Se
         assert api.post("/v1/jobs", json=JOB).status_code == 202
 
 
+def test_the_connection_that_was_idle_for_the_longest_gives_way(settings: Settings) -> None:
+    few = settings.api.model_copy(update={"max_connections": 2})
+    asked = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+    with (
+        running_api(settings.model_copy(update={"api": few})) as api,
+        connected(api, asked) as old,
+    ):
+        assert old.recv(12) == b"HTTP/1.1 200"
+        with connected(api, asked) as young, connected(api, asked) as third:
+            for each in (young, third):
+                assert each.recv(12) == b"HTTP/1.1 200"
+
+            assert b"HTTP/1.1" not in rest_of(old)  # the rest of its one answer, and the end
+            young.sendall(asked)
+            eventually(lambda: b"HTTP/1.1 200" in young.recv(4_096))
+
+
 def test_a_long_poll_beyond_the_most_is_answered_at_once(settings: Settings) -> None:
     few = settings.api.model_copy(update={"max_long_polls": 2})
     with (

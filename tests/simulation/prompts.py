@@ -38,10 +38,6 @@ class Expected:
         """Faults hit it as often as its own guilt would have."""
         return self.kills_alone >= KILLS_ALONE
 
-    @property
-    def verb(self) -> str:
-        return self.prompt.split()[0]
-
 
 def outcome_of(words: str) -> str:
     """The state that a prompt ends in if nothing else happens."""
