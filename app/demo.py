@@ -192,8 +192,7 @@ def _follow(
 
 def _records(database: Database, ids: Sequence[UUID]) -> list[JobView]:
     with database.begin() as connection:
-        found = [reads.job(connection, job_id) for job_id in ids]
-    return [job for job in found if job is not None]
+        return reads.find(connection, ids)
 
 
 def _one_at_a_time(

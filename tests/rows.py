@@ -47,8 +47,7 @@ def insert(database: Database, *jobs: NewJob) -> list[UUID]:
 
 def view(database: Database, job_id: UUID) -> JobView:
     with database.begin() as connection:
-        job = reads.job(connection, job_id)
-    assert job is not None
+        [job] = reads.find(connection, [job_id])
     return job
 
 

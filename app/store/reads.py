@@ -171,15 +171,11 @@ _WHOLE: Final = _LISTED.add_columns(results.c.response)
 _STATES: Final = select(jobs.c.id, jobs.c.state).where(jobs.c.id == _IDS)
 
 
-def job(connection: Connection, job_id: UUID, *, tenant: str = DEFAULT_TENANT) -> JobView | None:
-    """A job with its attempts, batch and result; None if this tenant has no such job."""
-    return next(iter(find(connection, [job_id], tenant=tenant)), None)
-
-
 def find(
     connection: Connection, ids: Sequence[UUID], *, tenant: str = DEFAULT_TENANT
 ) -> list[JobView]:
-    """The same of several jobs, in the order of their ids as given, without those that are not."""
+    """Jobs with their attempts, batch and result, in the order of `ids`; without those that this
+    tenant does not have."""
     return _views(connection, _WHOLE, list(ids), tenant)
 
 

@@ -273,7 +273,7 @@ def test_the_leases(service: Service) -> None:
 
 
 def test_the_status(service: Service) -> None:
-    assert service.explain(partial(reads.job, job_id=service.finished)) == {
+    assert service.explain(partial(reads.find, ids=[service.finished])) == {
         "jobs_pkey",
         "results_pkey",
         "batches_pkey",

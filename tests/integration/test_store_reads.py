@@ -40,8 +40,8 @@ def test_a_job_of_another_tenant_is_not_there(database: Database) -> None:
     [job_id] = insert(database, new_job(tenant="bakery"))
 
     with database.begin() as connection:
-        assert reads.job(connection, job_id) is None
-        assert reads.job(connection, job_id, tenant="bakery") is not None
+        assert reads.find(connection, [job_id]) == []
+        assert len(reads.find(connection, [job_id], tenant="bakery")) == 1
         assert reads.list_jobs(connection) == []
         with pytest.raises(JobNotFound):
             cancellation.cancel(connection, job_id)
