@@ -53,9 +53,9 @@ from kombu.transport import TRANSPORT_ALIASES
 from redis.exceptions import RedisError
 
 from app import telemetry
-from app.config import Settings
-from app.engines.base import Kind
+from app.config.settings import Settings
 from app.errors import ConfigError, Unavailable
+from app.jobs import Kind
 
 TASK_NAMES: Final = {kind: f"inference.{kind}" for kind in Kind}
 PRIORITY_STEPS: Final = (0, 3, 6, 9)
@@ -86,9 +86,9 @@ def served_models(settings: Settings) -> tuple[str, ...]:
 
 
 _TRANSPORTS: Final = {
-    "redis": "app.worker.transport:Transport",
-    "rediss": "app.worker.transport:Transport",
-    "sentinel": "app.worker.transport:SentinelTransport",
+    "redis": "app.worker.pool.transport:Transport",
+    "rediss": "app.worker.pool.transport:Transport",
+    "sentinel": "app.worker.pool.transport:SentinelTransport",
 }
 """By the scheme of a URL. Celery's own setting of a transport is forgotten at a failover."""
 
@@ -118,8 +118,8 @@ def _celery_settings(settings: Settings) -> dict[str, Any]:
         "broker_use_ssl": {"ssl_cert_reqs": "required"}
         if broker.url.startswith("rediss")
         else None,
-        "worker_pool": "app.worker.pool:EnginePool",
-        "worker_consumer": "app.worker.intake:Consumer",
+        "worker_pool": "app.worker.pool.pool:EnginePool",
+        "worker_consumer": "app.worker.pool.arrivals:Consumer",
         # Messages held: one batch running and one forming for each model; not threads.
         "worker_concurrency": 2 * sum(sizes),
         "worker_prefetch_multiplier": 1,

@@ -32,12 +32,12 @@ from typing import Final
 from uuid import UUID
 
 from app.broker import PRIORITY_STEPS, Message, Publisher
-from app.config import Settings
+from app.config.settings import Settings
 from app.errors import Unavailable
 from app.jobs import MAX_PRIORITY
-from app.store import intake, rescue, retention
+from app.store import retention, submissions, sweeps
 from app.store.database import Database
-from app.store.rescue import WakeUp
+from app.store.sweeps import WakeUp
 
 log = logging.getLogger(__name__)
 
@@ -130,15 +130,15 @@ class Rescue:
 
     def _expire_leases(self) -> int:
         with self._database.begin() as connection:
-            return len(rescue.expire_leases(connection, self._page))
+            return len(sweeps.expire_leases(connection, self._page))
 
     def _return_received(self) -> int:
         with self._database.begin() as connection:
-            return rescue.return_received(connection, self._page)
+            return sweeps.return_received(connection, self._page)
 
     def _expire_deadlines(self) -> int:
         with self._database.begin() as connection:
-            return len(rescue.expire_deadlines(connection, self._page))
+            return len(sweeps.expire_deadlines(connection, self._page))
 
     def _remove_old(self) -> int:
         kept = self._retention
@@ -160,7 +160,7 @@ class Rescue:
     def _send_unsent(self) -> int:
         """Fill the queues with what was never sent, each up to its limit."""
         with self._database.begin() as connection:
-            models = rescue.unsent_models(connection)
+            models = sweeps.unsent_models(connection)
         if not models:
             return 0
         lengths = self._publisher.list_lengths(models)
@@ -193,9 +193,9 @@ class Rescue:
 
     def _send_page(self, model: str, priorities: Sequence[int], page: int) -> int:
         with self._database.begin() as connection:
-            wake_ups = rescue.unsent(connection, model, priorities, page, self._grace_s)
+            wake_ups = sweeps.unsent(connection, model, priorities, page, self._grace_s)
             self._publisher.send_many(map(_message, wake_ups))
-            intake.mark_enqueued(connection, [wake_up.id for wake_up in wake_ups])
+            submissions.mark_enqueued(connection, [wake_up.id for wake_up in wake_ups])
         return len(wake_ups)
 
     def _send_missing(self) -> int:
@@ -212,10 +212,10 @@ class Rescue:
         for model, missing in self._num_missing().items():
             with self._database.begin() as connection:
                 limit = min(missing, MAX_SENT_AGAIN)
-                found = rescue.overdue(connection, model, self._lost_after_s, limit)
+                found = sweeps.overdue(connection, model, self._lost_after_s, limit)
                 lost = [wake_up for wake_up in found if wake_up.id in self._suspects]
                 self._publisher.send_many(map(_message, lost))
-                intake.mark_enqueued(connection, [wake_up.id for wake_up in lost])
+                submissions.mark_enqueued(connection, [wake_up.id for wake_up in lost])
             suspects.update(wake_up.id for wake_up in found)
             if lost:
                 extra = {"action": "send_missing", "model": model, "jobs": len(lost)}
@@ -228,7 +228,7 @@ class Rescue:
         """By how much each model's queue is shorter than it should be; only those that are."""
         began = self._now_s()
         with self._database.begin() as connection:
-            expected = rescue.count_unreceived(connection)
+            expected = sweeps.count_unreceived(connection)
         # A count may be slow for once, for a lock say: that is no reason to look away for long.
         pause_s = min(COUNT_SHARE * (self._now_s() - began), self._lost_after_s)
         self._count_again_at = began + pause_s if pause_s > self._sweep_s else 0.0

@@ -13,7 +13,7 @@ from typing import Any
 from uuid import uuid4
 
 from app import broker
-from app.engines.base import Kind
+from app.jobs import Kind
 
 PROMPT = "the miller's secret"
 

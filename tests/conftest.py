@@ -17,8 +17,8 @@ import psycopg
 import pytest
 import redis
 
-from app.config import ModelSettings, PriceSettings, Settings
-from app.local import EmbeddedPostgres, EmbeddedRedis
+from app.config.settings import ModelSettings, PriceSettings, Settings
+from app.local.servers import EmbeddedPostgres, EmbeddedRedis
 
 ROOT = Path(__file__).resolve().parents[1]
 

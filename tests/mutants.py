@@ -91,21 +91,21 @@ MUTANTS: Final = (
     WHERE id = :worker_id AND stopped_at IS NULL""",
         """now() + :lease_s * interval '1 s'
     WHERE id = :worker_id""",
-        "tests/integration/test_store_rescue.py",
+        "tests/integration/test_store_sweeps.py",
     ),
     Mutant(
         "the idempotency key is not kept",
-        "app/store/intake.py",
+        "app/store/submissions.py",
         "id, tenant, model, kind, url, request, fingerprint, source, idempotency_key, replay_of,\n"
         "        metadata, priority, input_tokens, max_output_tokens, coalesce(",
         "id, tenant, model, kind, url, request, fingerprint, source, NULL, replay_of,\n"
         "        metadata, priority, input_tokens, max_output_tokens, coalesce(",
-        "tests/integration/test_store_intake.py",
+        "tests/integration/test_store_submissions.py",
     ),
     Mutant(
         "rescue sends without marking it",
         "app/rescue.py",
-        "intake.mark_enqueued(connection, [wake_up.id for wake_up in wake_ups])",
+        "submissions.mark_enqueued(connection, [wake_up.id for wake_up in wake_ups])",
         "pass",
         "tests/integration/test_rescue.py::test_a_job_whose_message_was_never_sent_is_sent_once",
     ),
@@ -222,7 +222,7 @@ MUTANTS: Final = (
     ),
     Mutant(
         "what is being written when the queue is counted is let in twice",
-        "app/admission.py",
+        "app/intake/admission.py",
         "inside = _sum(self._counted, _sum(self._let_in, self._entering))",
         "inside = _sum(self._counted, self._let_in)",
         "tests/unit/test_admission.py",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import redis
 
-from app.local import free_port, package_folder
+from app.local.servers import free_port, package_folder
 from tests.waiting import eventually
 
 

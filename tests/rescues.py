@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from app.config import Settings
+from app.config.settings import Settings
 
 _MAIN = """
 import sys
 from pathlib import Path
 from app import rescue, telemetry
-from app.config import Settings
+from app.config.settings import Settings
 
 telemetry.setup_logging()
 rescue.serve(Settings.model_validate_json(Path(sys.argv[1]).read_text()))

@@ -14,14 +14,14 @@ from typing import Any
 import psycopg
 from psycopg.rows import dict_row
 
-from app.config import Settings
+from app.config.settings import Settings
 from tests.waiting import eventually
 
 _MAIN = """
 import sys
 import app.worker
 from app.broker import make_app, worker_command
-from app.config import Settings
+from app.config.settings import Settings
 from pathlib import Path
 
 settings = Settings.model_validate_json(Path(sys.argv[1]).read_text())

@@ -22,12 +22,12 @@ from app.api.middleware import RequestScope
 from app.api.services import Services
 from app.api.waiting import Waiters
 from app.broker import Publisher
-from app.config import Settings
+from app.config.settings import Settings
 from app.engines.catalog import load_catalog
 from app.errors import ConfigError, Unavailable
+from app.intake.submit import Submitter
 from app.store import notices
 from app.store.database import Database
-from app.submit import Submitter
 
 log = logging.getLogger(__name__)
 

@@ -11,17 +11,17 @@ from uuid import UUID
 from fastapi import APIRouter, Header, Path, Query, Request, Response
 from pydantic import BaseModel
 
-from app.api import bodies
+from app.api import raw_bodies
 from app.api.answers import JSON, Held, answer, look
 from app.api.problems import documented
 from app.api.schemas import BulkAnswer, BulkRequest, Job, JobList
 from app.api.services import Here, Services
 from app.api.views import bulk_item, summary_of
 from app.errors import GristmillError, RequestError
+from app.intake.submit import Submission, Submitted, parse_submission
 from app.jobs import JobState, job_id_of
 from app.store import cancellation, reads
 from app.store.reads import JobView
-from app.submit import Submission, Submitted, parse_submission
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
@@ -98,7 +98,7 @@ async def submit(
     A job that ends within the time it is waited for, or that its Idempotency-Key brings back
     final, is answered with 200.
     """
-    raw = await bodies.read_body(request, here.settings.api.max_body_bytes)
+    raw = await raw_bodies.read_body(request, here.settings.api.max_body_bytes)
     submitted = await here.run(_submit, here, raw, idempotency_key)
     job = await look(here, submitted.job_id, hold)
     headers = {"Location": f"/v1/jobs/{submitted.job_id}"}
@@ -106,7 +106,7 @@ async def submit(
 
 
 def _submit(here: Services, raw: bytes, header: str | None) -> Submitted:
-    value = bodies.parse_json(raw)
+    value = raw_bodies.parse_json(raw)
     if header is not None and isinstance(value, dict):
         key = _parse_key(header)
         if value.setdefault("idempotency_key", key) != key:
@@ -149,12 +149,12 @@ async def submit_bulk(request: Request, here: Here) -> Response:
     what is wrong with the body as a whole, a full queue and an absent Postgres are errors here.
     """
     async with here.bulk_slots:
-        raw = await bodies.read_body(request, here.settings.api.max_bulk_bytes)
+        raw = await raw_bodies.read_body(request, here.settings.api.max_bulk_bytes)
         return await here.run(_submit_bulk, here, raw)
 
 
 def _submit_bulk(here: Services, raw: bytes) -> Response:
-    value = bodies.parse_json(raw)
+    value = raw_bodies.parse_json(raw)
     if not (isinstance(value, dict) and value.keys() == {"jobs"}):
         raise RequestError('The body must be {"jobs": [...]} and nothing else.', param="jobs")
     submissions = value["jobs"]

@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 from app.api.waiting import Waiters
 from app.broker import Publisher
 from app.errors import GristmillError
-from app.sender import Sender
+from app.intake.sender import Sender
 from app.store import reads
 from app.store.database import Database
 

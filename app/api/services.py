@@ -17,10 +17,10 @@ from app.api.metrics import Metrics
 from app.api.reader import Reader, Snapshot, snapshots
 from app.api.waiting import Waiters
 from app.broker import Publisher
-from app.config import Settings
+from app.config.settings import Settings
 from app.errors import Unavailable
+from app.intake.submit import Submitter
 from app.store.database import Database
-from app.submit import Submitter
 
 MAX_BULKS: Final = 4
 """Bulk submissions read at once: each may take many megabytes, and the next ones wait."""

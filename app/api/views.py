@@ -18,9 +18,9 @@ from app.api.schemas import (
     TokenUsage,
 )
 from app.errors import GristmillError
+from app.intake.submit import Submitted
 from app.jobs import REPLAYED, AttemptOutcome, CloseReason
 from app.store.reads import AttemptView, BatchView, JobView, ResultView
-from app.submit import Submitted
 
 NS_PER_S: Final = 1_000_000_000
 

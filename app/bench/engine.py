@@ -17,10 +17,10 @@ from typing import Final
 from app.bench.contestants import Arena, Outcome, contestants
 from app.bench.report import machine, print_json, print_table, spread
 from app.bench.workloads import WORKLOADS, Request, make
-from app.config import ModelSettings
-from app.engines.base import Kind
-from app.engines.models import prepare
+from app.config.settings import ModelSettings
+from app.engines.models import ensure_files
 from app.engines.tokenizer import load_tokenizer
+from app.jobs import Kind
 
 Results = dict[str, list[Outcome]]
 
@@ -30,7 +30,7 @@ _WARM_UP_TOKENS: Final = 4
 def main(arguments: Seq[str]) -> None:
     options = _parser().parse_args(arguments)
     settings = ModelSettings(source=options.model, kind=Kind.GENERATE, engine="inflight")
-    folder = prepare("bench", settings, Path(options.cache_dir))
+    folder = ensure_files("bench", settings, Path(options.cache_dir))
     encode = load_tokenizer(folder, settings).encode_text
     requests = make(options.workload, encode, options.requests)
     arena = Arena(folder, options.device, options.dtype, options.cache_tokens)

@@ -20,13 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from app.bench.report import machine, print_json, print_table
-from app.config import ModelSettings
-from app.engines.base import Kind, SamplingParams, Sequence
+from app.config.settings import ModelSettings
+from app.engines.base import Sequence
 from app.engines.inflight.attention import pack
 from app.engines.inflight.engine import InflightEngine
 from app.engines.inflight.scheduler import Segment
 from app.engines.inflight.weights import NativeLinear, PackedLinear
-from app.engines.models import prepare
+from app.engines.models import ensure_files
+from app.jobs import Kind, SamplingParams
 
 REPEATS = 15
 
@@ -63,7 +64,7 @@ def main(arguments: Seq[str]) -> None:
             "prefill_tokens": max(options.rows) * options.context,
         },
     )
-    folder = prepare("bench", settings, Path(options.cache_dir))
+    folder = ensure_files("bench", settings, Path(options.cache_dir))
     engine = InflightEngine(folder, settings, options.device, 0, lambda: None)
     print(f"{machine()}\ncontext {options.context} tokens, {engine._model.dtype}\n")
     found = {rows: _measure(engine, rows, options.context) for rows in options.rows}

@@ -18,7 +18,7 @@ from app.cli.terminal import FAILED, load_settings, out, tell
 @click.command()
 def up() -> None:
     """Run everything on this machine until Ctrl-C."""
-    from app.supervisor import System
+    from app.local.supervisor import System
 
     with contextlib.suppress(KeyboardInterrupt), _sigterm_interrupts():
         loaded = load_settings()
@@ -40,7 +40,7 @@ def up() -> None:
 @click.command()
 def demo() -> None:
     """Run real prompts through the whole system, show each one's record, stop."""
-    from app.demo import run
+    from app.demo.run import run
 
     with _sigterm_interrupts():
         run(load_settings(), out, tell)
@@ -56,7 +56,7 @@ check_option = click.option(
 def api(check: bool) -> None:
     """Serve the HTTP API."""
     if check:
-        from app.checks import api_answers
+        from app.local.checks import api_answers
 
         _answer(api_answers(load_settings().settings))
     from app.api.app import serve
@@ -71,7 +71,7 @@ def api(check: bool) -> None:
 def worker(models: tuple[str, ...], device: str | None, check: bool) -> None:
     """Run models: a Celery worker with Gristmill's pool."""
     if check:
-        from app.checks import worker_answers
+        from app.local.checks import worker_answers
 
         _answer(worker_answers(load_settings().connected()))
     from app.broker import worker_command
@@ -88,7 +88,7 @@ def worker(models: tuple[str, ...], device: str | None, check: bool) -> None:
 def rescue(check: bool) -> None:
     """Bring back what was lost: leases that ran out, messages that vanished, deadlines."""
     if check:
-        from app.checks import rescue_is_alive
+        from app.local.checks import rescue_is_alive
 
         _answer(rescue_is_alive(load_settings().settings))
     from app.rescue import serve
@@ -104,7 +104,7 @@ def rescue(check: bool) -> None:
 def flower(check: bool) -> None:
     """Watch the queue in a browser."""
     if check:
-        from app.checks import flower_answers
+        from app.local.checks import flower_answers
 
         _answer(flower_answers(load_settings().settings))
     from app.broker import flower_command

@@ -24,9 +24,9 @@ import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
 from numpy.typing import NDArray
 
-from app.engines.base import Grammar
 from app.engines.tokenizer import Tokenizer
 from app.errors import InvalidSchema
+from app.jobs import Grammar
 
 COMPILE_TIMEOUT_S: Final = 5.0
 CACHE_SIZE: Final = 128  #: compiled grammars of one model

@@ -27,8 +27,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from app.engines.base import SamplingParams, TokenLogprob
+from app.engines.base import TokenLogprob
 from app.engines.grammar import Matcher
+from app.jobs import SamplingParams
 
 BAD_ROW: Final = -1
 """Stands for a token where a row's logits hold NaN or +inf, or nothing but -inf."""

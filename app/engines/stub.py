@@ -30,14 +30,13 @@ from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Final
 
-from app.config import ModelSettings
+from app.config.settings import ModelSettings
 from app.costs import share
 from app.engines.base import (
     NOT_FINITE,
     Generation,
     NewTokens,
     Progress,
-    SamplingParams,
     Sequence,
     StepStats,
     TokenLogprob,
@@ -45,7 +44,7 @@ from app.engines.base import (
 from app.engines.stopping import Output
 from app.engines.tokenizer import StubTokenizer
 from app.errors import OutOfMemory
-from app.jobs import FinishReason
+from app.jobs import FinishReason, SamplingParams
 
 CRASHED: Final = 70  #: exit status
 EMBEDDING_SIZE: Final = 8

@@ -36,8 +36,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 
-from app.engines.base import Kind
-from app.jobs import FINAL_STATES, MAX_PRIORITY, AttemptOutcome, CloseReason, JobState
+from app.jobs import FINAL_STATES, MAX_PRIORITY, AttemptOutcome, CloseReason, JobState, Kind
 
 DEFAULT_TENANT = "default"
 

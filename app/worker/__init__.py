@@ -13,7 +13,7 @@ def __getattr__(name: str) -> Any:
     if name not in ("app", "celery"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from app.broker import make_app
-    from app.config_file import load
+    from app.config.file import load
 
     globals()["app"] = made = make_app(load().connected())
     return made

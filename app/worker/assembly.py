@@ -14,13 +14,15 @@ from typing import Any, Final
 from uuid import UUID, uuid4
 
 from app.broker import Publisher, served_models
-from app.config import Settings
+from app.config.settings import Settings
 from app.engines.catalog import CatalogModel, load_catalog
 from app.errors import EngineError
 from app.store.database import Database
 from app.store.workers import NewWorker
 from app.worker.batcher import Batcher, Limits
-from app.worker.engine_host import EngineHost
+from app.worker.engine.host import EngineHost
+from app.worker.engine.wire import Load, ServedModel
+from app.worker.engine.xid import Remedy, Xid, XidWatch
 from app.worker.lease import LeaseKeeper
 from app.worker.ledger import Ledger
 from app.worker.registrar import Registrar
@@ -28,8 +30,6 @@ from app.worker.runner import Runner
 from app.worker.settlement import Settlement
 from app.worker.thread import RunnerThread
 from app.worker.watchdog import Watchdog
-from app.worker.wire import Load, ServedModel
-from app.worker.xid import Remedy, Xid, XidWatch
 
 STILL_S: Final = 5.0
 """The runner turns every second; one that has not for so long waits for something."""

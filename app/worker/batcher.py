@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Final
 from uuid import UUID
 
-from app.config import ModelSettings
+from app.config.settings import ModelSettings
 from app.jobs import CloseReason
 
 STARVATION_WAITS: Final = 100

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from uuid import UUID
 
-from app.worker.intake import Refusal
-from app.worker.ticket import Ticket
+from app.worker.pool.arrivals import Refusal
+from app.worker.pool.ticket import Ticket
 from app.worker.work import LeaseNews
 
 

@@ -13,19 +13,18 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from uuid import UUID
 
-from app import requests
 from app.broker import Message, Publisher
-from app.engines.base import Kind
 from app.engines.catalog import CatalogModel
-from app.engines.tokenizer import Prepared
 from app.errors import JobNotFound, JobStateConflict, RequestError, Unavailable
-from app.jobs import JobState
-from app.requests import Request
-from app.store import cancellation, intake
+from app.jobs import JobState, Kind
+from app.requests import bodies
+from app.requests.bodies import Request
+from app.requests.prepare import Prepared, prepare
+from app.store import cancellation, submissions
 from app.store.database import Database
-from app.store.intake import NewJob, Received, RejectedJob
-from app.worker.intake import Arrival, Refusal
-from app.worker.ticket import Ticket
+from app.store.submissions import NewJob, Received, RejectedJob
+from app.worker.pool.arrivals import Arrival, Refusal
+from app.worker.pool.ticket import Ticket
 from app.worker.work import Ending, Job
 
 log = logging.getLogger(__name__)
@@ -107,9 +106,11 @@ class Registrar:
         """
         waiting, leading = self._waiting, _leading(self._waiting)
         with self._database.autocommit() as connection:  # each may be repeated by itself
-            received = intake.receive(connection, self._worker_id, map(self._row, leading.values()))
-            intake.reject(connection, list(map(_rejected, self._refusals)))
-            intake.unreceive(connection, self._worker_id, self._given_back)
+            received = submissions.receive(
+                connection, self._worker_id, map(self._row, leading.values())
+            )
+            submissions.reject(connection, list(map(_rejected, self._refusals)))
+            submissions.unreceive(connection, self._worker_id, self._given_back)
         self._cancel_revoked()
         for refusal in self._refusals:
             refusal.acknowledge()
@@ -142,7 +143,7 @@ class Registrar:
         """The job of a row. The row's request wins over the message's."""
         request, prepared = each.arrival.request, each.prepared
         if row.request is not None:
-            request = requests.parse(row.request, row.url)
+            request = bodies.parse(row.request, row.url)
             prepared = self._prepare(request, row.model)
         assert request is not None
         doomed = Ending.failed(prepared) if isinstance(prepared, RequestError) else None
@@ -165,16 +166,16 @@ class Registrar:
         if served is None:
             return None
         try:
-            return served.tokenizer.check(request, served.settings)
+            return prepare(request, served.tokenizer, served.settings)
         except RequestError as error:
             return error
 
-    def _row(self, each: _Waiting) -> intake.Arrival:
+    def _row(self, each: _Waiting) -> submissions.Arrival:
         arrival = each.arrival
         if arrival.request is None or arrival.model is None:
-            return intake.Arrival(arrival.job_id)
+            return submissions.Arrival(arrival.job_id)
         prepared = each.prepared if isinstance(each.prepared, Prepared) else None
-        return intake.Arrival(
+        return submissions.Arrival(
             arrival.job_id,
             NewJob(
                 id=arrival.job_id,

@@ -28,16 +28,16 @@ from app.errors import (
 )
 from app.jobs import CloseReason
 from app.worker.batcher import Batcher, Capacity
-from app.worker.ceilings import Ceilings
 from app.worker.commands import Command, Drain, Flush, Revoked
-from app.worker.engine_host import EngineHost
-from app.worker.intake import Refusal
+from app.worker.engine.ceilings import Ceilings
+from app.worker.engine.host import EngineHost
+from app.worker.engine.wire import Broken, DidNotFit, Ready, Stepped
 from app.worker.ledger import Ledger
+from app.worker.pool.arrivals import Refusal
+from app.worker.pool.ticket import Ticket
 from app.worker.registrar import Registrar
 from app.worker.running import Running
 from app.worker.suspects import Suspects, verdict
-from app.worker.ticket import Ticket
-from app.worker.wire import Broken, DidNotFit, Ready, Stepped
 from app.worker.work import CANCELLED, EXPIRED, TIMED_OUT, Batch, Ending, Job, LeaseNews
 
 log = logging.getLogger(__name__)

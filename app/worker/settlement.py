@@ -9,13 +9,13 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from app import responses
-from app.config import PriceSettings
+from app.config.settings import PriceSettings
 from app.costs import Meter
 from app.engines.base import Generation
 from app.engines.catalog import CatalogModel
 from app.errors import GristmillError
 from app.jobs import FinishReason, JobState, Usage
+from app.requests import responses
 from app.store.claims import BatchStats, Finished
 from app.worker.work import Batch, Ending, Job, Run
 

@@ -19,7 +19,7 @@ from uuid import UUID
 from app.errors import EngineCrashed, OutOfMemory
 from app.jobs import max_company
 from app.worker.batcher import Limits, fill
-from app.worker.wire import Broken
+from app.worker.engine.wire import Broken
 from app.worker.work import Ending, Job, Run
 
 KILLS_ALONE: Final = 3

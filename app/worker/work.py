@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from uuid import UUID, uuid4
 
 from app.engines.base import Generation, Sequence
-from app.engines.tokenizer import Prepared
 from app.errors import GristmillError
 from app.jobs import SUSPECT_AFTER, CloseReason, JobState
-from app.requests import Request
+from app.requests.bodies import Request
+from app.requests.prepare import Prepared
 from app.store.claims import Finished
 from app.worker.batcher import Candidate
-from app.worker.ticket import Ticket
+from app.worker.pool.ticket import Ticket
 
 
 @dataclass(slots=True, eq=False)

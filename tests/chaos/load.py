@@ -26,7 +26,7 @@ import psycopg
 import redis
 
 from app.broker import list_key, queue_name, raw_message
-from app.engines.base import Kind
+from app.jobs import Kind
 from tests.chaos.history import History
 from tests.chaos.world import MODELS, NotInTime, World, eventually
 

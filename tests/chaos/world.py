@@ -28,9 +28,9 @@ import psycopg
 import redis
 
 from app.broker import ready_workers
-from app.config_file import load
+from app.config.file import load
 from app.errors import Unavailable
-from app.local import LOOPBACK, Child, free_port
+from app.local.servers import LOOPBACK, Child, free_port
 from tests.chaos.proxy import Proxy
 from tests.chaos.servers import Servers
 
@@ -250,7 +250,7 @@ class World(Servers):
         with contextlib.suppress(psutil.Error):
             for child in psutil.Process(self.pid(part)).children():
                 with contextlib.suppress(psutil.Error):
-                    if "app.worker.engine_process" in child.cmdline():
+                    if "app.worker.engine.process" in child.cmdline():
                         return child.pid
         return None
 

@@ -14,8 +14,8 @@ import pytest
 from celery import Celery
 
 from app import broker
-from app.config import Settings
-from app.local import free_port
+from app.config.settings import Settings
+from app.local.servers import free_port
 from tests.waiting import eventually
 from tests.workers import Worker, running_worker
 

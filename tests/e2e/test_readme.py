@@ -25,13 +25,13 @@ from pydantic import BaseModel
 
 from app.api import problems
 from app.cli import cli
-from app.config import ModelSettings, PriceSettings, Settings
-from app.config_file import load
-from app.demo_prompts import bodies
-from app.doctor import MIN_POSTGRES, MIN_REDIS
-from app.local import EmbeddedPostgres
-from app.sender import MAX_INLINE_BYTES
-from app.supervisor import System
+from app.config.file import load
+from app.config.settings import ModelSettings, PriceSettings, Settings
+from app.demo.prompts import prompts
+from app.intake.sender import MAX_INLINE_BYTES
+from app.local.doctor import MIN_POSTGRES, MIN_REDIS
+from app.local.servers import EmbeddedPostgres
+from app.local.supervisor import System
 from tests.waiting import eventually
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -408,7 +408,7 @@ def test_the_numbers_in_the_text_are_those_of_the_code() -> None:
         f"Up to {told.api.max_bulk_items:,} jobs",
         f"at most {told.api.max_wait_s:.0f} seconds",
         f"the last {told.flower.max_tasks:,} jobs",
-        f"{len(bodies())} real prompts",
+        f"{len(prompts())} real prompts",
         f"Postgres {MIN_POSTGRES[0]} or newer; Redis {MIN_REDIS[0]}.{MIN_REDIS[1]} or newer",
     ):
         assert phrase in README, phrase

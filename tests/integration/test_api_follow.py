@@ -11,9 +11,9 @@ from uuid import uuid4
 import httpx
 import pytest
 
-from app.config import Settings
+from app.config.settings import Settings
 from app.jobs import JobState
-from app.local import EmbeddedRedis
+from app.local.servers import EmbeddedRedis
 from tests.apis import Hands, running_api
 from tests.conftest import STUB_MODELS
 from tests.waiting import eventually

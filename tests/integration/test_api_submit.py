@@ -14,12 +14,11 @@ import httpx
 import pytest
 import redis
 
-from app import requests
-from app.api import bodies
 from app.broker import queue_name
-from app.config import ModelSettings, Settings
-from app.engines.base import Grammar
-from app.local import EmbeddedRedis
+from app.config.settings import ModelSettings, Settings
+from app.jobs import Grammar
+from app.local.servers import EmbeddedRedis
+from app.requests import bodies
 from tests.apis import Hands, running_api
 from tests.conftest import STUB_MODELS
 from tests.workers import rows
@@ -136,7 +135,7 @@ def test_a_schema_is_kept_with_the_order_of_its_keys(api: httpx.Client, settings
 
     assert len({answer.json()["id"] for answer in answers}) == 1
     [row] = stored(settings)
-    kept = requests.parse(row["request"], row["url"])
+    kept = bodies.parse(row["request"], row["url"])
     assert kept.grammar == Grammar("json_schema", json.dumps(schema, separators=(",", ":")))
     assert kept.fingerprint == row["fingerprint"]
 

@@ -10,9 +10,9 @@ import pytest
 import redis
 
 from app import broker
-from app.config import Settings
-from app.engines.base import Kind
-from app.worker import envelope
+from app.config.settings import Settings
+from app.jobs import Kind
+from app.worker.pool import envelope
 from tests.bad_messages import NAMELESS, PROMPT, UNPARSABLE, UNRUNNABLE
 from tests.waiting import eventually
 from tests.workers import Worker, results, rows, running_worker

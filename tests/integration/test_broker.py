@@ -17,11 +17,11 @@ from kombu import Message as KombuMessage
 
 from app import broker
 from app.broker import Message, Publisher
-from app.config import Settings
-from app.engines.base import Kind
+from app.config.settings import Settings
 from app.errors import RequestError, RequestTooLarge, Unavailable
-from app.local import free_port
-from app.worker import envelope
+from app.jobs import Kind
+from app.local.servers import free_port
+from app.worker.pool import envelope
 from tests.own_redis import OwnRedis, running_redis
 
 

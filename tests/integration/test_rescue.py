@@ -22,16 +22,15 @@ import redis
 
 from app import rescue
 from app.broker import Message, Publisher, list_key, queue_name
-from app.config import Settings
-from app.engines.base import Kind
+from app.config.settings import Settings
 from app.errors import Unavailable
-from app.jobs import ALONE_AFTER, CloseReason, JobState
-from app.local import free_port
+from app.jobs import ALONE_AFTER, CloseReason, JobState, Kind
+from app.local.servers import free_port
 from app.rescue import Rescue
-from app.store import claims, intake, workers
+from app.store import claims, submissions, workers
 from app.store.claims import Member, NewBatch
 from app.store.database import Database
-from app.store.intake import Arrival
+from app.store.submissions import Arrival
 from app.store.workers import NewWorker
 from tests.rescues import running_rescue
 from tests.rows import insert, new_job
@@ -85,7 +84,7 @@ class World:
         ids = self.submit(number, **fields)
         self.publisher.send_many(Message(id, Kind.GENERATE, MODEL) for id in ids)
         with self.database.begin() as connection:
-            intake.mark_enqueued(connection, ids)
+            submissions.mark_enqueued(connection, ids)
         self.change(ids, "enqueued_at = enqueued_at - %s", LONG_AGO)
         return ids
 
@@ -118,7 +117,7 @@ class World:
                 if UUID(json.loads(item)["headers"]["id"]) in ids:
                     self._client.lrem(key, 1, item)
         with self.database.begin() as connection:
-            intake.receive(connection, worker_id, [Arrival(id) for id in ids])
+            submissions.receive(connection, worker_id, [Arrival(id) for id in ids])
 
     def claim(self, worker_id: UUID, ids: list[UUID]) -> None:
         batch = NewBatch(

@@ -17,13 +17,12 @@ from uuid import UUID
 import pytest
 from sqlalchemy import DateTime, text
 
-from app.engines.base import Kind
 from app.errors import GristmillError
-from app.jobs import FINAL_STATES, AttemptOutcome, CloseReason
-from app.store import cancellation, claims, intake, rescue, retention, workers
+from app.jobs import FINAL_STATES, AttemptOutcome, CloseReason, Kind
+from app.store import cancellation, claims, retention, submissions, workers
 from app.store.claims import BatchStats, Finished, Member, NewBatch, Release
 from app.store.database import Database
-from app.store.intake import Arrival, RejectedJob
+from app.store.submissions import Arrival, RejectedJob
 from app.store.tables import metadata
 from app.store.workers import NewWorker
 from tests.memory_store import KEYS, MemoryDatabase
@@ -130,7 +129,7 @@ class Moves:
                     wanted, keys, prints, strict=True
                 )
             ]
-            return intake.insert_jobs(connection, jobs)
+            return submissions.insert_jobs(connection, jobs)
 
         return move
 
@@ -156,22 +155,22 @@ class Moves:
                     deadline=_after(now, late),
                 )
                 arrivals.append(Arrival(job_id, None if is_bare else job))
-            return list(intake.receive(connection, worker, arrivals).values())
+            return list(submissions.receive(connection, worker, arrivals).values())
 
         return move
 
     def unreceive(self) -> Move:
         worker, ids = self.chance.choice(self.workers), self.some_jobs()
-        return lambda connection, _: intake.unreceive(connection, worker, ids)
+        return lambda connection, _: submissions.unreceive(connection, worker, ids)
 
     def sent(self) -> Move:
         ids = self.some_jobs()
-        return lambda connection, _: intake.mark_enqueued(connection, ids)
+        return lambda connection, _: submissions.mark_enqueued(connection, ids)
 
     def reject(self) -> Move:
         [job_id, *_] = self.some_jobs()
         bad = RejectedJob(id=job_id, kind=Kind.EMBED, error_code="bad", error_message="Bad.")
-        return lambda connection, _: intake.reject(connection, [bad])
+        return lambda connection, _: submissions.reject(connection, [bad])
 
     def claim(self) -> Move:
         if self.claims and self.chance.random() < 0.15:
@@ -258,15 +257,15 @@ class Moves:
 
     def sweep(self) -> Move:
         sweeps: list[Move] = [
-            lambda connection, _: rescue.expire_leases(connection, PAGE),
-            lambda connection, _: rescue.return_received(connection, PAGE),
-            lambda connection, _: rescue.expire_deadlines(connection, PAGE),
-            lambda connection, _: rescue.unsent_models(connection),
-            lambda connection, _: rescue.unsent(connection, MODEL, range(10), PAGE, HALF_S),
-            lambda connection, _: rescue.overdue(connection, MODEL, 1_700.0, PAGE),
-            lambda connection, _: rescue.count_unreceived(connection),
-            lambda connection, _: intake.queued(connection),
-            lambda connection, _: intake.ended(connection, 700.0),
+            lambda connection, _: sweeps.expire_leases(connection, PAGE),
+            lambda connection, _: sweeps.return_received(connection, PAGE),
+            lambda connection, _: sweeps.expire_deadlines(connection, PAGE),
+            lambda connection, _: sweeps.unsent_models(connection),
+            lambda connection, _: sweeps.unsent(connection, MODEL, range(10), PAGE, HALF_S),
+            lambda connection, _: sweeps.overdue(connection, MODEL, 1_700.0, PAGE),
+            lambda connection, _: sweeps.count_unreceived(connection),
+            lambda connection, _: submissions.queued(connection),
+            lambda connection, _: submissions.ended(connection, 700.0),
             lambda connection, _: retention.redact_requests(connection, 2_500.0, PAGE),
             lambda connection, _: retention.redact_responses(connection, 2_500.0, PAGE),
             lambda connection, _: retention.delete_jobs(connection, 5_500.0, PAGE),

@@ -9,8 +9,8 @@ import pytest
 from sqlalchemy import text
 
 from app.errors import ConfigError, GristmillError, SchemaError, Unavailable
-from app.local import free_port
-from app.store import intake
+from app.local.servers import free_port
+from app.store import submissions
 from app.store.database import Database
 from tests.rows import insert, new_job
 
@@ -23,7 +23,7 @@ def test_a_commit_keeps_and_an_error_drops_what_was_written(database: Database) 
 
     def write_and_fail() -> None:
         with database.begin() as connection:
-            intake.insert_jobs(connection, [dropped])
+            submissions.insert_jobs(connection, [dropped])
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -37,7 +37,7 @@ def test_each_statement_of_autocommit_is_kept_whatever_follows(database: Databas
 
     def write_and_fail() -> None:
         with database.autocommit() as connection:
-            intake.insert_jobs(connection, [job])
+            submissions.insert_jobs(connection, [job])
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -52,7 +52,7 @@ def test_a_transaction_after_autocommit_is_one_again(database_url: str) -> None:
 
     def write_and_fail(database: Database) -> None:
         with database.begin() as connection:
-            intake.insert_jobs(connection, [job])
+            submissions.insert_jobs(connection, [job])
             raise ZeroDivisionError
 
     with closing(Database(database_url, pool_size=1)) as database:
@@ -172,7 +172,7 @@ def test_missing_tables_ask_for_a_migration(empty_database_url: str) -> None:
         pytest.raises(SchemaError, match="gristmill migrate"),
         database.begin() as connection,
     ):
-        intake.queued(connection)
+        submissions.queued(connection)
 
 
 def test_both_spellings_of_the_url_are_taken(database_url: str) -> None:

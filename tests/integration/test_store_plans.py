@@ -17,10 +17,10 @@ import pytest
 from sqlalchemy import Connection, event, text
 
 from app.jobs import AttemptOutcome, JobState
-from app.store import cancellation, claims, intake, reads, rescue, retention, workers
+from app.store import cancellation, claims, reads, retention, submissions, sweeps, workers
 from app.store.claims import Member
 from app.store.database import Database
-from app.store.intake import Arrival
+from app.store.submissions import Arrival
 from tests.rows import MODEL, Worker, completed, end_lease, new_job
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -138,9 +138,9 @@ def test_submitting(service: Service) -> None:
     known = new_job(idempotency_key="key 5")
 
     def submit(connection: Connection) -> None:
-        assert all(row.created for row in intake.insert_jobs(connection, new))
-        assert not intake.insert_jobs(connection, [known])[0].created
-        intake.mark_enqueued(connection, [job.id for job in new])
+        assert all(row.created for row in submissions.insert_jobs(connection, new))
+        assert not submissions.insert_jobs(connection, [known])[0].created
+        submissions.mark_enqueued(connection, [job.id for job in new])
 
     assert service.explain(submit) == {"jobs_pkey", "jobs_idempotency_key", "jobs_replay_of"}
 
@@ -151,8 +151,8 @@ def test_receiving(service: Service) -> None:
     ]
 
     def receive(connection: Connection) -> None:
-        assert len(intake.receive(connection, service.worker.id, arrivals)) == len(arrivals)
-        intake.unreceive(connection, service.worker.id, service.queued)
+        assert len(submissions.receive(connection, service.worker.id, arrivals)) == len(arrivals)
+        submissions.unreceive(connection, service.worker.id, service.queued)
 
     assert service.explain(receive) >= {"jobs_pkey"}
 
@@ -201,17 +201,17 @@ def test_cancelling(service: Service) -> None:
 @pytest.mark.parametrize(
     ("call", "index"),
     [
-        (partial(rescue.return_received, page=500), "jobs_received"),
-        (partial(rescue.expire_deadlines, page=500), "jobs_deadline"),
-        (rescue.unsent_models, "jobs_unsent"),
+        (partial(sweeps.return_received, page=500), "jobs_received"),
+        (partial(sweeps.expire_deadlines, page=500), "jobs_deadline"),
+        (sweeps.unsent_models, "jobs_unsent"),
         (
-            partial(rescue.unsent, model=MODEL, priorities=range(3), page=500, grace_s=10.0),
+            partial(sweeps.unsent, model=MODEL, priorities=range(3), page=500, grace_s=10.0),
             "jobs_unsent",
         ),
-        (partial(rescue.overdue, model=MODEL, lost_after_s=10.0, page=500), "jobs_waiting"),
-        (rescue.count_unreceived, "jobs_waiting"),
-        (intake.queued, "jobs_waiting"),
-        (partial(intake.ended, window_s=30.0), "jobs_finished"),
+        (partial(sweeps.overdue, model=MODEL, lost_after_s=10.0, page=500), "jobs_waiting"),
+        (sweeps.count_unreceived, "jobs_waiting"),
+        (submissions.queued, "jobs_waiting"),
+        (partial(submissions.ended, window_s=30.0), "jobs_finished"),
         (partial(retention.redact_requests, keep_s=86_400.0, page=500), "jobs_requests"),
     ],
 )
@@ -243,8 +243,8 @@ def test_replays(service: Service) -> None:
 
     def replay(connection: Connection) -> None:
         reads.replayable(connection, service.finished)
-        intake.insert_jobs(connection, [new])
-        intake.insert_jobs(connection, [new_job(replay_of=service.finished)])
+        submissions.insert_jobs(connection, [new])
+        submissions.insert_jobs(connection, [new_job(replay_of=service.finished)])
 
     assert service.explain(replay) == {"jobs_pkey", "jobs_idempotency_key", "jobs_replay_of"}
 
@@ -262,7 +262,7 @@ def test_lists_by_error(service: Service, model: str | None) -> None:
 def test_the_leases(service: Service) -> None:
     end_lease(service.database, service.worker.id)
 
-    indexes = service.explain(partial(rescue.expire_leases, page=500))
+    indexes = service.explain(partial(sweeps.expire_leases, page=500))
 
     service.worker.heartbeat(3600)
     assert indexes == {

@@ -8,10 +8,10 @@ import pytest
 
 from app.errors import JobNotFound
 from app.jobs import JobState
-from app.store import cancellation, intake, reads
+from app.store import cancellation, reads, submissions
 from app.store.database import Database
-from app.store.intake import Arrival
 from app.store.reads import QueueDepth
+from app.store.submissions import Arrival
 from tests.rows import MODEL, Worker, insert, new_job, rewrite, view
 
 
@@ -103,7 +103,7 @@ def test_states_are_told_of_the_jobs_that_exist(database: Database) -> None:
 def test_depths_count_open_jobs_by_model_and_state(database: Database) -> None:
     ids = insert(database, *(new_job() for _ in range(5)), new_job(model="other"))
     with database.begin() as connection:
-        intake.mark_enqueued(connection, ids)
+        submissions.mark_enqueued(connection, ids)
         cancellation.cancel(connection, ids[4])
     worker = Worker.registered(database)
     worker.receive(Arrival(ids[0]))

@@ -10,8 +10,8 @@ from uuid import uuid4
 import redis
 
 from app import broker
-from app.config import Settings
-from app.engines.base import Kind
+from app.config.settings import Settings
+from app.jobs import Kind
 from tests.own_redis import running_redis
 from tests.waiting import eventually
 from tests.workers import results, running_worker

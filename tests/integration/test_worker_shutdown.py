@@ -15,8 +15,8 @@ import redis
 from celery import Celery
 
 from app.broker import ready_workers
-from app.config import Settings
-from app.engines.base import Kind
+from app.config.settings import Settings
+from app.jobs import Kind
 from app.store.database import Database
 from tests.own_redis import running_redis
 from tests.rescues import running_rescue
@@ -242,7 +242,7 @@ def test_redis_away_is_not_ready_and_ready_again_when_it_is_back(
         config = config.model_copy(update={"broker": broker})
 
         def is_ready() -> bool:
-            from app.checks import worker_answers
+            from app.local.checks import worker_answers
 
             return worker_answers(config)
 

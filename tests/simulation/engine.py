@@ -14,8 +14,8 @@ from app.costs import share
 from app.engines import base
 from app.engines.base import NOT_FINITE, Generation, StepStats
 from app.jobs import FinishReason
-from app.worker.engine_host import EngineHost
-from app.worker.wire import (
+from app.worker.engine.host import EngineHost
+from app.worker.engine.wire import (
     PROGRESS,
     Admit,
     Cancel,

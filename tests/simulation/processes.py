@@ -10,21 +10,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID
 
-from app.engines.base import Kind
 from app.errors import EngineError, LeaseLost, RequestError, Unavailable
-from app.jobs import JobState
+from app.jobs import JobState, Kind
 from app.rescue import Rescue
 from app.store.workers import NewWorker
 from app.worker.batcher import Batcher, Limits
 from app.worker.commands import Command, Revoked
-from app.worker.intake import Arrival, Refusal
+from app.worker.engine.wire import Load, ServedModel
 from app.worker.lease import LeaseKeeper
 from app.worker.ledger import Ledger
+from app.worker.pool.arrivals import Arrival, Refusal
+from app.worker.pool.ticket import JobFailed, Ticket
 from app.worker.registrar import Registrar
 from app.worker.runner import Runner
 from app.worker.settlement import Settlement
-from app.worker.ticket import JobFailed, Ticket
-from app.worker.wire import Load, ServedModel
 from tests.simulation.engine import MAX_ROWS, SimulatedHost
 from tests.simulation.invariants import expect
 from tests.simulation.prompts import request_of

@@ -8,8 +8,8 @@ from functools import cache
 from typing import Final
 from uuid import UUID
 
-from app import requests
-from app.store.intake import NewJob
+from app.requests import bodies
+from app.store.submissions import NewJob
 from app.worker.suspects import KILLS_ALONE
 
 PROMPTS: Final = (
@@ -45,8 +45,8 @@ def outcome_of(words: str) -> str:
 
 
 @cache
-def request_of(prompt: str) -> requests.Request:
-    return requests.parse({"prompt": prompt})
+def request_of(prompt: str) -> bodies.Request:
+    return bodies.parse({"prompt": prompt})
 
 
 def new_job(

@@ -6,7 +6,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Final
 
-from app.config import ModelSettings, PriceSettings, Settings
+from app.config.settings import ModelSettings, PriceSettings, Settings
 from app.engines.catalog import CatalogModel
 from app.engines.tokenizer import StubTokenizer
 from tests.simulation.engine import MAX_ROWS, MODELS

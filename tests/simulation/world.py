@@ -17,7 +17,7 @@ from uuid import UUID
 
 from app.errors import JobStateConflict
 from app.jobs import JobState
-from app.store import cancellation, intake
+from app.store import cancellation, submissions
 from app.store.notices import CANCEL
 from app.worker.commands import Drain, Flush, Revoked
 from tests.memory_store import MemoryDatabase, Row
@@ -83,7 +83,7 @@ class World:
             self.queue.put(message if way % 6 == 1 else Message(job_id, None, model))
             if way % 6 != 3 and self.clock.ns >= self.postgres_back_ns:  # 3: sent, not marked so
                 with self.store.begin() as connection:
-                    intake.mark_enqueued(connection, [job_id])
+                    submissions.mark_enqueued(connection, [job_id])
         return None
 
     def submit_again(self, job: int) -> None:
@@ -96,7 +96,7 @@ class World:
         again = new_job(self.new_id(), self.expected[job_id].prompt, row["model"], None, None)
         same = with_key(again, row["idempotency_key"])
         with self.store.begin() as connection:
-            [inserted] = intake.insert_jobs(connection, [same])
+            [inserted] = submissions.insert_jobs(connection, [same])
         expect(inserted.id == job_id and not inserted.created, "one key made two jobs")
 
     def cancel(self, job: int) -> None:
@@ -294,7 +294,7 @@ class World:
             return False
         job = with_key(new_job(job_id, prompt, model, eta, expires), str(job_id))
         with self.store.begin() as connection:
-            intake.insert_jobs(connection, [job])
+            submissions.insert_jobs(connection, [job])
         return True
 
     def _some_job(self, number: int) -> UUID | None:

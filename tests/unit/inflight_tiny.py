@@ -12,9 +12,10 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from app.config import ModelSettings
-from app.engines.base import Generation, Kind, SamplingParams, Sequence
+from app.config.settings import ModelSettings
+from app.engines.base import Generation, Sequence
 from app.engines.inflight.engine import InflightEngine
+from app.jobs import Kind, SamplingParams
 
 VOCAB = 97
 CONTEXT = 192

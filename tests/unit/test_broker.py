@@ -17,10 +17,10 @@ from kombu.transport.redis import Channel
 
 from app import broker
 from app.broker import Message, Publisher
-from app.config import ModelSettings, Settings
-from app.engines.base import Kind
+from app.config.settings import ModelSettings, Settings
 from app.errors import ConfigError
-from app.worker import envelope
+from app.jobs import Kind
+from app.worker.pool import envelope
 
 PROMPT = "the miller's secret"
 

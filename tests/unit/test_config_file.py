@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from app import run_file
-from app.config_file import PROJECT, load, rows
+from app.config import run_file
+from app.config.file import PROJECT, load, rows
 from app.errors import ConfigError
 
 MODELS = """\

@@ -9,9 +9,9 @@ from uuid import uuid4
 import pytest
 
 from app import broker
-from app.engines.base import Kind
 from app.errors import RequestError, RequestTooLarge
-from app.worker import envelope
+from app.jobs import Kind
+from app.worker.pool import envelope
 from tests.bad_messages import PROMPT, UNPARSABLE, UNRUNNABLE, message, with_property
 
 

@@ -15,14 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llguidance import LLParserLimits
 
-from app.config import ModelSettings
+from app.config.settings import ModelSettings
 from app.engines import grammar as grammar_module
-from app.engines.base import Engine, Generation, Grammar, Kind, SamplingParams, Sequence
+from app.engines.base import Engine, Generation, Sequence
 from app.engines.grammar import CACHE_SIZE, Grammars, check
 from app.engines.inflight.engine import InflightEngine
 from app.engines.tokenizer import load_tokenizer
 from app.errors import InvalidSchema
-from app.jobs import FinishReason
+from app.jobs import FinishReason, Grammar, Kind, SamplingParams
 from tests.unit import tiny_models
 from tests.unit.tiny_models import EOS, load
 

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from app.engines.base import SamplingParams, TokenLogprob
+from app.engines.base import TokenLogprob
 from app.engines.sampling import BAD_ROW, RowSampler, Sampled, uniform
+from app.jobs import SamplingParams
 
 VOCAB = 1000  # not a multiple of the blocks that rows are searched in
 DRAWS = 4000

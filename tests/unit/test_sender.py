@@ -10,12 +10,12 @@ from uuid import uuid4
 
 import pytest
 
-from app import sender as sending
 from app.broker import Message, priority_step
-from app.engines.base import Kind
 from app.errors import Unavailable
-from app.sender import Sender
-from app.store.intake import NewJob
+from app.intake import sender as sending
+from app.intake.sender import Sender
+from app.jobs import Kind
+from app.store.submissions import NewJob
 
 BODY = {"prompt": "A grist mill is"}
 
@@ -53,7 +53,9 @@ class Postgres:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.is_away = False
         self.marked: list[Any] = []
-        monkeypatch.setattr(sending.intake, "mark_enqueued", lambda _, ids: self.marked.extend(ids))
+        monkeypatch.setattr(
+            sending.submissions, "mark_enqueued", lambda _, ids: self.marked.extend(ids)
+        )
 
     @contextmanager
     def autocommit(self) -> Iterator[None]:

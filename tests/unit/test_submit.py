@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from app.errors import RequestError
-from app.submit import parse_submission
+from app.intake.submit import parse_submission
 
 BODY = {"prompt": "A grist mill is"}
 

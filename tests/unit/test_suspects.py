@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.bench.poison import max_runs
-from app.engines.tokenizer import Prepared
 from app.jobs import ALONE_AFTER, MAX_SUSPECTS, SUSPECT_AFTER, CloseReason
+from app.requests.prepare import Prepared
 from app.worker.batcher import Limits
+from app.worker.engine.wire import Broken
 from app.worker.suspects import KILLS_ALONE, Suspects, verdict
-from app.worker.wire import Broken
 from app.worker.work import Batch, Job, Run
 
 CRASH = Broken("it ended with exit status 70")

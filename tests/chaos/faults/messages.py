@@ -10,8 +10,8 @@ from typing import Any, Final
 from uuid import uuid4
 
 from app import broker
-from app.engines.base import Kind
-from app.worker.envelope import task_id_in
+from app.jobs import Kind
+from app.worker.pool.envelope import task_id_in
 from tests import bad_messages
 from tests.chaos.checker import Evidence
 from tests.chaos.faults.broker import expect_same_workers
