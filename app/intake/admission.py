@@ -137,7 +137,8 @@ class Admission:
             if amount
         )
         self._room_at = min(max(self._room_at, now) + turn_s, now + MAX_RETRY_AFTER_S)
-        return max(1, math.ceil(self._room_at - now))
+        # A sum of floats may be rounded up.
+        return min(MAX_RETRY_AFTER_S, max(1, math.ceil(self._room_at - now)))
 
 
 def _sum(one: Load, other: Load) -> Load:
