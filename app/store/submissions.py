@@ -15,6 +15,9 @@ from app.store.encoding import encode
 from app.store.results import RECORD_ENDED
 from app.store.tables import DEFAULT_TENANT
 
+FORMAT: Final = 1
+"""Version of the format of the requests that this code writes and reads."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewJob:
@@ -30,6 +33,8 @@ class NewJob:
     priority: int = 0
     not_before: datetime | None = None  #: None is now
     deadline: datetime | None = None
+    time_limit_s: float | None = None  #: of each attempt; None is any time
+    format: int = FORMAT  #: version of the request's format
     metadata: dict[str, str] = field(default_factory=dict)
     tenant: str = DEFAULT_TENANT
     idempotency_key: str | None = None
@@ -68,6 +73,8 @@ class Received:
     is_due: bool  #: `not_before` has passed
     not_before: datetime
     deadline: datetime | None
+    time_limit_s: float | None
+    format: int
     priority: int
     attempts_charged: int
     losses: int  #: times its worker was lost while it ran
@@ -81,13 +88,14 @@ class Received:
 _INSERT: Final = """
     INSERT INTO jobs (
         id, tenant, model, kind, url, request, fingerprint, source, idempotency_key, replay_of,
-        metadata, priority, input_tokens, max_output_tokens, not_before, deadline, max_attempts,
+        metadata, priority, input_tokens, max_output_tokens, not_before, deadline, time_limit_s,
+        format, max_attempts,
         state, created_at, queued_at, received_by, enqueued_at
     )
     SELECT
         id, tenant, model, kind, url, request, fingerprint, source, idempotency_key, replay_of,
         metadata, priority, input_tokens, max_output_tokens, coalesce(not_before, now()), deadline,
-        max_attempts, 'queued', now(), now(), {received_by}, {enqueued_at}
+        time_limit_s, format, max_attempts, 'queued', now(), now(), {received_by}, {enqueued_at}
     FROM jsonb_populate_recordset(NULL::jobs, CAST(:jobs AS jsonb)) WITH ORDINALITY
     ORDER BY idempotency_key, ordinality
 """
@@ -189,8 +197,8 @@ _RECEIVE: Final = text(f"""
     )
     SELECT
         row.id, row.tenant, row.model, row.kind, row.state, row.not_before <= now() AS is_due,
-        row.not_before, row.deadline, row.priority, row.attempts_charged, row.losses,
-        row.created_at, row.url,
+        row.not_before, row.deadline, row.time_limit_s, row.format, row.priority,
+        row.attempts_charged, row.losses, row.created_at, row.url,
         CASE WHEN given.fingerprint IS DISTINCT FROM row.fingerprint THEN row.request END AS request
     FROM (TABLE brought UNION ALL TABLE woken) AS row
     LEFT JOIN jsonb_populate_recordset(NULL::jobs, CAST(:jobs AS jsonb)) AS given USING (id)

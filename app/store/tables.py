@@ -88,6 +88,13 @@ jobs = Table(
     Column("kind", Text, nullable=False, comment="What the model does: generate or embed."),
     Column("url", Text, comment="OpenAI-style path of the request; null if it was never readable."),
     Column("request", JSONB, comment="Body as sent, prompt included; null once redacted."),
+    Column(
+        "format",
+        SmallInteger,
+        nullable=False,
+        server_default=text("1"),
+        comment="Version of the request's format; only workers that know it take the job.",
+    ),
     Column("fingerprint", Text, comment="Hex SHA-256 of url and request in canonical JSON."),
     Column("source", Text, nullable=False, comment="Where it came from: api or message."),
     Column("idempotency_key", Text, comment="The caller's key; unique per tenant."),
@@ -110,6 +117,7 @@ jobs = Table(
     Column("max_output_tokens", Integer, comment="Most output tokens allowed, if counted."),
     Column("not_before", Stamp, nullable=False, comment="May be claimed from this time on."),
     Column("deadline", Stamp, comment="Expires if not finished by this time; null is never."),
+    Column("time_limit_s", Double, comment="Longest time an attempt may take; null is any time."),
     Column("state", Text, nullable=False, comment="State; the last four of app.jobs are final."),
     Column(
         "attempt",
@@ -161,6 +169,8 @@ jobs = Table(
     CheckConstraint("source IN ('api', 'message')", name="source"),
     CheckConstraint(f"priority BETWEEN 0 AND {MAX_PRIORITY}", name="priority"),
     CheckConstraint("max_attempts >= 1", name="max_attempts"),
+    CheckConstraint("format >= 1", name="format"),
+    CheckConstraint("time_limit_s > 0 AND time_limit_s < 'Infinity'", name="time_limit"),
     CheckConstraint(
         "num_nulls(attempt_id, worker_id, batch_id) = CASE state WHEN 'running' THEN 0 ELSE 3 END",
         name="attempt",

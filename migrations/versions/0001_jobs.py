@@ -22,6 +22,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 
 Stamp = DateTime(timezone=True)
 Money = Numeric(20, 9)
+AGEING = {"autovacuum_vacuum_scale_factor": "0.05", "autovacuum_vacuum_cost_limit": "2000"}
 
 revision = "0001"
 down_revision = None
@@ -74,8 +75,9 @@ def upgrade() -> None:
         CheckConstraint("kind IN ('embed', 'generate')", name=op.f("batches_kind_check")),
         PrimaryKeyConstraint("id", name=op.f("batches_pkey")),
         comment="One row per admission batch. It may mix tenants, so it belongs to none.",
-        postgresql_with={"fillfactor": "80"},
+        postgresql_with={"fillfactor": "80"} | AGEING,
     )
+    op.create_index("batches_by_age", "batches", ["claimed_at"])
     op.create_table(
         "jobs",
         Column("id", Uuid, nullable=False, comment="Job id; also the id of its Celery message."),
@@ -97,9 +99,17 @@ def upgrade() -> None:
             "url", Text, comment="OpenAI-style path of the request; null if it was never readable."
         ),
         Column("request", JSONB, comment="Body as sent, prompt included; null once redacted."),
+        Column(
+            "format",
+            SmallInteger,
+            server_default=text("1"),
+            nullable=False,
+            comment="Version of the request's format; only workers that know it take the job.",
+        ),
         Column("fingerprint", Text, comment="Hex SHA-256 of url and request in canonical JSON."),
         Column("source", Text, nullable=False, comment="Where it came from: api or message."),
         Column("idempotency_key", Text, comment="The caller's key; unique per tenant."),
+        Column("replay_of", Uuid, comment="Ended job that it runs once more; null if none."),
         Column(
             "metadata",
             JSONB,
@@ -120,6 +130,9 @@ def upgrade() -> None:
         Column("max_output_tokens", Integer, comment="Most output tokens allowed, if counted."),
         Column("not_before", Stamp, nullable=False, comment="May be claimed from this time on."),
         Column("deadline", Stamp, comment="Expires if not finished by this time; null is never."),
+        Column(
+            "time_limit_s", Double, comment="Longest time an attempt may take; null is any time."
+        ),
         Column(
             "state", Text, nullable=False, comment="State; the last four of app.jobs are final."
         ),
@@ -143,6 +156,14 @@ def upgrade() -> None:
             server_default=text("3"),
             nullable=False,
             comment="Charged attempts after which the job fails.",
+        ),
+        Column(
+            "losses",
+            SmallInteger,
+            server_default=text("0"),
+            nullable=False,
+            comment="Times its worker was lost while it ran; "
+            "a suspect from app.jobs.SUSPECT_AFTER on.",
         ),
         Column(
             "attempt_id", Uuid, comment="The running attempt: the fence of every write; else null."
@@ -184,11 +205,16 @@ def upgrade() -> None:
         ),
         CheckConstraint("max_attempts >= 1", name=op.f("jobs_max_attempts_check")),
         CheckConstraint("priority BETWEEN 0 AND 9", name=op.f("jobs_priority_check")),
+        CheckConstraint("format >= 1", name=op.f("jobs_format_check")),
+        CheckConstraint(
+            "time_limit_s > 0 AND time_limit_s < 'Infinity'", name=op.f("jobs_time_limit_check")
+        ),
         PrimaryKeyConstraint("id", name=op.f("jobs_pkey")),
         comment="One row per accepted job: its request, its state, and who may move it next.",
         postgresql_with={
             "autovacuum_vacuum_scale_factor": "0.02",
             "autovacuum_vacuum_insert_scale_factor": "0.02",
+            "autovacuum_vacuum_cost_limit": "2000",
         },
     )
     op.create_index("jobs_by_model", "jobs", ["tenant", "model", "state", "created_at", "id"])
@@ -218,7 +244,7 @@ def upgrade() -> None:
     op.create_index(
         "jobs_unsent",
         "jobs",
-        ["not_before"],
+        ["model", "priority", "not_before"],
         postgresql_where=text("state = 'queued' AND received_by IS NULL AND enqueued_at IS NULL"),
     )
     op.create_index(
@@ -226,6 +252,26 @@ def upgrade() -> None:
         "jobs",
         ["model", "enqueued_at"],
         postgresql_where=text("state = 'queued' AND received_by IS NULL"),
+        postgresql_include=["input_tokens", "max_output_tokens"],
+    )
+    op.create_index(
+        "jobs_replay_of",
+        "jobs",
+        ["replay_of"],
+        unique=True,
+        postgresql_where=text("replay_of IS NOT NULL"),
+    )
+    op.create_index(
+        "jobs_finished",
+        "jobs",
+        ["tenant", "finished_at"],
+        postgresql_where=text("finished_at IS NOT NULL"),
+    )
+    op.create_index(
+        "jobs_requests",
+        "jobs",
+        ["tenant", "finished_at"],
+        postgresql_where=text("finished_at IS NOT NULL AND request IS NOT NULL"),
     )
     op.create_table(
         "workers",
@@ -294,7 +340,7 @@ def upgrade() -> None:
         PrimaryKeyConstraint("id", name=op.f("attempts_pkey")),
         UniqueConstraint("job_id", "number", name=op.f("attempts_job_id_number_key")),
         comment="One row per try of a job by a worker; never overwritten by the next try.",
-        postgresql_with={"fillfactor": "80"},
+        postgresql_with={"fillfactor": "80"} | AGEING,
     )
     op.create_table(
         "results",
@@ -308,7 +354,11 @@ def upgrade() -> None:
         Column("attempt_id", Uuid, comment="Attempt that ended it; null if it never ran."),
         Column("batch_id", Uuid, comment="Admission batch of that attempt."),
         Column("batch_size", Integer, comment="Jobs that were claimed with it, itself included."),
-        Column("response", JSONB, comment="Body of the answer, whole or partial, if any."),
+        Column(
+            "response",
+            JSONB,
+            comment="Body of the answer, whole or partial, if any; null once redacted.",
+        ),
         Column("error_code", Text, comment="Stable code, see app.errors; null if it completed."),
         Column(
             "error_message", Text, comment="A sentence for people; holds no prompt and no output."
@@ -352,6 +402,19 @@ def upgrade() -> None:
         ),
         PrimaryKeyConstraint("job_id", name=op.f("results_pkey")),
         comment="One row per final job, written once: the answer, its timing and its cost.",
+        postgresql_with=AGEING,
+    )
+    op.create_index(
+        "results_responses",
+        "results",
+        ["tenant", "finished_at"],
+        postgresql_where=text("response IS NOT NULL"),
+    )
+    op.create_index(
+        "results_by_error",
+        "results",
+        ["tenant", "error_code", "created_at", "job_id"],
+        postgresql_where=text("error_code IS NOT NULL"),
     )
 
 

@@ -19,7 +19,7 @@ from sqlalchemy import DateTime, text
 
 from app.errors import GristmillError
 from app.jobs import FINAL_STATES, AttemptOutcome, CloseReason, Kind
-from app.store import cancellation, claims, retention, submissions, workers
+from app.store import cancellation, claims, retention, submissions, sweeps, workers
 from app.store.claims import BatchStats, Finished, Member, NewBatch, Release
 from app.store.database import Database
 from app.store.submissions import Arrival, RejectedJob
@@ -120,6 +120,7 @@ class Moves:
                     id=job_id,
                     not_before=_after(now, early),
                     deadline=_after(now, late),
+                    time_limit_s=late,
                     idempotency_key=key,
                     fingerprint=fingerprint,
                     replay_of=replayed,
@@ -256,7 +257,7 @@ class Moves:
         return lambda connection, _: cancellation.cancel(connection, job_id)
 
     def sweep(self) -> Move:
-        sweeps: list[Move] = [
+        looks: list[Move] = [
             lambda connection, _: sweeps.expire_leases(connection, PAGE),
             lambda connection, _: sweeps.return_received(connection, PAGE),
             lambda connection, _: sweeps.expire_deadlines(connection, PAGE),
@@ -271,7 +272,7 @@ class Moves:
             lambda connection, _: retention.delete_jobs(connection, 5_500.0, PAGE),
             lambda connection, _: retention.delete_batches(connection, 5_500.0, PAGE),
         ]
-        return self.chance.choice(sweeps)
+        return self.chance.choice(looks)
 
 
 def _after(now: datetime, units: int | None) -> datetime | None:

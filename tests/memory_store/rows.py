@@ -35,7 +35,7 @@ def blank(table: str) -> Row:
 _DEFAULTS: Final = {
     "jobs": {
         "tenant": "default", "metadata": {}, "priority": 0, "attempt": 0, "attempts_charged": 0,
-        "max_attempts": 3, "losses": 0, "wake_count": 0,
+        "max_attempts": 3, "losses": 0, "wake_count": 0, "format": 1,
     },
     "attempts": {"tenant": "default"},
     "results": {"tenant": "default", "device_ns": 0, "cost": Decimal(0)},

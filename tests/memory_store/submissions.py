@@ -93,7 +93,10 @@ def _noted(row: Row, worker_id: UUID, now: datetime) -> Row:
 
 
 def _received(row: Row, job: Row | None, now: datetime) -> Row:
-    names = ("not_before", "deadline", "priority", "attempts_charged", "losses", "created_at")
+    names = (
+        "not_before", "deadline", "time_limit_s", "format", "priority", "attempts_charged",
+        "losses", "created_at",
+    )  # fmt: skip
     is_same = job is not None and job.get("fingerprint") == row["fingerprint"]
     return {
         **{name: row[name] for name in ("id", "tenant", "model", "kind", "state")},
