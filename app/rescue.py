@@ -31,7 +31,9 @@ from pathlib import Path
 from typing import Final
 from uuid import UUID
 
-from app.broker import PRIORITY_STEPS, Message, Publisher
+from app.broker.message import Message
+from app.broker.publisher import Publisher
+from app.broker.queues import PRIORITY_STEPS
 from app.config.settings import Settings
 from app.errors import Unavailable
 from app.jobs import MAX_PRIORITY

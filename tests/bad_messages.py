@@ -12,7 +12,7 @@ import pickle
 from typing import Any
 from uuid import uuid4
 
-from app import broker
+from app.broker.message import raw_message
 from app.jobs import Kind
 
 PROMPT = "the miller's secret"
@@ -20,7 +20,7 @@ PROMPT = "the miller's secret"
 
 def message(**changes: Any) -> bytes:
     """A good message with some fields changed; `...` takes a field out."""
-    item = json.loads(broker.raw_message(uuid4(), Kind.GENERATE, {"prompt": PROMPT}, queue="q"))
+    item = json.loads(raw_message(uuid4(), Kind.GENERATE, {"prompt": PROMPT}, queue="q"))
     return json.dumps(_changed(item, changes)).encode()
 
 

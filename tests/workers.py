@@ -20,7 +20,8 @@ from tests.waiting import eventually
 _MAIN = """
 import sys
 import app.worker
-from app.broker import make_app, worker_command
+from app.broker.app import make_app
+from app.broker.commands import worker_command
 from app.config.settings import Settings
 from pathlib import Path
 

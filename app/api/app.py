@@ -21,7 +21,7 @@ from app.api.metrics import Metrics, SystemCollector
 from app.api.middleware import RequestScope
 from app.api.services import Services
 from app.api.waiting import Waiters
-from app.broker import Publisher
+from app.broker.publisher import Publisher
 from app.config.settings import Settings
 from app.engines.catalog import load_catalog
 from app.errors import ConfigError, Unavailable

@@ -13,7 +13,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from app.api.waiting import Waiters
-from app.broker import Publisher
+from app.broker.publisher import Publisher
 from app.errors import GristmillError
 from app.intake.sender import Sender
 from app.store import reads

@@ -16,7 +16,7 @@ from fastapi import Depends, Request
 from app.api.metrics import Metrics
 from app.api.reader import Reader, Snapshot, snapshots
 from app.api.waiting import Waiters
-from app.broker import Publisher
+from app.broker.publisher import Publisher
 from app.config.settings import Settings
 from app.errors import Unavailable
 from app.intake.submit import Submitter

@@ -74,7 +74,7 @@ def worker(models: tuple[str, ...], device: str | None, check: bool) -> None:
         from app.local.checks import worker_answers
 
         _answer(worker_answers(load_settings().connected()))
-    from app.broker import worker_command
+    from app.broker.commands import worker_command
 
     if models:
         os.environ["GRISTMILL_WORKER__MODELS"] = ",".join(models)
@@ -107,7 +107,7 @@ def flower(check: bool) -> None:
         from app.local.checks import flower_answers
 
         _answer(flower_answers(load_settings().settings))
-    from app.broker import flower_command
+    from app.broker.commands import flower_command
 
     _become(*flower_command(load_settings().connected()))
 

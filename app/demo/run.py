@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from app.broker import list_key, raw_message
+from app.broker.message import raw_message
+from app.broker.queues import list_key
 from app.client import AsyncClient, Client
 from app.config.file import Loaded
 from app.config.settings import Settings

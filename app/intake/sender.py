@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from app.broker import Message, Publisher, priority_step
+from app.broker.message import Message
+from app.broker.publisher import Publisher
+from app.broker.queues import priority_step
 from app.errors import Unavailable
 from app.store import submissions
 from app.store.database import Database

@@ -26,7 +26,7 @@ from pydantic import (
     WithJsonSchema,
 )
 
-from app.broker import Publisher
+from app.broker.publisher import Publisher
 from app.config.settings import Settings
 from app.engines import grammar
 from app.engines.catalog import CatalogModel

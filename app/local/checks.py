@@ -17,7 +17,7 @@ def api_answers(settings: Settings) -> bool:
 
 def worker_answers(settings: Settings) -> bool:
     """Whether a worker here makes progress: models, engine, Postgres and Redis are at hand."""
-    from app.broker import ready_workers
+    from app.broker.commands import ready_workers
 
     try:
         names = ready_workers(settings)

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Final
 from uuid import UUID, uuid4
 
-from app.broker import Publisher, served_models
+from app.broker.publisher import Publisher
+from app.broker.queues import served_models
 from app.config.settings import Settings
 from app.engines.catalog import CatalogModel, load_catalog
 from app.errors import EngineError

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from uuid import UUID
 
-from app.broker import Message, Publisher
+from app.broker.message import Message
+from app.broker.publisher import Publisher
 from app.engines.catalog import CatalogModel
 from app.errors import JobNotFound, JobStateConflict, RequestError, Unavailable
 from app.jobs import JobState, Kind

@@ -25,7 +25,8 @@ import httpx
 import psycopg
 import redis
 
-from app.broker import list_key, queue_name, raw_message
+from app.broker.message import raw_message
+from app.broker.queues import list_key, queue_name
 from app.jobs import Kind
 from tests.chaos.history import History
 from tests.chaos.world import MODELS, NotInTime, World, eventually

@@ -27,7 +27,7 @@ import psutil
 import psycopg
 import redis
 
-from app.broker import ready_workers
+from app.broker.commands import ready_workers
 from app.config.file import load
 from app.errors import Unavailable
 from app.local.servers import LOOPBACK, Child, free_port

@@ -20,7 +20,7 @@ import redis
 
 from app.api import services
 from app.api.app import serve
-from app.broker import queue_name
+from app.broker.queues import queue_name
 from app.config.settings import Settings
 from app.errors import ConfigError, SchemaError
 from app.intake import sender

@@ -14,7 +14,7 @@ import httpx
 import pytest
 import redis
 
-from app.broker import queue_name
+from app.broker.queues import queue_name
 from app.config.settings import ModelSettings, Settings
 from app.jobs import Grammar
 from app.local.servers import EmbeddedRedis

@@ -15,8 +15,10 @@ import redis
 from celery import Celery
 from kombu import Message as KombuMessage
 
-from app import broker
-from app.broker import Message, Publisher
+from app.broker.app import make_app
+from app.broker.message import Message, raw_message
+from app.broker.publisher import Publisher
+from app.broker.queues import list_key
 from app.config.settings import Settings
 from app.errors import RequestError, RequestTooLarge, Unavailable
 from app.jobs import Kind
@@ -47,7 +49,7 @@ class Reader:
     """Takes messages from Redis as a worker of these settings does."""
 
     def __init__(self, settings: Settings) -> None:
-        self._app = broker.make_app(settings)
+        self._app = make_app(settings)
         self._received: list[KombuMessage] = []
         self.refused: list[tuple[str | None, RequestError]] = []
 
@@ -231,11 +233,11 @@ def test_a_raw_message_needs_a_redis_client_and_nothing_else(
     client: redis.Redis, reader: Reader, priority: int
 ) -> None:
     job_id = uuid4()
-    item = broker.raw_message(
+    item = raw_message(
         job_id, Kind.GENERATE, {"prompt": "x"}, queue="gristmill.stub", priority=priority
     )
 
-    client.lpush(broker.list_key("gristmill.stub", priority), item)
+    client.lpush(list_key("gristmill.stub", priority), item)
 
     assert [UUID(id) for id in reader.ids(1)] == [job_id]
 
@@ -244,7 +246,7 @@ def test_what_kombu_cannot_parse_is_held_back_and_the_next_message_arrives(
     client: redis.Redis, reader: Reader
 ) -> None:
     good, broken, huge = (
-        broker.raw_message(task_id, Kind.GENERATE, {"prompt": text}, queue="celery")
+        raw_message(task_id, Kind.GENERATE, {"prompt": text}, queue="celery")
         for task_id, text in [("good", "x"), ("broken", "x"), ("huge", "x" * 200_000)]
     )
     broken = broken.replace(b'"delivery_tag"', b'"tag"')

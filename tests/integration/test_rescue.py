@@ -21,7 +21,9 @@ import pytest
 import redis
 
 from app import rescue
-from app.broker import Message, Publisher, list_key, queue_name
+from app.broker.message import Message
+from app.broker.publisher import Publisher
+from app.broker.queues import list_key, queue_name
 from app.config.settings import Settings
 from app.errors import Unavailable
 from app.jobs import ALONE_AFTER, CloseReason, JobState, Kind

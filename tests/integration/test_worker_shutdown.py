@@ -14,7 +14,7 @@ import pytest
 import redis
 from celery import Celery
 
-from app.broker import ready_workers
+from app.broker.commands import ready_workers
 from app.config.settings import Settings
 from app.jobs import Kind
 from app.store.database import Database

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from celery import Celery
 
-from app.broker import Publisher
+from app.broker.publisher import Publisher
 from app.config.settings import Settings
 from app.errors import Unavailable
 from app.local.servers import EmbeddedPostgres

@@ -9,7 +9,8 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from app import broker
+from app.broker.message import Message as WakeUp
+from app.broker.queues import PRIORITY_STEPS
 from app.errors import Unavailable
 from tests.simulation.engine import MODELS
 
@@ -111,10 +112,10 @@ class Queue:
     def put(self, message: Message) -> None:
         self.lists[message.model].append(message)
 
-    def send(self, message: broker.Message) -> None:
+    def send(self, message: WakeUp) -> None:
         self.send_many([message])
 
-    def send_many(self, messages: Iterable[broker.Message]) -> None:
+    def send_many(self, messages: Iterable[WakeUp]) -> None:
         if self._world.clock.ns < self._world.redis_back_ns:
             raise Unavailable("Redis is away.")
         for message in messages:
@@ -122,7 +123,7 @@ class Queue:
 
     def list_lengths(self, models: Iterable[str]) -> dict[str, list[int]]:
         """All of the simulation's messages have the first priority."""
-        rest = [0] * (len(broker.PRIORITY_STEPS) - 1)
+        rest = [0] * (len(PRIORITY_STEPS) - 1)
         return {model: [length, *rest] for model, length in self.queue_lengths(models).items()}
 
     def queue_lengths(self, models: Iterable[str]) -> dict[str, int]:

@@ -14,7 +14,7 @@ from kombu.message import Message
 from app.config.settings import Settings
 from app.errors import GristmillError, RequestError
 from app.jobs import job_id_of
-from app.worker.pool.arrivals import ARRIVAL_HEADER, _scrub, identify, read
+from app.worker.pool.arrivals import ARRIVAL_HEADER, identify, read, scrub
 
 TASK_ID = str(uuid.uuid4())
 
@@ -159,7 +159,7 @@ def test_celery_sees_neither_prompt_nor_foreign_headers(config: Settings) -> Non
     )
     arrival = arrive(sent, config)
 
-    _scrub(sent, TASK_ID, "inference.generate", arrival)
+    scrub(sent, TASK_ID, "inference.generate", arrival)
 
     shown = dict(sent.headers)
     assert shown.pop(ARRIVAL_HEADER) is arrival

@@ -15,8 +15,11 @@ from celery.app import defaults
 from celery.app.amqp import Queues
 from kombu.transport.redis import Channel
 
-from app import broker
-from app.broker import Message, Publisher
+from app.broker.app import _celery_settings, make_app
+from app.broker.commands import flower_command
+from app.broker.message import Message, raw_message
+from app.broker.publisher import Publisher
+from app.broker.queues import list_key
 from app.config.settings import ModelSettings, Settings
 from app.errors import ConfigError
 from app.jobs import Kind
@@ -42,30 +45,30 @@ def two_models(make_settings: Callable[..., Settings]) -> Settings:
 def test_every_setting_is_one_that_celery_knows(two_models: Settings) -> None:
     known = {name for name, _ in defaults.flatten(defaults.NAMESPACES)}
 
-    assert set(broker._celery_settings(two_models)) <= known
+    assert set(_celery_settings(two_models)) <= known
 
 
 def test_queues_hang_on_the_anonymous_exchange_so_that_there_are_no_bindings_to_lose(
     two_models: Settings,
 ) -> None:
-    queues: Queues = broker.make_app(two_models).amqp.queues
+    queues: Queues = make_app(two_models).amqp.queues
 
     assert set(queues) == {"gristmill.small", "gristmill.large", "inbox"}
     assert {queue.exchange.name for queue in queues.values()} == {""}
 
 
 def test_a_worker_takes_messages_of_its_models_and_of_the_inbox(two_models: Settings) -> None:
-    app = broker.make_app(two_models)
+    app = make_app(two_models)
 
     assert set(app.amqp.queues.consume_from) == {"gristmill.small", "inbox"}
 
 
 def test_a_worker_holds_one_batch_that_runs_and_one_that_forms(two_models: Settings) -> None:
-    assert broker.make_app(two_models).conf.worker_concurrency == 2 * 4
+    assert make_app(two_models).conf.worker_concurrency == 2 * 4
 
 
 def test_a_task_that_celery_runs_itself_says_what_is_wrong(two_models: Settings) -> None:
-    app = broker.make_app(two_models)
+    app = make_app(two_models)
 
     for name in ("inference.generate", "inference.embed"):
         with pytest.raises(RuntimeError, match="its own pool"):
@@ -83,7 +86,7 @@ def test_a_task_that_celery_runs_itself_says_what_is_wrong(two_models: Settings)
 def test_certificates_are_checked_unless_the_url_says_otherwise(
     make_settings: Callable[..., Settings], url: str, expected: object
 ) -> None:
-    app = broker.make_app(make_settings(broker={"url": url}))
+    app = make_app(make_settings(broker={"url": url}))
 
     with app.connection_for_read() as connection:
         assert (connection.ssl or {}).get("ssl_cert_reqs") == expected
@@ -93,7 +96,7 @@ def test_certificates_are_checked_unless_the_url_says_otherwise(
 def test_the_list_of_a_priority_is_the_one_that_kombu_reads(priority: int) -> None:
     channel = object.__new__(Channel)
 
-    assert broker.list_key("q", priority) == channel._q_for_pri("q", priority)
+    assert list_key("q", priority) == channel._q_for_pri("q", priority)
 
 
 # ── the message ─────────────────────────────────────────────────────────────────────────────────
@@ -102,7 +105,7 @@ def test_the_list_of_a_priority_is_the_one_that_kombu_reads(priority: int) -> No
 def test_a_raw_message_has_exactly_the_documented_fields() -> None:
     job_id = uuid4()
 
-    item = broker.raw_message(job_id, Kind.EMBED, {"input": "flour"}, queue="q", priority=3)
+    item = raw_message(job_id, Kind.EMBED, {"input": "flour"}, queue="q", priority=3)
 
     message = json.loads(item)
     assert len(message["properties"].pop("delivery_tag")) == 36
@@ -120,14 +123,14 @@ def test_a_raw_message_has_exactly_the_documented_fields() -> None:
 
 
 def test_two_raw_messages_never_share_a_delivery_tag() -> None:
-    items = [broker.raw_message("same", Kind.GENERATE, {}, queue="q") for _ in range(2)]
+    items = [raw_message("same", Kind.GENERATE, {}, queue="q") for _ in range(2)]
 
     first, second = (json.loads(item)["properties"]["delivery_tag"] for item in items)
     assert first != second
 
 
 def test_a_raw_message_passes_the_check_of_the_worker() -> None:
-    envelope.check(broker.raw_message("x", Kind.GENERATE, {"prompt": PROMPT}, queue="q"), 10_000)
+    envelope.check(raw_message("x", Kind.GENERATE, {"prompt": PROMPT}, queue="q"), 10_000)
 
 
 @pytest.fixture
@@ -139,7 +142,7 @@ def sent(two_models: Settings) -> Iterator[Callable[..., dict[str, Any]]]:
             update={"broker": two_models.broker.model_copy(update=broker_settings)}
         )
         Publisher(settings).send(message)
-        with broker.make_app(settings).connection_for_read() as connection:
+        with make_app(settings).connection_for_read() as connection:
             channel = connection.default_channel
             return dict(channel._get(f"gristmill.{message.model}"))
 
@@ -173,7 +176,7 @@ def test_without_inline_requests_a_message_carries_the_id_alone(
 
 
 def test_flower_is_read_only_and_open_on_the_loopback_address(two_models: Settings) -> None:
-    command, environment = broker.flower_command(two_models)
+    command, environment = flower_command(two_models)
 
     assert "--read_only=True" in command
     assert "--address=127.0.0.1" in command
@@ -181,7 +184,7 @@ def test_flower_is_read_only_and_open_on_the_loopback_address(two_models: Settin
 
 
 def test_flower_knows_every_option_that_it_is_started_with(two_models: Settings) -> None:
-    command, _ = broker.flower_command(two_models)
+    command, _ = flower_command(two_models)
 
     given = [part[2:].partition("=")[0] for part in command if part.startswith("--")]
     assert given
@@ -195,9 +198,9 @@ def test_flower_on_another_address_needs_a_password(
     monkeypatch.delenv("FLOWER_BASIC_AUTH", raising=False)
 
     with pytest.raises(ConfigError, match="FLOWER_BASIC_AUTH"):
-        broker.flower_command(settings)
+        flower_command(settings)
 
     monkeypatch.setenv("FLOWER_BASIC_AUTH", "miller:flour")
-    command, environment = broker.flower_command(settings)
+    command, environment = flower_command(settings)
     assert environment == {}
     assert "miller" not in " ".join(command)

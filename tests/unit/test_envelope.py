@@ -8,7 +8,7 @@ from uuid import uuid4
 
 import pytest
 
-from app import broker
+from app.broker.message import raw_message
 from app.errors import RequestError, RequestTooLarge
 from app.jobs import Kind
 from app.worker.pool import envelope
@@ -46,7 +46,7 @@ def test_what_kombu_can_parse_passes_and_is_left_to_intake(item: bytes) -> None:
 
 @pytest.mark.parametrize("task_id", [str(uuid4()), "order 42", "x" * 255])
 def test_the_task_id_is_found_without_parsing(task_id: str) -> None:
-    item = broker.raw_message(task_id, Kind.GENERATE, {"prompt": PROMPT}, queue="q")
+    item = raw_message(task_id, Kind.GENERATE, {"prompt": PROMPT}, queue="q")
 
     assert envelope.task_id_in(item) == task_id
     assert envelope.task_id_in(item[:-20]) == task_id  # cut off: not JSON any more

@@ -10,7 +10,8 @@ from uuid import uuid4
 
 import pytest
 
-from app.broker import Message, priority_step
+from app.broker.message import Message
+from app.broker.queues import priority_step
 from app.errors import Unavailable
 from app.intake import sender as sending
 from app.intake.sender import Sender

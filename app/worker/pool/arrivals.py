@@ -12,15 +12,11 @@ become the row's `not_before` and `deadline`, and the store keeps them.
 from __future__ import annotations
 
 import datetime as dt
-import logging
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Final
 from uuid import UUID
 
-from celery.worker.consumer import Consumer as CeleryConsumer
 from kombu.message import Message
 from kombu.serialization import loads
 
@@ -29,16 +25,12 @@ from app.errors import GristmillError, RequestError, RequestTooLarge
 from app.jobs import MAX_PRIORITY, Kind, job_id_of
 from app.requests import bodies
 from app.requests.bodies import Request
-from app.worker.pool.envelope import guard
-
-log = logging.getLogger(__name__)
 
 TASKS: Final = {"inference.generate": Kind.GENERATE, "inference.embed": Kind.EMBED}
 ARRIVAL_HEADER: Final = "gristmill"
 EMPTY_BODY: Final = "[[], {}, {}]"
 EMBEDS: Final = ("callbacks", "errbacks", "chain", "chord")
 MAX_TASK_ID: Final = 255
-EVENTS_EVERY_S: Final = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,69 +54,6 @@ class Refusal:
     kind: Kind
     error: GristmillError
     acknowledge: Callable[[], object]
-
-
-class Consumer(CeleryConsumer):  # type: ignore[misc]
-    """Celery's consumer with the check in front; set as `worker_consumer`."""
-
-    _events_leave_at = 0.0  #: by the monotonic clock
-
-    def on_send_event_buffered(self) -> None:
-        """Events for Flower go out in groups: Celery would send a message at each turn of its hub.
-
-        Called by the runner too, and only the hub's own thread may touch its timer.
-        """
-        now = time.monotonic()
-        if self.hub and now >= self._events_leave_at:
-            self._events_leave_at = now + EVENTS_EVERY_S
-            self.hub.call_soon(self.hub.call_later, EVENTS_EVERY_S, self._flush_events)
-
-    def stop(self) -> None:
-        self._flush_events()
-        super().stop()
-
-    def connect(self) -> Any:
-        """Called again after every reconnect, with a new channel each time."""
-        connection = super().connect()
-        client = connection.default_channel.client
-        guard(client, self.app.settings.worker.max_request_bytes, self._refuse_raw)
-        return connection
-
-    def _refuse_raw(self, task_id: str | None, error: RequestError) -> None:
-        """What kombu could not parse: it is off its list already, so there is nothing to ack."""
-        if task_id is None:
-            log.warning("A message was dropped: %s", error, extra={"action": "message_dropped"})
-        else:
-            self.pool.refuse(Refusal(job_id_of(task_id), Kind.GENERATE, error, lambda: None))
-
-    def create_task_handler(self, *args: Any, **options: Any) -> Callable[[Message], object]:
-        celery_takes = super().create_task_handler(*args, **options)
-        settings: Settings = self.app.settings
-
-        def on_message(message: Message) -> object:
-            try:
-                task_id, name = identify(message, settings)
-            except RequestError as error:
-                log.warning("A message was dropped: %s", error, extra={"action": "message_dropped"})
-                return message.ack_log_error(log, self.connection_errors)  # type: ignore[no-untyped-call]
-            try:
-                arrival = read(message, task_id, name, settings)
-            except GristmillError as error:
-                acknowledge = partial(
-                    self.call_soon_ack, message.ack_log_error, log, self.connection_errors
-                )
-                return self.pool.refuse(
-                    Refusal(
-                        job_id_of(task_id),
-                        TASKS.get(name, Kind.GENERATE),
-                        error,
-                        acknowledge,
-                    )
-                )
-            _scrub(message, task_id, name, arrival)
-            return celery_takes(message)
-
-        return on_message
 
 
 def identify(message: Message, settings: Settings) -> tuple[str, str]:
@@ -249,7 +178,7 @@ def _stamp(headers: dict[str, Any], field: str) -> dt.datetime | None:
     return stamp if stamp.tzinfo else stamp.replace(tzinfo=dt.UTC)
 
 
-def _scrub(message: Message, task_id: str, name: str, arrival: Arrival) -> None:
+def scrub(message: Message, task_id: str, name: str, arrival: Arrival) -> None:
     """Leave in the message only what Celery needs, and the arrival for the pool."""
     given = message.headers if isinstance(message.headers, dict) else {}
     message.headers = {

@@ -22,7 +22,7 @@ from celery.exceptions import WorkerShutdown, WorkerTerminate
 from celery.worker import state as celery_state
 from celery.worker.control import inspect_command
 
-from app.broker import READINESS
+from app.broker.commands import READINESS
 from app.config.settings import Settings
 from app.errors import GristmillError
 from app.jobs import job_id_of
@@ -191,6 +191,6 @@ class EnginePool(BasePool):  # type: ignore[misc]
 
 @inspect_command(name=READINESS)  # type: ignore[untyped-decorator]
 def _readiness(state: Any) -> dict[str, Any]:
-    """The answer to `app.broker.ready_workers`: it shows that the hub turns, too."""
+    """The answer to `app.broker.commands.ready_workers`: it shows that the hub turns, too."""
     pool: EnginePool = state.consumer.pool
     return pool.readiness()

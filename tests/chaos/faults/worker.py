@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-from app.broker import list_key
+from app.broker.queues import list_key
 from tests.chaos.checker import Evidence
 from tests.chaos.proxy import LOST
 from tests.chaos.scene import Scene, fault

@@ -1,0 +1,92 @@
+"""The Celery app that producers, worker, rescue and Flower share: its queues and settings."""
+
+from __future__ import annotations
+
+from typing import Any, Final, NoReturn
+
+from celery import Celery, signals
+from kombu.transport import TRANSPORT_ALIASES
+
+from app import telemetry
+from app.broker.message import TASK_NAMES
+from app.broker.queues import queue_name, served_models
+from app.config.settings import Settings
+
+_TRANSPORTS: Final = {
+    "redis": "app.broker.transport:Transport",
+    "rediss": "app.broker.transport:Transport",
+    "sentinel": "app.broker.transport:SentinelTransport",
+}
+"""By the scheme of a URL. Celery's own setting of a transport is forgotten at a failover."""
+
+
+def make_app(settings: Settings) -> Celery:
+    """The Celery app of producers, worker and Flower. Opens no connection."""
+    TRANSPORT_ALIASES.update(_TRANSPORTS)
+    app = Celery("gristmill", set_as_current=False)
+    app.settings = settings
+    app.conf.update(_celery_settings(settings))
+    for name in TASK_NAMES.values():
+        app.task(_never_run, name=name, lazy=False)
+    app.amqp.queues.select(
+        [*map(queue_name, served_models(settings)), settings.broker.default_queue]
+    )
+    signals.setup_logging.connect(_setup_logging, weak=False)
+    return app
+
+
+def _celery_settings(settings: Settings) -> dict[str, Any]:
+    broker = settings.broker
+    names = [*map(queue_name, settings.models), broker.default_queue]
+    sizes = [settings.models[model].max_batch_size for model in served_models(settings)]
+    return {
+        "broker_url": broker.url,
+        # kombu would take any certificate; ssl_cert_reqs in the URL says otherwise.
+        "broker_use_ssl": {"ssl_cert_reqs": "required"}
+        if broker.url.startswith("rediss")
+        else None,
+        "worker_pool": "app.worker.pool.pool:EnginePool",
+        "worker_consumer": "app.worker.pool.consumer:Consumer",
+        # Messages held: one batch running and one forming for each model; not threads.
+        "worker_concurrency": 2 * sum(sizes),
+        "worker_prefetch_multiplier": 1,
+        # Acknowledged after the commit. A failure is a row, and a retry is the database's decision.
+        "task_acks_late": True,
+        "task_acks_on_failure": True,
+        "task_acks_on_timeout": True,
+        "task_ignore_result": True,
+        "task_serializer": "json",
+        "accept_content": ["json"],
+        "task_queues": {name: {"exchange": "", "routing_key": name} for name in names},
+        "task_default_queue": broker.default_queue,
+        "task_default_exchange": "",
+        "task_create_missing_queues": False,
+        "broker_transport_options": {
+            "visibility_timeout": broker.visibility_timeout_s,
+            "unacked_restore_interval": 10,
+            "unacked_restore_throttle": 6,
+            "socket_timeout": broker.socket_timeout_s,
+            "socket_connect_timeout": 5,
+            "socket_keepalive": True,
+            "health_check_interval": 25,
+            "queue_order_strategy": "priority",
+        },
+        "broker_connection_retry_on_startup": True,
+        "broker_connection_max_retries": None,
+        # A lost connection does not stop the engine: the claim drops the message's second copy.
+        "worker_cancel_long_running_tasks_on_connection_loss": False,
+        "worker_send_task_events": True,
+        "task_send_sent_event": False,
+        "worker_disable_rate_limits": True,
+        "worker_hijack_root_logger": False,
+        "worker_redirect_stdouts": False,
+        "worker_enable_remote_control": True,
+    }
+
+
+def _never_run(*_: object, **__: object) -> NoReturn:
+    raise RuntimeError("Gristmill's tasks run in batches: start the worker with its own pool.")
+
+
+def _setup_logging(loglevel: int | str | None = None, **_: object) -> None:
+    telemetry.setup_logging(loglevel or "INFO")

@@ -1,0 +1,102 @@
+"""Sends messages and counts those that wait."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from kombu.exceptions import KombuError
+from redis.exceptions import RedisError
+
+from app.broker.app import make_app
+from app.broker.message import TASK_NAMES, Message
+from app.broker.queues import PRIORITY_STEPS, list_key, queue_name
+from app.config.settings import Settings
+from app.errors import Unavailable
+
+
+class Publisher:
+    """Sends messages. Threads may share it; it connects when first used, and again after a fault.
+
+    Raises `Unavailable` when Redis refuses or does not answer within `broker.publish_timeout_s`.
+    What was sent of a group is then unknown, so the whole group is to be sent again later: a
+    second wake-up does no harm.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._inline_requests = settings.broker.inline_requests
+        timeout_s = settings.broker.publish_timeout_s
+        self._app = make_app(settings)
+        self._app.conf.broker_pool_acquire_timeout = timeout_s
+        self._app.conf.broker_transport_options |= {
+            "socket_timeout": timeout_s,
+            "socket_connect_timeout": timeout_s,
+            "max_retries": 0,
+        }
+
+    def send(self, message: Message) -> None:
+        self.send_many([message])
+
+    def send_many(self, messages: Iterable[Message]) -> None:
+        """Send in order, a few hundred to a round trip."""
+        with redis_errors(), self._app.producer_or_acquire() as producer, producer.batch():
+            for message in messages:
+                self._app.send_task(
+                    TASK_NAMES[message.kind],
+                    kwargs=self._kwargs(message),
+                    task_id=str(message.job_id),
+                    queue=self._queue(message.model),
+                    priority=message.priority,
+                    # Without these Celery would print the prompt into two headers.
+                    argsrepr="()",
+                    kwargsrepr=f"(model={message.model})",
+                    retry=False,
+                    producer=producer,
+                )
+
+    def _queue(self, model: str) -> str:
+        """The model's queue, also of one that only other processes' settings know."""
+        name = queue_name(model)
+        if name not in self._app.amqp.queues:
+            self._app.amqp.queues.add(name, exchange="", routing_key=name)
+        return name
+
+    def _kwargs(self, message: Message) -> dict[str, Any]:
+        if message.request is None or not self._inline_requests:
+            return {}
+        return message.request | ({"url": message.url} if message.url else {})
+
+    def queue_lengths(self, models: Collection[str]) -> dict[str, int]:
+        """Messages waiting in each model's queue, over all priorities. One round trip."""
+        return {model: sum(lengths) for model, lengths in self.list_lengths(models).items()}
+
+    def list_lengths(self, models: Collection[str]) -> dict[str, list[int]]:
+        """Messages waiting in each model's queue, by `PRIORITY_STEPS`. One round trip."""
+        return dict(zip(models, self._lengths(map(queue_name, models)), strict=True))
+
+    def backlog(self, queues: Iterable[str]) -> int:
+        """Messages in these queues, by name."""
+        return sum(map(sum, self._lengths(queues)))
+
+    def _lengths(self, queues: Iterable[str]) -> list[list[int]]:
+        with redis_errors(), self._app.pool.acquire(block=True) as connection:
+            pipe = connection.default_channel.client.pipeline(transaction=False)
+            for queue in queues:
+                for step in PRIORITY_STEPS:
+                    pipe.llen(list_key(queue, step))
+            lengths = pipe.execute()
+        steps = len(PRIORITY_STEPS)
+        return [lengths[at : at + steps] for at in range(0, len(lengths), steps)]
+
+    def close(self) -> None:
+        self._app.close()
+
+
+@contextmanager
+def redis_errors() -> Iterator[None]:
+    """Turn what redis-py and kombu raise when the server is away into `Unavailable`."""
+    try:
+        yield
+    except (KombuError, RedisError, OSError) as error:
+        raise Unavailable(f"Redis does not answer ({type(error).__name__}).") from error

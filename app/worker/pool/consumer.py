@@ -1,0 +1,89 @@
+"""Celery's consumer with our check in front of it; set as `worker_consumer`.
+
+It runs on the hub thread: kombu takes a message from Redis, `arrivals` reads it, and a good one
+goes on to Celery and so to the pool.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Final
+
+from celery.worker.consumer import Consumer as CeleryConsumer
+from kombu.message import Message
+
+from app.config.settings import Settings
+from app.errors import GristmillError, RequestError
+from app.jobs import Kind, job_id_of
+from app.worker.pool.arrivals import TASKS, Refusal, identify, read, scrub
+from app.worker.pool.envelope import guard
+
+log = logging.getLogger(__name__)
+
+EVENTS_EVERY_S: Final = 0.5
+
+
+class Consumer(CeleryConsumer):  # type: ignore[misc]
+    """Celery's consumer with the check in front; set as `worker_consumer`."""
+
+    _events_leave_at = 0.0  #: by the monotonic clock
+
+    def on_send_event_buffered(self) -> None:
+        """Events for Flower go out in groups: Celery would send a message at each turn of its hub.
+
+        Called by the runner too, and only the hub's own thread may touch its timer.
+        """
+        now = time.monotonic()
+        if self.hub and now >= self._events_leave_at:
+            self._events_leave_at = now + EVENTS_EVERY_S
+            self.hub.call_soon(self.hub.call_later, EVENTS_EVERY_S, self._flush_events)
+
+    def stop(self) -> None:
+        self._flush_events()
+        super().stop()
+
+    def connect(self) -> Any:
+        """Called again after every reconnect, with a new channel each time."""
+        connection = super().connect()
+        client = connection.default_channel.client
+        guard(client, self.app.settings.worker.max_request_bytes, self._refuse_raw)
+        return connection
+
+    def _refuse_raw(self, task_id: str | None, error: RequestError) -> None:
+        """What kombu could not parse: it is off its list already, so there is nothing to ack."""
+        if task_id is None:
+            log.warning("A message was dropped: %s", error, extra={"action": "message_dropped"})
+        else:
+            self.pool.refuse(Refusal(job_id_of(task_id), Kind.GENERATE, error, lambda: None))
+
+    def create_task_handler(self, *args: Any, **options: Any) -> Callable[[Message], object]:
+        celery_takes = super().create_task_handler(*args, **options)
+        settings: Settings = self.app.settings
+
+        def on_message(message: Message) -> object:
+            try:
+                task_id, name = identify(message, settings)
+            except RequestError as error:
+                log.warning("A message was dropped: %s", error, extra={"action": "message_dropped"})
+                return message.ack_log_error(log, self.connection_errors)  # type: ignore[no-untyped-call]
+            try:
+                arrival = read(message, task_id, name, settings)
+            except GristmillError as error:
+                acknowledge = partial(
+                    self.call_soon_ack, message.ack_log_error, log, self.connection_errors
+                )
+                return self.pool.refuse(
+                    Refusal(
+                        job_id_of(task_id),
+                        TASKS.get(name, Kind.GENERATE),
+                        error,
+                        acknowledge,
+                    )
+                )
+            scrub(message, task_id, name, arrival)
+            return celery_takes(message)
+
+        return on_message
