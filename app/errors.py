@@ -17,6 +17,7 @@
     ├── ResponseRemoved        the job's response is not kept any more
     ├── LeaseLost              this worker was declared stopped; it must end
     ├── QueueFull              bounded admission; come back later
+    ├── NotStorable            the store cannot hold a value; trying again would not help
     ├── Unavailable            Postgres or Redis cannot be reached; come back later
     ├── AttemptsExhausted      a job was interrupted too often
     └── EngineError            the model or its process failed
@@ -156,6 +157,10 @@ class Unavailable(GristmillError):
 
     code = "unavailable"
     retryable = True
+
+
+class NotStorable(GristmillError):
+    """The store cannot hold a value."""
 
 
 class AttemptsExhausted(GristmillError):

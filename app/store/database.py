@@ -14,11 +14,18 @@ from alembic import command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
 from sqlalchemy import URL, Connection, Engine, NullPool, create_engine, event, make_url, text
-from sqlalchemy.exc import ArgumentError, DBAPIError, DisconnectionError, OperationalError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DataError,
+    DBAPIError,
+    DisconnectionError,
+    IntegrityError,
+    OperationalError,
+)
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from app.errors import ConfigError, GristmillError, SchemaError, Unavailable
+from app.errors import ConfigError, GristmillError, NotStorable, SchemaError, Unavailable
 
 MIGRATIONS: Final = Path(__file__).parents[2] / "migrations"
 """Beside the package, in a checkout and in site-packages alike."""
@@ -40,6 +47,8 @@ _MIGRATION_PAUSE_S: Final = 1.0
 # SQLSTATE classes and codes that pass: no connection, no resources, a shutdown, a standby,
 # a timeout, a deadlock. All else is a bug or a wrong setting.
 _PASSING: Final = ("08", "53", "57", "58", "40001", "40P01", "55P03", "25006", "25P03", "25P04")
+# Classes for which the data is to blame, and nobody's else: a group without it goes through.
+_DATA: Final = ("22", "23", "54")
 _NO_SUCH_TABLE_OR_COLUMN: Final = ("42P01", "42703")
 
 
@@ -290,4 +299,6 @@ def _translated(error: DBAPIError) -> GristmillError:
         detail = f" of {diagnosis.constraint_name}"
     elif code is not None and code.startswith("42"):
         detail = f": {diagnosis.message_primary}" if diagnosis else ""
-    return GristmillError(f"Postgres refused a statement, {name}{detail} (SQLSTATE {code}).")
+    is_data = isinstance(error, DataError | IntegrityError) or (code or "").startswith(_DATA)
+    kind = NotStorable if is_data else GristmillError
+    return kind(f"Postgres refused a statement, {name}{detail} (SQLSTATE {code}).")

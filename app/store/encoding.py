@@ -14,7 +14,7 @@ from decimal import Decimal
 from typing import Any
 from uuid import UUID
 
-from app.errors import GristmillError
+from app.errors import NotStorable
 
 _ESCAPE = re.compile(r"\\(?:u0000|.)")
 
@@ -24,7 +24,7 @@ def encode(records: Iterable[Any]) -> str:
 
     jsonb can hold neither NUL nor half of a surrogate pair, and one such character would fail the
     commit of everybody in the group. They are replaced by U+FFFD and "?". What JSON has no word
-    for, such as NaN, raises `GristmillError`: it is a bug of whoever made the record.
+    for, such as NaN, raises `NotStorable`: it is a bug of whoever made the record.
     """
     rows = [
         {name: value for name in record.__slots__ if (value := getattr(record, name)) is not None}
@@ -35,7 +35,7 @@ def encode(records: Iterable[Any]) -> str:
             rows, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_plain
         )
     except (TypeError, ValueError, RecursionError) as error:
-        raise GristmillError(f"A record cannot be stored as JSON: {type(error).__name__}") from None
+        raise NotStorable(f"A record cannot be stored as JSON: {type(error).__name__}") from None
     if r"\u0000" in text:
         # Whole escapes are matched, so that an escaped backslash before "u0000" is left alone.
         text = _ESCAPE.sub(lambda e: "\ufffd" if e[0] == r"\u0000" else e[0], text)
