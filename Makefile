@@ -8,6 +8,7 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 RUN := .venv/bin/python -m
 PIP := $(RUN) pip --quiet --disable-pip-version-check install
 LOCKED = $(shell cat pyproject.toml requirements/*.lock | cksum)
+BY_TWO := -n 2 --dist loadgroup --no-loadscope-reorder
 export PYTEST_DEBUG_TEMPROOT := $(CURDIR)/.cache/tmp
 
 .PHONY: help setup install demo up test lint types unit simulation integration e2e simulate mutants chaos soak bench lock clean
@@ -37,7 +38,7 @@ up: setup  ## Run everything on this machine until Ctrl-C
 	@exec $(RUN) app.cli up
 
 test: setup lint types  ## Set up, lint, check types, run all tests
-	$(RUN) pytest tests/unit tests/simulation tests/integration tests/e2e tests/chaos
+	$(RUN) pytest $(BY_TWO) tests/unit tests/simulation tests/integration tests/e2e tests/chaos
 
 lint: setup  ## Style and the direction of imports
 	$(RUN) ruff check .

@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 
+from tests.signals import HEEDING_SIGNALS
 from tests.waiting import eventually
 
 _FILES = {
@@ -61,7 +62,10 @@ class Up:
             settings.write(more_settings)
         with self._output.open("wb") as output:
             self.process = subprocess.Popen(
-                self._command("up"), stdout=output, stderr=output, env=_environment()
+                [*HEEDING_SIGNALS, *self._command("up")],
+                stdout=output,
+                stderr=output,
+                env=_environment(),
             )
 
     @property

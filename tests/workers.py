@@ -15,6 +15,7 @@ import psycopg
 from psycopg.rows import dict_row
 
 from app.config.settings import Settings
+from tests.signals import HEEDING_SIGNALS
 from tests.waiting import eventually
 
 _MAIN = """
@@ -63,7 +64,7 @@ class Worker:
         before = len(rows(self.settings, "SELECT id FROM workers"))
         with open(self._folder / "worker.log", "ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", self._prelude + _MAIN, str(file)],
+                [*HEEDING_SIGNALS, sys.executable, "-c", self._prelude + _MAIN, str(file)],
                 stdout=log,
                 stderr=log,
                 env=os.environ | {"OMP_NUM_THREADS": "1"},
