@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-from uuid import uuid4
 
 import pytest
 
@@ -44,7 +43,7 @@ def test_what_kombu_can_parse_passes_and_is_left_to_intake(item: bytes) -> None:
     envelope.check(item, max_bytes=10_000)
 
 
-@pytest.mark.parametrize("task_id", [str(uuid4()), "order 42", "x" * 255])
+@pytest.mark.parametrize("task_id", ["00000000-0000-4000-8000-000000000000", "order 42", "x" * 255])
 def test_the_task_id_is_found_without_parsing(task_id: str) -> None:
     item = raw_message(task_id, Kind.GENERATE, {"prompt": PROMPT}, queue="q")
 
