@@ -1,12 +1,11 @@
-"""The README is true: its examples run, its names exist, its tables are the code's.
+"""The examples of the README and of docs/ run, as they stand there.
 
-An example is a fenced block under a comment `<!-- example: NAME -->`. They run against everything
-that `gristmill up` starts, with the shipped configuration but for the engines, which are stubs.
+They run against everything that `gristmill up` starts, with the shipped configuration but for the
+engines, which are stubs.
 """
 
 from __future__ import annotations
 
-import ast
 import os
 import re
 import subprocess
@@ -21,30 +20,14 @@ import psycopg
 import pytest
 import redis
 from psycopg.rows import dict_row
-from pydantic import BaseModel
 
-from app.api import problems
-from app.cli import cli
 from app.config.file import load
-from app.config.settings import ModelSettings, PriceSettings, Settings
-from app.demo.prompts import prompts
-from app.intake.sender import MAX_INLINE_BYTES
-from app.local.doctor import MIN_POSTGRES, MIN_REDIS
 from app.local.servers import EmbeddedPostgres
 from app.local.supervisor import System
+from tests.pages import EXAMPLES, ROOT
 from tests.waiting import eventually
 
-ROOT = Path(__file__).resolve().parents[2]
-README = (ROOT / "README.md").read_text()
-EXAMPLES = {
-    name: (language, code)
-    for name, language, code in re.findall(
-        r"<!-- example: ([\w ]+) -->\n```(\w+)\n(.*?)```", README, re.DOTALL
-    )
-}
-PROSE = re.sub(r"^```.*?^```", "", README, flags=re.DOTALL | re.MULTILINE)
 API = "http://127.0.0.1:8000"  # in the examples; the tests' own port takes its place
-MAX_LINES = 10
 NO_PACKAGE = "\nimport sys\nassert not {'app', 'app.client', 'app.broker'} & sys.modules.keys()\n"
 
 
@@ -58,7 +41,7 @@ def system(
     empty_databases: Callable[[str], str],
     migrated_template: str,
 ) -> Iterator[System]:
-    folder = tmp_path_factory.mktemp("readme")
+    folder = tmp_path_factory.mktemp("examples")
     for name in ("models.toml", "prices.toml"):
         (folder / name).write_text((ROOT / "configs" / name).read_text())
     shipped = load(ROOT / "configs" / "default.toml", {}).settings
@@ -79,7 +62,7 @@ def system(
 
 
 class Terminal:
-    """A user's shell and Python in another terminal, with the environment the README sets."""
+    """A user's shell and Python in another terminal, with the environment that the README sets."""
 
     def __init__(self, system: System, folder: Path) -> None:
         self._api_url = system.settings.api.url
@@ -98,7 +81,7 @@ class Terminal:
         self.environ |= dict(zip(names, values.splitlines(), strict=True))
 
     def run(self, name: str, *, then: str = "", **environ: str) -> str:
-        """Run an example as it stands in the README; returns what it prints."""
+        """Run an example as it stands on its page; returns what it prints."""
         language, code = EXAMPLES[name]
         shell = {"sh": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-c"]}
         return self._run([*shell[language], code.replace(API, self._api_url) + then], **environ)
@@ -169,6 +152,12 @@ def test_celerys_options_reach_the_job(terminal: Terminal, ended: Ended) -> None
     assert job["created_at"] < job["not_before"] <= job["claimed_at"] < job["deadline"]
 
 
+def test_curl_submits_a_chat(terminal: Terminal, ended: Ended) -> None:
+    job = ended(httpx.Response(200, text=terminal.run("http short")).json()["id"])
+
+    assert job["response"]["choices"][0]["message"]["role"] == "assistant"
+
+
 def test_curl_submits_one_job_and_its_key_brings_it_back(terminal: Terminal, ended: Ended) -> None:
     first, again = (httpx.Response(200, text=terminal.run("http")).json() for _ in range(2))
 
@@ -194,6 +183,10 @@ def test_curl_submits_a_job_whose_output_is_held_to_a_schema(
     job = ended(httpx.Response(200, text=terminal.run("schema")).json()["id"])
 
     assert job["state"] == "completed"
+
+
+def test_the_client_answers_in_three_lines(terminal: Terminal) -> None:
+    assert terminal.run("client short") == "A grist mill is\n"
 
 
 def test_the_client_submits_waits_and_cancels(terminal: Terminal) -> None:
@@ -286,135 +279,3 @@ def test_the_tables_tell_of_results_cost_batches_and_what_waits(
     # and nothing is old enough to be deleted
     query("sql delete")
     assert ended(job_id)["state"] == "completed"
-
-
-# ── what the README says of the code ────────────────────────────────────────────────────────────
-
-
-def test_no_example_is_left_out_and_none_is_long() -> None:
-    used = set(re.findall(r'(?:run|query|export)\("([\w ]+)"', Path(__file__).read_text()))
-
-    assert EXAMPLES.keys() == used | {"raw bytes"}
-    assert not {name for name, (_, code) in EXAMPLES.items() if code.count("\n") > MAX_LINES}
-
-
-def test_every_file_and_function_that_is_linked_exists() -> None:
-    links = re.findall(r"\[(`?)([^\]`]*)`?\]\(([^)#][^)]*)\)", PROSE)
-    assert links
-
-    for is_code, name, target in links:
-        assert (ROOT / target).exists(), target
-        if is_code and target.endswith(".py"):
-            assert name in _definitions(ROOT / target), f"{name} in {target}"
-
-
-def _definitions(file: Path) -> set[str]:
-    """Dotted names of a module's functions, classes, methods and constants."""
-    found: set[str] = set()
-
-    def collect(body: list[ast.stmt], prefix: str) -> None:
-        for node in body:
-            match node:
-                case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
-                    found.add(prefix + name)
-                case ast.ClassDef(name=name, body=inner):
-                    found.add(prefix + name)
-                    collect(inner, f"{prefix}{name}.")
-                case ast.AnnAssign(target=ast.Name(id=name)):
-                    found.add(prefix + name)
-
-    collect(ast.parse(file.read_text()).body, "")
-    return found
-
-
-def test_every_command_and_make_target_that_is_named_exists() -> None:
-    commands = re.findall(r"(?:^|`)gristmill (?:--config \S+ )?([a-z]+)", README, re.MULTILINE)
-    targets = re.findall(r"(?:^|`)make ([a-z0-9]+)", README, re.MULTILINE)
-    makefile = (ROOT / "Makefile").read_text()
-
-    assert set(commands) <= cli.commands.keys()
-    rules = " ".join(re.findall(r"^([a-z0-9 ]+):", makefile, re.MULTILINE)).split()
-    assert set(targets) <= set(rules)
-
-
-def test_every_section_that_is_linked_exists() -> None:
-    headings = re.findall(r"^#+ (.*)$", PROSE, re.MULTILINE)
-    anchors = {re.sub(r"[^\w -]", "", text).lower().replace(" ", "-") for text in headings}
-
-    assert set(re.findall(r"\]\(#([^)]*)\)", PROSE)) <= anchors
-
-
-def test_the_layout_names_what_is_in_app_and_nothing_else() -> None:
-    block = re.search(r"^app/\n((?:  .*\n)+)", README, re.MULTILINE)
-    assert block
-    named = {name for line in block[1].splitlines() for name in re.findall(r"\w+(?:\.py|/)", line)}
-
-    files = {file.name for file in (ROOT / "app").glob("*.py")} - {"__init__.py"}
-    folders = {f"{file.parent.name}/" for file in (ROOT / "app").glob("*/*.py")}
-    assert named == files | folders
-
-
-def test_the_settings_are_those_of_the_code() -> None:
-    told = README.partition("<!-- settings -->\n")[2].partition("<!-- /settings -->")[0]
-
-    assert told.strip() == _settings_table(), f"It should be:\n\n{_settings_table()}\n"
-
-
-def _settings_table() -> str:
-    rows = ["| setting | default | |", "|---|---|---|"]
-    for name, field in Settings.model_fields.items():
-        if name == "models":
-            rows += _rows("models.NAME", ModelSettings)
-        elif name == "prices":
-            rows += _rows("prices.ID", PriceSettings)
-        elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            rows += _rows(name, field.annotation)
-        else:
-            rows.append(_row(name, field))
-    return "\n".join(rows)
-
-
-def _rows(section: str, model: type[BaseModel]) -> list[str]:
-    return [_row(f"{section}.{name}", field) for name, field in model.model_fields.items()]
-
-
-def _row(name: str, field: Any) -> str:
-    return f"| `{name}` | {_default(field)} | {field.description} |"
-
-
-def _default(field: Any) -> str:
-    if field.is_required():
-        return "required"
-    match field.get_default(call_default_factory=True):
-        case None:
-            return "–"
-        case bool() as flag:
-            return f"`{str(flag).lower()}`"
-        case int() as number:
-            return f"`{number:_}`"
-        case float() as number:
-            return f"`{number:g}`"
-        case () | {}:
-            return "none"
-        case text:
-            return f'`"{text}"`'
-
-
-def test_the_numbers_in_the_text_are_those_of_the_code() -> None:
-    told = Settings()
-
-    for phrase in (
-        f"more than {MAX_INLINE_BYTES:,} bytes",
-        f"Up to {told.api.max_bulk_items:,} jobs",
-        f"at most {told.api.max_wait_s:.0f} seconds",
-        f"the last {told.flower.max_tasks:,} jobs",
-        f"{len(prompts())} real prompts",
-        f"Postgres {MIN_POSTGRES[0]} or newer; Redis {MIN_REDIS[0]}.{MIN_REDIS[1]} or newer",
-    ):
-        assert phrase in README, phrase
-
-
-def test_the_errors_are_those_of_the_api() -> None:
-    told = set(re.findall(r"^\| (\d{3}) \| `(\w+)` \|", README, re.MULTILINE))
-
-    assert told == {(str(int(status)), kind.code) for kind, status in problems.STATUS.items()}
