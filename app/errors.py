@@ -9,6 +9,7 @@
     │   ├── ContextLengthExceeded
     │   ├── InvalidSchema
     │   ├── DeadlinePassed
+    │   ├── LaterFormat        of a later version: for other workers, not a failure
     │   └── RequestTooLarge
     ├── IdempotencyConflict    same key, another request
     ├── JobNotFound
@@ -97,6 +98,12 @@ class DeadlinePassed(RequestError):
     """The deadline is over before the job could run."""
 
     code = "deadline_passed"
+
+
+class LaterFormat(RequestError):
+    """The request is in a format of a later version of Gristmill."""
+
+    code = "later_format"
 
 
 class RequestTooLarge(RequestError):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import enum
 import uuid
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Final, Literal
 
 MAX_PRIORITY: Final = 9
@@ -34,6 +35,24 @@ def job_id_of(text: str) -> uuid.UUID:
         return uuid.UUID(text)
     except ValueError:
         return uuid.uuid5(_TASK_IDS, text)
+
+
+EARLIEST: Final = datetime(1, 1, 2, tzinfo=UTC)
+LATEST: Final = datetime(9999, 12, 30, tzinfo=UTC)
+"""The times that Postgres, Python and JSON can all hold, in any time zone."""
+
+
+def bounded(stamp: datetime) -> datetime:
+    """An aware time in UTC; one beyond `EARLIEST` or `LATEST` becomes the nearer of the two.
+
+    So "never", however it is spelled, stays as good as never.
+    """
+    return min(max(stamp, EARLIEST), LATEST).astimezone(UTC)
+
+
+def int64(number: int) -> int:
+    """Any whole number wrapped to a signed one of 64 bits."""
+    return (number + 2**63) % 2**64 - 2**63
 
 
 class Kind(enum.StrEnum):

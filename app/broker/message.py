@@ -12,6 +12,9 @@ from app.jobs import Kind
 
 TASK_NAMES: Final = {kind: f"inference.{kind}" for kind in Kind}
 
+FORMAT_HEADER: Final = "request_format"
+"""Header with the version of the format of the request inside; the first one when left out."""
+
 
 @dataclass(frozen=True, slots=True)
 class Message:

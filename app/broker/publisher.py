@@ -10,10 +10,11 @@ from kombu.exceptions import KombuError
 from redis.exceptions import RedisError
 
 from app.broker.app import make_app
-from app.broker.message import TASK_NAMES, Message
+from app.broker.message import FORMAT_HEADER, TASK_NAMES, Message
 from app.broker.queues import PRIORITY_STEPS, list_key, queue_name
 from app.config.settings import Settings
 from app.errors import Unavailable
+from app.requests.bodies import FORMAT
 
 
 class Publisher:
@@ -48,6 +49,7 @@ class Publisher:
                     task_id=str(message.job_id),
                     queue=self._queue(message.model),
                     priority=message.priority,
+                    headers={FORMAT_HEADER: FORMAT},
                     # Without these Celery would print the prompt into two headers.
                     argsrepr="()",
                     kwargsrepr=f"(model={message.model})",

@@ -18,10 +18,22 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from app.errors import RequestError, UrlNotFound
-from app.jobs import Grammar, Kind, SamplingParams
+from app.errors import LaterFormat, RequestError, UrlNotFound
+from app.jobs import Grammar, Kind, SamplingParams, int64
 from app.requests import output_format
 from app.requests.output_format import JsonSchema, ResponseFormat, StructuredOutputs
+
+FORMAT: Final = 1
+"""Version of the format of stored requests. Raise it with every field or value that code of before
+would refuse: rows of a later format are left to workers that know it."""
+
+MAX_INT: Final = 2**31 - 1
+"""No count or token id is larger."""
+
+
+def readable(format: int) -> bool:
+    """Whether requests of this format can be read here."""
+    return format <= FORMAT
 
 
 class Url(enum.StrEnum):
@@ -48,7 +60,7 @@ class _Body(BaseModel):
 
 
 class _Sampled(_Body):
-    max_tokens: Annotated[int, Field(ge=1)] | None = Field(
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_INT)] | None = Field(
         None,
         description="Most tokens to generate; the model's `default_max_tokens` when left out.",
         examples=[64],
@@ -61,7 +73,7 @@ class _Sampled(_Body):
         description="Sample from the smallest set of tokens with this probability.",
         examples=[0.9],
     )
-    top_k: Annotated[int, Field(ge=0)] = Field(
+    top_k: Annotated[int, Field(ge=0, le=MAX_INT)] = Field(
         0, description="Sample from this many most likely tokens; 0 is off.", examples=[40]
     )
     min_p: Annotated[float, Field(ge=0, le=1)] = Field(
@@ -137,7 +149,7 @@ class ChatBody(_Sampled):
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1000)] = Field(
         description="The conversation so far, oldest first."
     )
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = Field(
+    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_INT)] | None = Field(
         None, description="The newer name of `max_tokens`; give one of the two.", examples=[64]
     )
     logprobs: bool | None = Field(
@@ -150,7 +162,7 @@ class ChatBody(_Sampled):
     )
 
 
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=MAX_INT)]], Field(min_length=1)]
 Text = Annotated[str, Field(min_length=1)]
 
 
@@ -286,7 +298,7 @@ class Request:
             frequency_penalty=body.frequency_penalty,
             repetition_penalty=body.repetition_penalty,
             stop=stop,
-            seed=None if body.seed is None else body.seed + answer,
+            seed=None if body.seed is None else int64(body.seed + answer),
             logprobs=logprobs,
             ignore_eos=body.ignore_eos,
             grammar=self.grammar,
@@ -319,6 +331,16 @@ def parse(raw: object, url: str | None = None) -> Request:
     return request
 
 
+def parse_stored(raw: object, url: str | None, format: int) -> Request:
+    """The request of a row, whoever wrote it.
+
+    Raises `LaterFormat` if it is for other workers to read, and `RequestError` if it is wrong.
+    """
+    if not readable(format):
+        raise LaterFormat()
+    return parse(raw, url)
+
+
 def parse_metadata(given: object) -> dict[str, str]:
     """Check a job's metadata: up to 16 pairs of text, keys to 64 and values to 512 characters."""
     if given is None:
@@ -344,7 +366,7 @@ def refuse_unstorable(value: object, *path: str) -> None:
     """
     match value:
         case str():
-            if "\0" in value or not (value.isascii() or _is_unicode(value)):
+            if "\0" in value or not (value.isascii() or is_unicode(value)):
                 raise RequestError(
                     "Text must not hold NUL characters or lone surrogates.", param=".".join(path)
                 )
@@ -357,7 +379,8 @@ def refuse_unstorable(value: object, *path: str) -> None:
                 refuse_unstorable(item, *path, str(index))
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written: it holds no half of a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError:

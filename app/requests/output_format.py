@@ -33,7 +33,11 @@ def _as_text(value: object) -> str:
         raise ValueError("Input should be a JSON object, or the text of one")
     if _is_deep(value):
         raise InvalidSchema(f"The schema is nested more than {MAX_DEPTH} deep.", param=SCHEMA_FIELD)
-    return _bounded(json.dumps(value, ensure_ascii=False, separators=(",", ":")), SCHEMA_FIELD)
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    except (TypeError, ValueError):  # a number without end, or what a message's decoder made
+        raise InvalidSchema("The schema is not JSON.", param=SCHEMA_FIELD) from None
+    return _bounded(text, SCHEMA_FIELD)
 
 
 def _is_deep(value: object) -> bool:

@@ -11,12 +11,10 @@ from uuid import UUID
 from sqlalchemy import Connection, TextClause, text
 
 from app.jobs import JobState, Kind
+from app.requests.bodies import FORMAT
 from app.store.encoding import encode
 from app.store.results import RECORD_ENDED
 from app.store.tables import DEFAULT_TENANT
-
-FORMAT: Final = 1
-"""Version of the format of the requests that this code writes and reads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

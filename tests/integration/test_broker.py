@@ -96,7 +96,7 @@ def test_a_message_waits_in_its_models_list_with_the_job_id_as_task_id(
     publisher.send(message)
 
     [item] = client.lrange("gristmill.stub", 0, -1)
-    envelope.check(item, 10_000)
+    envelope.checked(item, b"q", 10_000)
     assert json.loads(item)["headers"]["id"] == str(message.job_id)
 
 

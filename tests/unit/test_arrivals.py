@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 from kombu.message import Message
 
+from app.broker.message import FORMAT_HEADER
 from app.config.settings import Settings
 from app.errors import GristmillError, RequestError
-from app.jobs import job_id_of
+from app.jobs import EARLIEST, LATEST, job_id_of
+from app.requests.bodies import FORMAT
 from app.worker.pool.arrivals import ARRIVAL_HEADER, identify, read, scrub
 
 TASK_ID = str(uuid.uuid4())
@@ -85,14 +87,115 @@ def test_protocol_1_is_understood(config: Settings) -> None:
     assert arrival.request.prompts == ["x"]
 
 
+def test_protocol_1_keeps_eta_expires_and_the_time_limit(config: Settings) -> None:
+    # given a message whose options are in its body
+    sent = message(
+        {
+            "task": "inference.generate",
+            "id": TASK_ID,
+            "kwargs": {"prompt": "x"},
+            "eta": "2030-01-02T03:04:05+01:00",
+            "expires": "2030-01-02T04:04:05.123456789Z",
+            "timelimit": [60, 50],
+        },
+        headers={},
+    )
+    sent.headers = {}
+
+    arrival = arrive(sent, config)
+
+    assert arrival.not_before == dt.datetime(2030, 1, 2, 2, 4, 5, tzinfo=dt.UTC)
+    assert arrival.deadline == dt.datetime(2030, 1, 2, 4, 4, 5, 123456, tzinfo=dt.UTC)
+    assert arrival.time_limit_s == 60.0
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        [None, {"prompt": "x"}, None],
+        [[], {"prompt": "x"}, []],
+        [{}, {"prompt": "x"}, {"callbacks": None, "chain": []}],
+    ],
+)
+def test_what_is_empty_may_be_written_in_any_way(config: Settings, body: Any) -> None:
+    assert arrive(message(body), config).request.prompts == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("expires", "kept"),
+    [
+        ("9999-12-31T23:59:59-05:00", LATEST),
+        ("9999-12-31T23:59:59.999999", LATEST),
+        ("0001-01-01T00:00:00+14:00", EARLIEST),
+        ("9999-12-29T23:59:59-00:30", dt.datetime(9999, 12, 30, 0, 0, tzinfo=dt.UTC)),
+        ("", None),
+    ],
+)
+def test_a_deadline_beyond_what_a_row_can_hold_is_the_last_one_it_can(
+    config: Settings, expires: str, kept: dt.datetime | None
+) -> None:
+    arrival = arrive(message(headers={"expires": expires, "eta": expires}), config)
+
+    assert arrival.deadline == kept
+    assert arrival.not_before == kept
+    assert kept is None or arrival.deadline.tzinfo is dt.UTC
+
+
+@pytest.mark.parametrize(
+    ("limits", "kept"),
+    [([30, None], 30.0), ([0, 0], None), ([None, 5], None), ([10**400, 1], 1e9), ([], None)],
+)
+def test_a_time_limit_is_a_bounded_number_of_seconds(
+    config: Settings, limits: list[Any], kept: float | None
+) -> None:
+    assert arrive(message(headers={"timelimit": limits}), config).time_limit_s == kept
+
+
+def test_a_request_of_a_later_format_only_wakes_its_row(config: Settings) -> None:
+    # given what a producer of a later version sends: fields that are not known here
+    sent = message(
+        [[], {"prompt": "x", "thinking": "hard"}, {}], headers={FORMAT_HEADER: FORMAT + 1}
+    )
+
+    arrival = arrive(sent, config)
+
+    assert arrival.request is None
+    assert arrival.model is None
+
+
+def test_a_task_id_that_was_a_uuid_and_no_text_is_its_text(config: Settings) -> None:
+    assert arrive(message(headers={"id": uuid.UUID(TASK_ID)}), config).job_id == uuid.UUID(TASK_ID)
+
+
 @pytest.mark.parametrize("priority", [3, 9])
 def test_priority_is_taken_from_the_message(config: Settings, priority: int) -> None:
     assert arrive(message(priority=priority), config).priority == priority
 
 
-@pytest.mark.parametrize(("given", "taken"), [(-5, 0), (99, 9), ("high", 0), (None, 0)])
-def test_a_priority_out_of_range_is_clamped(config: Settings, given: Any, taken: int) -> None:
-    assert arrive(message(priority=given), config).priority == taken
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        (-5, 0),
+        (99, 9),
+        (10**400, 9),
+        ("high", 0),
+        ("5", 5),
+        (None, 0),
+        (True, 1),
+        (3.0, 3),
+        (float("nan"), 0),
+        (float("inf"), 0),
+        ([3], 0),
+        ({}, 0),
+    ],
+)
+def test_a_priority_is_a_whole_number_from_0_to_9_whatever_was_sent(
+    config: Settings, given: Any, taken: int
+) -> None:
+    arrival = arrive(message(priority=given), config)
+
+    assert arrival.priority == taken
+    assert type(arrival.priority) is int
 
 
 SECRET = "a secret prompt"
@@ -146,7 +249,7 @@ def test_a_body_over_the_limit_is_refused_unread(make_settings: Callable[..., Se
     assert caught.value.code == "request_too_large"
 
 
-@pytest.mark.parametrize("id_", [None, 5, "", "x" * 300])
+@pytest.mark.parametrize("id_", [None, 5, "", "x" * 300, "\ud800"])
 def test_a_message_without_a_usable_id_cannot_be_filed(config: Settings, id_: Any) -> None:
     with pytest.raises(RequestError):
         identify(message(headers={"id": id_}), config)

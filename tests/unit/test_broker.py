@@ -130,7 +130,7 @@ def test_two_raw_messages_never_share_a_delivery_tag() -> None:
 
 
 def test_a_raw_message_passes_the_check_of_the_worker() -> None:
-    envelope.check(raw_message("x", Kind.GENERATE, {"prompt": PROMPT}, queue="q"), 10_000)
+    envelope.checked(raw_message("x", Kind.GENERATE, {"prompt": PROMPT}, queue="q"), b"q", 10_000)
 
 
 @pytest.fixture

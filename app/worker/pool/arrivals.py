@@ -12,6 +12,7 @@ become the row's `not_before` and `deadline`, and the store keeps them.
 from __future__ import annotations
 
 import datetime as dt
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -20,17 +21,19 @@ from uuid import UUID
 from kombu.message import Message
 from kombu.serialization import loads
 
+from app.broker.message import FORMAT_HEADER
 from app.config.settings import Settings
 from app.errors import GristmillError, RequestError, RequestTooLarge
-from app.jobs import MAX_PRIORITY, Kind, job_id_of
+from app.jobs import MAX_PRIORITY, Kind, bounded, job_id_of
 from app.requests import bodies
-from app.requests.bodies import Request
+from app.requests.bodies import Request, is_unicode
 
 TASKS: Final = {"inference.generate": Kind.GENERATE, "inference.embed": Kind.EMBED}
 ARRIVAL_HEADER: Final = "gristmill"
 EMPTY_BODY: Final = "[[], {}, {}]"
 EMBEDS: Final = ("callbacks", "errbacks", "chain", "chord")
 MAX_TASK_ID: Final = 255
+MAX_TIME_LIMIT_S: Final = 1e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +44,10 @@ class Arrival:
     request: Request | None
     model: str | None  #: None when the request is in the row
     priority: int
-    not_before: dt.datetime | None
+    not_before: dt.datetime | None  #: in UTC and bounded, like the deadline
     deadline: dt.datetime | None
     metadata: dict[str, str]
+    time_limit_s: float | None = None  #: positive and finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,20 +66,22 @@ def identify(message: Message, settings: Settings) -> tuple[str, str]:
     Raises `RequestError` if the message cannot be tied to a job at all.
     """
     source: Any = message.headers
-    if not (isinstance(source, dict) and "task" in source):
+    if not _is_protocol_2(message):
         if len(message.body or b"") > settings.worker.max_request_bytes:
             raise RequestError("it is too large and its headers hold no task id.")
         source = _decode(message)
     if not isinstance(source, dict):
         raise RequestError("it is not a Celery message.")
     task_id, name = source.get("id"), source.get("task")
-    if not (isinstance(task_id, str) and 0 < len(task_id) <= MAX_TASK_ID):
+    if isinstance(task_id, UUID):  # a client of Python that gave one and not its text
+        task_id = str(task_id)
+    if not (isinstance(task_id, str) and 0 < len(task_id) <= MAX_TASK_ID and is_unicode(task_id)):
         raise RequestError("it has no usable task id.")
     return task_id, name if isinstance(name, str) else ""
 
 
 def read(message: Message, task_id: str, name: str, settings: Settings) -> Arrival:
-    """Check everything that needs no tokenizer.
+    """Check everything that needs no tokenizer, and bring it into the range of what a row holds.
 
     Raises `RequestError` with the first thing that is wrong; never an exception of another kind.
     """
@@ -86,21 +92,38 @@ def read(message: Message, task_id: str, name: str, settings: Settings) -> Arriv
         raise RequestTooLarge(
             f"The message body is larger than {settings.worker.max_request_bytes} bytes."
         )
-    args, kwargs, embed = _payload(_decode(message))
+    decoded = _decode(message)
+    args, kwargs, embed = _payload(decoded)
     if args:
         raise RequestError("Positional arguments are not taken; use keywords.", param="args")
     if embed and not (isinstance(embed, dict) and not any(embed.get(key) for key in EMBEDS)):
         raise RequestError("Callbacks, chains and chords are not taken.", param="embed")
-    headers = message.headers if "task" in message.headers else kwargs
-    timing = _Timing.of(headers if headers is message.headers else {})
-    priority = _priority(message)
-    if not kwargs:
-        return Arrival(job_id_of(task_id), None, None, priority, timing.eta, timing.expires, {})
-    request, metadata = _request(kwargs, TASKS[name])
-    model = settings.model_name(request.kind, request.body.model)
+    options = message.headers if _is_protocol_2(message) else decoded
+    request: Request | None = None
+    metadata: dict[str, str] = {}
+    if kwargs and _is_readable(options):
+        request, metadata = _request(kwargs, TASKS[name])
     return Arrival(
-        job_id_of(task_id), request, model, priority, timing.eta, timing.expires, metadata
+        job_id=job_id_of(task_id),
+        request=request,
+        model=settings.model_name(request.kind, request.body.model) if request else None,
+        priority=_priority(message),
+        not_before=_stamp(options, "eta"),
+        deadline=_stamp(options, "expires"),
+        metadata=metadata,
+        time_limit_s=_time_limit(options),
     )
+
+
+def _is_protocol_2(message: Message) -> bool:
+    return isinstance(message.headers, dict) and "task" in message.headers
+
+
+def _is_readable(options: dict[str, Any]) -> bool:
+    """Whether the request is of a format known here. One that is not is in its row as well: who
+    sends it is of a later version of Gristmill, and writes the row first."""
+    given = options.get(FORMAT_HEADER, bodies.FORMAT)
+    return not isinstance(given, int) or bodies.readable(given)
 
 
 def _decode(message: Message) -> Any:
@@ -120,15 +143,26 @@ def _decode(message: Message) -> Any:
         ) from None
 
 
-def _payload(decoded: Any) -> tuple[Any, dict[str, Any], Any]:
-    """Arguments of a protocol 2 body, `[args, kwargs, embed]`, or of a protocol 1 mapping."""
+def _payload(decoded: Any) -> tuple[list[Any], dict[str, Any], Any]:
+    """Arguments of a protocol 2 body, `[args, kwargs, embed]`, or of a protocol 1 mapping.
+
+    Clients leave out what is empty, or write null or the other kind of brackets.
+    """
     match decoded:
-        case [list() as args, dict() as kwargs, embed]:
-            return args, kwargs, embed
-        case {"args": list() as args, "kwargs": dict() as kwargs, **rest}:
-            return args, kwargs, rest
+        case [args, kwargs, embed]:
+            pass
+        case {"args": _} | {"kwargs": _}:
+            args, kwargs, embed = decoded.get("args"), decoded.get("kwargs"), decoded
         case _:
-            raise RequestError("The message body must be [args, kwargs, embed].", param="body")
+            args, kwargs, embed = False, False, None
+    args, kwargs = _or_empty(args, []), _or_empty(kwargs, {})
+    if not (isinstance(args, list) and isinstance(kwargs, dict)):
+        raise RequestError("The message body must be [args, kwargs, embed].", param="body")
+    return args, kwargs, embed
+
+
+def _or_empty(given: Any, empty: Any) -> Any:
+    return empty if given is None or given in ([], {}) else given
 
 
 def _request(kwargs: dict[str, Any], kind: Kind) -> tuple[Request, dict[str, str]]:
@@ -145,42 +179,46 @@ def _request(kwargs: dict[str, Any], kind: Kind) -> tuple[Request, dict[str, str
 
 
 def _priority(message: Message) -> int:
-    given = (message.properties or {}).get("priority")
-    return min(max(given, 0), MAX_PRIORITY) if isinstance(given, int) else 0
+    """As kombu reads it, which chose the list by it."""
+    try:
+        given = int((message.properties or {}).get("priority", 0))
+    except (TypeError, ValueError, OverflowError):
+        return 0
+    return min(max(given, 0), MAX_PRIORITY)
 
 
-@dataclass(frozen=True, slots=True)
-class _Timing:
-    eta: dt.datetime | None
-    expires: dt.datetime | None
-
-    @classmethod
-    def of(cls, headers: dict[str, Any]) -> _Timing:
-        limits = headers.get("timelimit")
-        if limits is not None and not (
-            isinstance(limits, list)
-            and len(limits) == 2
-            and all(limit is None or isinstance(limit, int | float) for limit in limits)
-        ):
-            raise RequestError("timelimit must be two numbers of seconds.", param="timelimit")
-        return cls(_stamp(headers, "eta"), _stamp(headers, "expires"))
-
-
-def _stamp(headers: dict[str, Any], field: str) -> dt.datetime | None:
+def _stamp(options: dict[str, Any], field: str) -> dt.datetime | None:
     """An ISO 8601 time; without a zone it is UTC, as Celery sends it."""
-    given = headers.get(field)
-    if given is None:
+    given = options.get(field)
+    if given is None or given == "":
         return None
     try:
         stamp = dt.datetime.fromisoformat(given)
     except (TypeError, ValueError):
         raise RequestError(f"{field} must be an ISO 8601 time.", param=field) from None
-    return stamp if stamp.tzinfo else stamp.replace(tzinfo=dt.UTC)
+    return bounded(stamp if stamp.tzinfo else stamp.replace(tzinfo=dt.UTC))
+
+
+def _time_limit(options: dict[str, Any]) -> float | None:
+    """Seconds that the job may run: the first of Celery's `[hard, soft]`. As there, 0 is none."""
+    match options.get("timelimit"):
+        case None | []:
+            return None
+        case [hard, soft] if _is_limit(hard) and _is_limit(soft):
+            return float(min(hard, MAX_TIME_LIMIT_S)) if hard else None
+        case _:
+            raise RequestError(
+                "timelimit must be two numbers of seconds, or null.", param="timelimit"
+            )
+
+
+def _is_limit(given: Any) -> bool:
+    is_number = isinstance(given, int | float) and not isinstance(given, bool)
+    return given is None or (is_number and 0 <= given < math.inf)
 
 
 def scrub(message: Message, task_id: str, name: str, arrival: Arrival) -> None:
     """Leave in the message only what Celery needs, and the arrival for the pool."""
-    given = message.headers if isinstance(message.headers, dict) else {}
     message.headers = {
         "lang": "py",
         "task": name,
@@ -188,11 +226,12 @@ def scrub(message: Message, task_id: str, name: str, arrival: Arrival) -> None:
         "root_id": task_id,
         "parent_id": None,
         "retries": 0,
-        "timelimit": given.get("timelimit") or [None, None],
+        "timelimit": [arrival.time_limit_s, None],
         "argsrepr": "()",
         "kwargsrepr": f"(model={arrival.model})" if arrival.model else "()",
         "ignore_result": True,
         ARRIVAL_HEADER: arrival,
     }
+    message.properties = {"priority": arrival.priority}
     message.body = EMPTY_BODY
     message.content_type, message.content_encoding = "application/json", "utf-8"

@@ -3,7 +3,9 @@
 Whoever may write to Redis may push anything. Kombu takes an item off the list and parses it with no
 net below: bytes that are not JSON, or a missing field, are an unrecoverable error of the whole
 worker, and a compressed body is unpacked without a limit. `guard` looks at the raw bytes first and
-answers "the queue was empty" in place of an item that kombu could not stand.
+answers "the queue was empty" in place of an item that kombu could not stand. Where something is
+missing or odd that does no harm, kombu gets the item with that put right: clients of other
+languages send all sorts of envelopes.
 
 Such an item is already off its list and never among the unacknowledged: there is nothing to ack.
 What is wrong inside a message that kombu can parse is found by `app.worker.pool.arrivals`.
@@ -13,18 +15,22 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import re
 from collections.abc import Callable
 from typing import Any, Final
+from uuid import uuid4
 
-from kombu.utils.json import object_hook
+from kombu.utils.json import dumps, object_hook
 
 from app.errors import RequestError, RequestTooLarge
+from app.requests.bodies import is_unicode
 
 _TASK_ID: Final = re.compile(rb'"id"\s*:\s*"([^"\\\x00-\x1f\x80-\xff]{1,255})"')
 _MOST_GROWTH: Final = 4
 """A request in UTF-8 grows up to 3 times as JSON with escapes, and by a third in base64."""
 _HEADERS_BYTES: Final = 65_536
+_PLAIN: Final = (None, "", "utf-8")
 
 
 def guard(
@@ -42,17 +48,19 @@ def guard(
             return None
         key, item = reply
         try:
-            check(item, max_bytes)
+            return key, checked(item, key, max_bytes)
         except RequestError as error:
             refuse(task_id_in(item), error)
             return None
-        return key, item
 
     client.set_response_callback("BRPOP", screen)
 
 
-def check(item: bytes, max_bytes: int) -> None:
-    """Raise `RequestError` for the first thing in a message that kombu could not stand."""
+def checked(item: bytes, key: bytes, max_bytes: int) -> bytes:
+    """A message from the list `key`, as kombu can stand it.
+
+    Raises `RequestError` for the first thing in it that makes this impossible.
+    """
     if len(item) > max_bytes:
         raise RequestTooLarge(f"The message is larger than {max_bytes} bytes.")
     try:
@@ -61,37 +69,68 @@ def check(item: bytes, max_bytes: int) -> None:
         raise RequestError("The message is not JSON in UTF-8.") from None
     if not isinstance(envelope, dict):
         raise RequestError("The message is not a JSON object.")
-    _check_properties(envelope.get("properties"))
-    _check_headers(envelope.get("headers"))
-    _check_body(envelope.get("body"))
+    given_properties, given_headers = envelope.get("properties"), envelope.get("headers")
+    properties = _properties(given_properties, key)
+    headers = _headers(given_headers)
+    _check_body(envelope.get("body"), properties.get("body_encoding"))
+    if properties is given_properties and headers is given_headers:
+        return item
+    right: str = dumps(envelope | {"properties": properties, "headers": headers})  # type: ignore[no-untyped-call]
+    return right.encode()
 
 
-def _check_properties(properties: Any) -> None:
-    match properties:
-        case {
-            "delivery_tag": str(tag),
-            "delivery_info": {"exchange": str(), "routing_key": str()},
-            "body_encoding": "base64",
-        } if tag:
-            return
+def _properties(given: Any, key: bytes) -> dict[str, Any]:
+    """The properties with what kombu needs to take the message, to give it back and to ack it."""
+    if not isinstance(given, dict | None):
+        raise RequestError("properties must be an object.", param="properties")
+    given = {} if given is None else given
+    right = _missing(given, key)
+    return {**given, **right} if right else given
+
+
+def _missing(properties: dict[str, Any], key: bytes) -> dict[str, Any]:
+    """What is to be put right in the properties."""
+    right: dict[str, Any] = {}
+    match properties.get("delivery_tag"):
+        case str(tag) if tag and is_unicode(tag):
+            pass
         case _:
-            raise RequestError(
-                "The message needs properties.delivery_tag (a new UUID), .delivery_info (exchange "
-                'and routing_key) and .body_encoding ("base64").',
-                param="properties",
-            )
+            right["delivery_tag"] = str(uuid4())
+    match properties.get("delivery_info"):
+        case {"exchange": str(exchange), "routing_key": str(route)} if is_unicode(exchange + route):
+            pass
+        case _:
+            queue = key.decode(errors="replace").partition("\x06")[0]
+            right["delivery_info"] = {"exchange": "", "routing_key": queue}
+    match properties.get("priority"):
+        case None | bool() | int() | str():
+            pass
+        case float(number) if math.isfinite(number):
+            pass
+        case _:
+            right["priority"] = 0
+    return right
 
 
-def _check_headers(headers: Any) -> None:
-    if not isinstance(headers, dict | None):
+def _headers(given: Any) -> dict[str, Any]:
+    if not isinstance(given, dict | None):
         raise RequestError("headers must be an object.", param="headers")
-    if headers and headers.get("compression"):
+    if given and given.get("compression"):
         raise RequestError("Compressed bodies are not taken.", param="headers.compression")
+    return {} if given is None else given
 
 
-def _check_body(body: Any) -> None:
+def _check_body(body: Any, encoding: Any) -> None:
+    """In base64, or else as it is, as kombu has it."""
+    if encoding not in (*_PLAIN, "base64"):
+        raise RequestError(
+            'properties.body_encoding must be "base64".', param="properties.body_encoding"
+        )
     try:
-        base64.b64decode(body)
+        if not isinstance(body, str):
+            raise TypeError
+        if encoding not in _PLAIN:
+            base64.b64decode(body)
     except (TypeError, ValueError):
         raise RequestError("body must be a string of base64.", param="body") from None
 
