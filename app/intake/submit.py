@@ -42,7 +42,7 @@ from app.errors import (
 )
 from app.intake.admission import Admission
 from app.intake.sender import Sender, num_bytes
-from app.jobs import MAX_PRIORITY, REPLAYED
+from app.jobs import MAX_PRIORITY, REPLAYED, bounded
 from app.requests import bodies
 from app.requests.output_format import field_of
 from app.requests.prepare import prepare
@@ -57,15 +57,8 @@ def _only_text(value: object) -> object:
     return value
 
 
-def _in_utc(value: datetime) -> datetime:
-    try:
-        return value.astimezone(UTC)
-    except OverflowError:
-        raise ValueError("Input should lie within the years 1 to 9999 in UTC") from None
-
-
 Moment = Annotated[
-    AwareDatetime, Field(strict=False), BeforeValidator(_only_text), AfterValidator(_in_utc)
+    AwareDatetime, Field(strict=False), BeforeValidator(_only_text), AfterValidator(bounded)
 ]
 
 
