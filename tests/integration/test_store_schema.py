@@ -17,7 +17,7 @@ from sqlalchemy import NullPool, create_engine, text
 
 from app.errors import SchemaError
 from app.jobs import JobState
-from app.store.database import MIGRATIONS, Database, downgrade, migrate, psycopg_url
+from app.store.database import MIGRATIONS, Database, downgrade, migrate
 from app.store.submissions import Arrival
 from app.store.tables import metadata
 from tests.rows import Worker, at_once, insert, new_job, view
@@ -39,6 +39,12 @@ def upgrade() -> None:
 def downgrade() -> None:
     op.drop_column("jobs", "later")
 """
+
+
+def driver_url(url: str) -> str:
+    """The URL for an engine of SQLAlchemy's own."""
+    return url.replace("postgresql://", "postgresql+psycopg://")
+
 
 NEWEST = max(file.name[:4] for file in MIGRATIONS.glob("versions/0*.py"))
 
@@ -63,7 +69,7 @@ _CATALOG = {
 
 
 def catalog(url: str) -> dict[str, set[tuple[Any, ...]]]:
-    engine = create_engine(psycopg_url(url), poolclass=NullPool)
+    engine = create_engine(driver_url(url), poolclass=NullPool)
     with engine.connect() as connection:
         return {
             name: {
@@ -91,11 +97,11 @@ def newer_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], 
 def test_migrations_make_exactly_the_tables_of_the_code(
     empty_database_url: str, database_url: str
 ) -> None:
-    from_tables = create_engine(psycopg_url(empty_database_url), poolclass=NullPool)
+    from_tables = create_engine(driver_url(empty_database_url), poolclass=NullPool)
     metadata.create_all(from_tables)
 
     assert catalog(database_url) == catalog(empty_database_url)
-    migrated = create_engine(psycopg_url(database_url), poolclass=NullPool)
+    migrated = create_engine(driver_url(database_url), poolclass=NullPool)
     with migrated.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_server_default": True})
         assert compare_metadata(context, metadata) == []
@@ -195,7 +201,7 @@ def test_a_migration_waits_for_a_lock_without_keeping_others_waiting(
     database_url: str, newer_code: Callable[[], Any]
 ) -> None:
     # given a transaction that has read the table and stays open
-    reader = create_engine(psycopg_url(database_url), poolclass=NullPool).connect()
+    reader = create_engine(driver_url(database_url), poolclass=NullPool).connect()
     reader.execute(text("SELECT count(*) FROM jobs"))
 
     # when a migration wants to change it
@@ -216,6 +222,6 @@ def test_a_migration_waits_for_a_lock_without_keeping_others_waiting(
 
 
 def _somebody_waits_for_a_lock(url: str) -> bool:
-    with create_engine(psycopg_url(url), poolclass=NullPool).connect() as connection:
+    with create_engine(driver_url(url), poolclass=NullPool).connect() as connection:
         found = connection.scalar(text("SELECT count(*) FROM pg_locks WHERE NOT granted"))
     return bool(found)
