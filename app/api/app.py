@@ -84,7 +84,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     # One thread a connection: requests then queue for a thread, not with a thread for a connection.
     to_thread.current_default_thread_limiter().total_tokens = settings.database.pool_size
     services.waiters.open()
-    with _listening(settings.database.url, services.waiters):
+    with _listening(settings.database.news_url, services.waiters):
         yield
     services.close()
 

@@ -22,6 +22,10 @@ class _Section(BaseModel):
 
 class DatabaseSettings(_Section):
     url: str = Field("", description="Postgres URL; empty runs the embedded server.")
+    listen_url: str = Field(
+        "",
+        description="Postgres URL for news of jobs where `url` is that of a pooler; empty: `url`.",
+    )
     pool_size: Annotated[int, Field(ge=2, le=200)] = Field(
         10, description="Most connections of one process."
     )
@@ -34,6 +38,10 @@ class DatabaseSettings(_Section):
     lock_timeout_ms: Annotated[int, Field(ge=10)] = Field(
         3_000, description="Longest wait for a row lock."
     )
+
+    @property
+    def news_url(self) -> str:
+        return self.listen_url or self.url
 
 
 class BrokerSettings(_Section):

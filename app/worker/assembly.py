@@ -146,7 +146,7 @@ def assemble(
     lease = LeaseKeeper(
         worker=_this_worker(worker_id, settings),
         database=database,
-        database_url=settings.database.url,
+        database_url=settings.database.news_url,
         runner=thread,
         lease_s=settings.worker.lease_s,
         heartbeat_s=settings.worker.heartbeat_s,
