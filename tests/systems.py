@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,9 @@ def write_stub_config(folder: Path) -> Path:
 class Up:
     """A `gristmill up` process with files of its own; other commands find it through `config`."""
 
-    def __init__(self, folder: Path, more_settings: str = "") -> None:
+    def __init__(
+        self, folder: Path, more_settings: str = "", prefix: Sequence[str] = HEEDING_SIGNALS
+    ) -> None:
         self.config = write_stub_config(folder)
         self.cache_dir = folder / "the cache"
         self._output = folder / "up.out"
@@ -62,7 +64,7 @@ class Up:
             settings.write(more_settings)
         with self._output.open("wb") as output:
             self.process = subprocess.Popen(
-                [*HEEDING_SIGNALS, *self._command("up")],
+                [*prefix, *self._command("up")],
                 stdout=output,
                 stderr=output,
                 env=_environment(),
@@ -79,7 +81,7 @@ class Up:
     def wait_until_ready(self) -> None:
         def is_ready() -> bool:
             assert self.process.poll() is None, self.output
-            return "Ctrl-C stops everything" in self.output
+            return "stops everything." in self.output
 
         eventually(is_ready, timeout_s=90)
 

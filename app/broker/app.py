@@ -38,7 +38,7 @@ def make_app(settings: Settings) -> Celery:
 def _celery_settings(settings: Settings) -> dict[str, Any]:
     broker = settings.broker
     names = [*map(queue_name, settings.models), broker.default_queue]
-    sizes = [settings.models[model].max_batch_size for model in served_models(settings)]
+    sizes = {name: settings.models[name].max_batch_size for name in served_models(settings)}
     return {
         "broker_url": broker.url,
         # kombu would take any certificate; ssl_cert_reqs in the URL says otherwise.
@@ -48,7 +48,7 @@ def _celery_settings(settings: Settings) -> dict[str, Any]:
         "worker_pool": "app.worker.pool.pool:EnginePool",
         "worker_consumer": "app.worker.pool.consumer:Consumer",
         # Messages held: one batch running and one forming for each model; not threads.
-        "worker_concurrency": 2 * sum(sizes),
+        "worker_concurrency": 2 * sum(sizes.values()),
         "worker_prefetch_multiplier": 1,
         # Acknowledged after the commit. A failure is a row, and a retry is the database's decision.
         "task_acks_late": True,
@@ -69,7 +69,8 @@ def _celery_settings(settings: Settings) -> dict[str, Any]:
             "socket_connect_timeout": 5,
             "socket_keepalive": True,
             "health_check_interval": 25,
-            "queue_order_strategy": "priority",
+            # Each model holds one batch that runs and one that forms, whatever others wait for.
+            "queue_budgets": {queue_name(model): 2 * size for model, size in sizes.items()},
         },
         "broker_connection_retry_on_startup": True,
         "broker_connection_max_retries": None,

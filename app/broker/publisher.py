@@ -6,14 +6,11 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from kombu.exceptions import KombuError
-from redis.exceptions import RedisError
-
 from app.broker.app import make_app
 from app.broker.message import FORMAT_HEADER, TASK_NAMES, Message
 from app.broker.queues import PRIORITY_STEPS, list_key, queue_name
+from app.broker.refusal import as_unavailable
 from app.config.settings import Settings
-from app.errors import Unavailable
 from app.requests.bodies import FORMAT
 
 
@@ -41,7 +38,12 @@ class Publisher:
 
     def send_many(self, messages: Iterable[Message]) -> None:
         """Send in order, a few hundred to a round trip."""
-        with redis_errors(), self._app.producer_or_acquire() as producer, producer.batch():
+        with (
+            as_unavailable(),
+            self._app.producer_or_acquire() as producer,
+            _left_on_error(producer.connection),
+            producer.batch(),
+        ):
             for message in messages:
                 self._app.send_task(
                     TASK_NAMES[message.kind],
@@ -82,7 +84,11 @@ class Publisher:
         return sum(map(sum, self._lengths(queues)))
 
     def _lengths(self, queues: Iterable[str]) -> list[list[int]]:
-        with redis_errors(), self._app.pool.acquire(block=True) as connection:
+        with (
+            as_unavailable(),
+            self._app.pool.acquire(block=True) as connection,
+            _left_on_error(connection),
+        ):
             pipe = connection.default_channel.client.pipeline(transaction=False)
             for queue in queues:
                 for step in PRIORITY_STEPS:
@@ -96,9 +102,10 @@ class Publisher:
 
 
 @contextmanager
-def redis_errors() -> Iterator[None]:
-    """Turn what redis-py and kombu raise when the server is away into `Unavailable`."""
+def _left_on_error(connection: Any) -> Iterator[None]:
+    """Connect anew next time: a server that was demoted keeps its clients, and refuses them."""
     try:
         yield
-    except (KombuError, RedisError, OSError) as error:
-        raise Unavailable(f"Redis does not answer ({type(error).__name__}).") from error
+    except Exception:
+        connection.collect()
+        raise

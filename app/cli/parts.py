@@ -20,7 +20,7 @@ def up() -> None:
     """Run everything on this machine until Ctrl-C."""
     from app.local.supervisor import System
 
-    with contextlib.suppress(KeyboardInterrupt), _sigterm_interrupts():
+    with contextlib.suppress(KeyboardInterrupt), _signals_interrupt():
         loaded = load_settings()
         with System(loaded, tell) as system:
             settings = system.settings
@@ -30,7 +30,7 @@ def up() -> None:
             out.print(
                 f"Logs are in {settings.cache_dir}/logs. The servers' URLs, passwords "
                 "included: `gristmill config get database.url` and `… broker.url`.\n"
-                "Ctrl-C stops everything.",
+                f"{_how_to_stop()} stops everything.",
                 soft_wrap=True,
             )
             system.watch()
@@ -42,7 +42,7 @@ def demo() -> None:
     """Run real prompts through the whole system, show each one's record, stop."""
     from app.demo.run import run
 
-    with _sigterm_interrupts():
+    with _signals_interrupt():
         run(load_settings(), out, tell)
 
 
@@ -150,17 +150,31 @@ def _answer(is_well: bool) -> NoReturn:
 
 def _become(command: list[str], environment: dict[str, str]) -> NoReturn:
     """Go on as another program in this process, so that signals reach it."""
-    os.execve(command[0], command, os.environ | environment)
+    os.execve(command[0], command, environment)
+
+
+def _how_to_stop() -> str:
+    """A shell's job in the background does not get Ctrl-C."""
+    return "Ctrl-C" if _is_heeded(signal.SIGINT) else f"`kill {os.getpid()}`"
+
+
+def _is_heeded(number: signal.Signals) -> bool:
+    """Whether whoever started us left this signal to us: nohup and shells ignore some for us."""
+    return signal.getsignal(number) is not signal.SIG_IGN
 
 
 @contextlib.contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """Take SIGTERM and a closed terminal as Ctrl-C, so that everything is stopped in order."""
+def _signals_interrupt() -> Iterator[None]:
+    """Take SIGTERM and a closed terminal as Ctrl-C, so that everything is stopped in order.
 
-    def interrupt(*_: object) -> NoReturn:
+    Under nohup a terminal may be closed.
+    """
+
+    def interrupt(number: int, _: object) -> NoReturn:
+        tell(f"{signal.Signals(number).name}: everything is being stopped.")
         raise KeyboardInterrupt
 
-    numbers = (signal.SIGTERM, signal.SIGHUP)
+    numbers = filter(_is_heeded, (signal.SIGTERM, signal.SIGHUP))
     before: dict[signal.Signals, Any] = {
         number: signal.signal(number, interrupt) for number in numbers
     }

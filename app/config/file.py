@@ -23,6 +23,7 @@ from typing import Any, Final
 from pydantic import BaseModel, ValidationError
 
 from app.config import run_file
+from app.config.environment import is_service_link
 from app.config.settings import ModelSettings, PriceSettings, Settings
 from app.errors import ConfigError
 
@@ -142,6 +143,8 @@ def _leaves(table: Mapping[str, Any], prefix: Key = ()) -> Iterator[tuple[Key, A
 def _from_environment(environ: Mapping[str, str]) -> Iterator[tuple[Key, Any]]:
     for variable, text in environ.items():
         if not variable.startswith("GRISTMILL_") or variable in _OTHER_VARIABLES:
+            continue
+        if is_service_link(variable, text):
             continue
         key = tuple(variable.removeprefix("GRISTMILL_").lower().split("__"))
         schema = _schema(key)

@@ -104,6 +104,7 @@ class Child:
                 env=self._env,
                 pass_fds=keep_open,
                 start_new_session=True,
+                preexec_fn=_heed_signals,  # noqa: PLW1509  nothing but system calls
             )
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError), self._process.stdin as pipe:
@@ -146,6 +147,13 @@ class Child:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+
+
+def _heed_signals() -> None:
+    """In a child, before its program: a shell's job in the background ignores these, and with it
+    whatever it starts."""
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
 
 
 class _Server:

@@ -180,7 +180,7 @@ def test_flower_is_read_only_and_open_on_the_loopback_address(two_models: Settin
 
     assert "--read_only=True" in command
     assert "--address=127.0.0.1" in command
-    assert environment == {"FLOWER_UNAUTHENTICATED_API": "true"}
+    assert environment["FLOWER_UNAUTHENTICATED_API"] == "true"
 
 
 def test_flower_knows_every_option_that_it_is_started_with(two_models: Settings) -> None:
@@ -202,5 +202,32 @@ def test_flower_on_another_address_needs_a_password(
 
     monkeypatch.setenv("FLOWER_BASIC_AUTH", "miller:flour")
     command, environment = flower_command(settings)
-    assert environment == {}
+    assert "FLOWER_UNAUTHENTICATED_API" not in environment
     assert "miller" not in " ".join(command)
+
+
+def test_what_kubernetes_sets_for_a_service_named_flower_does_not_reach_flower(
+    two_models: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    links = {
+        "FLOWER_PORT": "tcp://10.0.0.1:5555",
+        "FLOWER_SERVICE_HOST": "10.0.0.1",
+        "FLOWER_SERVICE_PORT": "5555",
+        "FLOWER_PORT_5555_TCP_ADDR": "10.0.0.1",
+    }
+    for name, value in (links | {"FLOWER_BASIC_AUTH": "miller:flour"}).items():
+        monkeypatch.setenv(name, value)
+
+    _, environment = flower_command(two_models)
+
+    assert not links.keys() & environment.keys()
+    assert environment["FLOWER_BASIC_AUTH"] == "miller:flour"
+
+
+def test_a_number_that_flower_could_not_read_is_refused_by_name(
+    two_models: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLOWER_MAX_WORKERS", "many")
+
+    with pytest.raises(ConfigError, match="FLOWER_MAX_WORKERS"):
+        flower_command(two_models)

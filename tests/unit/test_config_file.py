@@ -242,3 +242,42 @@ def test_a_second_system_in_one_cache_folder_is_refused(tmp_path: Path):
         run_file.only_one(tmp_path),
     ):
         pass
+
+
+SERVICE_LINKS = {
+    "GRISTMILL_PORT": "tcp://10.0.0.1:8000",
+    "GRISTMILL_PORT_8000_TCP": "tcp://10.0.0.1:8000",
+    "GRISTMILL_PORT_8000_TCP_PROTO": "tcp",
+    "GRISTMILL_PORT_8000_TCP_PORT": "8000",
+    "GRISTMILL_PORT_8000_TCP_ADDR": "10.0.0.1",
+    "GRISTMILL_SERVICE_HOST": "10.0.0.1",
+    "GRISTMILL_SERVICE_PORT": "8000",
+    "GRISTMILL_API_SERVICE_HOST": "10.0.0.1",
+    "GRISTMILL_API_SERVICE_PORT": "8000",
+    "GRISTMILL_API_SERVICE_PORT_HTTP": "8000",
+    "GRISTMILL_API_PORT": "tcp://10.0.0.1:8000",
+    "GRISTMILL_API_PORT_8000_UDP_ADDR": "10.0.0.1",
+}
+
+
+def test_what_kubernetes_sets_for_a_service_of_our_name_is_left_out(write):
+    path = write("")
+
+    loaded = load(path, SERVICE_LINKS)
+
+    assert loaded.settings.api.port == 8000
+    assert not any("GRISTMILL" in source for source in loaded.sources.values())
+
+
+@pytest.mark.parametrize(
+    ("variable", "text"),
+    [
+        ("GRISTMILL_API_PORT", "8001"),
+        ("GRISTMILL_PORT", "8001"),
+        ("GRISTMILL_API__SERVICE_HOST", "10.0.0.1"),
+        ("GRISTMILL_BROKER_URL", "redis://broker"),
+    ],
+)
+def test_a_typing_error_is_not_taken_for_a_service(write, variable, text):
+    with pytest.raises(ConfigError, match=f"{variable} is not a setting"):
+        load(write(""), {variable: text})

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Final
 
 from app.errors import ConfigError
-from app.threads import Background
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +78,7 @@ def find(lines: Iterable[str]) -> list[Xid]:
     ]
 
 
-class XidWatch(Background):
+class XidWatch(threading.Thread):
     """Follows a kernel log from its end on: /dev/kmsg, or a file that syslog writes."""
 
     def __init__(self, path: Path, pci_address: str, on_xid: Callable[[Xid], object]) -> None:
@@ -87,11 +86,11 @@ class XidWatch(Background):
 
         Raises `ConfigError` if the log cannot be read.
         """
-        self._stopping = threading.Event()
-        super().__init__("xid", self._follow, self._stopping)
+        super().__init__(name="xid", daemon=True)
         self._path = path
         self._pci_address = pci_address
         self._on_xid = on_xid
+        self._stopping = threading.Event()
         try:
             self._file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         except OSError as error:
@@ -100,7 +99,7 @@ class XidWatch(Background):
             ) from None
         os.lseek(self._file, 0, os.SEEK_END)
 
-    def _follow(self) -> None:
+    def run(self) -> None:
         rest = b""
         while not self._stopping.wait(LOOK_S):
             *lines, rest = (rest + self._read()).split(b"\n")

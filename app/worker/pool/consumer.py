@@ -12,11 +12,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
 
-from celery.worker.consumer import Consumer as CeleryConsumer
+from celery.worker import state as celery_state
+from celery.worker.consumer.consumer import Consumer as CeleryConsumer
 from kombu.message import Message
 
+from app.broker.refusal import said
 from app.config.settings import Settings
-from app.errors import GristmillError, RequestError
+from app.errors import GristmillError, RequestError, Unavailable
 from app.jobs import Kind, job_id_of
 from app.worker.pool.arrivals import TASKS, Refusal, identify, read, scrub
 from app.worker.pool.envelope import guard
@@ -24,12 +26,73 @@ from app.worker.pool.envelope import guard
 log = logging.getLogger(__name__)
 
 EVENTS_EVERY_S: Final = 0.5
+MIN_PAUSE_S: Final = 0.5
+MAX_PAUSE_S: Final = 5.0
+"""Longest pause between two tries while the broker is away."""
+QUIET_S: Final = 60.0
+"""What was said is said again when it comes back after so long."""
+
+
+class _OncePerChange(logging.Filter):
+    """Lets a warning pass that is not the one before: an outage is one line, not one a second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last = ("", 0.0)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno < logging.WARNING:
+            return True
+        text, now = record.getMessage(), time.monotonic()
+        (last, at), self._last = self._last, (text, now)
+        return text != last or now - at > QUIET_S
+
+
+logging.getLogger(CeleryConsumer.__module__).addFilter(_OncePerChange())
 
 
 class Consumer(CeleryConsumer):  # type: ignore[misc]
     """Celery's consumer with the check in front; set as `worker_consumer`."""
 
     _events_leave_at = 0.0  #: by the monotonic clock
+
+    _pause_s = 0.0  #: before the next try to connect
+    _paused_until = 0.0  #: by the monotonic clock
+
+    def ensure_connected(self, conn: Any) -> Any:
+        """Try until it works, or the worker is told to stop."""
+        conn.ensure_connection(
+            self._cannot_connect,
+            interval_start=MIN_PAUSE_S,
+            interval_step=MIN_PAUSE_S,
+            interval_max=MAX_PAUSE_S,
+            callback=celery_state.maybe_shutdown,
+        )
+        self.first_connection_attempt = False
+        return conn
+
+    def _cannot_connect(self, error: Exception, _: float) -> None:
+        self.pool.note_broker_trouble()
+        super().on_connection_error_before_connected(Unavailable(said(error)))
+
+    def on_connection_error_before_connected(self, exc: Exception) -> None:
+        self._cannot_connect(exc, 0.0)
+        self._pause()
+
+    def on_connection_error_after_connected(self, exc: Exception) -> None:
+        self.pool.note_broker_trouble()
+        super().on_connection_error_after_connected(Unavailable(said(exc)))
+        self._pause()
+
+    def _pause(self) -> None:
+        """A server that is there and refuses is connected to at once, and refuses at once."""
+        now = time.monotonic()
+        is_new = now - self._paused_until > 2 * MAX_PAUSE_S
+        self._pause_s = MIN_PAUSE_S if is_new else min(2 * self._pause_s, MAX_PAUSE_S)
+        self._paused_until = now + self._pause_s
+        while time.monotonic() < self._paused_until:
+            celery_state.maybe_shutdown()
+            time.sleep(0.1)
 
     def on_send_event_buffered(self) -> None:
         """Events for Flower go out in groups: Celery would send a message at each turn of its hub.

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import os
+import signal
 import time
 from collections.abc import Callable
 from typing import Any, Final
@@ -20,14 +22,13 @@ from celery import signals
 from celery.concurrency.base import BasePool
 from celery.exceptions import WorkerShutdown, WorkerTerminate
 from celery.worker import state as celery_state
-from celery.worker.control import inspect_command
 
-from app.broker.commands import READINESS
 from app.config.settings import Settings
 from app.errors import GristmillError
 from app.jobs import job_id_of
 from app.worker.assembly import Assembly, assemble
 from app.worker.commands import Drain, Flush, Revoked
+from app.worker.pool import control as _control  # noqa: F401  its commands are there once imported
 from app.worker.pool.arrivals import ARRIVAL_HEADER, Refusal
 from app.worker.pool.ticket import Ticket
 
@@ -35,6 +36,8 @@ log = logging.getLogger(__name__)
 
 FIRST_SLOT: Final = 1_000_000
 STOP_S: Final = 5.0
+TROUBLE_LASTS_S: Final = 30.0
+"""The consumer tries again every few seconds, and tells each time; silence is another trouble."""
 
 
 class EnginePool(BasePool):  # type: ignore[misc]
@@ -49,6 +52,8 @@ class EnginePool(BasePool):  # type: ignore[misc]
         self._tickets: WeakValueDictionary[int, Ticket] = WeakValueDictionary()
         self._hub: Any = None
         self._times_asked = 0  #: to shut down
+        self._broker_trouble_at = -math.inf  #: by the monotonic clock
+        self._hangup = signal.getsignal(signal.SIGHUP)  # before Celery takes it
         self._assembly: Assembly | None = None
 
     @property
@@ -67,12 +72,28 @@ class EnginePool(BasePool):  # type: ignore[misc]
         except GristmillError as error:
             log.critical("The worker cannot start: %s", error)
             raise SystemExit(1) from None
+        self._set_hangup()
         signals.task_revoked.connect(self._revoked)
         signals.worker_shutting_down.connect(self._asked_to_stop)
         log.info("The worker is ready.", extra={"action": "worker_ready"})
 
+    def _set_hangup(self) -> None:
+        """A terminal that goes ends the worker in order, or, under nohup, does nothing.
+
+        Celery would run its command line again, and not find the app.
+        """
+        ignored = self._hangup is signal.SIG_IGN
+        signal.signal(signal.SIGHUP, self._hangup if ignored else signal.getsignal(signal.SIGTERM))
+
     def _consumed(self) -> tuple[str, ...]:
+        """The queues that messages are taken from; none while the broker is known to be away."""
+        if time.monotonic() - self._broker_trouble_at < TROUBLE_LASTS_S:
+            return ()
         return tuple(self.app.amqp.queues.consume_from)
+
+    def note_broker_trouble(self) -> None:
+        """The consumer cannot reach the broker, or is refused, and will try again."""
+        self._broker_trouble_at = time.monotonic()
 
     def register_with_event_loop(self, hub: Any) -> None:
         self._hub = hub
@@ -81,8 +102,7 @@ class EnginePool(BasePool):  # type: ignore[misc]
         """Without its runner the worker can do nothing: end it, so that it is started again."""
         if self._assembly is not None and self._assembly.runner.failure is not None:
             log.critical("The worker ends: %s", self._assembly.runner.failure)
-            # A warm stop: nothing runs any more, and Celery would exit with 0 after a cold one.
-            celery_state.should_stop = os.EX_SOFTWARE
+            celery_state.should_terminate = os.EX_SOFTWARE
             if self._hub is not None:
                 self._hub.call_soon(lambda: None)  # wakes the loop, which then sees the flag
 
@@ -119,7 +139,7 @@ class EnginePool(BasePool):  # type: ignore[misc]
         """Record why a message cannot run; it is acknowledged once that is written."""
         self._parts.runner.post(refusal)
 
-    def terminate_job(self, pid: int, signal: int | None = None) -> None:
+    def terminate_job(self, pid: int, signum: int | None = None) -> None:
         """Celery has ended this request by itself, so it is told nothing more about it.
 
         What becomes of the job is decided elsewhere: a revoke is announced by a signal of its own,
@@ -188,10 +208,3 @@ class EnginePool(BasePool):  # type: ignore[misc]
 
     def _get_info(self) -> dict[str, Any]:
         return {**super()._get_info(), **(self._assembly.facts() if self._assembly else {})}
-
-
-@inspect_command(name=READINESS)  # type: ignore[untyped-decorator]
-def _readiness(state: Any) -> dict[str, Any]:
-    """The answer to `app.broker.commands.ready_workers`: it shows that the hub turns, too."""
-    pool: EnginePool = state.consumer.pool
-    return pool.readiness()
