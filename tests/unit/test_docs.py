@@ -14,7 +14,10 @@ from app.cli import cli
 from app.config.settings import ModelSettings, PriceSettings, Settings
 from app.demo.prompts import prompts
 from app.intake.sender import MAX_INLINE_BYTES
+from app.jobs import TRANSITIONS
 from app.local.doctor import MIN_POSTGRES, MIN_REDIS
+from tests.chaos.__main__ import FAULTS
+from tests.mutants import MUTANTS
 from tests.pages import ALL, EXAMPLES, NAMED, PAGES, README, ROOT, prose
 
 MAX_LINES = 10  # of an example
@@ -98,6 +101,13 @@ def test_the_layout_names_what_is_in_app_and_nothing_else() -> None:
     assert named == files | folders
 
 
+def test_the_states_are_drawn_as_they_move() -> None:
+    drawn = re.findall(r"^    (\w+) --> (\w+)", PAGES[ROOT / "docs" / "jobs.md"], re.MULTILINE)
+
+    moves = [(before, after) for before, afters in TRANSITIONS.items() for after in afters]
+    assert sorted(drawn) == sorted(moves)
+
+
 def test_the_settings_are_those_of_the_code() -> None:
     told = ALL.partition("<!-- settings -->\n")[2].partition("<!-- /settings -->")[0]
 
@@ -165,6 +175,8 @@ def test_the_numbers_in_the_text_are_those_of_the_code() -> None:
         f"at most {told.api.max_wait_s:.0f} seconds",
         f"the last {told.flower.max_tasks:,} jobs",
         f"{len(prompts())} real prompts",
+        f"`make chaos` does the {len(FAULTS)} faults",
+        f"`make mutants` plants {len(MUTANTS)}",
         f"Postgres {MIN_POSTGRES[0]} or newer; Redis {MIN_REDIS[0]}.{MIN_REDIS[1]} or newer",
     ):
         assert phrase in ALL, phrase
