@@ -24,11 +24,13 @@ import app.worker
 from app.broker.app import make_app
 from app.broker.commands import worker_command
 from app.config.settings import Settings
+from celery.bin.celery import celery
 from pathlib import Path
 
 settings = Settings.model_validate_json(Path(sys.argv[1]).read_text())
 app.worker.app = app = make_app(settings)
-app.worker_main(worker_command(settings)[0][5:])
+celery.params[0].default = app  # as `app.worker_main` does, which forgets the exit status
+sys.exit(celery.main(worker_command(settings)[0][5:], standalone_mode=False))
 """
 
 

@@ -14,8 +14,8 @@ may ask for trouble instead:
 
 A grammar is taken and not heeded: the echo is what it is.
 
-Options: `step_ms` and `row_ms`, the time of a step and what each row adds; `joins`, whether rows
-may enter while others run, as in an engine in flight.
+Options: `step_ms` and `row_ms`, the time of a step and what each row adds; `load_ms`, the time to
+load; `joins`, whether rows may enter while others run, as in an engine in flight.
 """
 
 from __future__ import annotations
@@ -98,6 +98,7 @@ class StubEngine:
         self._rows: list[_Row] = []
         self._is_broken = False
         self._new_tokens: list[NewTokens] = []
+        time.sleep(float(settings.options.get("load_ms", 0)) / 1_000)
         self._cancelled: set[int] = set()
         self._stats: dict[str, StepStats] = {}
 

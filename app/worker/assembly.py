@@ -163,6 +163,7 @@ def assemble(
         runner=thread,
         lease=lease,
         stall_timeout_s=settings.worker.stall_timeout_s,
+        lease_s=settings.worker.lease_s,
     )
     return Assembly(
         *(worker_id, thread, lease, database, publisher, watchdog),

@@ -15,7 +15,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from typing import Final
 from uuid import UUID, uuid4
 
@@ -31,6 +30,7 @@ from app.worker.batcher import Batcher, Capacity
 from app.worker.commands import Command, Drain, Flush, Revoked
 from app.worker.engine.ceilings import Ceilings
 from app.worker.engine.host import EngineHost
+from app.worker.engine.pipe import WorkerEnd
 from app.worker.engine.wire import Broken, DidNotFit, Ready, Stepped
 from app.worker.ledger import Ledger
 from app.worker.pool.arrivals import Refusal
@@ -63,6 +63,7 @@ class Runner:
     ) -> None:
         self.ready = threading.Event()  #: the models are loaded, or never will be
         self.turned_ns = now_ns()  #: when the last turn began
+        self.waits_for_database = False
         self._now_ns = now_ns
         self._models = models
         self._registrar = registrar
@@ -131,8 +132,8 @@ class Runner:
         return self._drain is not None and not self._jobs and not self._registrar.has_work
 
     @property
-    def connection(self) -> Connection | None:
-        """To the engine process: what it says asks for a turn."""
+    def connection(self) -> WorkerEnd | None:
+        """To the engine process: what it says asks for a turn, and so does room for more."""
         return self._host.connection
 
     def next_turn_s(self) -> float:
@@ -149,11 +150,14 @@ class Runner:
         """Run a step, or leave it for later while Postgres is away."""
         if self._now_ns() < self._paused_until_ns:
             return
+        self.waits_for_database = True
         try:
             step()
         except (Unavailable, LeaseLost) as error:  # the next heartbeat may renew the lease
             self._paused_until_ns = self._now_ns() + int(RETRY_S * 1e9)
             log.warning("Waiting for Postgres: %s", error, extra={"action": "database_away"})
+        finally:
+            self.waits_for_database = False
 
     # ── what others say ──────────────────────────────────────────────────────────────────────
 
@@ -234,7 +238,10 @@ class Runner:
 
         If Postgres is away now, the lease runs out instead, and rescue gives the jobs back.
         """
-        self._host.kill()
+        try:
+            self._host.kill()
+        except EngineError as error:
+            log.error("%s", error, extra={"action": "engine_left"})
         try:
             self._commit()
             self._ledger.release([job for job in self._jobs.values() if job.run is not None])
@@ -345,6 +352,7 @@ class Runner:
     # ── the engine ───────────────────────────────────────────────────────────────────────────
 
     def _hear_engine(self) -> None:
+        self._host.flush()
         for event in self._host.events():
             match event:
                 case Ready(load_ns=load_ns):

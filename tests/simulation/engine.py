@@ -96,6 +96,9 @@ class SimulatedProcess:
             case Cancel(_, sequence_id):
                 self._cancelled.add(sequence_id)
 
+    def flush(self) -> None:
+        pass
+
     def poll(self) -> bool:
         return bool(self._said) or not self.is_alive
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import mmap
+import os
 import signal
 import socket
 import subprocess
@@ -15,10 +16,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from multiprocessing.connection import Connection
 from typing import Final
 
 from app.engines.base import Sequence
+from app.errors import EngineError
+from app.worker.engine.pipe import WorkerEnd
 from app.worker.engine.wire import (
     PROGRESS,
     Admit,
@@ -42,6 +44,8 @@ SLOWER: Final = 20
 STEP_FLOOR_NS: Final = 10_000_000_000
 """No step is called a hang sooner than this: a busy machine may stop anybody for seconds."""
 LOAD_FLOOR_NS: Final = 60_000_000_000
+KILL_S: Final = 10.0
+"""Time to die: a process inside a call of a device's driver may not even heed SIGKILL."""
 LOOK_NS: Final = 2_000_000_000
 """Longest time between two looks that counts as no progress: more, and it was we who stood still,
 with the engine process as like as not."""
@@ -66,7 +70,7 @@ class EngineHost:
         self._load_timeout_ns = int(load_timeout_s * 1e9)
         self._step_timeout_ns = int(step_timeout_s * 1e9)
         self._process: subprocess.Popen[bytes] | None = None
-        self._connection: Connection | None = None
+        self._connection: WorkerEnd | None = None
         self._progress: mmap.mmap | None = None
         self._shown = (0, 0)  #: what the page said at the last look
         self._looked_ns = 0
@@ -84,31 +88,29 @@ class EngineHost:
         self._send(self._load)
 
     def _spawn(self) -> None:
+        page = _shared_page()
         ours, theirs = socket.socketpair()
-        with tempfile.TemporaryFile() as page, theirs:
-            page.truncate(PROGRESS.size)
-            self._progress = mmap.mmap(page.fileno(), PROGRESS.size)
+        try:
+            self._progress = mmap.mmap(page, PROGRESS.size)
+            fds = (theirs.fileno(), page)
             self._process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "app.worker.engine.process",
-                    str(theirs.fileno()),
-                    str(page.fileno()),
-                ],
+                [sys.executable, "-m", "app.worker.engine.process", *map(str, fds)],
                 stdin=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(), page.fileno()),
+                pass_fds=fds,
                 # Ctrl-C in a terminal goes to the worker, which decides what becomes of the batch.
                 start_new_session=True,
             )
-        self._connection = Connection(ours.detach())
+        finally:
+            theirs.close()
+            os.close(page)
+        self._connection = WorkerEnd(ours)
 
     @property
     def pid(self) -> int | None:
         return self._process.pid if self._process else None
 
     @property
-    def connection(self) -> Connection | None:
+    def connection(self) -> WorkerEnd | None:
         """To wait on; readable when the process said something or died."""
         return self._connection
 
@@ -186,10 +188,20 @@ class EngineHost:
         self._looked_ns, self._still_ns = self._now_ns(), 0
 
     def kill(self) -> None:
-        """End the process at once and forget what was inside."""
+        """End the process at once and forget what was inside.
+
+        Raises `EngineError` if it does not end: it holds its device, and another one would be
+        started in vain.
+        """
         if self._process is not None:
             self._process.kill()
-            self._process.wait()
+            try:
+                self._process.wait(KILL_S)
+            except subprocess.TimeoutExpired:
+                raise EngineError(
+                    f"The engine process {self.pid} cannot be ended; its device or the driver "
+                    "holds it."
+                ) from None
         if self._connection is not None:
             self._connection.close()
         if self._progress is not None:
@@ -206,6 +218,14 @@ class EngineHost:
             case DidNotFit(model=model):
                 self._rows[model] = 0
         return event
+
+    def flush(self) -> None:
+        """Send what the process had no room for so far; never waits for it."""
+        try:
+            if self._connection is not None:
+                self._connection.flush()
+        except OSError:
+            pass  # its death is noticed when its events are read
 
     def _send(self, command: Command) -> None:
         """A dead process is noticed when its events are read, so a failed write is no news."""
@@ -229,6 +249,24 @@ class EngineHost:
         hint = ", as when the host runs out of memory" if killed else ""
         ended = -status == signal.SIGTERM
         return Broken(f"signal {-status} ended it{hint}", was_killed=killed, was_ended=ended)
+
+
+def _shared_page() -> int:
+    """A file descriptor of memory for `PROGRESS`, all of it there.
+
+    In a file on a full tmpfs the first write to a page that is not would end the worker by SIGBUS.
+    Raises `EngineError` if there is no room.
+    """
+    try:
+        if hasattr(os, "memfd_create"):  # Linux: in no file system
+            page = os.memfd_create("gristmill-progress")
+        else:
+            with tempfile.TemporaryFile() as file:
+                page = os.dup(file.fileno())
+        os.write(page, bytes(PROGRESS.size))
+    except OSError as error:
+        raise EngineError(f"No memory to share with the engine process: {error}.") from None
+    return page
 
 
 def step_limit_ns(num_steps: int, slowest_ns: int, timeout_ns: int) -> int:

@@ -2,27 +2,30 @@
 
 It is started by `app.worker.engine.host` with a socket to talk over and a page of shared memory to
 show progress in, and lives no longer than its parent: when the socket closes it exits at once,
-whatever it is doing. It never sees Celery, Redis or Postgres.
+loading or computing. Where the interpreter is held up inside a library, the kernel ends it. It
+never sees Celery, Redis or Postgres.
 """
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import queue
+import signal
+import socket
 import sys
-import threading
 import time
-import traceback
 from collections.abc import Sequence as Seq
 from contextlib import suppress
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Final
 
 from app.engines import registry
 from app.engines.base import Engine, StepStats
 from app.errors import GristmillError, OutOfMemory
+from app.threads import Background, place_of
+from app.worker.engine.pipe import EngineEnd
 from app.worker.engine.wire import (
     PROGRESS,
     Admit,
@@ -39,27 +42,28 @@ FAILED_TO_LOAD: Final = 3  #: exit status; a restart would not help
 FADING: Final = 256
 """The slowest step is forgotten by one part in so many with every step that follows."""
 ENGINE_FAILED: Final = 4  #: exit status; the device's state is not to be trusted
-
-
 KILLED_FIRST: Final = 500
 """Of a thousand: as if half of the host's memory were its own, besides what is."""
+PR_SET_PDEATHSIG: Final = 1  #: linux/prctl.h
 
 
 class EngineProcess:
     """Runs admitted sequences to their end and says so, until its parent goes away."""
 
-    def __init__(self, parent: Connection, progress: mmap.mmap) -> None:
+    def __init__(self, parent: EngineEnd, progress: mmap.mmap) -> None:
         self._parent = parent
         self._progress = progress
         self._steps = 0
         self._since_ns = 0  #: when the step that runs began
         self._slowest_ns = 0
+        self._loads: queue.SimpleQueue[Load] = queue.SimpleQueue()
         self._inbox: queue.SimpleQueue[Admit] = queue.SimpleQueue()
         self._engines: dict[str, Engine] = {}
 
     def run(self) -> None:
-        self._load(self._parent.recv())
-        threading.Thread(target=self._listen, daemon=True, name="listen").start()
+        # From the first on: to load takes long, and a parent that is gone must be noticed.
+        Background("listen", self._listen, max_failures=1).start()
+        self._load(self._loads.get())
         while True:
             self._admit()
             for model, engine in self._engines.items():
@@ -88,11 +92,13 @@ class EngineProcess:
         """Take commands while a step runs: a cancel must not wait for the end of a batch."""
         try:
             while True:
-                command = self._parent.recv()
-                if isinstance(command, Cancel):
-                    self._engines[command.model].cancel(command.sequence_id)
-                else:
-                    self._inbox.put(command)
+                match self._parent.recv():
+                    case Load() as load:
+                        self._loads.put(load)
+                    case Admit() as admit:
+                        self._inbox.put(admit)
+                    case Cancel(model, sequence_id):
+                        self._engines[model].cancel(sequence_id)
         except (EOFError, OSError):
             os._exit(0)
 
@@ -129,17 +135,28 @@ class EngineProcess:
 def main() -> None:
     """`python -m app.worker.engine.process SOCKET_FD PROGRESS_FD`, by the engine host alone."""
     socket_fd, progress_fd = int(sys.argv[1]), int(sys.argv[2])
-    parent = Connection(socket_fd)
+    _die_with_parent()
     _be_killed_first()
+    parent = EngineEnd(socket.socket(fileno=socket_fd))
     process = EngineProcess(parent, mmap.mmap(progress_fd, PROGRESS.size))
     try:
         process.run()
-    except (EOFError, BrokenPipeError, ConnectionResetError, KeyboardInterrupt):
+    except (BrokenPipeError, ConnectionResetError, KeyboardInterrupt):
         os._exit(0)
     except BaseException as error:
         loaded = bool(process._engines)
         _say_why(parent, error, will_not_load=not loaded)
         os._exit(ENGINE_FAILED if loaded else FAILED_TO_LOAD)
+
+
+def _die_with_parent() -> None:
+    """Ask the kernel to kill this process when the thread that started it ends: prctl(2).
+
+    A library may hold the interpreter for minutes while it loads, so that no thread of ours runs.
+    That thread is the worker's runner, which has ended the process by itself before it ends.
+    """
+    with suppress(OSError, AttributeError):  # Linux alone has it
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def _be_killed_first() -> None:
@@ -150,13 +167,9 @@ def _be_killed_first() -> None:
         score.write_text(str(min(1_000, int(score.read_text()) + KILLED_FIRST)))
 
 
-def _say_why(parent: Connection, error: BaseException, *, will_not_load: bool) -> None:
+def _say_why(parent: EngineEnd, error: BaseException, *, will_not_load: bool) -> None:
     """Our own errors speak for themselves; others may quote data, so only their place is told."""
-    if isinstance(error, GristmillError):
-        reason = error.message
-    else:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        reason = f"{type(error).__name__} in {Path(last.filename).name} line {last.lineno}"
+    reason = error.message if isinstance(error, GristmillError) else place_of(error)
     try:
         parent.send(Broken(reason, will_not_load))
     except OSError:

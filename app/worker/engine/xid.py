@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from app.errors import ConfigError
+from app.threads import Background
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ def find(lines: Iterable[str]) -> list[Xid]:
     ]
 
 
-class XidWatch(threading.Thread):
+class XidWatch(Background):
     """Follows a kernel log from its end on: /dev/kmsg, or a file that syslog writes."""
 
     def __init__(self, path: Path, pci_address: str, on_xid: Callable[[Xid], object]) -> None:
@@ -86,11 +87,11 @@ class XidWatch(threading.Thread):
 
         Raises `ConfigError` if the log cannot be read.
         """
-        super().__init__(name="xid", daemon=True)
+        self._stopping = threading.Event()
+        super().__init__("xid", self._follow, self._stopping)
         self._path = path
         self._pci_address = pci_address
         self._on_xid = on_xid
-        self._stopping = threading.Event()
         try:
             self._file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         except OSError as error:
@@ -99,7 +100,7 @@ class XidWatch(threading.Thread):
             ) from None
         os.lseek(self._file, 0, os.SEEK_END)
 
-    def run(self) -> None:
+    def _follow(self) -> None:
         rest = b""
         while not self._stopping.wait(LOOK_S):
             *lines, rest = (rest + self._read()).split(b"\n")

@@ -102,7 +102,8 @@ class EnginePool(BasePool):  # type: ignore[misc]
         """Without its runner the worker can do nothing: end it, so that it is started again."""
         if self._assembly is not None and self._assembly.runner.failure is not None:
             log.critical("The worker ends: %s", self._assembly.runner.failure)
-            celery_state.should_terminate = os.EX_SOFTWARE
+            # A warm stop: nothing runs any more, and Celery would exit with 0 after a cold one.
+            celery_state.should_stop = os.EX_SOFTWARE
             if self._hub is not None:
                 self._hub.call_soon(lambda: None)  # wakes the loop, which then sees the flag
 
