@@ -126,6 +126,14 @@ def test_every_setting_that_is_named_exists() -> None:
     assert not {f"{section}.{key}" for section, key in named if key not in sections[section]}
 
 
+def test_the_metrics_are_those_of_the_api() -> None:
+    source = (ROOT / "app" / "api" / "metrics.py").read_text()
+    told = re.findall(r"`(gristmill_\w+)`", PAGES[ROOT / "docs" / "watch.md"])
+
+    names = re.findall(r'"(gristmill_\w+)"', source)
+    assert sorted(name.removesuffix("_total") for name in told) == sorted(names)
+
+
 def _settings_table() -> str:
     rows = ["| setting | default | |", "|---|---|---|"]
     for name, field in Settings.model_fields.items():
