@@ -20,6 +20,7 @@ from tests.chaos.__main__ import FAULTS
 from tests.mutants import MUTANTS
 from tests.pages import ALL, EXAMPLES, NAMED, PAGES, README, ROOT, prose
 
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
 MAX_LINES = 10  # of an example
 
 
@@ -106,6 +107,15 @@ def test_the_states_are_drawn_as_they_move() -> None:
 
     moves = [(before, after) for before, afters in TRANSITIONS.items() for after in afters]
     assert sorted(drawn) == sorted(moves)
+
+
+def test_the_threads_have_these_names() -> None:
+    rows = re.findall(r"^\|[^|]*\| (`[^|]*`) \|", PAGES[ARCHITECTURE], re.MULTILINE)
+    source = "".join(file.read_text() for file in (ROOT / "app").rglob("*.py"))
+    starts = r'(?:Background\(|Thread\([^"]*name=|super\(\).__init__\((?:name=)?)"(\w+)"'
+
+    told = {name for row in rows for name in re.findall(r"\w+", row)}
+    assert told == set(re.findall(starts, source))
 
 
 def test_the_settings_are_those_of_the_code() -> None:
