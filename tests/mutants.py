@@ -165,9 +165,9 @@ MUTANTS: Final = (
     ),
     Mutant(
         "a lost answer to a commit counts as a refusal",
-        "app/worker/ledger.py",
-        "        except Unavailable:\n            raise\n        except GristmillError",
-        "        except GristmillError",
+        "app/worker/isolation.py",
+        "*(NotStorable, RequestError),",
+        "GristmillError,",
     ),
     Mutant(
         "giving back at a shutdown is charged",

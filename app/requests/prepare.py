@@ -26,11 +26,6 @@ class Prepared:
     prompts: tuple[tuple[int, ...], ...]  #: of the distinct prompts; each is answered n times
     max_tokens: int  #: of each answer; 0 for embeddings
 
-    @classmethod
-    def nothing(cls) -> Prepared:
-        """Of a request that cannot run."""
-        return cls((), 0)
-
     @property
     def num_input_tokens(self) -> int:
         return sum(map(len, self.prompts))

@@ -23,6 +23,7 @@ from app.errors import (
     GristmillError,
     LeaseLost,
     OutOfMemory,
+    RequestError,
     Unavailable,
 )
 from app.jobs import CloseReason
@@ -38,7 +39,7 @@ from app.worker.pool.ticket import Ticket
 from app.worker.registrar import Registrar
 from app.worker.running import Running
 from app.worker.suspects import Suspects, verdict
-from app.worker.work import CANCELLED, EXPIRED, TIMED_OUT, Batch, Ending, Job, LeaseNews
+from app.worker.work import CANCELLED, EXPIRED, TIMED_OUT, Batch, Doomed, Ending, Job, LeaseNews
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +78,7 @@ class Runner:
         self._jobs: dict[UUID, Job] = {}
         self._running = Running()
         self._over: list[Job] = []  #: ended, not yet committed
+        self._doomed: list[Doomed] = []  #: not yet written
         self._runs_apart = False  #: what is inside the engine now must stay alone
         self._deaths = 0  #: of engine processes since the last answer
         self._drain: Drain | None = None
@@ -100,7 +102,7 @@ class Runner:
             "jobs": len(self._jobs),
             "waiting": len(self._batcher),
             "received": self._num_received,
-            "held": bool(self._commands or self._jobs or self._registrar.has_work),
+            "held": bool(self._commands or self._jobs or self._doomed or self._registrar.has_work),
             "draining": self._drain is not None,
             "slow": self._host.is_slow,
         }
@@ -129,7 +131,8 @@ class Runner:
 
     @property
     def is_drained(self) -> bool:
-        return self._drain is not None and not self._jobs and not self._registrar.has_work
+        holds = self._jobs or self._doomed or self._registrar.has_work
+        return self._drain is not None and not holds
 
     @property
     def connection(self) -> WorkerEnd | None:
@@ -142,6 +145,8 @@ class Runner:
         closes_ns = self._batcher.next_close_ns(self._capacities())
         if self._paused_until_ns > now_ns:
             return (self._paused_until_ns - now_ns) / 1e9
+        if self._over or self._doomed:
+            return LEAST_WAIT_S
         if closes_ns is not None:
             return min(IDLE_WAIT_S, max(LEAST_WAIT_S, (closes_ns - now_ns) / 1e9))
         return IDLE_WAIT_S
@@ -217,8 +222,8 @@ class Runner:
         for job in self._jobs.values():
             if job.run is None:
                 continue
-            limit_s = job.ticket.time_limit_s
-            if limit_s and now_ns - job.run.claimed_ns > limit_s * 1e9:
+            limit_s = job.time_limit_s
+            if limit_s is not None and now_ns - job.run.claimed_ns > limit_s * 1e9:
                 self._cut_short(job, TIMED_OUT)
             if job.deadline is not None and job.run.stamp(now_ns) > job.deadline:
                 self._cut_short(job, EXPIRED)
@@ -249,21 +254,34 @@ class Runner:
         except GristmillError as error:
             log.warning("Jobs are left to rescue: %s", error, extra={"action": "left_to_rescue"})
         self._jobs.clear()
+        self._doomed.clear()
         self._registrar.clear()
 
     # ── jobs in and out ──────────────────────────────────────────────────────────────────────
 
     def _register(self) -> None:
+        self._end_doomed()
         if not self._registrar.has_work:
             return
         for job in self._registrar.register(self._jobs):
+            if isinstance(job, Doomed):
+                self._doomed.append(job)
+                continue
             self._jobs[job.id] = job
             if job.is_suspect:
                 self._suspects.add(job)
             else:
                 self._batcher.add(job.candidate())
+        self._end_doomed()
         if self._drain is not None:
             self._forget_waiting()
+
+    def _end_doomed(self) -> None:
+        """Write the ends of jobs that cannot run: they never enter a batch or the engine."""
+        while self._doomed:
+            tell = self._ledger.fail(self._doomed[0])
+            tell()
+            del self._doomed[0]
 
     def _commit(self) -> None:
         """Write what ended, in one transaction, and only then tell Celery."""
@@ -284,6 +302,8 @@ class Runner:
         self._runs_apart = self._runs_apart and self._host.busy
         self._admit_suspects()
         for model, capacity in self._capacities().items():
+            for misfit in self._batcher.misfits(model, capacity):
+                self._end_misfit(self._jobs[misfit.job_id])
             closed = self._batcher.close(model, capacity, self._now_ns())
             if closed is not None:
                 jobs = [self._jobs[member.job_id] for member in closed.members]
@@ -294,18 +314,34 @@ class Runner:
     def _admit_suspects(self) -> None:
         """Run the next group of suspects: one that is claimed already, or else claim one."""
         while self._suspects and not self._host.busy:
+            max_rows = {model: self._host.free_rows(model) for model in self._models}
+            for misfit in self._suspects.misfits(max_rows):
+                self._end_misfit(misfit)
             self._runs_apart = True
-            if (group := self._suspects.next_claimed()) is not None:
+            if (group := self._suspects.next_claimed(max_rows)) is not None:
                 self._hand_over(group)
                 continue
-            free_rows = {model: self._host.free_rows(model) for model in self._models}
-            jobs, now_ns = self._suspects.next_unclaimed(free_rows), self._now_ns()
+            jobs, now_ns = self._suspects.next_unclaimed(max_rows), self._now_ns()
             if not jobs:
                 return
             for job in jobs:
                 job.closed_ns = now_ns
             wait_ns = now_ns - min(job.arrived_ns for job in jobs)
             self._claim(Batch(uuid4(), jobs[0].model, CloseReason.WAIT, wait_ns), jobs)
+
+    def _end_misfit(self, job: Job) -> None:
+        """End a job that has more sequences than its engine takes when it is empty."""
+        most = min(self._batcher.limits[job.model].max_batch_size, self._host.free_rows(job.model))
+        error = RequestError(
+            f"The request asks for {job.num_sequences} sequences (prompts times n); this worker "
+            f"takes at most {most}."
+        )
+        if job.run is not None:
+            job.run.ending = job.run.ending or Ending.failed(error)
+            self._over.append(job)
+        else:
+            del self._jobs[job.id]
+            self._doomed.append(Doomed(job.ticket, job.model, Ending.failed(error)))
 
     def _capacities(self) -> dict[str, Capacity]:
         """What each model's engine would take now; models that take nothing are left out."""
@@ -332,8 +368,6 @@ class Runner:
             if job not in granted:
                 del self._jobs[job.id]
                 job.ticket.dropped()
-            elif job.doomed is not None:
-                job.claimed_run.ending = job.doomed
         self._hand_over(granted)
 
     def _hand_over(self, jobs: list[Job]) -> None:
