@@ -18,6 +18,11 @@ class Revoked:
 
 
 @dataclass(frozen=True, slots=True)
+class Nameless:
+    """A message without a task id was received, and dropped."""
+
+
+@dataclass(frozen=True, slots=True)
 class Flush:
     """The broker connection was lost: every message not yet acknowledged comes again."""
 
@@ -29,4 +34,4 @@ class Drain:
     until_ns: int
 
 
-Command = Ticket | Refusal | Revoked | LeaseNews | Flush | Drain
+Command = Ticket | Refusal | Nameless | Revoked | LeaseNews | Flush | Drain

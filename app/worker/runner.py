@@ -28,7 +28,7 @@ from app.errors import (
 )
 from app.jobs import CloseReason
 from app.worker.batcher import Batcher, Capacity
-from app.worker.commands import Command, Drain, Flush, Revoked
+from app.worker.commands import Command, Drain, Flush, Nameless, Revoked
 from app.worker.engine.ceilings import Ceilings
 from app.worker.engine.host import EngineHost
 from app.worker.engine.pipe import WorkerEnd
@@ -175,6 +175,8 @@ class Runner:
                 case Refusal() as refusal:
                     self._num_received += 1
                     self._registrar.refuse(refusal)
+                case Nameless():
+                    self._num_received += 1
                 case Revoked(job_id):
                     self._registrar.revoke(job_id)
                     self._cut_short(self._jobs.get(job_id), CANCELLED)

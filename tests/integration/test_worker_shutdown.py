@@ -227,6 +227,35 @@ def test_an_engine_process_that_is_stopped_while_it_is_sent_much_is_replaced(
         assert not engine.is_running()
 
 
+def test_garbage_without_ids_does_not_end_a_worker_that_takes_it_away(
+    config: Settings, producer: Celery, tmp_path: Path
+) -> None:
+    # given a worker whose queue is never empty of messages that belong to no job
+    config = watched(config)
+    stop = threading.Event()
+
+    def litter() -> None:
+        with redis.Redis.from_url(config.broker.url) as client:
+            while not stop.wait(0.005):
+                if client.llen("celery") < 200:
+                    client.lpush("celery", *["garbage"] * 100)
+
+    thread = threading.Thread(target=litter)
+    with running_worker(config, tmp_path / "worker") as worker:
+        eventually(lambda: ready_workers(config), 30)
+        thread.start()
+        try:
+            # then it lives for much longer than the watchdog waits
+            for _ in range(6):
+                assert ready_workers(config, timeout_s=2)
+            assert not worker.has_ended
+        finally:
+            stop.set()
+            thread.join()
+        id_ = send(producer, "wheat")
+        assert eventually(lambda: results(config).get(id_), 30)["state"] == "completed"
+
+
 def test_a_worker_whose_queues_an_operator_cancelled_is_left_alone(
     config: Settings, producer: Celery, tmp_path: Path
 ) -> None:

@@ -118,9 +118,13 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]
     def _refuse_raw(self, task_id: str | None, error: RequestError) -> None:
         """What kombu could not parse: it is off its list already, so there is nothing to ack."""
         if task_id is None:
-            log.warning("A message was dropped: %s", error, extra={"action": "message_dropped"})
+            self._drop(error)
         else:
             self.pool.refuse(Refusal(job_id_of(task_id), Kind.GENERATE, error, lambda: None))
+
+    def _drop(self, error: RequestError) -> None:
+        log.warning("A message was dropped: %s", error, extra={"action": "message_dropped"})
+        self.pool.note_nameless()
 
     def create_task_handler(self, *args: Any, **options: Any) -> Callable[[Message], object]:
         celery_takes = super().create_task_handler(*args, **options)
@@ -130,7 +134,7 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]
             try:
                 task_id, name = identify(message, settings)
             except RequestError as error:
-                log.warning("A message was dropped: %s", error, extra={"action": "message_dropped"})
+                self._drop(error)
                 return message.ack_log_error(log, self.connection_errors)  # type: ignore[no-untyped-call]
             try:
                 arrival = read(message, task_id, name, settings)

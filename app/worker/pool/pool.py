@@ -27,7 +27,7 @@ from app.config.settings import Settings
 from app.errors import GristmillError
 from app.jobs import job_id_of
 from app.worker.assembly import Assembly, assemble
-from app.worker.commands import Drain, Flush, Revoked
+from app.worker.commands import Drain, Flush, Nameless, Revoked
 from app.worker.pool import control as _control  # noqa: F401  its commands are there once imported
 from app.worker.pool.arrivals import ARRIVAL_HEADER, Refusal
 from app.worker.pool.ticket import Ticket
@@ -139,6 +139,10 @@ class EnginePool(BasePool):  # type: ignore[misc]
     def refuse(self, refusal: Refusal) -> None:
         """Record why a message cannot run; it is acknowledged once that is written."""
         self._parts.runner.post(refusal)
+
+    def note_nameless(self) -> None:
+        """A message that belongs to no job was dropped; it shows that this worker receives."""
+        self._parts.runner.post(Nameless())
 
     def terminate_job(self, pid: int, signum: int | None = None) -> None:
         """Celery has ended this request by itself, so it is told nothing more about it.
