@@ -13,6 +13,7 @@
     │   └── RequestTooLarge
     ├── IdempotencyConflict    same key, another request
     ├── JobNotFound
+    ├── JobUnreadable          its row was written by hand, or by a later version
     ├── JobStateConflict       the job is not in a state that allows this
     ├── RequestRemoved         the job's request is not kept any more
     ├── ResponseRemoved        the job's response is not kept any more
@@ -122,6 +123,12 @@ class JobNotFound(GristmillError):
     """No such job."""
 
     code = "job_not_found"
+
+
+class JobUnreadable(GristmillError):
+    """The job's row holds what this version of Gristmill cannot read."""
+
+    code = "job_unreadable"
 
 
 class JobStateConflict(GristmillError):

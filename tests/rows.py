@@ -47,6 +47,7 @@ def insert(database: Database, *jobs: NewJob) -> list[UUID]:
 def view(database: Database, job_id: UUID) -> JobView:
     with database.begin() as connection:
         [job] = reads.find(connection, [job_id])
+    assert isinstance(job, JobView)
     return job
 
 

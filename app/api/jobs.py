@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from http import HTTPStatus
 from typing import Annotated, Any, Final
@@ -14,14 +16,16 @@ from pydantic import BaseModel
 from app.api import raw_bodies
 from app.api.answers import JSON, Held, answer, look
 from app.api.problems import documented
-from app.api.schemas import BulkAnswer, BulkRequest, Job, JobList
+from app.api.schemas import BulkAnswer, BulkRequest, Job, JobList, JobSummary
 from app.api.services import Here, Services
-from app.api.views import bulk_item, summary_of
-from app.errors import GristmillError, RequestError
+from app.api.views import bulk_item, summary_of, told
+from app.errors import GristmillError, JobUnreadable, RequestError
 from app.intake.submit import Submission, Submitted, parse_submission
 from app.jobs import JobState, job_id_of
 from app.store import cancellation, reads
-from app.store.reads import JobView
+from app.store.reads import JobView, Unreadable
+
+log = logging.getLogger(__name__)
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
@@ -241,7 +245,7 @@ async def list_jobs(
     ] = None,
     limit: Annotated[int, Query(ge=1, le=100, description="Most jobs of a page.")] = 20,
 ) -> JobList:
-    """Jobs without their answers, newest first."""
+    """Jobs without their answers, newest first. One whose row cannot be read is left out."""
     if since is not None and since.tzinfo is None:
         raise RequestError("since must name its zone, as in 2027-01-31T12:00:00Z.", param="since")
     page = await here.read(
@@ -254,16 +258,24 @@ async def list_jobs(
         after=job_id_of(after) if after else None,
         limit=limit + 1,
     )
-    data = [summary_of(view) for view in page[:limit]]
+    shown = page[:limit]
     return JobList(
-        data=data,
-        first_id=data[0].id if data else None,
-        last_id=data[-1].id if data else None,
+        data=list(_summaries(shown)),
+        first_id=shown[0].id if shown else None,
+        last_id=shown[-1].id if shown else None,
         has_more=len(page) > limit,
     )
 
 
-def _list_jobs(here: Services, **asked: Any) -> list[JobView]:
+def _summaries(views: Iterable[JobView | Unreadable]) -> Iterator[JobSummary]:
+    for view in views:
+        try:
+            yield told(summary_of, view)
+        except JobUnreadable as error:
+            log.warning("%s", error, extra={"job_id": view.id, "action": "job_unreadable"})
+
+
+def _list_jobs(here: Services, **asked: Any) -> list[JobView | Unreadable]:
     with here.database.begin() as connection:
         return reads.list_jobs(connection, **asked)
 

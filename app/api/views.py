@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
+
+from pydantic import ValidationError
 
 from app.api import problems
 from app.api.schemas import (
@@ -17,10 +20,12 @@ from app.api.schemas import (
     Timing,
     TokenUsage,
 )
-from app.errors import GristmillError
+from app.errors import GristmillError, JobUnreadable
 from app.intake.submit import Submitted
 from app.jobs import REPLAYED, AttemptOutcome, CloseReason
-from app.store.reads import AttemptView, BatchView, JobView, ResultView
+from app.store.reads import AttemptView, BatchView, JobView, ResultView, Unreadable
+
+T = TypeVar("T")
 
 NS_PER_S: Final = 1_000_000_000
 
@@ -31,6 +36,19 @@ def job_of(view: JobView) -> Job:
 
 def summary_of(view: JobView) -> JobSummary:
     return JobSummary(**_fields(view))
+
+
+def told(tell: Callable[[JobView], T], view: JobView | Unreadable) -> T:
+    """What `tell` makes of a job. Raises `JobUnreadable` if its row does not allow it."""
+    if isinstance(view, Unreadable):
+        raise view.error
+    try:
+        return tell(view)
+    except ValidationError as error:
+        where = ", ".join(".".join(map(str, each["loc"])) for each in error.errors())
+        raise JobUnreadable(f"The job's row cannot be read: {where} is wrong.") from None
+    except ValueError as error:
+        raise JobUnreadable(f"The job's row cannot be read: {error}.") from None
 
 
 def bulk_item(index: int, outcome: Submitted | GristmillError) -> BulkItem:

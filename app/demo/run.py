@@ -193,7 +193,8 @@ def _follow(
 
 def _records(database: Database, ids: Sequence[UUID]) -> list[JobView]:
     with database.begin() as connection:
-        return reads.find(connection, ids)
+        found = reads.find(connection, ids)
+    return [each for each in found if isinstance(each, JobView)]
 
 
 def _one_at_a_time(

@@ -36,7 +36,16 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 
-from app.jobs import FINAL_STATES, MAX_PRIORITY, AttemptOutcome, CloseReason, JobState, Kind
+from app.jobs import (
+    EARLIEST,
+    FINAL_STATES,
+    LATEST,
+    MAX_PRIORITY,
+    AttemptOutcome,
+    CloseReason,
+    JobState,
+    Kind,
+)
 
 DEFAULT_TENANT = "default"
 
@@ -69,6 +78,16 @@ def _one_of(column: str, values: type[enum.StrEnum] | frozenset[JobState]) -> Ch
     """The column holds a word of this vocabulary."""
     listed = ", ".join(f"'{value}'" for value in sorted(values))
     return CheckConstraint(f"{column} IN ({listed})", name=column)
+
+
+def _in_range(*stamps: str) -> CheckConstraint:
+    """Times that every client can read, see `app.jobs.bounded`; infinity is none of them."""
+    span = f"BETWEEN '{EARLIEST.date()}Z' AND '{LATEST.date()}Z'"
+    return CheckConstraint(" AND ".join(f"{stamp} {span}" for stamp in stamps), name="stamps")
+
+
+def _not_negative(*counts: str) -> CheckConstraint:
+    return CheckConstraint(" AND ".join(f"{count} >= 0" for count in counts), name="counts")
 
 
 jobs = Table(
@@ -170,6 +189,28 @@ jobs = Table(
     CheckConstraint(f"priority BETWEEN 0 AND {MAX_PRIORITY}", name="priority"),
     CheckConstraint("max_attempts >= 1", name="max_attempts"),
     CheckConstraint("format >= 1", name="format"),
+    _in_range(
+        "not_before",
+        "deadline",
+        "enqueued_at",
+        "cancel_requested_at",
+        "created_at",
+        "queued_at",
+        "claimed_at",
+        "finished_at",
+    ),
+    _not_negative("attempt", "attempts_charged", "losses", "input_tokens", "max_output_tokens"),
+    CheckConstraint(
+        "input_tokens <= 1000000000 AND max_output_tokens <= 1000000000", name="tokens"
+    ),
+    CheckConstraint(
+        "char_length(tenant) <= 200 AND char_length(model) <= 200 AND char_length(url) <= 200"
+        " AND char_length(idempotency_key) BETWEEN 1 AND 255",
+        name="lengths",
+    ),
+    CheckConstraint(
+        "jsonb_typeof(request) = 'object' AND jsonb_typeof(metadata) = 'object'", name="objects"
+    ),
     CheckConstraint("time_limit_s > 0 AND time_limit_s < 'Infinity'", name="time_limit"),
     CheckConstraint(
         "num_nulls(attempt_id, worker_id, batch_id) = CASE state WHEN 'running' THEN 0 ELSE 3 END",
@@ -267,6 +308,8 @@ attempts = Table(
     Column("cost", Money, comment="Price of that device time, in the worker's currency."),
     Column("error_code", Text, comment="Stable code of what ended it, see app.errors."),
     _one_of("outcome", AttemptOutcome),
+    _in_range("claimed_at", "started_at", "ended_at"),
+    _not_negative("number", "device_ns", "cost"),
     CheckConstraint(
         "num_nulls(ended_at, outcome, charged) IN (0, 3)",
         name="ended",
@@ -337,6 +380,11 @@ results = Table(
     Column("price_id", Text, comment="Entry of prices.toml that was charged."),
     _one_of("kind", Kind),
     _one_of("state", FINAL_STATES),
+    _in_range(
+        "created_at", "queued_at", "claimed_at", "started_at", "first_token_at", "finished_at"
+    ),
+    _not_negative("batch_size", "input_tokens", "output_tokens", "device_ns", "cost"),
+    CheckConstraint("jsonb_typeof(response) = 'object'", name="response"),
     # Retention: responses to remove, by age.
     Index(
         "results_responses",
@@ -395,6 +443,8 @@ batches = Table(
     Column("finished_at", Stamp, comment="Statistics last written; final once all members are."),
     _one_of("kind", Kind),
     _one_of("close_reason", CloseReason),
+    _in_range("opened_at", "claimed_at", "finished_at"),
+    _not_negative("num_jobs", "num_sequences", "useful_tokens", "padded_tokens", "device_ns"),
     Index("batches_by_age", "claimed_at"),
     postgresql_with={"fillfactor": "80"} | _AGEING,
     comment="One row per admission batch. It may mix tenants, so it belongs to none.",
@@ -423,6 +473,7 @@ workers = Table(
     Column("heartbeat_at", Stamp, nullable=False, comment="Lease last renewed."),
     Column("lease_expires_at", Stamp, nullable=False, comment="Its attempts are lost after this."),
     Column("stopped_at", Stamp, comment="Said goodbye; null while up, and for ever if killed."),
+    _in_range("started_at", "heartbeat_at", "lease_expires_at", "stopped_at"),
     # Renewed every few seconds and tiny: room for each renewal to stay in its page.
     postgresql_with={"fillfactor": "50"},
     comment="One row per start of a worker process: its lease, device and price.",

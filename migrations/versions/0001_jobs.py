@@ -30,6 +30,17 @@ branch_labels = None
 depends_on = None
 
 
+def in_range(table: str, *stamps: str) -> CheckConstraint:
+    span = "BETWEEN '0001-01-02Z' AND '9999-12-30Z'"
+    checks = " AND ".join(f"{stamp} {span}" for stamp in stamps)
+    return CheckConstraint(checks, name=op.f(f"{table}_stamps_check"))
+
+
+def not_negative(table: str, *counts: str) -> CheckConstraint:
+    checks = " AND ".join(f"{count} >= 0" for count in counts)
+    return CheckConstraint(checks, name=op.f(f"{table}_counts_check"))
+
+
 def upgrade() -> None:
     op.create_table(
         "batches",
@@ -73,6 +84,15 @@ def upgrade() -> None:
             name=op.f("batches_close_reason_check"),
         ),
         CheckConstraint("kind IN ('embed', 'generate')", name=op.f("batches_kind_check")),
+        in_range("batches", "opened_at", "claimed_at", "finished_at"),
+        not_negative(
+            "batches",
+            "num_jobs",
+            "num_sequences",
+            "useful_tokens",
+            "padded_tokens",
+            "device_ns",
+        ),
         PrimaryKeyConstraint("id", name=op.f("batches_pkey")),
         comment="One row per admission batch. It may mix tenants, so it belongs to none.",
         postgresql_with={"fillfactor": "80"} | AGEING,
@@ -209,6 +229,33 @@ def upgrade() -> None:
         CheckConstraint(
             "time_limit_s > 0 AND time_limit_s < 'Infinity'", name=op.f("jobs_time_limit_check")
         ),
+        in_range(
+            "jobs",
+            "not_before",
+            "deadline",
+            "enqueued_at",
+            "cancel_requested_at",
+            "created_at",
+            "queued_at",
+            "claimed_at",
+            "finished_at",
+        ),
+        not_negative(
+            "jobs", "attempt", "attempts_charged", "losses", "input_tokens", "max_output_tokens"
+        ),
+        CheckConstraint(
+            "input_tokens <= 1000000000 AND max_output_tokens <= 1000000000",
+            name=op.f("jobs_tokens_check"),
+        ),
+        CheckConstraint(
+            "char_length(tenant) <= 200 AND char_length(model) <= 200 AND char_length(url) <= 200"
+            " AND char_length(idempotency_key) BETWEEN 1 AND 255",
+            name=op.f("jobs_lengths_check"),
+        ),
+        CheckConstraint(
+            "jsonb_typeof(request) = 'object' AND jsonb_typeof(metadata) = 'object'",
+            name=op.f("jobs_objects_check"),
+        ),
         PrimaryKeyConstraint("id", name=op.f("jobs_pkey")),
         comment="One row per accepted job: its request, its state, and who may move it next.",
         postgresql_with={
@@ -299,6 +346,7 @@ def upgrade() -> None:
             "lease_expires_at", Stamp, nullable=False, comment="Its attempts are lost after this."
         ),
         Column("stopped_at", Stamp, comment="Said goodbye; null while up, and for ever if killed."),
+        in_range("workers", "started_at", "heartbeat_at", "lease_expires_at", "stopped_at"),
         PrimaryKeyConstraint("id", name=op.f("workers_pkey")),
         comment="One row per start of a worker process: its lease, device and price.",
         postgresql_with={"fillfactor": "50"},
@@ -334,6 +382,8 @@ def upgrade() -> None:
         CheckConstraint(
             "num_nulls(ended_at, outcome, charged) IN (0, 3)", name=op.f("attempts_ended_check")
         ),
+        in_range("attempts", "claimed_at", "started_at", "ended_at"),
+        not_negative("attempts", "number", "device_ns", "cost"),
         ForeignKeyConstraint(
             ["job_id"], ["jobs.id"], name=op.f("attempts_job_id_fkey"), ondelete="CASCADE"
         ),
@@ -397,6 +447,17 @@ def upgrade() -> None:
             "state IN ('cancelled', 'completed', 'expired', 'failed')",
             name=op.f("results_state_check"),
         ),
+        in_range(
+            "results",
+            "created_at",
+            "queued_at",
+            "claimed_at",
+            "started_at",
+            "first_token_at",
+            "finished_at",
+        ),
+        not_negative("results", "batch_size", "input_tokens", "output_tokens", "device_ns", "cost"),
+        CheckConstraint("jsonb_typeof(response) = 'object'", name=op.f("results_response_check")),
         ForeignKeyConstraint(
             ["job_id"], ["jobs.id"], name=op.f("results_job_id_fkey"), ondelete="CASCADE"
         ),
