@@ -222,8 +222,8 @@ Prompt = str | tuple[int, ...] | tuple[ChatMessage, ...]
 
 @dataclass(frozen=True)
 class Request:
-    """A checked request. `raw` is the body as it was sent, only with a schema in it as JSON text:
-    what is stored and fingerprinted."""
+    """A checked request. `raw` is the body as it was sent, without nulls and with a schema as
+    JSON text: what is stored and fingerprinted."""
 
     url: Url
     body: Body
@@ -306,16 +306,20 @@ class Request:
 
 
 def parse(raw: object, url: str | None = None) -> Request:
-    """Check a body and return the request.
+    """Check a body and return the request. A known field that is null counts as left out: many
+    clients write all that they know.
 
     Raises `RequestError` whose `param` names the first wrong field and whose message never quotes
     the value: it may be a prompt.
     """
     if not isinstance(raw, dict):
         raise RequestError("The request body must be a JSON object.", param="body")
-    known_url = _url(raw, url)
+    given = {name: raw[name] for name in raw if raw[name] is not None}
+    known_url = _url(given, url)
+    of = BODIES[known_url]
+    raw = given | {name: None for name in raw if name not in given and name not in of.model_fields}
     try:
-        body = BODIES[known_url].model_validate(raw)
+        body = of.model_validate(raw)
     except ValidationError as error:
         raise first_problem(error, raw) from None
     if not isinstance(body, EmbeddingBody):
