@@ -23,7 +23,6 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from app.errors import SchemaError
 from app.store.address import Address
-from app.store.encoding import load_all
 from app.store.link import Found, Link, connect, is_lost
 from app.store.translation import Locked, translated_errors
 
@@ -87,7 +86,6 @@ class Database:
         )
         self._clock: Final = Clock()
         self._is_pooler_told = False
-        event.listen(self._engine, "connect", lambda connection, _: load_all(connection))
         event.listen(self._engine, "connect", self._note_connected)
         _try_what_was_idle(self._engine)
         self._transactions: Final = in_transactions(self._engine)

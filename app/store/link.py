@@ -12,14 +12,13 @@ import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, Final
 
 import psycopg
-from psycopg.abc import Buffer
-from psycopg.types.datetime import TimestamptzLoader
 
 from app.store.address import Address
+from app.store.encoding import load_all
 
 OURS: Final = (
     "statement_timeout",
@@ -54,10 +53,6 @@ class Found:
     missing: tuple[str, ...]  #: names of settings that were not taken at the start
     server_time: datetime
     asked_s: float  #: monotonic time at which `server_time` was about right
-
-
-FIRST: Final = datetime.min.replace(tzinfo=UTC)
-LAST: Final = datetime.max.replace(tzinfo=UTC)
 
 
 class Link(psycopg.Connection[tuple[Any, ...]]):
@@ -100,7 +95,7 @@ def connect(address: Address) -> Link:
 
 def _open(address: Address, options: str) -> Link:
     link = Link.connect(**address.libpq, options=options, autocommit=True)  # type: ignore[arg-type]
-    link.adapters.register_loader("timestamptz", _AnyTime)
+    load_all(link)
     return link
 
 
@@ -120,18 +115,6 @@ def _look(link: Link, address: Address) -> Found:
         server_time=now,
         asked_s=asked_s,
     )
-
-
-class _AnyTime(TimestamptzLoader):
-    """Times that Python has none for, as infinity, are read as the first or the last it has: no
-    row is beyond reading."""
-
-    def load(self, data: Buffer) -> datetime:
-        try:
-            return super().load(data)
-        except (psycopg.DataError, OverflowError):
-            is_before = bytes(data).startswith(b"-") or bytes(data).endswith(b"BC")
-            return FIRST if is_before else LAST
 
 
 def is_lost(error: BaseException | None) -> bool:
