@@ -40,6 +40,9 @@ GREEDY_BELOW: Final = 1e-5
 LEAST_PENALTY: Final = 1e-6
 """Repetition penalties under this count as this much: logits divided by less would overflow."""
 
+LEAST_LOGPROB: Final = -9999.0
+"""Of a token that cannot come, as in the OpenAI API: JSON has no word for minus infinity."""
+
 _BLOCK: Final = 256  # torch searches an index along a row slowly; maxima of blocks come first
 
 
@@ -235,7 +238,7 @@ class RowSampler:
         return logits.index_add(0, plan.masked, bias)
 
     def _score(self, logits: Tensor, tokens: Tensor, plan: Plan) -> Sampled:
-        logprobs = torch.log_softmax(logits[plan.scored].float(), dim=-1)
+        logprobs = torch.log_softmax(logits[plan.scored].float(), dim=-1).clamp_(LEAST_LOGPROB)
         chosen = logprobs.gather(1, tokens[plan.scored].clamp(min=0)[:, None])[:, 0]
         values, ids = logprobs.topk(min(max(k for _, k in plan.num_top), self.vocab_size))
         return Sampled(tokens, plan.num_top, chosen, ids, values)

@@ -366,3 +366,13 @@ def test_whatever_a_request_may_say_a_token_comes(spread: float, **given: Any) -
 
         # then every row has a token
         assert ((tokens >= 0) & (tokens < VOCAB)).all()
+
+
+def test_a_token_that_cannot_come_has_a_log_probability_that_json_can_hold() -> None:
+    logits = random_logits(1)
+    logits[0, 3:] = -math.inf
+
+    found = sample(logits, params(temperature=0, logprobs=20)).logprobs()[0]
+
+    assert len(found.top) == 20
+    assert all(math.isfinite(logprob) for _, logprob in found.top)
