@@ -121,15 +121,15 @@ def requests(draw: st.DrawFn) -> dict[str, Any]:
     return draw(_METADATA) | base
 
 
-_TIMES: Final = (
+TIMES: Final = (
     st.datetimes(timezones=st.sampled_from([None, timezone(timedelta(hours=-12)), UTC])).map(
         lambda stamp: stamp.isoformat()
     )
     | TEXTS
 )
 _OPTIONS: Final = {
-    "eta": _TIMES,
-    "expires": _TIMES,
+    "eta": TIMES,
+    "expires": TIMES,
     "timelimit": st.lists(st.none() | NUMBERS, min_size=2, max_size=2),
     "retries": ANYTHING,
     "group": ANYTHING,

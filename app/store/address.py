@@ -54,6 +54,8 @@ class Address:
             given = conninfo_to_dict(f"postgresql://{match['rest']}")
         except psycopg.Error as error:
             raise ConfigError(f"{name} {_what_is_wrong(url, str(error))}") from None
+        except UnicodeDecodeError:
+            raise ConfigError(f"{name} holds bytes, percent-encoded, that are no UTF-8.") from None
         libpq = {key: str(value) for key, value in given.items()}
         _check(libpq, name)
         settings, others = _split_options(libpq.pop("options", ""))

@@ -445,7 +445,7 @@ def test_matchers_of_one_grammar_know_nothing_of_each_other(inflight: InflightEn
 @pytest.mark.parametrize("shift", range(4))
 def test_a_bug_in_the_library_is_a_refusal_of_that_schema(shift: int) -> None:
     """It panics where it cuts a long text for its error inside a character."""
-    wrong = schema({"minItems": ["x" * shift + "\U000492d5" * 60], "type": ["object"], "const": 1})
+    wrong = schema({"minItems": ["x" * shift + "\U000492d5" * 60]})
 
     with pytest.raises(InvalidSchema):
         check(wrong)
