@@ -26,17 +26,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Final
 from uuid import UUID
 
 from app.broker.message import Message
 from app.broker.publisher import Publisher
-from app.broker.queues import PRIORITY_STEPS
 from app.config.settings import Settings
 from app.errors import Unavailable
-from app.jobs import MAX_PRIORITY
 from app.store import retention, submissions, sweeps
 from app.store.database import Database
 from app.store.sweeps import WakeUp
@@ -51,9 +48,6 @@ MAX_RETENTION_PAGES: Final = 10
 
 SEND_GRACE_S: Final = 3.0
 """Time for whoever wrote a job to send its message; after that it was held back, or lost."""
-
-PRIORITIES: Final = tuple(range(*ends) for ends in pairwise([*PRIORITY_STEPS, MAX_PRIORITY + 1]))
-"""The priorities that share each list of a queue."""
 
 DAY_S: Final = 86_400
 
@@ -178,7 +172,7 @@ class Rescue:
         So a queue full of patient jobs does not keep an urgent one in Postgres.
         """
         sent = ahead = 0
-        for priorities, length in zip(PRIORITIES, lengths, strict=True):
+        for priorities, length in zip(self._publisher.layout.bands, lengths, strict=True):
             ahead += length
             sent += self._send_pages(model, priorities, self._max_messages - ahead - sent)
         return sent

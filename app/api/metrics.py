@@ -6,6 +6,7 @@ their number is bounded.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -129,3 +130,12 @@ class SystemCollector(Collector):
         for model, length in lengths.items():
             messages.add_metric([model], length)
         yield messages
+        unread = GaugeMetricFamily(
+            "gristmill_unread_messages",
+            "Messages in Redis in lists that no worker with these settings reads.",
+            labels=["list"],
+        )
+        with contextlib.suppress(GristmillError):
+            for key, length in self._publisher.unread().items():
+                unread.add_metric([key], length)
+            yield unread

@@ -6,7 +6,8 @@ Queues. `gristmill.<model>` for each configured model, and `broker.default_queue
 messages that name no queue. All hang on the anonymous exchange, whose routing key is the queue's
 name: there are no bindings that FLUSHALL could lose.
 
-Keys, in the one database the URL names; kombu owns the layout:
+Keys, in the one database the URL names, each after `broker.key_prefix`; kombu owns the layout.
+The lists here are those of the default `broker.priority_steps` and `broker.sep`:
 
     <queue>                            list: waiting messages of priority 0 to 2; LPUSH, BRPOP
     <queue>\\x06\\x163  \\x06\\x166  \\x06\\x169   lists: priorities 3 to 5, 6 to 8, and 9
@@ -31,5 +32,5 @@ Message. Celery protocol 2 as JSON, one element of the list:
                       "delivery_info": {"exchange": "", "routing_key": the queue},
                       "priority": 0 to 9}
 
-`message.raw_message` builds the smallest one accepted; `queues.list_key` names its list.
+`message.raw_message` builds the smallest one accepted; `queues.Layout.key` names its list.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, Final, NoReturn
 
 from celery import Celery, signals
@@ -10,7 +11,8 @@ from kombu.transport import TRANSPORT_ALIASES
 from app import telemetry
 from app.broker.message import TASK_NAMES
 from app.broker.queues import queue_name, served_models
-from app.config.settings import Settings
+from app.config.broker_url import for_kombu, tls_of
+from app.config.settings import BrokerSettings, Settings
 
 _TRANSPORTS: Final = {
     "redis": "app.broker.transport:Transport",
@@ -19,10 +21,15 @@ _TRANSPORTS: Final = {
 }
 """By the scheme of a URL. Celery's own setting of a transport is forgotten at a failover."""
 
+_OVERRIDES: Final = ("CELERY_BROKER_URL", "CELERY_BROKER_READ_URL", "CELERY_BROKER_WRITE_URL")
+"""Variables that Celery would heed before `broker.url`: they are of another app of this machine."""
+
 
 def make_app(settings: Settings) -> Celery:
     """The Celery app of producers, worker and Flower. Opens no connection."""
     TRANSPORT_ALIASES.update(_TRANSPORTS)
+    for name in _OVERRIDES:
+        os.environ.pop(name, None)
     app = Celery("gristmill", set_as_current=False)
     app.settings = settings
     app.conf.update(_celery_settings(settings))
@@ -36,15 +43,13 @@ def make_app(settings: Settings) -> Celery:
 
 
 def _celery_settings(settings: Settings) -> dict[str, Any]:
-    broker = settings.broker
+    broker, tls = settings.broker, tls_of(settings.broker.url)
     names = [*map(queue_name, settings.models), broker.default_queue]
     sizes = {name: settings.models[name].max_batch_size for name in served_models(settings)}
     return {
-        "broker_url": broker.url,
+        "broker_url": for_kombu(broker.url),
         # kombu would take any certificate; ssl_cert_reqs in the URL says otherwise.
-        "broker_use_ssl": {"ssl_cert_reqs": "required"}
-        if broker.url.startswith("rediss")
-        else None,
+        "broker_use_ssl": None if tls is None else {"ssl_cert_reqs": "required"},
         "worker_pool": "app.worker.pool.pool:EnginePool",
         "worker_consumer": "app.worker.pool.consumer:Consumer",
         # Messages held: one batch running and one forming for each model; not threads.
@@ -67,6 +72,10 @@ def _celery_settings(settings: Settings) -> dict[str, Any]:
             "unacked_restore_throttle": 6,
             "socket_timeout": broker.socket_timeout_s,
             "socket_connect_timeout": 5,
+            "priority_steps": list(broker.priority_steps),
+            "sep": broker.sep,
+            "global_keyprefix": broker.key_prefix,
+            **_sentinel_options(broker, tls),
             "socket_keepalive": True,
             "health_check_interval": 25,
             # Each model holds one batch that runs and one that forms, whatever others wait for.
@@ -83,6 +92,20 @@ def _celery_settings(settings: Settings) -> dict[str, Any]:
         "worker_redirect_stdouts": False,
         "worker_enable_remote_control": True,
     }
+
+
+def _sentinel_options(broker: BrokerSettings, tls: dict[str, str] | None) -> dict[str, Any]:
+    """How to ask the Sentinels, which have a password of their own, for the master."""
+    if not broker.sentinel_master:
+        return {}
+    asking: dict[str, Any] = {"socket_timeout": 5, "socket_connect_timeout": 5}
+    if broker.sentinel_password:
+        asking["password"] = broker.sentinel_password
+    if broker.sentinel_username:
+        asking["username"] = broker.sentinel_username
+    if tls is not None:
+        asking |= {"ssl": True, "ssl_cert_reqs": "required"} | tls
+    return {"master_name": broker.sentinel_master, "sentinel_kwargs": asking}
 
 
 def _never_run(*_: object, **__: object) -> NoReturn:

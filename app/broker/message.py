@@ -31,7 +31,7 @@ class Message:
 def raw_message(
     job_id: UUID | str, kind: Kind, request: dict[str, Any], *, queue: str, priority: int = 0
 ) -> bytes:
-    """The smallest message that is accepted: LPUSH it to `list_key(queue, priority)`."""
+    """The smallest message that is accepted: LPUSH it to `Layout.key(queue, priority)`."""
     body = json.dumps([[], request, {}]).encode()
     envelope = {
         "body": base64.b64encode(body).decode(),

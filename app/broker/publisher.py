@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
+
+import redis
 
 from app.broker.app import make_app
 from app.broker.message import FORMAT_HEADER, TASK_NAMES, Message
-from app.broker.queues import PRIORITY_STEPS, list_key, queue_name
+from app.broker.queues import Layout, queue_name
 from app.broker.refusal import as_unavailable
+from app.broker.unread import unread
 from app.config.settings import Settings
 from app.requests.bodies import FORMAT
+
+LOOK_EVERY_S: Final = 60.0
+"""Pause between two looks for messages that nobody reads: each goes through many keys."""
 
 
 class Publisher:
@@ -23,7 +30,10 @@ class Publisher:
     """
 
     def __init__(self, settings: Settings) -> None:
+        self.layout = Layout.of(settings)
         self._inline_requests = settings.broker.inline_requests
+        self._unread: dict[str, int] = {}
+        self._look_again_at = 0.0
         timeout_s = settings.broker.publish_timeout_s
         self._app = make_app(settings)
         self._app.conf.broker_pool_acquire_timeout = timeout_s
@@ -76,7 +86,7 @@ class Publisher:
         return {model: sum(lengths) for model, lengths in self.list_lengths(models).items()}
 
     def list_lengths(self, models: Collection[str]) -> dict[str, list[int]]:
-        """Messages waiting in each model's queue, by `PRIORITY_STEPS`. One round trip."""
+        """Messages waiting in each model's queue, by the steps of `layout`. One round trip."""
         return dict(zip(models, self._lengths(map(queue_name, models)), strict=True))
 
     def backlog(self, queues: Iterable[str]) -> int:
@@ -91,11 +101,21 @@ class Publisher:
         ):
             pipe = connection.default_channel.client.pipeline(transaction=False)
             for queue in queues:
-                for step in PRIORITY_STEPS:
-                    pipe.llen(list_key(queue, step))
+                for step in self.layout.steps:
+                    pipe.llen(self.layout.name(queue, step))
             lengths = pipe.execute()
-        steps = len(PRIORITY_STEPS)
+        steps = len(self.layout.steps)
         return [lengths[at : at + steps] for at in range(0, len(lengths), steps)]
+
+    def unread(self) -> dict[str, int]:
+        """Messages in lists that nobody here reads, by list; as of a minute ago at most."""
+        now = time.monotonic()
+        if now >= self._look_again_at:
+            with as_unavailable(), self._app.pool.acquire(block=True) as connection:
+                plain = redis.Redis(connection_pool=connection.default_channel.pool)
+                self._unread = unread(self._app.settings, plain)
+            self._look_again_at = now + LOOK_EVERY_S
+        return self._unread
 
     def close(self) -> None:
         self._app.close()

@@ -3,29 +3,53 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from typing import Final
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Self
 
 from app.config.settings import Settings
-
-PRIORITY_STEPS: Final = (0, 3, 6, 9)
-"""Kombu's own: a queue is one list per step, and a message goes to the last step not above it."""
+from app.jobs import MAX_PRIORITY
 
 
 def queue_name(model: str) -> str:
     return f"gristmill.{model}"
 
 
-def priority_step(priority: int) -> int:
-    """The place in `PRIORITY_STEPS` of the list for messages of this priority."""
-    return bisect_right(PRIORITY_STEPS, priority) - 1
-
-
-def list_key(queue: str, priority: int = 0) -> str:
-    """The Redis list that holds a queue's messages of this priority."""
-    step = PRIORITY_STEPS[priority_step(priority)]
-    return f"{queue}\x06\x16{step}" if step else queue
-
-
 def served_models(settings: Settings) -> tuple[str, ...]:
     """The models that a worker with these settings takes messages for."""
     return settings.worker.models or tuple(settings.models)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How Redis keeps a queue: one list for each step of priority, under a key of kombu's making.
+
+    Producers and workers must agree in it, or messages lie where nobody looks.
+    """
+
+    steps: tuple[int, ...] = (0, 3, 6, 9)  #: a message goes to the last that is not above it
+    sep: str = "\x06\x16"
+    prefix: str = ""
+
+    @classmethod
+    def of(cls, settings: Settings) -> Self:
+        broker = settings.broker
+        return cls(broker.priority_steps, broker.sep, broker.key_prefix)
+
+    @property
+    def bands(self) -> tuple[range, ...]:
+        """The priorities that share each list."""
+        return tuple(range(*ends) for ends in pairwise([*self.steps, MAX_PRIORITY + 1]))
+
+    def step(self, priority: int) -> int:
+        """The place in `steps` of the list for messages of this priority."""
+        return bisect_right(self.steps, priority) - 1
+
+    def key(self, queue: str, priority: int = 0) -> str:
+        """The whole key of the list that holds a queue's messages of this priority."""
+        return self.prefix + self.name(queue, priority)
+
+    def name(self, queue: str, priority: int = 0) -> str:
+        """The key for kombu's own client, which puts the prefix in front of it."""
+        step = self.steps[self.step(priority)]
+        return f"{queue}{self.sep}{step}" if step else queue

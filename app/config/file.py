@@ -23,9 +23,11 @@ from typing import Any, Final
 from pydantic import BaseModel, ValidationError
 
 from app.config import run_file
+from app.config.broker_url import problem_in
 from app.config.environment import is_service_link
 from app.config.settings import ModelSettings, PriceSettings, Settings
 from app.errors import ConfigError
+from app.jobs import MAX_PRIORITY
 
 PROJECT: Final = Path(__file__).resolve().parents[2]
 """The checkout: relative folders in settings start here."""
@@ -197,6 +199,9 @@ def _shown(file: Path) -> str:
 # ── checking ────────────────────────────────────────────────────────────────────────────────────
 
 
+_POSTGRES: Final = ("postgresql", "postgres")
+
+
 class _Problems:
     """Turns what is wrong into sentences that name file and line."""
 
@@ -228,12 +233,17 @@ class _Problems:
             raise self._error(problems)
 
     def _check_urls(self, settings: Settings) -> Iterator[str]:
-        for key, url, schemes in (
-            (("database", "url"), settings.database.url, ("postgresql", "postgres")),
-            (("broker", "url"), settings.broker.url, ("redis", "rediss", "sentinel", "unix")),
-        ):
-            if url and url.partition("://")[0].partition("+")[0] not in schemes:
-                yield self._at(key, f"must begin with {schemes[0]}://.")
+        database, broker = settings.database.url, settings.broker
+        if database and database.partition("://")[0].partition("+")[0] not in _POSTGRES:
+            yield self._at(("database", "url"), "must begin with postgresql://.")
+        if broker.url and (problem := problem_in(broker.url, broker.sentinel_master)):
+            yield self._at(("broker", "url"), problem)
+        steps = broker.priority_steps
+        if steps != tuple(sorted({0, *steps} & set(range(MAX_PRIORITY + 1)))):
+            yield self._at(
+                ("broker", "priority_steps"),
+                f"must begin with 0 and rise, up to {MAX_PRIORITY} at most.",
+            )
 
     def _check_worker(self, settings: Settings) -> Iterator[str]:
         worker = settings.worker
@@ -355,4 +365,6 @@ def rows(loaded: Loaded) -> Iterator[tuple[str, Any, str]]:
         shown = (
             re.sub(r"(://[^/@]*:)[^/@]+@", r"\1***@", value) if isinstance(value, str) else value
         )
+        if key[-1].endswith("password") and value:
+            shown = "***"
         yield ".".join(key), shown, loaded.source(key)

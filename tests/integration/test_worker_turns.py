@@ -9,7 +9,7 @@ from uuid import uuid4
 import redis
 
 from app.broker.message import raw_message
-from app.broker.queues import list_key
+from app.broker.queues import Layout
 from app.config.settings import ModelSettings, Settings
 from app.jobs import Kind
 from tests.waiting import eventually
@@ -27,7 +27,7 @@ def push(client: redis.Redis, queue: str, model: str, number: int, priority: int
     for job_id in ids:
         body = {"prompt": "x\nsleep 50", "model": model}
         item = raw_message(job_id, Kind.GENERATE, body, queue=queue, priority=priority)
-        client.lpush(list_key(queue, priority), item)
+        client.lpush(Layout().key(queue, priority), item)
     return ids
 
 

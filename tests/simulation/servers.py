@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from app.broker.message import Message as WakeUp
-from app.broker.queues import PRIORITY_STEPS
+from app.broker.queues import Layout
 from app.errors import Unavailable
 from tests.simulation.engine import MODELS
 
@@ -107,6 +107,7 @@ class Queue:
 
     def __init__(self, world: World) -> None:
         self._world = world
+        self.layout = Layout()
         self.lists: dict[str, list[Message]] = {name: [] for name in MODELS}
 
     def put(self, message: Message) -> None:
@@ -123,7 +124,7 @@ class Queue:
 
     def list_lengths(self, models: Iterable[str]) -> dict[str, list[int]]:
         """All of the simulation's messages have the first priority."""
-        rest = [0] * (len(PRIORITY_STEPS) - 1)
+        rest = [0] * (len(self.layout.steps) - 1)
         return {model: [length, *rest] for model, length in self.queue_lengths(models).items()}
 
     def queue_lengths(self, models: Iterable[str]) -> dict[str, int]:

@@ -19,7 +19,7 @@ from app.broker.app import _celery_settings, make_app
 from app.broker.commands import flower_command
 from app.broker.message import Message, raw_message
 from app.broker.publisher import Publisher
-from app.broker.queues import list_key
+from app.broker.queues import Layout
 from app.config.settings import ModelSettings, Settings
 from app.errors import ConfigError
 from app.jobs import Kind
@@ -96,7 +96,7 @@ def test_certificates_are_checked_unless_the_url_says_otherwise(
 def test_the_list_of_a_priority_is_the_one_that_kombu_reads(priority: int) -> None:
     channel = object.__new__(Channel)
 
-    assert list_key("q", priority) == channel._q_for_pri("q", priority)
+    assert Layout().key("q", priority) == channel._q_for_pri("q", priority)
 
 
 # ── the message ─────────────────────────────────────────────────────────────────────────────────

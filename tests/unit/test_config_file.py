@@ -75,7 +75,9 @@ def test_default_toml_shows_every_setting_at_its_default(write):
         ('[worker]\ndevice = "gpu"', "my.toml line 3: worker.device should match"),
         ('[database]\nurl = "mysql://host/name"', "my.toml line 3: database.url must begin with "
          "postgresql://."),
-        ('[broker]\nurl = "amqp://host"', "my.toml line 3: broker.url must begin with redis://."),
+        ('[broker]\nurl = "amqp://host"', "my.toml line 3: broker.url must begin with redis://,"),
+        ("[broker]\npriority_steps = [3, 6]", "my.toml line 3: broker.priority_steps must begin "
+         "with 0 and rise"),
         ("[worker", "my.toml: is not TOML: "),
     ],
 )  # fmt: skip

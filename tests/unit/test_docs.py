@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from app.api import problems
+from app.broker.rights import Role, rules
 from app.cli import cli
 from app.config.settings import ModelSettings, PriceSettings, Settings
 from app.demo.prompts import prompts
@@ -124,6 +126,15 @@ def test_the_settings_are_those_of_the_code() -> None:
     assert told.strip() == _settings_table(), f"It should be:\n\n{_settings_table()}\n"
 
 
+def test_the_rights_of_redis_users_are_those_of_the_code() -> None:
+    page = PAGES[ROOT / "docs" / "redis.md"].replace("\\|", "|")
+
+    for role in Role:
+        keys, commands = " ".join(rules(Settings(), role)).split(" -@all ")
+        assert f"`{keys.removeprefix('resetkeys ')}`" in page
+        assert f"`{commands}`" in page
+
+
 def test_every_setting_that_is_named_exists() -> None:
     sections = {
         name: field.annotation.model_fields
@@ -180,8 +191,8 @@ def _default(field: Any) -> str:
             return f"`{number:g}`"
         case () | {}:
             return "none"
-        case text:
-            return f'`"{text}"`'
+        case value:
+            return f"`{json.dumps(value)}`"
 
 
 def test_the_numbers_in_the_text_are_those_of_the_code() -> None:

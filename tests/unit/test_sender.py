@@ -11,7 +11,7 @@ from uuid import uuid4
 import pytest
 
 from app.broker.message import Message
-from app.broker.queues import priority_step
+from app.broker.queues import Layout
 from app.errors import Unavailable
 from app.intake import sender as sending
 from app.intake.sender import Sender
@@ -25,6 +25,7 @@ class Redis:
     """In place of a publisher: up or away, and counting. Messages stay until a test takes them."""
 
     def __init__(self) -> None:
+        self.layout = Layout()
         self.is_away = False
         self.num_failures = 0
         self.num_looks = 0
@@ -35,7 +36,7 @@ class Redis:
         self._answer()
         for message in messages:
             self.sent.append(message)
-            self.waiting[priority_step(message.priority)] += 1
+            self.waiting[self.layout.step(message.priority)] += 1
 
     def list_lengths(self, models: Collection[str]) -> dict[str, list[int]]:
         self._answer()

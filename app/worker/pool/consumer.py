@@ -9,14 +9,18 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any, Final
 
 from celery.worker import state as celery_state
 from celery.worker.consumer.consumer import Consumer as CeleryConsumer
 from kombu.message import Message
+from redis.exceptions import NoPermissionError
 
-from app.broker.refusal import said
+from app.broker.client import connected
+from app.broker.refusal import as_unavailable, reply_of, said
+from app.broker.rights import Role, missing
 from app.config.settings import Settings
 from app.errors import GristmillError, RequestError, Unavailable
 from app.jobs import Kind, job_id_of
@@ -73,7 +77,7 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]
 
     def _cannot_connect(self, error: Exception, _: float) -> None:
         self.pool.note_broker_trouble()
-        super().on_connection_error_before_connected(Unavailable(said(error)))
+        super().on_connection_error_before_connected(self._trouble(error))
 
     def on_connection_error_before_connected(self, exc: Exception) -> None:
         self._cannot_connect(exc, 0.0)
@@ -81,8 +85,18 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:
         self.pool.note_broker_trouble()
-        super().on_connection_error_after_connected(Unavailable(said(exc)))
+        super().on_connection_error_after_connected(self._trouble(exc))
         self._pause()
+
+    def _trouble(self, error: Exception) -> Unavailable:
+        """What Redis said, and where it is about rights, which are missing."""
+        text = said(error)
+        if isinstance(reply_of(error), NoPermissionError):
+            settings: Settings = self.app.settings
+            with suppress(Unavailable), connected(settings) as client, as_unavailable():
+                if lacking := missing(settings, client, Role.WORKER):
+                    text += f" The user lacks {', '.join(lacking)}: see docs/redis.md."
+        return Unavailable(text)
 
     def _pause(self) -> None:
         """A server that is there and refuses is connected to at once, and refuses at once."""

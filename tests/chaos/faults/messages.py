@@ -10,7 +10,7 @@ from typing import Any, Final
 from uuid import uuid4
 
 from app.broker.message import raw_message
-from app.broker.queues import list_key, queue_name
+from app.broker.queues import Layout, queue_name
 from app.jobs import Kind
 from app.worker.pool.envelope import task_id_in
 from tests import bad_messages
@@ -38,7 +38,7 @@ def forged_wake_ups(scene: Scene) -> None:
         for job_id, request in asked:
             queue, priority = queue_name(scene.rng.choice(MODELS)), scene.rng.randrange(10)
             item = raw_message(job_id, Kind.GENERATE, request, queue=queue, priority=priority)
-            client.lpush(list_key(queue, priority), item)
+            client.lpush(Layout().key(queue, priority), item)
     scene.note(f"{len(asked):,} wake-ups beside those of the load.")
     for job_id in unknown:
         scene.load.note_message(job_id, expect=REFUSED)

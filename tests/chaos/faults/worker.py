@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-from app.broker.queues import list_key
+from app.broker.queues import Layout
 from tests.chaos.checker import Evidence
 from tests.chaos.proxy import LOST
 from tests.chaos.scene import Scene, fault
@@ -118,7 +118,7 @@ def _deliver_ended_again(scene: Scene, ended: dict[str, int]) -> dict[str, int]:
             message, _, queue = json.loads(raw)
             job_id = message["headers"]["id"]
             if job_id in ended:
-                key = list_key(queue, message["properties"].get("priority") or 0)
+                key = Layout().key(queue, message["properties"].get("priority") or 0)
                 client.lpush(key, json.dumps(message))
                 sent[job_id] = ended[job_id]
     return sent
