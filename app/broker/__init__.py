@@ -3,8 +3,9 @@
 The row in Postgres is the truth; a message is a wake-up that may be lost, doubled or late.
 
 Queues. `gristmill.<model>` for each configured model, and `broker.default_queue` ("celery") for
-messages that name no queue. All hang on the anonymous exchange, whose routing key is the queue's
-name: there are no bindings that FLUSHALL could lose.
+messages that name no queue; `gristmill.<model>@2` for jobs whose request is of format 2, and so
+on, which only versions that read it take from. All hang on the anonymous exchange, whose routing
+key is the queue's name: there are no bindings that FLUSHALL could lose.
 
 Keys, in the one database the URL names, each after `broker.key_prefix`; kombu owns the layout.
 The lists here are those of the default `broker.priority_steps` and `broker.sep`:
@@ -27,7 +28,8 @@ Message. Celery protocol 2 as JSON, one element of the list:
     content-type      "application/json"
     content-encoding  "utf-8"
     headers           {"lang": any text, "task": "inference.generate" or "inference.embed",
-                      "id": the job's UUID}; Celery's optional ones are honoured (eta, expires)
+                      "id": the job's UUID}; Celery's optional ones are honoured (eta, expires,
+                      timelimit), and "request_format" is that of the request, 1 if left out
     properties        {"delivery_tag": a new UUID every time, "body_encoding": "base64",
                       "delivery_info": {"exchange": "", "routing_key": the queue},
                       "priority": 0 to 9}

@@ -10,7 +10,7 @@ from kombu.transport import TRANSPORT_ALIASES
 
 from app import telemetry
 from app.broker.message import TASK_NAMES
-from app.broker.queues import queue_name, served_models
+from app.broker.queues import queues_of, served_models
 from app.config.broker_url import for_kombu, tls_of
 from app.config.settings import BrokerSettings, Settings
 
@@ -35,16 +35,14 @@ def make_app(settings: Settings) -> Celery:
     app.conf.update(_celery_settings(settings))
     for name in TASK_NAMES.values():
         app.task(_never_run, name=name, lazy=False)
-    app.amqp.queues.select(
-        [*map(queue_name, served_models(settings)), settings.broker.default_queue]
-    )
+    app.amqp.queues.select([*queues_of(served_models(settings)), settings.broker.default_queue])
     signals.setup_logging.connect(_setup_logging, weak=False)
     return app
 
 
 def _celery_settings(settings: Settings) -> dict[str, Any]:
     broker, tls = settings.broker, tls_of(settings.broker.url)
-    names = [*map(queue_name, settings.models), broker.default_queue]
+    names = [*queues_of(settings.models), broker.default_queue]
     sizes = {name: settings.models[name].max_batch_size for name in served_models(settings)}
     return {
         "broker_url": for_kombu(broker.url),
@@ -79,7 +77,9 @@ def _celery_settings(settings: Settings) -> dict[str, Any]:
             "socket_keepalive": True,
             "health_check_interval": 25,
             # Each model holds one batch that runs and one that forms, whatever others wait for.
-            "queue_budgets": {queue_name(model): 2 * size for model, size in sizes.items()},
+            "queue_budgets": {
+                name: 2 * size for model, size in sizes.items() for name in queues_of([model])
+            },
         },
         "broker_connection_retry_on_startup": True,
         "broker_connection_max_retries": None,

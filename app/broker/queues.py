@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Self
 
 from app.config.settings import Settings
 from app.jobs import MAX_PRIORITY
+from app.requests.bodies import FORMAT
 
 
-def queue_name(model: str) -> str:
-    return f"gristmill.{model}"
+def queue_name(model: str, format: int = FORMAT) -> str:
+    """The queue of a model's messages from this version.
+
+    Each format of requests has its own, so that no worker of before takes the message of a job that
+    it cannot read.
+    """
+    return f"gristmill.{model}" if format == 1 else f"gristmill.{model}@{format}"
+
+
+def queues_of(models: Iterable[str], format: int = FORMAT) -> list[str]:
+    """The queues of models' messages from this version and all before: those to take from."""
+    return [queue_name(model, each) for model in models for each in range(1, format + 1)]
 
 
 def served_models(settings: Settings) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from typing import Final
 import redis
 from redis.exceptions import NoPermissionError, ResponseError
 
-from app.broker.queues import Layout, queue_name, served_models
+from app.broker.queues import Layout, queues_of, served_models
 from app.config.broker_url import database_of
 from app.config.settings import Settings
 
@@ -88,7 +88,7 @@ def missing(settings: Settings, client: redis.Redis, role: Role) -> list[str]:
 def _samples(settings: Settings, role: Role) -> Iterator[tuple[str, ...]]:
     """Each command with the keys that it is used on, the first one telling most."""
     prefix, layout = settings.broker.key_prefix, Layout.of(settings)
-    queues = [*map(queue_name, served_models(settings)), settings.broker.default_queue]
+    queues = [*queues_of(served_models(settings)), settings.broker.default_queue]
     lists = [layout.key(queue, step) for queue in queues for step in layout.steps]
     unacked, index, lock = (f"{prefix}unacked{end}" for end in ("", "_index", "_mutex"))
     bindings = f"{prefix}_kombu.binding.celery.pidbox"

@@ -12,7 +12,7 @@ from typing import Final
 import redis
 
 from app.broker.message import TASK_NAMES
-from app.broker.queues import Layout, queue_name
+from app.broker.queues import Layout, queues_of
 from app.config.settings import Settings
 
 MAX_PAGES: Final = 20
@@ -29,7 +29,7 @@ def unread(settings: Settings, client: redis.Redis) -> dict[str, int]:
     `client` takes whole keys. Lists whose next message is not for one of our tasks are others'.
     """
     layout = Layout.of(settings)
-    queues = [*map(queue_name, settings.models), settings.broker.default_queue]
+    queues = [*queues_of(settings.models), settings.broker.default_queue]
     read = {layout.key(queue, step).encode() for queue in queues for step in layout.steps}
     found = [key for key in _lists(client) if key not in read and not key.endswith(_REPLIES)]
     pipe = client.pipeline(transaction=False)

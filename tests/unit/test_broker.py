@@ -19,7 +19,7 @@ from app.broker.app import _celery_settings, make_app
 from app.broker.commands import flower_command
 from app.broker.message import Message, raw_message
 from app.broker.publisher import Publisher
-from app.broker.queues import Layout
+from app.broker.queues import Layout, queue_name, queues_of
 from app.config.settings import ModelSettings, Settings
 from app.errors import ConfigError
 from app.jobs import Kind
@@ -231,3 +231,9 @@ def test_a_number_that_flower_could_not_read_is_refused_by_name(
 
     with pytest.raises(ConfigError, match="FLOWER_MAX_WORKERS"):
         flower_command(two_models)
+
+
+def test_a_later_format_has_queues_that_workers_of_before_do_not_take() -> None:
+    assert queues_of(["mill"], format=1) == [queue_name("mill", format=1)] == ["gristmill.mill"]
+    assert queue_name("mill", format=2) not in queues_of(["mill"], format=1)
+    assert queues_of(["mill"], format=2) == ["gristmill.mill", "gristmill.mill@2"]
