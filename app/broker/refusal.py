@@ -22,6 +22,10 @@ _QUOTED: Final = re.compile(r"Command # \d+ \(.*?\) of pipeline caused error: ",
 _ARGUMENTS: Final = re.compile(r"(, with args beginning with|, subcommand|: ?['`\"]).*", re.DOTALL)
 _MAX_LENGTH: Final = 200
 
+CLUSTER: Final = (exceptions.AskError, exceptions.ClusterCrossSlotError)  # MOVED is an ASK, too
+"""Only a Redis Cluster answers so."""
+IS_CLUSTER: Final = "it is a Redis Cluster; broker.url must lead to one server, or to Sentinels."
+
 
 def reply_of(error: BaseException | None) -> exceptions.RedisError | None:
     """The error reply of a server that this exception is, or was made from."""
@@ -39,6 +43,8 @@ def said(error: BaseException) -> str:
     reply = reply_of(error)
     if reply is None:
         return f"Redis does not answer ({type(error).__name__})."
+    if isinstance(reply, CLUSTER):
+        return f"Redis refuses: {IS_CLUSTER}"
     text = _ARGUMENTS.sub("", _QUOTED.sub("", str(reply)))[:_MAX_LENGTH].strip().rstrip(".")
     code = getattr(reply, "status_code", None)
     if code and not text.startswith(code):

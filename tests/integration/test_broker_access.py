@@ -13,7 +13,7 @@ import pytest
 import redis
 from celery import Celery
 
-from app.broker.client import connected
+from app.broker.client import check_kind, connected
 from app.broker.commands import ready_workers
 from app.broker.message import Message, raw_message
 from app.broker.publisher import Publisher
@@ -21,7 +21,7 @@ from app.broker.queues import Layout
 from app.broker.rights import Role, missing, rules
 from app.broker.unread import unread
 from app.config.settings import Settings
-from app.errors import Unavailable
+from app.errors import ConfigError, Unavailable
 from app.jobs import Kind
 from app.local.servers import free_port
 from tests.own_redis import OwnRedis, running_redis
@@ -263,3 +263,18 @@ def test_looking_for_messages_that_nobody_reads_is_bounded(
 
     assert unread(make(server.url), client) == {}
     assert client.info("commandstats")["cmdstat_scan"]["calls"] <= 20
+
+
+def test_a_redis_cluster_is_refused_as_a_setting_by_the_worker(
+    make: Callable[..., Settings], tmp_path: Path
+) -> None:
+    with running_redis(tmp_path, ("--cluster-enabled", "yes")) as server:
+        with redis.Redis.from_url(server.url) as client:
+            client.execute_command("CLUSTER", "ADDSLOTS", *range(16_384))
+            eventually(lambda: client.cluster("INFO")["cluster_state"] == "ok")
+        settings = make(server.url)
+
+        with pytest.raises(ConfigError, match=r"broker\.url: it is a Redis Cluster"):
+            check_kind(settings)
+        with pytest.raises(AssertionError, match=r"broker\.url: it is a Redis Cluster"):
+            running_worker(settings, tmp_path / "worker").__enter__()

@@ -14,12 +14,14 @@ import pytest
 from celery.app import defaults
 from celery.app.amqp import Queues
 from kombu.transport.redis import Channel
+from redis.exceptions import MovedError, ReadOnlyError, ResponseError
 
 from app.broker.app import _celery_settings, make_app
 from app.broker.commands import flower_command
 from app.broker.message import Message, raw_message
 from app.broker.publisher import Publisher
 from app.broker.queues import Layout, queue_name, queues_of
+from app.broker.refusal import said
 from app.config.settings import ModelSettings, Settings
 from app.errors import ConfigError
 from app.jobs import Kind
@@ -237,3 +239,38 @@ def test_a_later_format_has_queues_that_workers_of_before_do_not_take() -> None:
     assert queues_of(["mill"], format=1) == [queue_name("mill", format=1)] == ["gristmill.mill"]
     assert queue_name("mill", format=2) not in queues_of(["mill"], format=1)
     assert queues_of(["mill"], format=2) == ["gristmill.mill", "gristmill.mill@2"]
+
+
+# ── what Redis said ─────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (
+            ReadOnlyError("You can't write against a read only replica.", status_code="READONLY"),
+            "Redis refuses: READONLY You can't write against a read only replica.",
+        ),
+        (
+            ResponseError("NOREPLICAS Not enough good replicas to write."),
+            "Redis refuses: NOREPLICAS Not enough good replicas to write.",
+        ),
+        (
+            ResponseError(
+                f"Command # 1 (LPUSH q {PROMPT}) of pipeline caused error: MISCONF Redis is "
+                "configured to save RDB snapshots, but it's currently unable to persist to disk."
+            ),
+            "Redis refuses: MISCONF Redis is configured to save RDB snapshots, but it's currently "
+            "unable to persist to disk.",
+        ),
+        (
+            ResponseError(f"ERR unknown command 'LPUSH', with args beginning with: 'q' '{PROMPT}'"),
+            "Redis refuses: ERR unknown command 'LPUSH'.",
+        ),
+        (MovedError("866 127.0.0.1:7001"), "Redis refuses: it is a Redis Cluster;"),
+        (ConnectionRefusedError(PROMPT), "Redis does not answer (ConnectionRefusedError)."),
+    ],
+)
+def test_what_redis_said_is_told_without_what_it_quotes(error: Exception, text: str) -> None:
+    assert said(error).startswith(text)
+    assert PROMPT not in said(error)

@@ -23,6 +23,7 @@ from celery.concurrency.base import BasePool
 from celery.exceptions import WorkerShutdown, WorkerTerminate
 from celery.worker import state as celery_state
 
+from app.broker.client import check_kind
 from app.config.settings import Settings
 from app.errors import GristmillError
 from app.jobs import job_id_of
@@ -67,6 +68,7 @@ class EnginePool(BasePool):  # type: ignore[misc]
         """Load the models before the first message is taken: an unready worker takes no work."""
         settings: Settings = self.app.settings
         try:
+            check_kind(settings)
             self._assembly = assemble(settings, self._consumed, on_end=self._runner_ended)
             self._assembly.start()
         except GristmillError as error:
