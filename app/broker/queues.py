@@ -65,3 +65,9 @@ class Layout:
         """The key for kombu's own client, which puts the prefix in front of it."""
         step = self.steps[self.step(priority)]
         return f"{queue}{self.sep}{step}" if step else queue
+
+    def queue(self, key: str) -> str:
+        """The queue that the list with this whole key belongs to."""
+        name = key.removeprefix(self.prefix)
+        queue, _, step = name.rpartition(self.sep)
+        return queue if queue and step.isdecimal() else name

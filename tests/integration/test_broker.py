@@ -56,7 +56,9 @@ class Reader:
     def __enter__(self) -> Reader:
         self._connection = self._app.connection_for_read().__enter__()
         channel = self._connection.default_channel
-        envelope.guard(channel.client, 10_000, lambda *refused: self.refused.append(refused))
+        envelope.guard(
+            channel.client, Layout(), 10_000, lambda *refused: self.refused.append(refused)
+        )
         consumer = self._app.amqp.TaskConsumer(channel, on_message=self._received.append)
         self._consumer = consumer.__enter__()
         return self
@@ -96,7 +98,7 @@ def test_a_message_waits_in_its_models_list_with_the_job_id_as_task_id(
     publisher.send(message)
 
     [item] = client.lrange("gristmill.stub", 0, -1)
-    envelope.checked(item, b"q", 10_000)
+    envelope.checked(item, "q", 10_000)
     assert json.loads(item)["headers"]["id"] == str(message.job_id)
 
 
@@ -249,7 +251,7 @@ def test_what_kombu_cannot_parse_is_held_back_and_the_next_message_arrives(
         raw_message(task_id, Kind.GENERATE, {"prompt": text}, queue="celery")
         for task_id, text in [("good", "x"), ("broken", "x"), ("huge", "x" * 200_000)]
     )
-    broken = broken.replace(b'"delivery_tag"', b'"tag"')
+    broken = broken.replace(b'"base64"', b'"rot13"')
 
     client.lpush("celery", b"not JSON", broken, huge, good)
 

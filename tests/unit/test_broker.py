@@ -132,7 +132,7 @@ def test_two_raw_messages_never_share_a_delivery_tag() -> None:
 
 
 def test_a_raw_message_passes_the_check_of_the_worker() -> None:
-    envelope.checked(raw_message("x", Kind.GENERATE, {"prompt": PROMPT}, queue="q"), b"q", 10_000)
+    envelope.checked(raw_message("x", Kind.GENERATE, {"prompt": PROMPT}, queue="q"), "q", 10_000)
 
 
 @pytest.fixture
@@ -274,3 +274,9 @@ def test_a_later_format_has_queues_that_workers_of_before_do_not_take() -> None:
 def test_what_redis_said_is_told_without_what_it_quotes(error: Exception, text: str) -> None:
     assert said(error).startswith(text)
     assert PROMPT not in said(error)
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout((0, 5), ":", "mill:")])
+@pytest.mark.parametrize("priority", [0, 5, 9])
+def test_a_list_is_known_by_its_key(layout: Layout, priority: int) -> None:
+    assert layout.queue(layout.key("gristmill.stub", priority)) == "gristmill.stub"

@@ -19,6 +19,7 @@ from kombu.message import Message
 from redis.exceptions import NoPermissionError
 
 from app.broker.client import connected
+from app.broker.queues import Layout
 from app.broker.refusal import as_unavailable, reply_of, said
 from app.broker.rights import Role, missing
 from app.config.settings import Settings
@@ -126,7 +127,8 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]
         """Called again after every reconnect, with a new channel each time."""
         connection = super().connect()
         client = connection.default_channel.client
-        guard(client, self.app.settings.worker.max_request_bytes, self._refuse_raw)
+        settings: Settings = self.app.settings
+        guard(client, Layout.of(settings), settings.worker.max_request_bytes, self._refuse_raw)
         return connection
 
     def _refuse_raw(self, task_id: str | None, error: RequestError) -> None:

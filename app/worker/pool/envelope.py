@@ -23,6 +23,7 @@ from uuid import uuid4
 
 from kombu.utils.json import dumps, object_hook
 
+from app.broker.queues import Layout
 from app.errors import RequestError, RequestTooLarge
 from app.requests.bodies import is_unicode
 
@@ -34,7 +35,10 @@ _PLAIN: Final = (None, "", "utf-8")
 
 
 def guard(
-    client: Any, max_request_bytes: int, refuse: Callable[[str | None, RequestError], object]
+    client: Any,
+    layout: Layout,
+    max_request_bytes: int,
+    refuse: Callable[[str | None, RequestError], object],
 ) -> None:
     """Check whatever this Redis client receives from a queue.
 
@@ -48,7 +52,7 @@ def guard(
             return None
         key, item = reply
         try:
-            return key, checked(item, key, max_bytes)
+            return key, checked(item, layout.queue(key.decode(errors="replace")), max_bytes)
         except RequestError as error:
             refuse(task_id_in(item), error)
             return None
@@ -56,8 +60,8 @@ def guard(
     client.set_response_callback("BRPOP", screen)
 
 
-def checked(item: bytes, key: bytes, max_bytes: int) -> bytes:
-    """A message from the list `key`, as kombu can stand it.
+def checked(item: bytes, queue: str, max_bytes: int) -> bytes:
+    """A message of this queue, as kombu can stand it.
 
     Raises `RequestError` for the first thing in it that makes this impossible.
     """
@@ -70,7 +74,7 @@ def checked(item: bytes, key: bytes, max_bytes: int) -> bytes:
     if not isinstance(envelope, dict):
         raise RequestError("The message is not a JSON object.")
     given_properties, given_headers = envelope.get("properties"), envelope.get("headers")
-    properties = _properties(given_properties, key)
+    properties = _properties(given_properties, queue)
     headers = _headers(given_headers)
     _check_body(envelope.get("body"), properties.get("body_encoding"))
     if properties is given_properties and headers is given_headers:
@@ -79,16 +83,16 @@ def checked(item: bytes, key: bytes, max_bytes: int) -> bytes:
     return right.encode()
 
 
-def _properties(given: Any, key: bytes) -> dict[str, Any]:
+def _properties(given: Any, queue: str) -> dict[str, Any]:
     """The properties with what kombu needs to take the message, to give it back and to ack it."""
     if not isinstance(given, dict | None):
         raise RequestError("properties must be an object.", param="properties")
     given = {} if given is None else given
-    right = _missing(given, key)
+    right = _missing(given, queue)
     return {**given, **right} if right else given
 
 
-def _missing(properties: dict[str, Any], key: bytes) -> dict[str, Any]:
+def _missing(properties: dict[str, Any], queue: str) -> dict[str, Any]:
     """What is to be put right in the properties."""
     right: dict[str, Any] = {}
     match properties.get("delivery_tag"):
@@ -100,7 +104,6 @@ def _missing(properties: dict[str, Any], key: bytes) -> dict[str, Any]:
         case {"exchange": str(exchange), "routing_key": str(route)} if is_unicode(exchange + route):
             pass
         case _:
-            queue = key.decode(errors="replace").partition("\x06")[0]
             right["delivery_info"] = {"exchange": "", "routing_key": queue}
     match properties.get("priority"):
         case None | bool() | int() | str():
