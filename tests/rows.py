@@ -44,6 +44,14 @@ def insert(database: Database, *jobs: NewJob) -> list[UUID]:
         return [row.id for row in submissions.insert_jobs(connection, jobs)]
 
 
+def insert_sent(database: Database, *jobs: NewJob) -> list[UUID]:
+    """Write jobs whose messages are sent."""
+    ids = [job.id for job in jobs]
+    with database.begin() as connection:
+        submissions.insert_jobs(connection, jobs, sent=ids)
+    return ids
+
+
 def view(database: Database, job_id: UUID) -> JobView:
     with database.begin() as connection:
         [job] = reads.find(connection, [job_id])

@@ -46,11 +46,9 @@ class Store:
 
     def submit(self, number: int) -> list[UUID]:
         jobs = [_new_job() for _ in range(number)]
-        with self.database.begin() as connection:
-            submissions.insert_jobs(connection, jobs)
         ids = [job.id for job in jobs]
         with self.database.begin() as connection:
-            submissions.mark_enqueued(connection, ids)
+            submissions.insert_jobs(connection, jobs, sent=ids)
         return ids
 
     def receive(self, ids: Seq[UUID]) -> None:

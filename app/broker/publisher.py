@@ -6,6 +6,7 @@ import time
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
+from uuid import UUID
 
 import redis
 
@@ -14,6 +15,7 @@ from app.broker.message import FORMAT_HEADER, TASK_NAMES, Message
 from app.broker.queues import Layout, queue_name
 from app.broker.refusal import as_unavailable
 from app.broker.unread import unread
+from app.broker.waiting import without_message
 from app.config.settings import Settings
 from app.requests.bodies import FORMAT
 
@@ -34,6 +36,7 @@ class Publisher:
         self._inline_requests = settings.broker.inline_requests
         self._unread: dict[str, int] = {}
         self._look_again_at = 0.0
+        self._default_queue = settings.broker.default_queue
         timeout_s = settings.broker.publish_timeout_s
         self._app = make_app(settings)
         self._app.conf.broker_pool_acquire_timeout = timeout_s
@@ -116,6 +119,17 @@ class Publisher:
                 self._unread = unread(self._app.settings, plain)
             self._look_again_at = now + LOOK_EVERY_S
         return self._unread
+
+    def without_message(self, ids: Collection[UUID], models: Collection[str]) -> set[UUID]:
+        """Those of these jobs that have no message, in these models' queues or the default one."""
+        queues = [*map(queue_name, models), self._default_queue]
+        lists = [self.layout.name(queue, step) for queue in queues for step in self.layout.steps]
+        with (
+            as_unavailable(),
+            self._app.pool.acquire(block=True) as connection,
+            _left_on_error(connection),
+        ):
+            return without_message(connection.default_channel.client, ids, lists)
 
     def close(self) -> None:
         self._app.close()

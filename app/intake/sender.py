@@ -1,7 +1,10 @@
 """The sender: wakes workers for new jobs as well as it can, and never makes a submission fail.
 
-A job whose message is not sent now stays `queued` with `enqueued_at` null, and rescue sends it:
-because Redis did not take it, because the job is not due, or because its queue is long enough.
+    wanted ─▶ rows are written, those that are due as sent ─▶ commit ─▶ send
+
+A job whose message is not sent now is `unsent`, and rescue sends it: because Redis did not take it,
+because the job is not due, or because its queue is long enough. If this process ends before it has
+sent what was written as sent, rescue finds these messages missing in Redis.
 """
 
 from __future__ import annotations
@@ -10,15 +13,15 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Any, Final
+from uuid import UUID
 
 from app.broker.message import Message
 from app.broker.publisher import Publisher
-from app.errors import Unavailable
-from app.store import submissions
+from app.errors import GristmillError, Unavailable
+from app.store import delivery
 from app.store.database import Database
 from app.store.submissions import NewJob
 
@@ -32,7 +35,7 @@ BREAK_S: Final = 5.0
 """After a failed send nobody tries again for this long: submissions do not wait for Redis."""
 
 PAGE_SIZE: Final = 1_000
-"""Messages that are sent, and marked as sent, at once."""
+"""Messages that are sent at once."""
 
 LOOK_EVERY_S: Final = 0.5
 """How old the length of a queue may be that is held against the limit."""
@@ -53,37 +56,54 @@ class Sender:
         self.num_sent = 0
         self.num_left_to_rescue = 0
 
-    def send(self, jobs: Sequence[NewJob]) -> None:
-        """Jobs that are not due yet are left to rescue, which wakes them in time."""
-        now = datetime.now(UTC)
-        due = [job for job in jobs if job.not_before is None or job.not_before <= now]
-        for start in range(0, len(due), PAGE_SIZE):
-            page = due[start : start + PAGE_SIZE]
-            num_sent = self._try(page) if self._may_try() else 0
-            with self._lock:
-                self.num_sent += num_sent
-                self.num_left_to_rescue += len(page) - num_sent
+    def wanted(self, jobs: Sequence[NewJob]) -> set[UUID]:
+        """Those of these new jobs whose messages are to be sent: their queues take them.
 
-    def _try(self, jobs: Sequence[NewJob]) -> int:
-        """Send those that their queues take; how many."""
+        Write them as sent if they are due, which is for Postgres to say, and then `send`. Rescue
+        sends the others as soon as there is room, or time.
+        """
         try:
+            if not self._may_try():
+                return set()
             taken = self._queues.take(jobs)
-            self._publisher.send_many(map(_message, taken))
         except Unavailable as error:
-            self._try_again_at = time.monotonic() + BREAK_S
-            log.warning("%s Rescue sends later.", error, extra={"action": "send_failed"})
-            return 0
+            self._pause(error)
+            return set()
         self._try_again_at = None
-        if taken:
-            self._mark(taken)
-        return len(taken)
+        return {job.id for job in taken}
 
-    def _mark(self, jobs: Iterable[NewJob]) -> None:
+    def send(self, jobs: Sequence[NewJob], num_left: int = 0) -> None:
+        """Send the messages of jobs whose rows are committed and say that they are sent.
+
+        Raises nothing: what cannot be sent is taken back, and what cannot be taken back is found.
+        `num_left` jobs were left to rescue.
+        """
+        num_sent = 0
         try:
-            with self._database.autocommit() as connection:
-                submissions.mark_enqueued(connection, [job.id for job in jobs])
-        except Unavailable:
-            log.warning("Sent, but not marked so.", extra={"action": "mark_enqueued_failed"})
+            for start in range(0, len(jobs), PAGE_SIZE):
+                page = jobs[start : start + PAGE_SIZE]
+                self._publisher.send_many(map(_message, page))
+                num_sent += len(page)
+        except Exception as error:  # the jobs are accepted, whatever it is
+            self._pause(error)
+            self._take_back([job.id for job in jobs[num_sent:]])
+        with self._lock:
+            self.num_sent += num_sent
+            self.num_left_to_rescue += len(jobs) - num_sent + num_left
+
+    def _pause(self, error: Exception) -> None:
+        self._try_again_at = time.monotonic() + BREAK_S
+        said = error if isinstance(error, GristmillError) else type(error).__name__
+        log.warning("%s Rescue sends later.", said, extra={"action": "send_failed"})
+
+    def _take_back(self, ids: Sequence[UUID]) -> None:
+        try:
+            for start in range(0, len(ids), PAGE_SIZE):
+                with self._database.autocommit() as connection:
+                    delivery.not_sent(connection, ids[start : start + PAGE_SIZE])
+        except GristmillError:
+            extra = {"action": "not_sent_failed"}
+            log.warning("Not sent, and not marked so: rescue finds them in a while.", extra=extra)
 
     def _may_try(self) -> bool:
         now = time.monotonic()

@@ -3,7 +3,7 @@
     parse_submission ─▶ Submitter: check ─▶ insert, commit ─▶ send
 
 The commit is the promise. The message is only a wake-up: if it cannot be sent, the job stays
-`queued` with `enqueued_at` null and rescue sends it later.
+`queued` and `unsent` and rescue sends it later.
 """
 
 from __future__ import annotations
@@ -211,9 +211,11 @@ class Submitter:
         """Write rows, commit, send messages."""
         tokens = sum((job.input_tokens or 0) + (job.max_output_tokens or 0) for job in jobs)
         load = Load(len(jobs), tokens)
+        wanted = self.sender.wanted(jobs)
         with self._admission.admitted(load), self._database.begin() as connection:
-            inserted = submissions.insert_jobs(connection, jobs)
-        self.sender.send([job for job, row in zip(jobs, inserted, strict=True) if row.created])
+            inserted = submissions.insert_jobs(connection, jobs, wanted)
+        sent = [job for job, row in zip(jobs, inserted, strict=True) if row.is_sent]
+        self.sender.send(sent, num_left=sum(row.created for row in inserted) - len(sent))
         return inserted
 
     def _check(self, submission: object) -> NewJob | RequestError:

@@ -73,6 +73,8 @@ class Database:
             "idle_in_transaction_session_timeout": str(statement_timeout_ms),
             "lock_timeout": str(lock_timeout_ms),
             "timezone": "UTC",
+            # A plan that was made while a table was empty is of no use when it is full.
+            "plan_cache_mode": "force_custom_plan",
         }
         address = (
             Address.of(url)

@@ -1,8 +1,8 @@
-"""How jobs come in: rows from the API, rows from messages, and who received which message."""
+"""How jobs come in: rows from the API, rows from messages, and rows of what cannot run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final, Literal
@@ -12,7 +12,9 @@ from sqlalchemy import Connection, TextClause, text
 
 from app.jobs import JobState, Kind
 from app.requests.bodies import FORMAT
+from app.store import delivery
 from app.store.encoding import encode
+from app.store.lookup import locked
 from app.store.results import RECORD_ENDED
 from app.store.tables import DEFAULT_TENANT
 
@@ -49,6 +51,7 @@ class Inserted:
     id: UUID
     created: bool
     fingerprint_matches: bool
+    is_sent: bool = False  #: due, and marked as asked: its message is to be sent now
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,14 +96,16 @@ _INSERT: Final = """
     SELECT
         id, tenant, model, kind, url, request, fingerprint, source, idempotency_key, replay_of,
         metadata, priority, input_tokens, max_output_tokens, coalesce(not_before, now()), deadline,
-        time_limit_s, format, max_attempts, 'queued', now(), now(), {received_by}, {enqueued_at}
+        time_limit_s, format, max_attempts, 'queued', now(), now(),
+        {delivery}
     FROM jsonb_populate_recordset(NULL::jobs, CAST(:jobs AS jsonb)) WITH ORDINALITY
     ORDER BY idempotency_key, ordinality
 """
 
 # Write jobs that are not there yet.
 _INSERT_NEW: Final = text(
-    _INSERT.format(received_by="NULL", enqueued_at="NULL") + "ON CONFLICT DO NOTHING RETURNING id"
+    _INSERT.format(delivery=delivery.INSERTED)
+    + "ON CONFLICT DO NOTHING RETURNING id, enqueued_at IS NOT NULL AS is_sent"
 )
 
 # Find the rows that already had the ids or the idempotency keys of new jobs, or replay the same.
@@ -122,74 +127,41 @@ _FIND_EARLIER: Final = text("""
 """)
 
 
-def insert_jobs(connection: Connection, jobs: Sequence[NewJob]) -> list[Inserted]:
+def insert_jobs(
+    connection: Connection, jobs: Sequence[NewJob], sent: Collection[UUID] = ()
+) -> list[Inserted]:
     """Write many jobs in one statement; one answer each, in order. May be repeated.
+
+    Those of `sent` that are due count as sent: the caller sends their messages after the commit.
 
     A job whose id or idempotency key is taken, or that replays what another does, is not written:
     the answer names the earlier job and whether it was the same request.
     """
-    created = set(connection.scalars(_INSERT_NEW, {"jobs": encode(jobs)}))
+    given = {"jobs": encode(jobs), "sent": list(sent)}
+    created = {row.id: row.is_sent for row in connection.execute(_INSERT_NEW, given)}
     rest = [job for job in jobs if job.id not in created]
     # A statement of its own: it also sees what another transaction committed during the first.
     earlier = {}
     if rest:
         for row in connection.execute(_FIND_EARLIER, {"jobs": encode(rest)}):
             earlier[row.asked] = Inserted(row.id, False, row.fingerprint_matches)
-    return [Inserted(job.id, True, True) if job.id in created else earlier[job.id] for job in jobs]
+    return [
+        Inserted(job.id, True, True, created[job.id]) if job.id in created else earlier[job.id]
+        for job in jobs
+    ]
 
-
-# Note that messages were sent. A row that somebody holds is being received at this moment, which
-# notes the same, so it is left out rather than waited for.
-_MARK_ENQUEUED: Final = text("""
-    WITH sent AS MATERIALIZED (
-        SELECT job.id FROM unnest(CAST(:ids AS uuid[])) AS given(id)
-        CROSS JOIN LATERAL (
-            SELECT * FROM jobs WHERE id = given.id FOR NO KEY UPDATE SKIP LOCKED
-        ) AS job
-        WHERE state = 'queued' AND received_by IS NULL
-    )
-    UPDATE jobs
-    SET enqueued_at = now(), wake_count = wake_count + CAST(enqueued_at IS NOT NULL AS int)
-    FROM sent WHERE jobs.id = sent.id
-""")
-
-
-def mark_enqueued(connection: Connection, ids: Sequence[UUID]) -> None:
-    """Note that the messages of these jobs were sent, for the first time or again."""
-    if ids:
-        connection.execute(_MARK_ENQUEUED, {"ids": list(ids)})
-
-
-KNOWN_KIND: Final = "kind IN ({})".format(", ".join(f"'{kind}'" for kind in Kind))
-"""Jobs of other kinds are a later version's, whose own workers and rescue look after them."""
-
-_NEW_IS_DUE: Final = "coalesce(not_before, now()) <= now()"
-
-# A job that is not due is nobody's: its message is acknowledged, and rescue sends one in time.
-_NOTE_RECEIVED: Final = f"""
-    received_by = CASE WHEN jobs.state = 'queued' AND jobs.not_before <= now() AND jobs.{KNOWN_KIND}
-        THEN CAST(:worker_id AS uuid) ELSE jobs.received_by END,
-    enqueued_at = CASE WHEN jobs.state = 'queued' AND jobs.not_before > now()
-        THEN NULL ELSE coalesce(jobs.enqueued_at, now()) END
-"""
 
 # Register messages that reached a worker. Inserting on conflict locks the row and sees it as it
 # is now, whoever else writes it at this moment; a plain select would miss a row being inserted.
 _RECEIVE: Final = text(f"""
     WITH brought AS (
-        {
-    _INSERT.format(
-        received_by=f"CASE WHEN {_NEW_IS_DUE} THEN CAST(:worker_id AS uuid) END",
-        enqueued_at=f"CASE WHEN {_NEW_IS_DUE} THEN now() END",
-    )
-}
-        ON CONFLICT (id) DO UPDATE SET {_NOTE_RECEIVED}
+        {_INSERT.format(delivery=delivery.BROUGHT)}
+        ON CONFLICT (id) DO UPDATE SET {delivery.RECEIVED}
         RETURNING jobs.*
     ), known AS MATERIALIZED (
-        SELECT job.id FROM unnest(CAST(:ids AS uuid[])) AS given(id)
-        CROSS JOIN LATERAL (SELECT * FROM jobs WHERE id = given.id FOR NO KEY UPDATE) AS job
+        SELECT job.id FROM unnest(CAST(:ids AS uuid[])) AS given(id) {locked("given.id")}
     ), woken AS (
-        UPDATE jobs SET {_NOTE_RECEIVED}
+        UPDATE jobs SET {delivery.RECEIVED}
         FROM known WHERE jobs.id = known.id
         RETURNING jobs.*
     )
@@ -210,7 +182,8 @@ def receive(
 
     Writes the rows that messages bring with them and notes who received which queued job, so that
     rescue knows what is lost when this worker dies. May be repeated. An id that has neither a row
-    nor a request is missing from the answer, and so is a job of a kind that is not known here.
+    nor a request is missing from the answer, and so is a job of a kind or format that is not known
+    here: it is left to the workers of a later version.
     """
     jobs: dict[UUID, NewJob | None] = {}
     for arrival in sorted(arrivals, key=lambda arrival: arrival.id):  # rows are locked in order
@@ -228,31 +201,8 @@ def receive(
     return {
         row.id: Received(**{**row._mapping, "kind": Kind(row.kind), "state": JobState(row.state)})
         for row in rows
-        if row.kind in set(Kind)
+        if row.kind in set(Kind) and row.format <= FORMAT
     }
-
-
-# Let go of received jobs.
-_UNRECEIVE: Final = text("""
-    WITH held AS MATERIALIZED (
-        SELECT job.id FROM unnest(CAST(:ids AS uuid[])) AS given(id)
-        CROSS JOIN LATERAL (SELECT * FROM jobs WHERE id = given.id FOR NO KEY UPDATE) AS job
-        WHERE state = 'queued' AND received_by = :worker_id
-    )
-    UPDATE jobs SET
-        received_by = NULL, enqueued_at = CASE WHEN not_before <= now() THEN now() END
-    FROM held WHERE jobs.id = held.id
-""")
-
-
-def unreceive(connection: Connection, worker_id: UUID, ids: Sequence[UUID]) -> None:
-    """Let go of jobs that were received and not claimed.
-
-    The messages of due ones are taken to go back to Redis; one that does not is found like any
-    that is lost. Jobs that are not due count as never sent: rescue sends them in time.
-    """
-    if ids:
-        connection.execute(_UNRECEIVE, {"worker_id": worker_id, "ids": sorted(ids)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -263,20 +213,22 @@ class RejectedJob:
     kind: Kind
     error_code: str
     error_message: str
+    state: JobState = JobState.FAILED
     model: str = ""
     tenant: str = DEFAULT_TENANT
 
 
-# Write jobs that fail before they were ever queued, with their results.
+# Write jobs that end before they were ever queued, with their results.
 _REJECT: Final = text(f"""
     WITH given AS MATERIALIZED (
         SELECT * FROM jsonb_to_recordset(CAST(:rejected AS jsonb)) AS given(
-            id uuid, tenant text, model text, kind text, error_code text, error_message text)
+            id uuid, tenant text, model text, kind text, state text, error_code text,
+            error_message text)
     ), written AS (
         INSERT INTO jobs (
             id, tenant, model, kind, source, state, not_before, created_at, queued_at, finished_at
         )
-        SELECT id, tenant, model, kind, 'message', 'failed', now(), now(), now(), now()
+        SELECT id, tenant, model, kind, 'message', state, now(), now(), now(), now()
         FROM given ORDER BY id
         ON CONFLICT DO NOTHING
         RETURNING *
@@ -291,7 +243,7 @@ _REJECT: Final = text(f"""
 
 
 def reject(connection: Connection, rejected: Sequence[RejectedJob]) -> set[UUID]:
-    """Record messages that cannot run as failed jobs; the ids that were written.
+    """Record messages that cannot run as jobs that have ended; the ids that were written.
 
     A job that already exists, in whatever state, is left alone: anybody can put a bad message
     with its id into Redis.
@@ -314,7 +266,7 @@ _LOAD: Final = """
 """
 
 # Measure what waits in the queues.
-_QUEUED: Final = text(f"SELECT {_LOAD} FROM jobs WHERE state = 'queued' AND received_by IS NULL")
+_QUEUED: Final = text(f"SELECT {_LOAD} FROM jobs WHERE {delivery.WAITING}")
 
 
 def queued(connection: Connection) -> Load:

@@ -169,7 +169,7 @@ jobs = Table(
     Column("attempt_id", Uuid, comment="The running attempt: the fence of every write; else null."),
     Column("worker_id", Uuid, comment="Worker that runs it; null unless running."),
     Column("batch_id", Uuid, comment="Batch that it runs in; null unless running."),
-    Column("received_by", Uuid, comment="Worker that last received its message."),
+    Column("received_by", Uuid, comment="Worker that holds its message, while queued."),
     Column("enqueued_at", Stamp, comment="Message last sent; null if none is under way."),
     Column(
         "wake_count",
@@ -211,6 +211,10 @@ jobs = Table(
     CheckConstraint(
         "jsonb_typeof(request) = 'object' AND jsonb_typeof(metadata) = 'object'", name="objects"
     ),
+    CheckConstraint(
+        "received_by IS NULL OR (state = 'queued' AND enqueued_at IS NOT NULL)", name="delivery"
+    ),
+    CheckConstraint("wake_count >= 0", name="wake_count"),
     CheckConstraint("time_limit_s > 0 AND time_limit_s < 'Infinity'", name="time_limit"),
     CheckConstraint(
         "num_nulls(attempt_id, worker_id, batch_id) = CASE state WHEN 'running' THEN 0 ELSE 3 END",

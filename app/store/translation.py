@@ -30,6 +30,10 @@ class Locked(Unavailable):
     """A lock was not to be had in time."""
 
 
+class TookTooLong(Unavailable):
+    """A statement met `statement_timeout_ms`: one for fewer rows may not."""
+
+
 @contextmanager
 def translated_errors() -> Iterator[None]:
     """The errors of SQLAlchemy and of the driver as Gristmill's."""
@@ -58,6 +62,8 @@ def _translated(error: BaseException | None, is_gone: bool) -> GristmillError:
         return _not_connected(str(error))
     if code == "55P03":
         return Locked("Others hold a lock on this in Postgres for too long (SQLSTATE 55P03).")
+    if code == "57014":
+        return TookTooLong("Postgres gave up a statement that took too long (SQLSTATE 57014).")
     if is_gone or is_lost(error) or code.startswith(_PASSING):
         return Unavailable(f"Postgres cannot serve this now: {name} (SQLSTATE {code or 'none'}).")
     if code in _NO_SUCH_TABLE_OR_COLUMN:

@@ -28,7 +28,7 @@ from app.jobs import JobState, Kind
 from app.requests import bodies
 from app.requests.bodies import Request
 from app.requests.prepare import Prepared, prepare
-from app.store import cancellation, submissions
+from app.store import cancellation, delivery, submissions
 from app.store.database import Database
 from app.store.submissions import NewJob, Received, RejectedJob
 from app.threads import place_of
@@ -117,11 +117,12 @@ class Registrar:
         Raises `Unavailable`; everything then waits for the next call.
         """
         waiting, leading = self._waiting, _leading(self._waiting)
+        with self._database.autocommit() as connection:
+            # First, for a message may have come again of what is let go of.
+            delivery.let_go(connection, self._worker_id, self._given_back)
         received, unstorable = self._receive(leading.values())
         self._refusals = [*self._refusals, *unstorable]
         self._reject()
-        with self._database.autocommit() as connection:
-            submissions.unreceive(connection, self._worker_id, self._given_back)
         self._cancel_revoked()
         for refusal in self._refusals:
             refusal.acknowledge()
@@ -277,7 +278,7 @@ class Registrar:
         while self._revoked:
             with self._database.begin() as connection:
                 try:
-                    cancellation.cancel(connection, self._revoked[0])
+                    cancellation.cancel_or_record(connection, self._revoked[0], Kind.GENERATE)
                 except (JobNotFound, JobStateConflict):
                     pass
             self._revoked.popleft()

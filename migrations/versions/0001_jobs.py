@@ -190,7 +190,7 @@ def upgrade() -> None:
         ),
         Column("worker_id", Uuid, comment="Worker that runs it; null unless running."),
         Column("batch_id", Uuid, comment="Batch that it runs in; null unless running."),
-        Column("received_by", Uuid, comment="Worker that last received its message."),
+        Column("received_by", Uuid, comment="Worker that holds its message, while queued."),
         Column("enqueued_at", Stamp, comment="Message last sent; null if none is under way."),
         Column(
             "wake_count",
@@ -226,6 +226,11 @@ def upgrade() -> None:
         CheckConstraint("max_attempts >= 1", name=op.f("jobs_max_attempts_check")),
         CheckConstraint("priority BETWEEN 0 AND 9", name=op.f("jobs_priority_check")),
         CheckConstraint("format >= 1", name=op.f("jobs_format_check")),
+        CheckConstraint(
+            "received_by IS NULL OR (state = 'queued' AND enqueued_at IS NOT NULL)",
+            name=op.f("jobs_delivery_check"),
+        ),
+        CheckConstraint("wake_count >= 0", name=op.f("jobs_wake_count_check")),
         CheckConstraint(
             "time_limit_s > 0 AND time_limit_s < 'Infinity'", name=op.f("jobs_time_limit_check")
         ),

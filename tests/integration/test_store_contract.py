@@ -19,7 +19,7 @@ from sqlalchemy import DateTime, text
 
 from app.errors import GristmillError
 from app.jobs import FINAL_STATES, AttemptOutcome, CloseReason, Kind
-from app.store import cancellation, claims, retention, submissions, sweeps, workers
+from app.store import cancellation, claims, delivery, retention, submissions, sweeps, workers
 from app.store.claims import BatchStats, Finished, Member, NewBatch, Release
 from app.store.database import Database
 from app.store.submissions import Arrival, RejectedJob
@@ -95,9 +95,9 @@ class Moves:
 
     def next(self) -> tuple[str, Move]:
         kinds = {
-            self.insert: 6, self.receive: 3, self.unreceive: 1, self.sent: 5, self.reject: 0.3,
-            self.claim: 10, self.finish: 4, self.release: 5, self.register: 1, self.beat: 7,
-            self.stop: 0.2, self.cancel: 5, self.sweep: 8,
+            self.insert: 8, self.receive: 3, self.let_go: 1, self.not_sent: 1, self.forget: 1,
+            self.reject: 0.3, self.claim: 10, self.finish: 4, self.release: 5, self.register: 1,
+            self.beat: 7, self.stop: 0.2, self.cancel: 5, self.sweep: 8,
         }  # fmt: skip
         if len(self.registered) < len(self.workers):
             return "register", self.register()
@@ -113,6 +113,7 @@ class Moves:
         prints = self.chance.choices(["f00d", "beef"], k=len(wanted))
         replayed = self.chance.choice(self.jobs) if self.chance.random() < 0.1 else None
         max_attempts = self.chance.randint(1, 2)
+        sent = [job_id for job_id, *_ in wanted if self.chance.random() < 0.6]
 
         def move(connection: Any, now: datetime) -> Any:
             jobs = [
@@ -130,7 +131,7 @@ class Moves:
                     wanted, keys, prints, strict=True
                 )
             ]
-            return submissions.insert_jobs(connection, jobs)
+            return submissions.insert_jobs(connection, jobs, sent)
 
         return move
 
@@ -160,13 +161,17 @@ class Moves:
 
         return move
 
-    def unreceive(self) -> Move:
+    def let_go(self) -> Move:
         worker, ids = self.chance.choice(self.workers), self.some_jobs()
-        return lambda connection, _: submissions.unreceive(connection, worker, ids)
+        return lambda connection, _: delivery.let_go(connection, worker, ids)
 
-    def sent(self) -> Move:
+    def not_sent(self) -> Move:
         ids = self.some_jobs()
-        return lambda connection, _: submissions.mark_enqueued(connection, ids)
+        return lambda connection, _: delivery.not_sent(connection, ids)
+
+    def forget(self) -> Move:
+        worker, known = self.chance.choice(self.workers), self.chance.sample(self.jobs, 15)
+        return lambda connection, _: delivery.free_forgotten(connection, worker, known)
 
     def reject(self) -> Move:
         [job_id, *_] = self.some_jobs()
@@ -174,8 +179,8 @@ class Moves:
         return lambda connection, _: submissions.reject(connection, [bad])
 
     def claim(self) -> Move:
-        if self.claims and self.chance.random() < 0.15:
-            batch, members = self.claims[-1]  # its answer was lost
+        if self.claims and self.chance.random() < 0.3:
+            batch, members = self.chance.choice(self.claims[-4:])  # its answer was lost
         else:
             batch = NewBatch(
                 id=self._uuid(),
@@ -254,17 +259,27 @@ class Moves:
     def cancel(self) -> Move:
         members = self._some_members()[1] if self.chance.random() < 0.6 else []
         job_id = members[0].job_id if members else self.some_jobs()[0]
+        if self.chance.random() < 0.1:
+            return lambda connection, _: cancellation.cancel_or_record(
+                connection, job_id, Kind.GENERATE
+            )
         return lambda connection, _: cancellation.cancel(connection, job_id)
 
     def sweep(self) -> Move:
         looks: list[Move] = [
-            lambda connection, _: sweeps.expire_leases(connection, PAGE),
-            lambda connection, _: sweeps.return_received(connection, PAGE),
-            lambda connection, _: sweeps.expire_deadlines(connection, PAGE),
-            lambda connection, _: sweeps.unsent_models(connection),
-            lambda connection, _: sweeps.unsent(connection, MODEL, range(10), PAGE, HALF_S),
-            lambda connection, _: sweeps.overdue(connection, MODEL, 1_700.0, PAGE),
-            lambda connection, _: sweeps.count_unreceived(connection),
+            lambda connection, _: sweeps.expire_leases(
+                connection, sweeps.find_lost(connection, PAGE)
+            ),
+            lambda connection, _: delivery.free_lost(connection, PAGE),
+            lambda connection, _: sweeps.expire_deadlines(
+                connection, sweeps.find_late(connection, PAGE)
+            ),
+            lambda connection, _: sweeps.expire_leases(connection, self.jobs),
+            lambda connection, _: sweeps.expire_deadlines(connection, self.jobs),
+            lambda connection, _: delivery.unsent_models(connection),
+            lambda connection, _: delivery.send_due(connection, MODEL, range(10), PAGE),
+            lambda connection, _: list(delivery.overdue(connection, 1_700.0, PAGE)),
+            lambda connection, _: delivery.send_again(connection, self.jobs, 1_700.0),
             lambda connection, _: submissions.queued(connection),
             lambda connection, _: submissions.ended(connection, 700.0),
             lambda connection, _: retention.redact_requests(connection, 2_500.0, PAGE),

@@ -45,7 +45,7 @@ class RandomLife:
     def crash(self) -> None:
         end_lease(self.database, self.chance.choice(self.workers).id)
         with self.database.begin() as connection:
-            sweeps.expire_leases(connection, 3)
+            sweeps.expire_leases(connection, sweeps.find_lost(connection, 3))
 
     def cancel(self) -> None:
         with suppress(JobStateConflict), self.database.begin() as connection:

@@ -68,7 +68,7 @@ def test_every_way_to_end_a_job_is_news(database: Database, listener: Listener) 
 
     rewrite(database, "deadline = now()", expired)
     with database.begin() as connection:
-        sweeps.expire_deadlines(connection, 10)
+        sweeps.expire_deadlines(connection, sweeps.find_late(connection, 10))
     assert listener.next() == Notice(DONE, expired)
 
     [claimed] = worker.claim([given_up])

@@ -104,7 +104,7 @@ def cancel(job_id: UUID) -> Move[JobState | None]:
 
 
 def expire(connection: Connection) -> list[claims.Released]:
-    return sweeps.expire_leases(connection, 10)
+    return sweeps.expire_leases(connection, sweeps.find_lost(connection, 10))
 
 
 def test_of_two_claims_the_second_waits_and_gets_nothing(database: Database) -> None:

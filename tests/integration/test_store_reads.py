@@ -9,11 +9,11 @@ from sqlalchemy import text
 
 from app.errors import GristmillError, JobNotFound
 from app.jobs import EARLIEST, LATEST, JobState
-from app.store import cancellation, reads, submissions
+from app.store import cancellation, reads
 from app.store.database import Database
 from app.store.reads import JobView, QueueDepth, Unreadable
 from app.store.submissions import Arrival
-from tests.rows import MODEL, Worker, insert, new_job, rewrite, view
+from tests.rows import MODEL, Worker, insert, insert_sent, new_job, rewrite, view
 
 
 def pages(database: Database, limit: int, **filters: object) -> list[UUID]:
@@ -102,9 +102,8 @@ def test_states_are_told_of_the_jobs_that_exist(database: Database) -> None:
 
 
 def test_depths_count_open_jobs_by_model_and_state(database: Database) -> None:
-    ids = insert(database, *(new_job() for _ in range(5)), new_job(model="other"))
+    ids = insert_sent(database, *(new_job() for _ in range(5)), new_job(model="other"))
     with database.begin() as connection:
-        submissions.mark_enqueued(connection, ids)
         cancellation.cancel(connection, ids[4])
     worker = Worker.registered(database)
     worker.receive(Arrival(ids[0]))

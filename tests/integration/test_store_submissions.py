@@ -9,7 +9,7 @@ from uuid import UUID, uuid4
 from sqlalchemy import text
 
 from app.jobs import JobState, Kind
-from app.store import submissions, sweeps
+from app.store import submissions
 from app.store.database import Database
 from app.store.submissions import Arrival, Inserted, NewJob, RejectedJob
 from tests.rows import MODEL, Worker, at_once, column, insert, new_job, view
@@ -18,11 +18,6 @@ from tests.rows import MODEL, Worker, at_once, column, insert, new_job, view
 def inserted(database: Database, *jobs: NewJob) -> list[Inserted]:
     with database.begin() as connection:
         return submissions.insert_jobs(connection, jobs)
-
-
-def mark_enqueued(database: Database, *ids: UUID) -> None:
-    with database.begin() as connection:
-        submissions.mark_enqueued(connection, ids)
 
 
 def reject(database: Database, job_id: UUID) -> set[UUID]:
@@ -189,7 +184,7 @@ def test_a_late_copy_of_a_message_learns_how_its_job_ended(database: Database) -
     received = Worker.registered(database).receive(Arrival(job.id, job))
 
     assert received[job.id].state is JobState.COMPLETED
-    assert column(database, job.id, "received_by") == worker.id
+    assert column(database, job.id, "received_by") is None
 
 
 def test_one_message_received_by_many_at_once_is_one_row_and_all_hear_of_it(
@@ -220,44 +215,6 @@ def test_a_job_that_is_not_due_says_so(database: Database) -> None:
     assert (received.is_due, received.not_before) == (False, later)
 
 
-def test_jobs_let_go_of_are_nobodys_again(database: Database) -> None:
-    later = datetime.now(UTC) + timedelta(hours=1)
-    due, early = new_job(), new_job(not_before=later)
-    worker, other = Worker.registered(database), Worker.registered(database)
-    worker.receive(Arrival(due.id, due), Arrival(early.id, early))
-
-    with database.begin() as connection:
-        submissions.unreceive(connection, other.id, [due.id, early.id])
-    assert column(database, due.id, "received_by") == worker.id
-
-    with database.begin() as connection:
-        submissions.unreceive(connection, worker.id, [due.id, early.id])
-    assert column(database, due.id, "received_by") is None
-    assert column(database, due.id, "enqueued_at") is not None  # its message goes back
-    assert column(database, early.id, "enqueued_at") is None  # rescue sends it when it is due
-
-
-def test_marking_a_message_again_counts_how_often_it_was_lost(database: Database) -> None:
-    [job_id] = insert(database, new_job())
-
-    counts = []
-    for _ in range(3):
-        mark_enqueued(database, job_id)
-        counts.append(column(database, job_id, "wake_count"))
-
-    assert counts == [0, 1, 2]
-
-
-def test_marking_waits_for_nobody_who_is_receiving(database: Database) -> None:
-    ids = insert(database, new_job(), new_job())
-    with database.begin() as receiving:
-        receiving.execute(text("SELECT id FROM jobs WHERE id = :id FOR UPDATE"), {"id": ids[0]})
-        mark_enqueued(database, *ids)
-
-    assert column(database, ids[0], "enqueued_at") is None
-    assert column(database, ids[1], "enqueued_at") is not None
-
-
 def test_a_message_that_cannot_run_is_a_failed_job_with_the_reason(database: Database) -> None:
     job_id = uuid4()
 
@@ -285,7 +242,6 @@ def test_the_queue_is_what_nobody_has_received(database: Database) -> None:
 
     with database.begin() as connection:
         assert submissions.queued(connection).jobs == 3
-        assert sweeps.count_unreceived(connection) == {}  # none of them was sent
 
 
 def test_a_forged_message_for_a_job_of_a_later_version_leaves_it_alone(database: Database) -> None:

@@ -6,36 +6,18 @@ from datetime import UTC, datetime, timedelta
 from uuid import UUID, uuid4
 
 import pytest
-from sqlalchemy import text
 
 from app.errors import LeaseLost
 from app.jobs import ALONE_AFTER, MAX_UNCHARGED, JobState
-from app.store import cancellation, submissions, sweeps, workers
+from app.store import cancellation, delivery, sweeps, workers
 from app.store.claims import Released
 from app.store.database import Database
-from app.store.submissions import Arrival
 from tests.rows import MODEL, Worker, column, end_lease, insert, new_job, rewrite, view
 
 
 def expire_leases(database: Database, page: int = 100) -> list[Released]:
     with database.begin() as connection:
-        return sweeps.expire_leases(connection, page)
-
-
-def unsent(database: Database, grace_s: float = 0.0) -> set[UUID]:
-    with database.begin() as connection:
-        return {wake_up.id for wake_up in sweeps.unsent(connection, MODEL, range(10), 100, grace_s)}
-
-
-def overdue(database: Database, lost_after_s: float = 10.0, page: int = 100) -> list[UUID]:
-    with database.begin() as connection:
-        found = sweeps.overdue(connection, MODEL, lost_after_s, page)
-    return [wake_up.id for wake_up in found]
-
-
-def send(database: Database, *ids: UUID) -> None:
-    with database.begin() as connection:
-        submissions.mark_enqueued(connection, ids)
+        return sweeps.expire_leases(connection, sweeps.find_lost(connection, page))
 
 
 def test_jobs_of_a_dead_worker_are_queued_again_and_not_charged(database: Database) -> None:
@@ -55,7 +37,8 @@ def test_jobs_of_a_dead_worker_are_queued_again_and_not_charged(database: Databa
         ("lost", False, None)
     ]
     assert column(database, ids[0], "losses") == 1
-    assert set(ids) <= unsent(database)
+    with database.begin() as connection:
+        assert {each.id for each in delivery.send_due(connection, MODEL, [0], 10)} >= set(ids)
 
 
 def lose_worker(database: Database, *ids: UUID) -> None:
@@ -178,110 +161,6 @@ def test_a_worker_that_never_registered_has_no_lease(database: Database) -> None
         Worker(database).heartbeat()
 
 
-def test_what_a_dead_worker_had_received_is_sent_again(database: Database) -> None:
-    ids = insert(database, new_job(), new_job())
-    dead, alive = Worker.registered(database), Worker.registered(database)
-    dead.receive(Arrival(ids[0]))
-    alive.receive(Arrival(ids[1]))
-    end_lease(database, dead.id)
-
-    with database.begin() as connection:
-        assert sweeps.return_received(connection, 100) == 1
-
-    assert unsent(database) == {ids[0]}
-
-
-def test_a_job_that_was_never_sent_is_found_once_it_is_due_and_its_sender_had_time(
-    database: Database,
-) -> None:
-    later = datetime.now(UTC) + timedelta(hours=1)
-    sent, never, early = insert(database, new_job(), new_job(), new_job(not_before=later))
-    send(database, sent)
-
-    assert unsent(database, grace_s=60.0) == set()
-    assert unsent(database) == {never}
-    rewrite(database, "not_before = now()", early)
-    assert unsent(database) == {never, early}
-
-
-def test_jobs_of_a_kind_that_only_a_later_version_knows_are_left_to_it(database: Database) -> None:
-    never, sent, known = insert(database, new_job(), new_job(), new_job())
-    send(database, sent)
-    with database.begin() as connection:
-        connection.execute(text("ALTER TABLE jobs DROP CONSTRAINT jobs_kind_check"))
-    for job_id in (never, sent):
-        rewrite(database, "kind = 'rerank'", job_id)
-    rewrite(database, "enqueued_at = now() - interval '1 day'", sent)
-
-    assert unsent(database) == {known}
-    assert overdue(database) == []
-
-
-def test_what_was_never_sent_is_found_by_model_urgent_jobs_first_and_then_old_ones(
-    database: Database,
-) -> None:
-    patient, young, old, other = insert(
-        database,
-        new_job(priority=2),
-        new_job(priority=1),
-        new_job(priority=1),
-        new_job(model="other"),
-    )
-    rewrite(database, "not_before = now() - interval '1 hour'", old)
-    rewrite(database, "not_before = now() - interval '2 hours'", patient)
-
-    with database.begin() as connection:
-        assert sweeps.unsent_models(connection) == sorted([MODEL, "other"])
-        found = sweeps.unsent(connection, MODEL, [0, 1, 2], 100, 0.0)
-        assert [each.id for each in found] == [old, young, patient]
-        assert len(sweeps.unsent(connection, MODEL, [0, 1, 2], 2, 0.0)) == 2
-        assert [each.id for each in sweeps.unsent(connection, "other", [0], 9, 0.0)] == [other]
-
-
-def test_a_message_is_overdue_twice_as_late_each_time_it_is_sent(database: Database) -> None:
-    [job_id] = insert(database, new_job())
-    send(database, job_id)
-    limits_s = []
-    for _ in range(3):
-        age_s = 5
-        while not overdue(database):
-            age_s += 5
-            rewrite(database, f"enqueued_at = now() - interval '{age_s} s'", job_id)
-        limits_s.append(age_s)
-        send(database, job_id)
-
-    assert limits_s == [10, 20, 40]
-
-
-def test_overdue_messages_come_oldest_first_and_only_of_their_model(database: Database) -> None:
-    ids = insert(database, *(new_job() for _ in range(4)), new_job(model="other"))
-    send(database, *ids)
-    for age, job_id in enumerate(ids):
-        rewrite(database, f"enqueued_at = now() - interval '{100 + age} s'", job_id)
-
-    assert overdue(database, page=3) == [ids[3], ids[2], ids[1]]
-
-
-def test_a_message_that_was_received_is_not_overdue(database: Database) -> None:
-    [job_id] = insert(database, new_job())
-    send(database, job_id)
-    rewrite(database, "enqueued_at = now() - interval '1 h'", job_id)
-    assert overdue(database) == [job_id]
-
-    Worker.registered(database).receive(Arrival(job_id))
-
-    assert overdue(database) == []
-
-
-def test_the_length_that_queues_should_have_is_counted_by_model(database: Database) -> None:
-    ids = insert(database, *(new_job() for _ in range(4)), new_job(model="other"))
-    send(database, *ids[1:])
-    Worker.registered(database).receive(Arrival(ids[1]))
-
-    with database.begin() as connection:
-        assert sweeps.count_unreceived(connection) == {MODEL: 2, "other": 1}
-
-
 def test_queued_jobs_past_their_deadline_expire_in_pages(database: Database) -> None:
     soon = datetime.now(UTC) + timedelta(hours=1)
     ids = insert(database, *(new_job(deadline=soon) for _ in range(5)), new_job())
@@ -293,7 +172,8 @@ def test_queued_jobs_past_their_deadline_expire_in_pages(database: Database) -> 
     pages = []
     for _ in range(3):
         with database.begin() as connection:
-            pages.append(sweeps.expire_deadlines(connection, 3))
+            late = sweeps.find_late(connection, 3)
+            pages.append(sweeps.expire_deadlines(connection, late))
 
     assert [len(page) for page in pages] == [3, 1, 0]
     expired = view(database, pages[0][0])
@@ -310,10 +190,10 @@ def test_two_rescue_processes_share_the_work(database: Database) -> None:
     end_lease(database, dead.id)
 
     with database.begin() as one, database.begin() as other:
-        first = sweeps.expire_leases(one, 3)
-        second = sweeps.expire_leases(other, 3)
-        unsent_first = sweeps.unsent(one, MODEL, range(10), 1, 0.0)
-        unsent_second = sweeps.unsent(other, MODEL, range(10), 1, 0.0)
+        first = sweeps.expire_leases(one, sweeps.find_lost(one, 3))
+        second = sweeps.expire_leases(other, sweeps.find_lost(other, 3))
+        unsent_first = delivery.send_due(one, MODEL, range(10), 1)
+        unsent_second = delivery.send_due(other, MODEL, range(10), 1)
 
     assert (len(first), len(second)) == (3, 1)
     assert not {each.job_id for each in first} & {each.job_id for each in second}

@@ -168,6 +168,8 @@ def _check(connection: MemoryConnection) -> None:
         fence = [job[name] for name in ("attempt_id", "worker_id", "batch_id")]
         assert is_open == (job["finished_at"] is None), "jobs_finished_at_check"
         assert fence.count(None) == (0 if job["state"] == "running" else 3), "jobs_attempt_check"
+        is_delivered = job["state"] == "queued" and job["enqueued_at"] is not None
+        assert job["received_by"] is None or is_delivered, "jobs_delivery_check"
         assert job["state"] != "queued" or job["cancel_requested_at"] is None, (
             "jobs_cancel_requested_at_check"
         )

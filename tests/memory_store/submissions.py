@@ -9,13 +9,13 @@ from uuid import UUID
 
 from app.store import submissions
 from tests.memory_store.database import Answer, MemoryConnection, statement
-from tests.memory_store.rows import Params, Row, is_unreceived, of_tenant, records
+from tests.memory_store.rows import Params, Row, is_known, is_waiting, of_tenant, records
 
 
 def _new_row(self: MemoryConnection, job: Row, **more: Any) -> Row:
     stamps = {"created_at": self.now, "queued_at": self.now, "state": "queued"}
-    job = job | {"not_before": job.get("not_before") or self.now}
-    return self.insert("jobs", job | stamps | more)
+    job = {**job, "not_before": job.get("not_before") or self.now}
+    return self.insert("jobs", stamps | job | more)
 
 
 def _by_key(self: MemoryConnection, job: Row) -> Row | None:
@@ -34,10 +34,13 @@ def _replays(self: MemoryConnection, job: Row) -> Row | None:
 @statement(submissions._INSERT_NEW)
 def _insert_new(self: MemoryConnection, given: Params) -> Answer:
     created = []
-    for job in records("jobs", given["jobs"]):
+    jobs = records("jobs", given["jobs"])
+    for job in sorted(jobs, key=lambda job: job.get("idempotency_key") or chr(0x10FFFF)):
         if job["id"] not in self.jobs and _by_key(self, job) is None and not _replays(self, job):
-            row = _new_row(self, job)
-            created.append({"id": row["id"]})
+            is_due = (job.get("not_before") or self.now) <= self.now
+            is_sent = is_due and job["id"] in given["sent"]
+            row = _new_row(self, job, enqueued_at=self.now if is_sent else None)
+            created.append({"id": row["id"], "is_sent": is_sent})
     return Answer(created)
 
 
@@ -50,16 +53,6 @@ def _find_earlier(self: MemoryConnection, given: Params) -> Answer:
             same = all(old[name] == job[name] for name in ("tenant", "fingerprint"))
             found.append({"asked": job["id"], "id": old["id"], "fingerprint_matches": same})
     return Answer(found)
-
-
-@statement(submissions._MARK_ENQUEUED)
-def _mark_enqueued(self: MemoryConnection, given: Params) -> Answer:
-    for job_id in dict.fromkeys(given["ids"]):
-        job = self.jobs.get(job_id)
-        if job is not None and job["state"] == "queued" and job["received_by"] is None:
-            again = job["enqueued_at"] is not None
-            self.update("jobs", job_id, enqueued_at=self.now, wake_count=job["wake_count"] + again)
-    return Answer([])
 
 
 @statement(submissions._RECEIVE)
@@ -84,11 +77,15 @@ def _receive(self: MemoryConnection, given: Params) -> Answer:
 
 
 def _noted(row: Row, worker_id: UUID, now: datetime) -> Row:
-    """`_NOTE_RECEIVED`."""
-    is_queued, is_due = row["state"] == "queued", row["not_before"] <= now
+    """`delivery.RECEIVED`."""
+    if row["state"] != "queued":
+        return {}
+    is_due = row["not_before"] <= now
     return {
-        "received_by": worker_id if is_queued and is_due else row["received_by"],
-        "enqueued_at": None if is_queued and not is_due else row["enqueued_at"] or now,
+        "received_by": worker_id if is_due and is_known(row) else row["received_by"],
+        "enqueued_at": None
+        if not is_due and row["received_by"] is None
+        else row["enqueued_at"] or now,
     }
 
 
@@ -106,23 +103,13 @@ def _received(row: Row, job: Row | None, now: datetime) -> Row:
     }
 
 
-@statement(submissions._UNRECEIVE)
-def _unreceive(self: MemoryConnection, given: Params) -> Answer:
-    for job_id in given["ids"]:
-        job = self.jobs.get(job_id)
-        if job and job["state"] == "queued" and job["received_by"] == given["worker_id"]:
-            sent_at = self.now if job["not_before"] <= self.now else None
-            self.update("jobs", job_id, received_by=None, enqueued_at=sent_at)
-    return Answer([])
-
-
 @statement(submissions._REJECT)
 def _reject(self: MemoryConnection, given: Params) -> Answer:
     written = []
     for bad in records("jobs", given["rejected"]):
         if bad["id"] not in self.jobs:
             error = (bad.pop("error_code"), bad.pop("error_message"))
-            row = _new_row(self, bad, source="message", state="failed", finished_at=self.now)
+            row = _new_row(self, bad, source="message", finished_at=self.now)
             self.record_ended(row, *error)
             written.append({"id": row["id"]})
     return Answer(written)
@@ -130,7 +117,7 @@ def _reject(self: MemoryConnection, given: Params) -> Answer:
 
 @statement(submissions._QUEUED)
 def _queued(self: MemoryConnection, _: Params) -> Answer:
-    return _load(filter(is_unreceived, self.jobs.values()))
+    return _load(filter(is_waiting, self.jobs.values()))
 
 
 @statement(submissions._ENDED)

@@ -127,6 +127,12 @@ class Queue:
         rest = [0] * (len(self.layout.steps) - 1)
         return {model: [length, *rest] for model, length in self.queue_lengths(models).items()}
 
+    def without_message(self, ids: Iterable[UUID], models: Iterable[str]) -> set[UUID]:
+        if self._world.clock.ns < self._world.redis_back_ns:
+            raise Unavailable("Redis is away.")
+        there = {message.job_id for model in models for message in self.lists[model]}
+        return set(ids) - there
+
     def queue_lengths(self, models: Iterable[str]) -> dict[str, int]:
         if self._world.clock.ns < self._world.redis_back_ns:
             raise Unavailable("Redis is away.")

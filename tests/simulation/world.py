@@ -76,14 +76,13 @@ class World:
         message = Message(job_id, expected.prompt, model, eta, expires, limit_s)
         if way % 6 == 0:  # a bare message; the job is accepted once it has a row
             return self.queue.put(message)
-        if not self._insert(job_id, expected.prompt, model, eta, expires):
+        is_sent = way % 6 in (1, 2, 4)
+        if not self._insert(job_id, expected.prompt, model, eta, expires, is_sent):
             del self.expected[job_id]
             return None
         if way % 6 in (1, 2, 3) and self.clock.ns >= self.redis_back_ns:
+            # 3: sent, though the row does not say so; 4: the other way round
             self.queue.put(message if way % 6 == 1 else Message(job_id, None, model))
-            if way % 6 != 3 and self.clock.ns >= self.postgres_back_ns:  # 3: sent, not marked so
-                with self.store.begin() as connection:
-                    submissions.mark_enqueued(connection, [job_id])
         return None
 
     def submit_again(self, job: int) -> None:
@@ -288,13 +287,14 @@ class World:
         model: str,
         eta: datetime | None,
         expires: datetime | None,
+        is_sent: bool,
     ) -> bool:
         """Whether the job was accepted."""
         if self.clock.ns < self.postgres_back_ns:
             return False
         job = with_key(new_job(job_id, prompt, model, eta, expires), str(job_id))
         with self.store.begin() as connection:
-            submissions.insert_jobs(connection, [job])
+            submissions.insert_jobs(connection, [job], [job_id] if is_sent else [])
         return True
 
     def _some_job(self, number: int) -> UUID | None:
