@@ -21,8 +21,11 @@ _TRANSPORTS: Final = {
 }
 """By the scheme of a URL. Celery's own setting of a transport is forgotten at a failover."""
 
-_OVERRIDES: Final = ("CELERY_BROKER_URL", "CELERY_BROKER_READ_URL", "CELERY_BROKER_WRITE_URL")
-"""Variables that Celery would heed before `broker.url`: they are of another app of this machine."""
+_OVERRIDES: Final = (
+    *("CELERY_BROKER_URL", "CELERY_BROKER_READ_URL", "CELERY_BROKER_WRITE_URL"),
+    *("CELERY_RESULT_BACKEND", "CELERY_LOADER"),
+)
+"""Variables that Celery would heed before our settings: they are of another app of this machine."""
 
 
 def make_app(settings: Settings) -> Celery:

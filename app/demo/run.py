@@ -15,11 +15,11 @@ from typing import Any, Final
 from uuid import UUID, uuid4
 
 import httpx
-import redis
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from app.broker.client import connected
 from app.broker.message import raw_message
 from app.broker.queues import Layout
 from app.client import AsyncClient, Client
@@ -104,10 +104,11 @@ def by_async_client(settings: Settings, given: Bodies) -> list[str]:
 def by_raw_redis(settings: Settings, given: Bodies) -> list[str]:
     """Nothing but LPUSH, as from any language."""
     queue, ids = settings.broker.default_queue, [str(uuid4()) for _ in given]
-    with redis.Redis.from_url(settings.broker.url) as client:
+    key = Layout.of(settings).key(queue)
+    with connected(settings) as client:
         for job_id, body in zip(ids, given, strict=True):
             kind = Kind.EMBED if "input" in body else Kind.GENERATE
-            client.lpush(Layout().key(queue), raw_message(job_id, kind, body, queue=queue))
+            client.lpush(key, raw_message(job_id, kind, body, queue=queue))
     return ids
 
 

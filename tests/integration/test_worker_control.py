@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -149,3 +152,18 @@ def test_under_nohup_a_terminal_that_closes_changes_nothing(
         sent = producer.send_task(TASK, kwargs={"prompt": "x"})
         eventually(lambda: results(settings).get(sent.id), 20)
         assert not worker.has_ended
+
+
+def test_a_worker_that_is_to_scale_itself_does_not_start_and_says_why(settings: Settings) -> None:
+    command = [sys.executable, "-m", "celery", "-A", "app.worker", "worker", "--autoscale=3,1"]
+    urls = {
+        "GRISTMILL_DATABASE__URL": settings.database.url,
+        "GRISTMILL_BROKER__URL": settings.broker.url,
+    }
+
+    done = subprocess.run(
+        command, check=False, capture_output=True, text=True, timeout=60, env=os.environ | urls
+    )
+
+    assert done.returncode == 1
+    assert "--autoscale: There is no autoscaling" in done.stderr

@@ -94,6 +94,20 @@ def test_certificates_are_checked_unless_the_url_says_otherwise(
         assert (connection.ssl or {}).get("ssl_cert_reqs") == expected
 
 
+def test_the_settings_win_over_what_the_environment_holds_for_another_celery_app(
+    two_models: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("BROKER_URL", "BROKER_READ_URL", "BROKER_WRITE_URL", "RESULT_BACKEND"):
+        monkeypatch.setenv(f"CELERY_{name}", "redis://elsewhere/9")
+    monkeypatch.setenv("CELERY_LOADER", "another.app:Loader")
+
+    app = make_app(two_models)
+
+    for connection in (app.connection_for_read(), app.connection_for_write()):
+        assert connection.as_uri().startswith("memory://")
+    assert app.conf.result_backend is None
+
+
 @pytest.mark.parametrize("priority", range(10))
 def test_the_list_of_a_priority_is_the_one_that_kombu_reads(priority: int) -> None:
     channel = object.__new__(Channel)

@@ -7,6 +7,7 @@ goes on to Celery and so to the pool.
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -26,6 +27,7 @@ from app.config.settings import Settings
 from app.errors import GristmillError, RequestError, Unavailable
 from app.jobs import Kind, job_id_of
 from app.worker.pool.arrivals import TASKS, Refusal, identify, read, scrub
+from app.worker.pool.control import REFUSED
 from app.worker.pool.envelope import guard
 
 log = logging.getLogger(__name__)
@@ -63,6 +65,11 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]
 
     _pause_s = 0.0  #: before the next try to connect
     _paused_until = 0.0  #: by the monotonic clock
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if self.controller.autoscale:
+            sys.exit(f"--autoscale: {REFUSED['autoscale']}")
 
     def ensure_connected(self, conn: Any) -> Any:
         """Try until it works, or the worker is told to stop."""
