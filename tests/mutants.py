@@ -151,15 +151,13 @@ MUTANTS: Final = (
     ),
     Mutant(
         "success is told before the commit",
-        "app/worker/runner.py",
-        "        self._over += answered\n",
-        "        for job in answered:\n"
-        '            job.ticket.succeeded("", 0.0)\n'
-        "        self._over += answered\n",
+        "app/worker/executor.py",
+        "            self._admission.note_fitted(job)\n",
+        '            self._admission.note_fitted(job)\n            job.ticket.succeeded("", 0.0)\n',
     ),
     Mutant(
         "all that an engine held when it died are guilty",
-        "app/worker/runner.py",
+        "app/worker/executor.py",
         "        if suspects == [solo]:\n            run = suspects[0].claimed_run\n",
         "        for run in [job.claimed_run for job in suspects]:\n",
     ),
@@ -171,9 +169,9 @@ MUTANTS: Final = (
     ),
     Mutant(
         "suspects run beside healthy work",
-        "app/worker/runner.py",
-        "if self._drain is not None or self._suspects or self._runs_apart:",
-        "if self._drain is not None:",
+        "app/worker/admission.py",
+        "        if self._suspects or self._runs_apart:\n            return {}\n",
+        "",
         "tests/simulation/test_schedules.py::"
         "test_healthy_jobs_are_never_beside_the_suspects_of_a_crash",
     ),

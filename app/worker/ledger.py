@@ -1,6 +1,6 @@
 """The ledger: this worker's claims and what became of them, in the store.
 
-Claim before the engine, commit after it, and only then the ack.
+Claim before the engine, commit after it, and only then the ack (`telling`).
 """
 
 from __future__ import annotations
@@ -8,21 +8,17 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from uuid import UUID
 
-from app.jobs import AttemptOutcome, CloseReason, JobState
+from app.jobs import AttemptOutcome, CloseReason
 from app.store import claims
 from app.store.claims import Claimed, Finished, Member, NewBatch, Release
 from app.store.database import Database
 from app.worker.isolation import by_halves, said
-from app.worker.settlement import Settlement, batch_stats, summary
-from app.worker.work import TIMED_OUT, Batch, Doomed, Ending, Job, Run
+from app.worker.settlement import Settlement, batch_stats
+from app.worker.work import Batch, Doomed, Job, Run
 
 log = logging.getLogger(__name__)
-
-Tell = Callable[[], None]
-"""Tells Celery how a job ended, and acks its message."""
 
 
 class Ledger:
@@ -82,8 +78,8 @@ class Ledger:
             wait_ms=batch.wait_ns / 1e6,
         )
 
-    def fail(self, doomed: Doomed) -> Tell:
-        """End a job that cannot run; returns what Celery is then to be told.
+    def fail(self, doomed: Doomed) -> bool:
+        """End a job that cannot run; returns whether it was still ours to end.
 
         Raises `Unavailable` with nothing lost: the same call may be made again.
         """
@@ -98,13 +94,12 @@ class Ledger:
         with self._database.autocommit() as connection:
             member = Member(doomed.id, doomed.attempt_id)
             if not claims.claim(connection, self._new_batch(batch), [member]):
-                return doomed.ticket.dropped
-            if doomed.attempt_id not in claims.finish(connection, [record]):
-                return doomed.ticket.dropped
-        return partial(doomed.ticket.failed, doomed.ending.code, doomed.ending.message, 0.0)
+                return False
+            return doomed.attempt_id in claims.finish(connection, [record])
 
-    def commit(self, over: Sequence[Job]) -> list[Tell]:
-        """Commit ended jobs together; returns what Celery is then to be told.
+    def commit(self, over: Sequence[Job]) -> set[UUID]:
+        """Commit ended jobs together; returns the attempts that counted. The others were not ours
+        any more.
 
         Raises `Unavailable` with nothing lost: the same call may be made again. If the store
         refuses one of the records for good, that job fails, and the others do not suffer for it.
@@ -113,7 +108,7 @@ class Ledger:
         withheld = [job for job in over if job.claimed_run.is_withheld]
         if withheld:
             committed |= self._finish(withheld)
-        return [_news(job, job.claimed_run.attempt_id in committed) for job in over]
+        return committed
 
     def _finish(self, over: Iterable[Job]) -> set[UUID]:
         records, stats = [], {}
@@ -154,20 +149,3 @@ class Ledger:
 
 def _not_claimed(job: Job, error: Exception) -> None:
     log.error("A claim was refused: %s", said(error), extra={"job_id": job.id})
-
-
-def _news(job: Job, committed: bool) -> Tell:
-    """How Celery hears of a committed job; one that was fenced out is somebody else's to tell."""
-    record = job.claimed_run.record
-    assert record is not None
-    if not committed:
-        return job.ticket.dropped
-    runtime_s = record.device_ns / 1e9
-    if record.state is JobState.COMPLETED:
-        return partial(job.ticket.succeeded, summary(job, record), runtime_s)
-    if job.claimed_run.ending is TIMED_OUT:
-        return job.ticket.timed_out
-    ending = job.claimed_run.ending or Ending(
-        record.state, record.error_code or "", record.error_message or ""
-    )
-    return partial(job.ticket.failed, ending.code, ending.message, runtime_s)

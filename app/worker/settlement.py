@@ -1,6 +1,6 @@
 """How a job ends: from its generations to the record that the store commits. Pure.
 
-What is decided here is written in one transaction; Celery hears of it afterwards.
+What is decided here is written in one transaction; Celery hears of it afterwards (`telling`).
 """
 
 from __future__ import annotations
@@ -83,20 +83,6 @@ class Settlement:
 def batch_stats(batch: Batch) -> BatchStats:
     """What a batch has computed so far."""
     return BatchStats(batch.id, batch.useful_tokens, batch.padded_tokens, batch.device_ns)
-
-
-def summary(job: Job, record: Finished) -> str:
-    """What Flower shows as the result: never text of the prompt or the answer."""
-    return repr(
-        {
-            "in": record.input_tokens,  # first what Flower's list has room for
-            "out": record.output_tokens,
-            "batch": str(job.claimed_run.batch.id)[:8],
-            "size": record.batch_size,
-            "model": job.model,
-            "cost": f"{record.cost:f} {record.currency}",
-        }
-    )
 
 
 def _row_error(answers: list[Generation]) -> Ending | None:
