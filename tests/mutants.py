@@ -152,8 +152,8 @@ MUTANTS: Final = (
     Mutant(
         "success is told before the commit",
         "app/worker/executor.py",
-        "            self._admission.note_fitted(job)\n",
-        '            self._admission.note_fitted(job)\n            job.ticket.succeeded("", 0.0)\n',
+        "self._dispatcher.note_fitted(job)",
+        'job.ticket.succeeded("", 0.0)',
     ),
     Mutant(
         "all that an engine held when it died are guilty",
@@ -169,7 +169,7 @@ MUTANTS: Final = (
     ),
     Mutant(
         "suspects run beside healthy work",
-        "app/worker/admission.py",
+        "app/worker/dispatcher.py",
         "        if self._suspects or self._runs_apart:\n            return {}\n",
         "",
         "tests/simulation/test_schedules.py::"

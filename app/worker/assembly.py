@@ -22,7 +22,7 @@ from app.store.database import Database
 from app.store.workers import NewWorker
 from app.worker.batcher import Batcher, Limits
 from app.worker.engine.host import EngineHost
-from app.worker.engine.wire import Load, ServedModel
+from app.worker.engine.wire import LoadModels, ServedModel
 from app.worker.engine.xid import Remedy, Xid, XidWatch
 from app.worker.lease import LeaseKeeper
 from app.worker.ledger import Ledger
@@ -50,7 +50,7 @@ class Assembly:
     xid_watch: XidWatch | None = None
 
     def start(self) -> None:
-        """Load the models, then register. Raises what kept the worker from being ready."""
+        """LoadModels the models, then register. Raises what kept the worker from being ready."""
         self.database.check_schema()
         self.runner.start()
         if not self.runner.ready.wait(self.load_timeout_s):
@@ -177,7 +177,7 @@ def _engine_host(settings: Settings, catalog: dict[str, CatalogModel]) -> Engine
         ServedModel(name, model.folder, model.settings) for name, model in catalog.items()
     )
     return EngineHost(
-        Load(models, settings.worker.device, settings.worker.threads),
+        LoadModels(models, settings.worker.device, settings.worker.threads),
         load_timeout_s=settings.worker.load_timeout_s,
         step_timeout_s=settings.worker.step_timeout_s,
     )

@@ -80,7 +80,7 @@ class Capacity:
 
 
 @dataclass(frozen=True, slots=True)
-class ClosedBatch:
+class Selection:
     group: str
     members: tuple[Candidate, ...]  #: in the order they were admitted
     reason: CloseReason
@@ -120,7 +120,7 @@ class Batcher:
             del self._waiting[group][candidate.job_id]
         return found
 
-    def close(self, group: str, capacity: Capacity, now_ns: int) -> ClosedBatch | None:
+    def close(self, group: str, capacity: Capacity, now_ns: int) -> Selection | None:
         """The batch of this group that closes now, taken out of the waiting, or None.
 
         Without `misfits` among the waiting it gives one sooner or later, whatever they ask for.
@@ -140,7 +140,7 @@ class Batcher:
         for member in members:
             del waiting[member.job_id]
         oldest = min(member.arrived_ns for member in members)
-        return ClosedBatch(group, tuple(members), reason, now_ns - oldest)
+        return Selection(group, tuple(members), reason, now_ns - oldest)
 
     def next_close_ns(self, capacities: Mapping[str, Capacity]) -> int | None:
         """When the first of these groups closes by waiting, or None if nothing waits there."""

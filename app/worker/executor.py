@@ -7,7 +7,7 @@ import threading
 from typing import Final
 
 from app.errors import EngineError, OutOfMemory
-from app.worker.admission import Admission, Room
+from app.worker.dispatcher import Dispatcher, Room
 from app.worker.engine.host import EngineHost
 from app.worker.engine.pipe import WorkerEnd
 from app.worker.engine.wire import Broken, DidNotFit, Ready, Stepped
@@ -21,13 +21,13 @@ MAX_DEATHS: Final = 3  #: of engine processes in a row that had nothing to run
 
 
 class Executor:
-    """Owns the engine process and the jobs inside it. What it drops goes back to admission."""
+    """Owns the engine process and the jobs inside it. What it drops goes back to the dispatcher."""
 
-    def __init__(self, models: tuple[str, ...], host: EngineHost, admission: Admission) -> None:
+    def __init__(self, models: tuple[str, ...], host: EngineHost, dispatcher: Dispatcher) -> None:
         self.loaded = threading.Event()  #: the models are, or never will be
         self._models = models
         self._host = host
-        self._admission = admission
+        self._dispatcher = dispatcher
         self._running = Running()
         self._deaths = 0  #: of engine processes since the last answer
         self._starts_again = True
@@ -106,17 +106,17 @@ class Executor:
         self._deaths = 0
         answered = self._running.answer(stepped)
         for job in answered:
-            self._admission.note_fitted(job)
+            self._dispatcher.note_fitted(job)
         return answered
 
     def _halve(self, model: str) -> None:
         """The device ran out of memory: smaller batches follow, and nobody is charged."""
         dropped, solo = self._running.leave(model), self._running.solo
-        self._admission.note_overflow(dropped)
+        self._dispatcher.note_overflow(dropped)
         if dropped == [solo]:
             run = dropped[0].claimed_run
             run.ending = run.ending or Ending.failed(OutOfMemory())
-        self._admission.put_back(dropped)
+        self._dispatcher.put_back(dropped)
 
     def _lose(self, broken: Broken) -> None:
         """The engine process died or hangs. Find the guilty by halves, and charge nobody else."""
@@ -134,12 +134,12 @@ class Executor:
         if self._deaths == MAX_DEATHS:
             raise EngineError(f"{MAX_DEATHS} engine processes died with nothing to run.")
         if broken.was_killed:
-            self._admission.note_overflow(suspects)
+            self._dispatcher.note_overflow(suspects)
         for job in suspects:
             job.claimed_run.deaths += 1
         if suspects == [solo]:
             run = suspects[0].claimed_run
             run.ending = run.ending or verdict(run, broken)
-        self._admission.put_back(suspects)
+        self._dispatcher.put_back(suspects)
         if self._starts_again:
             self._host.start()

@@ -24,9 +24,9 @@ from app.errors import (
     RequestError,
     Unavailable,
 )
-from app.worker.admission import Admission
 from app.worker.batcher import Batcher
 from app.worker.commands import Command, Drain, Flush, Nameless, Revoked
+from app.worker.dispatcher import Dispatcher
 from app.worker.engine.host import EngineHost
 from app.worker.engine.pipe import WorkerEnd
 from app.worker.executor import Executor
@@ -63,8 +63,8 @@ class Runner:
         self._now_ns = now_ns
         self._registrar = registrar
         self._ledger = ledger
-        self._admission = Admission(batcher)
-        self._executor = Executor(models, host, self._admission)
+        self._dispatcher = Dispatcher(batcher)
+        self._executor = Executor(models, host, self._dispatcher)
         self._num_received = 0  #: messages
         self._commands: deque[Command] = deque()
         self._jobs: dict[UUID, Job] = {}
@@ -93,7 +93,7 @@ class Runner:
         return {
             **self._executor.facts(),
             "jobs": len(self._jobs),
-            "waiting": len(self._admission),
+            "waiting": len(self._dispatcher),
             "received": self._num_received,
             "held": bool(self._commands or self._jobs or self._doomed or self._registrar.has_work),
             "draining": self._drain is not None,
@@ -135,7 +135,7 @@ class Runner:
         """How long the next turn can wait if nobody says anything: until a batch closes, say."""
         now_ns = self._now_ns()
         rooms = {} if self._drain is not None else self._executor.rooms()
-        closes_ns = self._admission.next_close_ns(rooms)
+        closes_ns = self._dispatcher.next_close_ns(rooms)
         if self._paused_until_ns > now_ns:
             return (self._paused_until_ns - now_ns) / 1e9
         if self._over or self._doomed:
@@ -203,7 +203,7 @@ class Runner:
         self._registrar.forget_waiting()
         claiming = self._claiming[1] if self._claiming else []
         for job in [job for job in self._jobs.values() if job.run is None and job not in claiming]:
-            self._admission.remove(job.id)
+            self._dispatcher.remove(job.id)
             del self._jobs[job.id]
             self._registrar.give_back(job.id)
 
@@ -254,7 +254,7 @@ class Runner:
                 self._doomed.append(job)
                 continue
             self._jobs[job.id] = job
-            self._admission.add(job)
+            self._dispatcher.add(job)
         self._end_doomed()
         if self._drain is not None:
             self._forget_waiting()
@@ -282,13 +282,13 @@ class Runner:
         rooms = self._executor.rooms()
         if self._drain is not None or not rooms:
             return
-        for job, most in self._admission.misfits(rooms):
+        for job, most in self._dispatcher.misfits(rooms):
             self._end_misfit(job, most)
-        while admitted := self._admission.next(self._executor.rooms(), self._now_ns()):
-            if admitted.batch is None:
-                self._hand_over(admitted.jobs)
+        while dispatch := self._dispatcher.next(self._executor.rooms(), self._now_ns()):
+            if dispatch.batch is None:
+                self._hand_over(dispatch.jobs)
             else:
-                self._claim(admitted.batch, admitted.jobs)
+                self._claim(dispatch.batch, dispatch.jobs)
 
     def _end_misfit(self, job: Job, most: int) -> None:
         """End a job that has more sequences than its engine takes when it is empty."""
@@ -325,7 +325,7 @@ class Runner:
         self._over += [job for job in jobs if job not in going]
         if not going:
             return
-        if self._admission.runs_apart:
+        if self._dispatcher.runs_apart:
             log.info("Runs %d suspects apart.", len(going), extra={"action": "runs_apart"})
         self._executor.run(going)
         for job in going:

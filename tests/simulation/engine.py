@@ -23,7 +23,7 @@ from app.worker.engine.wire import (
     DidNotFit,
     EngineFacts,
     Event,
-    Load,
+    LoadModels,
     Ready,
     Stepped,
 )
@@ -86,7 +86,7 @@ class SimulatedProcess:
         if not self.is_alive:
             raise BrokenPipeError
         match command:
-            case Load(models):
+            case LoadModels(models):
                 self._models = tuple(model.name for model in models)
                 self.next_ns = self._now_ns() + LOAD_NS
             case Admit(model, batch_id, sequences):

@@ -16,7 +16,7 @@ from app.rescue import Rescue
 from app.store.workers import NewWorker
 from app.worker.batcher import Batcher, Limits
 from app.worker.commands import Command, Revoked
-from app.worker.engine.wire import Load, ServedModel
+from app.worker.engine.wire import LoadModels, ServedModel
 from app.worker.lease import LeaseKeeper
 from app.worker.ledger import Ledger
 from app.worker.pool.arrivals import Arrival, Refusal
@@ -49,7 +49,7 @@ class SimulatedWorker:
         self.paused_until_ns = self.turn_ns = self.beat_ns = 0
         self.acks_until_death: int | None = None
         self.host = SimulatedHost(
-            Load(tuple(ServedModel(n, Path(), SETTINGS.models[n]) for n in models), "cpu", 1),
+            LoadModels(tuple(ServedModel(n, Path(), SETTINGS.models[n]) for n in models), "cpu", 1),
             load_timeout_s=SETTINGS.worker.load_timeout_s,
             step_timeout_s=SETTINGS.worker.step_timeout_s,
             now_ns=now_ns,

@@ -20,7 +20,7 @@ from app.errors import EngineError
 from app.jobs import SamplingParams
 from app.worker.engine import host as host_module
 from app.worker.engine.host import EngineHost
-from app.worker.engine.wire import Event, Load, Ready, ServedModel, Stepped
+from app.worker.engine.wire import Event, LoadModels, Ready, ServedModel, Stepped
 from tests.waiting import eventually
 
 ROWS = 64
@@ -30,7 +30,7 @@ def engine_host(**options: object) -> EngineHost:
     settings = ModelSettings(
         source="stub", kind="generate", engine="stub", max_batch_size=ROWS, options=options
     )
-    load = Load((ServedModel("stub", Path(), settings),), "cpu", 1)
+    load = LoadModels((ServedModel("stub", Path(), settings),), "cpu", 1)
     return EngineHost(load, load_timeout_s=60, step_timeout_s=60)
 
 

@@ -30,7 +30,7 @@ from app.worker.engine.wire import (
     DidNotFit,
     EngineFacts,
     Event,
-    Load,
+    LoadModels,
     Ready,
     Stepped,
 )
@@ -59,7 +59,7 @@ class EngineHost:
 
     def __init__(
         self,
-        load: Load,
+        load: LoadModels,
         *,
         load_timeout_s: float,
         step_timeout_s: float,

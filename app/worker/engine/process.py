@@ -33,7 +33,7 @@ from app.worker.engine.wire import (
     Cancel,
     DidNotFit,
     EngineFacts,
-    Load,
+    LoadModels,
     Ready,
     Stepped,
 )
@@ -56,7 +56,7 @@ class EngineProcess:
         self._steps = 0
         self._since_ns = 0  #: when the step that runs began
         self._slowest_ns = 0
-        self._loads: queue.SimpleQueue[Load] = queue.SimpleQueue()
+        self._loads: queue.SimpleQueue[LoadModels] = queue.SimpleQueue()
         self._inbox: queue.SimpleQueue[Admit] = queue.SimpleQueue()
         self._engines: dict[str, Engine] = {}
 
@@ -70,7 +70,7 @@ class EngineProcess:
                 if engine.has_work:
                     self._step(model, engine)
 
-    def _load(self, command: Load) -> None:
+    def _load(self, command: LoadModels) -> None:
         began = time.monotonic_ns()
         for model in command.models:
             self._engines[model.name] = registry.create(
@@ -93,7 +93,7 @@ class EngineProcess:
         try:
             while True:
                 match self._parent.recv():
-                    case Load() as load:
+                    case LoadModels() as load:
                         self._loads.put(load)
                     case Admit() as admit:
                         self._inbox.put(admit)

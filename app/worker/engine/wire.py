@@ -28,7 +28,7 @@ class ServedModel:
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class LoadModels:
     models: tuple[ServedModel, ...]
     device: str
     threads: int
@@ -47,7 +47,7 @@ class Cancel:
     sequence_id: int
 
 
-Command = Load | Admit | Cancel
+Command = LoadModels | Admit | Cancel
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,14 +31,14 @@ class Room:
 
 
 @dataclass(frozen=True, slots=True)
-class Admitted:
+class Dispatch:
     """Jobs that are to run together."""
 
     jobs: list[Job]
     batch: Batch | None  #: None: they are claimed already
 
 
-class Admission:
+class Dispatcher:
     """Owns the jobs that wait for the engine, and what was learned of its memory."""
 
     def __init__(self, batcher: Batcher) -> None:
@@ -80,7 +80,7 @@ class Admission:
             (job, min(limits[job.model].max_batch_size, rooms[job.model].rows)) for job in found
         ]
 
-    def next(self, rooms: Mapping[str, Room], now_ns: int) -> Admitted | None:
+    def next(self, rooms: Mapping[str, Room], now_ns: int) -> Dispatch | None:
         """Take out those that go in now; None if nobody does. To be asked until it says so."""
         self._runs_apart = self._runs_apart and _is_busy(rooms)
         if self._suspects:
@@ -89,18 +89,18 @@ class Admission:
             if closed := self._batcher.close(model, capacity, now_ns):
                 jobs = [self._waiting.pop(member.job_id) for member in closed.members]
                 batch = Batch(uuid4(), model, closed.reason, closed.wait_ns)
-                return _admitted(jobs, batch, now_ns)
+                return _dispatch(jobs, batch, now_ns)
         return None
 
-    def _next_suspects(self, rooms: Mapping[str, Room], now_ns: int) -> Admitted | None:
+    def _next_suspects(self, rooms: Mapping[str, Room], now_ns: int) -> Dispatch | None:
         """The next group that runs apart: one that is claimed already, or else one to claim."""
         self._runs_apart = True
         if group := self._suspects.next_claimed(_rows(rooms)):
-            return Admitted(group, None)
+            return Dispatch(group, None)
         if not (jobs := self._suspects.next_unclaimed(_rows(rooms))):
             return None
         wait_ns = now_ns - min(job.arrived_ns for job in jobs)
-        return _admitted(jobs, Batch(uuid4(), jobs[0].model, CloseReason.WAIT, wait_ns), now_ns)
+        return _dispatch(jobs, Batch(uuid4(), jobs[0].model, CloseReason.WAIT, wait_ns), now_ns)
 
     def next_close_ns(self, rooms: Mapping[str, Room]) -> int | None:
         """When the first batch closes by waiting, or None if none does."""
@@ -137,10 +137,10 @@ class Admission:
             log.warning(sentence, rows, tokens, fits, extra={"action": "rows_halved"})
 
 
-def _admitted(jobs: list[Job], batch: Batch, now_ns: int) -> Admitted:
+def _dispatch(jobs: list[Job], batch: Batch, now_ns: int) -> Dispatch:
     for job in jobs:
         job.closed_ns = now_ns
-    return Admitted(jobs, batch)
+    return Dispatch(jobs, batch)
 
 
 def _is_busy(rooms: Mapping[str, Room]) -> bool:
