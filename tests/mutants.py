@@ -170,7 +170,7 @@ MUTANTS: Final = (
     Mutant(
         "suspects run beside healthy work",
         "app/worker/dispatcher.py",
-        "        self._runs_apart = True\n",
+        "        if self._suspects or self._runs_apart:\n            return {}\n",
         "",
         "tests/simulation/test_schedules.py::"
         "test_healthy_jobs_are_never_beside_the_suspects_of_a_crash",

@@ -83,8 +83,8 @@ class Dispatcher:
     def next(self, rooms: Mapping[str, Room], now_ns: int) -> Dispatch | None:
         """Take out those that go in now; None if nobody does. To be asked until it says so."""
         self._runs_apart = self._runs_apart and _is_busy(rooms)
-        if self._suspects:
-            return None if _is_busy(rooms) else self._next_suspects(rooms, now_ns)
+        if self._suspects and not _is_busy(rooms):
+            return self._next_suspects(rooms, now_ns)
         for model, capacity in self._capacities(rooms).items():
             if closed := self._batcher.close(model, capacity, now_ns):
                 jobs = [self._waiting.pop(member.job_id) for member in closed.members]
@@ -107,7 +107,8 @@ class Dispatcher:
         return self._batcher.next_close_ns(self._capacities(rooms))
 
     def _capacities(self, rooms: Mapping[str, Room]) -> dict[str, Capacity]:
-        """What each model's engine would take now; models that take nothing are left out."""
+        """What each model's engine would take now; models that take nothing are left out, and all
+        are while suspects run or wait: nobody else is to be beside them."""
         if self._suspects or self._runs_apart:
             return {}
         return {
