@@ -28,6 +28,7 @@ from app.errors import ConfigError, Unavailable
 from app.intake.submit import Submitter
 from app.store import notices
 from app.store.database import Database
+from app.threads import Background
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     services.waiters.open()
     with _listening(settings.database.news_url, services.waiters):
         yield
-    services.close()
+    await services.close()
 
 
 @contextmanager
@@ -101,7 +102,7 @@ def _listening(database_url: str, waiters: Waiters) -> Iterator[None]:
             else:
                 waiters.job_is_done(notice.job_id)
 
-    thread = threading.Thread(target=listen, name="listen", daemon=True)
+    thread = Background("listen", listen, stop)
     thread.start()
     try:
         yield

@@ -10,17 +10,19 @@ from http import HTTPStatus
 from typing import Annotated, Any, Final
 from uuid import UUID
 
+from anyio import to_thread
 from fastapi import APIRouter, Header, Path, Query, Request, Response
 from pydantic import BaseModel
 
 from app.api import raw_bodies
-from app.api.answers import JSON, Held, answer, look
+from app.api.answers import JSON, Held, Hold, answer, look, look_at_new
 from app.api.problems import documented
 from app.api.schemas import BulkAnswer, BulkRequest, Job, JobList, JobSummary
 from app.api.services import Here, Services
 from app.api.views import bulk_item, summary_of, told
 from app.errors import GristmillError, JobUnreadable, RequestError
-from app.intake.submit import Submission, Submitted, parse_submission
+from app.intake.decision import Decision
+from app.intake.submit import Stored, Submission, parse_submission
 from app.jobs import JobState, job_id_of
 from app.store import cancellation, reads
 from app.store.reads import JobView, Unreadable
@@ -103,13 +105,14 @@ async def submit(
     final, is answered with 200.
     """
     raw = await raw_bodies.read_body(request, here.settings.api.max_body_bytes)
-    submitted = await here.run(_submit, here, raw, idempotency_key)
-    job = await look(here, submitted.job_id, hold)
-    headers = {"Location": f"/v1/jobs/{submitted.job_id}"}
+    stored = await here.write(_submit, here, raw, idempotency_key)
+    await here.send(stored)
+    job = await look_at_new(here, stored, hold)
+    headers = {"Location": f"/v1/jobs/{stored.only.job_id}"}
     return answer(job, status=200 if job.is_final else 202, hold=hold, headers=headers)
 
 
-def _submit(here: Services, raw: bytes, header: str | None) -> Submitted:
+def _submit(decision: Decision, here: Services, raw: bytes, header: str | None) -> Stored:
     value = raw_bodies.parse_json(raw)
     if header is not None and isinstance(value, dict):
         key = _parse_key(header)
@@ -119,12 +122,13 @@ def _submit(here: Services, raw: bytes, header: str | None) -> Submitted:
                 param="idempotency_key",
             )
     try:
-        submitted = here.submitter.submit(parse_submission(value))
+        stored = here.submitter.store([parse_submission(value)], decision)
+        created = stored.only.created
     except GristmillError:
         here.metrics.count_submissions("refused")
         raise
-    here.metrics.count_submissions("accepted" if submitted.created else "replayed")
-    return submitted
+    here.metrics.count_submissions("accepted" if created else "replayed")
+    return stored
 
 
 def _parse_key(header: str) -> str:
@@ -154,10 +158,12 @@ async def submit_bulk(request: Request, here: Here) -> Response:
     """
     async with here.bulk_slots:
         raw = await raw_bodies.read_body(request, here.settings.api.max_bulk_bytes)
-        return await here.run(_submit_bulk, here, raw)
+        stored = await here.write(_submit_bulk, here, raw)
+        await here.send(stored)
+        return await to_thread.run_sync(_bulk_answer, here, stored, limiter=here.bulk_answers)
 
 
-def _submit_bulk(here: Services, raw: bytes) -> Response:
+def _submit_bulk(decision: Decision, here: Services, raw: bytes) -> Stored:
     value = raw_bodies.parse_json(raw)
     if not (isinstance(value, dict) and value.keys() == {"jobs"}):
         raise RequestError('The body must be {"jobs": [...]} and nothing else.', param="jobs")
@@ -165,8 +171,11 @@ def _submit_bulk(here: Services, raw: bytes) -> Response:
     limit = here.settings.api.max_bulk_items
     if not (isinstance(submissions, list) and 1 <= len(submissions) <= limit):
         raise RequestError(f"jobs must be a list of 1 to {limit} jobs.", param="jobs")
-    outcomes = here.submitter.submit_many(submissions)
-    items = [bulk_item(index, outcome) for index, outcome in enumerate(outcomes)]
+    return here.submitter.store(submissions, decision)
+
+
+def _bulk_answer(here: Services, stored: Stored) -> Response:
+    items = [bulk_item(index, outcome) for index, outcome in enumerate(stored.outcomes)]
     refused = sum(item.error is not None for item in items)
     replayed = sum(item.status == HTTPStatus.OK for item in items)
     accepted = len(items) - refused
@@ -292,14 +301,15 @@ def _list_jobs(here: Services, **asked: Any) -> list[JobView | Unreadable]:
 async def cancel(here: Here, job_id: JobId) -> Response:
     """A queued job is cancelled at once: 200. A running one is stopped by its worker within a step
     or so, and what it generated is kept: 202, follow it. May be repeated."""
-    await here.run(_cancel, here, job_id_of(job_id))
+    await here.write(_cancel, here, job_id_of(job_id))
     job = await here.job(job_id_of(job_id))
     return answer(job, status=200 if job.is_final else 202)
 
 
-def _cancel(here: Services, job_id: UUID) -> None:
+def _cancel(decision: Decision, here: Services, job_id: UUID) -> None:
     with here.database.begin() as connection:
         cancellation.cancel(connection, job_id)
+        decision.commit()
 
 
 @router.post(
@@ -322,13 +332,15 @@ def _cancel(here: Services, job_id: UUID) -> None:
 async def replay(here: Here, job_id: JobId) -> Response:
     """Run a job that failed, expired or was cancelled once more: as a new job, which says so in
     `replay_of`. May be repeated: one job is replayed once, and the same new job is answered."""
-    submitted = await here.run(_replay, here, job_id_of(job_id))
-    job = await here.job(submitted.job_id)
+    stored = await here.write(_replay, here, job_id_of(job_id))
+    await here.send(stored)
+    submitted = stored.only
+    job = await look_at_new(here, stored, Hold(0.0, False))
     headers = {"Location": f"/v1/jobs/{submitted.job_id}"}
     return answer(job, status=202 if submitted.created else 200, headers=headers)
 
 
-def _replay(here: Services, job_id: UUID) -> Submitted:
-    submitted = here.submitter.replay(job_id)
-    here.metrics.count_submissions("accepted" if submitted.created else "replayed")
-    return submitted
+def _replay(decision: Decision, here: Services, job_id: UUID) -> Stored:
+    stored = here.submitter.store_replay(job_id, decision)
+    here.metrics.count_submissions("accepted" if stored.only.created else "replayed")
+    return stored

@@ -115,15 +115,18 @@ class SystemCollector(Collector):
         yield oldest
 
     def _queues(self) -> Iterator[Metric]:
-        up = GaugeMetricFamily("gristmill_redis_up", "Whether Redis answers.")
+        up = GaugeMetricFamily("gristmill_redis_up", "Whether Redis takes messages.")
+        try:
+            self._publisher.try_to_send()
+        except GristmillError:
+            up.add_metric([], 0)
+        else:
+            up.add_metric([], 1)
+        yield up
         try:
             lengths = self._publisher.queue_lengths(self._models)
         except GristmillError:
-            up.add_metric([], 0)
-            yield up
             return
-        up.add_metric([], 1)
-        yield up
         messages = GaugeMetricFamily(
             "gristmill_queue_messages", "Messages waiting in Redis.", labels=["model"]
         )

@@ -33,6 +33,7 @@ STATUS: Final[dict[type[errors.GristmillError], HTTPStatus]] = {
     errors.JobStateConflict: HTTPStatus.CONFLICT,
     errors.RequestRemoved: HTTPStatus.GONE,
     errors.ResponseRemoved: HTTPStatus.GONE,
+    errors.NotStorable: HTTPStatus.BAD_REQUEST,
     errors.QueueFull: HTTPStatus.TOO_MANY_REQUESTS,
     errors.Unavailable: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.SchemaError: HTTPStatus.SERVICE_UNAVAILABLE,

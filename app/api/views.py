@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import datetime
 from typing import Any, Final, TypeVar
 
 from pydantic import ValidationError
@@ -22,8 +23,9 @@ from app.api.schemas import (
 )
 from app.errors import GristmillError, JobUnreadable
 from app.intake.submit import Submitted
-from app.jobs import REPLAYED, AttemptOutcome, CloseReason
+from app.jobs import REPLAYED, AttemptOutcome, CloseReason, JobState
 from app.store.reads import AttemptView, BatchView, JobView, ResultView, Unreadable
+from app.store.submissions import NewJob
 
 T = TypeVar("T")
 
@@ -49,6 +51,35 @@ def told(tell: Callable[[JobView], T], view: JobView | Unreadable) -> T:
         raise JobUnreadable(f"The job's row cannot be read: {where} is wrong.") from None
     except ValueError as error:
         raise JobUnreadable(f"The job's row cannot be read: {error}.") from None
+
+
+def view_of_new(job: NewJob, now: datetime) -> JobView:
+    """A job as its row has it when it is new."""
+    return JobView(
+        id=job.id,
+        tenant=job.tenant,
+        model=job.model,
+        kind=job.kind,
+        url=job.url,
+        source=job.source,
+        replay_of=job.replay_of,
+        state=JobState.QUEUED,
+        priority=job.priority,
+        metadata=job.metadata,
+        attempt=0,
+        attempts_charged=0,
+        max_attempts=job.max_attempts,
+        not_before=job.not_before or now,
+        deadline=job.deadline,
+        cancel_requested_at=None,
+        created_at=now,
+        queued_at=now,
+        claimed_at=None,
+        finished_at=None,
+        attempts=(),
+        result=None,
+        batch=None,
+    )
 
 
 def bulk_item(index: int, outcome: Submitted | GristmillError) -> BulkItem:

@@ -22,6 +22,9 @@ from app.requests.bodies import FORMAT
 LOOK_EVERY_S: Final = 60.0
 """Pause between two looks for messages that nobody reads: each goes through many keys."""
 
+NO_LIST = queue_name("readiness-probe:none")
+"""A name that no model can have."""
+
 
 class Publisher:
     """Sends messages. Threads may share it; it connects when first used, and again after a fault.
@@ -130,6 +133,15 @@ class Publisher:
             _left_on_error(connection),
         ):
             return without_message(connection.default_channel.client, ids, lists)
+
+    def try_to_send(self) -> None:
+        """Do what a message does to Redis, to no list that there is. Raises `Unavailable`."""
+        with (
+            as_unavailable(),
+            self._app.pool.acquire(block=True) as connection,
+            _left_on_error(connection),
+        ):
+            connection.default_channel.client.lpushx(NO_LIST, "")
 
     def close(self) -> None:
         self._app.close()

@@ -1,18 +1,20 @@
 """The one way in: check, row, commit, message.
 
-    parse_submission ─▶ Submitter: check ─▶ insert, commit ─▶ send
+    parse_submission ─▶ Submitter: check ─▶ insert, commit ─▶ answer ─▶ send
 
-The commit is the promise. The message is only a wake-up: if it cannot be sent, the job stays
-`queued` and `unsent` and rescue sends it later.
+The commit is the promise, and none is made to whom a no was told. The message is only a wake-up:
+if it cannot be sent, the job stays `queued` and `unsent` and rescue sends it later.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from typing import Annotated, Any
+from datetime import datetime
+from functools import partial
+from typing import Annotated, Any, TypeGuard
 from uuid import UUID, uuid4
 
 from pydantic import (
@@ -36,11 +38,13 @@ from app.errors import (
     IdempotencyConflict,
     InvalidSchema,
     JobStateConflict,
+    NotStorable,
     RequestError,
     RequestRemoved,
     RequestTooLarge,
 )
 from app.intake.admission import Admission
+from app.intake.decision import Decision
 from app.intake.sender import Sender, num_bytes
 from app.jobs import MAX_PRIORITY, REPLAYED, bounded
 from app.requests import bodies
@@ -48,6 +52,7 @@ from app.requests.output_format import field_of
 from app.requests.prepare import prepare
 from app.store import reads, submissions
 from app.store.database import Database
+from app.store.isolation import Connection, Write, apart
 from app.store.submissions import Load, NewJob
 
 
@@ -139,6 +144,24 @@ class Submitted:
     created: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What is committed: the answer is certain, whatever becomes of the messages."""
+
+    outcomes: list[Submitted | GristmillError]
+    new_jobs: list[NewJob]
+    to_send: list[NewJob]  #: those of them whose messages are to be sent now
+    at: datetime  #: by the database's clock
+
+    @property
+    def only(self) -> Submitted:
+        """The outcome of a single submission; raises what is wrong with it."""
+        [outcome] = self.outcomes
+        if isinstance(outcome, GristmillError):
+            raise outcome
+        return outcome
+
+
 class Submitter:
     """Turns submissions into jobs. Threads may share it."""
 
@@ -156,31 +179,22 @@ class Submitter:
         self._admission = Admission(database, most)
         self.sender = Sender(database, publisher, settings.broker.max_messages)
 
-    def submit(self, submission: Submission) -> Submitted:
-        """One submission; raises what is wrong with it, `QueueFull` or `Unavailable`."""
-        [outcome] = self.submit_many([submission])
-        if isinstance(outcome, GristmillError):
-            raise outcome
-        return outcome
-
-    def submit_many(self, submissions: Sequence[object]) -> list[Submitted | GristmillError]:
+    def store(self, submissions: Sequence[object], decision: Decision) -> Stored:
         """An outcome for each submission, in order; the good ones become jobs in one transaction.
 
         Takes submissions, or the JSON values of some. Raises `QueueFull` or `Unavailable` if
-        nothing was stored.
+        nothing was stored. What is stored is then to be given to `send`.
         """
         self._admission.expect_room(len(submissions))
-        checked = [self._check(submission) for submission in submissions]
+        now = self._database.now()
+        checked = [self._check(submission, now) for submission in submissions]
         jobs = [job for job in checked if isinstance(job, NewJob)]
-        if not jobs:
-            return [error for error in checked if isinstance(error, RequestError)]
-        rows = iter(self._store(jobs))
-        return [
-            outcome if isinstance(outcome, RequestError) else _submitted(next(rows))
-            for outcome in checked
-        ]
+        stored = self._insert(jobs, decision, now) if jobs else Stored([], [], [], now)
+        answers = iter(stored.outcomes)
+        outcomes = [it if isinstance(it, RequestError) else next(answers) for it in checked]
+        return replace(stored, outcomes=outcomes)
 
-    def replay(self, job_id: UUID) -> Submitted:
+    def store_replay(self, job_id: UUID, decision: Decision) -> Stored:
         """Run a job that failed, expired or was cancelled once more, as a new job.
 
         The new one has the request, priority and metadata of the old, and its deadline if that has
@@ -190,41 +204,79 @@ class Submitter:
         """
         with self._database.begin() as connection:
             old = reads.replayable(connection, job_id)
+        now = self._database.now()
         if old.replayed_by is not None:
-            return Submitted(old.replayed_by, False)
+            return Stored([Submitted(old.replayed_by, False)], [], [], now)
         if old.state not in REPLAYED:
             raise JobStateConflict(f"The job is {old.state}: only what ended badly is replayed.")
         if old.request is None:
             raise RequestRemoved()
-        is_late = old.deadline is not None and old.deadline <= datetime.now(UTC)
         submission = Submission.model_construct(  # from a row: checked when it was written
             url=old.url,
             body=old.request,
             priority=old.priority,
-            deadline=None if is_late else old.deadline,
+            deadline=old.deadline if old.deadline and old.deadline > now else None,
             metadata=old.metadata,
         )
-        [row] = self._store([replace(self._new_job(submission), replay_of=job_id)])
-        return Submitted(row.id, row.created)
+        job = replace(self._new_job(submission, now), replay_of=job_id)
+        return self._insert([job], decision, now)
 
-    def _store(self, jobs: Sequence[NewJob]) -> list[submissions.Inserted]:
-        """Write rows, commit, send messages."""
+    def send(self, stored: Stored) -> None:
+        """Send the messages of what was stored, as far as that can be done now."""
+        self.sender.send(stored.to_send, num_left=len(stored.new_jobs) - len(stored.to_send))
+
+    def try_to_store(self) -> None:
+        """Do what a submission does, but for keeping it. Raises what would become of one."""
+        model, served = next(iter(self.models.items()))
+        job = NewJob(
+            id=uuid4(),
+            url="",
+            kind=served.settings.kind,
+            model=model,
+            request={},
+            fingerprint="",
+            source="api",
+        )
+        with suppress(_NotKept), self._database.begin() as connection:
+            submissions.insert_jobs(connection, [job])
+            raise _NotKept
+
+    def _insert(self, jobs: Sequence[NewJob], decision: Decision, now: datetime) -> Stored:
+        """Write rows and commit; an outcome for each job."""
         tokens = sum((job.input_tokens or 0) + (job.max_output_tokens or 0) for job in jobs)
-        load = Load(len(jobs), tokens)
         wanted = self.sender.wanted(jobs)
-        with self._admission.admitted(load), self._database.begin() as connection:
-            inserted = submissions.insert_jobs(connection, jobs, wanted)
-        sent = [job for job, row in zip(jobs, inserted, strict=True) if row.is_sent]
-        self.sender.send(sent, num_left=sum(row.created for row in inserted) - len(sent))
+
+        def insert(connection: Connection, part: Sequence[NewJob]) -> Sequence[Outcome]:
+            return submissions.insert_jobs(connection, part, wanted)
+
+        with self._admission.admitted(Load(len(jobs), tokens)):
+            try:
+                rows = self._commit(jobs, decision, insert)
+            except NotStorable:
+                rows = self._commit(jobs, decision, partial(apart, insert))
+        new = [(job, row) for job, row in zip(jobs, rows, strict=True) if _is_new(row)]
+        return Stored(
+            outcomes=[_submitted(row) for row in rows],
+            new_jobs=[job for job, _ in new],
+            to_send=[job for job, row in new if row.is_sent],
+            at=now,
+        )
+
+    def _commit(
+        self, jobs: Sequence[NewJob], decision: Decision, insert: Write[NewJob, Outcome]
+    ) -> Sequence[Outcome]:
+        with self._database.begin() as connection:
+            inserted = insert(connection, jobs)
+            decision.commit()
         return inserted
 
-    def _check(self, submission: object) -> NewJob | RequestError:
+    def _check(self, submission: object, now: datetime) -> NewJob | RequestError:
         try:
-            return self._new_job(parse_submission(submission))
+            return self._new_job(parse_submission(submission), now)
         except RequestError as error:
             return error
 
-    def _new_job(self, submission: Submission) -> NewJob:
+    def _new_job(self, submission: Submission, now: datetime) -> NewJob:
         try:
             request = self._request(submission)
             model = self._settings.model_name(request.kind, request.body.model)
@@ -235,7 +287,7 @@ class Submitter:
             if error.param not in (None, "url", "body"):
                 error.param = f"body.{error.param}"
             raise
-        _check_times(submission)
+        _check_times(submission, now)
         return NewJob(
             id=uuid4(),
             url=request.url,
@@ -271,17 +323,30 @@ def _check_grammar(request: bodies.Request) -> None:
         raise
 
 
-def _check_times(submission: Submission) -> None:
+def _check_times(submission: Submission, now: datetime) -> None:
     deadline = submission.deadline
     if deadline is None:
         return
-    if deadline <= datetime.now(UTC):
+    if deadline <= now:  # by the database's clock
         raise DeadlinePassed("The deadline lies in the past.", param="deadline")
     if submission.not_before and deadline <= submission.not_before:
         raise DeadlinePassed("The deadline must be later than not_before.", param="deadline")
 
 
-def _submitted(row: submissions.Inserted) -> Submitted | GristmillError:
+Outcome = submissions.Inserted | NotStorable
+
+
+def _is_new(row: Outcome) -> TypeGuard[submissions.Inserted]:
+    return isinstance(row, submissions.Inserted) and row.created
+
+
+class _NotKept(Exception):
+    """Rolls back."""
+
+
+def _submitted(row: submissions.Inserted | NotStorable) -> Submitted | GristmillError:
+    if isinstance(row, NotStorable):
+        return RequestError("The store cannot hold a value of this job.")
     if not row.fingerprint_matches:
         return IdempotencyConflict()
     return Submitted(row.id, row.created)

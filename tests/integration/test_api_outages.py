@@ -395,7 +395,7 @@ def test_the_process_tells_its_port_and_ends_at_a_signal(
         [sys.executable, "-c", code, str(file)], stderr=subprocess.PIPE, text=True
     ) as process:
         try:
-            url = _address(process)
+            url = address_of(process)
             answer = httpx.post(f"{url}/v1/jobs", json=JOB, timeout=30)
             assert answer.status_code == 202
             with ThreadPoolExecutor() as pool:
@@ -415,7 +415,7 @@ def test_the_process_tells_its_port_and_ends_at_a_signal(
             process.kill()
 
 
-def _address(process: subprocess.Popen[str]) -> str:
+def address_of(process: subprocess.Popen[str]) -> str:
     """The address that the process logs when it listens."""
     assert process.stderr is not None
     for line in process.stderr:

@@ -22,6 +22,7 @@ from app.local.servers import EmbeddedRedis
 from app.requests import bodies
 from tests.apis import Hands, running_api
 from tests.conftest import STUB_MODELS
+from tests.waiting import eventually
 from tests.workers import rows
 
 BODY = {"prompt": "A grist mill is"}
@@ -453,10 +454,10 @@ def test_a_bulk_takes_as_many_jobs_as_it_says_and_no_more(
     answer = api.post("/v1/jobs/bulk", json={"jobs": jobs})
 
     assert answer.json()["accepted"] == 10_000
-    [counted] = rows(settings, "SELECT count(*), count(enqueued_at) AS sent FROM jobs")
-    assert counted == {"count": 10_000, "sent": 10_000}
+    count = "SELECT count(*), count(enqueued_at) AS sent FROM jobs"
+    eventually(lambda: rows(settings, count) == [{"count": 10_000, "sent": 10_000}], 60)
     with redis.Redis.from_url(redis_url) as client:
-        assert client.llen(queue_name("stub")) == 10_000
+        eventually(lambda: client.llen(queue_name("stub")) == 10_000, 60)
     refused = api.post("/v1/jobs/bulk", json={"jobs": [*jobs, jobs[0]]})
     assert refused.status_code == 400
 
