@@ -12,7 +12,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from app.api.problems import RETRY_AFTER_UNAVAILABLE_S
 from app.api.schemas import Check, Readiness
 from app.api.services import Here
-from app.errors import GristmillError, SchemaError
+from app.errors import GristmillError, SchemaError, Unavailable
 
 router = APIRouter(tags=["health"])
 
@@ -60,7 +60,7 @@ async def metrics(here: Here) -> Response:
 
 def _readiness(refused: Exception | None, unsent: Exception | None) -> Readiness:
     checks = _check_postgres(refused)
-    checks["redis"] = Check(ok=unsent is None, detail=unsent and _REDIS_AWAY)
+    checks["redis"] = Check(ok=unsent is None, detail=_redis_detail(unsent))
     if refused is not None:
         return Readiness(status="unavailable", checks=checks)
     return Readiness(status="degraded" if unsent else "ready", checks=checks)
@@ -82,7 +82,10 @@ def _check_postgres(refused: Exception | None) -> dict[str, Check]:
 _POSTGRES_AWAY: Final = (
     "Postgres does not answer, or takes no jobs; see database.url and the server's log."
 )
-_REDIS_AWAY: Final = (
-    "Redis does not answer, or takes no messages; jobs are stored, and their messages are sent "
-    "later."
-)
+
+
+def _redis_detail(unsent: Exception | None) -> str | None:
+    if unsent is None:
+        return None
+    said = unsent.message if isinstance(unsent, Unavailable) else "Redis does not answer."
+    return f"{said} Jobs are stored, and their messages are sent later."
