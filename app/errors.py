@@ -176,6 +176,8 @@ class Unavailable(GristmillError):
 class NotStorable(GristmillError):
     """The store cannot hold a value."""
 
+    code = "not_storable"
+
 
 class AttemptsExhausted(GristmillError):
     """The job was interrupted too often."""

@@ -21,6 +21,7 @@ from app.engines.models import ensure_files
 from app.errors import ConfigError, GristmillError
 from app.local.servers import package_folder
 from app.store.database import Database
+from app.store.link import Found
 
 MIN_POSTGRES: Final = (15,)
 MIN_REDIS: Final = (6, 2)
@@ -49,6 +50,7 @@ def examine() -> Iterator[Finding]:
     checks: dict[str, Callable[[], Finding]] = {
         "disk": lambda: _disk(Path(settings.cache_dir)),
         "Postgres": lambda: _postgres(settings),
+        **({"news": lambda: _news(settings)} if settings.database.listen_url else {}),
         "Redis": lambda: _redis(settings),
         "device": lambda: _device(settings),
     }
@@ -81,13 +83,43 @@ def _postgres(settings: Settings) -> Finding:
         if os.geteuid() == 0 and shutil.which("setpriv") is None:
             return Finding("Postgres", False, "embedded, and as root it needs setpriv (util-linux)")
         return Finding("Postgres", None, "embedded: `gristmill up` starts it")
-    with closing(Database(settings.database.url)) as database:
+    given = settings.database
+    with closing(
+        Database(
+            given.url,
+            statement_timeout_ms=given.statement_timeout_ms,
+            lock_timeout_ms=given.lock_timeout_ms,
+        )
+    ) as database:
         with database.begin() as connection:
             version = tuple(map(int, connection.dialect.server_version_info or (0,)))
         if version < MIN_POSTGRES:
             return Finding("Postgres", False, f"it is {_dotted(version)}; 15 or newer is needed")
+        found = database.found()
+        if found.is_standby:
+            detail = f"{_dotted(version)}, a standby that takes no writes: name the primary, too"
+            return Finding("Postgres", False, detail)
         database.check_schema()
-    return Finding("Postgres", True, f"{_dotted(version)}, and the schema fits")
+    return Finding("Postgres", True, f"{_dotted(version)}, and the schema fits{_between(found)}")
+
+
+def _between(found: Found) -> str:
+    """What is between us and Postgres, and how Gristmill goes about it."""
+    if not found.is_pooled:
+        if not found.missing:
+            return ""
+        return f"; {', '.join(found.missing)} is set in every transaction, the start is not heeded"
+    return (
+        "; behind a pooler: settings go with every transaction, nothing is prepared, and news come "
+        "once a second unless database.listen_url leads to Postgres itself"
+    )
+
+
+def _news(settings: Settings) -> Finding:
+    with closing(Database(settings.database.listen_url, pool_size=1)) as database:
+        if database.found().is_pooled:
+            return Finding("news", False, "database.listen_url leads to a pooler, too")
+    return Finding("news", True, "database.listen_url leads to Postgres itself")
 
 
 def _redis(settings: Settings) -> Finding:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from uuid import UUID
 
@@ -16,6 +17,7 @@ from sqlalchemy import text
 from app.broker.publisher import Publisher
 from app.config.settings import Settings
 from app.errors import Unavailable
+from app.local.doctor import examine
 from app.rescue import Rescue
 from app.store import notices
 from app.store.database import Database, migrate
@@ -112,6 +114,23 @@ def test_a_pooler_is_found_and_a_server_alone_is_not_taken_for_one(
 ) -> None:
     assert pooled.found().is_pooled
     assert not database.found().is_pooled
+
+
+def test_the_doctor_says_what_is_between(
+    pgbouncer: PgBouncer,
+    database_url: str,
+    redis_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("GRISTMILL_BROKER__URL", redis_url)
+    monkeypatch.setenv("GRISTMILL_DATABASE__URL", pgbouncer.url)
+    monkeypatch.setenv("GRISTMILL_DATABASE__LISTEN_URL", database_url)
+
+    findings = {finding.name: finding for finding in islice(examine(), 5)}
+
+    assert findings["Postgres"].ok
+    assert "behind a pooler" in findings["Postgres"].detail
+    assert findings["news"].ok
 
 
 def test_the_schema_is_migrated_through_it(empty_database_url: str, tmp_path: Path) -> None:
