@@ -63,9 +63,10 @@ UNPARSABLE = {
 }
 
 
+PLAIN = json.dumps([[], {"prompt": PROMPT}, {}])
 ODD = {
-    "no properties": message(properties=..., body="[[], {}, {}]"),
-    "properties null": message(properties=None, body="[[], {}, {}]"),
+    "no properties": message(properties=..., body=PLAIN),
+    "properties null": message(properties=None, body=PLAIN),
     "no delivery tag": with_property("delivery_tag", ...),
     "delivery tag null": with_property("delivery_tag", None),
     "delivery tag empty": with_property("delivery_tag", ""),

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from uuid import UUID, uuid4
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+import redis
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from app.api.views import job_of, told
-from app.jobs import JobState
+from app.broker.message import raw_message
+from app.config.settings import PriceSettings, Settings
+from app.jobs import JobState, Kind
+from app.local.servers import EmbeddedRedis
 from app.requests import bodies
 from app.store import reads, submissions
 from app.store.database import Database
 from app.store.submissions import NewJob
 from app.worker.pool.arrivals import Arrival
 from tests.any_messages import items
+from tests.conftest import STUB_MODELS
 from tests.unit.test_any_message import arrival_of
+from tests.waiting import eventually
+from tests.workers import results, rows, running_worker
 
 
 def row_of(arrival: Arrival) -> submissions.Arrival:
@@ -41,6 +49,54 @@ def row_of(arrival: Arrival) -> submissions.Arrival:
             metadata=arrival.metadata,
         ),
     )
+
+
+@pytest.fixture(scope="module")
+def system(
+    empty_databases: Callable[[str], str],
+    migrated_template: str,
+    redis_server: EmbeddedRedis,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[Settings, redis.Redis]]:
+    """One worker for all that is pushed."""
+    config = Settings(
+        database={"url": empty_databases(migrated_template)},
+        broker={"url": redis_server.url.removesuffix("/0") + "/127"},
+        cache_dir=str(tmp_path_factory.mktemp("cache")),
+        models=STUB_MODELS,
+        prices={"cpu": PriceSettings(per_device_hour="0.036", currency="USD")},
+    )
+    with (
+        redis.Redis.from_url(config.broker.url) as client,
+        running_worker(config, tmp_path_factory.mktemp("worker")),
+    ):
+        client.flushdb()
+        yield config, client
+
+
+@pytest.mark.timeout(300)
+@settings(
+    max_examples=8,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.explicit, Phase.generate],
+)
+@given(st.lists(items(), min_size=20, max_size=60))
+def test_whatever_is_pushed_the_worker_lives_and_its_mates_complete(
+    system: tuple[Settings, redis.Redis], group: list[bytes]
+) -> None:
+    # given anything at all, with a good message after each
+    config, client = system
+    good = [str(uuid4()) for _ in group]
+    for item, id_ in zip(group, good, strict=True):
+        mate = raw_message(id_, Kind.GENERATE, {"prompt": "flour"}, queue="celery")
+        client.lpush("celery", item, mate)
+
+    # then the good ones are answered, all by the first worker, and nothing is left over
+    found = eventually(lambda: (all_ := results(config)).keys() >= set(good) and all_, 60)
+    assert {found[id_]["state"] for id_ in good} == {"completed"}
+    assert len(rows(config, "SELECT id FROM workers")) == 1
+    eventually(lambda: client.hlen("unacked") == 0, 30)
 
 
 @pytest.mark.timeout(300)

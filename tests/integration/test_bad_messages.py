@@ -13,7 +13,7 @@ from app.broker.message import raw_message
 from app.config.settings import Settings
 from app.jobs import Kind
 from app.worker.pool import envelope
-from tests.bad_messages import NAMELESS, PROMPT, UNPARSABLE, UNRUNNABLE
+from tests.bad_messages import NAMELESS, ODD, PROMPT, UNPARSABLE, UNRUNNABLE
 from tests.waiting import eventually
 from tests.workers import Worker, results, rows, running_worker
 
@@ -33,6 +33,18 @@ def worker(config: Settings, tmp_path: Path) -> Iterator[Worker]:
 def client(redis_url: str) -> Iterator[redis.Redis]:
     with redis.Redis.from_url(redis_url) as client:
         yield client
+
+
+def test_what_is_odd_and_harmless_is_answered_as_any_other(
+    config: Settings, worker: Worker, client: redis.Redis
+) -> None:
+    client.lpush("celery", *ODD.values())
+
+    named = {task_id for item in ODD.values() if (task_id := envelope.task_id_in(item))}
+    assert len(named) == len(ODD)
+    found = eventually(lambda: (all_ := results(config)).keys() >= named and all_, 60)
+    assert {found[id_]["state"] for id_ in named} == {"completed"}
+    eventually(lambda: client.hlen("unacked") == 0)
 
 
 def test_no_message_ends_or_blocks_the_worker_and_the_named_ones_fail_with_a_reason(
