@@ -314,12 +314,10 @@ def parse(raw: object, url: str | None = None) -> Request:
     """
     if not isinstance(raw, dict):
         raise RequestError("The request body must be a JSON object.", param="body")
-    given = {name: raw[name] for name in raw if raw[name] is not None}
-    known_url = _url(given, url)
-    of = BODIES[known_url]
-    raw = given | {name: None for name in raw if name not in given and name not in of.model_fields}
+    raw = {name: it for name, it in raw.items() if it is not None or name not in _TOP_FIELDS}
+    known_url = _url(raw, url)
     try:
-        body = of.model_validate(raw)
+        body = BODIES[known_url].model_validate(raw)
     except ValidationError as error:
         raise first_problem(error, raw) from None
     if not isinstance(body, EmbeddingBody):
@@ -435,6 +433,7 @@ def _is_in_body(part: int | str, raw: dict[str, Any]) -> bool:
     return part in _FIELDS or part in raw
 
 
+_TOP_FIELDS: Final = frozenset(name for body in BODIES.values() for name in body.model_fields)
 _FIELDS: Final = frozenset(
     {
         field.alias or name
