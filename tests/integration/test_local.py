@@ -87,8 +87,8 @@ def test_a_server_leaves_no_process_behind(kind: type, tmp_path: Path):
 @pytest.mark.parametrize("kind", ["EmbeddedPostgres", "EmbeddedRedis"])
 def test_a_server_ends_when_its_parent_is_killed(kind: str, tmp_path: Path):
     program = (
-        "import sys, time; from pathlib import Path; from app import local\n"
-        f"with local.{kind}(Path(sys.argv[1])): print('ready', flush=True); time.sleep(60)"
+        "import sys, time; from pathlib import Path; from app.local import servers\n"
+        f"with servers.{kind}(Path(sys.argv[1])): print('ready', flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", program, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
