@@ -80,8 +80,8 @@ FIELDS: Final[dict[str, tuple[Any, ...]]] = {
 
 HEADERS: Final = (
     "id", "task", "lang", "eta", "eta", "expires", "expires", "timelimit", "timelimit", "retries",
-    "root_id", "parent_id", "group", "group_index", "argsrepr", "kwargsrepr", "origin", "compression", "stamps", "stamped_headers",
-    "shadow", "ignore_result", "replaced_task_nesting", "meth", "redelivered",
+    "root_id", "parent_id", "group", "group_index", "argsrepr", "kwargsrepr", "origin",
+    "compression", "stamps", "stamped_headers", "shadow", "ignore_result", "meth", "redelivered",
 )  # fmt: skip
 PROPERTIES: Final = (
     "priority", "priority", "priority", "delivery_tag", "correlation_id", "reply_to",
