@@ -57,7 +57,7 @@ simulate: setup  ## Play SCHEDULES=10000 of faults on a simulated clock, from SE
 mutants: setup  ## Plant deliberate defects one by one and show which test catches each
 	$(RUN) tests.mutants
 
-chaos: setup  ## Do a catalogue of faults to the whole system, under load, and check that nothing is lost
+chaos: setup  ## Do 35 faults to the whole system, under load, and check that nothing is lost
 	$(RUN) tests.chaos
 
 soak: setup  ## Random faults for HOURS=1, with memory and connections drawn

@@ -93,7 +93,7 @@ OPTIONS: Final = ("callbacks", "errbacks", "chain", "chord")
 def message(rng: Random, job_id: UUID, queue: str) -> bytes:
     """A bare message as it lies in a list of Redis."""
     item = json.loads(raw_message(job_id, Kind.GENERATE, {"prompt": SECRET}, queue=queue))
-    body: list[Any] = [[], request(rng), {}]
+    body: Any = [[], request(rng), {}]
     for _ in range(rng.choice((0, 1, 1, 2, 2, 3))):
         match rng.randrange(6):
             case 0 | 1:
@@ -166,7 +166,9 @@ def _bend(rng: Random, fields: dict[str, Any], name: str) -> None:
             fields[name] = _odd(rng, _LIKELY.get(name, ()))
 
 
-def _bent_body(rng: Random, body: list[Any]) -> Any:
+def _bent_body(rng: Random, body: Any) -> Any:
+    if not isinstance(body, list) or len(body) < 3:
+        return body
     match rng.randrange(5):
         case 0:
             return _odd(rng)

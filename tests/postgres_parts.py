@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import socket
 from pathlib import Path
 from typing import Final, Self
@@ -107,6 +109,11 @@ class PgBouncer:
         except OSError:
             return False
         return True
+
+    def send_signal(self, number: signal.Signals) -> None:
+        assert self._child is not None
+        assert self._child.pid is not None
+        os.kill(self._child.pid, number)
 
     def stop(self) -> None:
         if self._child:

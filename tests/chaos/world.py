@@ -279,7 +279,30 @@ class World(Servers):
         """Return in the middle of a batch of a worker."""
         eventually(lambda: self.num_running(part) >= at_least, timeout_s, f"a batch of {part}")
 
+    @contextlib.contextmanager
+    def postgres_replaced(self, url: str) -> Iterator[None]:
+        """Inside, the parts find another server where Postgres was."""
+        try:
+            for part in PARTS:
+                self.proxies[part, "postgres"].redirect(_port(url))
+            yield
+        finally:
+            for part in PARTS:
+                self.proxies[part, "postgres"].redirect(_port(self.postgres.url))
+
     # ── measures ─────────────────────────────────────────────────────────────────────────────
+
+    def log_sizes(self) -> dict[str, int]:
+        return {file.name: file.stat().st_size for file in self.logs.glob("*.log")}
+
+    def logged_since(self, sizes: Mapping[str, int]) -> dict[str, str]:
+        """What each part has logged since then."""
+        return {
+            part: (self.logs / f"{part}.log")
+            .read_bytes()[sizes.get(f"{part}.log", 0) :]
+            .decode(errors="replace")
+            for part in PARTS
+        }
 
     def rss(self) -> dict[str, int]:
         """Resident bytes of each part, children included, and of Redis."""
