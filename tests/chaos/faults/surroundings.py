@@ -114,17 +114,17 @@ def tmpfs_full(scene: Scene) -> None:
     world = scene.world
     with _parts_on_tmpfs(scene) as folder, expect_same_workers(scene):
         rescue = world.pid("rescue")
-        with (folder / "filler").open("wb") as filler, contextlib.suppress(OSError):
-            while True:
-                filler.write(bytes(4096))
-                filler.flush()
+        filler = folder / "filler"
+        with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while file.write(bytes(4096)):
+                pass
         _kill_engines(scene)
         submit_for(scene, 3.0)
         _mount("-o", "remount,ro", str(folder))
         _kill_engines(scene)
         submit_for(scene, 10.0 if scene.is_full else 4.0)
         _mount("-o", "remount,rw", str(folder))
-        (folder / "filler").unlink()
+        filler.unlink()
         expect_both_consume(scene)
         scene.expect(world.pid("rescue") == rescue, "I13", "Rescue had to be started again.")
 
