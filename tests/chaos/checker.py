@@ -264,7 +264,7 @@ def no_cross_talk(evidence: Evidence) -> list[Violation]:
                 found.append(Violation("I4", f"{nonce} was answered with another text."))
     for event in evidence.events:
         is_answer = event.action == "poll" and event.state == JobState.COMPLETED
-        if is_answer and event.text != prompts.get(event.nonce):
+        if is_answer and event.nonce in prompts and event.text != prompts[event.nonce]:
             found.append(Violation("I4", f"A client asked for {event.nonce} and got another."))
     return found
 

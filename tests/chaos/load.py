@@ -184,7 +184,7 @@ class Load:
 
     def is_own(self, job_id: str, key: str | None) -> bool:
         """Whether a job was submitted by this load."""
-        sent = {*self.accepted.values(), *map(str, self._unreceived.values())}
+        sent = {*list(self.accepted.values()), *map(str, list(self._unreceived.values()))}
         return job_id in sent or key in self._specs
 
     @contextlib.contextmanager
