@@ -90,25 +90,15 @@ class World:
         message = Message(job_id, expected.prompt, model, eta, expires, limit_s, priority)
         if way % 6 == 0:  # a bare message; the job is accepted once it has a row
             return self.queue.put(message)
-<<<<<<< HEAD
         is_sent = way % 6 in (1, 2, 4)
-        if not self._insert(job_id, expected.prompt, model, eta, expires, is_sent):
+        job = new_job(job_id, expected.prompt, model, eta, expires, priority)
+        if not self._insert(job, is_sent):
             del self.expected[job_id]
             return None
         if way % 6 in (1, 2, 3) and self.clock.ns >= self.redis_back_ns:
             # 3: sent, though the row does not say so; 4: the other way round
-            self.queue.put(message if way % 6 == 1 else Message(job_id, None, model))
-=======
-        if not self._insert(new_job(job_id, expected.prompt, model, eta, expires, priority)):
-            del self.expected[job_id]
-            return None
-        if way % 6 in (1, 2, 3) and self.clock.ns >= self.redis_back_ns:
             wake_up = Message(job_id, None, model, priority=priority)
             self.queue.put(message if way % 6 == 1 else wake_up)
-            if way % 6 != 3 and self.clock.ns >= self.postgres_back_ns:  # 3: sent, not marked so
-                with self.store.begin() as connection:
-                    submissions.mark_enqueued(connection, [job_id])
->>>>>>> 09f53ae (Simulation: several sequences, doomed jobs, unequal limits, refused data, frozen engines, lost replies)
         return None
 
     def submit_unstorable(self, way: int) -> None:
@@ -328,28 +318,13 @@ class World:
 
     # ── helpers ──────────────────────────────────────────────────────────────────────────────
 
-<<<<<<< HEAD
-    def _insert(
-        self,
-        job_id: UUID,
-        prompt: str,
-        model: str,
-        eta: datetime | None,
-        expires: datetime | None,
-        is_sent: bool,
-    ) -> bool:
-=======
-    def _insert(self, job: NewJob) -> bool:
->>>>>>> 09f53ae (Simulation: several sequences, doomed jobs, unequal limits, refused data, frozen engines, lost replies)
+    def _insert(self, job: NewJob, is_sent: bool) -> bool:
         """Whether the job was accepted."""
         if self.clock.ns < self.postgres_back_ns:
             return False
         with self.store.begin() as connection:
-<<<<<<< HEAD
-            submissions.insert_jobs(connection, [job], [job_id] if is_sent else [])
-=======
-            submissions.insert_jobs(connection, [with_key(job, str(job.id))])
->>>>>>> 09f53ae (Simulation: several sequences, doomed jobs, unequal limits, refused data, frozen engines, lost replies)
+            sent = [job.id] if is_sent else []
+            submissions.insert_jobs(connection, [with_key(job, str(job.id))], sent)
         return True
 
     def _some_job(self, number: int) -> UUID | None:
