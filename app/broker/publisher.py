@@ -12,7 +12,7 @@ import redis
 
 from app.broker.app import make_app
 from app.broker.message import FORMAT_HEADER, TASK_NAMES, Message
-from app.broker.queues import Layout, queue_name
+from app.broker.queues import NO_LIST, Layout, queue_name
 from app.broker.refusal import as_unavailable
 from app.broker.unread import unread
 from app.broker.waiting import without_message
@@ -21,9 +21,6 @@ from app.requests.bodies import FORMAT
 
 LOOK_EVERY_S: Final = 60.0
 """Pause between two looks for messages that nobody reads: each goes through many keys."""
-
-NO_LIST = queue_name("readiness-probe:none")
-"""A name that no model can have."""
 
 
 class Publisher:
@@ -141,7 +138,7 @@ class Publisher:
             self._app.pool.acquire(block=True) as connection,
             _left_on_error(connection),
         ):
-            connection.default_channel.client.lpushx(NO_LIST, "")
+            connection.default_channel.client.lpushx(self.layout.prefix + NO_LIST, "")
 
     def close(self) -> None:
         self._app.close()

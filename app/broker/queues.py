@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Self
+from typing import Final, Self
 
 from app.config.settings import Settings
 from app.jobs import MAX_PRIORITY
@@ -20,6 +20,10 @@ def queue_name(model: str, format: int = FORMAT) -> str:
     it cannot read.
     """
     return f"gristmill.{model}" if format == 1 else f"gristmill.{model}@{format}"
+
+
+NO_LIST: Final = queue_name("readiness-probe:none")
+"""For trying whether Redis takes messages: a name that no model can have."""
 
 
 def queues_of(models: Iterable[str], format: int = FORMAT) -> list[str]:

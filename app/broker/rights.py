@@ -13,7 +13,7 @@ from typing import Final
 import redis
 from redis.exceptions import NoPermissionError, ResponseError
 
-from app.broker.queues import Layout, queues_of, served_models
+from app.broker.queues import NO_LIST, Layout, queues_of, served_models
 from app.config.broker_url import database_of
 from app.config.settings import Settings
 
@@ -40,7 +40,7 @@ _LOOK: Final = ("info", "scan", "lindex")
 
 COMMANDS: Final = {
     Role.WORKER: (*_CONNECT, *_CELERY, *_LOOK),
-    Role.SENDER: (*_CONNECT, "lpush", "llen", *_LOOK),
+    Role.SENDER: (*_CONNECT, "lpush", "lpushx", "llen", *_LOOK),
     Role.PRODUCER: (*_CONNECT, "lpush"),
 }
 
@@ -95,6 +95,7 @@ def _samples(settings: Settings, role: Role) -> Iterator[tuple[str, ...]]:
     for key in lists:
         yield "BRPOP", key, "0"
         yield from (("LPUSH", key, ""), ("RPUSH", key, ""), ("LLEN", key))
+    yield "LPUSHX", prefix + NO_LIST, ""
     if role is Role.WORKER:
         yield "LPUSH", f"{prefix}x.reply.celery.pidbox", ""
     yield from (("HSET", unacked, "", ""), ("HGET", unacked, ""), ("HDEL", unacked, ""))

@@ -54,6 +54,7 @@ def make(make_settings: Callable[..., Settings], database_url: str) -> Callable[
 def send_and_wait(settings: Settings) -> None:
     publisher = Publisher(settings)
     message = Message(uuid4(), Kind.GENERATE, "stub", {"prompt": "x"}, "/v1/completions")
+    publisher.try_to_send()
     publisher.send(message)
     eventually(lambda: str(message.job_id) in results(settings), 30)
     publisher.close()
