@@ -18,10 +18,12 @@ from app.demo.prompts import prompts
 from app.intake.sender import MAX_INLINE_BYTES
 from app.jobs import TRANSITIONS
 from app.local.doctor import MIN_POSTGRES, MIN_REDIS
+from app.store.delivery import DELIVERY_TRANSITIONS
 from tests.chaos.__main__ import FAULTS
 from tests.mutants import MUTANTS
 from tests.pages import ALL, EXAMPLES, NAMED, PAGES, README, ROOT, prose
 
+JOBS = ROOT / "docs" / "jobs.md"
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
 MAX_LINES = 10  # of an example
 
@@ -105,10 +107,11 @@ def test_the_layout_names_what_is_in_app_and_nothing_else() -> None:
 
 
 def test_the_states_are_drawn_as_they_move() -> None:
-    drawn = re.findall(r"^    (\w+) --> (\w+)", PAGES[ROOT / "docs" / "jobs.md"], re.MULTILINE)
+    for page, table in ((JOBS, TRANSITIONS), (ARCHITECTURE, DELIVERY_TRANSITIONS)):
+        drawn = re.findall(r"^    (\w+) --> (\w+)", PAGES[page], re.MULTILINE)
 
-    moves = [(before, after) for before, afters in TRANSITIONS.items() for after in afters]
-    assert sorted(drawn) == sorted(moves)
+        moves = [(before, after) for before, afters in table.items() for after in afters]
+        assert sorted(drawn) == sorted(moves)
 
 
 def test_the_threads_have_these_names() -> None:
