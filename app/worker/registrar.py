@@ -19,7 +19,6 @@ from app.engines.catalog import CatalogModel
 from app.errors import (
     JobNotFound,
     JobStateConflict,
-    LaterFormat,
     RequestError,
     RequestRemoved,
     Unavailable,
@@ -79,10 +78,13 @@ class Registrar:
         self._refusals: list[Refusal] = []
         self._revoked: deque[UUID] = deque()
         self._given_back: list[UUID] = []
+        self._is_unsure = False  #: whether what waits has been received: the answer was lost
+        self._has_forgotten = False  #: what may have been received
 
     @property
     def has_work(self) -> bool:
-        return bool(self._waiting or self._refusals or self._revoked or self._given_back)
+        waits = self._waiting or self._refusals or self._revoked or self._given_back
+        return bool(waits or self._has_forgotten)
 
     def add(self, ticket: Ticket) -> None:
         arrival = ticket.arrival
@@ -103,11 +105,14 @@ class Registrar:
     def forget_waiting(self) -> None:
         """Drop what is not registered yet: the messages come again."""
         self._waiting.clear()
+        self._has_forgotten = self._has_forgotten or self._is_unsure
+        self._is_unsure = False
 
     def clear(self) -> None:
         """Forget everything: there is no time left for it."""
         self._waiting, self._refusals, self._given_back = [], [], []
         self._revoked.clear()
+        self._has_forgotten = False
 
     def register(self, known: Mapping[UUID, Job]) -> list[Job | Doomed]:
         """Write the rows of all that waits; returns the jobs that are now ready for a batch, and
@@ -120,7 +125,12 @@ class Registrar:
         with self._database.autocommit() as connection:
             # First, for a message may have come again of what is let go of.
             delivery.let_go(connection, self._worker_id, self._given_back)
+            if self._has_forgotten:
+                delivery.free_forgotten(connection, self._worker_id, known.keys())
+                self._has_forgotten = False
+        self._is_unsure = True
         received, unstorable = self._receive(leading.values())
+        self._is_unsure = False
         self._refusals = [*self._refusals, *unstorable]
         self._reject()
         self._cancel_revoked()
@@ -184,21 +194,15 @@ class Registrar:
             return None
         try:
             return self._job(each, row)
-        except LaterFormat:
-            self.give_back(job_id)  # for a worker of that version
-            each.ticket.dropped()
         except RequestError as error:
             return Doomed(each.ticket, row.model, Ending.failed(error))
-        return None
 
     def _job(self, each: _Waiting, row: Received) -> Job:
         """The job of a row. The row's request wins over the message's.
 
-        Raises `LaterFormat` if others are to read it, and `RequestError` if it cannot run.
+        Raises `RequestError` if it cannot run.
         """
         request, prepared = each.arrival.request, each.prepared
-        if not bodies.readable(row.format):
-            raise LaterFormat
         if row.request is not None:
             request, prepared = _read(row), None
         if request is None:
@@ -310,7 +314,7 @@ def _refusal(ticket: Ticket, error: RequestError) -> Refusal:
 
 
 def _read(row: Received) -> Request:
-    """The request of a row; raises `LaterFormat` and `RequestError`, whatever was written there."""
+    """The request of a row; raises `RequestError`, whatever was written there."""
     try:
         return bodies.parse_stored(row.request, row.url, row.format)
     except RequestError:

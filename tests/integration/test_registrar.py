@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -12,6 +14,7 @@ import pytest
 from app.config.settings import ModelSettings
 from app.engines.catalog import CatalogModel
 from app.engines.tokenizer import StubTokenizer
+from app.errors import Unavailable
 from app.jobs import Kind
 from app.requests import bodies
 from app.store.database import Database
@@ -28,6 +31,22 @@ class BrokenTokenizer(StubTokenizer):
         if "panic" in text:
             raise BaseException(text)  # as a panic in the tokenizer's own language is
         return super().encode_text(text)
+
+
+class Unanswered:
+    """A database that commits a statement, and the answer is lost on the way."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self.lost_in = 0  #: statements
+
+    @contextmanager
+    def autocommit(self) -> Iterator[Any]:
+        with self._database.autocommit() as connection:
+            yield connection
+        self.lost_in -= 1
+        if self.lost_in == 0:
+            raise Unavailable("The answer was lost.")
 
 
 class Scene:
@@ -141,8 +160,8 @@ def test_a_row_that_this_version_cannot_read_dooms_its_job_or_is_given_back(
     # then the wrong one is to fail, and the later one is nobody's again
     assert found.keys() == {wrong, good}
     assert isinstance(found[wrong], Doomed)
-    assert scene.dropped == [later]
     scene.register()
+    assert scene.dropped == [later]
     assert column(database, later, "received_by") is None
     assert column(database, later, "state") == "queued"
 
@@ -173,3 +192,27 @@ def test_the_time_limit_of_a_job_comes_from_its_row(scene: Scene, database: Data
 
     assert isinstance(job, Job)
     assert job.time_limit_s == 7.5
+
+
+def test_what_was_received_without_an_answer_and_then_forgotten_is_freed(
+    scene: Scene, database: Database
+) -> None:
+    # given a group that was registered, and nobody heard of it
+    kept = scene.arrive("kept")
+    known = scene.register()
+    forgotten = scene.arrive("forgotten")
+    scene.registrar._database = unanswered = cast(Any, Unanswered(database))
+    unanswered.lost_in = 2  # to let go is the first statement, to receive the second
+    with pytest.raises(Unavailable):
+        scene.register()
+    assert column(database, forgotten, "received_by") is not None
+
+    # when the broker takes its messages back, and the next one comes
+    scene.registrar.forget_waiting()
+    assert scene.registrar.has_work
+    scene.registrar.register(cast(Any, known))
+
+    # then the row is nobody's, and what is known here is still held
+    assert column(database, forgotten, "received_by") is None
+    assert column(database, kept, "received_by") is not None
+    assert not scene.registrar.has_work
