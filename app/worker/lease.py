@@ -128,10 +128,12 @@ class LeaseKeeper:
         )
 
     def _listen(self) -> None:
-        """Cancels act at once; one that is missed comes with the next heartbeat."""
+        """Cancels act at once; one that may have been missed comes with a heartbeat."""
         heard = notices.listen(self._database_url, [notices.CANCEL], self._stopping)
         for notice in heard:
-            if notice.job_id is not None:
+            if notice.job_id is None:
+                self.beat()
+            else:
                 self.hear_cancel(notice.job_id)
 
     def hear_cancel(self, job_id: UUID) -> None:

@@ -196,3 +196,21 @@ def test_api_worker_and_rescue_do_their_work_through_it(
             eventually(lambda: are_done([*ids, lost]), timeout_s=30)
         assert not worker.has_ended
         assert "Traceback" not in worker.log
+
+
+def test_a_cancel_reaches_a_running_job_long_before_the_next_heartbeat(
+    database_url: str, redis_url: str, make_settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    with PgBouncer(tmp_path / "pgbouncer", database_url, "transaction") as pooler:
+        settings = make_settings(
+            database={"url": pooler.url},
+            broker={"url": redis_url},
+            worker={"lease_s": 1_200, "heartbeat_s": 600},
+        )
+        with running_worker(settings, tmp_path / "worker"), running_api(settings) as api:
+            job = api.post("/v1/jobs", json={"body": {"prompt": "sleep 500000"}}).json()["links"]
+            eventually(lambda: api.get(job["self"]).json()["state"] == "running", timeout_s=30)
+
+            api.post(job["cancel"])
+
+            eventually(lambda: api.get(job["self"]).json()["state"] == "cancelled", timeout_s=30)

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
+from datetime import timedelta
 from pathlib import Path
 
 import psycopg
 import pytest
 from sqlalchemy import text
 
+from app.config.settings import Settings
 from app.errors import Unavailable
 from app.local.servers import EmbeddedPostgres
 from app.store import notices
 from app.store.database import Database, migrate
+from tests.apis import running_api
 from tests.postgres_parts import Standby
 from tests.rows import insert, new_job
 from tests.waiting import eventually
+from tests.workers import running_worker
 
 
 @pytest.fixture
@@ -85,14 +89,18 @@ def test_connections_to_what_only_reads_now_are_dropped(
             assert connection.scalar(text("SELECT pg_backend_pid()")) not in before
 
 
+def url_of_both(primary: EmbeddedPostgres, standby: Standby, *, standby_first: bool = False) -> str:
+    servers = [primary.url.rpartition("@")[2].partition("/")[0], standby.address]
+    if standby_first:
+        servers.reverse()
+    return primary.url.replace(primary.url.rpartition("@")[2], ",".join(servers) + "/gristmill")
+
+
 @pytest.mark.parametrize("first", ["standby", "primary"])
 def test_a_url_of_several_hosts_finds_the_one_that_takes_writes(
     primary: EmbeddedPostgres, standby: Standby, first: str
 ) -> None:
-    servers = [primary.url.rpartition("@")[2].partition("/")[0], standby.address]
-    if first == "standby":
-        servers.reverse()
-    url = primary.url.replace(primary.url.rpartition("@")[2], ",".join(servers) + "/gristmill")
+    url = url_of_both(primary, standby, standby_first=first == "standby")
 
     with closing(Database(url, pool_size=2)) as database:
         assert writes(database)
@@ -134,3 +142,35 @@ def test_a_listener_that_meets_a_standby_goes_on_once_it_is_promoted(
         stop.set()
         for thread in threads:
             thread.join(10)
+
+
+def test_api_and_worker_go_on_after_a_failover_and_polls_are_answered_at_once(
+    primary: EmbeddedPostgres,
+    standby: Standby,
+    redis_url: str,
+    make_settings: Callable[..., Settings],
+    tmp_path: Path,
+) -> None:
+    settings = make_settings(
+        database={"url": url_of_both(primary, standby)},
+        broker={"url": redis_url},
+        worker={"lease_s": 3, "heartbeat_s": 0.5},
+    )
+    job = {"body": {"prompt": "A grist mill is"}}
+    with running_worker(settings, tmp_path / "worker") as worker, running_api(settings) as api:
+        # given a system that has met the standby: its listeners were cut off, and it is not ready
+        assert api.post("/v1/jobs?wait=30", json=job).json()["state"] == "completed"
+        primary.stop()
+        eventually(lambda: api.get("/readyz").status_code == 503)
+        assert api.post("/v1/jobs", json=job).status_code == 503
+
+        # when the standby is promoted
+        standby.promote()
+        eventually(lambda: api.get("/readyz").status_code == 200, timeout_s=30)
+        eventually(lambda: api.post("/v1/jobs?wait=20", json=job).status_code == 200, timeout_s=60)
+
+        # then all goes on, news included, in the same processes
+        answer = api.post("/v1/jobs?wait=60", json=job)
+        assert answer.json()["state"] == "completed"
+        assert answer.elapsed < timedelta(seconds=15)
+        assert not worker.has_ended
