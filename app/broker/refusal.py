@@ -42,6 +42,8 @@ def said(error: BaseException) -> str:
     """`Redis refuses: READONLY You can't write against a read only replica.`, or what else is."""
     reply = reply_of(error)
     if reply is None:
+        while error.__cause__ is not None:
+            error = error.__cause__
         return f"Redis does not answer ({type(error).__name__})."
     if isinstance(reply, CLUSTER):
         return f"Redis refuses: {IS_CLUSTER}"

