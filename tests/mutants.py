@@ -228,6 +228,27 @@ MUTANTS: Final = (
         "tests/unit/test_batcher.py",
     ),
     Mutant(
+        "a job that no engine takes waits before all others",
+        "app/worker/batcher.py",
+        "if c.num_sequences > most]",
+        "if c.num_sequences < 0]",
+        "tests/unit/test_batcher.py",
+    ),
+    Mutant(
+        "a suspect that no engine takes waits before all others",
+        "app/worker/suspects.py",
+        "if job.num_sequences > self._most(job.model, max_rows)]",
+        "if job.num_sequences < 0]",
+        "tests/unit/test_suspects.py",
+    ),
+    Mutant(
+        "data that one job brought fails its whole group",
+        "app/worker/isolation.py",
+        "        if len(items) == 1:\n            refuse(items[0], error)\n            return []\n",
+        "        for item in items:\n            refuse(item, error)\n        return []\n",
+        "tests/unit/test_isolation.py",
+    ),
+    Mutant(
         "shares are rounded and do not add up",
         "app/costs.py",
         "by_remainder[: total - sum(parts)]",
