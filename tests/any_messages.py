@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from app.requests.bodies import ChatBody, CompletionBody, EmbeddingBody
 
+WITHOUT_END: Final = st.sampled_from([10**400, -(10**400), math.inf, -math.inf, math.nan])
 NUMBERS: Final = (
     st.integers(-3, 12)
     | st.sampled_from([2**15, 2**31, 2**63 - 1, 2**63, -(2**63) - 1, 10**30, 10**400, -(10**400)])
@@ -130,11 +131,18 @@ TIMES: Final = (
 _OPTIONS: Final = {
     "eta": TIMES,
     "expires": TIMES,
-    "timelimit": st.lists(st.none() | NUMBERS, min_size=2, max_size=2),
+    "timelimit": st.lists(
+        st.none() | st.integers(0, 60) | WITHOUT_END | NUMBERS, min_size=2, max_size=2
+    ),
     "retries": ANYTHING,
     "group": ANYTHING,
     "request_format": st.integers(0, 3),
 }
+
+
+_TASK_IDS: Final = (
+    st.builds(lambda: str(uuid4())) | st.text(min_size=1, max_size=9) | st.just("mill-\ud800")
+)
 
 
 @st.composite
@@ -151,7 +159,7 @@ def items(draw: st.DrawFn) -> bytes:
 
     request = draw(requests())
     task = "inference.embed" if "input" in request else "inference.generate"
-    named = {"task": put("task", task), "id": put("id", str(uuid4()))}
+    named = {"task": put("task", task), "id": put("id", draw(_TASK_IDS))}
     options = draw(st.fixed_dictionaries({}, optional=_OPTIONS))
     options |= {spoilt: draw(ANYTHING)} if spoilt in _OPTIONS else {}
     args, kwargs, embed = put("args", []), put("kwargs", request), put("embed", {})
@@ -166,7 +174,7 @@ def items(draw: st.DrawFn) -> bytes:
     properties = {
         "delivery_tag": put("tag", str(uuid4())),
         "delivery_info": put("delivery_info", {"exchange": "", "routing_key": "celery"}),
-        "priority": draw(ANYTHING),
+        "priority": draw(st.integers(0, 9) | WITHOUT_END | ANYTHING),
         **({} if is_plain else {"body_encoding": "base64"}),
     }
     envelope = {

@@ -24,6 +24,9 @@ COPIED: Final = ("app", "configs", "migrations", "tests", "pyproject.toml", "REA
 SIMULATION: Final = "tests/simulation/test_schedules.py"
 CLAIMS: Final = "tests/integration/test_store_claims.py"
 STORE: Final = "app/store/claims.py"
+ARRIVALS: Final = "app/worker/pool/arrivals.py"
+ANY_MESSAGE: Final = "tests/unit/test_any_message.py"
+SAMPLING: Final = "app/engines/sampling.py"
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,6 +277,69 @@ MUTANTS: Final = (
         "await asyncio.shield(asked)",
         "await asked",
         "tests/unit/test_api_reader.py",
+    ),
+    Mutant(
+        "a priority is kept as it was sent",
+        ARRIVALS,
+        'given = int((message.properties or {}).get("priority", 0))',
+        'given = (message.properties or {}).get("priority", 0)',
+        ANY_MESSAGE,
+    ),
+    Mutant(
+        "a time is kept in the zone and range it was sent in",
+        ARRIVALS,
+        "return bounded(stamp if stamp.tzinfo else stamp.replace(tzinfo=dt.UTC))",
+        "return stamp if stamp.tzinfo else stamp.replace(tzinfo=dt.UTC)",
+        ANY_MESSAGE,
+    ),
+    Mutant(
+        "a time limit is made a float before it is bounded",
+        ARRIVALS,
+        "float(min(hard, MAX_TIME_LIMIT_S))",
+        "min(float(hard), MAX_TIME_LIMIT_S)",
+        ANY_MESSAGE,
+    ),
+    Mutant(
+        "a task id may be half of a surrogate pair",
+        ARRIVALS,
+        " and is_unicode(task_id)",
+        "",
+        ANY_MESSAGE,
+    ),
+    Mutant(
+        "a message may ask for a priority without end",
+        "app/worker/pool/envelope.py",
+        "case float(number) if math.isfinite(number):",
+        "case float():",
+        ANY_MESSAGE,
+    ),
+    Mutant(
+        "a top_p of nothing leaves nothing to draw",
+        SAMPLING,
+        " | (ranks == 0))",
+        ")",
+        "tests/unit/test_sampling.py",
+    ),
+    Mutant(
+        "a seed of more than 64 bits reaches the device",
+        SAMPLING,
+        "int64(params.seed)",
+        "params.seed",
+        "tests/unit/test_sampling.py",
+    ),
+    Mutant(
+        "one time without end fails the read of all rows",
+        "app/store/encoding.py",
+        "except (Error, ValueError, OverflowError):",
+        "except ZeroDivisionError:",
+        "tests/integration/test_store_reads.py",
+    ),
+    Mutant(
+        "one row of an unknown state fails the read of all",
+        "app/store/reads.py",
+        "except (TypeError, ValueError) as error:",
+        "except ZeroDivisionError as error:",
+        "tests/integration/test_store_reads.py",
     ),
 )
 
