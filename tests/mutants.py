@@ -140,6 +140,13 @@ MUTANTS: Final = (
         "tests/integration/test_store_contract.py",
     ),
     Mutant(
+        "conditions go into the lookup by id",
+        "app/store/lookup.py",
+        " OFFSET 0",
+        "",
+        "tests/integration/test_store_plans_stale.py",
+    ),
+    Mutant(
         "a page that holds a row which cannot be moved is given up",
         "app/store/pages.py",
         "moved += self._move_parts(name, move, found, error)",

@@ -102,6 +102,10 @@ class Registrar:
         """The job was received and will not be claimed here."""
         self._given_back.append(job_id)
 
+    def compare(self) -> None:
+        """With the rows that say we hold them: those that we do not know of are freed next."""
+        self._has_forgotten = True
+
     def forget_waiting(self) -> None:
         """Drop what is not registered yet: the messages come again."""
         self._waiting.clear()

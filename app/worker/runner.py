@@ -183,6 +183,8 @@ class Runner:
                     self._forget_waiting()
 
     def _hear_lease(self, news: LeaseNews) -> None:
+        if news.held is not None and self._drain is None:
+            self._registrar.compare()  # with each heartbeat
         for job_id in news.cancelled_jobs:
             self._cut_short(self._jobs.get(job_id), CANCELLED)
         for job in self._jobs.values():

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime, timedelta
-from uuid import UUID
+from pathlib import Path
+from uuid import UUID, uuid4
 
 import pytest
 from sqlalchemy import text
 
+import app
 from app.errors import GristmillError
 from app.jobs import JobState, Kind
-from app.store import cancellation, delivery, submissions
+from app.store import cancellation, claims, delivery, submissions, sweeps
+from app.store.claims import Claimed, Member
 from app.store.database import Database
 from app.store.delivery import Delivery, delivery_of
 from app.store.submissions import Arrival
@@ -280,3 +284,37 @@ def test_a_revoked_message_of_a_job_that_is_there_cancels_it(database: Database)
         cancellation.cancel_or_record(connection, job_id, Kind.GENERATE)
 
     assert view(database, job_id).state is JobState.CANCELLED
+
+
+def test_nobody_but_the_delivery_writes_where_messages_are() -> None:
+    columns = r"\b(received_by|enqueued_at|wake_count)\s*=(?!=)"
+    package = Path(app.__file__).parent
+
+    writers = {file.name for file in package.rglob("*.py") if re.search(columns, file.read_text())}
+
+    assert writers == {"delivery.py"}
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_claim_is_repeated_after_any_outage_without_an_error(
+    database: Database, times: int
+) -> None:
+    # given a claim whose answer was lost, and the attempt with it
+    [job_id] = insert_sent(database, new_job())
+    worker, other = Worker.registered(database), Worker.registered(database)
+    batch, members = worker.batch(), [Member(job_id, uuid4())]
+
+    def claim() -> list[Claimed]:
+        with database.begin() as connection:
+            return claims.claim(connection, batch, members)
+
+    assert claim() == claim()
+    end_lease(database, worker.id)
+    with database.begin() as connection:
+        sweeps.expire_leases(connection, sweeps.find_lost(connection, 10))
+    worker.heartbeat()
+
+    # then it is answered, as often as it is asked, and the job is another's to claim
+    assert [claim() for _ in range(times)] == [[]] * times
+    assert other.complete(other.claim([job_id]))
+    assert claim() == []
