@@ -371,9 +371,9 @@ MUTANTS: Final = (
     ),
     Mutant(
         "a request of a later version fails here",
-        "app/worker/registrar.py",
-        "except LaterFormat:",
-        "except ZeroDivisionError:",
+        "app/store/delivery.py",
+        "jobs.format <= {}",
+        "jobs.format < 99_999 + {}",
         ODD_ROWS,
     ),
     Mutant(
