@@ -358,12 +358,6 @@ MUTANTS: Final = (
         "RequestError,",
     ),
     Mutant(
-        "a job of more sequences than a batch holds is let in",
-        "app/requests/prepare.py",
-        "if request.num_sequences > settings.max_batch_size:",
-        "if False:",
-    ),
-    Mutant(
         "an engine that stands still is waited for",
         "app/worker/engine/host.py",
         "return self._still_ns > self._limit_ns()",
@@ -371,9 +365,9 @@ MUTANTS: Final = (
     ),
     Mutant(
         "a request of a later version fails here",
-        "app/store/delivery.py",
-        "jobs.format <= {}",
-        "jobs.format < 99_999 + {}",
+        "app/store/submissions.py",
+        " and row.format <= FORMAT",
+        "",
         ODD_ROWS,
     ),
     Mutant(
