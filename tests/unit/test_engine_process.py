@@ -163,6 +163,22 @@ def test_without_memory_to_share_the_error_says_so(monkeypatch: pytest.MonkeyPat
         engine_host().start()
 
 
+def test_waiting_for_the_end_of_an_engine_process_asks_no_clock(
+    monkeypatch: pytest.MonkeyPatch, host: EngineHost
+) -> None:
+    # given a clock that jumps, in which no sleep is possible
+    def fails(_: float) -> None:
+        raise OSError(22, "Invalid argument")
+
+    process = host._process
+    assert process is not None
+    monkeypatch.setattr(time, "sleep", fails)
+    # when
+    host.kill()
+    # then
+    assert process.returncode == -signal.SIGKILL
+
+
 def test_an_engine_process_that_cannot_be_killed_ends_its_worker(
     monkeypatch: pytest.MonkeyPatch, host: EngineHost
 ) -> None:

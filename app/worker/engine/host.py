@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import mmap
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -44,8 +45,10 @@ SLOWER: Final = 20
 STEP_FLOOR_NS: Final = 10_000_000_000
 """No step is called a hang sooner than this: a busy machine may stop anybody for seconds."""
 LOAD_FLOOR_NS: Final = 60_000_000_000
+CLOSED_S: Final = 5.0
+"""Time to die of a process that has closed its connection."""
 KILL_S: Final = 10.0
-"""Time to die: a process inside a call of a device's driver may not even heed SIGKILL."""
+"""Time to die of one that was killed: a process inside a call of a device's driver may not even heed SIGKILL."""
 LOOK_NS: Final = 2_000_000_000
 """Longest time between two looks that counts as no progress: more, and it was we who stood still,
 with the engine process as like as not."""
@@ -195,13 +198,11 @@ class EngineHost:
         """
         if self._process is not None:
             self._process.kill()
-            try:
-                self._process.wait(KILL_S)
-            except subprocess.TimeoutExpired:
+            if _status_within(self._process, KILL_S) is None:
                 raise EngineError(
                     f"The engine process {self.pid} cannot be ended; its device or the driver "
                     "holds it."
-                ) from None
+                )
         if self._connection is not None:
             self._connection.close()
         if self._progress is not None:
@@ -239,9 +240,7 @@ class EngineHost:
         """How the process ended, which was not by this host."""
         if self._process is None:
             return Broken("never started")
-        try:
-            status = self._process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
+        if (status := _status_within(self._process, CLOSED_S)) is None:
             return Broken("it closed its connection")
         if status >= 0:
             return Broken(f"it ended with exit status {status}")
@@ -249,6 +248,24 @@ class EngineHost:
         hint = ", as when the host runs out of memory" if killed else ""
         ended = -status == signal.SIGTERM
         return Broken(f"signal {-status} ended it{hint}", was_killed=killed, was_ended=ended)
+
+
+def _status_within(process: subprocess.Popen[bytes], timeout_s: float) -> int | None:
+    """The exit status, negative for a signal, once the process has ended; None if it does not.
+
+    The kernel tells when: `Popen.wait` with a timeout sleeps between looks, by a clock, and fails
+    where clocks jump.
+    """
+    if (status := process.poll()) is not None:
+        return status
+    descriptor = os.pidfd_open(process.pid)
+    try:
+        ended = select.poll()
+        ended.register(descriptor, select.POLLIN)
+        ended.poll(timeout_s * 1000)
+    finally:
+        os.close(descriptor)
+    return process.poll()
 
 
 def _shared_page() -> int:
