@@ -48,7 +48,7 @@ LOAD_FLOOR_NS: Final = 60_000_000_000
 CLOSED_S: Final = 5.0
 """Time to die of a process that has closed its connection."""
 KILL_S: Final = 10.0
-"""Time to die of one that was killed: a process inside a call of a device's driver may not even heed SIGKILL."""
+"""Time to die of one that was killed: inside a call of a driver it may not heed even that."""
 LOOK_NS: Final = 2_000_000_000
 """Longest time between two looks that counts as no progress: more, and it was we who stood still,
 with the engine process as like as not."""
