@@ -15,6 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from app.config import ModelSettings
 from app.engines.base import Generation, Kind, SamplingParams, Sequence
 from app.engines.inflight.engine import InflightEngine
+from app.engines.inflight.scheduler import Row, Segment
+from app.engines.stopping import Output
+from app.jobs import FinishReason
 
 VOCAB = 97
 CONTEXT = 192
@@ -126,3 +129,24 @@ def run_out(engine: InflightEngine) -> dict[int, Generation]:
     while engine.has_work:
         generations.update({each.sequence_id: each for each in engine.step()})
     return generations
+
+
+def segments_of(parts: Seq[tuple[int, int]]) -> list[Segment]:
+    """Segments of rows in slots of their own, as (start, count); each row's token is due."""
+    segments = []
+    for slot, (start, count) in enumerate(parts):
+        sequence = greedy(slot, [place % VOCAB for place in range(start + count)], 1)
+        params = sequence.params
+        assert params is not None
+        row = Row(
+            sequence=sequence,
+            params=params,
+            batch_id="batch",
+            arrival=slot,
+            generation=Generation(slot, FinishReason.ERROR),
+            output=Output(params, str, ()),
+            tokens=list(sequence.prompt_token_ids),
+            slot=slot,
+        )
+        segments.append(Segment(row, start, count))
+    return segments

@@ -19,6 +19,7 @@ class LayerShape:
 
     kv_heads: int
     dim: int
+    group: int = 1  #: query heads of each key head
 
     def block_bytes(self, dtype: torch.dtype) -> int:
         return 2 * self.kv_heads * self.dim * BLOCK * dtype.itemsize
@@ -27,19 +28,30 @@ class LayerShape:
 class KVCache:
     """Keys [block, head, dim, place] and values [block, head, place, dim] of every layer.
 
-    Keys lie transposed, so that both products of attention run along contiguous memory.
+    Keys lie transposed, so that both products of attention run along contiguous memory. With
+    `paged` both are [block, place, head, dim] instead: what the kernels of `paged` read.
     """
 
     def __init__(
-        self, layers: Seq[LayerShape], num_blocks: int, dtype: torch.dtype, device: torch.device
+        self,
+        layers: Seq[LayerShape],
+        num_blocks: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        paged: bool = False,
     ) -> None:
         self.scrap = num_blocks  #: one block more, for what nobody reads
 
         def room(*shape: int) -> Tensor:
             return torch.empty(num_blocks + 1, *shape, dtype=dtype, device=device)
 
-        self.keys = [room(layer.kv_heads, layer.dim, BLOCK) for layer in layers]
-        self.values = [room(layer.kv_heads, BLOCK, layer.dim) for layer in layers]
+        if paged:
+            self.keys = [room(BLOCK, layer.kv_heads, layer.dim) for layer in layers]
+            self.values = [room(BLOCK, layer.kv_heads, layer.dim) for layer in layers]
+        else:
+            self.keys = [room(layer.kv_heads, layer.dim, BLOCK) for layer in layers]
+            self.values = [room(layer.kv_heads, BLOCK, layer.dim) for layer in layers]
 
     def copy(self, pairs: Seq[tuple[int, int]]) -> None:
         """Copy whole blocks, (from, to); all are read before any is written."""

@@ -1,0 +1,216 @@
+"""Attention over a cache of pages, [page, BLOCK, kv_heads, dim], read in place.
+
+One call takes decoding rows and chunks of prompts together: segments of one token go to a kernel
+that cuts their contexts into parts, the others to one that takes tiles of tokens. Without Triton the
+same is done in torch operations, segment by segment.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Sequence as Seq
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from app.engines.inflight.cache import BLOCK, KVCache, LayerShape
+from app.engines.inflight.staging import COUNT, FIRST, START, TABLE, Room, Views
+
+_TILE: Final = 64
+"""Queries of one program, heads times tokens."""
+
+INTERPRETED = False
+"""Whether kernels run on CPUs too: tests show in Triton's interpreter that they are right."""
+
+_LEAST: Final = 128
+"""Tokens of a context that are not worth cutting."""
+
+
+@functools.cache
+def _module() -> Any:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module("app.engines.inflight.kernels")
+
+
+def kernels(device: torch.device) -> Any:
+    """The compiled kernels, or None where there are none."""
+    return _module() if device.type == "cuda" or INTERPRETED else None
+
+
+def queries_of(shapes: Seq[LayerShape]) -> int:
+    """Tokens of a tile: the same for all layers, so that they share one list of tiles."""
+    return max(1, _TILE // max(shape.group for shape in shapes))
+
+
+def splits_of(segments: int) -> int:
+    """Parts of a context at most: few rows must fill the chip, many do so by themselves."""
+    return 16 if segments <= 4 else 8
+
+
+class Scratch:
+    """Where parts of contexts leave their results to be merged."""
+
+    def __init__(self, shapes: Seq[LayerShape], num_rows: int, device: torch.device) -> None:
+        most = max(4 * splits_of(4), num_rows * splits_of(num_rows))
+        heads = max(shape.kv_heads * shape.group for shape in shapes)
+        widest = max(shape.kv_heads * shape.group * shape.dim for shape in shapes)
+        self.partial = torch.empty(most * widest, dtype=torch.float32, device=device)
+        self.extrema = torch.empty(most * heads * 2, dtype=torch.float32, device=device)
+        self.arrived = torch.zeros(num_rows * heads, dtype=torch.int32, device=device)
+
+
+class PagedStep:
+    """Attention of one step, or of every step that a graph is replayed for."""
+
+    def __init__(
+        self,
+        cache: KVCache,
+        scratch: Scratch,
+        room: Room,
+        views: Views,
+        slots: Tensor,
+        queries: int,
+    ) -> None:
+        """`slots` [tokens] int64 are where the cache keeps each token."""
+        self.cache = cache
+        self.slots = slots
+        self.compiled = kernels(cache.keys[0].device)
+        self._scratch = scratch
+        self._room = room
+        self._views = views
+        self._queries = queries
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int,
+        softcap: float,
+    ) -> Tensor:
+        """`attention.Step.attend`."""
+        for kept, new in ((self.cache.keys, key), (self.cache.values, value)):
+            kept[layer].flatten(0, 1).index_copy_(0, self.slots, new.transpose(0, 1))
+        return self.mix(
+            layer, query.transpose(0, 1), scale=scale, window=window, softcap=softcap
+        )
+
+    def mix(
+        self, layer: int, query: Tensor, *, scale: float, window: int, softcap: float
+    ) -> Tensor:
+        """Queries [tokens, heads, dim] over what the layer has kept → the same shape."""
+        if query.stride(2) != 1:
+            query = query.contiguous()
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        out = query.new_empty(query.shape)
+        if self.compiled is None:
+            self._mix(query, keys, values, out, scale, window, softcap)
+        else:
+            self._launch(query, keys, values, out, scale, window, softcap)
+        return out
+
+    def _launch(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        out: Tensor,
+        scale: float,
+        window: int,
+        softcap: float,
+    ) -> None:
+        (_, heads, dim), kv_heads = query.shape, keys.shape[2]
+        views, room, scratch = self._views, self._room, self._scratch
+        group, exact = heads // kv_heads, query.dtype is torch.float32
+        block_d = max(16, _power(dim))
+        shared: dict[str, Any] = {
+            "WINDOW": window,
+            "SOFTCAP": softcap > 0,
+            "HEADS": heads,
+            "KV_HEADS": kv_heads,
+            "DIM": dim,
+            "PAGE": BLOCK,
+            "BLOCK_D": block_d,
+            "PRECISION": "ieee" if exact else "tf32",
+        }
+        given = query, query.stride(0), query.stride(1), keys, values, out
+        where = views.segments, views.segments.stride(0), views.pages, views.counts
+        compact = exact or block_d > 128
+        splits = splits_of(room.segments)
+        self.compiled.attend_rows[(room.segments, kv_heads, splits)](
+            *given,
+            *where,
+            scratch.partial,
+            scratch.extrema,
+            scratch.arrived,
+            scale,
+            softcap,
+            **shared,
+            SPLITS=splits,
+            LEAST=_LEAST,
+            BLOCK_G=max(16, _power(group)),
+            BLOCK_N=32 if compact else 64,
+            num_warps=4,
+            num_stages=2 if compact else 3,
+        )
+        if room.tiles:
+            self.compiled.attend_chunks[(room.tiles, kv_heads)](
+                *given,
+                *where,
+                views.tiles,
+                views.tiles.stride(0),
+                scale,
+                softcap,
+                **shared,
+                QUERIES=self._queries,
+                BLOCK_M=max(16, _power(self._queries * group)),
+                BLOCK_N=32 if compact else 64,
+                num_warps=4,
+                num_stages=1 if exact else 2,
+            )
+
+    def _mix(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        out: Tensor,
+        scale: float,
+        window: int,
+        softcap: float,
+    ) -> None:
+        """In torch operations; looks at the segments on the host."""
+        for segment in self._views.segments.T.tolist():
+            first, count, start = segment[FIRST], segment[COUNT], segment[START]
+            if not count:
+                continue
+            length = start + count
+            pages = self._views.pages[segment[TABLE] :][: -(-length // BLOCK)].long()
+            k = keys[pages].flatten(0, 1)[:length].transpose(0, 1)  # [kv_heads, length, dim]
+            v = values[pages].flatten(0, 1)[:length].transpose(0, 1)
+            q = query[first : first + count].transpose(0, 1).unflatten(0, (len(k), -1))
+            scores = (q.flatten(1, 2) @ k.transpose(1, 2)).float() * scale
+            if softcap:
+                scores = softcap * torch.tanh(scores / softcap)
+            places = torch.arange(length, device=query.device)
+            own = places[start:, None]
+            seen = places <= own
+            if window:
+                seen &= places > own - window
+            scores = scores.unflatten(1, (-1, count)).masked_fill(~seen, float("-inf"))
+            weights = scores.softmax(-1).to(v.dtype).flatten(1, 2)
+            # What nobody sees may be anything, NaN too, and 0 · NaN is not 0.
+            mixed = weights @ v.masked_fill(~seen.any(0)[:, None], 0)
+            out[first : first + count] = mixed.unflatten(1, (-1, count)).flatten(0, 1).transpose(0, 1)
+
+
+def _power(number: int) -> int:
+    """The next power of two."""
+    return 1 << (number - 1).bit_length()
