@@ -14,7 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from app.config import ModelSettings
 from app.engines.base import Generation, Kind, SamplingParams, Sequence
+from app.engines.inflight.cache import KVCache, LayerShape
 from app.engines.inflight.engine import InflightEngine
+from app.engines.inflight.graphs import Record, Work
 from app.engines.inflight.scheduler import Row, Segment
 from app.engines.stopping import Output
 from app.jobs import FinishReason
@@ -97,8 +99,14 @@ def reference(family: str, prompt: tuple[int, ...], num_tokens: int) -> list[int
 
 
 def engine_of(
-    family: str, *, rows: int = 4, portable: bool = False, **options: int | str
+    family: str,
+    *,
+    rows: int = 4,
+    portable: bool = False,
+    ahead: Record | None = None,
+    **options: int | str,
 ) -> InflightEngine:
+    """With `ahead` steps are launched and recorded by it as on a CUDA device, but on the CPU."""
     settings = ModelSettings(
         source="tiny",
         kind=Kind.GENERATE,
@@ -110,7 +118,27 @@ def engine_of(
     engine = InflightEngine(folder_of(family), settings, "cpu", 1, lambda: None)
     if portable:
         engine._kernel = None
+    if ahead is not None:
+        shapes = [
+            LayerShape(keys.shape[1], keys.shape[2], heads_of(engine) // keys.shape[1])
+            for keys in engine._cache.keys
+        ]
+        engine._cache = KVCache(
+            shapes, engine._scheduler.num_blocks, torch.float32, torch.device("cpu"), paged=True
+        )
+        engine._launcher = engine._launcher_for(shapes, engine._cache, engine._scheduler.tables)
+        engine._launcher.record(engine._budget.most, ahead)
     return engine
+
+
+def heads_of(engine: InflightEngine) -> int:
+    heads: int = engine._model.config.num_attention_heads
+    return heads
+
+
+def again(work: Work) -> Work:
+    """Records nothing: the same work is done again, on the same memory."""
+    return work
 
 
 def greedy(sequence_id: int, prompt: Seq[int], max_tokens: int, **fields: Any) -> Sequence:

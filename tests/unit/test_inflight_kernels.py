@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from app.engines.base import SamplingParams
 from app.engines.inflight import paged, staging
-from app.engines.inflight.cache import BLOCK, KVCache, LayerShape
+from app.engines.inflight.cache import KVCache, LayerShape
 from app.engines.inflight.drawing import draw
 from app.engines.inflight.paged import PagedStep, Scratch
 from app.engines.inflight.staging import Room, Samplers
 from app.engines.sampling import BAD_ROW
-from app.engines.base import SamplingParams
 from tests.unit.inflight_tiny import segments_of
 
 CPU = torch.device("cpu")
@@ -56,9 +56,7 @@ CASES = {
 @needs_triton
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("name", CASES)
-def test_attention_over_pages_is_that_of_torch(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_attention_over_pages_is_that_of_torch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # given rows that decode, short and long, and two chunks of prompts
     case = CASES[name]
     generator = torch.Generator().manual_seed(7)

@@ -124,7 +124,7 @@ def attend_rows(
             top = tl.full([BLOCK_G], float("-inf"), tl.float32)
             total = tl.zeros([BLOCK_G], tl.float32)
             mixed = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
-            for other in range(0, used):
+            for other in range(used):
                 # Past the first-level cache: another program wrote this.
                 part = (segment * SPLITS + other) * HEADS + heads
                 theirs = tl.load(
@@ -196,7 +196,10 @@ def attend_chunks(
     wide = dims < DIM
     mine = real[:, None] & wide[None, :]
     q = tl.load(
-        query + (origin + token[:, None]) * query_token + heads[:, None] * query_head + dims[None, :],
+        query
+        + (origin + token[:, None]) * query_token
+        + heads[:, None] * query_head
+        + dims[None, :],
         mask=mine,
         other=0.0,
     )
@@ -404,12 +407,14 @@ def choose(
     if top_k > 0:
         floor = tl.full([], 0, tl.uint32)
         bit = tl.full([], 0x80000000, tl.uint32)
-        for _ in range(0, BITS):
+        for _ in range(BITS):
             candidate = floor | bit
             bit = bit >> 1
             above = tl.zeros([BLOCK], tl.int32)
             for first in range(0, width, BLOCK):
-                z = tl.load(source + first + places, mask=first + places < width, other=-float("inf"))
+                z = tl.load(
+                    source + first + places, mask=first + places < width, other=-float("inf")
+                )
                 z = z.to(tl.float32)
                 above += ((_ordered(z) >= candidate) & (z > -float("inf"))).to(tl.int32)
             floor = tl.where(tl.sum(above, 0) >= top_k, candidate, floor)
@@ -427,12 +432,14 @@ def choose(
         # The least likely token inside is the largest that has `needed` at it or above.
         floor = tl.full([], 0, tl.uint32)
         bit = tl.full([], 0x80000000, tl.uint32)
-        for _ in range(0, BITS):
+        for _ in range(BITS):
             candidate = floor | bit
             bit = bit >> 1
             mass = tl.zeros([BLOCK], tl.float32)
             for first in range(0, width, BLOCK):
-                z = tl.load(source + first + places, mask=first + places < width, other=-float("inf"))
+                z = tl.load(
+                    source + first + places, mask=first + places < width, other=-float("inf")
+                )
                 z = z.to(tl.float32)
                 among = (_ordered(z) >= candidate) & (z >= lowest)
                 mass += tl.where(among, tl.exp((z - top) / temperature), 0.0)

@@ -1,8 +1,8 @@
 """Attention over a cache of pages, [page, BLOCK, kv_heads, dim], read in place.
 
 One call takes decoding rows and chunks of prompts together: segments of one token go to a kernel
-that cuts their contexts into parts, the others to one that takes tiles of tokens. Without Triton the
-same is done in torch operations, segment by segment.
+that cuts their contexts into parts, the others to one that takes tiles of tokens. Without Triton
+the same is done in torch operations, segment by segment.
 """
 
 from __future__ import annotations
@@ -98,9 +98,7 @@ class PagedStep:
         """`attention.Step.attend`."""
         for kept, new in ((self.cache.keys, key), (self.cache.values, value)):
             kept[layer].flatten(0, 1).index_copy_(0, self.slots, new.transpose(0, 1))
-        return self.mix(
-            layer, query.transpose(0, 1), scale=scale, window=window, softcap=softcap
-        )
+        return self.mix(layer, query.transpose(0, 1), scale=scale, window=window, softcap=softcap)
 
     def mix(
         self, layer: int, query: Tensor, *, scale: float, window: int, softcap: float
@@ -195,8 +193,9 @@ class PagedStep:
             pages = self._views.pages[segment[TABLE] :][: -(-length // BLOCK)].long()
             k = keys[pages].flatten(0, 1)[:length].transpose(0, 1)  # [kv_heads, length, dim]
             v = values[pages].flatten(0, 1)[:length].transpose(0, 1)
-            q = query[first : first + count].transpose(0, 1).unflatten(0, (len(k), -1))
-            scores = (q.flatten(1, 2) @ k.transpose(1, 2)).float() * scale
+            q = query[first : first + count].transpose(0, 1)  # [heads, count, dim]
+            q = q.reshape(len(k), -1, q.shape[-1])
+            scores = (q @ k.transpose(1, 2)).float() * scale
             if softcap:
                 scores = softcap * torch.tanh(scores / softcap)
             places = torch.arange(length, device=query.device)
@@ -204,11 +203,11 @@ class PagedStep:
             seen = places <= own
             if window:
                 seen &= places > own - window
-            scores = scores.unflatten(1, (-1, count)).masked_fill(~seen, float("-inf"))
+            scores = scores.view(len(k), -1, count, length).masked_fill(~seen, float("-inf"))
             weights = scores.softmax(-1).to(v.dtype).flatten(1, 2)
             # What nobody sees may be anything, NaN too, and 0 · NaN is not 0.
             mixed = weights @ v.masked_fill(~seen.any(0)[:, None], 0)
-            out[first : first + count] = mixed.unflatten(1, (-1, count)).flatten(0, 1).transpose(0, 1)
+            out[first : first + count] = mixed.view(-1, count, out.shape[-1]).transpose(0, 1)
 
 
 def _power(number: int) -> int:

@@ -30,7 +30,8 @@ class Row:
     arrival: int
     generation: Generation
     output: Output
-    tokens: list[int]  #: prompt and output so far
+    tokens: list[int]  #: prompt and output so far; the last may be `staging.PENDING`
+    flights: int = 0  #: steps it is in that have not landed
     furthest: int = 0  #: tokens that were computed once; after a preemption some are again
     slot: int = -1  #: its place in the block table and in the sampler
     computed: int = 0  #: leading tokens that are in the cache

@@ -51,12 +51,14 @@ class Room:
 
     def views(self, buffer: Any) -> Views:
         """Of a flat array or tensor of int32."""
-        found, begin = [], 0
+        found: list[Any] = []
+        begin = 0
         for rows, width in self._parts():
-            part = buffer[begin : begin + rows * _up(width)].reshape(rows, _up(width))
-            found.append(part)
-            begin += rows * _up(width)
-        return Views(*found, pages=buffer[begin:])
+            end = begin + rows * _up(width)
+            found.append(buffer[begin:end].reshape(rows, _up(width)))
+            begin = end
+        found.append(buffer[begin:])
+        return Views(*found)
 
     def _parts(self) -> tuple[tuple[int, int], ...]:
         return (
@@ -173,7 +175,8 @@ def mixed(x: np.ndarray) -> np.ndarray:
     x = x + _GOLDEN
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    out: np.ndarray = x ^ (x >> np.uint64(31))
+    return out
 
 
 def _up(width: int) -> int:
