@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from app.engines.base import Generation, Grammar, SamplingParams, Sequence
-from app.engines.inflight.engine import InflightEngine
 from app.engines.inflight.graphs import Graphs, Work, mixed_room, record_all, rooms
 from app.engines.inflight.memory import blocks_within
 from app.engines.inflight.staging import Order, Room
@@ -239,7 +238,7 @@ def test_graphs_are_recorded_largest_first_and_left_out_if_one_fails(
 def test_a_step_takes_the_smallest_graph_that_holds_it(
     parts: list[tuple[int, int]], room: int | None
 ) -> None:
-    graphs = Graphs({each: Any for each in rooms(num_rows=40, max_tokens=200, queries=16)})  # type: ignore[misc]
+    graphs = Graphs(dict.fromkeys(rooms(num_rows=40, max_tokens=200, queries=16), Any))  # type: ignore[misc]
 
     found = graphs.fits(Order.of(segments_of(parts), queries=16))
 
@@ -260,5 +259,3 @@ def test_the_cache_leaves_room_for_the_largest_step_twice() -> None:
 
     with pytest.raises(ConfigError, match="no room for a KV cache"):
         blocks_within(free=4 * gib, peak=2 * gib, share=0.9, block_bytes=2**20)
-
-

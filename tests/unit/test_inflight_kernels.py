@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 from dataclasses import dataclass
@@ -11,13 +12,22 @@ import pytest
 import torch
 
 from app.engines.base import SamplingParams
-from app.engines.inflight import paged, staging
+from app.engines.inflight import fused_cuda, paged, staging
 from app.engines.inflight.cache import KVCache, LayerShape
 from app.engines.inflight.drawing import draw
+from app.engines.inflight.fused_cuda import FusedLayer
 from app.engines.inflight.paged import PagedStep, Scratch
 from app.engines.inflight.staging import Room, Samplers
 from app.engines.sampling import BAD_ROW
-from tests.unit.inflight_tiny import segments_of
+from tests.unit.inflight_tiny import (
+    again,
+    engine_of,
+    greedy,
+    reference,
+    reference_model,
+    run_all,
+    segments_of,
+)
 
 CPU = torch.device("cpu")
 
@@ -170,3 +180,33 @@ def test_a_draw_is_the_same_in_any_company() -> None:
         samplers.fill(alone, np.array([slot]), np.array([position]))
         one = draw(logits[slot : slot + 1], torch.from_numpy(alone)[staging.LOW_KEY :])
         assert one.tolist() == [together[slot].item()]
+
+
+@needs_triton
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_fused_layers_answer_as_generate_does(family: str) -> None:
+    # given
+    engine = engine_of(family, rows=2, ahead=again)
+    fused = [each for each in engine._model.modules() if isinstance(each, FusedLayer)]
+    assert len(fused) == 2
+
+    # when a prompt in two parts, a row that decodes, and one more come together
+    prompts = {1: (5, 6, 7), 2: tuple(range(60))}
+    generations = run_all(engine, [greedy(i, prompt, 3) for i, prompt in prompts.items()])
+
+    # then
+    for i, prompt in prompts.items():
+        assert generations[i].token_ids == reference(family, prompt, 3)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "phi3", "gpt2", "smollm3"])
+def test_layers_of_other_kinds_stay_as_they_are(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused_cuda, "kernels", lambda _: object())
+    model = copy.deepcopy(reference_model(family))
+
+    fused_cuda.fuse_layers(model, [LayerShape(2, 16, 2)] * 2, {0: {}, 1: {}})
+
+    assert not [each for each in model.modules() if isinstance(each, FusedLayer)]
