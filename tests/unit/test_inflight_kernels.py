@@ -30,6 +30,7 @@ from tests.unit.inflight_tiny import (
 )
 
 CPU = torch.device("cpu")
+LAST = torch.zeros(1, dtype=torch.int64)  # where nobody looks for the last tokens
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1",
@@ -99,8 +100,22 @@ def _step(cache: KVCache, shape: LayerShape, parts: list[tuple[int, int]]) -> Pa
     buffer = np.full(room.size + 200, -7, np.int32)
     staging.fill(room.views(buffer), order, tables, cache.scrap, 8, queries)
     views = room.views(torch.from_numpy(buffer))
-    slots = views.tokens[staging.SLOT].long()
-    return PagedStep(cache, Scratch([shape], 8, CPU), room, views, slots, queries)
+    _, positions, slots = paged.taken(views.tokens, room.tokens, torch.zeros(9, dtype=torch.int64))
+    return PagedStep(cache, Scratch([shape], 8, CPU), room, views, positions, slots, queries)
+
+
+@needs_triton
+def test_tokens_that_are_pending_come_from_their_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids, rows = [7, staging.PENDING, 0, staging.PENDING], [3, 0, 2, 1]
+    staged = torch.tensor([ids, [5, 6, 7, 8], [9, 9, 1, 2], rows], dtype=torch.int32)
+    last = torch.tensor([41, 42, 43, 44])
+
+    found = []
+    for interpreted in (False, True):
+        monkeypatch.setattr(paged, "INTERPRETED", interpreted)
+        found.append([each.tolist() for each in paged.taken(staged, 3, last)])
+
+    assert found[0] == found[1] == [[7, 41, 0], [5, 6, 7], [9, 9, 1]]
 
 
 @needs_triton
@@ -131,17 +146,19 @@ def test_tokens_are_drawn_as_torch_draws_them(
     for position in range(6):
         samples = np.zeros((8, 8), np.int32)
         samplers.fill(samples, np.arange(8), np.full(8, position))
-        numbers = torch.from_numpy(samples)[staging.LOW_KEY :]
+        samples[staging.SAMPLE_ROW] = np.arange(8)
+        staged, last = torch.from_numpy(samples), torch.full((8,), -5)
 
         # when
-        found = draw(logits, numbers)
+        found = draw(logits, staged, last)
         with monkeypatch.context() as patch:
             patch.setattr(paged, "INTERPRETED", False)
-            wanted = draw(logits, numbers)
+            wanted = draw(logits, staged, torch.zeros(8, dtype=torch.int64))
 
         # then
         assert found.tolist() == wanted.tolist()
         assert found.tolist()[6:] == [BAD_ROW, BAD_ROW]
+        assert last.tolist() == [*wanted.tolist()[:6], 0, 0]
 
 
 def test_tokens_come_as_often_as_their_weights_say() -> None:
@@ -154,7 +171,7 @@ def test_tokens_come_as_often_as_their_weights_say() -> None:
     samplers.fill(samples, np.zeros(4000, int), np.arange(4000))
 
     # when
-    drawn = draw(logits, torch.from_numpy(samples)[staging.LOW_KEY :])
+    drawn = draw(logits, torch.from_numpy(samples), LAST)
 
     # then
     shares = torch.bincount(drawn, minlength=5) / 4000
@@ -173,12 +190,12 @@ def test_a_draw_is_the_same_in_any_company() -> None:
     alone = np.zeros((8, 4), np.int32)
 
     # when
-    together = draw(logits, torch.from_numpy(samples)[staging.LOW_KEY :])
+    together = draw(logits, torch.from_numpy(samples), LAST)
 
     # then
     for slot, position in enumerate([3, 1, 4, 1, 5]):
         samplers.fill(alone, np.array([slot]), np.array([position]))
-        one = draw(logits[slot : slot + 1], torch.from_numpy(alone)[staging.LOW_KEY :])
+        one = draw(logits[slot : slot + 1], torch.from_numpy(alone), LAST)
         assert one.tolist() == [together[slot].item()]
 
 
@@ -207,6 +224,6 @@ def test_layers_of_other_kinds_stay_as_they_are(
     monkeypatch.setattr(fused_cuda, "kernels", lambda _: object())
     model = copy.deepcopy(reference_model(family))
 
-    fused_cuda.fuse_layers(model, [LayerShape(2, 16, 2)] * 2, {0: {}, 1: {}})
+    fused_cuda.fuse_layers(model, [LayerShape(2, 16, 2)] * 2, {0: {}, 1: {}}, 64)
 
     assert not [each for each in model.modules() if isinstance(each, FusedLayer)]

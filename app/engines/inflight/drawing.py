@@ -22,19 +22,22 @@ _PART: Final = 4096
 
 _BLOCK: Final = 4096
 _32: Final = 0xFFFFFFFF
-_FIRST: Final = staging.LOW_KEY
 
 
-def draw(logits: Tensor, numbers: Tensor) -> Tensor:
+def draw(logits: Tensor, samples: Tensor, last: Tensor) -> Tensor:
     """A token for each row, BAD_ROW where the logits are no numbers: [rows, width] → [rows] int64.
 
-    `numbers` [6, at least rows] int32 are the lines of `staging.Views.samples` from LOW_KEY on.
+    `samples` are those of `staging.Views`. The tokens are also written into `last` [slots] int64.
     """
     compiled = kernels(logits.device)
-    return _draw(logits, numbers) if compiled is None else _launch(compiled, logits, numbers)
+    if compiled is not None:
+        return _launch(compiled, logits, samples, last)
+    tokens = _draw(logits, samples)
+    last[samples[staging.SAMPLE_ROW, : len(tokens)].long()] = tokens.clamp(min=0)
+    return tokens
 
 
-def _launch(compiled: Any, logits: Tensor, numbers: Tensor) -> Tensor:
+def _launch(compiled: Any, logits: Tensor, samples: Tensor, last: Tensor) -> Tensor:
     logits = logits.contiguous()
     rows, width = logits.shape
     parts = -(-width // _PART)
@@ -48,9 +51,10 @@ def _launch(compiled: Any, logits: Tensor, numbers: Tensor) -> Tensor:
         logits,
         tops,
         ids,
-        numbers,
-        numbers.stride(0),
+        samples,
+        samples.stride(0),
         tokens,
+        last,
         width,
         parts,
         BITS=16 if logits.dtype is torch.bfloat16 else 32,
@@ -61,11 +65,9 @@ def _launch(compiled: Any, logits: Tensor, numbers: Tensor) -> Tensor:
     return tokens
 
 
-def _draw(logits: Tensor, numbers: Tensor) -> Tensor:
+def _draw(logits: Tensor, samples: Tensor) -> Tensor:
     """The same in torch operations."""
-    z, rows = logits.float(), len(logits)
-    numbers = numbers[:, :rows]
-    line = {place: numbers[place - _FIRST][:, None] for place in range(_FIRST, staging.MIN_P + 1)}
+    z, line = logits.float(), samples[:, : len(logits), None]
     temperature, top_p, min_p = (
         line[place].contiguous().view(torch.float32)
         for place in (staging.TEMPERATURE, staging.TOP_P, staging.MIN_P)

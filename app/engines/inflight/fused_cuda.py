@@ -1,7 +1,8 @@
-"""Decoder layers of the Llama kind in a few launches each, on a CUDA device.
+"""Decoders of the Llama kind in nine launches for each layer, on a CUDA device.
 
-A layer is replaced by its class: those named below are known to compute what is written here, at
-every position. What differs stays transformers' own.
+Layers are replaced by their class: those named below are known to compute what is written here, at
+every position. With them go the last norm, and the rotary embedding, whose cosines and sines are
+computed once for all positions. What differs stays transformers' own.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ _KNOWN: Final = {
     f"transformers.models.{family.lower()}.modeling_{family.lower()}.{family}DecoderLayer"
     for family in ("Llama", "Mistral", "Qwen2", "Qwen3")
 }
+
+_ROPE_TYPES: Final = {"default", "linear", "llama3", "yarn"}
+"""With these a token is rotated by its position alone."""
 
 _MOST: Final = 4096
 """Columns that one program takes of a wide row."""
@@ -52,13 +56,17 @@ class FusedLayer(nn.Module):
             if norm is not None
         ]
 
+    @property
+    def nbytes(self) -> int:
+        """Of the weights that a step reads."""
+        return sum(each.nbytes for each in (self.qkv, self.mixed, self.gated, self.down))
+
     def forward(self, hidden_states: Tensor, **others: Any) -> Tensor:
         """[1, tokens, width] → the same, in the same memory."""
         step: PagedStep = others[STEP]
-        cos, sin = others["position_embeddings"]
         x = hidden_states.flatten(0, 1)
-        both = linear(_normalised(step.compiled, x, *self.norms[0]), self.qkv, self.bias)
-        query = self._rotated(step, both, cos[0], sin[0])
+        qkv = linear(_normalised(step.compiled, x, *self.norms[0]), self.qkv, self.bias)
+        query = self._rotated(step, qkv, *others["position_embeddings"])
         mixed = step.mix(self._layer, query, **self._how)
         x.addmm_(mixed.flatten(1), self.mixed.T)
         gates = linear(_normalised(step.compiled, x, *self.norms[1]), self.gated)
@@ -66,7 +74,10 @@ class FusedLayer(nn.Module):
         return x[None]
 
     def _rotated(self, step: PagedStep, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Keep keys and values; the rotated queries, [tokens, heads, dim]."""
+        """Keep keys and values; the rotated queries, [tokens, heads, dim].
+
+        `cos` and `sin` are [positions, dim].
+        """
         shape, cache = self._shape, step.cache
         heads = shape.kv_heads * shape.group
         query_gain, key_gain = [gain for gain, _ in self.head_norms] or [cos, cos]
@@ -74,6 +85,7 @@ class FusedLayer(nn.Module):
             qkv,
             cos,
             sin,
+            step.positions,
             step.slots,
             cache.keys[self._layer],
             cache.values[self._layer],
@@ -90,14 +102,53 @@ class FusedLayer(nn.Module):
         return qkv.view(len(qkv), -1, shape.dim)[:, :heads]
 
 
-def fuse_layers(model: PreTrainedModel, shapes: list[LayerShape], how: dict[int, Any]) -> None:
-    """Replace the layers that are known; `how` each asks for attention, as the probe found."""
-    if kernels(model.device) is None:
+class Rotary(nn.Module):
+    """Cosines and sines [positions, dim] of all positions, whatever they are asked for."""
+
+    def __init__(self, rotary: nn.Module, like: Tensor, num_positions: int) -> None:
+        super().__init__()
+        positions = torch.arange(num_positions, device=like.device)
+        with torch.inference_mode():
+            cos, sin = rotary(like, positions[None])
+        self._both = cos[0].contiguous(), sin[0].contiguous()
+
+    def forward(self, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return self._both
+
+
+class Norm(nn.Module):
+    """The norm behind the last layer."""
+
+    def __init__(self, norm: Any, compiled: Any) -> None:
+        super().__init__()
+        self._compiled = compiled
+        self._weight = norm.weight.detach()
+        self._eps = float(norm.variance_epsilon)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return _normalised(self._compiled, hidden_states[0], self._weight, self._eps)[None]
+
+
+def fuse_layers(
+    model: PreTrainedModel, shapes: list[LayerShape], how: dict[int, Any], num_positions: int
+) -> None:
+    """Replace all layers if they are known; `how` each asks for attention, as the probe found."""
+    compiled = kernels(model.device)
+    decoder: Any = model.base_model
+    layers = list(getattr(decoder, "layers", ()))
+    if compiled is None or len(layers) != len(shapes):
         return
-    for name, layer in list(model.named_modules()):
-        if is_known(layer, shapes):
-            place = layer.self_attn.layer_idx
-            model.set_submodule(name, FusedLayer(layer, shapes[place], how[place]))
+    if not all(is_known(layer, shapes) for layer in layers) or not _rotates_by_position(decoder):
+        return
+    for place, layer in enumerate(layers):
+        decoder.layers[place] = FusedLayer(layer, shapes[place], how[place])
+    like = decoder.layers[0].norms[0][0]
+    decoder.rotary_emb = Rotary(decoder.rotary_emb, like, num_positions)
+    decoder.norm = Norm(decoder.norm, compiled)
+
+
+def _rotates_by_position(decoder: Any) -> bool:
+    return getattr(getattr(decoder, "rotary_emb", None), "rope_type", "") in _ROPE_TYPES
 
 
 def is_known(layer: Any, shapes: list[LayerShape]) -> bool:

@@ -253,8 +253,9 @@ def normalise(x, weight, out, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def rotate_and_keep(
     qkv,  # [tokens, heads + 2 · kv_heads, dim]; the queries are rotated in place
-    cos,  # [tokens, dim]
+    cos,  # [positions, dim]
     sin,
+    positions,  # [tokens] int64
     slots,  # [tokens] int64: page · PAGE + place
     keys,
     values,
@@ -294,7 +295,7 @@ def rotate_and_keep(
         two = tl.load(gain + HALF + places, mask=wide, other=0.0)
         low = ((low * scale).to(kind) * one).to(tl.float32)
         high = ((high * scale).to(kind) * two).to(tl.float32)
-    at = token * DIM + places
+    at = tl.load(positions + token) * DIM + places
     cos_low = tl.load(cos + at, mask=wide, other=0.0).to(tl.float32)
     cos_high = tl.load(cos + at + HALF, mask=wide, other=0.0).to(tl.float32)
     sin_low = tl.load(sin + at, mask=wide, other=0.0).to(tl.float32)
@@ -364,14 +365,45 @@ def _float_of(order):
     return bits.to(tl.float32, bitcast=True)
 
 
+@triton.jit(do_not_specialize=["count", "room"])
+def take_tokens(
+    tokens,  # [4, room] int32, as they are staged
+    last,  # [slots] int64, each slot's last token
+    ids,  # [count] int64, and so are the next two
+    positions,
+    slots,
+    count,
+    room,
+    BLOCK: tl.constexpr,
+):
+    """What the model takes, from what the host staged; a token below 0 is its slot's last one."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    token = tl.load(tokens + at, mask=inside, other=0).to(tl.int64)
+    row = tl.load(tokens + 3 * room + at, mask=inside, other=0)
+    known = tl.load(last + row, mask=inside & (token < 0), other=0)
+    tl.store(ids + at, tl.where(token < 0, known, token), mask=inside)
+    position = tl.load(tokens + room + at, mask=inside, other=0)
+    tl.store(positions + at, position.to(tl.int64), mask=inside)
+    slot = tl.load(tokens + 2 * room + at, mask=inside, other=0)
+    tl.store(slots + at, slot.to(tl.int64), mask=inside)
+
+
+@triton.jit
+def _give(tokens, last, row, slot, token):
+    tl.store(tokens + row, token.to(tl.int64))
+    tl.store(last + slot, tl.maximum(token, 0).to(tl.int64))
+
+
 @triton.jit(do_not_specialize=["room"])
 def choose(
     logits,  # [rows, width]
     tops,  # of largest_of_parts
     ids,
-    numbers,  # [6, room] int32: two halves of the row's key, top_k, temperature, top_p, min_p
+    samples,  # [8, room] int32, as they are staged
     room,
     tokens,  # [rows] int64
+    last,  # [slots] int64, each slot's last token
     width,
     parts,
     BITS: tl.constexpr,
@@ -385,18 +417,19 @@ def choose(
     where = tl.load(ids + row * parts + each, mask=each < parts, other=2147483647)
     top = tl.max(best, 0)
     token = tl.min(tl.where(best == top, where, 2147483647), 0)
-    temperature = tl.load(numbers + 3 * room + row).to(tl.float32, bitcast=True)
+    slot = tl.load(samples + room + row)
+    temperature = tl.load(samples + 5 * room + row).to(tl.float32, bitcast=True)
     if (top == float("inf")) | (top == float("-inf")):
-        tl.store(tokens + row, tl.full([], -1, tl.int64))
+        _give(tokens, last, row, slot, tl.full([], -1, tl.int32))
         return
     if temperature <= 0:
-        tl.store(tokens + row, token.to(tl.int64))
+        _give(tokens, last, row, slot, token)
         return
-    low_key = tl.load(numbers + row).to(tl.uint32, bitcast=True)
-    high_key = tl.load(numbers + room + row).to(tl.uint32, bitcast=True)
-    top_k = tl.load(numbers + 2 * room + row)
-    top_p = tl.load(numbers + 4 * room + row).to(tl.float32, bitcast=True)
-    min_p = tl.load(numbers + 5 * room + row).to(tl.float32, bitcast=True)
+    low_key = tl.load(samples + 2 * room + row).to(tl.uint32, bitcast=True)
+    high_key = tl.load(samples + 3 * room + row).to(tl.uint32, bitcast=True)
+    top_k = tl.load(samples + 4 * room + row)
+    top_p = tl.load(samples + 6 * room + row).to(tl.float32, bitcast=True)
+    min_p = tl.load(samples + 7 * room + row).to(tl.float32, bitcast=True)
     source = logits + row * width
     places = tl.arange(0, BLOCK)
 
@@ -465,4 +498,4 @@ def choose(
         winning = tl.where(better, score, winning)
     first_place = tl.max(winning, 0)
     token = tl.min(tl.where(winning == first_place, winner, 2147483647), 0)
-    tl.store(tokens + row, token.to(tl.int64))
+    _give(tokens, last, row, slot, token)

@@ -27,7 +27,7 @@ from app.engines.inflight.attention import run
 from app.engines.inflight.cache import BLOCK, KVCache, LayerShape
 from app.engines.inflight.drawing import draw
 from app.engines.inflight.graphs import Graphs, Record, Work, exact_room, record_all, rooms
-from app.engines.inflight.paged import PagedStep, Scratch, queries_of
+from app.engines.inflight.paged import PagedStep, Scratch, queries_of, taken
 from app.engines.inflight.scheduler import Row, Segment
 from app.engines.inflight.staging import END, ROW, SAMPLE_ROW, SLOT, Order, Room, Samplers
 from app.engines.sampling import Plan, RowSampler, Sampled
@@ -163,14 +163,11 @@ class Launcher:
     def _work(self, room: Room) -> tuple[Tensor, Tensor]:
         """One pass of the model and a draw from its logits, all on the device."""
         views = room.views(self._numbers)
-        ids, positions, slots, rows = views.tokens[:, : room.tokens].long()
-        ends, sample_rows = views.samples[END : SAMPLE_ROW + 1, : room.samples].long()
-        ids = torch.where(ids < 0, self._last[rows], ids)
-        step = PagedStep(self._cache, self._scratch, room, views, slots, self._queries)
+        ids, positions, slots = taken(views.tokens, room.tokens, self._last)
+        step = PagedStep(self._cache, self._scratch, room, views, positions, slots, self._queries)
+        ends = views.samples[END, : room.samples].long()
         logits = run(self._model, step, ids, positions, ends)
-        tokens = draw(logits, views.samples[staging.LOW_KEY :])
-        self._last[sample_rows] = tokens.clamp(min=0)
-        return logits, tokens
+        return logits, draw(logits, views.samples, self._last)
 
     def _sample(self, logits: Tensor, tokens: Tensor, room: Room, due: list[Row]) -> Sampled:
         """What was drawn, or drawn again where rows have penalties, a grammar or log probabilities;
@@ -179,13 +176,11 @@ class Launcher:
         if not self._sampler.is_needed(slots):
             return Sampled(tokens[: len(due)])
         samples = room.views(self._numbers).samples
-        sampled = self._sampler.sample(
+        return self._sampler.sample(
             logits[: len(due)],
             self._plan(slots),
-            lambda adjusted: draw(adjusted, samples[staging.LOW_KEY :]),
+            lambda adjusted: draw(adjusted, samples, self._last),
         )
-        self._last[samples[SAMPLE_ROW, : len(due)].long()] = sampled.tokens.clamp(min=0)
-        return sampled
 
     def _plan(self, slots: list[int]) -> Plan:
         """The last one as long as nobody came or went: to make one waits for the device."""

@@ -38,7 +38,7 @@ def load_decoder(
     layers = [probe.layers[place] for place in range(len(probe.layers))]
     if shrink is None:
         fuse_layers(model, layers)
-        fused_cuda.fuse_layers(model, layers, probe.how)
+        fused_cuda.fuse_layers(model, layers, probe.how, context_tokens)
         pack_linears(model)
     return model, layers
 

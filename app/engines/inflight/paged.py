@@ -11,6 +11,7 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -25,7 +26,13 @@ _TILE: Final = 64
 INTERPRETED = False
 """Whether kernels run on CPUs too: tests show in Triton's interpreter that they are right."""
 
-_LEAST: Final = 128
+_FEW: Final = 4
+"""Rows that do not fill the chip."""
+
+_TAKEN: Final = 256
+"""Tokens that one program takes."""
+
+_LEAST: Final = 256
 """Tokens of a context that are not worth cutting."""
 
 
@@ -46,16 +53,47 @@ def queries_of(shapes: Seq[LayerShape]) -> int:
     return max(1, _TILE // max(shape.group for shape in shapes))
 
 
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How the contexts of rows that decode are cut, and read, as was fastest on an H100."""
+
+    splits: int  #: parts of a context at most
+    block: int  #: tokens that are read at once
+    warps: int
+    stages: int
+
+    @classmethod
+    def of(cls, segments: int, dim: int, dtype: torch.dtype) -> Cut:
+        """Few rows must fill the chip, many do so by themselves."""
+        few = segments <= _FEW
+        if dtype is torch.float32 or dim > 128:  # what is read at once must fit on the chip
+            return cls(splits_of(segments), 32, 4, 2)
+        return cls(splits_of(segments), *((128, 4, 2) if few else (64, 2, 3)))
+
+
 def splits_of(segments: int) -> int:
-    """Parts of a context at most: few rows must fill the chip, many do so by themselves."""
-    return 16 if segments <= 4 else 8
+    return 16 if segments <= _FEW else 8
+
+
+def taken(tokens: Tensor, count: int, last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, positions and slots, [count] int64 each, of staged tokens [4, ·]; what is pending comes
+    from `last` [slots]."""
+    compiled = kernels(tokens.device)
+    if compiled is None:
+        ids, positions, slots, rows = tokens[:, :count].long()
+        return torch.where(ids < 0, last[rows], ids), positions, slots
+    ids, positions, slots = torch.empty(3, count, dtype=torch.int64, device=tokens.device)
+    compiled.take_tokens[(-(-count // _TAKEN),)](
+        tokens, last, ids, positions, slots, count, tokens.stride(0), BLOCK=_TAKEN
+    )
+    return ids, positions, slots
 
 
 class Scratch:
     """Where parts of contexts leave their results to be merged."""
 
     def __init__(self, shapes: Seq[LayerShape], num_rows: int, device: torch.device) -> None:
-        most = max(4 * splits_of(4), num_rows * splits_of(num_rows))
+        most = max(_FEW * splits_of(_FEW), num_rows * splits_of(num_rows))
         heads = max(shape.kv_heads * shape.group for shape in shapes)
         widest = max(shape.kv_heads * shape.group * shape.dim for shape in shapes)
         self.partial = torch.empty(most * widest, dtype=torch.float32, device=device)
@@ -72,11 +110,13 @@ class PagedStep:
         scratch: Scratch,
         room: Room,
         views: Views,
+        positions: Tensor,
         slots: Tensor,
         queries: int,
     ) -> None:
-        """`slots` [tokens] int64 are where the cache keeps each token."""
+        """`positions` [tokens] int64, and so `slots`: where the cache keeps each token."""
         self.cache = cache
+        self.positions = positions
         self.slots = slots
         self.compiled = kernels(cache.keys[0].device)
         self._scratch = scratch
@@ -141,8 +181,8 @@ class PagedStep:
         given = query, query.stride(0), query.stride(1), keys, values, out
         where = views.segments, views.segments.stride(0), views.pages, views.counts
         compact = exact or block_d > 128
-        splits = splits_of(room.segments)
-        self.compiled.attend_rows[(room.segments, kv_heads, splits)](
+        cut = Cut.of(room.segments, block_d, query.dtype)
+        self.compiled.attend_rows[(room.segments, kv_heads, cut.splits)](
             *given,
             *where,
             scratch.partial,
@@ -151,12 +191,12 @@ class PagedStep:
             scale,
             softcap,
             **shared,
-            SPLITS=splits,
+            SPLITS=cut.splits,
             LEAST=_LEAST,
             BLOCK_G=max(16, _power(group)),
-            BLOCK_N=32 if compact else 64,
-            num_warps=4,
-            num_stages=2 if compact else 3,
+            BLOCK_N=cut.block,
+            num_warps=cut.warps,
+            num_stages=cut.stages,
         )
         if room.tiles:
             self.compiled.attend_chunks[(room.tiles, kv_heads)](
