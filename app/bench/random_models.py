@@ -84,7 +84,7 @@ def make(source: str, tokenizer: Path, folder: Path, device: str, dtype: str) ->
     place = pick_device(device)
     torch.manual_seed(0)
     with torch.device(place):
-        model = AutoModelForCausalLM.from_config(config, dtype=pick_dtype(dtype, place))
+        model = AutoModelForCausalLM.from_config(config, dtype=pick_dtype(dtype, place))  # type: ignore[no-untyped-call]
     target = folder / name
     model.save_pretrained(target)
     for file in _TOKENIZER_FILES:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from app.engines.base import Generation, Grammar, SamplingParams, Sequence
+from app.engines.base import SamplingParams, Sequence
+from app.engines.inflight.cache import KVCache, LayerShape
 from app.engines.inflight.graphs import Graphs, Work, mixed_room, record_all, rooms
 from app.engines.inflight.memory import blocks_within
 from app.engines.inflight.staging import Order, Room
@@ -155,16 +157,37 @@ def test_a_seed_gives_the_same_text_whatever_the_company_asks_for() -> None:
     assert [len(each.top) for each in together[4].logprobs or ()] == [2] * 9
 
 
-def test_a_grammar_is_obeyed_though_its_mask_follows_from_the_last_token() -> None:
-    grammar = Grammar("regex", "w5w6w7")
-    answers: list[Generation] = []
-    for ahead in (None, again):
-        engine = engine_of("llama", ahead=ahead)
-        params = SamplingParams(9, temperature=0.0, grammar=grammar, ignore_eos=True)
-        answers.append(run_all(engine, [Sequence(1, (3, 4), params), greedy(2, [5], 9)])[1])
+class Alternating:
+    """Allows even tokens after odd ones and odd ones after even; stands for a compiled grammar."""
 
-    assert answers[1].token_ids == answers[0].token_ids
-    assert answers[1].finish_reason is answers[0].finish_reason
+    def __init__(self, last: int) -> None:
+        self.last = last
+
+    def fill(self, mask: np.ndarray) -> None:
+        allowed = np.arange(32 * len(mask)) % 2 != self.last % 2
+        mask[:] = np.packbits(allowed, bitorder="little").view(np.int32)
+
+    def take(self, token_id: int) -> bool:
+        assert token_id % 2 != self.last % 2, "drawn from the mask of another token"
+        self.last = token_id
+        return False
+
+
+def test_what_a_grammar_allows_follows_from_the_token_before() -> None:
+    # given a row whose matcher raises if its mask was not that of its last token
+    engine = engine_of("llama", ahead=again)
+    params = SamplingParams(12, temperature=1.0, seed=4, ignore_eos=True)
+    engine.admit("b", [Sequence(1, (3, 4), params), greedy(2, [5], 12)])
+    matcher: Any = Alternating(last=4)
+    engine._rows[1].output.matcher = matcher
+
+    # when
+    generations = run_out(engine)
+
+    # then
+    parities = [token % 2 for token in generations[1].token_ids]
+    assert parities == [1, 0] * 6
+    assert generations[2].token_ids == reference("llama", (5,), 12)
 
 
 def test_device_time_adds_up_to_the_nanosecond() -> None:
@@ -221,6 +244,18 @@ def test_graphs_are_recorded_largest_first_and_left_out_if_one_fails(
     assert order == sorted(order, reverse=True)
     assert recorded == {}
     assert "operation not permitted when stream is capturing" in caplog.text
+
+
+def test_pages_are_copied_as_they_were_before_any_was_written() -> None:
+    for shapes in ([LayerShape(2, 8)] * 2, [LayerShape(2, 8), LayerShape(1, 8)]):
+        cache = KVCache(shapes, 4, torch.float32, torch.device("cpu"), paged=True)
+        for number, part in enumerate((*cache.keys, *cache.values)):
+            part.copy_(torch.arange(5)[:, None, None, None] + 10.0 * number)
+
+        cache.copy([(0, 1), (1, 2)])
+
+        for number, part in enumerate((*cache.keys, *cache.values)):
+            assert part[:, 0, 0, 0].sub(10 * number).tolist() == [0, 0, 1, 3, 4]
 
 
 @pytest.mark.parametrize(

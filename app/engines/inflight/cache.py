@@ -46,18 +46,29 @@ class KVCache:
         def room(*shape: int) -> Tensor:
             return torch.empty(num_blocks + 1, *shape, dtype=dtype, device=device)
 
+        self._wholes: list[Tensor]  # [parts, block, ...] of all keys and values, to be copied
+        if paged and len(set(layers)) == 1:
+            shape = BLOCK, layers[0].kv_heads, layers[0].dim
+            whole = torch.empty(2 * len(layers), num_blocks + 1, *shape, dtype=dtype, device=device)
+            self._wholes = [whole]
+            self.keys, self.values = list(whole[: len(layers)]), list(whole[len(layers) :])
+            return
         if paged:
             self.keys = [room(BLOCK, layer.kv_heads, layer.dim) for layer in layers]
             self.values = [room(BLOCK, layer.kv_heads, layer.dim) for layer in layers]
         else:
             self.keys = [room(layer.kv_heads, layer.dim, BLOCK) for layer in layers]
             self.values = [room(layer.kv_heads, BLOCK, layer.dim) for layer in layers]
+        self._wholes = [part[None] for part in (*self.keys, *self.values)]
 
     def copy(self, pairs: Seq[tuple[int, int]]) -> None:
         """Copy whole blocks, (from, to); all are read before any is written."""
-        source, target = torch.tensor(pairs, device=self.keys[0].device).unbind(1)
-        for part in (*self.keys, *self.values):
-            part[target] = part[source]
+        device = self.keys[0].device
+        # From pinned memory, or the host would wait for the step under way.
+        blocks = torch.tensor(pairs, pin_memory=device.type == "cuda")
+        source, target = blocks.to(device, non_blocking=True).unbind(1)
+        for whole in self._wholes:
+            whole[:, target] = whole[:, source]
 
 
 def blocks_for(num_tokens: int) -> int:

@@ -44,6 +44,9 @@ from app.jobs import FinishReason
 TOKENS_PER_FETCH: Final = {"cpu": 16, "cuda": 256}
 """Tokens whose arithmetic takes as long as fetching the weights once: sets a step's fixed part."""
 
+LEAST_COPIED: Final = {"cpu": 1, "cuda": 16}
+"""Tokens that are rather copied than computed: on a CUDA device launches are what takes time."""
+
 _COMPILE_WAIT_S: Final = 0.02
 
 WEIGHTS: Final = ("full", "int8")
@@ -100,7 +103,8 @@ class InflightEngine:
         self._sampler = RowSampler(num_rows, self._tokenizer.vocab_size, self._device)
         enough = num_rows * blocks_for(self._context_tokens)
         num_blocks = min(self._num_blocks(options, layers, num_rows), enough)
-        self._scheduler = Scheduler(num_rows, num_blocks, self._context_tokens)
+        least_copied = LEAST_COPIED[self._device.type]
+        self._scheduler = Scheduler(num_rows, num_blocks, self._context_tokens, least_copied)
         self._sampling: tuple[list[Row], Plan] | None = None  # of the last step, while rows last
         paged = self._device.type == "cuda"
         self._cache = KVCache(layers, num_blocks, self._model.dtype, self._device, paged=paged)

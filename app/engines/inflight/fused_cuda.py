@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from app.engines.inflight.attention import STEP
 from app.engines.inflight.cache import LayerShape
-from app.engines.inflight.paged import PagedStep, kernels
+from app.engines.inflight.paged import PagedStep, Turn, kernels
 
 _KNOWN: Final = {
     f"transformers.models.{family.lower()}.modeling_{family.lower()}.{family}DecoderLayer"
@@ -66,40 +66,42 @@ class FusedLayer(nn.Module):
         step: PagedStep = others[STEP]
         x = hidden_states.flatten(0, 1)
         qkv = linear(_normalised(step.compiled, x, *self.norms[0]), self.qkv, self.bias)
-        query = self._rotated(step, qkv, *others["position_embeddings"])
-        mixed = step.mix(self._layer, query, **self._how)
+        qkv = qkv.view(len(qkv), -1, self._shape.dim)
+        turn = self._turn(*others["position_embeddings"])
+        if step.decodes:
+            mixed = step.decode(self._layer, qkv, turn, **self._how)
+        else:
+            mixed = step.mix(self._layer, self._rotated(step, qkv, turn), **self._how)
         x.addmm_(mixed.flatten(1), self.mixed.T)
         gates = linear(_normalised(step.compiled, x, *self.norms[1]), self.gated)
         x.addmm_(_gated(step.compiled, gates), self.down.T)
         return x[None]
 
-    def _rotated(self, step: PagedStep, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Keep keys and values; the rotated queries, [tokens, heads, dim].
+    def _turn(self, cos: Tensor, sin: Tensor) -> Turn:
+        if not self.head_norms:
+            return Turn(cos, sin, cos, sin, None)
+        (query_gain, eps), (key_gain, _) = self.head_norms
+        return Turn(cos, sin, query_gain, key_gain, eps)
 
-        `cos` and `sin` are [positions, dim].
-        """
+    def _rotated(self, step: PagedStep, qkv: Tensor, turn: Turn) -> Tensor:
+        """Keep keys and values; the queries, [tokens, heads, dim], are rotated where they are."""
         shape, cache = self._shape, step.cache
         heads = shape.kv_heads * shape.group
-        query_gain, key_gain = [gain for gain, _ in self.head_norms] or [cos, cos]
-        step.compiled.rotate_and_keep[(len(qkv), heads + 2 * shape.kv_heads)](
+        step.compiled.rotate_and_keep[qkv.shape[:2]](
             qkv,
-            cos,
-            sin,
             step.positions,
             step.slots,
             cache.keys[self._layer],
             cache.values[self._layer],
-            query_gain,
-            key_gain,
-            self.head_norms[0][1] if self.head_norms else 0.0,
+            *turn.arguments,
             HEADS=heads,
             KV_HEADS=shape.kv_heads,
             DIM=shape.dim,
             BLOCK=1 << (shape.dim // 2 - 1).bit_length(),
-            NORM=bool(self.head_norms),
+            NORM=turn.eps is not None,
             num_warps=1,
         )
-        return qkv.view(len(qkv), -1, shape.dim)[:, :heads]
+        return qkv[:, :heads]
 
 
 class Rotary(nn.Module):

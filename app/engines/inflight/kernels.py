@@ -22,6 +22,27 @@ def _capped(scores, softcap, SOFTCAP: tl.constexpr):
     return scores
 
 
+@triton.jit
+def _rotated(source, gain, cos, sin, dims, mine, eps, DIM: tl.constexpr, NORM: tl.constexpr):
+    """Heads at `source` [heads, 1], normalised with NORM, rotated by one position's cos and sin."""
+    HALF: tl.constexpr = DIM // 2
+    kind = source.dtype.element_ty
+    wide = dims < DIM
+    partner = (dims + HALF) % DIM
+    x = tl.load(source + dims[None, :], mask=mine, other=0.0).to(tl.float32)
+    y = tl.load(source + partner[None, :], mask=mine, other=0.0).to(tl.float32)
+    if NORM:
+        scale = tl.rsqrt(tl.sum(x * x, 1) / DIM + eps)[:, None]
+        x_gain = tl.load(gain + dims, mask=wide, other=0.0)[None, :]
+        y_gain = tl.load(gain + partner, mask=wide, other=0.0)[None, :]
+        x = ((x * scale).to(kind) * x_gain).to(tl.float32)
+        y = ((y * scale).to(kind) * y_gain).to(tl.float32)
+    c = tl.load(cos + dims, mask=wide, other=0.0).to(tl.float32)
+    s = tl.load(sin + dims, mask=wide, other=0.0).to(tl.float32)
+    s = tl.where(dims < HALF, -s, s)
+    return (x * c[None, :] + y * s[None, :]).to(kind)
+
+
 @triton.jit(do_not_specialize=["room"])
 def attend_rows(
     query,  # [tokens, heads, dim]
@@ -37,6 +58,11 @@ def attend_rows(
     partial,  # [segments, SPLITS, heads, dim] float32
     extrema,  # [segments, SPLITS, heads, 2] float32: largest score, sum of weights
     arrived,  # [segments, kv_heads] int32, zeros between launches
+    cos,  # [positions, dim], and so sin: read with ROTATE
+    sin,
+    query_gain,  # [dim], and so key_gain: read with NORM
+    key_gain,
+    eps,
     scale,
     softcap,
     WINDOW: tl.constexpr,
@@ -51,9 +77,14 @@ def attend_rows(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
+    ROTATE: tl.constexpr,
+    NORM: tl.constexpr,
 ):
     """Segments of one token. The context of each is cut into up to SPLITS parts, of LEAST tokens or
-    more, so that one row can fill the chip; the part that ends last merges them."""
+    more, so that one row can fill the chip; the part that ends last merges them.
+
+    With ROTATE `query` is [tokens, heads + 2 · kv_heads, dim], keys and values behind the queries
+    and nothing rotated; the last part keeps the token's own key and value in the cache."""
     segment = tl.program_id(0)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
@@ -78,14 +109,32 @@ def attend_rows(
     real = tl.arange(0, BLOCK_G) < GROUP
     dims = tl.arange(0, BLOCK_D)
     wide = dims < DIM
-    q = tl.load(
-        query + token * query_token + heads[:, None] * query_head + dims[None, :],
-        mask=real[:, None] & wide[None, :],
-        other=0.0,
-    )
+    mine = real[:, None] & wide[None, :]
+    source = query + token * query_token + heads[:, None] * query_head
     top = tl.full([BLOCK_G], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
     mixed = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+    if ROTATE:
+        line = (end - 1) * DIM
+        q = _rotated(source, query_gain, cos + line, sin + line, dims, mine, eps, DIM, NORM)
+        if split == used - 1:
+            # Its own key and value, for every query head alike, beside the cache and then in it.
+            own = query + token * query_token + (HEADS + kv_head) * query_head
+            own = own + 0 * heads[:, None]
+            k = _rotated(own, key_gain, cos + line, sin + line, dims, mine, eps, DIM, NORM)
+            v = tl.load(own + KV_HEADS * query_head + dims[None, :], mask=mine, other=0.0)
+            score = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)
+            top = _capped(score * scale, softcap, SOFTCAP)
+            total = tl.full([BLOCK_G], 1.0, tl.float32)
+            mixed = v.to(tl.float32)
+            page = tl.load(table + (end - 1) // PAGE).to(tl.int64)
+            at = ((page * PAGE + (end - 1) % PAGE) * KV_HEADS + kv_head) * DIM
+            once = (tl.arange(0, BLOCK_G) == 0)[:, None] & wide[None, :]
+            tl.store(keys + at + dims[None, :] + 0 * heads[:, None], k, mask=once)
+            tl.store(values + at + dims[None, :] + 0 * heads[:, None], v, mask=once)
+            high = high - 1
+    else:
+        q = tl.load(source + dims[None, :], mask=mine, other=0.0)
     for first in range(low, high, BLOCK_N):
         places = first + tl.arange(0, BLOCK_N)
         inside = places < high
@@ -107,7 +156,6 @@ def attend_rows(
         mixed += tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
         top = higher
 
-    mine = real[:, None] & wide[None, :]
     to = out + (token * HEADS + heads[:, None]) * DIM + dims[None, :]
     if used == 1:
         tl.store(to, (mixed / total[:, None]).to(out.dtype.element_ty), mask=mine)
@@ -253,12 +301,12 @@ def normalise(x, weight, out, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def rotate_and_keep(
     qkv,  # [tokens, heads + 2 · kv_heads, dim]; the queries are rotated in place
-    cos,  # [positions, dim]
-    sin,
     positions,  # [tokens] int64
     slots,  # [tokens] int64: page · PAGE + place
     keys,
     values,
+    cos,  # [positions, dim]
+    sin,
     query_gain,  # [dim], read if NORM
     key_gain,
     eps,

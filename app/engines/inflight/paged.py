@@ -101,6 +101,21 @@ class Scratch:
         self.arrived = torch.zeros(num_rows * heads, dtype=torch.int32, device=device)
 
 
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """How the tokens of a layer are rotated, and normalised before if `eps` is given."""
+
+    cos: Tensor  #: [positions, dim]
+    sin: Tensor
+    query_gain: Tensor  #: [dim]; anything without a norm
+    key_gain: Tensor
+    eps: float | None
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        return self.cos, self.sin, self.query_gain, self.key_gain, self.eps or 0.0
+
+
 class PagedStep:
     """Attention of one step, or of every step that a graph is replayed for."""
 
@@ -140,6 +155,24 @@ class PagedStep:
             kept[layer].flatten(0, 1).index_copy_(0, self.slots, new.transpose(0, 1))
         return self.mix(layer, query.transpose(0, 1), scale=scale, window=window, softcap=softcap)
 
+    def decode(
+        self, layer: int, qkv: Tensor, turn: Turn, *, scale: float, window: int, softcap: float
+    ) -> Tensor:
+        """The same for rows that all decode, whose tokens are rotated and kept on the way.
+
+        `qkv` [tokens, heads + 2 · kv_heads, dim] as the layer's product gives it → [tokens, heads,
+        dim].
+        """
+        kv_heads = self.cache.keys[layer].shape[2]
+        out = qkv.new_empty(len(qkv), qkv.shape[1] - 2 * kv_heads, qkv.shape[2])
+        self._launch_rows(layer, qkv, out, turn, scale, window, softcap)
+        return out
+
+    @property
+    def decodes(self) -> bool:
+        """Whether every segment has one token."""
+        return not self._room.tiles
+
     def mix(
         self, layer: int, query: Tensor, *, scale: float, window: int, softcap: float
     ) -> Tensor:
@@ -150,69 +183,85 @@ class PagedStep:
         out = query.new_empty(query.shape)
         if self.compiled is None:
             self._mix(query, keys, values, out, scale, window, softcap)
-        else:
-            self._launch(query, keys, values, out, scale, window, softcap)
+            return out
+        self._launch_rows(layer, query, out, None, scale, window, softcap)
+        if self._room.tiles:
+            self._launch_chunks(layer, query, out, scale, window, softcap)
         return out
 
-    def _launch(
+    def _launch_rows(
         self,
+        layer: int,
         query: Tensor,
-        keys: Tensor,
-        values: Tensor,
         out: Tensor,
+        turn: Turn | None,
         scale: float,
         window: int,
         softcap: float,
     ) -> None:
-        (_, heads, dim), kv_heads = query.shape, keys.shape[2]
-        views, room, scratch = self._views, self._room, self._scratch
-        group, exact = heads // kv_heads, query.dtype is torch.float32
-        block_d = max(16, _power(dim))
-        shared: dict[str, Any] = {
-            "WINDOW": window,
-            "SOFTCAP": softcap > 0,
-            "HEADS": heads,
-            "KV_HEADS": kv_heads,
-            "DIM": dim,
-            "PAGE": BLOCK,
-            "BLOCK_D": block_d,
-            "PRECISION": "ieee" if exact else "tf32",
-        }
-        given = query, query.stride(0), query.stride(1), keys, values, out
-        where = views.segments, views.segments.stride(0), views.pages, views.counts
-        compact = exact or block_d > 128
-        cut = Cut.of(room.segments, block_d, query.dtype)
+        room, scratch = self._room, self._scratch
+        shared = self._shared(layer, out, window, softcap)
+        cut = Cut.of(room.segments, shared["BLOCK_D"], out.dtype)
+        kv_heads, heads = shared["KV_HEADS"], shared["HEADS"]
         self.compiled.attend_rows[(room.segments, kv_heads, cut.splits)](
-            *given,
-            *where,
+            *self._given(layer, query, out),
             scratch.partial,
             scratch.extrema,
             scratch.arrived,
+            *(turn.arguments if turn else (query, query, query, query, 0.0)),
             scale,
             softcap,
             **shared,
             SPLITS=cut.splits,
             LEAST=_LEAST,
-            BLOCK_G=max(16, _power(group)),
+            BLOCK_G=max(16, _power(heads // kv_heads)),
             BLOCK_N=cut.block,
+            ROTATE=turn is not None,
+            NORM=turn is not None and turn.eps is not None,
             num_warps=cut.warps,
             num_stages=cut.stages,
         )
-        if room.tiles:
-            self.compiled.attend_chunks[(room.tiles, kv_heads)](
-                *given,
-                *where,
-                views.tiles,
-                views.tiles.stride(0),
-                scale,
-                softcap,
-                **shared,
-                QUERIES=self._queries,
-                BLOCK_M=max(16, _power(self._queries * group)),
-                BLOCK_N=32 if compact else 64,
-                num_warps=4,
-                num_stages=1 if exact else 2,
-            )
+
+    def _launch_chunks(
+        self, layer: int, query: Tensor, out: Tensor, scale: float, window: int, softcap: float
+    ) -> None:
+        tiles = self._views.tiles
+        shared = self._shared(layer, out, window, softcap)
+        kv_heads, exact = shared["KV_HEADS"], out.dtype is torch.float32
+        self.compiled.attend_chunks[(self._room.tiles, kv_heads)](
+            *self._given(layer, query, out),
+            tiles,
+            tiles.stride(0),
+            scale,
+            softcap,
+            **shared,
+            QUERIES=self._queries,
+            BLOCK_M=max(16, _power(self._queries * shared["HEADS"] // kv_heads)),
+            BLOCK_N=32 if exact or shared["BLOCK_D"] > 128 else 64,
+            num_warps=4,
+            num_stages=1 if exact else 2,
+        )
+
+    def _given(self, layer: int, query: Tensor, out: Tensor) -> tuple[Any, ...]:
+        """What both kernels begin with."""
+        keys, values, views = self.cache.keys[layer], self.cache.values[layer], self._views
+        return (
+            *(query, query.stride(0), query.stride(1), keys, values, out),
+            *(views.segments, views.segments.stride(0), views.pages, views.counts),
+        )
+
+    def _shared(self, layer: int, out: Tensor, window: int, softcap: float) -> dict[str, Any]:
+        """The constants of both kernels."""
+        return {
+            "WINDOW": window,
+            "SOFTCAP": softcap > 0,
+            "HEADS": out.shape[1],
+            "KV_HEADS": self.cache.keys[layer].shape[2],
+            "DIM": out.shape[2],
+            "PAGE": BLOCK,
+            "BLOCK_D": max(16, _power(out.shape[2])),
+            "PRECISION": "ieee" if out.dtype is torch.float32 else "tf32",
+        }
 
     def _mix(
         self,
