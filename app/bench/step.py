@@ -276,7 +276,7 @@ def _bytes_read(engine: InflightEngine, rows: int, context: int) -> int:
             weights += module.num_weights * engine._model.dtype.itemsize
         elif isinstance(module, nn.Linear):
             weights += module.weight.nbytes
-    kept = sum(2 * keys[0].nbytes // BLOCK for keys in engine._cache.keys)
+    kept: int = sum(2 * keys[0].nbytes // BLOCK for keys in engine._cache.keys)
     return weights + rows * context * kept
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from app.engines.base import SamplingParams, Sequence
+from app.engines.inflight.attention import Packed
 from app.engines.inflight.cache import KVCache, LayerShape
 from app.engines.inflight.graphs import Graphs, Work, mixed_room, record_all, rooms
 from app.engines.inflight.memory import blocks_within
@@ -27,6 +28,7 @@ from tests.unit.inflight_tiny import (
     engine_of,
     greedy,
     reference,
+    reference_model,
     run_all,
     run_out,
     segments_of,
@@ -244,6 +246,28 @@ def test_graphs_are_recorded_largest_first_and_left_out_if_one_fails(
     assert order == sorted(order, reverse=True)
     assert recorded == {}
     assert "operation not permitted when stream is capturing" in caplog.text
+
+
+def test_tokens_that_are_all_known_can_be_read_at_once() -> None:
+    # given
+    engine = engine_of("llama", rows=2, ahead=again)
+    prompt = tuple(range(3, 70))
+    engine._scheduler.tables[0] = np.arange(engine._scheduler.tables.shape[1])
+    packed = Packed(
+        token_ids=np.array(prompt),
+        positions=np.arange(67),
+        slots=np.arange(67),
+        segments=np.array([[0, 0, 67, 0]], np.int32),
+        ends=np.arange(40, 67),
+    )
+
+    # when
+    with torch.inference_mode():
+        logits = engine._logits(packed)
+        expected = reference_model("llama")(torch.tensor([prompt])).logits[0, 40:]
+
+    # then
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_pages_are_copied_as_they_were_before_any_was_written() -> None:

@@ -305,7 +305,9 @@ class InflightEngine:
         return Flight(segments, due, began_ns, lambda: landed)
 
     def _logits(self, packed: Packed) -> Tensor:
-        """[due rows, vocab]"""
+        """[ends, vocab]"""
+        if self._launcher is not None:
+            return self._launcher.read(packed)
         arrays = packed.token_ids, packed.positions, packed.ends
         token_ids, positions, ends = upload(arrays, self._device)
         return run(self._model, self._attention(packed), token_ids, positions, ends)

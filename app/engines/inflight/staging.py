@@ -132,18 +132,41 @@ def fill(
     rows, starts, counts = np.array(
         [(each.row.slot, each.start, each.count) for each in order.segments], np.int64
     ).T
-    firsts = np.cumsum(counts) - counts
-    count, num_tokens = len(rows), order.num_tokens
-    positions = np.arange(num_tokens) + np.repeat(starts - firsts, counts)
-    token_rows = np.repeat(rows, counts)
-
-    tokens = views.tokens
-    tokens[:, num_tokens:] = np.array([0, 0, scrap * BLOCK, num_rows])[:, None]
-    tokens[TOKEN, :num_tokens] = [
+    token_ids = [
         token
         for each in order.segments
         for token in each.row.tokens[each.start : each.start + each.count]
     ]
+    tokens = views.tokens
+    tokens[:, order.num_tokens :] = np.array([0, 0, scrap * BLOCK, num_rows])[:, None]
+    num_pages = write(views, token_ids, rows, starts, counts, order.num_single, tables, queries)
+    due = np.array([each.is_last for each in order.segments])
+    num_due = int(due.sum())
+    views.samples[:] = 0
+    views.samples[SAMPLE_ROW] = num_rows
+    views.samples[END, :num_due] = (np.cumsum(counts) - 1)[due]
+    views.samples[SAMPLE_ROW, :num_due] = rows[due]
+    return num_pages
+
+
+def write(
+    views: Views,
+    token_ids: Seq[int] | np.ndarray,
+    rows: np.ndarray,
+    starts: np.ndarray,
+    counts: np.ndarray,
+    num_single: int,
+    tables: np.ndarray,
+    queries: int,
+) -> int:
+    """Write tokens, segments and pages; how many pages. `rows`, `starts` and `counts` are of the
+    segments, of which the first `num_single` have one token."""
+    firsts = np.cumsum(counts) - counts
+    count, num_tokens = len(rows), len(token_ids)
+    positions = np.arange(num_tokens) + np.repeat(starts - firsts, counts)
+    token_rows = np.repeat(rows, counts)
+    tokens = views.tokens
+    tokens[TOKEN, :num_tokens] = token_ids
     tokens[POSITION, :num_tokens] = positions
     tokens[SLOT, :num_tokens] = tables[token_rows, positions // BLOCK] * BLOCK + positions % BLOCK
     tokens[ROW, :num_tokens] = token_rows
@@ -154,19 +177,12 @@ def fill(
     views.pages[: ends[-1]] = tables[rows, : wanted.shape[1]][wanted]
     views.segments[:] = 0
     views.segments[:, :count] = ends - used, firsts, counts, starts
-    views.counts[0, :2] = order.num_single, order.num_tiles
-    if order.num_tiles:
-        number = -(-counts[order.num_single :] // queries)
-        before = np.arange(order.num_tiles) - np.repeat(np.cumsum(number) - number, number)
-        views.tiles[0, : order.num_tiles] = np.repeat(np.arange(order.num_single, count), number)
-        views.tiles[1, : order.num_tiles] = before * queries
-
-    due = np.array([each.is_last for each in order.segments])
-    views.samples[:] = 0
-    views.samples[SAMPLE_ROW] = num_rows
-    num_due = int(due.sum())
-    views.samples[END, :num_due] = (firsts + counts - 1)[due]
-    views.samples[SAMPLE_ROW, :num_due] = rows[due]
+    number = -(-counts[num_single:] // queries)
+    num_tiles = int(number.sum())
+    views.counts[0, :2] = num_single, num_tiles
+    before = np.arange(num_tiles) - np.repeat(np.cumsum(number) - number, number)
+    views.tiles[0, :num_tiles] = np.repeat(np.arange(num_single, count), number)
+    views.tiles[1, :num_tiles] = before * queries
     return int(ends[-1])
 
 
