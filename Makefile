@@ -8,9 +8,10 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 RUN := .venv/bin/python -m
 PIP := $(RUN) pip --quiet --disable-pip-version-check install
 LOCKED = $(shell cat pyproject.toml requirements/*.lock | cksum)
+BY_TWO := -n 2 --dist loadgroup --no-loadscope-reorder
 export PYTEST_DEBUG_TEMPROOT := $(CURDIR)/.cache/tmp
 
-.PHONY: help setup install demo up test lint types unit simulation integration e2e simulate mutants chaos soak bench lock clean
+.PHONY: help setup install demo up test lint types unit simulation integration e2e simulate odd mutants chaos soak bench lock clean
 
 help:  ## List what can be made
 	@sed -n 's/^\([a-z0-9 ]*\):.*##  */\1|/p' Makefile | while IFS='|' read -r name text; \
@@ -37,7 +38,7 @@ up: setup  ## Run everything on this machine until Ctrl-C
 	@exec $(RUN) app.cli up
 
 test: setup lint types  ## Set up, lint, check types, run all tests
-	$(RUN) pytest tests/unit tests/simulation tests/integration tests/e2e tests/chaos
+	$(RUN) pytest $(BY_TWO) tests/unit tests/simulation tests/integration tests/e2e tests/chaos
 
 lint: setup  ## Style and the direction of imports
 	$(RUN) ruff check .
@@ -53,10 +54,13 @@ unit simulation integration e2e: setup  ## Run one tier of the tests
 simulate: setup  ## Play SCHEDULES=10000 of faults on a simulated clock, from SEED=0 on
 	$(RUN) tests.simulation --schedules $(or $(SCHEDULES),10000) --seed $(or $(SEED),0)
 
+odd: setup  ## Send EXAMPLES=500 times ten messages, requests and rows bent by chance
+	ODD_EXAMPLES=$(or $(EXAMPLES),500) $(RUN) pytest tests/integration/test_odd_data.py
+
 mutants: setup  ## Plant deliberate defects one by one and show which test catches each
 	$(RUN) tests.mutants
 
-chaos: setup  ## Do 30 faults to the whole system, under load, and check that nothing is lost
+chaos: setup  ## Do 35 faults to the whole system, under load, and check that nothing is lost
 	$(RUN) tests.chaos
 
 soak: setup  ## Random faults for HOURS=1, with memory and connections drawn

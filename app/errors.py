@@ -9,14 +9,17 @@
     │   ├── ContextLengthExceeded
     │   ├── InvalidSchema
     │   ├── DeadlinePassed
+    │   ├── LaterFormat        of a later version: for other workers, not a failure
     │   └── RequestTooLarge
     ├── IdempotencyConflict    same key, another request
     ├── JobNotFound
+    ├── JobUnreadable          its row was written by hand, or by a later version
     ├── JobStateConflict       the job is not in a state that allows this
     ├── RequestRemoved         the job's request is not kept any more
     ├── ResponseRemoved        the job's response is not kept any more
     ├── LeaseLost              this worker was declared stopped; it must end
     ├── QueueFull              bounded admission; come back later
+    ├── NotStorable            the store cannot hold a value; trying again would not help
     ├── Unavailable            Postgres or Redis cannot be reached; come back later
     ├── AttemptsExhausted      a job was interrupted too often
     └── EngineError            the model or its process failed
@@ -98,6 +101,12 @@ class DeadlinePassed(RequestError):
     code = "deadline_passed"
 
 
+class LaterFormat(RequestError):
+    """The request is in a format of a later version of Gristmill."""
+
+    code = "later_format"
+
+
 class RequestTooLarge(RequestError):
     """The request body is larger than allowed."""
 
@@ -114,6 +123,12 @@ class JobNotFound(GristmillError):
     """No such job."""
 
     code = "job_not_found"
+
+
+class JobUnreadable(GristmillError):
+    """The job's row holds what this version of Gristmill cannot read."""
+
+    code = "job_unreadable"
 
 
 class JobStateConflict(GristmillError):
@@ -156,6 +171,12 @@ class Unavailable(GristmillError):
 
     code = "unavailable"
     retryable = True
+
+
+class NotStorable(GristmillError):
+    """The store cannot hold a value."""
+
+    code = "not_storable"
 
 
 class AttemptsExhausted(GristmillError):

@@ -15,7 +15,8 @@ from __future__ import annotations
 import enum
 import uuid
 from dataclasses import dataclass
-from typing import Final
+from datetime import UTC, datetime
+from typing import Final, Literal
 
 MAX_PRIORITY: Final = 9
 """Priorities run from 0, served first and the default (as in Celery on Redis), to 9."""
@@ -34,6 +35,31 @@ def job_id_of(text: str) -> uuid.UUID:
         return uuid.UUID(text)
     except ValueError:
         return uuid.uuid5(_TASK_IDS, text)
+
+
+EARLIEST: Final = datetime(1, 1, 2, tzinfo=UTC)
+LATEST: Final = datetime(9999, 12, 30, tzinfo=UTC)
+"""The times that Postgres, Python and JSON can all hold, in any time zone."""
+
+
+def bounded(stamp: datetime) -> datetime:
+    """An aware time in UTC; one beyond `EARLIEST` or `LATEST` becomes the nearer of the two.
+
+    So "never", however it is spelled, stays as good as never.
+    """
+    return min(max(stamp, EARLIEST), LATEST).astimezone(UTC)
+
+
+def int64(number: int) -> int:
+    """Any whole number wrapped to a signed one of 64 bits."""
+    return (number + 2**63) % 2**64 - 2**63
+
+
+class Kind(enum.StrEnum):
+    """What a model does; it decides which requests it takes."""
+
+    GENERATE = "generate"  #: tokens to tokens: chat and completions
+    EMBED = "embed"  #: tokens to one vector
 
 
 class JobState(enum.StrEnum):
@@ -125,3 +151,30 @@ class Usage:
     @property
     def total_tokens(self) -> int:
         return self.input_tokens + self.output_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What an output must match, as a whole: a JSON schema, as JSON, or a regular expression."""
+
+    kind: Literal["json_schema", "regex"]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one sequence is sampled. Every row of a batch may differ in all of these."""
+
+    max_tokens: int
+    temperature: float = 1.0  #: 0 = greedy
+    top_p: float = 1.0
+    top_k: int = 0  #: 0 = off
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()  #: the text ends before the first of these
+    seed: int | None = None  #: same seed, prompt and model: same text, whatever the company
+    logprobs: int | None = None  #: None = off; k = the chosen token and the k most likely ones
+    ignore_eos: bool = False
+    grammar: Grammar | None = None  #: its end ends the output, `ignore_eos` or not

@@ -13,8 +13,8 @@ The first four need Postgres alone and go on while Redis is away. Messages carry
 worker reads it from the row. A queue takes up to `broker.max_messages`, so that Redis stays small
 whatever waits in Postgres; the rest is sent as the queue drains, urgent jobs first, then old ones.
 
-Several may run at once: they skip each other's rows. A job that was never sent is then sent once;
-a message that is missing is sent at most once by each of them.
+Several may run at once: they skip each other's rows, and rows are marked and committed before their
+messages are sent, so each message is sent by one of them and no lock is held meanwhile.
 """
 
 from __future__ import annotations
@@ -23,21 +23,22 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
-from itertools import pairwise
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 from uuid import UUID
 
-from app.broker import PRIORITY_STEPS, Message, Publisher
-from app.config import Settings
+from app.broker.message import Message
+from app.broker.publisher import Publisher
+from app.config.settings import Settings
 from app.errors import Unavailable
-from app.jobs import MAX_PRIORITY
-from app.store import intake, rescue, retention
+from app.store import delivery, retention, sweeps
+from app.store.contact import Contact
 from app.store.database import Database
-from app.store.rescue import WakeUp
+from app.store.delivery import WakeUp
+from app.store.pages import Pages
 
 log = logging.getLogger(__name__)
 
@@ -47,19 +48,17 @@ MAX_PAGES: Final = 20
 MAX_RETENTION_PAGES: Final = 10
 """The same for what nobody waits for."""
 
-SEND_GRACE_S: Final = 3.0
-"""Time for whoever wrote a job to send its message; after that it was held back, or lost."""
-
-PRIORITIES: Final = tuple(range(*ends) for ends in pairwise([*PRIORITY_STEPS, MAX_PRIORITY + 1]))
-"""The priorities that share each list of a queue."""
 
 DAY_S: Final = 86_400
 
-MAX_SENT_AGAIN: Final = 2_000
-"""Messages of one model in one sweep; their rows stay locked while they are sent."""
+MAX_SENT: Final = 1_000
+"""Messages that are marked and sent at once."""
 
-COUNT_SHARE: Final = 20
-"""Counting the queue takes at most one part in so many of the time."""
+MAX_LOOKED_FOR: Final = 100_000
+"""Messages of one model that are looked for in Redis at once, the oldest."""
+
+LOOK_SHARE: Final = 20
+"""Looking for messages takes at most one part in so many of the time."""
 
 MAX_PAUSE_S: Final = 5.0
 """Longest pause between sweeps while Postgres or Redis is away."""
@@ -92,53 +91,64 @@ class Rescue:
     ) -> None:
         self._sweep_s = settings.rescue.sweep_ms / 1000
         self._lost_after_s = settings.rescue.lost_after_s
-        self._grace_s = min(SEND_GRACE_S, self._lost_after_s)
-        self._page = settings.rescue.page_size
         self._max_messages = settings.broker.max_messages
+        self._lease_s = settings.worker.lease_s
         self._retention = settings.retention
         self._database = database
         self._publisher = publisher
         self._now_s = now_s
-        self._suspects: frozenset[UUID] = frozenset()
-        self._count_again_at = 0.0
+        self._contact = Contact(self._lease_s / 2, now_s)
+        self._pages = Pages(self._begin, settings.rescue.page_size)
+        self._page = settings.rescue.page_size
+        self._missing: frozenset[UUID] = frozenset()
+        self._look_again_at = 0.0
+
+    @contextmanager
+    def _begin(self) -> Iterator[Any]:
+        with self._database.begin() as connection:
+            yield connection
+        self._contact.answered()
 
     def sweep(self) -> SweepReport:
         """Do all there is to do, up to `MAX_PAGES` of each kind.
 
         Raises `Unavailable` when Postgres or Redis is away; what was done until then stays done.
         """
+        worker_lost, message_lost = self._free_the_lost()
         return SweepReport(
-            worker_lost=self._pages(self._expire_leases, "Took jobs from workers that are gone."),
-            message_lost=self._pages(self._return_received, "Workers that are gone had messages."),
-            expired=self._pages(self._expire_deadlines, "Jobs expired in the queue."),
+            worker_lost=worker_lost,
+            message_lost=message_lost,
+            expired=self._told(
+                "Jobs expired in the queue.",
+                lambda name: self._pages.move(
+                    name, sweeps.find_late, sweeps.expire_deadlines, MAX_PAGES
+                ),
+            ),
             removed=self._remove_old(),
-            sent=self._send_unsent(),
+            sent=self._send_due(),
             sent_again=self._send_missing(),
         )
 
-    def _pages(self, step: Callable[[], int], sentence: str, most: int = MAX_PAGES) -> int:
-        """Repeat a step, each time a page in a transaction of its own, until a page is not full."""
-        total = 0
-        for _ in range(most):
-            done = step()
-            total += done
-            if done < self._page:
-                break
-        if total:
-            log.info(sentence, extra={"action": "sweep", "rows": total})
-        return total
+    def _told(self, sentence: str, work: Callable[[str], int]) -> int:
+        """Log how many rows a work moved, if any."""
+        if rows := work(sentence):
+            log.info(sentence, extra={"action": "sweep", "rows": rows})
+        return rows
 
-    def _expire_leases(self) -> int:
-        with self._database.begin() as connection:
-            return len(rescue.expire_leases(connection, self._page))
-
-    def _return_received(self) -> int:
-        with self._database.begin() as connection:
-            return rescue.return_received(connection, self._page)
-
-    def _expire_deadlines(self) -> int:
-        with self._database.begin() as connection:
-            return len(rescue.expire_deadlines(connection, self._page))
+    def _free_the_lost(self) -> tuple[int, int]:
+        """What lost workers ran, and what they held. Nobody is lost until he had time to renew his
+        lease: all of a lease since this process reached Postgres, or reached it again."""
+        if self._contact.lasts_s < self._lease_s:
+            return 0, 0
+        ran = self._told(
+            "Took jobs from workers that are gone.",
+            lambda name: self._pages.move(name, sweeps.find_lost, sweeps.expire_leases, MAX_PAGES),
+        )
+        held = self._told(
+            "Workers that are gone had messages.",
+            lambda name: self._pages.repeat(name, delivery.free_lost, MAX_PAGES),
+        )
+        return ran, held
 
     def _remove_old(self) -> int:
         kept = self._retention
@@ -148,25 +158,26 @@ class Rescue:
             (retention.delete_jobs, kept.jobs_days, "Deleted old jobs."),
             (retention.delete_batches, kept.jobs_days, "Deleted batches of old jobs."),
         )
-        return sum(
-            self._pages(partial(self._remove, step, days), sentence, MAX_RETENTION_PAGES)
-            for step, days, sentence in steps
+        return sum(self._remove(sentence, step, days) for step, days, sentence in steps)
+
+    def _remove(self, sentence: str, step: Callable[..., int], days: float) -> int:
+        def remove(connection: Any, size: int) -> int:
+            return step(connection, days * DAY_S, size)
+
+        return self._told(
+            sentence, lambda name: self._pages.repeat(name, remove, MAX_RETENTION_PAGES)
         )
 
-    def _remove(self, step: Callable[..., int], days: float) -> int:
-        with self._database.begin() as connection:
-            return step(connection, days * DAY_S, self._page)
-
-    def _send_unsent(self) -> int:
-        """Fill the queues with what was never sent, each up to its limit."""
-        with self._database.begin() as connection:
-            models = rescue.unsent_models(connection)
+    def _send_due(self) -> int:
+        """Fill the queues with what is unsent, each up to its limit."""
+        with self._begin() as connection:
+            models = delivery.unsent_models(connection)
         if not models:
             return 0
         lengths = self._publisher.list_lengths(models)
         sent = sum(self._fill(model, lengths[model]) for model in models)
         if sent:
-            extra = {"action": "send_unsent", "jobs": sent}
+            extra = {"action": "send_due", "jobs": sent}
             log.info("Sent jobs that were due and never sent.", extra=extra)
         return sent
 
@@ -176,7 +187,7 @@ class Rescue:
         So a queue full of patient jobs does not keep an urgent one in Postgres.
         """
         sent = ahead = 0
-        for priorities, length in zip(PRIORITIES, lengths, strict=True):
+        for priorities, length in zip(self._publisher.layout.bands, lengths, strict=True):
             ahead += length
             sent += self._send_pages(model, priorities, self._max_messages - ahead - sent)
         return sent
@@ -185,61 +196,59 @@ class Rescue:
         sent = 0
         for _ in range(MAX_PAGES):
             page = min(room - sent, self._page)
-            done = self._send_page(model, priorities, page) if page > 0 else 0
-            sent += done
-            if done < page or page <= 0:
+            if page <= 0:
+                break
+            with self._begin() as connection:
+                wake_ups = delivery.send_due(connection, model, priorities, page)
+            sent += self._send(wake_ups)
+            if len(wake_ups) < page:
                 break
         return sent
 
-    def _send_page(self, model: str, priorities: Sequence[int], page: int) -> int:
-        with self._database.begin() as connection:
-            wake_ups = rescue.unsent(connection, model, priorities, page, self._grace_s)
+    def _send(self, wake_ups: Sequence[WakeUp]) -> int:
+        """Send what was marked as sent; nothing is locked meanwhile."""
+        try:
             self._publisher.send_many(map(_message, wake_ups))
-            intake.mark_enqueued(connection, [wake_up.id for wake_up in wake_ups])
+        except Unavailable:
+            with self._begin() as connection:
+                delivery.not_sent(connection, [wake_up.id for wake_up in wake_ups])
+            raise
         return len(wake_ups)
 
     def _send_missing(self) -> int:
-        """Send again what this sweep and the one before both found missing in Redis.
+        """Send again what this look at Redis and the one before both found missing there.
 
-        Jobs that wait long are the rule in a long queue, so only as many are suspects as the queue
-        is shorter than the number of jobs that should be in it: the oldest. A message that a worker
-        has just taken is missing too, but not any more at the next sweep.
+        Jobs that wait long are the rule in a long queue, so the queue itself is looked into. A
+        message that a worker has just taken is missing too, but not any more at the next look.
         """
-        if self._now_s() < self._count_again_at:
-            return 0  # counting a million rows takes a while, so it waits for many times as long
-        suspects: set[UUID] = set()
-        sent = 0
-        for model, missing in self._num_missing().items():
-            with self._database.begin() as connection:
-                limit = min(missing, MAX_SENT_AGAIN)
-                found = rescue.overdue(connection, model, self._lost_after_s, limit)
-                lost = [wake_up for wake_up in found if wake_up.id in self._suspects]
-                self._publisher.send_many(map(_message, lost))
-                intake.mark_enqueued(connection, [wake_up.id for wake_up in lost])
-            suspects.update(wake_up.id for wake_up in found)
-            if lost:
-                extra = {"action": "send_missing", "model": model, "jobs": len(lost)}
-                log.warning("Messages were lost in Redis and sent again.", extra=extra)
-            sent += len(lost)
-        self._suspects = frozenset(suspects)
-        return sent
+        if self._now_s() < self._look_again_at:
+            return 0  # looking at many messages takes a while, so it waits for many times as long
+        began_s = self._now_s()
+        missing = self._find_missing()
+        # A look may be slow for once, for a lock say: that is no reason to look away for long.
+        pause_s = min(LOOK_SHARE * (self._now_s() - began_s), self._lost_after_s)
+        self._look_again_at = began_s + pause_s if pause_s > self._sweep_s else 0.0
+        lost = sorted(missing & self._missing)
+        self._missing = frozenset(missing)
+        return sum(
+            self._send_again(lost[start : start + MAX_SENT])
+            for start in range(0, len(lost), MAX_SENT)
+        )
 
-    def _num_missing(self) -> dict[str, int]:
-        """By how much each model's queue is shorter than it should be; only those that are."""
-        began = self._now_s()
-        with self._database.begin() as connection:
-            expected = rescue.count_unreceived(connection)
-        # A count may be slow for once, for a lock say: that is no reason to look away for long.
-        pause_s = min(COUNT_SHARE * (self._now_s() - began), self._lost_after_s)
-        self._count_again_at = began + pause_s if pause_s > self._sweep_s else 0.0
-        if not expected:
-            return {}
-        lengths = self._publisher.queue_lengths(expected)
-        return {
-            model: number - lengths[model]
-            for model, number in expected.items()
-            if number > lengths[model]
-        }
+    def _find_missing(self) -> set[UUID]:
+        with self._begin() as connection:
+            late = delivery.overdue(connection, self._lost_after_s, MAX_LOOKED_FOR)
+        if not late:
+            return set()
+        return self._publisher.without_message(late, set(late.values()))
+
+    def _send_again(self, ids: Sequence[UUID]) -> int:
+        with self._begin() as connection:
+            wake_ups = delivery.send_again(connection, ids, self._lost_after_s)
+        if wake_ups:
+            extra = {"action": "send_again", "jobs": len(wake_ups)}
+            log.warning("Messages were lost in Redis and are sent again.", extra=extra)
+        return self._send(wake_ups)
 
 
 def _message(wake_up: WakeUp) -> Message:
@@ -264,11 +273,11 @@ def serve(settings: Settings) -> None:
         lock_timeout_ms=given.lock_timeout_ms,
     )
     publisher = Publisher(settings)
-    _alive_file(settings).unlink(missing_ok=True)  # that of an earlier process says nothing
+    _forget_alive(settings)  # what an earlier process noted says nothing
     try:
         _sweep_until(stop, Rescue(settings, database, publisher), settings, database)
     finally:
-        _alive_file(settings).unlink(missing_ok=True)
+        _forget_alive(settings)
         publisher.close()
         database.close()
 
@@ -302,14 +311,24 @@ def _alive_file(settings: Settings) -> Path:
 
 
 def _note_alive(settings: Settings) -> None:
+    """A folder that cannot be written makes rescue look dead, and does not end it."""
     file = _alive_file(settings)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.touch()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    except OSError as error:
+        extra = {"action": "not_noted_alive"}
+        log.warning("That rescue is alive cannot be noted: %s", error, extra=extra)
+
+
+def _forget_alive(settings: Settings) -> None:
+    with suppress(OSError):
+        _alive_file(settings).unlink()
 
 
 def is_alive(settings: Settings) -> bool:
     """Whether a rescue process with this cache folder has swept within the last `ALIVE_S`."""
     try:
         return time.time() - _alive_file(settings).stat().st_mtime < ALIVE_S
-    except FileNotFoundError:
+    except OSError:
         return False

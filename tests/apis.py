@@ -12,7 +12,7 @@ from uuid import UUID, uuid4
 import httpx
 
 from app.api.app import Server, create_app, listen_on
-from app.config import Settings
+from app.config.settings import Settings
 from app.jobs import CloseReason, JobState
 from app.store import claims, workers
 from app.store.database import Database

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import pickle
 from typing import Any
 from uuid import uuid4
 
-from app import broker
-from app.engines.base import Kind
+from app.broker.message import raw_message
+from app.jobs import Kind
 
 PROMPT = "the miller's secret"
 
 
 def message(**changes: Any) -> bytes:
     """A good message with some fields changed; `...` takes a field out."""
-    item = json.loads(broker.raw_message(uuid4(), Kind.GENERATE, {"prompt": PROMPT}, queue="q"))
+    item = json.loads(raw_message(uuid4(), Kind.GENERATE, {"prompt": PROMPT}, queue="q"))
     return json.dumps(_changed(item, changes)).encode()
 
 
@@ -47,17 +48,7 @@ UNPARSABLE = {
     "a number of 5000 digits": message(x=1).replace(b'"x": 1', b'"x": ' + b"1" * 5000),
     "a type that kombu does not know": message(x={"__type__": PROMPT, "__value__": 1}),
     "a type that kombu cannot make": message(x={"__type__": "uuid", "__value__": 1}),
-    "no properties": message(properties=...),
-    "properties null": message(properties=None),
     "properties a list": message(properties=[PROMPT]),
-    "no delivery tag": with_property("delivery_tag", ...),
-    "delivery tag null": with_property("delivery_tag", None),
-    "delivery tag empty": with_property("delivery_tag", ""),
-    "delivery tag a list": with_property("delivery_tag", [1]),
-    "no delivery info": with_property("delivery_info", ...),
-    "delivery info a string": with_property("delivery_info", "q"),
-    "delivery info empty": with_property("delivery_info", {}),
-    "no body encoding": with_property("body_encoding", ...),
     "unknown body encoding": with_property("body_encoding", "rot13"),
     "body encoding a number": with_property("body_encoding", 3),
     "headers a string": message(headers=PROMPT),
@@ -70,6 +61,30 @@ UNPARSABLE = {
     "body not base64": message(body="QUJ"),
     "body beyond ASCII": message(body="größer"),
 }
+
+
+PLAIN = json.dumps([[], {"prompt": PROMPT}, {}])
+ODD = {
+    "no properties": message(properties=..., body=PLAIN),
+    "properties null": message(properties=None, body=PLAIN),
+    "no delivery tag": with_property("delivery_tag", ...),
+    "delivery tag null": with_property("delivery_tag", None),
+    "delivery tag empty": with_property("delivery_tag", ""),
+    "delivery tag a list": with_property("delivery_tag", [1]),
+    "delivery tag half a surrogate pair": with_property("delivery_tag", "\ud800"),
+    "no delivery info": with_property("delivery_info", ...),
+    "delivery info a string": with_property("delivery_info", "q"),
+    "delivery info empty": with_property("delivery_info", {}),
+    "routing key half a surrogate pair": with_property(
+        "delivery_info", {"exchange": "", "routing_key": "\udfff"}
+    ),
+    "priority without end": with_property("priority", math.inf),
+    "priority beyond a float": with_property("priority", 5).replace(b'": 5', b'": 1e999'),
+    "priority not a number": with_property("priority", math.nan),
+    "priority a list": with_property("priority", [3]),
+    "priority an object": with_property("priority", {}),
+}
+"""What kombu could not stand and does no harm once it is put right."""
 
 
 def with_header(name: str, value: Any) -> bytes:
@@ -91,7 +106,7 @@ UNRUNNABLE = {
     "body a number": with_body(5),
     "body of two parts": with_body([[], {"prompt": PROMPT}]),
     "positional arguments": with_body([[PROMPT], {}, {}]),
-    "args an object": with_body([{}, {"prompt": PROMPT}, {}]),
+    "args an object": with_body([{"prompt": PROMPT}, {}, {}]),
     "kwargs a list": with_body([[], [PROMPT], {}]),
     "an unknown argument": with_body([[], {"prompt": PROMPT, "color": "red"}, {}]),
     "a prompt of the wrong type": with_body([[], {"prompt": {"text": PROMPT}}, {}]),
@@ -119,9 +134,14 @@ UNRUNNABLE = {
     "expires no time": with_header("expires", PROMPT),
     "timelimit a word": with_header("timelimit", "x"),
     "timelimit of three": with_header("timelimit", [1, 2, 3]),
+    "timelimit true": with_header("timelimit", [True, None]),
+    "timelimit below 0": with_header("timelimit", [-1, None]),
+    "timelimit not a number": with_header("timelimit", [math.nan, None]),
+    "timelimit without end": with_header("timelimit", [math.inf, None]),
 }
 
 NAMELESS = {
+    "id half a surrogate pair": with_header("id", "\ud800"),
     "no id": with_header("id", ...),
     "id null": with_header("id", None),
     "id a number": with_header("id", 5),

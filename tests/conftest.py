@@ -17,12 +17,25 @@ import psycopg
 import pytest
 import redis
 
-from app.config import ModelSettings, PriceSettings, Settings
-from app.local import EmbeddedPostgres, EmbeddedRedis
+from app.config.settings import ModelSettings, PriceSettings, Settings
+from app.local.servers import EmbeddedPostgres, EmbeddedRedis
 
 ROOT = Path(__file__).resolve().parents[1]
 
 hypothesis.configuration.set_hypothesis_home_dir(ROOT / ".cache" / "hypothesis")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where several processes share the tests: a file's tests run in one of them, and whole systems
+    one after the other. These begin first, for they take longest."""
+    if not hasattr(config, "workerinput"):
+        return
+    for item in items:
+        tier, *_ = item.path.relative_to(ROOT / "tests").parts
+        is_system = tier in ("e2e", "chaos")
+        group = "whole systems" if is_system else str(item.path.relative_to(ROOT))
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: item.path.parent.name not in ("e2e", "chaos"))
 
 
 @pytest.fixture(autouse=True)
@@ -126,6 +139,8 @@ def make_settings(tmp_path: Path) -> Callable[..., Settings]:
             "api": {"port": 0},
             "flower": {"port": 0},
         }
+        # No test depends on how fast the disk is: those that wait for a timeout set their own.
+        given["database"] = {"statement_timeout_ms": 90_000} | given.get("database", {})
         return Settings.model_validate(defaults | given)
 
     return make

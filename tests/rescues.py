@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from app.config import Settings
+from app.config.settings import Settings
+from tests.signals import HEEDING_SIGNALS
 
 _MAIN = """
 import sys
 from pathlib import Path
 from app import rescue, telemetry
-from app.config import Settings
+from app.config.settings import Settings
 
 telemetry.setup_logging()
 rescue.serve(Settings.model_validate_json(Path(sys.argv[1]).read_text()))
@@ -27,7 +28,7 @@ def running_rescue(settings: Settings, folder: Path) -> Iterator[subprocess.Pope
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "settings.json"
     file.write_text(settings.model_dump_json())
-    process = subprocess.Popen([sys.executable, "-c", _MAIN, str(file)])
+    process = subprocess.Popen([*HEEDING_SIGNALS, sys.executable, "-c", _MAIN, str(file)])
     try:
         yield process
     finally:

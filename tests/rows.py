@@ -12,13 +12,12 @@ from uuid import UUID, uuid4
 
 from sqlalchemy import text
 
-from app.engines.base import Kind
-from app.jobs import AttemptOutcome, CloseReason, JobState
-from app.store import claims, intake, reads, workers
+from app.jobs import AttemptOutcome, CloseReason, JobState, Kind
+from app.store import claims, reads, submissions, workers
 from app.store.claims import Claimed, Finished, Member, NewBatch, Release
 from app.store.database import Database
-from app.store.intake import NewJob
 from app.store.reads import JobView
+from app.store.submissions import NewJob
 
 T = TypeVar("T")
 
@@ -42,12 +41,21 @@ def new_job(**given: Any) -> NewJob:
 def insert(database: Database, *jobs: NewJob) -> list[UUID]:
     """Write jobs; returns their ids."""
     with database.begin() as connection:
-        return [row.id for row in intake.insert_jobs(connection, jobs)]
+        return [row.id for row in submissions.insert_jobs(connection, jobs)]
+
+
+def insert_sent(database: Database, *jobs: NewJob) -> list[UUID]:
+    """Write jobs whose messages are sent."""
+    ids = [job.id for job in jobs]
+    with database.begin() as connection:
+        submissions.insert_jobs(connection, jobs, sent=ids)
+    return ids
 
 
 def view(database: Database, job_id: UUID) -> JobView:
     with database.begin() as connection:
         [job] = reads.find(connection, [job_id])
+    assert isinstance(job, JobView)
     return job
 
 
@@ -101,9 +109,9 @@ class Worker:
             )
         return worker
 
-    def receive(self, *arrivals: intake.Arrival) -> dict[UUID, intake.Received]:
+    def receive(self, *arrivals: submissions.Arrival) -> dict[UUID, submissions.Received]:
         with self.database.begin() as connection:
-            return intake.receive(connection, self.id, arrivals)
+            return submissions.receive(connection, self.id, arrivals)
 
     def batch(self) -> NewBatch:
         return NewBatch(

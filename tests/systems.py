@@ -8,12 +8,13 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from tests.signals import HEEDING_SIGNALS
 from tests.waiting import eventually
 
 _FILES = {
@@ -53,7 +54,9 @@ def write_stub_config(folder: Path) -> Path:
 class Up:
     """A `gristmill up` process with files of its own; other commands find it through `config`."""
 
-    def __init__(self, folder: Path, more_settings: str = "") -> None:
+    def __init__(
+        self, folder: Path, more_settings: str = "", prefix: Sequence[str] = HEEDING_SIGNALS
+    ) -> None:
         self.config = write_stub_config(folder)
         self.cache_dir = folder / "the cache"
         self._output = folder / "up.out"
@@ -61,7 +64,10 @@ class Up:
             settings.write(more_settings)
         with self._output.open("wb") as output:
             self.process = subprocess.Popen(
-                self._command("up"), stdout=output, stderr=output, env=_environment()
+                [*prefix, *self._command("up")],
+                stdout=output,
+                stderr=output,
+                env=_environment(),
             )
 
     @property
@@ -75,7 +81,7 @@ class Up:
     def wait_until_ready(self) -> None:
         def is_ready() -> bool:
             assert self.process.poll() is None, self.output
-            return "Ctrl-C stops everything" in self.output
+            return "stops everything." in self.output
 
         eventually(is_ready, timeout_s=90)
 

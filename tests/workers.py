@@ -14,19 +14,23 @@ from typing import Any
 import psycopg
 from psycopg.rows import dict_row
 
-from app.config import Settings
+from app.config.settings import Settings
+from tests.signals import HEEDING_SIGNALS
 from tests.waiting import eventually
 
 _MAIN = """
 import sys
 import app.worker
-from app.broker import make_app, worker_command
-from app.config import Settings
+from app.broker.app import make_app
+from app.broker.commands import worker_command
+from app.config.settings import Settings
+from celery.bin.celery import celery
 from pathlib import Path
 
 settings = Settings.model_validate_json(Path(sys.argv[1]).read_text())
 app.worker.app = app = make_app(settings)
-app.worker_main(worker_command(settings)[0][5:])
+celery.params[0].default = app  # as `app.worker_main` does, which forgets the exit status
+sys.exit(celery.main(worker_command(settings)[0][5:], standalone_mode=False))
 """
 
 
@@ -62,7 +66,7 @@ class Worker:
         before = len(rows(self.settings, "SELECT id FROM workers"))
         with open(self._folder / "worker.log", "ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", self._prelude + _MAIN, str(file)],
+                [*HEEDING_SIGNALS, sys.executable, "-c", self._prelude + _MAIN, str(file)],
                 stdout=log,
                 stderr=log,
                 env=os.environ | {"OMP_NUM_THREADS": "1"},

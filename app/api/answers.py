@@ -12,6 +12,9 @@ from fastapi import Depends, Header, Query, Response
 
 from app.api.reader import Snapshot
 from app.api.services import Here, Services
+from app.api.views import job_of, view_of_new
+from app.errors import Unavailable
+from app.intake.submit import Stored
 
 JSON: Final = "application/json"
 RETRY_AFTER_S: Final = 1
@@ -64,6 +67,18 @@ async def look(here: Services, job_id: UUID, hold: Hold) -> Snapshot:
     seconds = 0.0 if is_full else hold.seconds
     read = partial(here.job, job_id)
     return await here.waiters.until(lambda seen: seen.is_final, read, job_id, seconds)
+
+
+async def look_at_new(here: Services, stored: Stored, hold: Hold) -> Snapshot:
+    """The job of a submission. One that is new is accepted, also if it cannot be read just now."""
+    try:
+        return await look(here, stored.only.job_id, hold)
+    except Unavailable:
+        if not stored.new_jobs:
+            raise
+        [job] = stored.new_jobs
+        body = job_of(view_of_new(job, stored.at))
+        return Snapshot(False, body.model_dump_json().encode())
 
 
 def answer(

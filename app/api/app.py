@@ -21,13 +21,14 @@ from app.api.metrics import Metrics, SystemCollector
 from app.api.middleware import RequestScope
 from app.api.services import Services
 from app.api.waiting import Waiters
-from app.broker import Publisher
-from app.config import Settings
+from app.broker.publisher import Publisher
+from app.config.settings import Settings
 from app.engines.catalog import load_catalog
 from app.errors import ConfigError, Unavailable
+from app.intake.submit import Submitter
 from app.store import notices
 from app.store.database import Database
-from app.submit import Submitter
+from app.threads import Background
 
 log = logging.getLogger(__name__)
 
@@ -84,9 +85,9 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     # One thread a connection: requests then queue for a thread, not with a thread for a connection.
     to_thread.current_default_thread_limiter().total_tokens = settings.database.pool_size
     services.waiters.open()
-    with _listening(settings.database.url, services.waiters):
+    with _listening(settings.database.news_url, services.waiters):
         yield
-    services.close()
+    await services.close()
 
 
 @contextmanager
@@ -101,7 +102,7 @@ def _listening(database_url: str, waiters: Waiters) -> Iterator[None]:
             else:
                 waiters.job_is_done(notice.job_id)
 
-    thread = threading.Thread(target=listen, name="listen", daemon=True)
+    thread = Background("listen", listen, stop)
     thread.start()
     try:
         yield

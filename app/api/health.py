@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from typing import Final
 
 from fastapi import APIRouter, Response
@@ -9,18 +11,22 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from app.api.problems import RETRY_AFTER_UNAVAILABLE_S
 from app.api.schemas import Check, Readiness
-from app.api.services import Here, Services
-from app.errors import SchemaError, Unavailable
+from app.api.services import Here
+from app.errors import GristmillError, SchemaError, Unavailable
 
 router = APIRouter(tags=["health"])
 
+log = logging.getLogger(__name__)
+
+NOT_KEPT: Final = {"Cache-Control": "no-store"}
 PLAIN_TEXT: Final = {"content": {"text/plain": {"schema": {"type": "string"}}}}
 
 
 @router.get("/healthz", summary="Is the process up", responses={200: PLAIN_TEXT})
+@router.head("/healthz", include_in_schema=False)
 async def healthz() -> Response:
     """Answers `ok` as long as the process does; looks at nothing else."""
-    return Response("ok\n", media_type="text/plain")
+    return Response("ok\n", media_type="text/plain", headers=NOT_KEPT)
 
 
 @router.get(
@@ -28,10 +34,17 @@ async def healthz() -> Response:
     summary="Can jobs be taken",
     responses={503: {"model": Readiness, "description": "No jobs can be taken now."}},
 )
+@router.head("/readyz", include_in_schema=False)
 async def readyz(here: Here, response: Response) -> Readiness:
-    """503 while Postgres is away or its schema is not this version's. Without Redis the API is
-    `degraded` and still ready: rows are written, and rescue sends their messages later."""
-    readiness = await here.run(_readiness, here)
+    """Tries what a submission does, once a second at most.
+
+    503 while Postgres does not take a job: it is away, only reads, or its schema is not this
+    version's. While Redis takes no message the API is `degraded` and still ready: rows are written,
+    and rescue sends their messages later.
+    """
+    refused, unsent = await asyncio.gather(here.postgres.error(), here.redis.error())
+    readiness = _readiness(refused, unsent)
+    response.headers.update(NOT_KEPT)
     if readiness.status == "unavailable":
         response.status_code = 503
         response.headers["Retry-After"] = str(RETRY_AFTER_UNAVAILABLE_S)
@@ -45,32 +58,34 @@ async def metrics(here: Here) -> Response:
     return Response(text, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
-def _readiness(here: Services) -> Readiness:
-    checks = _check_postgres(here) | _check_redis(here)
-    if not (checks["postgres"].ok and checks["schema"].ok):
+def _readiness(refused: Exception | None, unsent: Exception | None) -> Readiness:
+    checks = _check_postgres(refused)
+    checks["redis"] = Check(ok=unsent is None, detail=_redis_detail(unsent))
+    if refused is not None:
         return Readiness(status="unavailable", checks=checks)
-    return Readiness(status="ready" if checks["redis"].ok else "degraded", checks=checks)
+    return Readiness(status="degraded" if unsent else "ready", checks=checks)
 
 
-def _check_postgres(here: Services) -> dict[str, Check]:
-    try:
-        here.database.check_schema()
-    except SchemaError as error:
-        return {"postgres": Check(ok=True), "schema": Check(ok=False, detail=error.message)}
-    except Unavailable:
-        away = "Postgres does not answer; see database.url and the server's log."
-        unknown = "Not known while Postgres is away."
-        return {
-            "postgres": Check(ok=False, detail=away),
-            "schema": Check(ok=False, detail=unknown),
-        }
-    return {"postgres": Check(ok=True), "schema": Check(ok=True)}
+def _check_postgres(refused: Exception | None) -> dict[str, Check]:
+    if refused is None:
+        return {"postgres": Check(ok=True), "schema": Check(ok=True)}
+    if isinstance(refused, SchemaError):
+        return {"postgres": Check(ok=True), "schema": Check(ok=False, detail=refused.message)}
+    why = refused if isinstance(refused, GristmillError) else type(refused).__name__
+    log.warning("No job can be taken: %s", why, extra={"action": "not_ready"})
+    return {
+        "postgres": Check(ok=False, detail=_POSTGRES_AWAY),
+        "schema": Check(ok=False, detail="Not known while Postgres takes no jobs."),
+    }
 
 
-def _check_redis(here: Services) -> dict[str, Check]:
-    try:
-        here.publisher.queue_lengths(())
-    except Unavailable:
-        detail = "Redis does not answer; jobs are stored, and their messages are sent later."
-        return {"redis": Check(ok=False, detail=detail)}
-    return {"redis": Check(ok=True)}
+_POSTGRES_AWAY: Final = (
+    "Postgres does not answer, or takes no jobs; see database.url and the server's log."
+)
+
+
+def _redis_detail(unsent: Exception | None) -> str | None:
+    if unsent is None:
+        return None
+    said = unsent.message if isinstance(unsent, Unavailable) else "Redis does not answer."
+    return f"{said} Jobs are stored, and their messages are sent later."

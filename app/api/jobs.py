@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from http import HTTPStatus
 from typing import Annotated, Any, Final
 from uuid import UUID
 
+from anyio import to_thread
 from fastapi import APIRouter, Header, Path, Query, Request, Response
 from pydantic import BaseModel
 
-from app.api import bodies
-from app.api.answers import JSON, Held, answer, look
+from app.api import raw_bodies
+from app.api.answers import JSON, Held, Hold, answer, look, look_at_new
 from app.api.problems import documented
-from app.api.schemas import BulkAnswer, BulkRequest, Job, JobList
+from app.api.schemas import BulkAnswer, BulkRequest, Job, JobList, JobSummary
 from app.api.services import Here, Services
-from app.api.views import bulk_item, summary_of
-from app.errors import GristmillError, RequestError
+from app.api.views import bulk_item, summary_of, told
+from app.errors import GristmillError, JobUnreadable, RequestError
+from app.intake.decision import Decision
+from app.intake.submit import Stored, Submission, parse_submission
 from app.jobs import JobState, job_id_of
 from app.store import cancellation, reads
-from app.store.reads import JobView
-from app.submit import Submission, Submitted, parse_submission
+from app.store.reads import JobView, Unreadable
+
+log = logging.getLogger(__name__)
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
@@ -98,15 +104,16 @@ async def submit(
     A job that ends within the time it is waited for, or that its Idempotency-Key brings back
     final, is answered with 200.
     """
-    raw = await bodies.read_body(request, here.settings.api.max_body_bytes)
-    submitted = await here.run(_submit, here, raw, idempotency_key)
-    job = await look(here, submitted.job_id, hold)
-    headers = {"Location": f"/v1/jobs/{submitted.job_id}"}
+    raw = await raw_bodies.read_body(request, here.settings.api.max_body_bytes)
+    stored = await here.write(_submit, here, raw, idempotency_key)
+    await here.send(stored)
+    job = await look_at_new(here, stored, hold)
+    headers = {"Location": f"/v1/jobs/{stored.only.job_id}"}
     return answer(job, status=200 if job.is_final else 202, hold=hold, headers=headers)
 
 
-def _submit(here: Services, raw: bytes, header: str | None) -> Submitted:
-    value = bodies.parse_json(raw)
+def _submit(decision: Decision, here: Services, raw: bytes, header: str | None) -> Stored:
+    value = raw_bodies.parse_json(raw)
     if header is not None and isinstance(value, dict):
         key = _parse_key(header)
         if value.setdefault("idempotency_key", key) != key:
@@ -115,12 +122,13 @@ def _submit(here: Services, raw: bytes, header: str | None) -> Submitted:
                 param="idempotency_key",
             )
     try:
-        submitted = here.submitter.submit(parse_submission(value))
+        stored = here.submitter.store([parse_submission(value)], decision)
+        created = stored.only.created
     except GristmillError:
         here.metrics.count_submissions("refused")
         raise
-    here.metrics.count_submissions("accepted" if submitted.created else "replayed")
-    return submitted
+    here.metrics.count_submissions("accepted" if created else "replayed")
+    return stored
 
 
 def _parse_key(header: str) -> str:
@@ -149,20 +157,25 @@ async def submit_bulk(request: Request, here: Here) -> Response:
     what is wrong with the body as a whole, a full queue and an absent Postgres are errors here.
     """
     async with here.bulk_slots:
-        raw = await bodies.read_body(request, here.settings.api.max_bulk_bytes)
-        return await here.run(_submit_bulk, here, raw)
+        raw = await raw_bodies.read_body(request, here.settings.api.max_bulk_bytes)
+        stored = await here.write(_submit_bulk, here, raw)
+        await here.send(stored)
+        return await to_thread.run_sync(_bulk_answer, here, stored, limiter=here.bulk_answers)
 
 
-def _submit_bulk(here: Services, raw: bytes) -> Response:
-    value = bodies.parse_json(raw)
+def _submit_bulk(decision: Decision, here: Services, raw: bytes) -> Stored:
+    value = raw_bodies.parse_json(raw)
     if not (isinstance(value, dict) and value.keys() == {"jobs"}):
         raise RequestError('The body must be {"jobs": [...]} and nothing else.', param="jobs")
     submissions = value["jobs"]
     limit = here.settings.api.max_bulk_items
     if not (isinstance(submissions, list) and 1 <= len(submissions) <= limit):
         raise RequestError(f"jobs must be a list of 1 to {limit} jobs.", param="jobs")
-    outcomes = here.submitter.submit_many(submissions)
-    items = [bulk_item(index, outcome) for index, outcome in enumerate(outcomes)]
+    return here.submitter.store(submissions, decision)
+
+
+def _bulk_answer(here: Services, stored: Stored) -> Response:
+    items = [bulk_item(index, outcome) for index, outcome in enumerate(stored.outcomes)]
     refused = sum(item.error is not None for item in items)
     replayed = sum(item.status == HTTPStatus.OK for item in items)
     accepted = len(items) - refused
@@ -241,7 +254,7 @@ async def list_jobs(
     ] = None,
     limit: Annotated[int, Query(ge=1, le=100, description="Most jobs of a page.")] = 20,
 ) -> JobList:
-    """Jobs without their answers, newest first."""
+    """Jobs without their answers, newest first. One whose row cannot be read is left out."""
     if since is not None and since.tzinfo is None:
         raise RequestError("since must name its zone, as in 2027-01-31T12:00:00Z.", param="since")
     page = await here.read(
@@ -254,16 +267,24 @@ async def list_jobs(
         after=job_id_of(after) if after else None,
         limit=limit + 1,
     )
-    data = [summary_of(view) for view in page[:limit]]
+    shown = page[:limit]
     return JobList(
-        data=data,
-        first_id=data[0].id if data else None,
-        last_id=data[-1].id if data else None,
+        data=list(_summaries(shown)),
+        first_id=shown[0].id if shown else None,
+        last_id=shown[-1].id if shown else None,
         has_more=len(page) > limit,
     )
 
 
-def _list_jobs(here: Services, **asked: Any) -> list[JobView]:
+def _summaries(views: Iterable[JobView | Unreadable]) -> Iterator[JobSummary]:
+    for view in views:
+        try:
+            yield told(summary_of, view)
+        except JobUnreadable as error:
+            log.warning("%s", error, extra={"job_id": view.id, "action": "job_unreadable"})
+
+
+def _list_jobs(here: Services, **asked: Any) -> list[JobView | Unreadable]:
     with here.database.begin() as connection:
         return reads.list_jobs(connection, **asked)
 
@@ -280,14 +301,15 @@ def _list_jobs(here: Services, **asked: Any) -> list[JobView]:
 async def cancel(here: Here, job_id: JobId) -> Response:
     """A queued job is cancelled at once: 200. A running one is stopped by its worker within a step
     or so, and what it generated is kept: 202, follow it. May be repeated."""
-    await here.run(_cancel, here, job_id_of(job_id))
+    await here.write(_cancel, here, job_id_of(job_id))
     job = await here.job(job_id_of(job_id))
     return answer(job, status=200 if job.is_final else 202)
 
 
-def _cancel(here: Services, job_id: UUID) -> None:
+def _cancel(decision: Decision, here: Services, job_id: UUID) -> None:
     with here.database.begin() as connection:
         cancellation.cancel(connection, job_id)
+        decision.commit()
 
 
 @router.post(
@@ -310,13 +332,15 @@ def _cancel(here: Services, job_id: UUID) -> None:
 async def replay(here: Here, job_id: JobId) -> Response:
     """Run a job that failed, expired or was cancelled once more: as a new job, which says so in
     `replay_of`. May be repeated: one job is replayed once, and the same new job is answered."""
-    submitted = await here.run(_replay, here, job_id_of(job_id))
-    job = await here.job(submitted.job_id)
+    stored = await here.write(_replay, here, job_id_of(job_id))
+    await here.send(stored)
+    submitted = stored.only
+    job = await look_at_new(here, stored, Hold(0.0, False))
     headers = {"Location": f"/v1/jobs/{submitted.job_id}"}
     return answer(job, status=202 if submitted.created else 200, headers=headers)
 
 
-def _replay(here: Services, job_id: UUID) -> Submitted:
-    submitted = here.submitter.replay(job_id)
-    here.metrics.count_submissions("accepted" if submitted.created else "replayed")
-    return submitted
+def _replay(decision: Decision, here: Services, job_id: UUID) -> Stored:
+    stored = here.submitter.store_replay(job_id, decision)
+    here.metrics.count_submissions("accepted" if stored.only.created else "replayed")
+    return stored

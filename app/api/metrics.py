@@ -6,6 +6,7 @@ their number is bounded.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -13,9 +14,9 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from app.api.waiting import Waiters
-from app.broker import Publisher
+from app.broker.publisher import Publisher
 from app.errors import GristmillError
-from app.sender import Sender
+from app.intake.sender import Sender
 from app.store import reads
 from app.store.database import Database
 
@@ -114,18 +115,30 @@ class SystemCollector(Collector):
         yield oldest
 
     def _queues(self) -> Iterator[Metric]:
-        up = GaugeMetricFamily("gristmill_redis_up", "Whether Redis answers.")
+        up = GaugeMetricFamily("gristmill_redis_up", "Whether Redis takes messages.")
+        try:
+            self._publisher.try_to_send()
+        except GristmillError:
+            up.add_metric([], 0)
+        else:
+            up.add_metric([], 1)
+        yield up
         try:
             lengths = self._publisher.queue_lengths(self._models)
         except GristmillError:
-            up.add_metric([], 0)
-            yield up
             return
-        up.add_metric([], 1)
-        yield up
         messages = GaugeMetricFamily(
             "gristmill_queue_messages", "Messages waiting in Redis.", labels=["model"]
         )
         for model, length in lengths.items():
             messages.add_metric([model], length)
         yield messages
+        unread = GaugeMetricFamily(
+            "gristmill_unread_messages",
+            "Messages in Redis in lists that no worker with these settings reads.",
+            labels=["list"],
+        )
+        with contextlib.suppress(GristmillError):
+            for key, length in self._publisher.unread().items():
+                unread.add_metric([key], length)
+            yield unread

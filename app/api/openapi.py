@@ -10,8 +10,8 @@ from pydantic.json_schema import models_json_schema
 
 from app.api.problems import Problem
 from app.api.schemas import BulkRequest
-from app.requests import BODIES
-from app.submit import Submission
+from app.intake.submit import Submission
+from app.requests.bodies import BODIES
 
 _SCHEMAS: Final = (Problem, Submission, BulkRequest, *BODIES.values())
 

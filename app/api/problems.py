@@ -33,9 +33,11 @@ STATUS: Final[dict[type[errors.GristmillError], HTTPStatus]] = {
     errors.JobStateConflict: HTTPStatus.CONFLICT,
     errors.RequestRemoved: HTTPStatus.GONE,
     errors.ResponseRemoved: HTTPStatus.GONE,
+    errors.NotStorable: HTTPStatus.BAD_REQUEST,
     errors.QueueFull: HTTPStatus.TOO_MANY_REQUESTS,
     errors.Unavailable: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.SchemaError: HTTPStatus.SERVICE_UNAVAILABLE,
+    errors.JobUnreadable: HTTPStatus.INTERNAL_SERVER_ERROR,
     errors.GristmillError: HTTPStatus.INTERNAL_SERVER_ERROR,
 }
 RETRY_AFTER_UNAVAILABLE_S: Final = 5

@@ -15,10 +15,11 @@ from itertools import islice
 from typing import Final
 from uuid import UUID
 
-from app.api.views import job_of
-from app.errors import GristmillError, JobNotFound
+from app.api.views import job_of, told
+from app.errors import GristmillError, JobNotFound, JobUnreadable
 from app.store import reads
 from app.store.database import Database
+from app.store.reads import JobView, Unreadable
 
 AT_ONCE: Final = 2
 """Looks that may be on their way: one that takes long does not hold up the others."""
@@ -38,18 +39,27 @@ class Snapshot:
         return f'"{sha256(self.body).hexdigest()[:32]}"'
 
 
-def snapshots(database: Database, ids: Sequence[UUID]) -> dict[UUID, Snapshot]:
-    """Those of the jobs that exist. Not for the event loop."""
+Outcome = Snapshot | Exception
+
+
+def snapshots(database: Database, ids: Sequence[UUID]) -> dict[UUID, Outcome]:
+    """Those of the jobs that exist, or why one cannot be told of. Not for the event loop."""
     with database.autocommit() as connection:
         views = reads.find(connection, ids)
-    return {
-        view.id: Snapshot(view.state.is_final, job_of(view).model_dump_json().encode())
-        for view in views
-    }
+    return {view.id: _snapshot(view) for view in views}
 
 
-Look = Callable[[Sequence[UUID]], Awaitable[Mapping[UUID, Snapshot]]]
-Outcome = Snapshot | Exception
+def _snapshot(view: JobView | Unreadable) -> Outcome:
+    try:
+        job = told(job_of, view)
+        return Snapshot(job.state.is_final, job.model_dump_json().encode())
+    except JobUnreadable as error:
+        return error
+    except ValueError:  # of the writer of JSON: nested too deep
+        return JobUnreadable("The job's response is nested too deep.")
+
+
+Look = Callable[[Sequence[UUID]], Awaitable[Mapping[UUID, Outcome]]]
 
 
 class Reader:

@@ -10,9 +10,8 @@ from uuid import UUID
 from pydantic import BaseModel, Field, PlainSerializer
 
 from app.api.problems import Problem
-from app.engines.base import Kind
-from app.jobs import AttemptOutcome, CloseReason, JobState
-from app.submit import Submission
+from app.intake.submit import Submission
+from app.jobs import AttemptOutcome, CloseReason, JobState, Kind
 
 Money = Annotated[
     Decimal, PlainSerializer(lambda value: f"{value:f}", return_type=str, when_used="json")

@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Annotated, Final, ParamSpec, TypeVar
+from typing import Annotated, Concatenate, Final, ParamSpec, TypeVar
 from uuid import UUID
 
 from anyio import CapacityLimiter, fail_after, to_thread
 from fastapi import Depends, Request
 
 from app.api.metrics import Metrics
+from app.api.probe import Probe
 from app.api.reader import Reader, Snapshot, snapshots
 from app.api.waiting import Waiters
-from app.broker import Publisher
-from app.config import Settings
+from app.broker.publisher import Publisher
+from app.config.settings import Settings
 from app.errors import Unavailable
+from app.intake.decision import Decision
+from app.intake.submit import Stored, Submitter
 from app.store.database import Database
-from app.submit import Submitter
+
+log = logging.getLogger(__name__)
 
 MAX_BULKS: Final = 4
 """Bulk submissions read at once: each may take many megabytes, and the next ones wait."""
+
+SEND_S: Final = 1.0
+"""How long an answer waits for what it does not depend on, so that its message is there first."""
 
 SPARE_S: Final = 2.0
 """What a request may take beyond the timeouts of the statements in it."""
@@ -42,14 +50,26 @@ class Services:
     metrics: Metrics
     bulk_slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_BULKS))
     read_slots: CapacityLimiter = field(init=False)  #: threads that reads may take
+    bulk_answers: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(MAX_BULKS))
+    send_slots: CapacityLimiter = field(init=False)  #: the same for what follows an answer
+    behind: set[asyncio.Task[None]] = field(default_factory=set)  #: it, on its way
     reader: Reader = field(init=False)
+    postgres: Probe = field(init=False)
+    redis: Probe = field(init=False)
 
     def __post_init__(self) -> None:
         # Half of the connections, so that no storm of polls keeps a submission waiting.
         slots = CapacityLimiter(self.settings.database.pool_size // 2)
         object.__setattr__(self, "read_slots", slots)
+        object.__setattr__(self, "send_slots", CapacityLimiter(self.settings.database.pool_size))
+        object.__setattr__(self, "postgres", Probe(self._store_takes_jobs))
+        object.__setattr__(self, "redis", Probe(self.publisher.try_to_send))
         reader = Reader(lambda ids: self.read(snapshots, self.database, ids))
         object.__setattr__(self, "reader", reader)
+
+    def _store_takes_jobs(self) -> None:
+        self.database.check_schema()
+        self.submitter.try_to_store()
 
     async def job(self, job_id: UUID) -> Snapshot:
         """A job as it is now. Raises `JobNotFound` and `Unavailable`."""
@@ -64,6 +84,37 @@ class Services:
         """The same for what only reads: no more at once than `read_slots`."""
         return await self._in_thread(partial(call, *args, **kwargs), self.read_slots)
 
+    async def write(
+        self, call: Callable[Concatenate[Decision, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """The same for what is committed under a decision: raises `Unavailable` only if it never
+        will be, or if the commit itself is not answered for as long again."""
+        decision = Decision()
+        work = asyncio.create_task(
+            to_thread.run_sync(partial(call, decision, *args, **kwargs), abandon_on_cancel=True)
+        )
+        await asyncio.wait({work}, timeout=self._limit_s)
+        if not work.done() and not decision.refuse():
+            await asyncio.wait({work}, timeout=self._limit_s)
+        if not work.done():
+            work.cancel()
+            raise Unavailable("Postgres does not answer.")
+        return work.result()
+
+    async def send(self, stored: Stored) -> None:
+        """Send messages. The answer waits a moment for that, and does not depend on it."""
+        work = asyncio.create_task(
+            to_thread.run_sync(self.submitter.send, stored, limiter=self.send_slots)
+        )
+        self.behind.add(work)
+        work.add_done_callback(self._ended)
+        await asyncio.wait({work}, timeout=SEND_S)
+
+    def _ended(self, work: asyncio.Task[None]) -> None:
+        self.behind.discard(work)
+        if not work.cancelled() and (error := work.exception()):
+            log.error("After an answer: %s.", type(error).__name__, extra={"action": "send_failed"})
+
     async def _in_thread(self, call: Callable[[], T], slots: CapacityLimiter | None) -> T:
         with self._in_time():
             return await to_thread.run_sync(call, abandon_on_cancel=True, limiter=slots)
@@ -72,15 +123,20 @@ class Services:
     def _in_time(self) -> Iterator[None]:
         # Timeouts of Postgres hold only while it runs. One that is frozen keeps the thread and its
         # connection until the system gives up on it; who waits is told in time to try again.
-        database, broker = self.settings.database, self.settings.broker
-        limit_s = database.connect_timeout_s + database.statement_timeout_ms / 1000
         try:
-            with fail_after(limit_s + broker.publish_timeout_s + SPARE_S):
+            with fail_after(self._limit_s):
                 yield
         except TimeoutError:
             raise Unavailable("Postgres does not answer.") from None
 
-    def close(self) -> None:
+    @property
+    def _limit_s(self) -> float:
+        database = self.settings.database
+        return database.connect_timeout_s + database.statement_timeout_ms / 1000 + SPARE_S
+
+    async def close(self) -> None:
+        if self.behind:
+            await asyncio.wait(self.behind, timeout=SEND_S)
         self.publisher.close()
         self.database.close()
 

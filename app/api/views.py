@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any, Final, TypeVar
+
+from pydantic import ValidationError
 
 from app.api import problems
 from app.api.schemas import (
@@ -17,10 +21,13 @@ from app.api.schemas import (
     Timing,
     TokenUsage,
 )
-from app.errors import GristmillError
-from app.jobs import REPLAYED, AttemptOutcome, CloseReason
-from app.store.reads import AttemptView, BatchView, JobView, ResultView
-from app.submit import Submitted
+from app.errors import GristmillError, JobUnreadable
+from app.intake.submit import Submitted
+from app.jobs import REPLAYED, AttemptOutcome, CloseReason, JobState
+from app.store.reads import AttemptView, BatchView, JobView, ResultView, Unreadable
+from app.store.submissions import NewJob
+
+T = TypeVar("T")
 
 NS_PER_S: Final = 1_000_000_000
 
@@ -31,6 +38,48 @@ def job_of(view: JobView) -> Job:
 
 def summary_of(view: JobView) -> JobSummary:
     return JobSummary(**_fields(view))
+
+
+def told(tell: Callable[[JobView], T], view: JobView | Unreadable) -> T:
+    """What `tell` makes of a job. Raises `JobUnreadable` if its row does not allow it."""
+    if isinstance(view, Unreadable):
+        raise view.error
+    try:
+        return tell(view)
+    except ValidationError as error:
+        where = ", ".join(".".join(map(str, each["loc"])) for each in error.errors())
+        raise JobUnreadable(f"The job's row cannot be read: {where} is wrong.") from None
+    except ValueError as error:
+        raise JobUnreadable(f"The job's row cannot be read: {error}.") from None
+
+
+def view_of_new(job: NewJob, now: datetime) -> JobView:
+    """A job as its row has it when it is new."""
+    return JobView(
+        id=job.id,
+        tenant=job.tenant,
+        model=job.model,
+        kind=job.kind,
+        url=job.url,
+        source=job.source,
+        replay_of=job.replay_of,
+        state=JobState.QUEUED,
+        priority=job.priority,
+        metadata=job.metadata,
+        attempt=0,
+        attempts_charged=0,
+        max_attempts=job.max_attempts,
+        not_before=job.not_before or now,
+        deadline=job.deadline,
+        cancel_requested_at=None,
+        created_at=now,
+        queued_at=now,
+        claimed_at=None,
+        finished_at=None,
+        attempts=(),
+        result=None,
+        batch=None,
+    )
 
 
 def bulk_item(index: int, outcome: Submitted | GristmillError) -> BulkItem:

@@ -19,13 +19,14 @@ from torch import Tensor
 
 from app.bench.report import machine, print_json, print_table
 from app.bench.workloads import make
-from app.config import ModelSettings
-from app.engines.base import Kind, SamplingParams, Sequence
+from app.config.settings import ModelSettings
+from app.engines.base import Sequence
 from app.engines.inflight.attention import Packed
 from app.engines.inflight.cache import blocks_for
 from app.engines.inflight.engine import InflightEngine
-from app.engines.models import prepare
+from app.engines.models import ensure_files
 from app.engines.tokenizer import load_tokenizer
+from app.jobs import Kind, SamplingParams
 
 REFERENCE: Final = "float32"
 PRECISIONS: Final = ("bfloat16", "int8")
@@ -56,7 +57,7 @@ class Effect:
 def main(arguments: Seq[str]) -> None:
     options = _parser().parse_args(arguments)
     settings = ModelSettings(source=options.model, kind=Kind.GENERATE, engine="inflight")
-    folder = prepare("bench", settings, Path(options.cache_dir))
+    folder = ensure_files("bench", settings, Path(options.cache_dir))
     encode = load_tokenizer(folder, settings).encode_text
     prompts = [request.prompt for request in make("mixed", encode, options.prompts)]
     print(f"{machine()}\n{len(prompts)} prompts, answers of {options.tokens} tokens, greedy\n")

@@ -23,10 +23,11 @@ from transformers import (
 )
 
 from app.bench.workloads import Request
-from app.config import ModelSettings
-from app.engines.base import Kind, SamplingParams, Sequence
+from app.config.settings import ModelSettings
+from app.engines.base import Sequence
 from app.engines.device import load_model, pick_device, pick_dtype
 from app.engines.inflight.engine import InflightEngine
+from app.jobs import Kind, SamplingParams
 
 SAMPLE: Final = 8
 """One at a time takes so long that only this many requests are run that way."""

@@ -19,10 +19,10 @@ from app.bench import random_models
 from app.bench.contestants import Arena, Outcome, contestants
 from app.bench.report import machine, print_json, print_table, spread
 from app.bench.workloads import WORKLOADS, Request, make
-from app.config import ModelSettings
-from app.engines.base import Kind
-from app.engines.models import prepare
+from app.config.settings import ModelSettings
+from app.engines.models import ensure_files
 from app.engines.tokenizer import load_tokenizer
+from app.jobs import Kind
 
 Results = dict[str, list[Outcome]]
 
@@ -38,10 +38,10 @@ def main(arguments: Seq[str]) -> None:
 def _run(options: argparse.Namespace, scratch: Path) -> None:
     source = options.model
     if source.startswith(random_models.PREFIX):
-        tokenizer = prepare("bench", _settings(options.tokenizer), Path(options.cache_dir))
+        tokenizer = ensure_files("bench", _settings(options.tokenizer), Path(options.cache_dir))
         source = str(random_models.make(source, tokenizer, scratch, options.device, options.dtype))
     settings = _settings(source)
-    folder = prepare("bench", settings, Path(options.cache_dir))
+    folder = ensure_files("bench", settings, Path(options.cache_dir))
     encode = load_tokenizer(folder, settings).encode_text
     requests = make(options.workload, encode, options.requests)
     arena = Arena(folder, options.device, options.dtype, options.cache_tokens)

@@ -27,10 +27,10 @@ import psutil
 
 from app.bench.report import machine, print_json, print_table
 from app.client import Client, Job
-from app.config_file import load
+from app.config.file import load
 from app.errors import GristmillError
 from app.jobs import JobState
-from app.supervisor import System
+from app.local.supervisor import System
 
 BODY: Final = {"prompt": "x", "max_tokens": 2}
 STEPS: Final = 2

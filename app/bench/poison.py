@@ -17,10 +17,10 @@ from typing import Final
 from app.bench.report import print_json, print_table
 from app.bench.system import Bench
 from app.client import Client, Job
-from app.config_file import load
+from app.config.file import load
 from app.errors import GristmillError
 from app.jobs import JobState
-from app.supervisor import System
+from app.local.supervisor import System
 
 BATCH: Final = 64
 _CONFIG: Final = {

@@ -23,13 +23,12 @@ from typing import Final
 from uuid import UUID, uuid4
 
 from app.bench.report import machine, print_json, print_table
-from app.engines.base import Kind
-from app.jobs import CloseReason, JobState
-from app.local import EmbeddedPostgres
-from app.store import claims, intake, retention, sizes, workers
+from app.jobs import CloseReason, JobState, Kind
+from app.local.servers import EmbeddedPostgres
+from app.store import claims, retention, sizes, submissions, workers
 from app.store.database import Database, migrate
-from app.store.intake import Arrival, NewJob
 from app.store.sizes import Size
+from app.store.submissions import Arrival, NewJob
 
 MODEL: Final = "bench"
 BATCH: Final = 64
@@ -47,16 +46,14 @@ class Store:
 
     def submit(self, number: int) -> list[UUID]:
         jobs = [_new_job() for _ in range(number)]
-        with self.database.begin() as connection:
-            intake.insert_jobs(connection, jobs)
         ids = [job.id for job in jobs]
         with self.database.begin() as connection:
-            intake.mark_enqueued(connection, ids)
+            submissions.insert_jobs(connection, jobs, sent=ids)
         return ids
 
     def receive(self, ids: Seq[UUID]) -> None:
         with self.database.begin() as connection:
-            intake.receive(connection, self.worker_id, map(Arrival, ids))
+            submissions.receive(connection, self.worker_id, map(Arrival, ids))
 
     def claim(self, ids: Seq[UUID]) -> list[claims.Claimed]:
         batch = claims.NewBatch(

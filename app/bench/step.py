@@ -23,15 +23,16 @@ from torch import Tensor, nn
 
 from app.bench import random_models
 from app.bench.report import machine, print_json, print_table
-from app.config import ModelSettings
-from app.engines.base import Kind, SamplingParams, Sequence
+from app.config.settings import ModelSettings
+from app.engines.base import Sequence
 from app.engines.inflight.attention import pack
 from app.engines.inflight.cache import BLOCK
 from app.engines.inflight.engine import InflightEngine
 from app.engines.inflight.fused_cuda import FusedLayer
 from app.engines.inflight.scheduler import Segment
 from app.engines.inflight.weights import NativeLinear, PackedLinear
-from app.engines.models import prepare
+from app.engines.models import ensure_files
+from app.jobs import Kind, SamplingParams
 
 REPEATS = 15
 CUDA_REPEATS = 100
@@ -120,7 +121,7 @@ def _load(options: argparse.Namespace, scratch: Path) -> InflightEngine:
 
 def _prepared(source: str, options: argparse.Namespace) -> Path:
     settings = ModelSettings(source=source, kind=Kind.GENERATE, engine="inflight")
-    return prepare("bench", settings, Path(options.cache_dir))
+    return ensure_files("bench", settings, Path(options.cache_dir))
 
 
 def _parser() -> argparse.ArgumentParser:

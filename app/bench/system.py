@@ -11,7 +11,7 @@ from typing import TypeVar
 import psutil
 
 from app.client import Client, Job
-from app.supervisor import System
+from app.local.supervisor import System
 
 T = TypeVar("T")
 

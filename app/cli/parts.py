@@ -18,9 +18,9 @@ from app.cli.terminal import FAILED, load_settings, out, tell
 @click.command()
 def up() -> None:
     """Run everything on this machine until Ctrl-C."""
-    from app.supervisor import System
+    from app.local.supervisor import System
 
-    with contextlib.suppress(KeyboardInterrupt), _sigterm_interrupts():
+    with contextlib.suppress(KeyboardInterrupt), _signals_interrupt():
         loaded = load_settings()
         with System(loaded, tell) as system:
             settings = system.settings
@@ -30,7 +30,7 @@ def up() -> None:
             out.print(
                 f"Logs are in {settings.cache_dir}/logs. The servers' URLs, passwords "
                 "included: `gristmill config get database.url` and `… broker.url`.\n"
-                "Ctrl-C stops everything.",
+                f"{_how_to_stop()} stops everything.",
                 soft_wrap=True,
             )
             system.watch()
@@ -40,9 +40,9 @@ def up() -> None:
 @click.command()
 def demo() -> None:
     """Run real prompts through the whole system, show each one's record, stop."""
-    from app.demo import run
+    from app.demo.run import run
 
-    with _sigterm_interrupts():
+    with _signals_interrupt():
         run(load_settings(), out, tell)
 
 
@@ -56,7 +56,7 @@ check_option = click.option(
 def api(check: bool) -> None:
     """Serve the HTTP API."""
     if check:
-        from app.checks import api_answers
+        from app.local.checks import api_answers
 
         _answer(api_answers(load_settings().settings))
     from app.api.app import serve
@@ -71,10 +71,10 @@ def api(check: bool) -> None:
 def worker(models: tuple[str, ...], device: str | None, check: bool) -> None:
     """Run models: a Celery worker with Gristmill's pool."""
     if check:
-        from app.checks import worker_answers
+        from app.local.checks import worker_answers
 
         _answer(worker_answers(load_settings().connected()))
-    from app.broker import worker_command
+    from app.broker.commands import worker_command
 
     if models:
         os.environ["GRISTMILL_WORKER__MODELS"] = ",".join(models)
@@ -88,7 +88,7 @@ def worker(models: tuple[str, ...], device: str | None, check: bool) -> None:
 def rescue(check: bool) -> None:
     """Bring back what was lost: leases that ran out, messages that vanished, deadlines."""
     if check:
-        from app.checks import rescue_is_alive
+        from app.local.checks import rescue_is_alive
 
         _answer(rescue_is_alive(load_settings().settings))
     from app.rescue import serve
@@ -104,10 +104,10 @@ def rescue(check: bool) -> None:
 def flower(check: bool) -> None:
     """Watch the queue in a browser."""
     if check:
-        from app.checks import flower_answers
+        from app.local.checks import flower_answers
 
         _answer(flower_answers(load_settings().settings))
-    from app.broker import flower_command
+    from app.broker.commands import flower_command
 
     _become(*flower_command(load_settings().connected()))
 
@@ -150,17 +150,31 @@ def _answer(is_well: bool) -> NoReturn:
 
 def _become(command: list[str], environment: dict[str, str]) -> NoReturn:
     """Go on as another program in this process, so that signals reach it."""
-    os.execve(command[0], command, os.environ | environment)
+    os.execve(command[0], command, environment)
+
+
+def _how_to_stop() -> str:
+    """A shell's job in the background does not get Ctrl-C."""
+    return "Ctrl-C" if _is_heeded(signal.SIGINT) else f"`kill {os.getpid()}`"
+
+
+def _is_heeded(number: signal.Signals) -> bool:
+    """Whether whoever started us left this signal to us: nohup and shells ignore some for us."""
+    return signal.getsignal(number) is not signal.SIG_IGN
 
 
 @contextlib.contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """Take SIGTERM and a closed terminal as Ctrl-C, so that everything is stopped in order."""
+def _signals_interrupt() -> Iterator[None]:
+    """Take SIGTERM and a closed terminal as Ctrl-C, so that everything is stopped in order.
 
-    def interrupt(*_: object) -> NoReturn:
+    Under nohup a terminal may be closed.
+    """
+
+    def interrupt(number: int, _: object) -> NoReturn:
+        tell(f"{signal.Signals(number).name}: everything is being stopped.")
         raise KeyboardInterrupt
 
-    numbers = (signal.SIGTERM, signal.SIGHUP)
+    numbers = filter(_is_heeded, (signal.SIGTERM, signal.SIGHUP))
     before: dict[signal.Signals, Any] = {
         number: signal.signal(number, interrupt) for number in numbers
     }

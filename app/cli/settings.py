@@ -22,7 +22,7 @@ def config() -> None:
 @as_json_option
 def config_show(as_json: bool) -> None:
     """List every setting with its value and where it was set; passwords are masked."""
-    from app.config_file import rows
+    from app.config.file import rows
 
     found = list(rows(load_settings()))
     if as_json:
@@ -50,7 +50,7 @@ def config_get(name: str) -> None:
 @as_json_option
 def doctor(as_json: bool) -> None:
     """Check Python, servers, schema, models and device, and say what to do."""
-    from app.doctor import examine
+    from app.local.doctor import examine
 
     findings = []
     for finding in examine():

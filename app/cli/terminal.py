@@ -9,7 +9,7 @@ import click
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from app.config_file import Loaded
+    from app.config.file import Loaded
 
 FAILED, WRONG_SETTINGS, UNAVAILABLE, JOB_FAILED, INTERRUPTED = 1, 3, 4, 5, 130
 
@@ -20,7 +20,7 @@ as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSO
 
 
 def load_settings() -> Loaded:
-    from app.config_file import load
+    from app.config.file import load
 
     return load()
 

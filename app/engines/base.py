@@ -1,7 +1,7 @@
 """What an engine is: sequences of token ids in, generations out.
 
 An engine owns one model on one device. It knows nothing of Celery, Redis or Postgres; the engine
-process (`app.worker.engine_process`) drives it, and so can any script on a bare GPU machine:
+process (`app.worker.engine.process`) drives it, and so can any script on a bare GPU machine:
 
     engine.admit("batch-1", sequences)
     while engine.has_work:
@@ -12,47 +12,12 @@ process (`app.worker.engine_process`) drives it, and so can any script on a bare
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import Final, Literal, Protocol
+from typing import Final, Protocol
 
-from app.jobs import FinishReason
-
-
-class Kind(enum.StrEnum):
-    """What a model does; it decides which requests it takes."""
-
-    GENERATE = "generate"  #: tokens to tokens: chat and completions
-    EMBED = "embed"  #: tokens to one vector
-
-
-@dataclass(frozen=True, slots=True)
-class Grammar:
-    """What an output must match, as a whole: a JSON schema, as JSON, or a regular expression."""
-
-    kind: Literal["json_schema", "regex"]
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """How one sequence is sampled. Every row of a batch may differ in all of these."""
-
-    max_tokens: int
-    temperature: float = 1.0  #: 0 = greedy
-    top_p: float = 1.0
-    top_k: int = 0  #: 0 = off
-    min_p: float = 0.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    stop: tuple[str, ...] = ()  #: the text ends before the first of these
-    seed: int | None = None  #: same seed, prompt and model: same text, whatever the company
-    logprobs: int | None = None  #: None = off; k = the chosen token and the k most likely ones
-    ignore_eos: bool = False
-    grammar: Grammar | None = None  #: its end ends the output, `ignore_eos` or not
+from app.jobs import FinishReason, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from app.config import ModelSettings, Settings
-from app.engines.models import prepare
+from app.config.settings import ModelSettings, Settings
+from app.engines.models import ensure_files
 from app.engines.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -28,6 +28,6 @@ def load_catalog(settings: Settings, names: Iterable[str] | None = None) -> dict
     catalog = {}
     for name in settings.models if names is None else names:
         model = settings.models[name]
-        folder = prepare(name, model, Path(settings.cache_dir))
+        folder = ensure_files(name, model, Path(settings.cache_dir))
         catalog[name] = CatalogModel(model, folder, load_tokenizer(folder, model))
     return catalog

@@ -68,7 +68,7 @@ def load_model(
     device: torch.device,
     shrink: Callable[[PreTrainedModel], None] | None = None,
 ) -> PreTrainedModel:
-    """A model from a folder that `app.engines.models.prepare` made ready, for inference.
+    """A model from a folder that `app.engines.models.ensure_files` made ready, for inference.
 
     `auto_class` is one of transformers' Auto classes; `shrink` changes the model before it takes
     room on the device. Raises `ConfigError` if transformers does not

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModel
 
-from app.config import ModelSettings
+from app.config.settings import ModelSettings
 from app.costs import prefill_weights, share
 from app.engines.base import NOT_FINITE, Generation, Progress, Sequence, StepStats
 from app.engines.device import load_model

@@ -26,16 +26,9 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from app.config import ModelSettings
+from app.config.settings import ModelSettings
 from app.costs import prefill_weights, share
-from app.engines.base import (
-    NOT_FINITE,
-    Generation,
-    Progress,
-    Sequence,
-    StepStats,
-    TokenLogprob,
-)
+from app.engines.base import NOT_FINITE, Generation, Progress, Sequence, StepStats, TokenLogprob
 from app.engines.device import load_model
 from app.engines.grammar import Grammars, Matcher
 from app.engines.sampling import BAD_ROW, Plan, RowSampler, Sampled

@@ -16,17 +16,19 @@ import functools
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
+from contextlib import contextmanager
 from typing import Any, Final
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
 from numpy.typing import NDArray
 
-from app.engines.base import Grammar
 from app.engines.tokenizer import Tokenizer
 from app.errors import InvalidSchema
+from app.jobs import Grammar
 
 COMPILE_TIMEOUT_S: Final = 5.0
 CACHE_SIZE: Final = 128  #: compiled grammars of one model
@@ -162,21 +164,37 @@ def check(grammar: Grammar) -> None:
 @functools.lru_cache(maxsize=CACHE_SIZE)
 def _problem(grammar: Grammar) -> str:
     try:
-        return LLMatcher.validate_grammar(_source(grammar), limits=_LIMITS)
+        with _panics_are_errors():
+            return LLMatcher.validate_grammar(_source(grammar), limits=_LIMITS)
     except ValueError as error:
         return str(error)
 
 
 def _compile(grammar: Grammar, tokenizer: LLTokenizer) -> LLMatcher:
     try:
-        matcher = LLMatcher(tokenizer, _source(grammar), log_level=0, limits=_LIMITS)
+        with _panics_are_errors():
+            matcher = LLMatcher(tokenizer, _source(grammar), log_level=0, limits=_LIMITS)
+            if not matcher.is_error():
+                matcher.compute_bitmask()  # takes longest, and finds out if nothing can match
     except ValueError as error:
         raise _refusal(grammar, str(error)) from None
-    if not matcher.is_error():
-        matcher.compute_bitmask()  # the first takes longest, and finds out if nothing can match
     if matcher.is_error():
         raise _refusal(grammar, matcher.get_error())
     return matcher
+
+
+@contextmanager
+def _panics_are_errors() -> Iterator[None]:
+    """A bug in the library, which is no `Exception`, becomes a `ValueError`: it is for this grammar
+    alone."""
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError("the library that reads it failed") from None
 
 
 def _source(grammar: Grammar) -> str:

@@ -26,7 +26,7 @@ from typing import Any, Final
 from filelock import FileLock
 from huggingface_hub import snapshot_download
 
-from app.config import ModelSettings
+from app.config.settings import ModelSettings
 from app.errors import ConfigError
 
 Progress = Callable[[str], None]
@@ -58,7 +58,7 @@ CONVERSION: Final = 1
 _HUB_FILES: Final = ("*.safetensors", "*.json", "*.jinja")
 
 
-def prepare(
+def ensure_files(
     name: str, settings: ModelSettings, cache_dir: Path, progress: Progress = lambda _: None
 ) -> Path:
     """The folder of model `name`, made ready if it is not; loads nothing.

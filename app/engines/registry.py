@@ -6,7 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Final, cast
 
-from app.config import ModelSettings
+from app.config.settings import ModelSettings
 from app.engines.base import Engine, Progress
 from app.errors import ConfigError
 

@@ -27,14 +27,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from app.engines.base import SamplingParams, TokenLogprob
+from app.engines.base import TokenLogprob
 from app.engines.grammar import Matcher
+from app.jobs import SamplingParams, int64
 
 BAD_ROW: Final = -1
 """Stands for a token where a row's logits hold NaN or +inf, or nothing but -inf."""
 
 GREEDY_BELOW: Final = 1e-5
 """Temperatures under this are greedy: dividing by them would only overflow."""
+
+LEAST_PENALTY: Final = 1e-6
+"""Repetition penalties under this count as this much: logits divided by less would overflow."""
+
+LEAST_LOGPROB: Final = -9999.0
+"""Of a token that cannot come, as in the OpenAI API: JSON has no word for minus infinity."""
 
 _BLOCK: Final = 256  # torch searches an index along a row slowly; maxima of blocks come first
 
@@ -128,7 +135,7 @@ class RowSampler:
         """
         self._params[slot] = params
         self._matchers[slot] = matcher
-        self._seeds[slot] = random.getrandbits(63) if params.seed is None else params.seed
+        self._seeds[slot] = random.getrandbits(63) if params.seed is None else int64(params.seed)
         self._position[slot] = len(output_token_ids)
         if _has_penalty(params):
             room = len(prompt_token_ids) + params.max_tokens
@@ -163,7 +170,7 @@ class RowSampler:
             "temperature": [p.temperature for _, _, p in drawn],
             "min_p": [p.min_p for _, _, p in drawn],
             "top_p": [p.top_p for _, _, p in drawn],
-            "repetition": [p.repetition_penalty for _, _, p in penalised],
+            "repetition": [max(p.repetition_penalty, LEAST_PENALTY) for _, _, p in penalised],
             "frequency": [p.frequency_penalty for _, _, p in penalised],
             "presence": [p.presence_penalty for _, _, p in penalised],
         }
@@ -249,7 +256,7 @@ class RowSampler:
         return logits.index_add(0, plan.masked, bias)
 
     def _score(self, logits: Tensor, tokens: Tensor, plan: Plan) -> Sampled:
-        logprobs = torch.log_softmax(logits[plan.scored].float(), dim=-1)
+        logprobs = torch.log_softmax(logits[plan.scored].float(), dim=-1).clamp_(LEAST_LOGPROB)
         chosen = logprobs.gather(1, tokens[plan.scored].clamp(min=0)[:, None])[:, 0]
         values, ids = logprobs.topk(min(max(k for _, k in plan.num_top), self.vocab_size))
         return Sampled(tokens, plan.num_top, chosen, ids, values)
@@ -343,7 +350,7 @@ def _draw_in_nucleus(weights: Tensor, top_p: Tensor, seed: Tensor, position: Ten
     By rejection, because to sort a vocabulary costs more than the model's step: a token drawn from
     all is in the nucleus if the tokens likelier than it hold less than top_p, which is so with
     probability top_p or more. If it is not, neither is anything as unlikely, and the next draw is
-    from what is left.
+    from what is left. The likeliest token is always inside, also where top_p is 0 in float32.
     """
     needed = top_p * weights.sum(-1, keepdim=True)
     tokens = torch.empty_like(seed)
@@ -354,7 +361,8 @@ def _draw_in_nucleus(weights: Tensor, top_p: Tensor, seed: Tensor, position: Ten
         drawn = _inverse_cdf(weights, noise)
         tokens[left] = drawn
         likelier = weights * (weights > weights.gather(1, drawn[:, None]))
-        outside = (likelier.sum(-1, keepdim=True) >= needed[left])[:, 0]
+        mass = likelier.sum(-1, keepdim=True)
+        outside = ((mass >= needed[left]) & (mass > 0))[:, 0]
         weights, left = likelier[outside], left[outside]
         attempt += 1
     return tokens
@@ -365,7 +373,7 @@ def _draw_in_top_k(weights: Tensor, top_k: Tensor, top_p: Tensor, noise: Tensor)
     ranks = torch.arange(weights.shape[1], device=weights.device)
     weights = weights * (ranks < top_k[:, None])
     mass = weights.cumsum(-1)
-    kept = weights * (mass - weights < top_p * mass[:, -1:])
+    kept = weights * ((mass - weights < top_p * mass[:, -1:]) | (ranks == 0))
     return _inverse_cdf(kept, noise)
 
 

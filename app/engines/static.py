@@ -9,7 +9,7 @@ from typing import Final
 
 import torch
 
-from app.config import ModelSettings
+from app.config.settings import ModelSettings
 from app.engines.base import Generation, NewTokens, Progress, Sequence, StepStats
 from app.engines.device import pick_device, ran_out_of_memory, use_threads
 from app.engines.tokenizer import Tokenizer

@@ -11,10 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Final
 
-from app.engines.base import SamplingParams
 from app.engines.grammar import Matcher
 from app.errors import InvalidSchema
-from app.jobs import FinishReason
+from app.jobs import FinishReason, SamplingParams
 
 Decode = Callable[[list[int]], str]
 """Text of token ids without special tokens, U+FFFD for what is not (yet) valid UTF-8."""

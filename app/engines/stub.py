@@ -14,8 +14,8 @@ may ask for trouble instead:
 
 A grammar is taken and not heeded: the echo is what it is.
 
-Options: `step_ms` and `row_ms`, the time of a step and what each row adds; `joins`, whether rows
-may enter while others run, as in an engine in flight.
+Options: `step_ms` and `row_ms`, the time of a step and what each row adds; `load_ms`, the time to
+load; `joins`, whether rows may enter while others run, as in an engine in flight.
 """
 
 from __future__ import annotations
@@ -30,14 +30,13 @@ from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Final
 
-from app.config import ModelSettings
+from app.config.settings import ModelSettings
 from app.costs import share
 from app.engines.base import (
     NOT_FINITE,
     Generation,
     NewTokens,
     Progress,
-    SamplingParams,
     Sequence,
     StepStats,
     TokenLogprob,
@@ -45,7 +44,7 @@ from app.engines.base import (
 from app.engines.stopping import Output
 from app.engines.tokenizer import StubTokenizer
 from app.errors import OutOfMemory
-from app.jobs import FinishReason
+from app.jobs import FinishReason, SamplingParams
 
 CRASHED: Final = 70  #: exit status
 EMBEDDING_SIZE: Final = 8
@@ -99,6 +98,7 @@ class StubEngine:
         self._rows: list[_Row] = []
         self._is_broken = False
         self._new_tokens: list[NewTokens] = []
+        time.sleep(float(settings.options.get("load_ms", 0)) / 1_000)
         self._cancelled: set[int] = set()
         self._stats: dict[str, StepStats] = {}
 

@@ -1,4 +1,4 @@
-"""Text to token ids and back, and every limit that is counted in tokens.
+"""Text to token ids and back.
 
 The API counts tokens before a job is queued, so this module must stay light: it uses the
 `tokenizers` library and Jinja directly, and never imports torch or transformers (which would cost
@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import abc
 import json
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -22,28 +22,9 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as TokenizerFile
 
-from app.config import ModelSettings
-from app.engines.base import Kind
+from app.config.settings import ModelSettings
 from app.engines.models import read_json
-from app.errors import ConfigError, ContextLengthExceeded, RequestError
-from app.requests import ChatBody, ChatMessage, Prompt, Request, Url
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A request in tokens, within the model's limits."""
-
-    prompts: tuple[tuple[int, ...], ...]  #: of the distinct prompts; each is answered n times
-    max_tokens: int  #: of each answer; 0 for embeddings
-
-    @classmethod
-    def nothing(cls) -> Prepared:
-        """Of a request that cannot run."""
-        return cls((), 0)
-
-    @property
-    def num_input_tokens(self) -> int:
-        return sum(map(len, self.prompts))
+from app.errors import ConfigError, RequestError
 
 
 class Tokenizer(abc.ABC):
@@ -59,8 +40,9 @@ class Tokenizer(abc.ABC):
         """With the special tokens that the model expects around a text."""
 
     @abc.abstractmethod
-    def encode_chat(self, messages: Seq[ChatMessage]) -> tuple[int, ...]:
-        """Through the model's chat template, up to where the assistant is to go on.
+    def encode_chat(self, messages: Seq[Mapping[str, str]]) -> tuple[int, ...]:
+        """Messages of `role` and `content` through the model's chat template, up to where the
+        assistant is to go on.
 
         Raises `RequestError` if the model has no template or the template refuses the messages.
         """
@@ -75,69 +57,6 @@ class Tokenizer(abc.ABC):
     def token_text(self, token_id: int) -> str:
         """One token as text, special ones too; U+FFFD for a part of a character."""
         return self.decode((token_id,), skip_special_tokens=False)
-
-    def check(self, request: Request, settings: ModelSettings) -> Prepared:
-        """The request in tokens, or the reason why the model cannot take it.
-
-        Raises `ContextLengthExceeded` or another `RequestError` whose `param` names the field.
-        """
-        field = PROMPT_FIELDS[request.url]
-        if request.num_sequences > settings.max_batch_size:
-            raise RequestError(
-                f"The request asks for {request.num_sequences} sequences (prompts times n); this "
-                f"model takes at most {settings.max_batch_size}.",
-                param="n" if request.num_answers > 1 else field,
-            )
-        prompts = self.encode(request)
-        if request.kind is Kind.EMBED:
-            least = wanted = 0
-        else:
-            least = request.max_tokens or 1
-            wanted = request.max_tokens or settings.default_max_tokens
-        if least > settings.max_output_tokens:
-            raise RequestError(
-                f"This model gives at most {settings.max_output_tokens} tokens.",
-                param=_max_tokens_field(request),
-            )
-        longest = max(map(len, prompts))
-        room = self.context_tokens - (0 if self.separate_output else longest)
-        if longest > self.context_tokens or least > room:
-            raise ContextLengthExceeded(
-                f"The prompt has {longest} tokens and the answer may have {least}; this model's "
-                f"context is {self.context_tokens} tokens.",
-                param=field,
-            )
-        share = settings.max_batch_tokens // request.num_sequences - longest
-        if least > share:
-            raise RequestError(
-                f"{request.num_sequences} sequences of up to {longest + least} tokens pass this "
-                f"model's limit of {settings.max_batch_tokens} tokens at once.",
-                param=field,
-            )
-        return Prepared(prompts, min(wanted, room, share, settings.max_output_tokens))
-
-    def encode(self, request: Request) -> tuple[tuple[int, ...], ...]:
-        """Token ids of each distinct prompt of a request."""
-        field = PROMPT_FIELDS[request.url]
-        prompts = request.prompts
-        fields = [f"{field}.{place}" for place in range(len(prompts))]
-        return tuple(map(self._encode, prompts, fields if len(prompts) > 1 else [field]))
-
-    def _encode(self, prompt: Prompt, field: str) -> tuple[int, ...]:
-        if isinstance(prompt, str):
-            tokens = self.encode_text(prompt)
-        elif isinstance(prompt[0], ChatMessage):
-            tokens = self.encode_chat(prompt)
-        else:
-            tokens = prompt
-            if max(tokens) >= self.vocab_size:
-                raise RequestError(
-                    f"A token id is out of range; this model's run to {self.vocab_size - 1}.",
-                    param=field,
-                )
-        if not tokens:
-            raise RequestError("The prompt has no tokens.", param=field)
-        return tokens
 
 
 class FileTokenizer(Tokenizer):
@@ -167,14 +86,14 @@ class FileTokenizer(Tokenizer):
     def encode_text(self, text: str) -> tuple[int, ...]:
         return tuple(self._file.encode(text).ids)
 
-    def encode_chat(self, messages: Seq[ChatMessage]) -> tuple[int, ...]:
+    def encode_chat(self, messages: Seq[Mapping[str, str]]) -> tuple[int, ...]:
         if self._template is None:
             raise RequestError(
                 "This model has no chat template; send a prompt instead.", param="messages"
             )
         try:
             text = self._template.render(
-                messages=[{"role": each.role, "content": each.content} for each in messages],
+                messages=list(messages),
                 add_generation_prompt=True,
                 tools=None,
                 documents=None,
@@ -223,8 +142,8 @@ class StubTokenizer(Tokenizer):
     def encode_text(self, text: str) -> tuple[int, ...]:
         return tuple(text.encode())
 
-    def encode_chat(self, messages: Seq[ChatMessage]) -> tuple[int, ...]:
-        return self.encode_text("\n".join(each.content for each in messages))
+    def encode_chat(self, messages: Seq[Mapping[str, str]]) -> tuple[int, ...]:
+        return self.encode_text("\n".join(each["content"] for each in messages))
 
     def decode(self, token_ids: Seq[int], *, skip_special_tokens: bool = True) -> str:
         text = bytes(token for token in token_ids if token < self.EOS).decode(errors="replace")
@@ -234,24 +153,12 @@ class StubTokenizer(Tokenizer):
         return "byte"
 
 
-PROMPT_FIELDS: Final = {
-    Url.CHAT: "messages",
-    Url.COMPLETIONS: "prompt",
-    Url.EMBEDDINGS: "input",
-}
-
-
 def load_tokenizer(folder: Path, settings: ModelSettings) -> Tokenizer:
-    """The tokenizer of a model that `app.engines.models.prepare` made ready.
+    """The tokenizer of a model that `app.engines.models.ensure_files` made ready.
 
     Raises `ConfigError` if its files are wrong or `context_tokens` is beyond the model.
     """
     return StubTokenizer(settings) if settings.engine == "stub" else FileTokenizer(folder, settings)
-
-
-def _max_tokens_field(request: Request) -> str:
-    newer = isinstance(request.body, ChatBody) and request.body.max_completion_tokens
-    return "max_completion_tokens" if newer else "max_tokens"
 
 
 def _context_tokens(

@@ -8,9 +8,12 @@ from uuid import UUID
 from sqlalchemy import Connection, text
 
 from app.errors import JobNotFound, JobStateConflict
-from app.jobs import JobState
+from app.jobs import JobState, Kind
+from app.store import submissions
+from app.store.delivery import NOT_QUEUED
 from app.store.notices import CANCEL
 from app.store.results import RECORD_ENDED
+from app.store.submissions import RejectedJob
 from app.store.tables import DEFAULT_TENANT
 
 # Lock a job, to decide by its state.
@@ -21,7 +24,7 @@ _LOCK: Final = text(
 # End a queued job as cancelled.
 _END_QUEUED: Final = text(f"""
     WITH ended AS (
-        UPDATE jobs SET state = 'cancelled', finished_at = now()
+        UPDATE jobs SET state = 'cancelled', finished_at = now(), {NOT_QUEUED}
         WHERE id = :job_id AND state = 'queued'
         RETURNING *,
             CAST(NULL AS uuid) AS last_attempt_id, CAST(NULL AS uuid) AS last_batch_id,
@@ -57,3 +60,21 @@ def cancel(connection: Connection, job_id: UUID, *, tenant: str = DEFAULT_TENANT
             return JobState.RUNNING
         case _:
             raise JobStateConflict(f"The job is {state} already.")
+
+
+def cancel_or_record(connection: Connection, job_id: UUID, kind: Kind) -> JobState:
+    """Cancel a job whose message was revoked, perhaps before anybody had read it.
+
+    A job without a row gets one that is cancelled, so that whoever asks for it hears what became of
+    it, and the message finds it ended if it still comes. Raises as `cancel` does.
+    """
+    unread = RejectedJob(
+        id=job_id,
+        kind=kind,
+        state=JobState.CANCELLED,
+        error_code="cancelled",
+        error_message="The job was cancelled before its message was read.",
+    )
+    if submissions.reject(connection, [unread]):
+        return JobState.CANCELLED
+    return cancel(connection, job_id)

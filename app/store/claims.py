@@ -25,7 +25,9 @@ from sqlalchemy import Connection, text
 
 from app.errors import AttemptsExhausted, Unavailable
 from app.jobs import MAX_UNCHARGED, AttemptOutcome, CloseReason, JobState
+from app.store.delivery import NOT_QUEUED, QUEUED_AGAIN
 from app.store.encoding import encode
+from app.store.lookup import locked
 from app.store.results import ANNOUNCE, RECORD_ENDED, elapsed_ms
 
 
@@ -61,7 +63,7 @@ class Claimed:
 
 
 # Claim the members of a batch that may run now; open their attempts and the batch.
-_CLAIM: Final = text("""
+_CLAIM: Final = text(f"""
     WITH lease AS MATERIALIZED (
         SELECT EXISTS (
             SELECT FROM workers WHERE id = :worker_id AND lease_expires_at > now()
@@ -71,23 +73,25 @@ _CLAIM: Final = text("""
             AS member(job_id uuid, attempt_id uuid, num_sequences int)
         ORDER BY job_id
     ), locked AS MATERIALIZED (
-        SELECT job.*, member.attempt_id AS new_attempt_id
-        FROM member CROSS JOIN LATERAL (
-            SELECT id, state, not_before, deadline, attempt_id, attempt, claimed_at
-            FROM jobs WHERE id = member.job_id FOR NO KEY UPDATE
-        ) AS job
-    ), moved AS (
-        UPDATE jobs SET
-            state = 'running', attempt = jobs.attempt + 1, attempt_id = new_attempt_id,
-            worker_id = :worker_id, batch_id = :id, claimed_at = now()
-        FROM locked
-        WHERE jobs.id = locked.id AND locked.state = 'queued'
-            AND locked.not_before <= now() AND (locked.deadline > now()) IS NOT FALSE
-            AND (SELECT is_held FROM lease)
-        RETURNING jobs.id AS job_id, jobs.tenant, jobs.kind, jobs.attempt_id, jobs.attempt AS number
+        SELECT
+            id, tenant, state, not_before, deadline, job.attempt_id, attempt, claimed_at,
+            member.attempt_id AS new_attempt_id
+        FROM member {locked("member.job_id")}
     ), opened AS (
         INSERT INTO attempts (id, tenant, job_id, number, worker_id, batch_id, claimed_at)
-        SELECT attempt_id, tenant, job_id, number, :worker_id, :id, now() FROM moved
+        SELECT new_attempt_id, tenant, id, attempt + 1, :worker_id, :id, now()
+        FROM locked
+        WHERE locked.state = 'queued'
+            AND locked.not_before <= now() AND (locked.deadline > now()) IS NOT FALSE
+            AND (SELECT is_held FROM lease)
+        ON CONFLICT (id) DO NOTHING  -- opened by this very call before, and lost since
+        RETURNING id, job_id, number
+    ), moved AS (
+        UPDATE jobs SET
+            state = 'running', attempt = number, attempt_id = opened.id,
+            worker_id = :worker_id, batch_id = :id, claimed_at = now(), {NOT_QUEUED}
+        FROM opened WHERE jobs.id = opened.job_id
+        RETURNING jobs.id AS job_id, jobs.kind, jobs.attempt_id, jobs.attempt AS number
     ), batch AS (
         INSERT INTO batches (
             id, worker_id, model, kind, engine, close_reason, num_jobs, num_sequences, wait_ms,
@@ -114,8 +118,9 @@ _CLAIM: Final = text("""
 def claim(connection: Connection, batch: NewBatch, members: Sequence[Member]) -> list[Claimed]:
     """Move a batch's members from `queued` to `running`; returns those that it got.
 
-    The rest is finished, cancelled, expired, not due or somebody else's. Raises `Unavailable` if
-    the worker's lease is over: rescue would take the jobs at once. The next heartbeat renews it.
+    The rest is finished, cancelled, expired, not due or somebody else's; or this very call got it
+    before, its answer was lost, and so was the attempt since. Raises `Unavailable` if the worker's
+    lease is over: rescue would take the jobs at once. The next heartbeat renews it.
     """
     rows = connection.execute(
         _CLAIM,
@@ -182,9 +187,7 @@ _FINISH: Final = text(f"""
     ), held AS MATERIALIZED (
         SELECT job.id AS job_id, job.tenant, job.model, job.kind, job.batch_id,
             job.created_at, job.queued_at, job.claimed_at
-        FROM given CROSS JOIN LATERAL (
-            SELECT * FROM jobs WHERE id = given.job_id FOR NO KEY UPDATE
-        ) AS job
+        FROM given {locked("given.job_id")}
         WHERE job.state = 'running' AND job.attempt_id = given.attempt_id
     ), moved AS (
         UPDATE jobs SET
@@ -292,7 +295,7 @@ GIVE_BACK: Final = f"""
             not_before = greatest(not_before, now() + delay_s * interval '1 s'),
             queued_at = CASE next_state WHEN 'queued' THEN now() ELSE queued_at END,
             finished_at = CASE next_state WHEN 'queued' THEN NULL ELSE now() END,
-            received_by = NULL, enqueued_at = NULL, wake_count = 0
+            {QUEUED_AGAIN}
         FROM next WHERE jobs.id = next.job_id
         RETURNING jobs.*, next.attempt_id AS last_attempt_id, next.batch_id AS last_batch_id,
             CASE WHEN charged THEN error_code ELSE '{NEVER_FINISHED.code}' END AS error_code,
@@ -332,9 +335,7 @@ _RELEASE: Final = text(f"""
         SELECT
             given.*, batch_id, cancel_requested_at, deadline, attempt, attempts_charged,
             max_attempts
-        FROM given CROSS JOIN LATERAL (
-            SELECT * FROM jobs WHERE id = given.job_id FOR NO KEY UPDATE
-        ) AS job
+        FROM given {locked("given.job_id")}
         WHERE job.state = 'running' AND job.attempt_id = given.attempt_id
     ), {GIVE_BACK}
 """)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,18 +16,26 @@ import psycopg
 from alembic import command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
-from sqlalchemy import URL, Connection, Engine, NullPool, create_engine, event, make_url, text
-from sqlalchemy.exc import ArgumentError, DBAPIError, DisconnectionError, OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy import Connection, Engine, NullPool, create_engine, event, text
+from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from app.errors import ConfigError, GristmillError, SchemaError, Unavailable
+from app.errors import SchemaError
+from app.store.address import Address
+from app.store.link import Found, Link, connect, is_lost
+from app.store.translation import Locked, translated_errors
+
+log = logging.getLogger(__name__)
 
 MIGRATIONS: Final = Path(__file__).parents[2] / "migrations"
 """Beside the package, in a checkout and in site-packages alike."""
 
 PING_AFTER_S: Final = 0.5
 """A connection that was idle for longer is tried before it is used."""
+
+CLOCK_S: Final = 10.0
+"""How long this machine's clock may go on from a reading of the database's."""
 
 _FITS_FROM: Final = "0001"
 """Code of this revision and of all later ones runs on the newest schema. Migrations only add, so
@@ -37,15 +48,6 @@ for its own lock goes on, and it tries again."""
 _MIGRATION_TRIES: Final = 30
 _MIGRATION_PAUSE_S: Final = 1.0
 
-# SQLSTATE classes and codes that pass: no connection, no resources, a shutdown, a standby,
-# a timeout, a deadlock. All else is a bug or a wrong setting.
-_PASSING: Final = ("08", "53", "57", "58", "40001", "40P01", "55P03", "25006", "25P03", "25P04")
-_NO_SUCH_TABLE_OR_COLUMN: Final = ("42P01", "42703")
-
-
-class _Locked(Unavailable):
-    """A lock was not to be had in time."""
-
 
 class Database:
     """The connection pool of this process.
@@ -53,6 +55,7 @@ class Database:
     Timeouts hold for every statement: `statement_timeout_ms` for its whole time, `lock_timeout_ms`
     for a wait on a row. A client that stands still inside a transaction is cut off after
     `statement_timeout_ms` as well, so that its row locks end with it. Stamps come back in UTC.
+    Whether that is so is looked at on each new connection, see `app.store.link`.
     """
 
     def __init__(
@@ -65,28 +68,30 @@ class Database:
         statement_timeout_ms: int = 15_000,
         lock_timeout_ms: int = 3_000,
     ) -> None:
-        self.url: Final = psycopg_url(url)
-        session = {
-            "statement_timeout": statement_timeout_ms,
-            "idle_in_transaction_session_timeout": statement_timeout_ms,
-            "lock_timeout": lock_timeout_ms,
+        settings = {
+            "statement_timeout": str(statement_timeout_ms),
+            "idle_in_transaction_session_timeout": str(statement_timeout_ms),
+            "lock_timeout": str(lock_timeout_ms),
             "timezone": "UTC",
+            # A plan that was made while a table was empty is of no use when it is full.
+            "plan_cache_mode": "force_custom_plan",
         }
-        self._engine: Final = create_engine(
-            self.url,
-            pool_size=pool_size,
-            max_overflow=0,
-            pool_timeout=connect_timeout_s,
-            hide_parameters=True,
-            connect_args={
-                "application_name": application_name,
-                "connect_timeout": connect_timeout_s,
-                "options": " ".join(f"-c {name}={value}" for name, value in session.items()),
-                **KEEPALIVE,
-            },
+        address = (
+            Address.of(url)
+            .with_defaults(
+                application_name=application_name, connect_timeout=str(connect_timeout_s)
+            )
+            .with_settings(settings)
         )
-        _ping_what_was_idle(self._engine)
-        self._autocommit: Final = self._engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._engine: Final = make_engine(
+            address, pool_size=pool_size, max_overflow=0, pool_timeout=connect_timeout_s
+        )
+        self._clock: Final = Clock()
+        self._is_pooler_told = False
+        event.listen(self._engine, "connect", self._note_connected)
+        _try_what_was_idle(self._engine)
+        self._transactions: Final = in_transactions(self._engine)
+        self._statements: Final = _one_by_one(self._engine)
 
     @contextmanager
     def begin(self) -> Iterator[Connection]:
@@ -96,7 +101,7 @@ class Database:
         at the commit, it is unknown whether it took place; `claim`, `finish`, `insert_jobs` and
         `receive` may simply be repeated.
         """
-        with _translating(), self._engine.begin() as connection:
+        with translated_errors(), self._transactions.begin() as connection:
             yield connection
 
     @contextmanager
@@ -106,8 +111,24 @@ class Database:
         For moves that are one statement: one round trip to Postgres where `begin` takes three.
         Raises as `begin` does, and leaves the same unknown.
         """
-        with _translating(), self._autocommit.connect() as connection:
+        with translated_errors(), self._statements.connect() as connection:
             yield connection
+
+    def now(self) -> datetime:
+        """The time by the database's clock, which all times of jobs are judged by.
+
+        Asks for it now and then, and counts on from there. Raises `Unavailable`.
+        """
+        if self._clock.is_stale:
+            with self.autocommit() as connection:
+                now = connection.scalar(text("SELECT clock_timestamp()"))
+                self._clock.set(now, time.monotonic())
+        return self._clock.now()
+
+    def found(self) -> Found:
+        """What a connection of the pool found when it was opened. Raises `Unavailable`."""
+        with self.autocommit() as connection:
+            return _link(connection).found
 
     def check_schema(self) -> None:
         """Raise `SchemaError`, with the command to run, unless this code runs on the schema.
@@ -120,8 +141,91 @@ class Database:
     def close(self) -> None:
         self._engine.dispose()
 
+    def _note_connected(self, link: Link, _: ConnectionPoolEntry) -> None:
+        self._clock.set(link.found.server_time, link.found.asked_s)
+        if link.is_shared and not self._is_pooler_told:
+            self._is_pooler_told = True
+            log.info(
+                "Postgres is behind a pooler: settings go with every transaction, and nothing is "
+                "prepared.",
+                extra={"action": "pooler_found"},
+            )
 
-def _ping_what_was_idle(engine: Engine) -> None:
+
+class Clock:
+    """The database's clock as this process knows it. Threads may share it."""
+
+    def __init__(self) -> None:
+        self._known: tuple[datetime, float] | None = None  #: and when, monotonic
+
+    @property
+    def is_stale(self) -> bool:
+        return self._known is None or time.monotonic() - self._known[1] > CLOCK_S
+
+    def set(self, now: datetime, at_s: float) -> None:
+        self._known = (now, at_s)
+
+    def now(self) -> datetime:
+        assert self._known is not None
+        then, at_s = self._known
+        return then + timedelta(seconds=time.monotonic() - at_s)
+
+
+def make_engine(address: Address, **given: Any) -> Engine:
+    """An engine whose connections are links, and go with the whole pool when one is lost."""
+    engine = create_engine(
+        "postgresql+psycopg://",
+        creator=partial(connect, address),
+        hide_parameters=True,
+        use_native_hstore=False,
+        **given,
+    )
+
+    @event.listens_for(engine, "handle_error")
+    def drop(context: ExceptionContext) -> None:
+        if is_lost(context.original_exception):
+            context.is_disconnect = True
+
+    return engine
+
+
+def in_transactions(engine: Engine) -> Engine:
+    """The engine for blocks of statements that are one transaction."""
+    blocks = engine.execution_options()
+
+    @event.listens_for(blocks, "begin")
+    def begin(connection: Connection) -> None:
+        options = {"no_parameters": True}  # so that it may be two statements
+        connection.exec_driver_sql(_link(connection).begin, execution_options=options)
+
+    return blocks
+
+
+def _one_by_one(engine: Engine) -> Engine:
+    """The engine for statements each of which is a transaction by itself."""
+    single = engine.execution_options()
+
+    @event.listens_for(single, "before_cursor_execute")
+    def begin(connection: Connection, *_: Any) -> None:
+        link = _link(connection)
+        if link.is_shared:
+            link.rollback()  # of a statement before that failed
+            link.execute(link.begin)
+
+    @event.listens_for(single, "after_cursor_execute")
+    def commit(connection: Connection, *_: Any) -> None:
+        _link(connection).commit()
+
+    return single
+
+
+def _link(connection: Connection) -> Link:
+    link = connection.connection.driver_connection
+    assert isinstance(link, Link)
+    return link
+
+
+def _try_what_was_idle(engine: Engine) -> None:
     """Try a connection that was idle for a while before it is used; others were alive just now."""
 
     @event.listens_for(engine, "checkin")
@@ -129,34 +233,15 @@ def _ping_what_was_idle(engine: Engine) -> None:
         record.info["idle_since_s"] = time.monotonic()
 
     @event.listens_for(engine, "checkout")
-    def ping(connection: Any, record: ConnectionPoolEntry, _: Any) -> None:
+    def ping(link: Link, record: ConnectionPoolEntry, _: Any) -> None:
         if time.monotonic() - record.info.get("idle_since_s", math.inf) < PING_AFTER_S:
             return
         try:
-            engine.dialect.do_ping(connection)
-        except engine.dialect.loaded_dbapi.Error as error:
+            link.execute("")
+        except psycopg.Error as error:
             raise DisconnectionError from error  # the pool connects anew
-
-
-KEEPALIVE: Final = {
-    "keepalives": 1,
-    "keepalives_idle": 5,
-    "keepalives_interval": 2,
-    "keepalives_count": 3,
-    "tcp_user_timeout": 10_000,
-}
-"""libpq settings that notice a silent server within about ten seconds."""
-
-
-def psycopg_url(url: str) -> URL:
-    """The URL with the psycopg driver, whichever driver it names. Raises `ConfigError`."""
-    try:
-        parsed = make_url(url)
-    except (ArgumentError, ValueError):  # the port may be no number
-        raise ConfigError("database.url is not a URL, as in postgresql://host/database.") from None
-    if parsed.get_backend_name() not in ("postgres", "postgresql"):
-        raise ConfigError("database.url does not begin with postgresql://.")
-    return parsed.set(drivername="postgresql+psycopg")
+        if link.is_read_only:
+            raise DisconnectionError("The server only reads.")  # another may take writes
 
 
 def migrate(url: str) -> str:
@@ -168,7 +253,7 @@ def migrate(url: str) -> str:
     for _ in range(_MIGRATION_TRIES - 1):
         try:
             return _run_alembic(url, _upgrade, "head")
-        except _Locked:
+        except Locked:
             time.sleep(_MIGRATION_PAUSE_S)
     return _run_alembic(url, _upgrade, "head")
 
@@ -187,16 +272,14 @@ def downgrade(url: str, revision: str) -> str:
 
 
 def _run_alembic(url: str, move: Callable[[Config, str], None], revision: str) -> str:
-    engine = create_engine(
-        psycopg_url(url),
-        poolclass=NullPool,
-        hide_parameters=True,
-        connect_args={"connect_timeout": 5, **KEEPALIVE},
+    address = Address.of(url).with_defaults(
+        application_name="gristmill-migrate", connect_timeout="5"
     )
+    engine = make_engine(address, poolclass=NullPool)
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
     try:
-        with _translating(), engine.begin() as connection:
+        with translated_errors(), in_transactions(engine).begin() as connection:
             # The lock ends with the transaction, and so does everything a failed migration did.
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
             connection.execute(text(f"SET LOCAL lock_timeout = {_MIGRATION_LOCK_TIMEOUT_MS}"))
@@ -252,42 +335,3 @@ def _fits_from(connection: Connection) -> str | None:
         text("SELECT to_jsonb(noted) ->> 'fits_from' FROM alembic_version AS noted")
     )
     return noted
-
-
-@contextmanager
-def _translating() -> Iterator[None]:
-    """The driver's errors as Gristmill's."""
-    try:
-        yield
-    except PoolTimeout:
-        raise Unavailable("All database connections of this process are busy.") from None
-    except DBAPIError as error:
-        raise _translated(error) from None
-
-
-def _translated(error: DBAPIError) -> GristmillError:
-    """What an error of the driver means to a caller, without the statement's values.
-
-    Postgres quotes the values of a refused row, and one may be a prompt. So only the code and the
-    constraint's name are kept; in full, the text of a lost connection or of a wrong statement.
-    """
-    name = type(error.orig).__name__
-    diagnosis = error.orig.diag if isinstance(error.orig, psycopg.Error) else None
-    code = diagnosis.sqlstate if diagnosis else None
-    if code is None and isinstance(error, OperationalError):
-        first_line = str(error.orig).strip().partition("\n")[0]
-        return Unavailable(f"Postgres cannot be reached: {first_line}")
-    if code == "55P03":
-        return _Locked("Others hold a lock on this in Postgres for too long (SQLSTATE 55P03).")
-    if code is not None and code.startswith(_PASSING):
-        return Unavailable(f"Postgres cannot serve this now: {name} (SQLSTATE {code}).")
-    if code in _NO_SUCH_TABLE_OR_COLUMN:
-        return SchemaError(
-            f"The database schema does not fit: {name} (SQLSTATE {code}). Run: gristmill migrate"
-        )
-    detail = ""
-    if diagnosis and diagnosis.constraint_name:
-        detail = f" of {diagnosis.constraint_name}"
-    elif code is not None and code.startswith("42"):
-        detail = f": {diagnosis.message_primary}" if diagnosis else ""
-    return GristmillError(f"Postgres refused a statement, {name}{detail} (SQLSTATE {code}).")

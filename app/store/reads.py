@@ -28,8 +28,9 @@ from sqlalchemy import (
     union_all,
 )
 
-from app.errors import JobNotFound
+from app.errors import JobNotFound, JobUnreadable
 from app.jobs import JobState
+from app.store.encoding import UNREADABLE
 from app.store.tables import DEFAULT_TENANT, Stamp, attempts, batches, jobs, results
 
 if TYPE_CHECKING:
@@ -171,9 +172,17 @@ _WHOLE: Final = _LISTED.add_columns(results.c.response)
 _STATES: Final = select(jobs.c.id, jobs.c.state).where(jobs.c.id == _IDS)
 
 
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A job whose row cannot be read here: nobody who asks for another one suffers for it."""
+
+    id: UUID
+    error: JobUnreadable
+
+
 def find(
     connection: Connection, ids: Sequence[UUID], *, tenant: str = DEFAULT_TENANT
-) -> list[JobView]:
+) -> list[JobView | Unreadable]:
     """Jobs with their attempts, batch and result, in the order of `ids`; without those that this
     tenant does not have."""
     return _views(connection, _WHOLE, list(ids), tenant)
@@ -224,7 +233,7 @@ def list_jobs(
     after: UUID | None = None,
     limit: int = 50,
     tenant: str = DEFAULT_TENANT,
-) -> list[JobView]:
+) -> list[JobView | Unreadable]:
     """A tenant's jobs without their responses, newest first, beginning after the job `after`.
 
     `since` leaves out those accepted before. Raises `JobNotFound` if there is no job `after`. Takes
@@ -266,31 +275,42 @@ def _place(connection: Connection, job_id: UUID, tenant: str) -> Tuple:
 
 def _views(
     connection: Connection, query: Select[*tuple[Any, ...]], ids: list[UUID], tenant: str
-) -> list[JobView]:
+) -> list[JobView | Unreadable]:
     """The jobs in the order of `ids`, as far as this tenant has them."""
     # Jobs before attempts: a final job's attempts are then final too.
     rows = connection.execute(query, {"ids": ids, "tenant": tenant}).all()
-    tried: dict[UUID, list[AttemptView]] = {id: [] for id in ids}
+    tried: dict[UUID, list[Row[Any]]] = {id: [] for id in ids}
     for attempt in connection.execute(_TRIED, {"ids": ids}):
-        tried[attempt.job_id].append(_view(attempt, AttemptView, _OF_ATTEMPT))
-    views: dict[UUID, JobView] = {}
+        tried[attempt.job_id].append(attempt)
+    views: dict[UUID, JobView | Unreadable] = {}
     for row in rows:
         id = row._mapping[jobs.c.id]
-        views[id] = _view(
-            row,
-            JobView,
-            _OF_JOB,
-            attempts=tuple(tried[id]),
-            result=_view(row, ResultView, _OF_RESULT) if row._mapping[results.c.job_id] else None,
-            batch=_view(row, BatchView, _OF_BATCH) if row._mapping[batches.c.id] else None,
-        )
+        try:
+            views[id] = _job(row, tried[id])
+        except (TypeError, ValueError) as error:
+            views[id] = Unreadable(id, JobUnreadable(f"The job's row cannot be read: {error}."))
     return [views[id] for id in ids if id in views]
+
+
+def _job(row: Row[*tuple[Any, ...]], tried: Sequence[Row[Any]]) -> JobView:
+    """Raises `ValueError` for a word that is not known here, or JSON that cannot be held."""
+    return _view(
+        row,
+        JobView,
+        _OF_JOB,
+        attempts=tuple(_view(attempt, AttemptView, _OF_ATTEMPT) for attempt in tried),
+        result=_view(row, ResultView, _OF_RESULT) if row._mapping[results.c.job_id] else None,
+        batch=_view(row, BatchView, _OF_BATCH) if row._mapping[batches.c.id] else None,
+    )
 
 
 def _view(
     row: Row[*tuple[Any, ...]], view: type[V], columns: Sequence[Column[Any]], **more: object
 ) -> V:
     values = {column.name: row._mapping[column] for column in columns if column in row._mapping}
+    for name, value in values.items():
+        if value is UNREADABLE:
+            raise ValueError(f"{name} is too large or nested too deep")
     if "state" in values:
         values["state"] = JobState(values["state"])
     return view(**values, **more)

@@ -45,13 +45,13 @@ def tables(connection: Connection) -> dict[str, Size]:
 _JOBS: Final = text("""
     INSERT INTO jobs (
         id, model, kind, url, request, fingerprint, source, state, input_tokens, max_output_tokens,
-        not_before, created_at, queued_at, claimed_at, finished_at, enqueued_at, attempt,
+        not_before, created_at, queued_at, claimed_at, finished_at, attempt,
         attempts_charged
     )
     SELECT
         gen_random_uuid(), :model, 'generate', '/v1/completions',
         jsonb_build_object('prompt', CAST(:prompt AS text)), 'f00d', 'api', 'completed', 100, 100,
-        made, made, made, made, made, made, 1, 1
+        made, made, made, made, made, 1, 1
     FROM generate_series(1, :jobs) AS n
     CROSS JOIN LATERAL (
         SELECT now() - (:older_than_s + :jobs - n) * interval '1 s' AS made

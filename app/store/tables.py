@@ -36,8 +36,16 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 
-from app.engines.base import Kind
-from app.jobs import FINAL_STATES, MAX_PRIORITY, AttemptOutcome, CloseReason, JobState
+from app.jobs import (
+    EARLIEST,
+    FINAL_STATES,
+    LATEST,
+    MAX_PRIORITY,
+    AttemptOutcome,
+    CloseReason,
+    JobState,
+    Kind,
+)
 
 DEFAULT_TENANT = "default"
 
@@ -72,6 +80,16 @@ def _one_of(column: str, values: type[enum.StrEnum] | frozenset[JobState]) -> Ch
     return CheckConstraint(f"{column} IN ({listed})", name=column)
 
 
+def _in_range(*stamps: str) -> CheckConstraint:
+    """Times that every client can read, see `app.jobs.bounded`; infinity is none of them."""
+    span = f"BETWEEN '{EARLIEST.date()}Z' AND '{LATEST.date()}Z'"
+    return CheckConstraint(" AND ".join(f"{stamp} {span}" for stamp in stamps), name="stamps")
+
+
+def _not_negative(*counts: str) -> CheckConstraint:
+    return CheckConstraint(" AND ".join(f"{count} >= 0" for count in counts), name="counts")
+
+
 jobs = Table(
     "jobs",
     metadata,
@@ -89,6 +107,13 @@ jobs = Table(
     Column("kind", Text, nullable=False, comment="What the model does: generate or embed."),
     Column("url", Text, comment="OpenAI-style path of the request; null if it was never readable."),
     Column("request", JSONB, comment="Body as sent, prompt included; null once redacted."),
+    Column(
+        "format",
+        SmallInteger,
+        nullable=False,
+        server_default=text("1"),
+        comment="Version of the request's format; only workers that know it take the job.",
+    ),
     Column("fingerprint", Text, comment="Hex SHA-256 of url and request in canonical JSON."),
     Column("source", Text, nullable=False, comment="Where it came from: api or message."),
     Column("idempotency_key", Text, comment="The caller's key; unique per tenant."),
@@ -111,6 +136,7 @@ jobs = Table(
     Column("max_output_tokens", Integer, comment="Most output tokens allowed, if counted."),
     Column("not_before", Stamp, nullable=False, comment="May be claimed from this time on."),
     Column("deadline", Stamp, comment="Expires if not finished by this time; null is never."),
+    Column("time_limit_s", Double, comment="Longest time an attempt may take; null is any time."),
     Column("state", Text, nullable=False, comment="State; the last four of app.jobs are final."),
     Column(
         "attempt",
@@ -143,7 +169,7 @@ jobs = Table(
     Column("attempt_id", Uuid, comment="The running attempt: the fence of every write; else null."),
     Column("worker_id", Uuid, comment="Worker that runs it; null unless running."),
     Column("batch_id", Uuid, comment="Batch that it runs in; null unless running."),
-    Column("received_by", Uuid, comment="Worker that last received its message."),
+    Column("received_by", Uuid, comment="Worker that holds its message, while queued."),
     Column("enqueued_at", Stamp, comment="Message last sent; null if none is under way."),
     Column(
         "wake_count",
@@ -162,6 +188,34 @@ jobs = Table(
     CheckConstraint("source IN ('api', 'message')", name="source"),
     CheckConstraint(f"priority BETWEEN 0 AND {MAX_PRIORITY}", name="priority"),
     CheckConstraint("max_attempts >= 1", name="max_attempts"),
+    CheckConstraint("format >= 1", name="format"),
+    _in_range(
+        "not_before",
+        "deadline",
+        "enqueued_at",
+        "cancel_requested_at",
+        "created_at",
+        "queued_at",
+        "claimed_at",
+        "finished_at",
+    ),
+    _not_negative("attempt", "attempts_charged", "losses", "input_tokens", "max_output_tokens"),
+    CheckConstraint(
+        "input_tokens <= 1000000000 AND max_output_tokens <= 1000000000", name="tokens"
+    ),
+    CheckConstraint(
+        "char_length(tenant) <= 200 AND char_length(model) <= 200 AND char_length(url) <= 200"
+        " AND char_length(idempotency_key) BETWEEN 1 AND 255",
+        name="lengths",
+    ),
+    CheckConstraint(
+        "jsonb_typeof(request) = 'object' AND jsonb_typeof(metadata) = 'object'", name="objects"
+    ),
+    CheckConstraint(
+        "received_by IS NULL OR (state = 'queued' AND enqueued_at IS NOT NULL)", name="delivery"
+    ),
+    CheckConstraint("wake_count >= 0", name="wake_count"),
+    CheckConstraint("time_limit_s > 0 AND time_limit_s < 'Infinity'", name="time_limit"),
     CheckConstraint(
         "num_nulls(attempt_id, worker_id, batch_id) = CASE state WHEN 'running' THEN 0 ELSE 3 END",
         name="attempt",
@@ -258,6 +312,8 @@ attempts = Table(
     Column("cost", Money, comment="Price of that device time, in the worker's currency."),
     Column("error_code", Text, comment="Stable code of what ended it, see app.errors."),
     _one_of("outcome", AttemptOutcome),
+    _in_range("claimed_at", "started_at", "ended_at"),
+    _not_negative("number", "device_ns", "cost"),
     CheckConstraint(
         "num_nulls(ended_at, outcome, charged) IN (0, 3)",
         name="ended",
@@ -328,6 +384,11 @@ results = Table(
     Column("price_id", Text, comment="Entry of prices.toml that was charged."),
     _one_of("kind", Kind),
     _one_of("state", FINAL_STATES),
+    _in_range(
+        "created_at", "queued_at", "claimed_at", "started_at", "first_token_at", "finished_at"
+    ),
+    _not_negative("batch_size", "input_tokens", "output_tokens", "device_ns", "cost"),
+    CheckConstraint("jsonb_typeof(response) = 'object'", name="response"),
     # Retention: responses to remove, by age.
     Index(
         "results_responses",
@@ -386,6 +447,8 @@ batches = Table(
     Column("finished_at", Stamp, comment="Statistics last written; final once all members are."),
     _one_of("kind", Kind),
     _one_of("close_reason", CloseReason),
+    _in_range("opened_at", "claimed_at", "finished_at"),
+    _not_negative("num_jobs", "num_sequences", "useful_tokens", "padded_tokens", "device_ns"),
     Index("batches_by_age", "claimed_at"),
     postgresql_with={"fillfactor": "80"} | _AGEING,
     comment="One row per admission batch. It may mix tenants, so it belongs to none.",
@@ -414,6 +477,7 @@ workers = Table(
     Column("heartbeat_at", Stamp, nullable=False, comment="Lease last renewed."),
     Column("lease_expires_at", Stamp, nullable=False, comment="Its attempts are lost after this."),
     Column("stopped_at", Stamp, comment="Said goodbye; null while up, and for ever if killed."),
+    _in_range("started_at", "heartbeat_at", "lease_expires_at", "stopped_at"),
     # Renewed every few seconds and tiny: room for each renewal to stay in its page.
     postgresql_with={"fillfactor": "50"},
     comment="One row per start of a worker process: its lease, device and price.",

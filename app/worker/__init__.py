@@ -12,8 +12,8 @@ from typing import Any
 def __getattr__(name: str) -> Any:
     if name not in ("app", "celery"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from app.broker import make_app
-    from app.config_file import load
+    from app.broker.app import make_app
+    from app.config.file import load
 
     globals()["app"] = made = make_app(load().connected())
     return made

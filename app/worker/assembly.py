@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import Any, Final
 from uuid import UUID, uuid4
 
-from app.broker import Publisher, served_models
-from app.config import Settings
+from app.broker.publisher import Publisher
+from app.broker.queues import served_models
+from app.config.settings import Settings
 from app.engines.catalog import CatalogModel, load_catalog
 from app.errors import EngineError
 from app.store.database import Database
 from app.store.workers import NewWorker
 from app.worker.batcher import Batcher, Limits
-from app.worker.engine_host import EngineHost
+from app.worker.engine.host import EngineHost
+from app.worker.engine.wire import LoadModels, ServedModel
+from app.worker.engine.xid import Remedy, Xid, XidWatch
 from app.worker.lease import LeaseKeeper
 from app.worker.ledger import Ledger
 from app.worker.registrar import Registrar
@@ -28,8 +31,6 @@ from app.worker.runner import Runner
 from app.worker.settlement import Settlement
 from app.worker.thread import RunnerThread
 from app.worker.watchdog import Watchdog
-from app.worker.wire import Load, ServedModel
-from app.worker.xid import Remedy, Xid, XidWatch
 
 STILL_S: Final = 5.0
 """The runner turns every second; one that has not for so long waits for something."""
@@ -49,7 +50,7 @@ class Assembly:
     xid_watch: XidWatch | None = None
 
     def start(self) -> None:
-        """Load the models, then register. Raises what kept the worker from being ready."""
+        """LoadModels the models, then register. Raises what kept the worker from being ready."""
         self.database.check_schema()
         self.runner.start()
         if not self.runner.ready.wait(self.load_timeout_s):
@@ -145,7 +146,7 @@ def assemble(
     lease = LeaseKeeper(
         worker=_this_worker(worker_id, settings),
         database=database,
-        database_url=settings.database.url,
+        database_url=settings.database.news_url,
         runner=thread,
         lease_s=settings.worker.lease_s,
         heartbeat_s=settings.worker.heartbeat_s,
@@ -162,6 +163,7 @@ def assemble(
         runner=thread,
         lease=lease,
         stall_timeout_s=settings.worker.stall_timeout_s,
+        lease_s=settings.worker.lease_s,
     )
     return Assembly(
         *(worker_id, thread, lease, database, publisher, watchdog),
@@ -175,7 +177,7 @@ def _engine_host(settings: Settings, catalog: dict[str, CatalogModel]) -> Engine
         ServedModel(name, model.folder, model.settings) for name, model in catalog.items()
     )
     return EngineHost(
-        Load(models, settings.worker.device, settings.worker.threads),
+        LoadModels(models, settings.worker.device, settings.worker.threads),
         load_timeout_s=settings.worker.load_timeout_s,
         step_timeout_s=settings.worker.step_timeout_s,
     )

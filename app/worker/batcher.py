@@ -10,9 +10,10 @@ longest allowed output). It closes
     join    when its oldest member has waited `JOIN_WAIT_NS`, if the engine is running and takes
             sequences between steps: those that come during one step then share a claim.
 
-What does not fit opens the next batch. Members go in by priority, then deadline, then age; a
-candidate that has been passed over for `STARVATION_WAITS` times its group's `max_wait_ms` goes
-first whatever its priority, so nothing waits for ever.
+What does not fit opens the next batch, and what could not even be alone in an empty engine is
+handed back by `misfits`: nothing behind it would ever run. Members go in by priority, then
+deadline, then age; a candidate that has been passed over for `STARVATION_WAITS` times its group's
+`max_wait_ms` goes first whatever its priority, so nothing waits for ever.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 from typing import Final
 from uuid import UUID
 
-from app.config import ModelSettings
+from app.config.settings import ModelSettings
 from app.jobs import CloseReason
 
 STARVATION_WAITS: Final = 100
@@ -79,7 +80,7 @@ class Capacity:
 
 
 @dataclass(frozen=True, slots=True)
-class ClosedBatch:
+class Selection:
     group: str
     members: tuple[Candidate, ...]  #: in the order they were admitted
     reason: CloseReason
@@ -111,8 +112,19 @@ class Batcher:
                 return candidate
         return None
 
-    def close(self, group: str, capacity: Capacity, now_ns: int) -> ClosedBatch | None:
-        """The batch of this group that closes now, taken out of the waiting, or None."""
+    def misfits(self, group: str, capacity: Capacity) -> list[Candidate]:
+        """Take out the candidates of this group that its engine can never take, however empty."""
+        most = most_rows(self.limits[group], capacity)
+        found = [c for c in self._waiting[group].values() if c.num_sequences > most]
+        for candidate in found:
+            del self._waiting[group][candidate.job_id]
+        return found
+
+    def close(self, group: str, capacity: Capacity, now_ns: int) -> Selection | None:
+        """The batch of this group that closes now, taken out of the waiting, or None.
+
+        Without `misfits` among the waiting it gives one sooner or later, whatever they ask for.
+        """
         limits, waiting = self.limits[group], self._waiting[group]
         if not waiting or capacity.free_rows < 1:
             return None
@@ -128,7 +140,7 @@ class Batcher:
         for member in members:
             del waiting[member.job_id]
         oldest = min(member.arrived_ns for member in members)
-        return ClosedBatch(group, tuple(members), reason, now_ns - oldest)
+        return Selection(group, tuple(members), reason, now_ns - oldest)
 
     def next_close_ns(self, capacities: Mapping[str, Capacity]) -> int | None:
         """When the first of these groups closes by waiting, or None if nothing waits there."""
@@ -139,6 +151,12 @@ class Batcher:
             if self._waiting[group]
         ]
         return min(times, default=None)
+
+
+def most_rows(limits: Limits, capacity: Capacity) -> int:
+    """Sequences that a job of this group may have at most, as far as its engine shows it now."""
+    free = capacity.free_rows if capacity.is_empty else limits.max_batch_size
+    return min(limits.max_batch_size, free)
 
 
 def _urgency(candidate: Candidate, limits: Limits, now_ns: int) -> tuple[bool, int, float, int]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from uuid import UUID
 
-from app.worker.intake import Refusal
-from app.worker.ticket import Ticket
+from app.worker.pool.arrivals import Refusal
+from app.worker.pool.ticket import Ticket
 from app.worker.work import LeaseNews
 
 
@@ -15,6 +15,11 @@ class Revoked:
     """Celery revoked this job."""
 
     job_id: UUID
+
+
+@dataclass(frozen=True, slots=True)
+class Nameless:
+    """A message without a task id was received, and dropped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,4 +34,4 @@ class Drain:
     until_ns: int
 
 
-Command = Ticket | Refusal | Revoked | LeaseNews | Flush | Drain
+Command = Ticket | Refusal | Nameless | Revoked | LeaseNews | Flush | Drain

@@ -17,6 +17,7 @@ from uuid import UUID
 from app.errors import LeaseLost, Unavailable
 from app.store import notices, workers
 from app.store.database import Database
+from app.threads import Background
 from app.worker.thread import RunnerThread
 from app.worker.work import LeaseNews
 
@@ -52,8 +53,8 @@ class LeaseKeeper:
         self._failed = False  #: the last heartbeat did
         self._stopping = threading.Event()
         self._threads = [
-            threading.Thread(target=self._keep, name="lease", daemon=True),
-            threading.Thread(target=self._listen, name="cancels", daemon=True),
+            Background("lease", self._keep, self._stopping),
+            Background("cancels", self._listen, self._stopping),
         ]
 
     def start(self) -> None:
@@ -84,6 +85,13 @@ class LeaseKeeper:
         """Why the lease is not being renewed; None if it is."""
         late_s = (self._now_ns() - self._renewed_ns) / 1e9 - self._heartbeat_s
         return "Postgres does not answer." if self._failed or late_s > LATE_S else None
+
+    def database_answers(self) -> bool:
+        try:
+            self._database.check_schema()
+        except Unavailable:
+            return False
+        return True
 
     def beat(self) -> None:
         """Renew the lease if the runner deserves it."""
@@ -120,10 +128,12 @@ class LeaseKeeper:
         )
 
     def _listen(self) -> None:
-        """Cancels act at once; one that is missed comes with the next heartbeat."""
+        """Cancels act at once; one that may have been missed comes with a heartbeat."""
         heard = notices.listen(self._database_url, [notices.CANCEL], self._stopping)
         for notice in heard:
-            if notice.job_id is not None:
+            if notice.job_id is None:
+                self.beat()
+            else:
                 self.hear_cancel(notice.job_id)
 
     def hear_cancel(self, job_id: UUID) -> None:

@@ -1,6 +1,6 @@
 """The ledger: this worker's claims and what became of them, in the store.
 
-Claim before the engine, commit after it, and only then the ack.
+Claim before the engine, commit after it, and only then the ack (`telling`).
 """
 
 from __future__ import annotations
@@ -8,21 +8,17 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from uuid import UUID
 
-from app.errors import GristmillError, Unavailable
-from app.jobs import AttemptOutcome, JobState
+from app.jobs import AttemptOutcome, CloseReason
 from app.store import claims
-from app.store.claims import Member, NewBatch, Release
+from app.store.claims import Claimed, Finished, Member, NewBatch, Release
 from app.store.database import Database
-from app.worker.settlement import Settlement, batch_stats, summary
-from app.worker.work import TIMED_OUT, Batch, Ending, Job, Run
+from app.worker.isolation import by_halves, said
+from app.worker.settlement import Settlement, batch_stats
+from app.worker.work import Batch, Doomed, Job, Run
 
 log = logging.getLogger(__name__)
-
-Tell = Callable[[], None]
-"""Tells Celery how a job ended, and acks its message."""
 
 
 class Ledger:
@@ -50,9 +46,14 @@ class Ledger:
         After `Unavailable` its fate is unknown: the same call is to be made again, and then finds
         what it got the first time.
         """
-        members = [Member(job.id, job.attempt_id, job.num_sequences) for job in jobs]
-        with self._database.autocommit() as connection:
-            answer = claims.claim(connection, self._new_batch(batch), members)
+        new = self._new_batch(batch)
+
+        def claim(group: Sequence[Job]) -> list[Claimed]:
+            members = [Member(job.id, job.attempt_id, job.num_sequences) for job in group]
+            with self._database.autocommit() as connection:
+                return claims.claim(connection, new, members)
+
+        answer = [grant for part in by_halves(jobs, claim, _not_claimed) for grant in part]
         grants = {grant.job_id: grant for grant in answer}
         claimed_ns = self._now_ns()
         granted = [job for job in jobs if job.id in grants]
@@ -77,25 +78,37 @@ class Ledger:
             wait_ms=batch.wait_ns / 1e6,
         )
 
-    def commit(self, over: Sequence[Job]) -> list[Tell]:
-        """Commit ended jobs together; returns what Celery is then to be told.
+    def fail(self, doomed: Doomed) -> bool:
+        """End a job that cannot run; returns whether it was still ours to end.
+
+        Raises `Unavailable` with nothing lost: the same call may be made again.
+        """
+        batch = Batch(doomed.batch_id, doomed.model, CloseReason.SIZE, 0)
+        record = Finished(
+            job_id=doomed.id,
+            attempt_id=doomed.attempt_id,
+            state=doomed.ending.state,
+            error_code=doomed.ending.code,
+            error_message=doomed.ending.message,
+        )
+        with self._database.autocommit() as connection:
+            member = Member(doomed.id, doomed.attempt_id)
+            if not claims.claim(connection, self._new_batch(batch), [member]):
+                return False
+            return doomed.attempt_id in claims.finish(connection, [record])
+
+    def commit(self, over: Sequence[Job]) -> set[UUID]:
+        """Commit ended jobs together; returns the attempts that counted. The others were not ours
+        any more.
 
         Raises `Unavailable` with nothing lost: the same call may be made again. If the store
-        refuses one of the records for good, the others do not suffer for it.
+        refuses one of the records for good, that job fails, and the others do not suffer for it.
         """
-        try:
-            committed = self._finish(over)
-        except Unavailable:
-            raise
-        except GristmillError as error:
-            if len(over) > 1:
-                return [tell for job in over for tell in self.commit([job])]
-            log.error("A result was refused: %s", error, extra={"job_id": over[0].id})
-            run = over[0].claimed_run
-            assert run.record is not None
-            run.record = self._settlement.without_response(run.record)
-            committed = self._finish(over)
-        return [_news(job, job.claimed_run.attempt_id in committed) for job in over]
+        committed: set[UUID] = set().union(*by_halves(over, self._finish, self._withhold))
+        withheld = [job for job in over if job.claimed_run.is_withheld]
+        if withheld:
+            committed |= self._finish(withheld)
+        return committed
 
     def _finish(self, over: Iterable[Job]) -> set[UUID]:
         records, stats = [], {}
@@ -106,6 +119,13 @@ class Ledger:
             stats[run.batch.id] = batch_stats(run.batch)
         with self._database.autocommit() as connection:
             return claims.finish(connection, records, list(stats.values()))
+
+    def _withhold(self, job: Job, error: Exception) -> None:
+        """The store refuses this answer: the job fails without it, and is billed as it was."""
+        log.error("A result was refused: %s", said(error), extra={"job_id": job.id})
+        run = job.claimed_run
+        run.record = self._settlement.without_response(job)
+        run.is_withheld = True
 
     def release(self, jobs: Sequence[Job]) -> None:
         """Give claimed jobs back to the queue, uncharged."""
@@ -127,18 +147,5 @@ class Ledger:
             )
 
 
-def _news(job: Job, committed: bool) -> Tell:
-    """How Celery hears of a committed job; one that was fenced out is somebody else's to tell."""
-    record = job.claimed_run.record
-    assert record is not None
-    if not committed:
-        return job.ticket.dropped
-    runtime_s = record.device_ns / 1e9
-    if record.state is JobState.COMPLETED:
-        return partial(job.ticket.succeeded, summary(job, record), runtime_s)
-    if job.claimed_run.ending is TIMED_OUT:
-        return job.ticket.timed_out
-    ending = job.claimed_run.ending or Ending(
-        record.state, record.error_code or "", record.error_message or ""
-    )
-    return partial(job.ticket.failed, ending.code, ending.message, runtime_s)
+def _not_claimed(job: Job, error: Exception) -> None:
+    log.error("A claim was refused: %s", said(error), extra={"job_id": job.id})

@@ -9,28 +9,37 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
-from app import requests
-from app.broker import Message, Publisher
-from app.engines.base import Kind
+from app.broker.message import Message
+from app.broker.publisher import Publisher
 from app.engines.catalog import CatalogModel
-from app.engines.tokenizer import Prepared
-from app.errors import JobNotFound, JobStateConflict, RequestError, Unavailable
-from app.jobs import JobState
-from app.requests import Request
-from app.store import cancellation, intake
+from app.errors import (
+    JobNotFound,
+    JobStateConflict,
+    RequestError,
+    RequestRemoved,
+    Unavailable,
+)
+from app.jobs import JobState, Kind
+from app.requests import bodies
+from app.requests.bodies import Request
+from app.requests.prepare import Prepared, prepare
+from app.store import cancellation, delivery, submissions
 from app.store.database import Database
-from app.store.intake import NewJob, Received, RejectedJob
-from app.worker.intake import Arrival, Refusal
-from app.worker.ticket import Ticket
-from app.worker.work import Ending, Job
+from app.store.submissions import NewJob, Received, RejectedJob
+from app.threads import place_of
+from app.worker.isolation import blames_data, by_halves, said
+from app.worker.pool.arrivals import Arrival, Refusal
+from app.worker.pool.ticket import Ticket
+from app.worker.work import Doomed, Ending, Job
 
 log = logging.getLogger(__name__)
 
 NO_REQUEST = RequestError("The message brought no request, and there is no job with its id.")
+NOT_STORABLE = RequestError("The message holds a value that cannot be stored.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +78,13 @@ class Registrar:
         self._refusals: list[Refusal] = []
         self._revoked: deque[UUID] = deque()
         self._given_back: list[UUID] = []
+        self._is_unsure = False  #: whether what waits has been received: the answer was lost
+        self._has_forgotten = False  #: what may have been received
 
     @property
     def has_work(self) -> bool:
-        return bool(self._waiting or self._refusals or self._revoked or self._given_back)
+        waits = self._waiting or self._refusals or self._revoked or self._given_back
+        return bool(waits or self._has_forgotten)
 
     def add(self, ticket: Ticket) -> None:
         arrival = ticket.arrival
@@ -90,26 +102,41 @@ class Registrar:
         """The job was received and will not be claimed here."""
         self._given_back.append(job_id)
 
+    def compare(self) -> None:
+        """With the rows that say we hold them: those that we do not know of are freed next."""
+        self._has_forgotten = True
+
     def forget_waiting(self) -> None:
         """Drop what is not registered yet: the messages come again."""
         self._waiting.clear()
+        self._has_forgotten = self._has_forgotten or self._is_unsure
+        self._is_unsure = False
 
     def clear(self) -> None:
         """Forget everything: there is no time left for it."""
         self._waiting, self._refusals, self._given_back = [], [], []
         self._revoked.clear()
+        self._has_forgotten = False
 
-    def register(self, known: Mapping[UUID, Job]) -> list[Job]:
-        """Write the rows of all that waits; returns the jobs that are now ready for a batch.
+    def register(self, known: Mapping[UUID, Job]) -> list[Job | Doomed]:
+        """Write the rows of all that waits; returns the jobs that are now ready for a batch, and
+        those that cannot run.
 
         `known` holds the jobs that this worker has already: a second message is dropped.
         Raises `Unavailable`; everything then waits for the next call.
         """
         waiting, leading = self._waiting, _leading(self._waiting)
-        with self._database.autocommit() as connection:  # each may be repeated by itself
-            received = intake.receive(connection, self._worker_id, map(self._row, leading.values()))
-            intake.reject(connection, list(map(_rejected, self._refusals)))
-            intake.unreceive(connection, self._worker_id, self._given_back)
+        with self._database.autocommit() as connection:
+            # First, for a message may have come again of what is let go of.
+            delivery.let_go(connection, self._worker_id, self._given_back)
+            if self._has_forgotten:
+                delivery.free_forgotten(connection, self._worker_id, known.keys())
+                self._has_forgotten = False
+        self._is_unsure = True
+        received, unstorable = self._receive(leading.values())
+        self._is_unsure = False
+        self._refusals = [*self._refusals, *unstorable]
+        self._reject()
         self._cancel_revoked()
         for refusal in self._refusals:
             refusal.acknowledge()
@@ -117,14 +144,47 @@ class Registrar:
         for each in waiting:
             if each is not leading[each.arrival.job_id]:
                 each.ticket.dropped()
+        for refusal in unstorable:
+            del leading[refusal.job_id]
         sorted_ = [self._sort(each, received.get(id), known) for id, each in leading.items()]
         return [job for job in sorted_ if job is not None]
 
-    def _sort(self, each: _Waiting, row: Received | None, known: Mapping[UUID, Job]) -> Job | None:
+    def _receive(self, waiting: Iterable[_Waiting]) -> tuple[dict[UUID, Received], list[Refusal]]:
+        """The rows of messages, and refusals of those whose data the store cannot hold."""
+        unstorable: list[Refusal] = []
+
+        def receive(group: Sequence[_Waiting]) -> dict[UUID, Received]:
+            with self._database.autocommit() as connection:
+                return submissions.receive(connection, self._worker_id, map(self._row, group))
+
+        def refuse(each: _Waiting, error: Exception) -> None:
+            log.error(
+                "A message was refused: %s", said(error), extra={"job_id": each.ticket.job_id}
+            )
+            unstorable.append(_refusal(each.ticket, NOT_STORABLE))
+
+        parts = by_halves(list(waiting), receive, refuse)
+        return {id: row for part in parts for id, row in part.items()}, unstorable
+
+    def _reject(self) -> None:
+        """Write why messages cannot run. One that the store refuses is lost to all but the log."""
+
+        def reject(refusals: Sequence[Refusal]) -> None:
+            with self._database.autocommit() as connection:
+                submissions.reject(connection, list(map(_rejected, refusals)))
+
+        def refuse(refusal: Refusal, error: Exception) -> None:
+            log.error("A refusal was refused: %s", said(error), extra={"job_id": refusal.job_id})
+
+        by_halves(self._refusals, reject, refuse)
+
+    def _sort(
+        self, each: _Waiting, row: Received | None, known: Mapping[UUID, Job]
+    ) -> Job | Doomed | None:
         """What a registered message is good for: a job, or nothing more."""
         job_id = each.arrival.job_id
         if row is None:
-            self.refuse(_no_row(each.ticket))
+            self.refuse(_refusal(each.ticket, NO_REQUEST))
             return None
         if row.state is JobState.QUEUED and job_id in known and known[job_id].run is not None:
             self.give_back(job_id)  # it was taken from us, and our late run is to end first
@@ -136,45 +196,61 @@ class Registrar:
             self.give_back(job_id)
             self._forward(row, each.ticket)
             return None
-        return self._job(each, row)
+        try:
+            return self._job(each, row)
+        except RequestError as error:
+            return Doomed(each.ticket, row.model, Ending.failed(error))
 
     def _job(self, each: _Waiting, row: Received) -> Job:
-        """The job of a row. The row's request wins over the message's."""
+        """The job of a row. The row's request wins over the message's.
+
+        Raises `RequestError` if it cannot run.
+        """
         request, prepared = each.arrival.request, each.prepared
         if row.request is not None:
-            request = requests.parse(row.request, row.url)
+            request, prepared = _read(row), None
+        if request is None:
+            raise RequestError(str(RequestRemoved()))
+        if prepared is None or row.model != each.arrival.model:
             prepared = self._prepare(request, row.model)
-        assert request is not None
-        doomed = Ending.failed(prepared) if isinstance(prepared, RequestError) else None
+        if not isinstance(prepared, Prepared):
+            raise prepared or NO_REQUEST
+        limit_s = row.time_limit_s
         return Job(
             ticket=each.ticket,
             model=row.model,
             request=request,
-            prepared=prepared if isinstance(prepared, Prepared) else Prepared.nothing(),
+            prepared=prepared,
             priority=row.priority,
             deadline=row.deadline,
             tenant=row.tenant,
             losses=row.losses,
             arrived_ns=each.arrived_ns,
             registered_ns=self._now_ns(),
-            doomed=doomed,
+            time_limit_s=limit_s if limit_s is not None else each.ticket.time_limit_s,
         )
 
     def _prepare(self, request: Request, model: str | None) -> Prepared | RequestError | None:
+        """None if the model is not served here."""
         served = self._served.get(model or "")
         if served is None:
             return None
         try:
-            return served.tokenizer.check(request, served.settings)
+            return prepare(request, served.tokenizer, served.settings)
         except RequestError as error:
             return error
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except BaseException as error:  # a tokenizer's panic is no Exception
+            log.error("A prompt was refused: %s", place_of(error))
+            return RequestError("The prompt cannot be turned into tokens.")
 
-    def _row(self, each: _Waiting) -> intake.Arrival:
+    def _row(self, each: _Waiting) -> submissions.Arrival:
         arrival = each.arrival
         if arrival.request is None or arrival.model is None:
-            return intake.Arrival(arrival.job_id)
+            return submissions.Arrival(arrival.job_id)
         prepared = each.prepared if isinstance(each.prepared, Prepared) else None
-        return intake.Arrival(
+        return submissions.Arrival(
             arrival.job_id,
             NewJob(
                 id=arrival.job_id,
@@ -187,6 +263,7 @@ class Registrar:
                 priority=arrival.priority,
                 not_before=arrival.not_before,
                 deadline=arrival.deadline,
+                time_limit_s=arrival.time_limit_s,
                 metadata=arrival.metadata,
                 input_tokens=sum(map(len, prepared.prompts)) if prepared else None,
                 max_output_tokens=prepared.max_tokens * arrival.request.num_sequences
@@ -209,7 +286,7 @@ class Registrar:
         while self._revoked:
             with self._database.begin() as connection:
                 try:
-                    cancellation.cancel(connection, self._revoked[0])
+                    cancellation.cancel_or_record(connection, self._revoked[0], Kind.GENERATE)
                 except (JobNotFound, JobStateConflict):
                     pass
             self._revoked.popleft()
@@ -234,6 +311,20 @@ def _rejected(refusal: Refusal) -> RejectedJob:
     )
 
 
-def _no_row(ticket: Ticket) -> Refusal:
+def _refusal(ticket: Ticket, error: RequestError) -> Refusal:
     acknowledge: Callable[[], object] = ticket.dropped
-    return Refusal(ticket.job_id, Kind.GENERATE, NO_REQUEST, acknowledge)
+    request = ticket.arrival.request
+    return Refusal(ticket.job_id, request.kind if request else Kind.GENERATE, error, acknowledge)
+
+
+def _read(row: Received) -> Request:
+    """The request of a row; raises `RequestError`, whatever was written there."""
+    try:
+        return bodies.parse_stored(row.request, row.url, row.format)
+    except RequestError:
+        raise
+    except Exception as error:
+        if not blames_data(error):
+            raise
+        log.error("A row was refused: %s", said(error), extra={"job_id": row.id})
+        raise RequestError("The job's request cannot be read.") from None

@@ -15,30 +15,27 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from typing import Final
-from uuid import UUID, uuid4
+from uuid import UUID
 
 from app.errors import (
-    EngineError,
     GristmillError,
     LeaseLost,
-    OutOfMemory,
+    RequestError,
     Unavailable,
 )
-from app.jobs import CloseReason
-from app.worker.batcher import Batcher, Capacity
-from app.worker.ceilings import Ceilings
-from app.worker.commands import Command, Drain, Flush, Revoked
-from app.worker.engine_host import EngineHost
-from app.worker.intake import Refusal
+from app.worker.batcher import Batcher
+from app.worker.commands import Command, Drain, Flush, Nameless, Revoked
+from app.worker.dispatcher import Dispatcher
+from app.worker.engine.host import EngineHost
+from app.worker.engine.pipe import WorkerEnd
+from app.worker.executor import Executor
 from app.worker.ledger import Ledger
+from app.worker.pool.arrivals import Refusal
+from app.worker.pool.ticket import Ticket
 from app.worker.registrar import Registrar
-from app.worker.running import Running
-from app.worker.suspects import Suspects, verdict
-from app.worker.ticket import Ticket
-from app.worker.wire import Broken, DidNotFit, Ready, Stepped
-from app.worker.work import CANCELLED, EXPIRED, TIMED_OUT, Batch, Ending, Job, LeaseNews
+from app.worker.telling import tell_doomed, tell_ended
+from app.worker.work import CANCELLED, EXPIRED, TIMED_OUT, Batch, Doomed, Ending, Job, LeaseNews
 
 log = logging.getLogger(__name__)
 
@@ -61,27 +58,27 @@ class Runner:
         host: EngineHost,
         now_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
-        self.ready = threading.Event()  #: the models are loaded, or never will be
         self.turned_ns = now_ns()  #: when the last turn began
+        self.waits_for_database = False
         self._now_ns = now_ns
-        self._models = models
         self._registrar = registrar
-        self._batcher = batcher
-        self._suspects = Suspects(batcher.limits)
-        self._ceilings = Ceilings()
         self._ledger = ledger
-        self._host = host
+        self._dispatcher = Dispatcher(batcher)
+        self._executor = Executor(models, host, self._dispatcher)
         self._num_received = 0  #: messages
         self._commands: deque[Command] = deque()
         self._jobs: dict[UUID, Job] = {}
-        self._running = Running()
         self._over: list[Job] = []  #: ended, not yet committed
-        self._runs_apart = False  #: what is inside the engine now must stay alone
-        self._deaths = 0  #: of engine processes since the last answer
-        self._drain: Drain | None = None
+        self._doomed: list[Doomed] = []  #: not yet written
         self._claiming: tuple[Batch, list[Job]] | None = None  #: a claim whose fate is unknown
+        self._drain: Drain | None = None
         self._fatal: GristmillError | None = None
         self._paused_until_ns = 0
+
+    @property
+    def ready(self) -> threading.Event:
+        """The models are loaded, or never will be."""
+        return self._executor.loaded
 
     def fail(self, error: GristmillError) -> None:
         """End the runner because of something that another thread found out."""
@@ -94,20 +91,18 @@ class Runner:
     def facts(self) -> dict[str, object]:
         """For `celery inspect stats`; only numbers."""
         return {
-            "pid": self._host.pid,
-            "ready": self._host.ready,
+            **self._executor.facts(),
             "jobs": len(self._jobs),
-            "waiting": len(self._batcher),
+            "waiting": len(self._dispatcher),
             "received": self._num_received,
-            "held": bool(self._commands or self._jobs or self._registrar.has_work),
+            "held": bool(self._commands or self._jobs or self._doomed or self._registrar.has_work),
             "draining": self._drain is not None,
-            "slow": self._host.is_slow,
         }
 
     # ── the loop ─────────────────────────────────────────────────────────────────────────────
 
     def start(self) -> None:
-        self._host.start()
+        self._executor.start()
 
     def turn(self) -> None:
         """Do all there is to do now. Raises what ends this worker."""
@@ -115,7 +110,7 @@ class Runner:
         self._take_commands()
         if self._fatal is not None:
             raise self._fatal
-        self._hear_engine()
+        self._executor.hear(self._over)
         self._watch_limits()
         self._with_database(self._register)
         self._with_database(self._commit)
@@ -128,19 +123,23 @@ class Runner:
 
     @property
     def is_drained(self) -> bool:
-        return self._drain is not None and not self._jobs and not self._registrar.has_work
+        holds = self._jobs or self._doomed or self._registrar.has_work
+        return self._drain is not None and not holds
 
     @property
-    def connection(self) -> Connection | None:
-        """To the engine process: what it says asks for a turn."""
-        return self._host.connection
+    def connection(self) -> WorkerEnd | None:
+        """To the engine process: what it says asks for a turn, and so does room for more."""
+        return self._executor.connection
 
     def next_turn_s(self) -> float:
         """How long the next turn can wait if nobody says anything: until a batch closes, say."""
         now_ns = self._now_ns()
-        closes_ns = self._batcher.next_close_ns(self._capacities())
+        rooms = {} if self._drain is not None else self._executor.rooms()
+        closes_ns = self._dispatcher.next_close_ns(rooms)
         if self._paused_until_ns > now_ns:
             return (self._paused_until_ns - now_ns) / 1e9
+        if self._over or self._doomed:
+            return LEAST_WAIT_S
         if closes_ns is not None:
             return min(IDLE_WAIT_S, max(LEAST_WAIT_S, (closes_ns - now_ns) / 1e9))
         return IDLE_WAIT_S
@@ -149,11 +148,14 @@ class Runner:
         """Run a step, or leave it for later while Postgres is away."""
         if self._now_ns() < self._paused_until_ns:
             return
+        self.waits_for_database = True
         try:
             step()
         except (Unavailable, LeaseLost) as error:  # the next heartbeat may renew the lease
             self._paused_until_ns = self._now_ns() + int(RETRY_S * 1e9)
             log.warning("Waiting for Postgres: %s", error, extra={"action": "database_away"})
+        finally:
+            self.waits_for_database = False
 
     # ── what others say ──────────────────────────────────────────────────────────────────────
 
@@ -166,6 +168,8 @@ class Runner:
                 case Refusal() as refusal:
                     self._num_received += 1
                     self._registrar.refuse(refusal)
+                case Nameless():
+                    self._num_received += 1
                 case Revoked(job_id):
                     self._registrar.revoke(job_id)
                     self._cut_short(self._jobs.get(job_id), CANCELLED)
@@ -175,9 +179,12 @@ class Runner:
                     self._forget_waiting()
                 case Drain() as drain:
                     self._drain = drain
+                    self._executor.start_no_more()
                     self._forget_waiting()
 
     def _hear_lease(self, news: LeaseNews) -> None:
+        if news.held is not None and self._drain is None:
+            self._registrar.compare()  # with each heartbeat
         for job_id in news.cancelled_jobs:
             self._cut_short(self._jobs.get(job_id), CANCELLED)
         for job in self._jobs.values():
@@ -190,43 +197,36 @@ class Runner:
                 self._cut_short(job, CANCELLED)
 
     def _cut_short(self, job: Job | None, ending: Ending) -> None:
-        """End a running job early; the engine answers with what it has."""
-        if job is None or job.run is None or job.run.ending is not None:
-            return
-        job.run.ending = ending
-        for sequence_id in self._running.sequence_ids(job):
-            self._host.cancel(job.model, sequence_id)
+        if job is not None and job.run is not None:
+            self._executor.cut_short(job, ending)
 
     def _forget_waiting(self) -> None:
         """Let go of what has no claim: those rows stay queued, and their messages come back."""
         self._registrar.forget_waiting()
         claiming = self._claiming[1] if self._claiming else []
         for job in [job for job in self._jobs.values() if job.run is None and job not in claiming]:
-            self._batcher.remove(job.id)
-            self._suspects.remove(job.id)
+            self._dispatcher.remove(job.id)
             del self._jobs[job.id]
             self._registrar.give_back(job.id)
 
     def _watch_limits(self) -> None:
-        """Time limits, deadlines, a stuck engine, and the end of the grace period."""
+        """Time limits, deadlines, and the end of the grace period."""
         now_ns = self._now_ns()
         for job in self._jobs.values():
             if job.run is None:
                 continue
-            limit_s = job.ticket.time_limit_s
-            if limit_s and now_ns - job.run.claimed_ns > limit_s * 1e9:
+            limit_s = job.time_limit_s
+            if limit_s is not None and now_ns - job.run.claimed_ns > limit_s * 1e9:
                 self._cut_short(job, TIMED_OUT)
             if job.deadline is not None and job.run.stamp(now_ns) > job.deadline:
                 self._cut_short(job, EXPIRED)
-        if self._host.is_stuck():
-            self._lose_engine(Broken("it made no progress in time", was_stuck=True))
         if self._drain is not None and (now_ns > self._drain.until_ns or self._waits_in_vain):
             self._give_up()
 
     @property
     def _waits_in_vain(self) -> bool:
         """Whether no job that this worker has claimed will end by itself: none is started now."""
-        ends = self._host.busy or self._over or self._claiming
+        ends = self._executor.is_busy or self._over or self._claiming
         return bool(self._jobs) and not ends
 
     def _give_up(self) -> None:
@@ -234,7 +234,7 @@ class Runner:
 
         If Postgres is away now, the lease runs out instead, and rescue gives the jobs back.
         """
-        self._host.kill()
+        self._executor.kill()
         try:
             self._commit()
             self._ledger.release([job for job in self._jobs.values() if job.run is not None])
@@ -242,29 +242,38 @@ class Runner:
         except GristmillError as error:
             log.warning("Jobs are left to rescue: %s", error, extra={"action": "left_to_rescue"})
         self._jobs.clear()
+        self._doomed.clear()
         self._registrar.clear()
 
     # ── jobs in and out ──────────────────────────────────────────────────────────────────────
 
     def _register(self) -> None:
+        self._end_doomed()
         if not self._registrar.has_work:
             return
         for job in self._registrar.register(self._jobs):
+            if isinstance(job, Doomed):
+                self._doomed.append(job)
+                continue
             self._jobs[job.id] = job
-            if job.is_suspect:
-                self._suspects.add(job)
-            else:
-                self._batcher.add(job.candidate())
+            self._dispatcher.add(job)
+        self._end_doomed()
         if self._drain is not None:
             self._forget_waiting()
+
+    def _end_doomed(self) -> None:
+        """Write the ends of jobs that cannot run: they never enter a batch or the engine."""
+        while self._doomed:
+            is_committed = self._ledger.fail(self._doomed[0])
+            tell_doomed(self._doomed.pop(0), is_committed=is_committed)
 
     def _commit(self) -> None:
         """Write what ended, in one transaction, and only then tell Celery."""
         if not self._over:
             return
-        for tell in self._ledger.commit(self._over):
-            tell()
+        committed = self._ledger.commit(self._over)
         for job in self._over:
+            tell_ended(job, is_committed=job.claimed_run.attempt_id in committed)
             self._jobs.pop(job.id, None)
         self._over = []
 
@@ -272,45 +281,29 @@ class Runner:
         """Close what is due and hand it to the engine. Suspects run alone, before the rest."""
         if self._claiming is not None:
             self._claim(*self._claiming)
-        if self._drain is not None or not self._host.ready:
+        rooms = self._executor.rooms()
+        if self._drain is not None or not rooms:
             return
-        self._runs_apart = self._runs_apart and self._host.busy
-        self._admit_suspects()
-        for model, capacity in self._capacities().items():
-            closed = self._batcher.close(model, capacity, self._now_ns())
-            if closed is not None:
-                jobs = [self._jobs[member.job_id] for member in closed.members]
-                for job in jobs:
-                    job.closed_ns = self._now_ns()
-                self._claim(Batch(uuid4(), model, closed.reason, closed.wait_ns), jobs)
+        for job, most in self._dispatcher.misfits(rooms):
+            self._end_misfit(job, most)
+        while dispatch := self._dispatcher.next(self._executor.rooms(), self._now_ns()):
+            if dispatch.batch is None:
+                self._hand_over(dispatch.jobs)
+            else:
+                self._claim(dispatch.batch, dispatch.jobs)
 
-    def _admit_suspects(self) -> None:
-        """Run the next group of suspects: one that is claimed already, or else claim one."""
-        while self._suspects and not self._host.busy:
-            self._runs_apart = True
-            if (group := self._suspects.next_claimed()) is not None:
-                self._hand_over(group)
-                continue
-            free_rows = {model: self._host.free_rows(model) for model in self._models}
-            jobs, now_ns = self._suspects.next_unclaimed(free_rows), self._now_ns()
-            if not jobs:
-                return
-            for job in jobs:
-                job.closed_ns = now_ns
-            wait_ns = now_ns - min(job.arrived_ns for job in jobs)
-            self._claim(Batch(uuid4(), jobs[0].model, CloseReason.WAIT, wait_ns), jobs)
-
-    def _capacities(self) -> dict[str, Capacity]:
-        """What each model's engine would take now; models that take nothing are left out."""
-        if self._drain is not None or self._suspects or self._runs_apart:
-            return {}
-        capacities: dict[str, Capacity] = {}
-        for model in self._models:
-            if (rows := self._host.free_rows(model)) > 0:
-                inside = self._running.num_rows(model)
-                room = self._ceilings.room(model, inside)
-                capacities[model] = Capacity(rows, self._host.joins(model), room, inside == 0)
-        return capacities
+    def _end_misfit(self, job: Job, most: int) -> None:
+        """End a job that has more sequences than its engine takes when it is empty."""
+        error = RequestError(
+            f"The request asks for {job.num_sequences} sequences (prompts times n); this worker "
+            f"takes at most {most}."
+        )
+        if job.run is not None:
+            job.run.ending = job.run.ending or Ending.failed(error)
+            self._over.append(job)
+        else:
+            del self._jobs[job.id]
+            self._doomed.append(Doomed(job.ticket, job.model, Ending.failed(error)))
 
     def _claim(self, batch: Batch, jobs: list[Job]) -> None:
         """Claim the members and run those that were granted.
@@ -324,9 +317,8 @@ class Runner:
         for job in jobs:
             if job not in granted:
                 del self._jobs[job.id]
+                self._registrar.give_back(job.id)  # if it is queued all the same
                 job.ticket.dropped()
-            elif job.doomed is not None:
-                job.claimed_run.ending = job.doomed
         self._hand_over(granted)
 
     def _hand_over(self, jobs: list[Job]) -> None:
@@ -335,73 +327,8 @@ class Runner:
         self._over += [job for job in jobs if job not in going]
         if not going:
             return
-        if self._runs_apart:
+        if self._dispatcher.runs_apart:
             log.info("Runs %d suspects apart.", len(going), extra={"action": "runs_apart"})
-        batch = going[0].claimed_run.batch
-        self._host.admit(batch.model, str(batch.id), self._running.enter(going))
+        self._executor.run(going)
         for job in going:
             job.ticket.started()
-
-    # ── the engine ───────────────────────────────────────────────────────────────────────────
-
-    def _hear_engine(self) -> None:
-        for event in self._host.events():
-            match event:
-                case Ready(load_ns=load_ns):
-                    log.info("The models were loaded in %.1f s.", load_ns / 1e9)
-                    self.ready.set()
-                case Stepped():
-                    self._take_answers(self._running.answer(event))
-                case DidNotFit(model):
-                    self._halve(model)
-                case Broken() as broken:
-                    self._lose_engine(broken)
-
-    def _take_answers(self, answered: list[Job]) -> None:
-        self._deaths = 0
-        for job in answered:
-            self._ceilings.fitted(job.model, job.max_tokens, job.num_sequences)
-        self._over += answered
-
-    def _halve(self, model: str) -> None:
-        """The device ran out of memory: smaller batches follow, and nobody is charged."""
-        dropped, solo = self._running.leave(model), self._running.solo
-        self._lower_ceilings(dropped)
-        if dropped == [solo]:
-            run = dropped[0].claimed_run
-            run.ending = run.ending or Ending.failed(OutOfMemory())
-        self._suspects.split(dropped)
-
-    def _lower_ceilings(self, dropped: list[Job]) -> None:
-        for model in dict.fromkeys(job.model for job in dropped):
-            jobs = [job for job in dropped if job.model == model]
-            rows, tokens = sum(j.num_sequences for j in jobs), max(j.max_tokens for j in jobs)
-            fits = self._ceilings.overflowed(model, tokens, rows)
-            sentence = "Out of memory at %d rows of up to %d tokens; from now on at most %d."
-            log.warning(sentence, rows, tokens, fits, extra={"action": "rows_halved"})
-
-    def _lose_engine(self, broken: Broken) -> None:
-        """The engine process died or hangs. Find the guilty by halves, and charge nobody else."""
-        self._host.kill()
-        if broken.will_not_load or not self.ready.is_set():
-            raise EngineError(f"The models cannot be loaded: {broken.reason}.")
-        suspects, solo = self._running.leave(), self._running.solo
-        log.error(
-            "The engine process is lost: %s. It held %d jobs.",
-            broken.reason,
-            len(suspects),
-            extra={"action": "engine_lost"},
-        )
-        self._deaths = 0 if suspects else self._deaths + 1
-        if self._deaths == MAX_DEATHS:
-            raise EngineError(f"{MAX_DEATHS} engine processes died with nothing to run.")
-        if broken.was_killed:
-            self._lower_ceilings(suspects)
-        for job in suspects:
-            job.claimed_run.deaths += 1
-        if suspects == [solo]:
-            run = suspects[0].claimed_run
-            run.ending = run.ending or verdict(run, broken)
-        self._suspects.split(suspects)
-        if self._drain is None:
-            self._host.start()

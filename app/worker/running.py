@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from app.engines.base import Sequence
-from app.worker.wire import Stepped
+from app.worker.engine.wire import Stepped
 from app.worker.work import Job
 
 

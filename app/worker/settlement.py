@@ -1,23 +1,25 @@
 """How a job ends: from its generations to the record that the store commits. Pure.
 
-What is decided here is written in one transaction; Celery hears of it afterwards.
+What is decided here is written in one transaction; Celery hears of it afterwards (`telling`).
 """
 
 from __future__ import annotations
 
 import time
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
-from app import responses
-from app.config import PriceSettings
+from app.config.settings import PriceSettings
 from app.costs import Meter
 from app.engines.base import Generation
 from app.engines.catalog import CatalogModel
 from app.errors import GristmillError
 from app.jobs import FinishReason, JobState, Usage
+from app.requests import responses
 from app.store.claims import BatchStats, Finished
 from app.worker.work import Batch, Ending, Job, Run
+
+NOT_STORED: Final = Ending.failed(GristmillError("The answer could not be stored."))
 
 
 class Settlement:
@@ -36,13 +38,23 @@ class Settlement:
         run = job.claimed_run
         answers = [each for each in run.generations if each is not None]
         ending = run.ending or _row_error(answers)
+        record = self._record(job, ending, answers)
+        if ending is not None and record.output_tokens == 0:
+            return record
+        return replace(record, response=self._body(job, answers))
+
+    def without_response(self, job: Job) -> Finished:
+        """The record of a job whose answer cannot be stored: it fails, and is billed as it was."""
+        answers = [each for each in job.claimed_run.generations if each is not None]
+        return self._record(job, NOT_STORED, answers)
+
+    def _record(self, job: Job, ending: Ending | None, answers: list[Generation]) -> Finished:
+        run = job.claimed_run
         usage = responses.usage(job.request, answers) if run.is_over else Usage()
-        has_output = ending is None or usage.output_tokens > 0
         return Finished(
             job_id=job.id,
             attempt_id=run.attempt_id,
             state=ending.state if ending else JobState.COMPLETED,
-            response=self._body(job, answers) if has_output else None,
             error_code=ending.code if ending else None,
             error_message=ending.message if ending else None,
             input_tokens=usage.input_tokens,
@@ -54,16 +66,6 @@ class Settlement:
             currency=self._price.currency,
             price_id=self._price_id,
             **_times(run, answers),
-        )
-
-    def without_response(self, record: Finished) -> Finished:
-        """The record of a job whose answer the store refused: it fails, and is billed as it was."""
-        return replace(
-            record,
-            state=JobState.FAILED,
-            response=None,
-            error_code=GristmillError.code,
-            error_message="The answer could not be stored.",
         )
 
     def _body(self, job: Job, answers: list[Generation]) -> dict[str, Any]:
@@ -81,20 +83,6 @@ class Settlement:
 def batch_stats(batch: Batch) -> BatchStats:
     """What a batch has computed so far."""
     return BatchStats(batch.id, batch.useful_tokens, batch.padded_tokens, batch.device_ns)
-
-
-def summary(job: Job, record: Finished) -> str:
-    """What Flower shows as the result: never text of the prompt or the answer."""
-    return repr(
-        {
-            "in": record.input_tokens,  # first what Flower's list has room for
-            "out": record.output_tokens,
-            "batch": str(job.claimed_run.batch.id)[:8],
-            "size": record.batch_size,
-            "model": job.model,
-            "cost": f"{record.cost:f} {record.currency}",
-        }
-    )
 
 
 def _row_error(answers: list[Generation]) -> Ending | None:

@@ -12,14 +12,15 @@ only a group's own members can be guilty of its end, and a job that was alone is
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Final
 from uuid import UUID
 
 from app.errors import EngineCrashed, OutOfMemory
 from app.jobs import max_company
 from app.worker.batcher import Limits, fill
-from app.worker.wire import Broken
+from app.worker.engine.wire import Broken
 from app.worker.work import Ending, Job, Run
 
 KILLS_ALONE: Final = 3
@@ -57,22 +58,48 @@ class Suspects:
             groups = [half for half in (groups[0][:middle], groups[0][middle:]) if half]
         self._claimed.extendleft(reversed(groups))
 
-    def next_claimed(self) -> list[Job] | None:
-        """The next group that is claimed already."""
-        return self._claimed.popleft() if self._claimed else None
+    def misfits(self, max_rows: Mapping[str, int]) -> list[Job]:
+        """Take out the jobs that have more sequences than an empty engine takes, by model."""
+        waiting = [*self._unclaimed.values(), *chain.from_iterable(self._claimed)]
+        found = [job for job in waiting if job.num_sequences > self._most(job.model, max_rows)]
+        for job in found:
+            self._unclaimed.pop(job.id, None)
+        rest = ([job for job in group if job not in found] for group in self._claimed)
+        self._claimed = deque(group for group in rest if group)
+        return found
 
-    def next_unclaimed(self, free_rows: dict[str, int]) -> list[Job]:
+    def next_claimed(self, max_rows: Mapping[str, int]) -> list[Job] | None:
+        """The next group that is claimed already, or the part of it that fits."""
+        if not self._claimed:
+            return None
+        group = self._claimed.popleft()
+        members = self._fitting(group, max_rows)
+        if rest := group[len(members) :]:
+            self._claimed.appendleft(rest)
+        return members
+
+    def next_unclaimed(self, max_rows: Mapping[str, int]) -> list[Job]:
         """Take out the next group to be claimed: of one model, and as small as its losses ask."""
-        for model, rows in free_rows.items():
-            ours = [job for job in self._unclaimed.values() if job.model == model]
-            if not ours or rows < 1:
-                continue
-            company = max_company(max(job.losses for job in ours[: max_company(0)]))
-            limits = self._limits[model]
-            wanted = [job.candidate() for job in ours[:company]]
-            members, _ = fill(wanted, limits.max_batch_size, limits.max_batch_tokens)
-            return [self._unclaimed.pop(member.job_id) for member in members]
-        return []
+        if not self._unclaimed:
+            return []
+        model = next(iter(self._unclaimed.values())).model
+        ours = [job for job in self._unclaimed.values() if job.model == model]
+        company = max_company(max(job.losses for job in ours[: max_company(0)]))
+        members = self._fitting(ours[:company], max_rows)
+        for job in members:
+            del self._unclaimed[job.id]
+        return members
+
+    def _most(self, model: str, max_rows: Mapping[str, int]) -> int:
+        return min(self._limits[model].max_batch_size, max_rows[model])
+
+    def _fitting(self, group: Sequence[Job], max_rows: Mapping[str, int]) -> list[Job]:
+        """The first jobs of a group that run together; all of it without `misfits`, or some."""
+        model = group[0].model
+        wanted = [job.candidate() for job in group]
+        most, max_tokens = self._most(model, max_rows), self._limits[model].max_batch_tokens
+        members, _ = fill(wanted, most, max_tokens)
+        return list(group[: len(members)])
 
 
 def verdict(run: Run, broken: Broken) -> Ending | None:

@@ -7,12 +7,15 @@ those windows leases, commits and running work must go on.
 from __future__ import annotations
 
 import logging
+import math
 import os
+import select
 import threading
+import traceback
 from collections.abc import Callable
-from multiprocessing.connection import wait
 
 from app.errors import EngineError, GristmillError
+from app.threads import place_of
 from app.worker.commands import Command
 from app.worker.runner import Runner
 
@@ -37,6 +40,11 @@ class RunnerThread(threading.Thread):
         """When the runner last went round."""
         return self._runner.turned_ns
 
+    @property
+    def waits_for_database(self) -> bool:
+        """Whether it is in a statement now."""
+        return self._runner.waits_for_database
+
     def post(self, command: Command) -> None:
         self._runner.post(command)
         self._wake()
@@ -58,8 +66,9 @@ class RunnerThread(threading.Thread):
         except GristmillError as error:
             self.failure = error
         except Exception as error:
-            log.exception("The runner failed.", extra={"action": "runner_failed"})
-            self.failure = EngineError(f"The runner failed ({type(error).__name__}).")
+            frames = "".join(traceback.format_tb(error.__traceback__))
+            log.error("The runner failed.\n%s", frames, extra={"action": "runner_failed"})
+            self.failure = EngineError(f"The runner failed ({place_of(error)}).")
         finally:
             try:
                 self._runner.stop()
@@ -67,10 +76,12 @@ class RunnerThread(threading.Thread):
                 self._on_end()
 
     def _sleep(self) -> None:
-        listened: list[int] = [self._wake_out]
-        if self._runner.connection is not None:
-            listened.append(self._runner.connection.fileno())
-        if self._wake_out in wait(listened, self._runner.next_turn_s()):
+        poll = select.poll()
+        poll.register(self._wake_out, select.POLLIN)
+        if (engine := self._runner.connection) is not None:
+            poll.register(engine, select.POLLIN | (engine.wants_write and select.POLLOUT))
+        woken_by = poll.poll(math.ceil(self._runner.next_turn_s() * 1_000))
+        if any(fd == self._wake_out for fd, _ in woken_by):
             os.read(self._wake_out, 65_536)
 
     def _wake(self) -> None:

@@ -1,28 +1,31 @@
-"""The watchdog: ends a worker that has room, and does not receive what waits for it in Redis.
+"""The watchdog: ends a worker that is alive and of no use, for its supervisor to start it anew.
 
-After a fault of Redis a Celery worker may stay alive, answer its own timers and never consume
-again. Nothing inside it notices; so this looks at the queues over a connection of its own, and
-ends the process, for its supervisor to start it anew.
+After a fault of Redis a Celery worker may answer its own timers and never consume again; nothing
+inside it notices, so this looks at the queues over a connection of its own. And whatever the runner
+may wait for that never comes, a runner that stands still for longer than the lease has lost its
+jobs to others already.
 """
 
 from __future__ import annotations
 
 import logging
-import os
+import math
 import threading
 import time
 from collections.abc import Callable
 from typing import Final
 
 from app.errors import Unavailable
+from app.threads import Background, end_process
 from app.worker.commands import Drain
 from app.worker.lease import LeaseKeeper
 from app.worker.thread import RunnerThread
 
 log = logging.getLogger(__name__)
 
+LOOK_S: Final = 0.5
 LOOKS: Final = 10
-"""Times that it looks before it acts: each must find the same."""
+"""Times that it looks at the queues before it acts: each must find the same."""
 GIVE_BACK_S: Final = 5.0
 
 
@@ -36,6 +39,7 @@ class Watchdog:
         runner: RunnerThread,
         lease: LeaseKeeper,
         stall_timeout_s: float,
+        lease_s: float,
     ) -> None:
         """`backlog` counts the messages in the queues that this worker consumes; it may raise
         `Unavailable`."""
@@ -43,21 +47,51 @@ class Watchdog:
         self._runner = runner
         self._lease = lease
         self._pause_s = stall_timeout_s / LOOKS
+        self._max_still = math.ceil(lease_s / LOOK_S)
         self._num_received: object = None
         self._times_stalled = 0
+        self._turned_ns = 0
+        self._times_still = 0
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._threads = (
+            Background("watchdog", self._watch_queues, self._stopping),
+            Background("standstill", self._watch_runner, self._stopping),
+        )
 
     def start(self) -> None:
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
         self._stopping.set()
 
-    def _watch(self) -> None:
+    # ── a runner that stands still ───────────────────────────────────────────────────────────
+
+    def _watch_runner(self) -> None:
+        while not self._stopping.wait(LOOK_S):
+            if self.stands_still():
+                end_process("its runner has stood still for longer than its lease.")
+
+    def stands_still(self) -> bool:
+        """Look once; whether the runner has stood still for a lease's time of looks.
+
+        Looks are counted and not the time: a process that was frozen as a whole is not to blame.
+        One that waits for Postgres is not either, as long as nobody gets an answer from there.
+        """
+        before, self._turned_ns = self._turned_ns, self._runner.turned_ns
+        self._times_still = self._times_still + 1 if before == self._turned_ns else 0
+        if self._times_still <= self._max_still:
+            return False
+        return not self._runner.waits_for_database or self._lease.database_answers()
+
+    # ── a worker that does not consume ───────────────────────────────────────────────────────
+
+    def _watch_queues(self) -> None:
         while not self._stopping.wait(self._pause_s):
             if self.has_stalled():
-                self._end()
+                self._give_back()
+                waited_s = self._pause_s * LOOKS
+                end_process(f"messages wait in Redis and it has received none for {waited_s:.0f} s")
 
     def has_stalled(self) -> bool:
         """Look once; whether every one of the last `LOOKS` found work and none taken."""
@@ -77,15 +111,8 @@ class Watchdog:
         except Unavailable:
             return False  # Celery waits for Redis as well, and will have it again
 
-    def _end(self) -> None:
+    def _give_back(self) -> None:
         """The main thread may hang, so the process ends without it."""
-        log.critical(
-            "The worker ends: messages wait in Redis and it has received none for %.0f s.",
-            self._pause_s * LOOKS,
-            extra={"action": "stalled"},
-        )
         self._runner.post(Drain(time.monotonic_ns()))
         self._runner.join(GIVE_BACK_S)
         self._lease.stop()
-        logging.shutdown()
-        os._exit(os.EX_SOFTWARE)

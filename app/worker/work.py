@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from uuid import UUID, uuid4
 
 from app.engines.base import Generation, Sequence
-from app.engines.tokenizer import Prepared
 from app.errors import GristmillError
 from app.jobs import SUSPECT_AFTER, CloseReason, JobState
-from app.requests import Request
+from app.requests.bodies import Request
+from app.requests.prepare import Prepared
 from app.store.claims import Finished
 from app.worker.batcher import Candidate
-from app.worker.ticket import Ticket
+from app.worker.pool.ticket import Ticket
 
 
 @dataclass(slots=True, eq=False)
@@ -50,6 +50,7 @@ class Run:
     deaths_alone: int = 0  #: those of them that ran nothing else
     ending: Ending | None = None  #: why it is being cut short
     record: Finished | None = None  #: what is to be committed; made once, so that it is priced once
+    is_withheld: bool = False  #: the store refused the answer; the record goes without it
 
     def forget_answers(self) -> None:
         """The engine dropped the job: what it had answered is computed again."""
@@ -80,7 +81,22 @@ class Ending:
 
 CANCELLED = Ending(JobState.CANCELLED, "cancelled", "The job was cancelled.")
 EXPIRED = Ending(JobState.EXPIRED, "deadline_exceeded", "The deadline passed while the job ran.")
-TIMED_OUT = Ending(JobState.FAILED, "time_limit", "The time limit of the message passed.")
+TIMED_OUT = Ending(JobState.FAILED, "time_limit", "The time limit of the job passed.")
+
+
+@dataclass(slots=True, eq=False)
+class Doomed:
+    """A job that cannot run, here or anywhere: it ends without a run."""
+
+    ticket: Ticket
+    model: str
+    ending: Ending
+    attempt_id: UUID = field(default_factory=uuid4)
+    batch_id: UUID = field(default_factory=uuid4)
+
+    @property
+    def id(self) -> UUID:
+        return self.ticket.job_id
 
 
 @dataclass(slots=True, eq=False)
@@ -97,7 +113,7 @@ class Job:
     losses: int  #: workers that were lost while they ran it
     arrived_ns: int  #: when its message came; the batcher counts from here
     registered_ns: int  #: when its row was known; what the row calls batch wait counts from here
-    doomed: Ending | None = None  #: it cannot run; the reason found before its batch
+    time_limit_s: float | None = None  #: from its claim on
     run: Run | None = None
     attempt_id: UUID = field(default_factory=uuid4)  #: of the attempt that its claim is to open
     closed_ns: int = 0  #: when its batch was closed

@@ -22,11 +22,23 @@ from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 
 Stamp = DateTime(timezone=True)
 Money = Numeric(20, 9)
+AGEING = {"autovacuum_vacuum_scale_factor": "0.05", "autovacuum_vacuum_cost_limit": "2000"}
 
 revision = "0001"
 down_revision = None
 branch_labels = None
 depends_on = None
+
+
+def in_range(table: str, *stamps: str) -> CheckConstraint:
+    span = "BETWEEN '0001-01-02Z' AND '9999-12-30Z'"
+    checks = " AND ".join(f"{stamp} {span}" for stamp in stamps)
+    return CheckConstraint(checks, name=op.f(f"{table}_stamps_check"))
+
+
+def not_negative(table: str, *counts: str) -> CheckConstraint:
+    checks = " AND ".join(f"{count} >= 0" for count in counts)
+    return CheckConstraint(checks, name=op.f(f"{table}_counts_check"))
 
 
 def upgrade() -> None:
@@ -72,10 +84,20 @@ def upgrade() -> None:
             name=op.f("batches_close_reason_check"),
         ),
         CheckConstraint("kind IN ('embed', 'generate')", name=op.f("batches_kind_check")),
+        in_range("batches", "opened_at", "claimed_at", "finished_at"),
+        not_negative(
+            "batches",
+            "num_jobs",
+            "num_sequences",
+            "useful_tokens",
+            "padded_tokens",
+            "device_ns",
+        ),
         PrimaryKeyConstraint("id", name=op.f("batches_pkey")),
         comment="One row per admission batch. It may mix tenants, so it belongs to none.",
-        postgresql_with={"fillfactor": "80"},
+        postgresql_with={"fillfactor": "80"} | AGEING,
     )
+    op.create_index("batches_by_age", "batches", ["claimed_at"])
     op.create_table(
         "jobs",
         Column("id", Uuid, nullable=False, comment="Job id; also the id of its Celery message."),
@@ -97,9 +119,17 @@ def upgrade() -> None:
             "url", Text, comment="OpenAI-style path of the request; null if it was never readable."
         ),
         Column("request", JSONB, comment="Body as sent, prompt included; null once redacted."),
+        Column(
+            "format",
+            SmallInteger,
+            server_default=text("1"),
+            nullable=False,
+            comment="Version of the request's format; only workers that know it take the job.",
+        ),
         Column("fingerprint", Text, comment="Hex SHA-256 of url and request in canonical JSON."),
         Column("source", Text, nullable=False, comment="Where it came from: api or message."),
         Column("idempotency_key", Text, comment="The caller's key; unique per tenant."),
+        Column("replay_of", Uuid, comment="Ended job that it runs once more; null if none."),
         Column(
             "metadata",
             JSONB,
@@ -120,6 +150,9 @@ def upgrade() -> None:
         Column("max_output_tokens", Integer, comment="Most output tokens allowed, if counted."),
         Column("not_before", Stamp, nullable=False, comment="May be claimed from this time on."),
         Column("deadline", Stamp, comment="Expires if not finished by this time; null is never."),
+        Column(
+            "time_limit_s", Double, comment="Longest time an attempt may take; null is any time."
+        ),
         Column(
             "state", Text, nullable=False, comment="State; the last four of app.jobs are final."
         ),
@@ -145,11 +178,19 @@ def upgrade() -> None:
             comment="Charged attempts after which the job fails.",
         ),
         Column(
+            "losses",
+            SmallInteger,
+            server_default=text("0"),
+            nullable=False,
+            comment="Times its worker was lost while it ran; "
+            "a suspect from app.jobs.SUSPECT_AFTER on.",
+        ),
+        Column(
             "attempt_id", Uuid, comment="The running attempt: the fence of every write; else null."
         ),
         Column("worker_id", Uuid, comment="Worker that runs it; null unless running."),
         Column("batch_id", Uuid, comment="Batch that it runs in; null unless running."),
-        Column("received_by", Uuid, comment="Worker that last received its message."),
+        Column("received_by", Uuid, comment="Worker that holds its message, while queued."),
         Column("enqueued_at", Stamp, comment="Message last sent; null if none is under way."),
         Column(
             "wake_count",
@@ -184,11 +225,48 @@ def upgrade() -> None:
         ),
         CheckConstraint("max_attempts >= 1", name=op.f("jobs_max_attempts_check")),
         CheckConstraint("priority BETWEEN 0 AND 9", name=op.f("jobs_priority_check")),
+        CheckConstraint("format >= 1", name=op.f("jobs_format_check")),
+        CheckConstraint(
+            "received_by IS NULL OR (state = 'queued' AND enqueued_at IS NOT NULL)",
+            name=op.f("jobs_delivery_check"),
+        ),
+        CheckConstraint("wake_count >= 0", name=op.f("jobs_wake_count_check")),
+        CheckConstraint(
+            "time_limit_s > 0 AND time_limit_s < 'Infinity'", name=op.f("jobs_time_limit_check")
+        ),
+        in_range(
+            "jobs",
+            "not_before",
+            "deadline",
+            "enqueued_at",
+            "cancel_requested_at",
+            "created_at",
+            "queued_at",
+            "claimed_at",
+            "finished_at",
+        ),
+        not_negative(
+            "jobs", "attempt", "attempts_charged", "losses", "input_tokens", "max_output_tokens"
+        ),
+        CheckConstraint(
+            "input_tokens <= 1000000000 AND max_output_tokens <= 1000000000",
+            name=op.f("jobs_tokens_check"),
+        ),
+        CheckConstraint(
+            "char_length(tenant) <= 200 AND char_length(model) <= 200 AND char_length(url) <= 200"
+            " AND char_length(idempotency_key) BETWEEN 1 AND 255",
+            name=op.f("jobs_lengths_check"),
+        ),
+        CheckConstraint(
+            "jsonb_typeof(request) = 'object' AND jsonb_typeof(metadata) = 'object'",
+            name=op.f("jobs_objects_check"),
+        ),
         PrimaryKeyConstraint("id", name=op.f("jobs_pkey")),
         comment="One row per accepted job: its request, its state, and who may move it next.",
         postgresql_with={
             "autovacuum_vacuum_scale_factor": "0.02",
             "autovacuum_vacuum_insert_scale_factor": "0.02",
+            "autovacuum_vacuum_cost_limit": "2000",
         },
     )
     op.create_index("jobs_by_model", "jobs", ["tenant", "model", "state", "created_at", "id"])
@@ -218,7 +296,7 @@ def upgrade() -> None:
     op.create_index(
         "jobs_unsent",
         "jobs",
-        ["not_before"],
+        ["model", "priority", "not_before"],
         postgresql_where=text("state = 'queued' AND received_by IS NULL AND enqueued_at IS NULL"),
     )
     op.create_index(
@@ -226,6 +304,26 @@ def upgrade() -> None:
         "jobs",
         ["model", "enqueued_at"],
         postgresql_where=text("state = 'queued' AND received_by IS NULL"),
+        postgresql_include=["input_tokens", "max_output_tokens"],
+    )
+    op.create_index(
+        "jobs_replay_of",
+        "jobs",
+        ["replay_of"],
+        unique=True,
+        postgresql_where=text("replay_of IS NOT NULL"),
+    )
+    op.create_index(
+        "jobs_finished",
+        "jobs",
+        ["tenant", "finished_at"],
+        postgresql_where=text("finished_at IS NOT NULL"),
+    )
+    op.create_index(
+        "jobs_requests",
+        "jobs",
+        ["tenant", "finished_at"],
+        postgresql_where=text("finished_at IS NOT NULL AND request IS NOT NULL"),
     )
     op.create_table(
         "workers",
@@ -253,6 +351,7 @@ def upgrade() -> None:
             "lease_expires_at", Stamp, nullable=False, comment="Its attempts are lost after this."
         ),
         Column("stopped_at", Stamp, comment="Said goodbye; null while up, and for ever if killed."),
+        in_range("workers", "started_at", "heartbeat_at", "lease_expires_at", "stopped_at"),
         PrimaryKeyConstraint("id", name=op.f("workers_pkey")),
         comment="One row per start of a worker process: its lease, device and price.",
         postgresql_with={"fillfactor": "50"},
@@ -288,13 +387,15 @@ def upgrade() -> None:
         CheckConstraint(
             "num_nulls(ended_at, outcome, charged) IN (0, 3)", name=op.f("attempts_ended_check")
         ),
+        in_range("attempts", "claimed_at", "started_at", "ended_at"),
+        not_negative("attempts", "number", "device_ns", "cost"),
         ForeignKeyConstraint(
             ["job_id"], ["jobs.id"], name=op.f("attempts_job_id_fkey"), ondelete="CASCADE"
         ),
         PrimaryKeyConstraint("id", name=op.f("attempts_pkey")),
         UniqueConstraint("job_id", "number", name=op.f("attempts_job_id_number_key")),
         comment="One row per try of a job by a worker; never overwritten by the next try.",
-        postgresql_with={"fillfactor": "80"},
+        postgresql_with={"fillfactor": "80"} | AGEING,
     )
     op.create_table(
         "results",
@@ -308,7 +409,11 @@ def upgrade() -> None:
         Column("attempt_id", Uuid, comment="Attempt that ended it; null if it never ran."),
         Column("batch_id", Uuid, comment="Admission batch of that attempt."),
         Column("batch_size", Integer, comment="Jobs that were claimed with it, itself included."),
-        Column("response", JSONB, comment="Body of the answer, whole or partial, if any."),
+        Column(
+            "response",
+            JSONB,
+            comment="Body of the answer, whole or partial, if any; null once redacted.",
+        ),
         Column("error_code", Text, comment="Stable code, see app.errors; null if it completed."),
         Column(
             "error_message", Text, comment="A sentence for people; holds no prompt and no output."
@@ -347,11 +452,35 @@ def upgrade() -> None:
             "state IN ('cancelled', 'completed', 'expired', 'failed')",
             name=op.f("results_state_check"),
         ),
+        in_range(
+            "results",
+            "created_at",
+            "queued_at",
+            "claimed_at",
+            "started_at",
+            "first_token_at",
+            "finished_at",
+        ),
+        not_negative("results", "batch_size", "input_tokens", "output_tokens", "device_ns", "cost"),
+        CheckConstraint("jsonb_typeof(response) = 'object'", name=op.f("results_response_check")),
         ForeignKeyConstraint(
             ["job_id"], ["jobs.id"], name=op.f("results_job_id_fkey"), ondelete="CASCADE"
         ),
         PrimaryKeyConstraint("job_id", name=op.f("results_pkey")),
         comment="One row per final job, written once: the answer, its timing and its cost.",
+        postgresql_with=AGEING,
+    )
+    op.create_index(
+        "results_responses",
+        "results",
+        ["tenant", "finished_at"],
+        postgresql_where=text("response IS NOT NULL"),
+    )
+    op.create_index(
+        "results_by_error",
+        "results",
+        ["tenant", "error_code", "created_at", "job_id"],
+        postgresql_where=text("error_code IS NOT NULL"),
     )
 
 

@@ -23,11 +23,12 @@ Rows = Sequence[Row]
 
 HOUR_NS: Final = 3_600_000_000_000
 NANO: Final = Decimal("1e-9")
+ANY: Final = ("any",)  #: of a job of which nothing but its end is known
 
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    invariant: str  #: I1 to I10
+    invariant: str  #: I1 to I13
     text: str
 
     def __str__(self) -> str:
@@ -60,6 +61,10 @@ class Evidence:
     connections: Mapping[str, Sequence[int]] = field(default_factory=dict)  #: of each server
     max_rss: int = 0  #: of any part, bytes; 0 is not checked
     max_connections: Mapping[str, int] = field(default_factory=dict)
+    ended: Mapping[str, int] = field(default_factory=dict)  #: times that a part ended by itself
+    may_end: frozenset[str] = frozenset()  #: parts that the fault ends
+    logs: Mapping[str, str] = field(default_factory=dict)  #: of each part, during the fault
+    reflexes: Sequence[Mapping[str, float]] = ()  #: in seconds, before the fault and after it
 
     def submissions(self) -> dict[str, list[Event]]:
         """The events of submissions, by nonce."""
@@ -126,6 +131,8 @@ def _job_of_nonce(evidence: Evidence) -> dict[str, Row]:
 
 
 def _is_expected(row: Row, evidence: Evidence, expect: tuple[str, ...]) -> bool:
+    if expect == ANY:
+        return True
     if row["state"] == JobState.FAILED:
         return _error_code(row, evidence) in expect
     return row["state"] in expect
@@ -245,6 +252,8 @@ def no_cross_talk(evidence: Evidence) -> list[Violation]:
     results = {row["job_id"]: row for row in evidence.results}
     found = []
     for nonce, row in _job_of_nonce(evidence).items():
+        if nonce not in prompts:
+            continue
         request = row.get("request") or {}
         if request.get("prompt", prompts[nonce]) != prompts[nonce]:
             found.append(Violation("I4", f"The row of {nonce} holds another prompt."))
@@ -255,7 +264,7 @@ def no_cross_talk(evidence: Evidence) -> list[Violation]:
                 found.append(Violation("I4", f"{nonce} was answered with another text."))
     for event in evidence.events:
         is_answer = event.action == "poll" and event.state == JobState.COMPLETED
-        if is_answer and event.text != prompts.get(event.nonce):
+        if is_answer and event.nonce in prompts and event.text != prompts[event.nonce]:
             found.append(Violation("I4", f"A client asked for {event.nonce} and got another."))
     return found
 
@@ -367,7 +376,8 @@ def bounded(evidence: Evidence) -> list[Violation]:
     for event in evidence.events:
         if event.status is None or event.phase == "ok":
             continue
-        if event.status in CLEAR and not event.retry_after and event.action != "cancel":
+        asks = event.action in ("submit", "poll")
+        if event.status in CLEAR and not event.retry_after and asks:
             found.append(f"{event.action} {event.nonce}: {event.status} without Retry-After.")
         if event.status >= 500 and event.status not in CLEAR:
             found.append(f"{event.action} {event.nonce}: {event.status}.")
@@ -380,6 +390,84 @@ def bounded(evidence: Evidence) -> list[Violation]:
         if most > limit:
             found.append(f"{most} connections to {server}; the limit is {limit}.")
     return [Violation("I8", text) for text in found]
+
+
+# ── I9: the API says that it is ready if, and only if, it takes jobs ────────────────────────────
+
+REFUSED_S: Final = 3.0
+"""While nothing was accepted for so long, somebody must have said so."""
+NOTICED_S: Final = 1.5
+"""Until it says so."""
+
+
+def readiness(evidence: Evidence) -> list[Violation]:
+    """No time in which every submission over HTTP failed and the API called itself ready."""
+    asked = [each for each in evidence.events if each.action == "ready" and each.phase != "invoke"]
+    found = []
+    for refused in _refused(evidence):
+        began, ended = refused[0].at_ns + int(NOTICED_S * 1e9), refused[-1].at_ns
+        said = [each.phase == "ok" for each in asked if began <= each.at_ns <= ended]
+        if ended - refused[0].at_ns >= REFUSED_S * 1e9 and len(said) >= 2 and all(said):
+            seconds = (ended - refused[0].at_ns) / 1e9
+            text = f"Ready for {seconds:.1f} s in which {len(refused)} submissions failed."
+            found.append(Violation("I9", text))
+    return found
+
+
+def _refused(evidence: Evidence) -> Iterator[list[Event]]:
+    """Runs of submissions over HTTP that were not taken, for no fault of theirs."""
+    run: list[Event] = []
+    for event in evidence.events:
+        if event.action != "submit" or event.way not in ("http", "bulk"):
+            continue
+        if event.phase == "ok" or (event.status is not None and event.status < 500):
+            if event.phase != "invoke" and run:
+                yield run
+                run = []
+        elif event.phase != "invoke":
+            run.append(event)
+    if run:
+        yield run
+
+
+# ── I12: nobody waits longer than before ────────────────────────────────────────────────────────
+
+SLOWER_S: Final = 3.0
+
+
+def as_quick_as_before(evidence: Evidence) -> list[Violation]:
+    """What is slow after a fault lives on by its second way alone: a look now and then."""
+    if len(evidence.reflexes) < 2:
+        return []
+    before, after = evidence.reflexes[0], evidence.reflexes[-1]
+    return [
+        Violation("I12", f"{what} took {before[what]:.1f} s before and {after[what]:.1f} s after.")
+        for what in before
+        if after[what] > before[what] + SLOWER_S
+    ]
+
+
+# ── I13: nothing ends, and nothing raises, but for the fault ────────────────────────────────────
+
+
+def unbroken(evidence: Evidence) -> list[Violation]:
+    found = [
+        f"{part} ended {times} times by itself."
+        for part, times in evidence.ended.items()
+        if times and part not in evidence.may_end
+    ]
+    for part, text in evidence.logs.items():
+        signs = ("Exception in thread", "Traceback (most recent call last)")
+        found += [f"{part} logged: {_around(text, sign)}" for sign in signs if sign in text]
+    return [Violation("I13", text) for text in found]
+
+
+def _around(text: str, sign: str) -> str:
+    """The line before a traceback, and the exception at its end."""
+    before, _, after = text.partition(sign)
+    line = (before.splitlines() or [""])[-1]
+    error = next((each for each in after.splitlines()[1:] if each and each[0] != " "), "")
+    return f"{line[:150]} {sign}: {error[:150]}"
 
 
 # ── I10: no prompt anywhere but in its columns ──────────────────────────────────────────────────
@@ -439,6 +527,9 @@ CHECKS: Final[Mapping[str, Callable[[Evidence], list[Violation]]]] = {
     "I6": guilt,
     "I7": progress,
     "I8": bounded,
+    "I9": readiness,
     "I10": privacy,
+    "I12": as_quick_as_before,
+    "I13": unbroken,
 }
-"""By invariant. I9, truthful readiness, can only be seen while a fault lasts: its faults ask."""
+"""By invariant. I11, data is harmless: it is all of these in the faults that send odd data."""

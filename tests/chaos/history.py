@@ -28,7 +28,7 @@ class Event:
 
     number: int
     phase: str  #: one of PHASES
-    action: str  #: submit, poll or cancel
+    action: str  #: submit, poll, cancel, or ready: what the API says of itself
     at_ns: int  #: this machine's monotonic clock
     fault: str  #: during which fault
     nonce: str  #: of the job's prompt; also its idempotency key

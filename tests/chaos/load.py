@@ -25,8 +25,9 @@ import httpx
 import psycopg
 import redis
 
-from app.broker import list_key, queue_name, raw_message
-from app.engines.base import Kind
+from app.broker.message import raw_message
+from app.broker.queues import Layout, queue_name
+from app.jobs import Kind
 from tests.chaos.history import History
 from tests.chaos.world import MODELS, NotInTime, World, eventually
 
@@ -39,6 +40,8 @@ MOST_LATE_S: Final = 1.0
 """What could not be submitted for longer than that is not made up for in a rush afterwards."""
 PAUSE_S: Final = 0.3
 """Before a submission is tried again; Retry-After is heeded up to three times that."""
+ASK_S: Final = 0.5
+"""Between two questions whether the API is ready."""
 LONG_S: Final = 3600.0
 """A deadline that is always met."""
 COMPLETED: Final = ("completed",)
@@ -115,9 +118,10 @@ class Load:
         self._all_clients: list[httpx.Client] = []
         self._threads = [threading.Thread(target=self._send_all) for _ in range(SENDERS)]
         self._poller = threading.Thread(target=self._poll_some, args=(rng.randrange(1 << 30),))
+        self._asker = threading.Thread(target=self._ask_readiness)
 
     def __enter__(self) -> Load:
-        for thread in (*self._threads, self._poller):
+        for thread in (*self._threads, self._poller, self._asker):
             thread.start()
         return self
 
@@ -129,6 +133,10 @@ class Load:
             thread.join()
         self._ended.set()
         self._poller.join()
+        self._asker.join()
+        self.close()
+
+    def close(self) -> None:
         for client in self._all_clients:
             client.close()
 
@@ -165,13 +173,19 @@ class Load:
             self._send_message(self._specs[nonce])
         return len(missing)
 
-    def note_message(self, task_id: str, expect: tuple[str, ...]) -> None:
-        """A fault has put a message of its own into Redis; the job of its id ends like this."""
+    def note_message(self, task_id: str, expect: tuple[str, ...], prompt: str | None = "") -> None:
+        """A fault has put a message of its own into Redis; the job of its id ends like this. With
+        the prompt None its answer is not looked at."""
         nonce = f"n{task_id}"
         given: dict[str, Any] = {"way": "message", "job_id": task_id}
-        number = self._history.invoke("submit", nonce, prompt="", expect=expect, **given)
+        number = self._history.invoke("submit", nonce, prompt=prompt, expect=expect, **given)
         self.accepted[nonce] = task_id
         self._history.end(number, "ok", "submit", nonce, **given)
+
+    def is_own(self, job_id: str, key: str | None) -> bool:
+        """Whether a job was submitted by this load."""
+        sent = {*list(self.accepted.values()), *map(str, list(self._unreceived.values()))}
+        return job_id in sent or key in self._specs
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -281,7 +295,7 @@ class Load:
         name = queue_name(spec.model)
         message = raw_message(job_id, Kind.GENERATE, spec.body, queue=name, priority=spec.priority)
         try:
-            self._redis.lpush(list_key(name, spec.priority), message)
+            self._redis.lpush(Layout().key(name, spec.priority), message)
         except redis.RedisError as error:
             detail = type(error).__name__
             self._history.end(number, "unknown", "submit", spec.nonce, detail=detail, way="message")
@@ -341,6 +355,18 @@ class Load:
                 self.poll(rng.choice(known))
         for spec in self._due_cancels(everything=True):
             self._cancel(spec)
+
+    def _ask_readiness(self) -> None:
+        while not self._ended.wait(ASK_S):
+            number = self._history.invoke("ready", "")
+            try:
+                answer = self._client.get("/readyz")
+            except httpx.TransportError as error:
+                detail = type(error).__name__
+                self._history.end(number, "unknown", "ready", "", detail=detail)
+                continue
+            phase = "ok" if answer.is_success else "fail"
+            self._history.end(number, phase, "ready", "", status=answer.status_code)
 
     def _due_cancels(self, *, everything: bool = False) -> Iterator[Spec]:
         for _ in range(self._cancels.qsize()):

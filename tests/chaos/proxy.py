@@ -21,7 +21,7 @@ from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any, Final, Literal, Self, TypeVar
 
-from app.local import LOOPBACK
+from app.local.servers import LOOPBACK
 
 T = TypeVar("T")
 Direction = Literal["to_server", "to_client"]
@@ -133,6 +133,10 @@ class Proxy:
         """Reset every open connection, and refuse new ones as a port without a listener does."""
         self._call(self._refuse())
 
+    def redirect(self, upstream_port: int) -> None:
+        """From now on another server is behind it; open connections are reset."""
+        self._call(self._redirect(upstream_port))
+
     def heal(self) -> None:
         """Pass everything, and accept. Connections that have lost bytes are reset."""
         self._call(self._heal())
@@ -179,6 +183,10 @@ class Proxy:
         if self._listener:
             self._listener.close()
             self._listener = None
+        await self._reset_all()
+
+    async def _redirect(self, upstream_port: int) -> None:
+        self._upstream = (self._upstream[0], upstream_port)
         await self._reset_all()
 
     async def _heal(self) -> None:

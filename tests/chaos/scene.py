@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import random
@@ -20,6 +21,7 @@ from tests.chaos import checker
 from tests.chaos.checker import Evidence, Recovery, Violation
 from tests.chaos.history import History
 from tests.chaos.load import Load
+from tests.chaos.reflexes import measure
 from tests.chaos.world import (
     LEASE_S,
     LOST_AFTER_S,
@@ -55,9 +57,11 @@ class Fault:
     ways: tuple[str, ...] = ("http", "bulk", "message")
     extra_s: float = 0.0  #: added to the bound of recovery, for what the fault says
     needs_fresh_world: bool = False  #: it leaves the world unfit for others
+    ends: tuple[str, ...] = ()  #: parts that it ends, or has a reason to end by themselves
+    breaks_code: bool = False  #: what it does is a bug's doing, and may show a traceback
 
 
-EVERY_RUN: Final = ("I1", "I2", "I3", "I4", "I5", "I8", "I10")
+EVERY_RUN: Final = ("I1", "I2", "I3", "I4", "I5", "I8", "I9", "I10", "I12", "I13")
 FAULTS: Final[dict[int, Fault]] = {}
 
 
@@ -176,6 +180,8 @@ def _play(
         ways=fault.ways,
     )
     scene = Scene(world, load, rng, is_full=jobs >= FULL_JOBS)
+    reflexes = [_reflexes(world, history, rng, canary)]
+    ended, log_sizes = dict(world.restarts), world.log_sizes()
     outcome = Outcome(fault.number, fault.name, checks=tuple(sorted({*fault.checks, *EVERY_RUN})))
     world.reload_s = 0.0
     with _sampled(world) as samples:
@@ -187,6 +193,10 @@ def _play(
                 scene.expect(False, "I7", str(error))
             healed_at, open_ids = world.now(), _open_ids(world, since)
         outcome.resent = _quiesce(world, load, since)
+    ended = {part: number - ended[part] for part, number in world.restarts.items()}
+    logs = {} if fault.breaks_code else world.logged_since(log_sizes)
+    reflexes.append(_reflexes(world, history, rng, canary))
+    scene.note(_told(reflexes))
     tables = world.dump(since)
     evidence = Evidence(
         events=history.events(history.fault),
@@ -198,11 +208,25 @@ def _play(
         connections=samples["connections"],
         max_rss=MAX_RSS,
         max_connections=MAX_CONNECTIONS,
+        ended=ended,
+        may_end=frozenset(fault.ends),
+        logs=logs,
+        reflexes=reflexes,
     )
     for look in scene.later:
         look(evidence)
     _keep_evidence(folder, evidence, tables)
     return _judge(outcome, evidence, scene, took_s=time.monotonic() - began)
+
+
+def _reflexes(world: World, history: History, rng: random.Random, canary: str) -> dict[str, float]:
+    with contextlib.closing(Load(world, history, rng, jobs=0, rate=RATE, canary=canary)) as idle:
+        return measure(world, idle)
+
+
+def _told(reflexes: list[dict[str, float]]) -> str:
+    before, after = reflexes
+    return "; ".join(f"{what} {before[what]:.2f} s, then {after[what]:.2f} s" for what in before)
 
 
 def _inject(fault: Fault, scene: Scene) -> str:

@@ -13,7 +13,7 @@ import psycopg
 import redis
 from psycopg.rows import dict_row
 
-from app.local import EmbeddedPostgres, EmbeddedRedis
+from app.local.servers import EmbeddedPostgres, EmbeddedRedis
 from app.store.database import migrate
 
 # Notes every change of a job's state in a table that the product does not know.

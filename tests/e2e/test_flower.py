@@ -13,9 +13,9 @@ import httpx
 import pytest
 from celery import Celery
 
-from app import broker
-from app.config import Settings
-from app.local import free_port
+from app.broker.commands import flower_command
+from app.config.settings import Settings
+from app.local.servers import free_port
 from tests.waiting import eventually
 from tests.workers import Worker, running_worker
 
@@ -52,7 +52,7 @@ class Flower:
 
 @pytest.fixture
 def flower(settings: Settings, worker: Worker, tmp_path: Path) -> Iterator[Flower]:
-    command, environment = broker.flower_command(settings)
+    command, environment = flower_command(settings)
     environment |= {
         "GRISTMILL_DATABASE__URL": settings.database.url,
         "GRISTMILL_BROKER__URL": settings.broker.url,

@@ -9,11 +9,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from app.bench.workloads import make
-from app.config import ModelSettings
-from app.engines.base import Kind, SamplingParams, Sequence
+from app.config.settings import ModelSettings
+from app.engines.base import Sequence
 from app.engines.inflight.engine import InflightEngine
-from app.engines.models import prepare
+from app.engines.models import ensure_files
 from app.engines.tokenizer import load_tokenizer
+from app.jobs import Kind, SamplingParams
 
 CACHE = Path(__file__).resolve().parents[2] / ".cache"
 
@@ -29,7 +30,7 @@ SETTINGS = ModelSettings(
 
 @pytest.fixture(scope="module")
 def folder() -> Path:
-    return prepare("smollm2", SETTINGS, CACHE)
+    return ensure_files("smollm2", SETTINGS, CACHE)
 
 
 @pytest.mark.timeout(600)

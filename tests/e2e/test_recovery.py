@@ -9,7 +9,7 @@ import httpx
 import pytest
 import redis
 
-from app.config import Settings
+from app.config.settings import Settings
 from tests.apis import running_api
 from tests.own_redis import running_redis
 from tests.rescues import running_rescue

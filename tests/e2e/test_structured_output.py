@@ -10,13 +10,14 @@ from typing import Any
 import jsonschema
 import pytest
 
-from app.config import ModelSettings
-from app.engines.base import Generation, Kind, Sequence
+from app.config.settings import ModelSettings
+from app.engines.base import Generation, Sequence
 from app.engines.inflight.engine import InflightEngine
-from app.engines.models import prepare
+from app.engines.models import ensure_files
 from app.engines.tokenizer import load_tokenizer
-from app.jobs import FinishReason
-from app.requests import parse
+from app.jobs import FinishReason, Kind
+from app.requests.bodies import parse
+from app.requests.prepare import encode
 
 CACHE = Path(__file__).resolve().parents[2] / ".cache"
 SETTINGS = ModelSettings(
@@ -55,16 +56,16 @@ MAIL = "My order AB-1234 of two bags of rye flour came wet and late. I want my m
 
 @pytest.fixture(scope="module")
 def engine() -> InflightEngine:
-    folder = prepare("smollm2", SETTINGS, CACHE)
+    folder = ensure_files("smollm2", SETTINGS, CACHE)
     return InflightEngine(folder, SETTINGS, "cpu", 0, lambda: None)
 
 
 def ask(engine: InflightEngine, *bodies: dict[str, Any]) -> list[Generation]:
-    tokenizer = load_tokenizer(prepare("smollm2", SETTINGS, CACHE), SETTINGS)
+    tokenizer = load_tokenizer(ensure_files("smollm2", SETTINGS, CACHE), SETTINGS)
     sequences = []
     for id_, body in enumerate(bodies):
         request = parse({"messages": [{"role": "user", "content": MAIL}]} | body)
-        [tokens] = tokenizer.encode(request)
+        [tokens] = encode(request, tokenizer)
         sequences.append(Sequence(id_, tokens, request.sampling(200)))
     engine.admit("b", sequences)
     found: dict[int, Generation] = {}

@@ -145,3 +145,25 @@ def test_a_part_that_cannot_start_is_told_and_the_others_are_stopped(tmp_path: P
     assert "flower ended with exit code 3:" in system.output
     assert "set FLOWER_BASIC_AUTH" in system.output
     assert not system.processes()
+
+
+def test_in_the_background_and_under_nohup_a_closed_terminal_changes_nothing_and_sigterm_ends_it(
+    tmp_path: Path,
+):
+    background = ("sh", "-c", "trap '' INT HUP; exec \"$@\"", "sh")  # as `nohup … &` does
+    up = Up(tmp_path, prefix=background)
+    try:
+        up.wait_until_ready()
+        assert f"`kill {up.process.pid}` stops everything." in up.output
+
+        up.process.send_signal(signal.SIGHUP)
+        up.process.send_signal(signal.SIGINT)
+        done = up.gristmill("submit", "--as", "prompt", "ground", "--wait")
+        up.process.send_signal(signal.SIGTERM)
+
+        assert done.returncode == 0, done.stderr
+        assert up.process.wait(20) == 0
+        assert "SIGTERM: everything is being stopped." in up.output
+        assert "Everything is stopped." in up.output
+    finally:
+        up.process.kill()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from celery import Celery
 
-from app.config import Settings
+from app.config.settings import Settings
 from app.store.database import Database
 
 

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from app.client import AsyncClient, Client, JobFailed
-from app.config import Settings
+from app.config.settings import Settings
 from app.errors import GristmillError, JobNotFound, JobStateConflict, ModelNotFound
 from app.jobs import JobState
 from tests.apis import running_api

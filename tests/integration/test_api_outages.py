@@ -18,13 +18,13 @@ import psycopg
 import pytest
 import redis
 
-from app import sender
 from app.api import services
 from app.api.app import serve
-from app.broker import queue_name
-from app.config import Settings
+from app.broker.queues import queue_name
+from app.config.settings import Settings
 from app.errors import ConfigError, SchemaError
-from app.local import EmbeddedPostgres, EmbeddedRedis
+from app.intake import sender
+from app.local.servers import EmbeddedPostgres, EmbeddedRedis
 from app.store.database import migrate
 from tests.apis import Hands, running_api
 from tests.waiting import eventually
@@ -387,14 +387,15 @@ def test_the_process_tells_its_port_and_ends_at_a_signal(
     file = tmp_path / "settings.json"
     file.write_text(settings.model_dump_json())
     code = (
-        "import sys, pathlib; from app.api.app import serve; from app.config import Settings;"
+        "import sys, pathlib; from app.api.app import serve;"
+        "from app.config.settings import Settings;"
         "serve(Settings.model_validate_json(pathlib.Path(sys.argv[1]).read_text()))"
     )
     with subprocess.Popen(
         [sys.executable, "-c", code, str(file)], stderr=subprocess.PIPE, text=True
     ) as process:
         try:
-            url = _address(process)
+            url = address_of(process)
             answer = httpx.post(f"{url}/v1/jobs", json=JOB, timeout=30)
             assert answer.status_code == 202
             with ThreadPoolExecutor() as pool:
@@ -414,7 +415,7 @@ def test_the_process_tells_its_port_and_ends_at_a_signal(
             process.kill()
 
 
-def _address(process: subprocess.Popen[str]) -> str:
+def address_of(process: subprocess.Popen[str]) -> str:
     """The address that the process logs when it listens."""
     assert process.stderr is not None
     for line in process.stderr:

@@ -13,9 +13,9 @@ from typing import Any
 import httpx
 import pytest
 
-from app.api import bodies, connections
+from app.api import connections, raw_bodies
 from app.api.reader import AT_ONCE
-from app.config import Settings
+from app.config.settings import Settings
 from app.store import reads
 from tests.apis import running_api
 from tests.waiting import eventually
@@ -100,7 +100,7 @@ def test_a_request_that_takes_long_is_not_cut_off_by_the_timeout_of_its_head(
 def test_a_body_that_drips_is_given_up_although_something_always_comes(
     api: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bodies, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(raw_bodies, "PATIENCE_S", 0.3)
     with connected(api, HEAD) as slow:
         stop = threading.Event()
 

@@ -13,7 +13,7 @@ import psycopg
 import pytest
 
 from app.client import Client
-from app.config import Settings
+from app.config.settings import Settings
 from app.errors import JobStateConflict, RequestRemoved
 from app.jobs import JobState
 from tests.apis import Hands, running_api

@@ -14,14 +14,15 @@ import httpx
 import pytest
 import redis
 
-from app import requests
-from app.api import bodies
-from app.broker import queue_name
-from app.config import ModelSettings, Settings
-from app.engines.base import Grammar
-from app.local import EmbeddedRedis
+from app.api import raw_bodies
+from app.broker.queues import queue_name
+from app.config.settings import ModelSettings, Settings
+from app.jobs import Grammar
+from app.local.servers import EmbeddedRedis
+from app.requests import bodies
 from tests.apis import Hands, running_api
 from tests.conftest import STUB_MODELS
+from tests.waiting import eventually
 from tests.workers import rows
 
 BODY = {"prompt": "A grist mill is"}
@@ -136,7 +137,7 @@ def test_a_schema_is_kept_with_the_order_of_its_keys(api: httpx.Client, settings
 
     assert len({answer.json()["id"] for answer in answers}) == 1
     [row] = stored(settings)
-    kept = requests.parse(row["request"], row["url"])
+    kept = bodies.parse(row["request"], row["url"])
     assert kept.grammar == Grammar("json_schema", json.dumps(schema, separators=(",", ":")))
     assert kept.fingerprint == row["fingerprint"]
 
@@ -293,7 +294,7 @@ def test_a_gzip_bomb_is_refused_unread(refusing: httpx.Client) -> None:
 def test_a_body_that_does_not_arrive_is_given_up(
     refusing: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bodies, "READ_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(raw_bodies, "READ_TIMEOUT_S", 0.05)
     with socket.create_connection((refusing.base_url.host, refusing.base_url.port)) as slow:
         slow.settimeout(10)
         slow.sendall(
@@ -453,10 +454,10 @@ def test_a_bulk_takes_as_many_jobs_as_it_says_and_no_more(
     answer = api.post("/v1/jobs/bulk", json={"jobs": jobs})
 
     assert answer.json()["accepted"] == 10_000
-    [counted] = rows(settings, "SELECT count(*), count(enqueued_at) AS sent FROM jobs")
-    assert counted == {"count": 10_000, "sent": 10_000}
+    count = "SELECT count(*), count(enqueued_at) AS sent FROM jobs"
+    eventually(lambda: rows(settings, count) == [{"count": 10_000, "sent": 10_000}], 60)
     with redis.Redis.from_url(redis_url) as client:
-        assert client.llen(queue_name("stub")) == 10_000
+        eventually(lambda: client.llen(queue_name("stub")) == 10_000, 60)
     refused = api.post("/v1/jobs/bulk", json={"jobs": [*jobs, jobs[0]]})
     assert refused.status_code == 400
 

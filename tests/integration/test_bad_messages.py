@@ -9,11 +9,11 @@ from uuid import uuid4
 import pytest
 import redis
 
-from app import broker
-from app.config import Settings
-from app.engines.base import Kind
-from app.worker import envelope
-from tests.bad_messages import NAMELESS, PROMPT, UNPARSABLE, UNRUNNABLE
+from app.broker.message import raw_message
+from app.config.settings import Settings
+from app.jobs import Kind
+from app.worker.pool import envelope
+from tests.bad_messages import NAMELESS, ODD, PROMPT, UNPARSABLE, UNRUNNABLE
 from tests.waiting import eventually
 from tests.workers import Worker, results, rows, running_worker
 
@@ -35,6 +35,18 @@ def client(redis_url: str) -> Iterator[redis.Redis]:
         yield client
 
 
+def test_what_is_odd_and_harmless_is_answered_as_any_other(
+    config: Settings, worker: Worker, client: redis.Redis
+) -> None:
+    client.lpush("celery", *ODD.values())
+
+    named = {task_id for item in ODD.values() if (task_id := envelope.task_id_in(item))}
+    assert len(named) == len(ODD)
+    found = eventually(lambda: (all_ := results(config)).keys() >= named and all_, 60)
+    assert {found[id_]["state"] for id_ in named} == {"completed"}
+    eventually(lambda: client.hlen("unacked") == 0)
+
+
 def test_no_message_ends_or_blocks_the_worker_and_the_named_ones_fail_with_a_reason(
     config: Settings, worker: Worker, client: redis.Redis
 ) -> None:
@@ -43,7 +55,7 @@ def test_no_message_ends_or_blocks_the_worker_and_the_named_ones_fail_with_a_rea
     good = []
     for item in bad.values():
         good.append(str(uuid4()))
-        follower = broker.raw_message(good[-1], Kind.GENERATE, {"prompt": "flour"}, queue="celery")
+        follower = raw_message(good[-1], Kind.GENERATE, {"prompt": "flour"}, queue="celery")
         client.lpush("celery", item, follower)
 
     # then every good one is answered by the same process
@@ -71,7 +83,7 @@ def test_a_message_of_100_megabytes_fails_with_a_reason_and_the_next_one_is_answ
     huge, next_ = str(uuid4()), str(uuid4())
 
     for task_id, prompt in ((huge, "x" * 100_000_000), (next_, "x")):
-        item = broker.raw_message(task_id, Kind.GENERATE, {"prompt": prompt}, queue="celery")
+        item = raw_message(task_id, Kind.GENERATE, {"prompt": prompt}, queue="celery")
         client.lpush("celery", item)
 
     found = eventually(lambda: (all_ := results(config)).keys() >= {huge, next_} and all_, 60)
@@ -83,14 +95,12 @@ def test_a_bad_message_does_not_touch_a_job_that_exists(
     config: Settings, worker: Worker, client: redis.Redis
 ) -> None:
     task_id, next_ = str(uuid4()), str(uuid4())
-    good = broker.raw_message(task_id, Kind.GENERATE, {"prompt": "flour"}, queue="celery")
+    good = raw_message(task_id, Kind.GENERATE, {"prompt": "flour"}, queue="celery")
     client.lpush("celery", good)
     before = eventually(lambda: results(config).get(task_id))
 
     client.lpush("celery", good.replace(b"delivery_tag", b"tag"))
-    client.lpush(
-        "celery", broker.raw_message(next_, Kind.GENERATE, {"prompt": "x"}, queue="celery")
-    )
+    client.lpush("celery", raw_message(next_, Kind.GENERATE, {"prompt": "x"}, queue="celery"))
 
     found = eventually(lambda: (all_ := results(config)).keys() >= {next_} and all_)
     assert found[task_id] == before

@@ -15,13 +15,15 @@ import redis
 from celery import Celery
 from kombu import Message as KombuMessage
 
-from app import broker
-from app.broker import Message, Publisher
-from app.config import Settings
-from app.engines.base import Kind
+from app.broker.app import make_app
+from app.broker.message import Message, raw_message
+from app.broker.publisher import Publisher
+from app.broker.queues import Layout
+from app.config.settings import Settings
 from app.errors import RequestError, RequestTooLarge, Unavailable
-from app.local import free_port
-from app.worker import envelope
+from app.jobs import Kind
+from app.local.servers import free_port
+from app.worker.pool import envelope
 from tests.own_redis import OwnRedis, running_redis
 
 
@@ -47,14 +49,16 @@ class Reader:
     """Takes messages from Redis as a worker of these settings does."""
 
     def __init__(self, settings: Settings) -> None:
-        self._app = broker.make_app(settings)
+        self._app = make_app(settings)
         self._received: list[KombuMessage] = []
         self.refused: list[tuple[str | None, RequestError]] = []
 
     def __enter__(self) -> Reader:
         self._connection = self._app.connection_for_read().__enter__()
         channel = self._connection.default_channel
-        envelope.guard(channel.client, 10_000, lambda *refused: self.refused.append(refused))
+        envelope.guard(
+            channel.client, Layout(), 10_000, lambda *refused: self.refused.append(refused)
+        )
         consumer = self._app.amqp.TaskConsumer(channel, on_message=self._received.append)
         self._consumer = consumer.__enter__()
         return self
@@ -94,7 +98,7 @@ def test_a_message_waits_in_its_models_list_with_the_job_id_as_task_id(
     publisher.send(message)
 
     [item] = client.lrange("gristmill.stub", 0, -1)
-    envelope.check(item, 10_000)
+    envelope.checked(item, "q", 10_000)
     assert json.loads(item)["headers"]["id"] == str(message.job_id)
 
 
@@ -231,11 +235,11 @@ def test_a_raw_message_needs_a_redis_client_and_nothing_else(
     client: redis.Redis, reader: Reader, priority: int
 ) -> None:
     job_id = uuid4()
-    item = broker.raw_message(
+    item = raw_message(
         job_id, Kind.GENERATE, {"prompt": "x"}, queue="gristmill.stub", priority=priority
     )
 
-    client.lpush(broker.list_key("gristmill.stub", priority), item)
+    client.lpush(Layout().key("gristmill.stub", priority), item)
 
     assert [UUID(id) for id in reader.ids(1)] == [job_id]
 
@@ -244,10 +248,10 @@ def test_what_kombu_cannot_parse_is_held_back_and_the_next_message_arrives(
     client: redis.Redis, reader: Reader
 ) -> None:
     good, broken, huge = (
-        broker.raw_message(task_id, Kind.GENERATE, {"prompt": text}, queue="celery")
+        raw_message(task_id, Kind.GENERATE, {"prompt": text}, queue="celery")
         for task_id, text in [("good", "x"), ("broken", "x"), ("huge", "x" * 200_000)]
     )
-    broken = broken.replace(b'"delivery_tag"', b'"tag"')
+    broken = broken.replace(b'"base64"', b'"rot13"')
 
     client.lpush("celery", b"not JSON", broken, huge, good)
 

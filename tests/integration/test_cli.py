@@ -7,7 +7,7 @@ import json
 import pytest
 
 from app import cli
-from app.doctor import Finding, examine
+from app.local.doctor import Finding, examine
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 from celery import Celery
 
 from app.bench.poison import max_runs
-from app.config import Settings
+from app.config.settings import Settings
 from app.jobs import ALONE_AFTER
 from tests.rescues import running_rescue
 from tests.waiting import eventually

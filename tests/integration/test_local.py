@@ -16,7 +16,7 @@ import pytest
 import redis
 
 from app.errors import ConfigError, Unavailable
-from app.local import Child, EmbeddedPostgres, EmbeddedRedis, free_port
+from app.local.servers import Child, EmbeddedPostgres, EmbeddedRedis, free_port
 from tests.waiting import eventually
 
 
@@ -87,8 +87,8 @@ def test_a_server_leaves_no_process_behind(kind: type, tmp_path: Path):
 @pytest.mark.parametrize("kind", ["EmbeddedPostgres", "EmbeddedRedis"])
 def test_a_server_ends_when_its_parent_is_killed(kind: str, tmp_path: Path):
     program = (
-        "import sys, time; from pathlib import Path; from app import local\n"
-        f"with local.{kind}(Path(sys.argv[1])): print('ready', flush=True); time.sleep(60)"
+        "import sys, time; from pathlib import Path; from app.local import servers\n"
+        f"with servers.{kind}(Path(sys.argv[1])): print('ready', flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", program, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
@@ -98,7 +98,9 @@ def test_a_server_ends_when_its_parent_is_killed(kind: str, tmp_path: Path):
         parent.send_signal(signal.SIGKILL)
 
     eventually(lambda: not _processes_of(tmp_path))
-    with getattr(sys.modules["app.local"], kind)(tmp_path) as server:  # and the folder still works
+    with getattr(sys.modules["app.local.servers"], kind)(
+        tmp_path
+    ) as server:  # and the folder still works
         assert server.url
 
 
@@ -119,7 +121,7 @@ def test_a_server_that_cannot_start_shows_the_end_of_its_log(tmp_path: Path):
 
 
 def test_a_second_server_on_one_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("app.local.STOP_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("app.local.servers.STOP_TIMEOUT_S", 0.2)
     with EmbeddedRedis(tmp_path), pytest.raises(ConfigError, match="Another server is running"):
         EmbeddedRedis(tmp_path).start()
 

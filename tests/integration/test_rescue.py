@@ -10,10 +10,12 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 from uuid import UUID, uuid4
 
 import psycopg
@@ -21,17 +23,18 @@ import pytest
 import redis
 
 from app import rescue
-from app.broker import Message, Publisher, list_key, queue_name
-from app.config import Settings
-from app.engines.base import Kind
+from app.broker.message import Message
+from app.broker.publisher import Publisher
+from app.broker.queues import Layout, queue_name
+from app.config.settings import Settings
 from app.errors import Unavailable
-from app.jobs import ALONE_AFTER, CloseReason, JobState
-from app.local import free_port
-from app.rescue import Rescue
-from app.store import claims, intake, workers
+from app.jobs import ALONE_AFTER, CloseReason, JobState, Kind
+from app.local.servers import free_port
+from app.rescue import Rescue, SweepReport
+from app.store import claims, submissions, workers
 from app.store.claims import Member, NewBatch
 from app.store.database import Database
-from app.store.intake import Arrival
+from app.store.submissions import Arrival
 from app.store.workers import NewWorker
 from tests.rescues import running_rescue
 from tests.rows import insert, new_job
@@ -62,13 +65,27 @@ class World:
     def __init__(self, settings: Settings, client: redis.Redis) -> None:
         self.database = Database(settings.database.url)
         self.publisher = Publisher(settings)
-        self.rescue = Rescue(settings, self.database, self.publisher)
         self.database_url = settings.database.url
         self._settings = settings
         self._client = client
+        self.passed_s = 0.0
+        self.rescue = self.another_rescue()
 
-    def another_rescue(self) -> Rescue:
-        return Rescue(self._settings, self.database, self.publisher)
+    def now_s(self) -> float:
+        return time.monotonic() + self.passed_s
+
+    def sweep(self) -> SweepReport:
+        """After a time in which whatever waits for a look at Redis has waited enough."""
+        self.passed_s += self._settings.rescue.lost_after_s
+        return self.rescue.sweep()
+
+    def another_rescue(self, publisher: Publisher | None = None) -> Rescue:
+        """One that has been in contact with Postgres for long."""
+        rescue = Rescue(self._settings, self.database, publisher or self.publisher, self.now_s)
+        for _ in range(4):
+            self.passed_s += self._settings.worker.lease_s / 2 - 1
+            rescue._contact.answered()
+        return rescue
 
     def close(self) -> None:
         self.publisher.close()
@@ -83,10 +100,9 @@ class World:
     def submit_and_send(self, number: int = 1, **fields: Any) -> list[UUID]:
         """Jobs whose messages have been waiting in Redis for long."""
         ids = self.submit(number, **fields)
-        self.publisher.send_many(Message(id, Kind.GENERATE, MODEL) for id in ids)
-        with self.database.begin() as connection:
-            intake.mark_enqueued(connection, ids)
-        self.change(ids, "enqueued_at = enqueued_at - %s", LONG_AGO)
+        priority = fields.get("priority", 0)
+        self.publisher.send_many(Message(id, Kind.GENERATE, MODEL, priority=priority) for id in ids)
+        self.change(ids, "enqueued_at = now() - %s", LONG_AGO)
         return ids
 
     def change(self, ids: list[UUID], assignments: str, *values: Any) -> None:
@@ -113,12 +129,12 @@ class World:
 
     def receive(self, worker_id: UUID, ids: list[UUID]) -> None:
         """The worker takes these messages from Redis and registers them."""
-        for key in [list_key(queue_name(MODEL), priority) for priority in range(0, 10, 3)]:
+        for key in [Layout().key(queue_name(MODEL), priority) for priority in range(0, 10, 3)]:
             for item in self._client.lrange(key, 0, -1):
                 if UUID(json.loads(item)["headers"]["id"]) in ids:
                     self._client.lrem(key, 1, item)
         with self.database.begin() as connection:
-            intake.receive(connection, worker_id, [Arrival(id) for id in ids])
+            submissions.receive(connection, worker_id, [Arrival(id) for id in ids])
 
     def claim(self, worker_id: UUID, ids: list[UUID]) -> None:
         batch = NewBatch(
@@ -142,7 +158,7 @@ class World:
 
     def messages(self) -> list[UUID]:
         """Ids of the messages in Redis, in any order."""
-        keys = [list_key(queue_name(MODEL), priority) for priority in (0, 3, 6, 9)]
+        keys = [Layout().key(queue_name(MODEL), priority) for priority in (0, 3, 6, 9)]
         items = [item for key in keys for item in self._client.lrange(key, 0, -1)]
         return [UUID(json.loads(item)["headers"]["id"]) for item in items]
 
@@ -168,7 +184,7 @@ def world(settings: Settings, client: redis.Redis) -> Iterator[World]:
 def test_a_job_whose_message_was_never_sent_is_sent_once(world: World) -> None:
     ids = world.submit(20)  # several pages
 
-    reports = [world.rescue.sweep() for _ in range(3)]
+    reports = [world.sweep() for _ in range(3)]
 
     assert sorted(world.messages()) == sorted(ids)
     assert [report.sent for report in reports] == [20, 0, 0]
@@ -177,7 +193,7 @@ def test_a_job_whose_message_was_never_sent_is_sent_once(world: World) -> None:
 def test_its_message_carries_no_request(world: World, client: redis.Redis) -> None:
     world.submit(request={"prompt": "the miller's secret"})
 
-    world.rescue.sweep()
+    world.sweep()
 
     [item] = client.lrange(queue_name(MODEL), 0, -1)
     assert json.loads(base64.b64decode(json.loads(item)["body"]))[:2] == [[], {}]
@@ -186,19 +202,19 @@ def test_its_message_carries_no_request(world: World, client: redis.Redis) -> No
 def test_it_keeps_its_priority(world: World, client: redis.Redis) -> None:
     world.submit(priority=7)
 
-    world.rescue.sweep()
+    world.sweep()
 
-    assert client.llen(list_key(queue_name(MODEL), 7)) == 1
+    assert client.llen(Layout().key(queue_name(MODEL), 7)) == 1
 
 
 def test_a_job_is_not_sent_before_it_is_due(world: World) -> None:
     [later] = world.submit(not_before=datetime.now(UTC) + timedelta(hours=1))
-    world.rescue.sweep()
+    world.sweep()
     assert world.messages() == []
 
     world.change([later], "not_before = now()")
 
-    eventually(lambda: world.rescue.sweep().sent)
+    eventually(lambda: world.sweep().sent)
     assert world.messages() == [later]
 
 
@@ -217,14 +233,14 @@ def test_redis_stays_small_whatever_waits_and_is_fed_as_the_queue_drains(
     ids = small_queue.submit(250)
     small_queue.change(ids[:50], "not_before = not_before - %s", LONG_AGO)  # the oldest
 
-    assert small_queue.rescue.sweep().sent == 100
-    assert small_queue.rescue.sweep().sent == 0
+    assert small_queue.sweep().sent == 100
+    assert small_queue.sweep().sent == 0
     assert len(small_queue.messages()) == 100
     assert set(ids[:50]) <= set(small_queue.messages())
 
     worker = small_queue.start_worker()
     small_queue.receive(worker, small_queue.messages()[:30])
-    assert small_queue.rescue.sweep().sent == 30
+    assert small_queue.sweep().sent == 30
     assert len(small_queue.messages()) == 100
 
 
@@ -232,10 +248,10 @@ def test_an_urgent_job_is_sent_although_the_queue_is_full_of_patient_ones(
     small_queue: World,
 ) -> None:
     small_queue.submit(150, priority=9)
-    assert small_queue.rescue.sweep().sent == 100
+    assert small_queue.sweep().sent == 100
     [urgent] = small_queue.submit(1, priority=0)
 
-    assert small_queue.rescue.sweep().sent == 1
+    assert small_queue.sweep().sent == 1
 
     assert urgent in small_queue.messages()
 
@@ -258,16 +274,16 @@ def test_after_flushall_every_queued_job_is_sent_again_once(world: World) -> Non
     ids = world.submit_and_send(100)
     world.lose_messages()
 
-    reports = [world.rescue.sweep() for _ in range(5)]
+    reports = [world.sweep() for _ in range(5)]
 
     assert sorted(world.messages()) == sorted(ids)
     assert sum(report.sent_again for report in reports) == 100
 
 
-def test_a_count_that_was_slow_for_once_delays_no_rescue_for_long(
+def test_a_look_that_was_slow_for_once_delays_no_rescue_for_long(
     settings: Settings, world: World, client: redis.Redis
 ) -> None:
-    # given a count that takes a minute, while a lock is held say
+    # given a look that takes a minute, while a lock is held say
     now_s, step_s = 0.0, 60.0
 
     def clock() -> float:
@@ -290,7 +306,7 @@ def test_a_count_that_was_slow_for_once_delays_no_rescue_for_long(
 def test_a_long_healthy_queue_is_not_doubled(world: World) -> None:
     ids = world.submit_and_send(100)
 
-    reports = [world.rescue.sweep() for _ in range(5)]
+    reports = [world.sweep() for _ in range(5)]
 
     assert len(world.messages()) == len(ids)
     assert not any(report.sent_again for report in reports)
@@ -303,7 +319,7 @@ def test_a_queue_with_messages_of_other_producers_is_left_alone(
     world.publisher.send_many(Message(uuid4(), Kind.GENERATE, MODEL) for _ in range(5))
 
     for _ in range(3):
-        world.rescue.sweep()
+        world.sweep()
 
     assert len(world.messages()) == len(ids) + 5
 
@@ -316,7 +332,7 @@ def test_one_lost_message_of_a_long_queue_is_found_and_the_rest_left_alone(
     ids = world.submit_and_send(50)
 
     for _ in range(5):
-        world.rescue.sweep()
+        world.sweep()
 
     assert sorted(world.messages()) == sorted([lost, *ids])
 
@@ -327,12 +343,12 @@ def test_a_message_that_a_worker_is_just_taking_is_not_sent_again(
     # given a message that was taken from Redis and whose row does not say so yet
     ids = world.submit_and_send(10)
     client.rpop(queue_name(MODEL))
-    world.rescue.sweep()
+    world.sweep()
     assert sorted(world.messages()) == sorted(ids[1:])
 
     # when the worker registers it before the next sweep
     world.receive(world.start_worker(), ids[:1])
-    world.rescue.sweep()
+    world.sweep()
 
     assert sorted(world.messages()) == sorted(ids[1:])
 
@@ -345,10 +361,92 @@ def test_a_message_that_is_lost_again_and_again_is_sent_less_and_less_often(
     world.lose_messages()
 
     world.change([id], "enqueued_at = now() - interval '70 s'")
-    assert [world.rescue.sweep().sent_again for _ in range(3)] == [0, 0, 0]
+    assert [world.sweep().sent_again for _ in range(3)] == [0, 0, 0]
 
     world.change([id], "enqueued_at = now() - interval '90 s'")
-    assert [world.rescue.sweep().sent_again for _ in range(3)] == [0, 1, 0]
+    assert [world.sweep().sent_again for _ in range(3)] == [0, 1, 0]
+
+
+def test_lost_urgent_messages_are_sent_again_though_more_patient_ones_wait(world: World) -> None:
+    # given three urgent messages that were lost, and twenty patient ones that wait longer
+    urgent = world.submit_and_send(3)
+    world.lose_messages()
+    patient = world.submit_and_send(20, priority=9)
+    world.change(patient, "enqueued_at = enqueued_at - %s", LONG_AGO)
+
+    reports = [world.sweep() for _ in range(3)]
+
+    assert [report.sent_again for report in reports] == [0, 3, 0]
+    assert sorted(world.messages()) == sorted([*urgent, *patient])
+
+
+def test_messages_of_others_hide_no_lost_one(world: World, client: redis.Redis) -> None:
+    # given fifty lost messages and more of other producers in the same list, garbage among them
+    lost = world.submit_and_send(50)
+    world.lose_messages()
+    strangers = [uuid4() for _ in range(60)]
+    world.publisher.send_many(Message(id, Kind.GENERATE, MODEL) for id in strangers)
+
+    for _ in range(2):
+        world.sweep()
+
+    assert sorted(world.messages()) == sorted([*lost, *strangers])
+
+
+def test_a_look_at_redis_reads_past_whatever_lies_there(world: World, client: redis.Redis) -> None:
+    # given two lists full of what is not ours, with one of our messages at each end
+    first, last = world.submit_and_send(2)
+    [lost] = world.submit(1)
+    world.change([lost], "enqueued_at = now() - %s", LONG_AGO)
+    key = queue_name(MODEL)
+    garbage = ["", "[", "null", "7", '"id"', "[" * 5_000, '{"headers": 7}', "\xff\x00", "{}"]
+    for item in [*garbage, '{"headers": {"id": 7}}', '{"headers": {"id": "\\u0000"}}'] * 300:
+        client.linsert(key, "before", client.lindex(key, -1), item)
+
+    found = world.publisher.without_message({first, last, lost}, {MODEL})
+
+    assert found == {lost}
+
+
+def test_a_message_in_the_default_queue_is_not_lost(world: World, client: redis.Redis) -> None:
+    world.submit_and_send(1)
+    client.rename(queue_name(MODEL), "celery")
+
+    assert [world.sweep().sent_again for _ in range(3)] == [0, 0, 0]
+
+
+def test_no_row_is_locked_while_rescue_talks_to_redis(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # given a job to send and one to send again, and somebody who looks at the rows meanwhile
+    world.submit(1)
+    world.submit_and_send(1)
+    world.lose_messages()
+    locked = []
+
+    def look(self: Publisher, messages: Any) -> None:
+        with psycopg.connect(world.database_url) as connection:
+            free = connection.execute("SELECT id FROM jobs FOR UPDATE SKIP LOCKED").fetchall()
+        locked.append(2 - len(free))
+
+    monkeypatch.setattr(Publisher, "send_many", look)
+    reports = [world.sweep() for _ in range(2)]
+
+    assert [report.sent + report.sent_again for report in reports] == [1, 1]
+    assert set(locked) == {0}
+
+
+def test_what_redis_refuses_is_unsent_again(
+    world: World, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = world.submit(3)
+    with monkeypatch.context() as patch:
+        patch.setattr(Publisher, "send_many", Mock(side_effect=Unavailable("Redis is full.")))
+        with pytest.raises(Unavailable):
+            world.sweep()
+
+    assert world.sweep().sent == 3
+    assert sorted(world.messages()) == sorted(ids)
 
 
 # ── workers that are gone ───────────────────────────────────────────────────────────────────────
@@ -362,14 +460,14 @@ def test_the_jobs_of_a_dead_worker_are_queued_and_sent_again(world: World) -> No
     world.claim(worker_id, ids[:15])
 
     # when it dies
-    world.rescue.sweep()
+    world.sweep()
     assert world.messages() == []
     world.kill(worker_id)
-    report = world.rescue.sweep()
+    report = world.sweep()
 
     # then both are somebody else's to take
     assert (report.worker_lost, report.message_lost) == (15, 5)
-    eventually(lambda: world.rescue.sweep() and len(world.messages()) == 20)
+    eventually(lambda: world.sweep() and len(world.messages()) == 20)
     assert sorted(world.messages()) == sorted(ids)
     assert world.states(ids) == {"queued"}
 
@@ -382,7 +480,7 @@ def test_a_job_that_lost_its_last_worker_fails(world: World) -> None:
     world.change([id], f"losses = {ALONE_AFTER}")
 
     world.kill(worker_id)
-    world.rescue.sweep()
+    world.sweep()
 
     assert world.states([id]) == {"failed"}
 
@@ -391,10 +489,79 @@ def test_a_job_past_its_deadline_expires_and_is_not_sent(world: World) -> None:
     ids = world.submit(3, deadline=datetime.now(UTC) + timedelta(hours=1))
     world.change(ids, "deadline = now()")
 
-    report = world.rescue.sweep()
+    report = world.sweep()
 
     assert (report.expired, report.sent) == (3, 0)
     assert world.states(ids) == {"expired"}
+
+
+def test_nobody_is_lost_before_rescue_has_been_connected_for_a_lease(
+    world: World, settings: Settings
+) -> None:
+    # given a worker whose lease ran out while Postgres was away for all
+    ids = world.submit(2)
+    worker_id = world.start_worker()
+    world.receive(worker_id, ids)
+    world.claim(worker_id, ids[:1])
+    world.kill(worker_id)
+    lease_s = settings.worker.lease_s
+    world.passed_s += lease_s  # rescue heard nothing for so long
+
+    # when Postgres is back
+    reports = [world.rescue.sweep()]
+    for _ in range(3):
+        world.passed_s += lease_s / 2 - 2
+        reports.append(world.rescue.sweep())
+
+    # then the worker has all of a lease to renew its own
+    assert [report.worker_lost for report in reports] == [0, 0, 0, 1]
+    assert [report.message_lost for report in reports] == [0, 0, 0, 1]
+
+
+def test_a_row_that_cannot_be_moved_keeps_no_other_waiting(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    # given jobs of a dead worker, and late ones; one of each cannot be moved
+    lost, late = world.submit(20), world.submit(20, deadline=datetime.now(UTC) + timedelta(hours=1))
+    worker_id = world.start_worker()
+    world.claim(worker_id, lost)
+    world.kill(worker_id)
+    world.change(late, "deadline = now()")
+    world.change(lost[:1], "losses = 32767")
+    with psycopg.connect(world.database_url) as connection:
+        connection.execute(
+            "INSERT INTO results (job_id, model, kind, state, created_at, queued_at, finished_at, "
+            "total_ms) SELECT id, model, kind, 'failed', now(), now(), now(), 0 FROM jobs "
+            "WHERE id = %s",
+            late[:1],
+        )
+
+    report = world.sweep()
+
+    assert (report.worker_lost, report.expired) == (19, 19)
+    assert str(lost[0]) in str([record.__dict__ for record in caplog.records])
+    assert world.states(late[1:]) == {"expired"}
+    assert world.sweep().expired == 0
+
+
+def test_a_page_that_takes_too_long_is_halved_and_not_repeated(
+    settings: Settings, world: World
+) -> None:
+    # given a Postgres that takes a tenth of a second for each row, and 0.4 s at most
+    ids = world.submit(7, deadline=datetime.now(UTC) + timedelta(hours=1))
+    world.change(ids, "deadline = now()")
+    with psycopg.connect(world.database_url) as connection:
+        connection.execute(
+            "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS "
+            "'BEGIN PERFORM pg_sleep(0.1); RETURN NEW; END'"
+        )
+        connection.execute(
+            "CREATE TRIGGER slow BEFORE INSERT ON results FOR EACH ROW EXECUTE FUNCTION slow()"
+        )
+    with closing(Database(world.database_url, statement_timeout_ms=400)) as hurried:
+        report = Rescue(settings, hurried, world.publisher).sweep()
+
+    assert report.expired == 7
 
 
 # ── Postgres or Redis away ──────────────────────────────────────────────────────────────────────
@@ -416,8 +583,8 @@ def test_what_was_kept_for_its_time_is_removed_and_then_deleted(
             )
 
     # two requests and two responses, then the older job
-    assert world.rescue.sweep().removed == 5
-    assert world.rescue.sweep().removed == 0
+    assert world.sweep().removed == 5
+    assert world.sweep().removed == 0
 
     with psycopg.connect(world.database_url) as connection:
         left = connection.execute(
@@ -436,14 +603,14 @@ def test_while_redis_is_away_leases_and_deadlines_are_kept_and_nothing_counts_as
     world.kill(worker_id)
     world.change([late], "deadline = now()")
     nowhere = make_settings(broker={"url": f"redis://127.0.0.1:{free_port()}/0"})
-    cut_off = Rescue(settings, world.database, Publisher(nowhere))
+    cut_off = world.another_rescue(Publisher(nowhere))
 
     with pytest.raises(Unavailable):
         cut_off.sweep()
 
     assert world.states([late]) == {"expired"}
     assert world.states([lost]) == {"queued"}
-    eventually(lambda: world.rescue.sweep() and len(world.messages()) == 2)
+    eventually(lambda: world.sweep() and len(world.messages()) == 2)
     assert sorted(world.messages()) == sorted([lost, unsent])
 
 

@@ -14,7 +14,7 @@ from sqlalchemy import event, text
 
 from app.errors import GristmillError, JobStateConflict, Unavailable
 from app.jobs import AttemptOutcome, JobState
-from app.store import cancellation, claims, rescue
+from app.store import cancellation, claims, sweeps
 from app.store.claims import BatchStats, Member
 from app.store.database import Database
 from app.store.reads import JobView
@@ -235,7 +235,7 @@ def test_a_zombie_that_finishes_after_its_rescue_changes_nothing(database: Datab
     [stale] = zombie.claim([job_id])
     end_lease(database, zombie.id)
     with database.begin() as connection:
-        rescue.expire_leases(connection, 10)
+        sweeps.expire_leases(connection, sweeps.find_lost(connection, 10))
     second = Worker.registered(database)
     claimed = second.claim([job_id])
 

@@ -17,13 +17,13 @@ from uuid import UUID
 import pytest
 from sqlalchemy import DateTime, text
 
-from app.engines.base import Kind
-from app.errors import GristmillError
-from app.jobs import FINAL_STATES, AttemptOutcome, CloseReason
-from app.store import cancellation, claims, intake, rescue, retention, workers
+from app.errors import GristmillError, JobNotFound, JobStateConflict, LeaseLost, Unavailable
+from app.jobs import FINAL_STATES, AttemptOutcome, CloseReason, Kind
+from app.store import cancellation, claims, delivery, retention, submissions, sweeps, workers
 from app.store.claims import BatchStats, Finished, Member, NewBatch, Release
 from app.store.database import Database
-from app.store.intake import Arrival, RejectedJob
+from app.store.delivery import DELIVERY_TRANSITIONS, Delivery, delivery_of
+from app.store.submissions import Arrival, RejectedJob
 from app.store.tables import metadata
 from app.store.workers import NewWorker
 from tests.memory_store import KEYS, MemoryDatabase
@@ -96,9 +96,9 @@ class Moves:
 
     def next(self) -> tuple[str, Move]:
         kinds = {
-            self.insert: 6, self.receive: 3, self.unreceive: 1, self.sent: 5, self.reject: 0.3,
-            self.claim: 10, self.finish: 4, self.release: 5, self.register: 1, self.beat: 7,
-            self.stop: 0.2, self.cancel: 5, self.sweep: 8,
+            self.insert: 8, self.receive: 3, self.let_go: 1, self.not_sent: 1, self.forget: 1,
+            self.reject: 0.3, self.claim: 10, self.finish: 4, self.release: 5, self.register: 1,
+            self.beat: 7, self.stop: 0.2, self.cancel: 5, self.sweep: 8,
         }  # fmt: skip
         if len(self.registered) < len(self.workers):
             return "register", self.register()
@@ -114,6 +114,7 @@ class Moves:
         prints = self.chance.choices(["f00d", "beef"], k=len(wanted))
         replayed = self.chance.choice(self.jobs) if self.chance.random() < 0.1 else None
         max_attempts = self.chance.randint(1, 2)
+        sent = [job_id for job_id, *_ in wanted if self.chance.random() < 0.6]
 
         def move(connection: Any, now: datetime) -> Any:
             jobs = [
@@ -121,6 +122,7 @@ class Moves:
                     id=job_id,
                     not_before=_after(now, early),
                     deadline=_after(now, late),
+                    time_limit_s=late,
                     idempotency_key=key,
                     fingerprint=fingerprint,
                     replay_of=replayed,
@@ -130,7 +132,7 @@ class Moves:
                     wanted, keys, prints, strict=True
                 )
             ]
-            return intake.insert_jobs(connection, jobs)
+            return submissions.insert_jobs(connection, jobs, sent)
 
         return move
 
@@ -156,26 +158,30 @@ class Moves:
                     deadline=_after(now, late),
                 )
                 arrivals.append(Arrival(job_id, None if is_bare else job))
-            return list(intake.receive(connection, worker, arrivals).values())
+            return list(submissions.receive(connection, worker, arrivals).values())
 
         return move
 
-    def unreceive(self) -> Move:
+    def let_go(self) -> Move:
         worker, ids = self.chance.choice(self.workers), self.some_jobs()
-        return lambda connection, _: intake.unreceive(connection, worker, ids)
+        return lambda connection, _: delivery.let_go(connection, worker, ids)
 
-    def sent(self) -> Move:
+    def not_sent(self) -> Move:
         ids = self.some_jobs()
-        return lambda connection, _: intake.mark_enqueued(connection, ids)
+        return lambda connection, _: delivery.not_sent(connection, ids)
+
+    def forget(self) -> Move:
+        worker, known = self.chance.choice(self.workers), self.chance.sample(self.jobs, 15)
+        return lambda connection, _: delivery.free_forgotten(connection, worker, known)
 
     def reject(self) -> Move:
         [job_id, *_] = self.some_jobs()
         bad = RejectedJob(id=job_id, kind=Kind.EMBED, error_code="bad", error_message="Bad.")
-        return lambda connection, _: intake.reject(connection, [bad])
+        return lambda connection, _: submissions.reject(connection, [bad])
 
     def claim(self) -> Move:
-        if self.claims and self.chance.random() < 0.15:
-            batch, members = self.claims[-1]  # its answer was lost
+        if self.claims and self.chance.random() < 0.3:
+            batch, members = self.chance.choice(self.claims[-4:])  # its answer was lost
         else:
             batch = NewBatch(
                 id=self._uuid(),
@@ -254,25 +260,35 @@ class Moves:
     def cancel(self) -> Move:
         members = self._some_members()[1] if self.chance.random() < 0.6 else []
         job_id = members[0].job_id if members else self.some_jobs()[0]
+        if self.chance.random() < 0.1:
+            return lambda connection, _: cancellation.cancel_or_record(
+                connection, job_id, Kind.GENERATE
+            )
         return lambda connection, _: cancellation.cancel(connection, job_id)
 
     def sweep(self) -> Move:
-        sweeps: list[Move] = [
-            lambda connection, _: rescue.expire_leases(connection, PAGE),
-            lambda connection, _: rescue.return_received(connection, PAGE),
-            lambda connection, _: rescue.expire_deadlines(connection, PAGE),
-            lambda connection, _: rescue.unsent_models(connection),
-            lambda connection, _: rescue.unsent(connection, MODEL, range(10), PAGE, HALF_S),
-            lambda connection, _: rescue.overdue(connection, MODEL, 1_700.0, PAGE),
-            lambda connection, _: rescue.count_unreceived(connection),
-            lambda connection, _: intake.queued(connection),
-            lambda connection, _: intake.ended(connection, 700.0),
+        looks: list[Move] = [
+            lambda connection, _: sweeps.expire_leases(
+                connection, sweeps.find_lost(connection, PAGE)
+            ),
+            lambda connection, _: delivery.free_lost(connection, PAGE),
+            lambda connection, _: sweeps.expire_deadlines(
+                connection, sweeps.find_late(connection, PAGE)
+            ),
+            lambda connection, _: sweeps.expire_leases(connection, self.jobs),
+            lambda connection, _: sweeps.expire_deadlines(connection, self.jobs),
+            lambda connection, _: delivery.unsent_models(connection),
+            lambda connection, _: delivery.send_due(connection, MODEL, range(10), PAGE),
+            lambda connection, _: list(delivery.overdue(connection, 1_700.0, PAGE)),
+            lambda connection, _: delivery.send_again(connection, self.jobs, 1_700.0),
+            lambda connection, _: submissions.queued(connection),
+            lambda connection, _: submissions.ended(connection, 700.0),
             lambda connection, _: retention.redact_requests(connection, 2_500.0, PAGE),
             lambda connection, _: retention.redact_responses(connection, 2_500.0, PAGE),
             lambda connection, _: retention.delete_jobs(connection, 5_500.0, PAGE),
             lambda connection, _: retention.delete_batches(connection, 5_500.0, PAGE),
         ]
-        return self.chance.choice(sweeps)
+        return self.chance.choice(looks)
 
 
 def _after(now: datetime, units: int | None) -> datetime | None:
@@ -311,6 +327,24 @@ def _rows(store: Postgres | Memory) -> dict[str, Any]:
     return {table: _plain(store.rows(table), now) for table in KEYS}
 
 
+REFUSALS = (JobNotFound, JobStateConflict, LeaseLost, Unavailable)
+"""All that a statement may raise, however late it is repeated and whoever has the job by then."""
+
+
+def _check_deliveries(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> None:
+    """Messages of queued jobs moved only as they may."""
+    were = {row["id"]: _delivery(row) for row in before if row["state"] == "queued"}
+    for row in after:
+        was = were.get(row["id"])
+        if was is not None and row["state"] == "queued":
+            now = _delivery(row)
+            assert now is was or now in DELIVERY_TRANSITIONS[was], (was, now)
+
+
+def _delivery(row: dict[str, Any]) -> Delivery:
+    return delivery_of(row["received_by"], row["enqueued_at"])
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_postgres_and_the_store_in_memory_answer_and_keep_the_same(
     database: Database, seed: int
@@ -321,9 +355,13 @@ def test_postgres_and_the_store_in_memory_answer_and_keep_the_same(
     for _ in range(100):
         name, move = moves.next()
         done.append(name)
+        before = fake.rows("jobs")
 
-        assert _do(fake, move) == _do(real, move), done
+        answer = _do(fake, move)
+        assert answer == _do(real, move), done
         assert _rows(fake) == _rows(real), done
+        assert not isinstance(answer, type) or answer in REFUSALS, done
+        _check_deliveries(before, fake.rows("jobs"))
         if moves.chance.random() < 0.15:
             for store in (fake, real):
                 store.let_pass(UNIT_S)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from contextlib import closing
+from datetime import timedelta
 from uuid import uuid4
 
 import pytest
 from sqlalchemy import text
 
 from app.errors import ConfigError, GristmillError, SchemaError, Unavailable
-from app.local import free_port
-from app.store import intake
-from app.store.database import Database
+from app.local.servers import free_port
+from app.store import submissions
+from app.store.database import Database, migrate
 from tests.rows import insert, new_job
 
 CANARY = "the canary sings"
@@ -23,7 +24,7 @@ def test_a_commit_keeps_and_an_error_drops_what_was_written(database: Database) 
 
     def write_and_fail() -> None:
         with database.begin() as connection:
-            intake.insert_jobs(connection, [dropped])
+            submissions.insert_jobs(connection, [dropped])
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -37,7 +38,7 @@ def test_each_statement_of_autocommit_is_kept_whatever_follows(database: Databas
 
     def write_and_fail() -> None:
         with database.autocommit() as connection:
-            intake.insert_jobs(connection, [job])
+            submissions.insert_jobs(connection, [job])
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -52,7 +53,7 @@ def test_a_transaction_after_autocommit_is_one_again(database_url: str) -> None:
 
     def write_and_fail(database: Database) -> None:
         with database.begin() as connection:
-            intake.insert_jobs(connection, [job])
+            submissions.insert_jobs(connection, [job])
             raise ZeroDivisionError
 
     with closing(Database(database_url, pool_size=1)) as database:
@@ -172,7 +173,7 @@ def test_missing_tables_ask_for_a_migration(empty_database_url: str) -> None:
         pytest.raises(SchemaError, match="gristmill migrate"),
         database.begin() as connection,
     ):
-        intake.queued(connection)
+        submissions.queued(connection)
 
 
 def test_both_spellings_of_the_url_are_taken(database_url: str) -> None:
@@ -195,3 +196,100 @@ def test_a_repeated_insert_after_an_unknown_commit_makes_one_job(database: Datab
     assert insert(database, job) == insert(database, job) == [job.id]
     with database.begin() as connection:
         assert connection.scalar(text("SELECT count(*) FROM jobs")) == 1
+
+
+@pytest.mark.parametrize(
+    "sqlstate", ["25006", "57P01", "57P02", "57P03", "57P05", "08006", "08P01", "26000", "42P05"]
+)
+def test_a_connection_that_is_of_no_use_any_more_is_not_kept(
+    database_url: str, sqlstate: str
+) -> None:
+    pid = text("SELECT pg_backend_pid()")
+    with closing(Database(database_url, pool_size=1)) as database:
+        with database.begin() as connection:
+            before = connection.scalar(pid)
+
+        with pytest.raises(Unavailable), database.begin() as connection:
+            connection.execute(
+                text(f"DO $$ BEGIN RAISE EXCEPTION USING ERRCODE = '{sqlstate}'; END $$")
+            )
+
+        with database.begin() as connection:
+            assert connection.scalar(pid) != before
+
+
+def test_a_plan_that_a_migration_made_stale_passes(database_url: str) -> None:
+    """Postgres refuses a prepared statement whose columns have changed, on that connection only."""
+    every_column = text("SELECT * FROM workers")
+    with (
+        closing(Database(database_url, pool_size=1)) as database,
+        closing(Database(database_url)) as migration,
+    ):
+        for _ in range(8):  # so often that it is prepared
+            with database.begin() as connection:
+                connection.execute(every_column)
+        with migration.begin() as connection:
+            connection.execute(text("ALTER TABLE workers ADD COLUMN later int"))
+
+        with pytest.raises(Unavailable), database.begin() as connection:
+            connection.execute(every_column)
+        with database.begin() as connection:
+            connection.execute(every_column)
+
+
+def test_times_beyond_those_of_python_are_read_as_the_first_or_the_last(
+    database: Database,
+) -> None:
+    times = "'infinity', '-infinity', '10000-01-01 03:59:59+00', '0044-03-15 12:00+00 BC'"
+    query = text(f"SELECT unnest(CAST(ARRAY[{times}] AS timestamptz[]))")
+
+    with database.begin() as connection:
+        assert [each.year for each in connection.scalars(query)] == [9999, 1, 9999, 1]
+
+
+def test_options_of_the_url_live_beside_ours(database_url: str) -> None:
+    asked = "-c%20search_path%3Dmill%20-c%20work_mem%3D8MB"
+    url = f"{database_url}?options={asked}&application_name=mine&sslmode=prefer"
+    shown = text("SELECT current_setting(unnest(CAST(:names AS text[])))")
+    names = ["search_path", "work_mem", "application_name", "statement_timeout", "timezone"]
+
+    with closing(Database(url, statement_timeout_ms=7_000)) as database:
+        with database.begin() as connection:
+            in_force = list(connection.scalars(shown, {"names": names}))
+
+        assert in_force == ["mill", "8MB", "mine", "7s", "UTC"]
+
+
+def test_a_schema_of_ones_own_holds_the_tables_and_one_that_is_not_there_is_named(
+    empty_database_url: str,
+) -> None:
+    url = empty_database_url + "?options=-c%20search_path%3Dmill"
+    with pytest.raises(SchemaError, match="CREATE SCHEMA"):
+        migrate(url)
+    with closing(Database(empty_database_url)) as database, database.begin() as connection:
+        connection.execute(text("CREATE SCHEMA mill"))
+
+    migrate(url)
+
+    with closing(Database(url)) as database:
+        database.check_schema()
+        [job_id] = insert(database, new_job())
+        with database.begin() as connection:
+            assert list(connection.scalars(text("SELECT id FROM mill.jobs"))) == [job_id]
+
+
+def test_a_value_that_libpq_does_not_know_is_a_wrong_setting(database_url: str) -> None:
+    with (
+        closing(Database(database_url + "?sslmode=always")) as database,
+        pytest.raises(ConfigError, match="sslmode"),
+        database.begin(),
+    ):
+        pass
+
+
+def test_the_clock_is_that_of_the_database(database: Database) -> None:
+    before = database.now()
+    with database.begin() as connection:
+        now = connection.scalar(text("SELECT clock_timestamp()"))
+
+    assert before <= now <= database.now() + timedelta(milliseconds=100)

@@ -9,7 +9,7 @@ import pytest
 
 from app.errors import JobStateConflict
 from app.jobs import FINAL_STATES, MAX_UNCHARGED, JobState, can_move
-from app.store import cancellation, claims, reads, rescue
+from app.store import cancellation, claims, reads, sweeps
 from app.store.database import Database
 from tests.rows import Worker, completed, end_lease, insert, new_job, view
 
@@ -45,7 +45,7 @@ class RandomLife:
     def crash(self) -> None:
         end_lease(self.database, self.chance.choice(self.workers).id)
         with self.database.begin() as connection:
-            rescue.expire_leases(connection, 3)
+            sweeps.expire_leases(connection, sweeps.find_lost(connection, 3))
 
     def cancel(self) -> None:
         with suppress(JobStateConflict), self.database.begin() as connection:

@@ -12,11 +12,11 @@ from uuid import uuid4
 import pytest
 from sqlalchemy import text
 
-from app.engines.base import Kind
-from app.store import cancellation, intake, rescue
+from app.jobs import Kind
+from app.store import cancellation, submissions, sweeps
 from app.store.database import Database
-from app.store.intake import RejectedJob
 from app.store.notices import CANCEL, DONE, Notice, listen
+from app.store.submissions import RejectedJob
 from tests.rows import Worker, insert, new_job, rewrite
 
 
@@ -68,7 +68,7 @@ def test_every_way_to_end_a_job_is_news(database: Database, listener: Listener) 
 
     rewrite(database, "deadline = now()", expired)
     with database.begin() as connection:
-        rescue.expire_deadlines(connection, 10)
+        sweeps.expire_deadlines(connection, sweeps.find_late(connection, 10))
     assert listener.next() == Notice(DONE, expired)
 
     [claimed] = worker.claim([given_up])
@@ -76,7 +76,7 @@ def test_every_way_to_end_a_job_is_news(database: Database, listener: Listener) 
     assert listener.next() == Notice(DONE, given_up)
 
     with database.begin() as connection:
-        intake.reject(connection, [rejected])
+        submissions.reject(connection, [rejected])
     assert listener.next() == Notice(DONE, rejected.id)
 
 

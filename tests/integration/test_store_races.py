@@ -16,10 +16,10 @@ from sqlalchemy import Connection, text
 
 from app.errors import JobStateConflict
 from app.jobs import AttemptOutcome, JobState
-from app.store import cancellation, claims, intake, rescue, workers
+from app.store import cancellation, claims, submissions, sweeps, workers
 from app.store.claims import Claimed, Member, Release
 from app.store.database import Database
-from app.store.intake import Arrival, Inserted
+from app.store.submissions import Arrival, Inserted
 from tests.rows import Worker, completed, end_lease, insert, new_job, view
 from tests.waiting import eventually
 
@@ -104,7 +104,7 @@ def cancel(job_id: UUID) -> Move[JobState | None]:
 
 
 def expire(connection: Connection) -> list[claims.Released]:
-    return rescue.expire_leases(connection, 10)
+    return sweeps.expire_leases(connection, sweeps.find_lost(connection, 10))
 
 
 def test_of_two_claims_the_second_waits_and_gets_nothing(database: Database) -> None:
@@ -225,7 +225,7 @@ def test_a_key_that_another_transaction_is_writing_decides_when_that_ends(
     database: Database, is_taken_back: bool
 ) -> None:
     def submit(connection: Connection) -> Inserted:
-        return intake.insert_jobs(connection, [new_job(idempotency_key="k")])[0]
+        return submissions.insert_jobs(connection, [new_job(idempotency_key="k")])[0]
 
     first, second = race(database, submit, submit, is_taken_back=is_taken_back)
 
@@ -240,7 +240,7 @@ def test_a_message_that_arrives_during_a_cancel_finds_the_job_ended(database: Da
     _, received = race(
         database,
         cancel(job_id),
-        lambda connection: intake.receive(connection, worker.id, [Arrival(job_id)]),
+        lambda connection: submissions.receive(connection, worker.id, [Arrival(job_id)]),
     )
 
     assert received[job_id].state is JobState.CANCELLED

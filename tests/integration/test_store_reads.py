@@ -5,14 +5,15 @@ from __future__ import annotations
 from uuid import UUID, uuid4
 
 import pytest
+from sqlalchemy import text
 
-from app.errors import JobNotFound
-from app.jobs import JobState
-from app.store import cancellation, intake, reads
+from app.errors import GristmillError, JobNotFound
+from app.jobs import EARLIEST, LATEST, JobState
+from app.store import cancellation, reads
 from app.store.database import Database
-from app.store.intake import Arrival
-from app.store.reads import QueueDepth
-from tests.rows import MODEL, Worker, insert, new_job, rewrite, view
+from app.store.reads import JobView, QueueDepth, Unreadable
+from app.store.submissions import Arrival
+from tests.rows import MODEL, Worker, insert, insert_sent, new_job, rewrite, view
 
 
 def pages(database: Database, limit: int, **filters: object) -> list[UUID]:
@@ -101,9 +102,8 @@ def test_states_are_told_of_the_jobs_that_exist(database: Database) -> None:
 
 
 def test_depths_count_open_jobs_by_model_and_state(database: Database) -> None:
-    ids = insert(database, *(new_job() for _ in range(5)), new_job(model="other"))
+    ids = insert_sent(database, *(new_job() for _ in range(5)), new_job(model="other"))
     with database.begin() as connection:
-        intake.mark_enqueued(connection, ids)
         cancellation.cancel(connection, ids[4])
     worker = Worker.registered(database)
     worker.receive(Arrival(ids[0]))
@@ -126,3 +126,96 @@ def test_the_oldest_queued_job_of_a_model_has_an_age(database: Database) -> None
 
     assert ages[MODEL] >= 3600 > ages["other"]
     assert "idle" not in ages
+
+
+def by_hand(database: Database, job_id: UUID, assignment: str) -> None:
+    """Write into a row what only the types of its columns forbid, not the constraints."""
+    with database.begin() as connection:
+        names = connection.scalars(
+            text(
+                "SELECT conname FROM pg_constraint WHERE conrelid = 'jobs'::regclass"
+                " AND contype = 'c'"
+            )
+        ).all()
+        for name in names:
+            connection.execute(text(f"ALTER TABLE jobs DROP CONSTRAINT {name}"))
+    rewrite(database, assignment, job_id)
+
+
+DIGITS = "1" * 5_000
+DEPTH = 3_000
+
+
+@pytest.mark.parametrize(
+    ("assignment", "is_readable"),
+    [
+        ("deadline = 'infinity'", True),
+        ("not_before = '-infinity'", True),
+        ("created_at = '4713-01-01 BC'", True),
+        ("deadline = '290000-01-01'", True),
+        ("deadline = '9999-12-31 23:59:59-05'", True),
+        ("input_tokens = -7, priority = 1000", True),
+        ("kind = 'paint', source = 'elsewhere', url = ''", True),
+        (f"request = '{DIGITS}'", True),  # nobody is shown it
+        ("state = 'thinking'", False),
+        (f"metadata = '{DIGITS}'", False),
+        (f"metadata = '{'[' * DEPTH}{']' * DEPTH}'", False),
+    ],
+)
+def test_a_row_that_cannot_be_read_never_fails_anothers_read(
+    database: Database, assignment: str, is_readable: bool
+) -> None:
+    # given a row written by hand between two good ones
+    ids = insert(database, new_job(), new_job(), new_job())
+    by_hand(database, ids[1], assignment)
+
+    # when all are asked for
+    with database.begin() as connection:
+        found = reads.find(connection, ids)
+
+    # then each is there, and the odd one as well as it can be
+    assert [each.id for each in found] == ids
+    assert isinstance(found[0], JobView)
+    assert isinstance(found[2], JobView)
+    assert isinstance(found[1], JobView if is_readable else Unreadable)
+
+
+def test_times_without_end_are_read_as_the_last_there_are(database: Database) -> None:
+    [job_id] = insert(database, new_job())
+    by_hand(database, job_id, "deadline = 'infinity', not_before = '-infinity'")
+
+    job = view(database, job_id)
+
+    assert (job.not_before, job.deadline) == (EARLIEST, LATEST)
+
+
+@pytest.mark.parametrize(
+    "assignment",
+    [
+        "deadline = 'infinity'",
+        "not_before = '-infinity'",
+        "deadline = '9999-12-31 23:59:59-05'",
+        "created_at = '0001-01-01 00:00+14'",
+        "priority = 10",
+        "priority = -1",
+        "attempt = -1",
+        "losses = -1",
+        "input_tokens = -1",
+        "max_output_tokens = 2147483647",
+        "state = 'thinking'",
+        "time_limit_s = 'infinity'",
+        "time_limit_s = 'nan'",
+        "format = 0",
+        "metadata = '[]'",
+        "request = '7'",
+        "model = repeat('m', 201)",
+        "idempotency_key = ''",
+    ],
+)
+def test_the_schema_refuses_what_the_edge_would_not_write(
+    database: Database, assignment: str
+) -> None:
+    [job_id] = insert(database, new_job())
+
+    with pytest.raises(GristmillError):
+        rewrite(database, assignment, job_id)

@@ -16,24 +16,35 @@ from alembic.migration import MigrationContext
 from sqlalchemy import NullPool, create_engine, text
 
 from app.errors import SchemaError
-from app.store.database import MIGRATIONS, Database, downgrade, migrate, psycopg_url
+from app.jobs import JobState
+from app.store.database import MIGRATIONS, Database, downgrade, migrate
+from app.store.submissions import Arrival
 from app.store.tables import metadata
-from tests.rows import at_once
+from tests.rows import Worker, at_once, insert, new_job, view
 from tests.waiting import eventually
 
 _NEXT_REVISION = """
+from alembic import op
+from sqlalchemy import Column, Integer, text
+
 revision = "9999"
 down_revision = "{newest}"
 branch_labels = depends_on = None
 
 
 def upgrade() -> None:
-    pass
+    op.add_column("jobs", Column("later", Integer, server_default=text("1"), nullable=False))
 
 
 def downgrade() -> None:
-    pass
+    op.drop_column("jobs", "later")
 """
+
+
+def driver_url(url: str) -> str:
+    """The URL for an engine of SQLAlchemy's own."""
+    return url.replace("postgresql://", "postgresql+psycopg://")
+
 
 NEWEST = max(file.name[:4] for file in MIGRATIONS.glob("versions/0*.py"))
 
@@ -58,7 +69,7 @@ _CATALOG = {
 
 
 def catalog(url: str) -> dict[str, set[tuple[Any, ...]]]:
-    engine = create_engine(psycopg_url(url), poolclass=NullPool)
+    engine = create_engine(driver_url(url), poolclass=NullPool)
     with engine.connect() as connection:
         return {
             name: {
@@ -86,11 +97,11 @@ def newer_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], 
 def test_migrations_make_exactly_the_tables_of_the_code(
     empty_database_url: str, database_url: str
 ) -> None:
-    from_tables = create_engine(psycopg_url(empty_database_url), poolclass=NullPool)
+    from_tables = create_engine(driver_url(empty_database_url), poolclass=NullPool)
     metadata.create_all(from_tables)
 
     assert catalog(database_url) == catalog(empty_database_url)
-    migrated = create_engine(psycopg_url(database_url), poolclass=NullPool)
+    migrated = create_engine(driver_url(database_url), poolclass=NullPool)
     with migrated.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_server_default": True})
         assert compare_metadata(context, metadata) == []
@@ -154,6 +165,24 @@ def test_a_newer_schema_that_has_only_added_is_accepted_and_left_as_it_is(
         migrate(database_url)
 
 
+def test_old_code_works_on_a_later_schema(
+    database: Database, database_url: str, newer_code: Callable[[], Any]
+) -> None:
+    # given a schema that has one more column
+    with newer_code():
+        migrate(database_url)
+    worker, job = Worker.registered(database), new_job(time_limit_s=7.5)
+
+    # when a job goes through the hands of code that does not know it
+    insert(database, job)
+    received = worker.receive(Arrival(job.id))
+    worker.complete(worker.claim([job.id]))
+
+    # then it reads what it wrote
+    assert (received[job.id].format, received[job.id].time_limit_s) == (1, 7.5)
+    assert view(database, job.id).state is JobState.COMPLETED
+
+
 def test_a_newer_schema_that_has_taken_something_away_is_refused(
     database: Database,
     database_url: str,
@@ -168,14 +197,15 @@ def test_a_newer_schema_that_has_taken_something_away_is_refused(
         database.check_schema()
 
 
-def test_a_migration_waits_for_a_lock_without_keeping_others_waiting(database_url: str) -> None:
+def test_a_migration_waits_for_a_lock_without_keeping_others_waiting(
+    database_url: str, newer_code: Callable[[], Any]
+) -> None:
     # given a transaction that has read the table and stays open
-    downgrade(database_url, "0001")
-    reader = create_engine(psycopg_url(database_url), poolclass=NullPool).connect()
+    reader = create_engine(driver_url(database_url), poolclass=NullPool).connect()
     reader.execute(text("SELECT count(*) FROM jobs"))
 
     # when a migration wants to change it
-    with ThreadPoolExecutor() as pool:
+    with newer_code(), ThreadPoolExecutor() as pool:
         migration = pool.submit(migrate, database_url)
         eventually(partial(_somebody_waits_for_a_lock, database_url))
 
@@ -188,10 +218,10 @@ def test_a_migration_waits_for_a_lock_without_keeping_others_waiting(database_ur
 
         # and it goes through once the lock is free
         reader.close()
-        assert migration.result(60) == NEWEST
+        assert migration.result(60) == "9999"
 
 
 def _somebody_waits_for_a_lock(url: str) -> bool:
-    with create_engine(psycopg_url(url), poolclass=NullPool).connect() as connection:
+    with create_engine(driver_url(url), poolclass=NullPool).connect() as connection:
         found = connection.scalar(text("SELECT count(*) FROM pg_locks WHERE NOT granted"))
     return bool(found)

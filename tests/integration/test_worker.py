@@ -14,7 +14,7 @@ import pytest
 import redis
 from celery import Celery
 
-from app.config import Settings
+from app.config.settings import Settings
 from app.store.cancellation import cancel
 from app.store.database import Database
 from tests.waiting import eventually

@@ -9,9 +9,10 @@ from uuid import uuid4
 
 import redis
 
-from app import broker
-from app.config import Settings
-from app.engines.base import Kind
+from app.broker.commands import ready_workers
+from app.broker.message import raw_message
+from app.config.settings import Settings
+from app.jobs import Kind
 from tests.own_redis import running_redis
 from tests.waiting import eventually
 from tests.workers import results, running_worker
@@ -27,7 +28,7 @@ def test_a_redis_that_is_full_does_not_end_the_worker_and_its_messages_are_answe
             worker.send_signal(signal.SIGSTOP)
             ids = [str(uuid4()) for _ in range(5)]
             for job_id in ids:
-                item = broker.raw_message(job_id, Kind.GENERATE, {"prompt": "x"}, queue="celery")
+                item = raw_message(job_id, Kind.GENERATE, {"prompt": "x"}, queue="celery")
                 client.lpush("celery", item)
             client.config_set("maxmemory", 1)
             worker.send_signal(signal.SIGCONT)
@@ -39,7 +40,7 @@ def test_a_redis_that_is_full_does_not_end_the_worker_and_its_messages_are_answe
             client.config_set("maxmemory", 0)
             last = str(uuid4())
             client.lpush(
-                "celery", broker.raw_message(last, Kind.GENERATE, {"prompt": "x"}, queue="celery")
+                "celery", raw_message(last, Kind.GENERATE, {"prompt": "x"}, queue="celery")
             )
             eventually(lambda: last in results(settings), 60)
             assert "Unrecoverable error" not in worker.log
@@ -52,7 +53,7 @@ def test_a_worker_starts_on_a_redis_that_is_full_and_empties_it(
         settings = make_settings(database={"url": database_url}, broker={"url": server.url})
         ids = [str(uuid4()) for _ in range(5)]
         for job_id in ids:
-            item = broker.raw_message(job_id, Kind.GENERATE, {"prompt": "x"}, queue="celery")
+            item = raw_message(job_id, Kind.GENERATE, {"prompt": "x"}, queue="celery")
             client.lpush("celery", item)
         client.config_set("maxmemory", 1)
 
@@ -61,4 +62,4 @@ def test_a_worker_starts_on_a_redis_that_is_full_and_empties_it(
 
             assert {row["state"] for row in found.values()} == {"completed"}
             client.config_set("maxmemory", 0)
-            eventually(lambda: broker.ready_workers(settings), 60)
+            eventually(lambda: ready_workers(settings), 60)

@@ -14,9 +14,9 @@ import pytest
 import redis
 from celery import Celery
 
-from app.broker import ready_workers
-from app.config import Settings
-from app.engines.base import Kind
+from app.broker.commands import ready_workers
+from app.config.settings import Settings
+from app.jobs import Kind
 from app.store.database import Database
 from tests.own_redis import running_redis
 from tests.rescues import running_rescue
@@ -171,6 +171,91 @@ def test_a_worker_that_stops_consuming_ends_with_a_clear_line(
         assert eventually(lambda: results(config).get(id_), 30)["state"] == "completed"
 
 
+BROKEN = """
+from app.worker.batcher import Batcher
+def broken(*_): raise KeyError("a prompt")
+Batcher.add = broken
+"""
+STANDS_STILL = """
+import time
+from app.worker.batcher import Batcher
+Batcher.add = lambda *_: time.sleep(600)
+"""
+
+ROOMY = {
+    "max_batch_size": 64,
+    "max_wait_ms": 500,
+    "max_batch_tokens": 1_000_000,
+    "context_tokens": 10_000,
+    "default_max_tokens": 10,
+}
+
+
+@pytest.mark.parametrize(
+    ("bug", "last_words"),
+    [(BROKEN, "The runner failed (KeyError"), (STANDS_STILL, "its runner has stood still")],
+)
+def test_a_bug_ends_a_worker_with_an_exit_status_of_failure(
+    config: Settings, producer: Celery, tmp_path: Path, bug: str, last_words: str
+) -> None:
+    with running_worker(config, tmp_path / "worker", bug) as worker:
+        send(producer, "what it fails at")
+
+        assert worker.wait(60) == os.EX_SOFTWARE
+        assert last_words in worker.log
+        assert "a prompt" not in worker.log
+
+
+def test_an_engine_process_that_is_stopped_while_it_is_sent_much_is_replaced(
+    config: Settings, producer: Celery, tmp_path: Path
+) -> None:
+    # given a worker with room for 64 long prompts, and little patience
+    model = config.models["stub"].model_copy(update=ROOMY)
+    hasty = config.worker.model_copy(update={"step_timeout_s": 3})
+    config = config.model_copy(update={"worker": hasty, "models": {"stub": model}})
+    with running_worker(config, tmp_path / "worker") as worker:
+        [engine] = psutil.Process(worker.pid).children()
+
+        # when its engine process is stopped and all of them come
+        engine.suspend()
+        ids = [send(producer, str(n) * 4_000) for n in range(10, 74)]
+
+        # then another one runs them
+        found = eventually(lambda: (all_ := results(config)).keys() >= set(ids) and all_, 90)
+        assert {row["state"] for row in found.values()} == {"completed"}
+        assert not worker.has_ended
+        assert not engine.is_running()
+
+
+def test_garbage_without_ids_does_not_end_a_worker_that_takes_it_away(
+    config: Settings, producer: Celery, tmp_path: Path
+) -> None:
+    # given a worker whose queue is never empty of messages that belong to no job
+    config = watched(config)
+    stop = threading.Event()
+
+    def litter() -> None:
+        with redis.Redis.from_url(config.broker.url) as client:
+            while not stop.wait(0.005):
+                if client.llen("celery") < 200:
+                    client.lpush("celery", *["garbage"] * 100)
+
+    thread = threading.Thread(target=litter)
+    with running_worker(config, tmp_path / "worker") as worker:
+        eventually(lambda: ready_workers(config), 30)
+        thread.start()
+        try:
+            # then it lives for much longer than the watchdog waits
+            for _ in range(6):
+                assert ready_workers(config, timeout_s=2)
+            assert not worker.has_ended
+        finally:
+            stop.set()
+            thread.join()
+        id_ = send(producer, "wheat")
+        assert eventually(lambda: results(config).get(id_), 30)["state"] == "completed"
+
+
 def test_a_worker_whose_queues_an_operator_cancelled_is_left_alone(
     config: Settings, producer: Celery, tmp_path: Path
 ) -> None:
@@ -242,7 +327,7 @@ def test_redis_away_is_not_ready_and_ready_again_when_it_is_back(
         config = config.model_copy(update={"broker": broker})
 
         def is_ready() -> bool:
-            from app.checks import worker_answers
+            from app.local.checks import worker_answers
 
             return worker_answers(config)
 

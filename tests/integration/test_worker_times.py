@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from celery import Celery
 
-from app.broker import Publisher
-from app.config import Settings
+from app.broker.publisher import Publisher
+from app.config.settings import Settings
 from app.errors import Unavailable
-from app.local import EmbeddedPostgres
+from app.local.servers import EmbeddedPostgres
 from app.rescue import Rescue
 from app.store.database import Database, migrate
 from tests.waiting import eventually

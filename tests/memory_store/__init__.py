@@ -1,10 +1,10 @@
 """A Postgres in memory for the simulation: the store's own functions run on it unchanged."""
 
-from tests.memory_store import claims, intake, rescue, retention, workers
+from tests.memory_store import claims, delivery, retention, submissions, sweeps, workers
 from tests.memory_store.database import MemoryConnection, MemoryDatabase
 from tests.memory_store.rows import KEYS, Row
 
 __all__ = [
     "KEYS", "MemoryConnection", "MemoryDatabase", "Row",
-    "claims", "intake", "rescue", "retention", "workers",
+    "claims", "delivery", "retention", "submissions", "sweeps", "workers",
 ]  # fmt: skip

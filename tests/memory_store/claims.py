@@ -22,6 +22,8 @@ def _claim(self: MemoryConnection, given: Params) -> Answer:
             continue
         if job["state"] == "running" and job["attempt_id"] == member["attempt_id"]:
             repeated.append(_claimed(job))
+        elif member["attempt_id"] in self.attempts:
+            continue  # this very call's, and lost since
         elif _may_start(job, self.now) and not self.lease_is_over(given["worker_id"]):
             job = self.update(
                 "jobs",
@@ -32,6 +34,7 @@ def _claim(self: MemoryConnection, given: Params) -> Answer:
                 worker_id=given["worker_id"],
                 batch_id=given["id"],
                 claimed_at=self.now,
+                received_by=None,
             )
             self.insert(
                 "attempts",

@@ -13,7 +13,7 @@ from datetime import datetime
 from typing import Any, Final
 from uuid import UUID
 
-from app.errors import GristmillError
+from app.errors import NotStorable
 from app.store.notices import DONE
 from tests.memory_store.rows import KEYS, Params, Row, Table, blank, ms
 
@@ -73,10 +73,11 @@ class MemoryDatabase:
         self.tables: dict[str, Table] = {name: {} for name in KEYS}
         self.on_commit: Callable[[MemoryConnection], None] = lambda _: None
         self.on_notice: Callable[[str, UUID], None] = lambda *_: None
+        self.refuses: Callable[[str, Row], bool] = lambda *_: False  #: a table's new row
 
     @contextmanager
     def begin(self) -> Iterator[MemoryConnection]:
-        connection = MemoryConnection(self.tables, self.now())
+        connection = MemoryConnection(self.tables, self.now(), self.refuses)
         try:
             yield connection
         except BaseException:
@@ -97,8 +98,11 @@ class MemoryDatabase:
 class MemoryConnection:
     """One transaction. A row is replaced, never changed in place, so that it can be taken back."""
 
-    def __init__(self, tables: dict[str, Table], now: datetime) -> None:
+    def __init__(
+        self, tables: dict[str, Table], now: datetime, refuses: Callable[[str, Row], bool]
+    ) -> None:
         self.now = now
+        self._refuses = refuses
         self.notices: list[tuple[str, UUID]] = []
         self.before: dict[str, Table] | None = None  #: the tables before the first write
         self.written: set[tuple[str, UUID]] = set()
@@ -136,7 +140,9 @@ class MemoryConnection:
     def insert(self, table: str, row: Row) -> Row:
         key = row[KEYS[table]]
         if key in self.tables[table]:
-            raise GristmillError(f"Postgres refused a statement, UniqueViolation of {table}_pkey.")
+            raise NotStorable(f"Postgres refused a statement, UniqueViolation of {table}_pkey.")
+        if self._refuses(table, row):
+            raise NotStorable(f"Postgres refused a statement, DataError of {table}.")
         return self._write(table, key, blank(table) | row)
 
     def lease_is_over(self, worker_id: UUID | None) -> bool:
@@ -168,6 +174,8 @@ def _check(connection: MemoryConnection) -> None:
         fence = [job[name] for name in ("attempt_id", "worker_id", "batch_id")]
         assert is_open == (job["finished_at"] is None), "jobs_finished_at_check"
         assert fence.count(None) == (0 if job["state"] == "running" else 3), "jobs_attempt_check"
+        is_delivered = job["state"] == "queued" and job["enqueued_at"] is not None
+        assert job["received_by"] is None or is_delivered, "jobs_delivery_check"
         assert job["state"] != "queued" or job["cancel_requested_at"] is None, (
             "jobs_cancel_requested_at_check"
         )

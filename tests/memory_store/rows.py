@@ -11,6 +11,8 @@ from uuid import UUID
 
 from sqlalchemy import DateTime, Numeric, Uuid
 
+from app.jobs import Kind
+from app.requests.bodies import FORMAT
 from app.store.tables import metadata
 
 Row = dict[str, Any]
@@ -35,7 +37,7 @@ def blank(table: str) -> Row:
 _DEFAULTS: Final = {
     "jobs": {
         "tenant": "default", "metadata": {}, "priority": 0, "attempt": 0, "attempts_charged": 0,
-        "max_attempts": 3, "losses": 0, "wake_count": 0,
+        "max_attempts": 3, "losses": 0, "wake_count": 0, "format": 1,
     },
     "attempts": {"tenant": "default"},
     "results": {"tenant": "default", "device_ns": 0, "cost": Decimal(0)},
@@ -90,6 +92,11 @@ def of_tenant(table: Table, given: Params) -> list[Row]:
     return [row for row in table.values() if row["tenant"] == given["tenant"]]
 
 
-def is_unreceived(job: Row) -> bool:
-    """Whether it waits in a queue, as far as Postgres knows."""
+def is_waiting(job: Row) -> bool:
+    """`delivery.WAITING`: whether it waits in a queue, as far as Postgres knows."""
     return job["state"] == "queued" and job["received_by"] is None
+
+
+def is_known(job: Row) -> bool:
+    """`delivery.KNOWN`: whether this version reads it."""
+    return job["kind"] in set(Kind) and job["format"] <= FORMAT

@@ -65,7 +65,7 @@ def _end_queued(self: MemoryConnection, given: Params) -> Answer:
     job = self.jobs.get(given["job_id"])
     if job is None or job["state"] != "queued":
         return Answer([])
-    row = self.update("jobs", job["id"], state="cancelled", finished_at=self.now)
+    row = self.update("jobs", job["id"], state="cancelled", finished_at=self.now, received_by=None)
     self.record_ended(row, "cancelled", "The job was cancelled.")
     return Answer([{"id": job["id"]}])
 

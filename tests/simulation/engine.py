@@ -14,8 +14,8 @@ from app.costs import share
 from app.engines import base
 from app.engines.base import NOT_FINITE, Generation, StepStats
 from app.jobs import FinishReason
-from app.worker.engine_host import EngineHost
-from app.worker.wire import (
+from app.worker.engine.host import EngineHost
+from app.worker.engine.wire import (
     PROGRESS,
     Admit,
     Cancel,
@@ -23,16 +23,18 @@ from app.worker.wire import (
     DidNotFit,
     EngineFacts,
     Event,
-    Load,
+    LoadModels,
     Ready,
     Stepped,
 )
+from tests.simulation.broken import expect
 
 LOAD_NS: Final = 1_500_000_000
 STEP_NS: Final = 50_000_000
 MAX_ROWS: Final = 4
 
-MODELS: Final = {"static": EngineFacts(MAX_ROWS, joins=False), "joins": EngineFacts(MAX_ROWS, True)}
+JOINS: Final = {"static": False, "joins": True}
+MODELS: Final = tuple(JOINS)
 
 
 def answer_to(prompt: str) -> str:
@@ -65,14 +67,16 @@ class SimulatedProcess:
     Whoever drives it calls `run` when `next_ns` has come.
     """
 
-    def __init__(self, now_ns: Callable[[], int], pid: int) -> None:
+    def __init__(self, now_ns: Callable[[], int], pid: int = 1) -> None:
         self.pid = pid
         self.page = _Page(PROGRESS.size)
         self.is_alive = True
         self.is_hung = False
+        self.frozen_until_ns: int | None = None
         self.next_ns: int | None = None
         self._now_ns = now_ns
-        self._models: tuple[str, ...] = ()
+        self._facts: dict[str, EngineFacts] = {}
+        self._unread: list[Command] = []  #: what was sent while it was frozen
         self._loaded = False
         self._rows: list[_Row] = []
         self._said: list[Event] = []
@@ -85,16 +89,30 @@ class SimulatedProcess:
     def send(self, command: Command) -> None:
         if not self.is_alive:
             raise BrokenPipeError
+        if self.is_frozen:
+            self._unread.append(command)
+        else:
+            self._read(command)
+
+    def _read(self, command: Command) -> None:
         match command:
-            case Load(models):
-                self._models = tuple(model.name for model in models)
+            case LoadModels(models):
+                self._facts = {
+                    model.name: EngineFacts(model.settings.max_batch_size, JOINS[model.name])
+                    for model in models
+                }
                 self.next_ns = self._now_ns() + LOAD_NS
             case Admit(model, batch_id, sequences):
                 self._rows += [self._row(model, batch_id, each) for each in sequences]
+                inside = sum(row.model == model for row in self._rows)
+                expect(inside <= self._facts[model].max_rows, "I8: more rows than there is room")
                 if self.next_ns is None and not self.is_hung:
                     self.next_ns = self._now_ns() + STEP_NS
             case Cancel(_, sequence_id):
                 self._cancelled.add(sequence_id)
+
+    def flush(self) -> None:
+        pass
 
     def poll(self) -> bool:
         return bool(self._said) or not self.is_alive
@@ -118,23 +136,46 @@ class SimulatedProcess:
 
     @property
     def inside(self) -> set[str]:
-        """The prompts that it holds."""
-        return {row.prompt for row in self._rows}
+        """The prompts that it holds, and those that it has not read yet."""
+        unread = (command for command in self._unread if isinstance(command, Admit))
+        sequences = [sequence for command in unread for sequence in command.sequences]
+        return {row.prompt for row in self._rows} | set(map(_prompt_of, sequences))
+
+    @property
+    def is_frozen(self) -> bool:
+        return self.frozen_until_ns is not None
+
+    def freeze(self, until_ns: int) -> None:
+        """SIGSTOP, and SIGCONT later: it reads nothing, says nothing and does nothing."""
+        self.frozen_until_ns = self.next_ns = until_ns
+
+    def _thaw(self) -> None:
+        self.frozen_until_ns, unread, self._unread = None, self._unread, []
+        if not self._loaded and self._facts:
+            self.next_ns = self._now_ns() + LOAD_NS
+        elif self._rows and not self.is_hung:
+            self.next_ns = self._now_ns() + STEP_NS
+        for command in unread:
+            self._read(command)
 
     def run(self) -> None:
         """What happens at `next_ns`: the models are loaded, or a step ends."""
         self.next_ns = None
+        if self.is_frozen:
+            self._thaw()
+            return
         if not self._loaded:
             self._loaded = True
-            self._said.append(Ready({name: MODELS[name] for name in self._models}, LOAD_NS))
-        for model in self._models:
+            self._said.append(Ready(dict(self._facts), LOAD_NS))
+        for model in self._facts:
             if self.is_alive:
                 self._step(model, [row for row in self._rows if row.model == model])
         if self._rows and self.is_alive and not self.is_hung:
             self.next_ns = self._now_ns() + STEP_NS
 
     def _row(self, model: str, batch_id: str, sequence: base.Sequence) -> _Row:
-        prompt = bytes(sequence.prompt_token_ids).decode()
+        expect(bool(sequence.prompt_token_ids), "I8: a job that cannot run is in the engine")
+        prompt = _prompt_of(sequence)
         verb, number, *_ = prompt.split()
         answer = Generation(
             sequence.id,
@@ -162,7 +203,7 @@ class SimulatedProcess:
         self._num_steps += 1
         PROGRESS.pack_into(self.page, 0, self._num_steps, STEP_NS)
         over = [row for row in rows if row.is_over]
-        if over and (MODELS[model].joins or len(over) == len(rows)):
+        if over and (JOINS[model] or len(over) == len(rows)):
             self._rows = [row for row in self._rows if row not in over]
             self._said.append(Stepped(model, list(map(self._answer, over)), _stats(over)))
 
@@ -189,6 +230,10 @@ class SimulatedProcess:
         return answer
 
 
+def _prompt_of(sequence: base.Sequence) -> str:
+    return bytes(sequence.prompt_token_ids).decode()
+
+
 def _stats(rows: Sequence[_Row]) -> list[StepStats]:
     return [StepStats(row.batch_id, 1, row.steps, row.steps, row.answer.device_ns) for row in rows]
 
@@ -196,20 +241,24 @@ def _stats(rows: Sequence[_Row]) -> list[StepStats]:
 class SimulatedHost(EngineHost):
     """The real host with a simulated process in place of a spawned one."""
 
-    def __init__(self, *given: Any, **named: Any) -> None:
+    def __init__(self, *given: Any, frozen_with: Callable[[set[str]], None], **named: Any) -> None:
+        """`frozen_with` is told what a frozen process held when it was given up."""
         super().__init__(*given, **named)
+        self._frozen_with = frozen_with
         self.process: SimulatedProcess | None = None
         self.num_runs = 0  #: batches that were handed to an engine
         self.lost_with: list[set[str]] = []  #: prompts inside each process that ended by itself
 
     def _spawn(self) -> None:
-        self.process = SimulatedProcess(self._now_ns, pid=1)
+        self.process = SimulatedProcess(self._now_ns)
         self._process = self._connection = self.process  # type: ignore[assignment]
         self._progress = self.process.page  # type: ignore[assignment]
 
     def kill(self) -> None:
         if self._process is not None and self.process and not self.process.is_alive:
             self.lost_with.append(self.process.inside)
+        elif self._process is not None and self.process and self.process.is_frozen:
+            self._frozen_with(self.process.inside)
         super().kill()
 
     def admit(self, *given: Any) -> None:

@@ -8,17 +8,9 @@ from uuid import UUID
 
 from app.jobs import ALONE_AFTER, AttemptOutcome, JobState, can_move
 from tests.memory_store import MemoryConnection, MemoryDatabase, Row
+from tests.simulation.broken import expect
 from tests.simulation.engine import answer_to
-from tests.simulation.prompts import Expected
-
-
-class Broken(AssertionError):
-    """An invariant does not hold."""
-
-
-def expect(is_so: bool, otherwise: str) -> None:
-    if not is_so:
-        raise Broken(otherwise)
+from tests.simulation.prompts import Expected, num_sequences
 
 
 def after_commit(written: MemoryConnection) -> None:
@@ -96,8 +88,9 @@ def _check_end(row: Row, result: Row, tries: list[Row], expected: Expected) -> N
         f"I6: {what} ended {row['state']} ({result['error_code']}), not {allowed}",
     )
     if row["state"] == "completed":
-        text = result["response"]["choices"][0]["text"]
-        expect(text == answer_to(expected.prompt), f"I4: {what} got {text!r}")
+        texts = [choice["text"] for choice in result["response"]["choices"]]
+        answers = [answer_to(expected.prompt)] * num_sequences(expected.prompt)
+        expect(texts == answers, f"I4: {what} got {texts!r}")
     ended_by = [attempt["id"] for attempt in tries if attempt["id"] == result["attempt_id"]]
     charged = [attempt["id"] for attempt in tries if attempt["charged"]]
     if not (expected.is_unlucky or is_lost_often):

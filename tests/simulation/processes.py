@@ -10,26 +10,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID
 
-from app.engines.base import Kind
+from app.config.settings import ModelSettings
 from app.errors import EngineError, LeaseLost, RequestError, Unavailable
-from app.jobs import JobState
+from app.jobs import JobState, Kind
 from app.rescue import Rescue
 from app.store.workers import NewWorker
 from app.worker.batcher import Batcher, Limits
 from app.worker.commands import Command, Revoked
-from app.worker.intake import Arrival, Refusal
+from app.worker.engine.wire import LoadModels, ServedModel
 from app.worker.lease import LeaseKeeper
 from app.worker.ledger import Ledger
+from app.worker.pool.arrivals import Arrival, Refusal
+from app.worker.pool.ticket import JobFailed, Ticket
 from app.worker.registrar import Registrar
 from app.worker.runner import Runner
 from app.worker.settlement import Settlement
-from app.worker.ticket import JobFailed, Ticket
-from app.worker.wire import Load, ServedModel
+from tests.simulation.broken import Broken, expect
 from tests.simulation.engine import MAX_ROWS, SimulatedHost
-from tests.simulation.invariants import expect
-from tests.simulation.prompts import request_of
+from tests.simulation.prompts import UNSTORABLE, request_of
 from tests.simulation.servers import Died, Message, ProcessDatabase
-from tests.simulation.settings import CATALOG, SETTINGS
+from tests.simulation.settings import SETTINGS, catalog
 
 if TYPE_CHECKING:
     from tests.simulation.world import World
@@ -40,28 +40,29 @@ PREFETCHED: Final = 2 * MAX_ROWS
 class SimulatedWorker:
     """A worker process from its start to its end; plays Celery and the runner's thread."""
 
-    def __init__(self, world: World, models: tuple[str, ...]) -> None:
+    def __init__(self, world: World, settings: dict[str, ModelSettings]) -> None:
         now_ns = world.clock.now_ns
         self.id = world.new_id()
-        self.models = models
+        self.models = models = tuple(settings)
         self.database = ProcessDatabase(world)
         self.unacked: dict[int, Message] = {}
         self.is_alive, self.is_registered, self.is_drained = True, False, False
         self.paused_until_ns = self.turn_ns = self.beat_ns = 0
         self.acks_until_death: int | None = None
         self.host = SimulatedHost(
-            Load(tuple(ServedModel(n, Path(), SETTINGS.models[n]) for n in models), "cpu", 1),
+            LoadModels(tuple(ServedModel(n, Path(), settings[n]) for n in models), "cpu", 1),
             load_timeout_s=SETTINGS.worker.load_timeout_s,
             step_timeout_s=SETTINGS.worker.step_timeout_s,
             now_ns=now_ns,
+            frozen_with=world.killed_with,
         )
-        served = {name: CATALOG[name] for name in models}
+        served = catalog(settings)
         settlement = Settlement("cpu", SETTINGS.prices["cpu"], served)
         shared: dict[str, Any] = {"worker_id": self.id, "database": self.database, "now_ns": now_ns}
         self.runner = Runner(
             models=models,
             registrar=Registrar(publisher=world.queue, served=served, max_attempts=3, **shared),
-            batcher=Batcher({name: Limits.of(SETTINGS.models[name]) for name in models}),
+            batcher=Batcher({name: Limits.of(settings[name]) for name in models}),
             ledger=Ledger(engines=dict.fromkeys(models, "stub"), settlement=settlement, **shared),
             host=self.host,
             now_ns=now_ns,
@@ -161,6 +162,10 @@ class SimulatedWorker:
             self.die(given_back=False)
         except (EngineError, LeaseLost):
             self.end()
+        except Broken:
+            raise
+        except Exception as error:
+            raise Broken(f"I11: a worker would end: {type(error).__name__}: {error}") from error
 
     # ── Celery ───────────────────────────────────────────────────────────────────────────────
 
@@ -176,10 +181,10 @@ class SimulatedWorker:
                 message.job_id,
                 request,
                 message.model if request else None,
-                0,
+                message.priority,
                 message.eta,
                 message.expires,
-                {},
+                {UNSTORABLE: "yes"} if message.is_unstorable else {},
             ),
             accept=lambda slot, _: self._told_start(slot),
             end=lambda news: self._told_end(slot, *news),

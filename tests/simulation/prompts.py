@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cache
-from typing import Final
+from typing import Any, Final
 from uuid import UUID
 
-from app import requests
-from app.store.intake import NewJob
+from app.requests import bodies
+from app.store.submissions import NewJob
 from app.worker.suspects import KILLS_ALONE
+from tests.simulation.engine import MAX_ROWS
 
 PROMPTS: Final = (
     "good 1", "good 2", "good 4", "good 9", "good 3", "good 30", "nan 2", "poison 1", "poison 3",
-    "oom 2", "oom 0", "hang 2",
+    "oom 2", "oom 0", "hang 2", "good 2 x2", "good 3 x3", "good 4 x4", "nan 2 x2", "poison 2 x3",
+    "good 1 x5", "good 1 m200", "good 2 unstorable",
 )  # fmt: skip
+"""What the engine does with it and after how many steps; then, how many sequences it asks for, how
+many tokens at most, and whether the store refuses its answer."""
+
+UNSTORABLE: Final = "unstorable"
 
 OUTCOMES: Final = {
     "good": "completed",
@@ -41,16 +48,35 @@ class Expected:
 
 def outcome_of(words: str) -> str:
     """The state that a prompt ends in if nothing else happens."""
+    if num_sequences(words) > MAX_ROWS or "m200" in words or UNSTORABLE in words:
+        return "failed"
     return OUTCOMES.get(words.split()[0]) or ("failed" if words == "oom 0" else "completed")
 
 
+def num_sequences(prompt: str) -> int:
+    return int(_option(prompt, "x") or 1)
+
+
+def _option(prompt: str, letter: str) -> str | None:
+    found = (word[1:] for word in prompt.split()[2:] if re.fullmatch(rf"{letter}\d+", word))
+    return next(found, None)
+
+
 @cache
-def request_of(prompt: str) -> requests.Request:
-    return requests.parse({"prompt": prompt})
+def request_of(prompt: str) -> bodies.Request:
+    body: dict[str, Any] = {"prompt": prompt, "n": num_sequences(prompt)}
+    if most := _option(prompt, "m"):
+        body["max_tokens"] = int(most)
+    return bodies.parse(body)
 
 
 def new_job(
-    job_id: UUID, prompt: str, model: str, eta: datetime | None, expires: datetime | None
+    job_id: UUID,
+    prompt: str,
+    model: str,
+    eta: datetime | None = None,
+    expires: datetime | None = None,
+    priority: int = 0,
 ) -> NewJob:
     request = request_of(prompt)
     return NewJob(
@@ -61,6 +87,7 @@ def new_job(
         request=request.raw,
         fingerprint=request.fingerprint,
         source="api",
+        priority=priority,
         not_before=eta,
         deadline=expires,
     )

@@ -13,12 +13,13 @@ Move = tuple[str, tuple[int, ...]]
 Schedule = list[Move]
 
 ARGUMENTS: Final = {
-    "submit": 3, "submit_again": 1, "cancel": 1, "revoke": 2,
+    "submit": 3, "submit_again": 1, "submit_unstorable": 1, "cancel": 1, "revoke": 2,
     "lose_message": 2, "double_message": 2, "shuffle_messages": 2, "forge_message": 2,
     "redeliver": 1, "flush_redis": 0, "disconnect": 1, "redis_away": 1,
     "postgres_away": 1, "fail_transaction": 3, "fail_sweep": 3, "lose_cancels": 0,
     "kill_worker": 2, "kill_at_ack": 2, "pause_worker": 2, "miss_beats": 2, "drain": 2,
-    "start_worker": 1, "kill_engine": 1, "start_rescue": 1, "go": 2, "stand_still": 1,
+    "start_worker": 1, "kill_engine": 1, "freeze_engine": 2, "lose_reply": 3,
+    "start_rescue": 1, "restart_rescue": 1, "go": 2, "stand_still": 1,
 }  # fmt: skip
 """How many numbers each move takes."""
 

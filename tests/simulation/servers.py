@@ -9,7 +9,8 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from app import broker
+from app.broker.message import Message as WakeUp
+from app.broker.queues import Layout
 from app.errors import Unavailable
 from tests.simulation.engine import MODELS
 
@@ -48,10 +49,12 @@ class ProcessDatabase:
         self._world = world
         self.fault: int | None = None
         self.fault_in = 0  #: transactions that go well before the fault
+        self.cut_off_ns = 0  #: for how long nothing gets through after a fault
+        self.back_ns = 0  #: until when nothing gets through
 
     @contextmanager
     def begin(self) -> Iterator[Any]:
-        if self._world.clock.ns < self._world.postgres_back_ns:
+        if self._world.clock.ns < max(self._world.postgres_back_ns, self.back_ns):
             raise Unavailable("Postgres is away.")
         fault = self._next_fault()
         with self._world.store.begin() as connection:
@@ -74,7 +77,11 @@ class ProcessDatabase:
             self.fault_in -= 1
             return None
         fault, self.fault = self.fault, None
+        self.back_ns, self.cut_off_ns = self._world.clock.ns + self.cut_off_ns, 0
         return fault
+
+    def heal(self) -> None:
+        self.fault, self.cut_off_ns, self.back_ns = None, 0, 0
 
 
 class _Autocommit:
@@ -99,6 +106,8 @@ class Message:
     eta: datetime | None = None
     expires: datetime | None = None
     time_limit_s: float | None = None
+    priority: int = 0
+    is_unstorable: bool = False  #: the store refuses what it would write of it
 
 
 class Queue:
@@ -106,26 +115,45 @@ class Queue:
 
     def __init__(self, world: World) -> None:
         self._world = world
+        self.layout = Layout()
         self.lists: dict[str, list[Message]] = {name: [] for name in MODELS}
 
     def put(self, message: Message) -> None:
         self.lists[message.model].append(message)
 
-    def send(self, message: broker.Message) -> None:
+    def pop(self, model: str) -> Message:
+        """The first of the most urgent list that has any."""
+        messages = self.lists[model]
+        return messages.pop(messages.index(min(messages, key=lambda each: _step(each.priority))))
+
+    def send(self, message: WakeUp) -> None:
         self.send_many([message])
 
-    def send_many(self, messages: Iterable[broker.Message]) -> None:
+    def send_many(self, messages: Iterable[WakeUp]) -> None:
         if self._world.clock.ns < self._world.redis_back_ns:
             raise Unavailable("Redis is away.")
         for message in messages:
-            self.put(Message(message.job_id, None, message.model))
+            self.put(Message(message.job_id, None, message.model, priority=message.priority))
 
     def list_lengths(self, models: Iterable[str]) -> dict[str, list[int]]:
-        """All of the simulation's messages have the first priority."""
-        rest = [0] * (len(broker.PRIORITY_STEPS) - 1)
-        return {model: [length, *rest] for model, length in self.queue_lengths(models).items()}
-
-    def queue_lengths(self, models: Iterable[str]) -> dict[str, int]:
         if self._world.clock.ns < self._world.redis_back_ns:
             raise Unavailable("Redis is away.")
-        return {model: len(self.lists[model]) for model in models}
+        steps = {model: [_step(each.priority) for each in self.lists[model]] for model in models}
+        return {model: list(map(found.count, _STEPS)) for model, found in steps.items()}
+
+    def without_message(self, ids: Iterable[UUID], models: Iterable[str]) -> set[UUID]:
+        if self._world.clock.ns < self._world.redis_back_ns:
+            raise Unavailable("Redis is away.")
+        there = {message.job_id for model in models for message in self.lists[model]}
+        return set(ids) - there
+
+    def queue_lengths(self, models: Iterable[str]) -> dict[str, int]:
+        return {model: sum(lengths) for model, lengths in self.list_lengths(models).items()}
+
+
+_STEPS = Layout().steps
+
+
+def _step(priority: int) -> int:
+    """Of the list that messages of a priority are in."""
+    return max(step for step in _STEPS if step <= priority)

@@ -6,34 +6,43 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Final
 
-from app.config import ModelSettings, PriceSettings, Settings
+from app.config.settings import ModelSettings, PriceSettings, Settings
 from app.engines.catalog import CatalogModel
 from app.engines.tokenizer import StubTokenizer
 from tests.simulation.engine import MAX_ROWS, MODELS
 
+
+def _model(name: str, max_rows: int) -> ModelSettings:
+    return ModelSettings(
+        source="stub",
+        kind="generate",
+        engine="stub",
+        max_batch_size=max_rows,
+        max_batch_tokens=40 * max_rows,
+        default_max_tokens=16,
+        max_wait_ms=100,
+        default=name == "static",
+    )
+
+
 SETTINGS: Final = Settings.model_validate(
     {
-        "models": {
-            name: ModelSettings(
-                source="stub",
-                kind="generate",
-                engine="stub",
-                max_batch_size=MAX_ROWS,
-                max_batch_tokens=160,
-                default_max_tokens=16,
-                max_wait_ms=100,
-                default=name == "static",
-            )
-            for name in MODELS
-        },
+        "models": {name: _model(name, MAX_ROWS) for name in MODELS},
         "prices": {"cpu": PriceSettings(per_device_hour=Decimal("0.036"), currency="EUR")},
         "worker": {"lease_s": 10, "heartbeat_s": 3, "step_timeout_s": 4, "load_timeout_s": 20},
         "rescue": {"sweep_ms": 1000, "lost_after_s": 5, "page_size": 3},
     }
 )
-CATALOG: Final = {
-    name: CatalogModel(model, Path(), StubTokenizer(model))
-    for name, model in SETTINGS.models.items()
-}
-SERVED: Final = (("static", "joins"), ("static",), ("static", "joins"))
+LEAST_ROWS: Final = 2
+"""Of the model `static` in the worker that has less room than whoever submits believes."""
+SERVED: Final = (
+    {name: _model(name, MAX_ROWS) for name in MODELS},
+    {"static": _model("static", LEAST_ROWS)},
+)
 """Models of each worker: what one does not serve it has to pass on."""
+
+
+def catalog(models: dict[str, ModelSettings]) -> dict[str, CatalogModel]:
+    return {
+        name: CatalogModel(model, Path(), StubTokenizer(model)) for name, model in models.items()
+    }

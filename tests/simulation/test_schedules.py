@@ -7,10 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 
+from app.store import submissions
+from app.store.submissions import Arrival
 from tests.simulation.engine import answer_to
 from tests.simulation.prompts import PROMPTS
 from tests.simulation.schedules import cut_down, drawn, failure_of, play
-from tests.simulation.servers import ROLLED_BACK, Message
+from tests.simulation.servers import ROLLED_BACK, UNKNOWN, Message
 from tests.simulation.world import World
 
 SEEDS_EACH = 25
@@ -145,6 +147,57 @@ def test_a_job_whose_message_is_lost_after_a_reconnect_is_sent_again() -> None:
     world.heal()
 
     assert [row["state"] for row in world.store.rows("jobs")] == ["completed"]
+
+
+def test_a_message_that_was_registered_and_forgotten_is_sent_again() -> None:
+    # given a registration that was committed, and whose answer was lost
+    world = World()
+    world.workers[1].die(given_back=False)
+    world.go(60, 0)  # the worker is registered
+    world.submit(PROMPTS.index("good 3"), 1, 0)
+    [worker, _] = world.workers
+    worker.take(world.queue.lists["static"].pop())
+    worker.database.fault, worker.database.fault_in = UNKNOWN, 0
+    worker.turn()
+    [row] = world.store.rows("jobs")
+    assert row["received_by"] == worker.id
+
+    # when the worker is told to forget what it had, and Redis forgets it, too
+    world.disconnect(0)
+    world.flush_redis()
+
+    world.heal()
+    assert [row["state"] for row in world.store.rows("jobs")] == ["completed"]
+
+
+def test_a_row_that_a_living_worker_holds_without_knowing_is_freed() -> None:
+    world = World()
+    world.workers[1].die(given_back=False)
+    world.go(60, 0)
+    world.submit(PROMPTS.index("good 3"), 1, 0)
+    [job_id] = world.store.tables["jobs"]
+    with world.store.begin() as connection:
+        submissions.receive(connection, world.workers[0].id, [Arrival(job_id)])
+    world.flush_redis()
+
+    world.heal()
+
+    assert [row["state"] for row in world.store.rows("jobs")] == ["completed"]
+
+
+def test_a_job_that_is_revoked_before_its_message_is_read_is_cancelled() -> None:
+    world = World()
+    world.workers[1].die(given_back=False)
+    world.go(60, 0)
+    world.submit(PROMPTS.index("good 3"), 0, 0)  # a bare message: there is no row yet
+    message = world.queue.lists["static"].pop()
+    world.revoke(0, 0)
+    world.workers[0].turn()
+
+    assert [row["state"] for row in world.store.rows("jobs")] == ["cancelled"]
+    world.queue.put(message)
+    world.heal()
+    assert [row["state"] for row in world.store.rows("jobs")] == ["cancelled"]
 
 
 def test_of_two_requests_under_one_new_id_the_stored_one_is_answered() -> None:

@@ -11,22 +11,32 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import suppress
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Any, Final
 from uuid import UUID
 
 from app.errors import JobStateConflict
 from app.jobs import JobState
-from app.store import cancellation, intake
+from app.store import cancellation, submissions
 from app.store.notices import CANCEL
+from app.store.submissions import NewJob
 from app.worker.commands import Drain, Flush, Revoked
 from tests.memory_store import MemoryDatabase, Row
+from tests.simulation.broken import Broken, expect
 from tests.simulation.engine import MODELS
-from tests.simulation.invariants import Broken, after_commit, expect, when_all_have_ended
+from tests.simulation.invariants import after_commit, when_all_have_ended
 from tests.simulation.processes import SimulatedRescue, SimulatedWorker
-from tests.simulation.prompts import PROMPTS, Expected, new_job, outcome_of, with_key
-from tests.simulation.servers import Clock, Message, Queue
-from tests.simulation.settings import SERVED
+from tests.simulation.prompts import (
+    PROMPTS,
+    UNSTORABLE,
+    Expected,
+    new_job,
+    num_sequences,
+    outcome_of,
+    with_key,
+)
+from tests.simulation.servers import UNKNOWN, Clock, Message, Queue
+from tests.simulation.settings import LEAST_ROWS, SERVED
 
 MAX_JOBS: Final = 24
 HEAL_S: Final = 300
@@ -44,12 +54,13 @@ class World:
         self.clock = Clock()
         self.store = MemoryDatabase(self.clock.now)
         self.store.on_commit, self.store.on_notice = after_commit, self._noticed
+        self.store.refuses = _refuses
         self.queue = Queue(self)
         self.postgres_back_ns = self.redis_back_ns = 0
         self.expected: dict[UUID, Expected] = {}
         self.deaf = False  #: notices of cancels are lost
         self._ids = random.Random(0)
-        self.workers = [SimulatedWorker(self, models) for models in SERVED[:2]]
+        self.workers = [SimulatedWorker(self, models) for models in SERVED]
         self.rescuers = [SimulatedRescue(self), SimulatedRescue(self)]
 
     def new_id(self) -> UUID:
@@ -61,10 +72,13 @@ class World:
         """A producer brings a job: a row and a message, or one of them."""
         if len(self.expected) >= MAX_JOBS:
             return None
-        words, model = PROMPTS[prompt % len(PROMPTS)], tuple(MODELS)[way // 6 % 2]
+        words, model = PROMPTS[prompt % len(PROMPTS)], MODELS[way // 6 % 2]
         job_id, now = self.new_id(), self.clock.now()
         expected = Expected(f"{words} {len(self.expected)}")
         expected.states.add(outcome_of(words))
+        if model == "static" and num_sequences(words) > LEAST_ROWS:
+            expected.states.add("failed")  # one of the workers cannot take it
+        priority = 9 if times % 13 > 8 else 0
         eta = now + timedelta(seconds=4) if times % 5 == 1 else None
         expires = now + timedelta(seconds=(1, 8)[times % 2]) if times % 7 in (2, 3) else None
         limit_s = 1.0 if times % 11 == 4 else None
@@ -73,18 +87,24 @@ class World:
         if limit_s:
             expected.states.add("failed")
         self.expected[job_id] = expected
-        message = Message(job_id, expected.prompt, model, eta, expires, limit_s)
+        message = Message(job_id, expected.prompt, model, eta, expires, limit_s, priority)
         if way % 6 == 0:  # a bare message; the job is accepted once it has a row
             return self.queue.put(message)
-        if not self._insert(job_id, expected.prompt, model, eta, expires):
+        is_sent = way % 6 in (1, 2, 4)
+        job = new_job(job_id, expected.prompt, model, eta, expires, priority)
+        if not self._insert(job, is_sent):
             del self.expected[job_id]
             return None
         if way % 6 in (1, 2, 3) and self.clock.ns >= self.redis_back_ns:
-            self.queue.put(message if way % 6 == 1 else Message(job_id, None, model))
-            if way % 6 != 3 and self.clock.ns >= self.postgres_back_ns:  # 3: sent, not marked so
-                with self.store.begin() as connection:
-                    intake.mark_enqueued(connection, [job_id])
+            # 3: sent, though the row does not say so; 4: the other way round
+            wake_up = Message(job_id, None, model, priority=priority)
+            self.queue.put(message if way % 6 == 1 else wake_up)
         return None
+
+    def submit_unstorable(self, way: int) -> None:
+        """A bare message with something that the store refuses, for all that come with it."""
+        job_id, model = self.new_id(), MODELS[way % 2]
+        self.queue.put(Message(job_id, "good 1 of many", model, is_unstorable=True))
 
     def submit_again(self, job: int) -> None:
         """The same idempotency key and request once more are the same job."""
@@ -93,10 +113,10 @@ class World:
         row = self.store.tables["jobs"].get(job_id)
         if row is None or row["idempotency_key"] is None:
             return
-        again = new_job(self.new_id(), self.expected[job_id].prompt, row["model"], None, None)
+        again = new_job(self.new_id(), self.expected[job_id].prompt, row["model"])
         same = with_key(again, row["idempotency_key"])
         with self.store.begin() as connection:
-            [inserted] = intake.insert_jobs(connection, [same])
+            [inserted] = submissions.insert_jobs(connection, [same])
         expect(inserted.id == job_id and not inserted.created, "one key made two jobs")
 
     def cancel(self, job: int) -> None:
@@ -131,7 +151,7 @@ class World:
 
     def forge_message(self, job: int, way: int) -> None:
         """Somebody else writes into Redis: unknown ids, wrong queues, other requests."""
-        model = tuple(MODELS)[way // 4 % 2]
+        model = MODELS[way // 4 % 2]
         job_id = self._some_job(job)
         is_stored = job_id in self.store.tables["jobs"]
         match way % 4:
@@ -173,6 +193,13 @@ class World:
         broken = self._worker(worker).database
         broken.fault, broken.fault_in = fault % 4, after % 4
 
+    def lose_reply(self, worker: int, after: int, tenths: int) -> None:
+        """The answer to one of its commits is lost, and then nothing gets through for a time that
+        may be longer than its lease."""
+        broken = self._worker(worker).database
+        broken.fault, broken.fault_in = UNKNOWN, after % 6
+        broken.cut_off_ns = tenths % 300 * 100_000_000
+
     def fail_sweep(self, rescuer: int, fault: int, after: int) -> None:
         broken = self.rescuers[rescuer % len(self.rescuers)].database
         broken.fault, broken.fault_in = fault % 4, after % 6
@@ -209,8 +236,17 @@ class World:
         process = self._worker(worker).host.process
         if process is None or not process.is_alive:
             return
-        self._killed_with(process.inside)
+        self.killed_with(process.inside)
         process.kill()
+
+    def freeze_engine(self, worker: int, tenths: int) -> None:
+        """SIGSTOP: nothing is read from its pipe, and nothing comes."""
+        process = self._worker(worker).host.process
+        if process is not None and process.is_alive:
+            process.freeze(self.clock.ns + tenths % 300 * 100_000_000)
+
+    def restart_rescue(self, rescuer: int) -> None:
+        self.rescuers[rescuer % len(self.rescuers)] = SimulatedRescue(self)
 
     def start_rescue(self, rescuer: int) -> None:
         place = rescuer % len(self.rescuers)
@@ -235,10 +271,11 @@ class World:
         self.deaf = False
         for place, worker in enumerate(self.workers):
             worker.paused_until_ns = worker.beat_ns = 0
-            worker.database.fault = worker.acks_until_death = None
+            worker.acks_until_death = None
+            worker.database.heal()
             self.start_worker(place)
         for place, rescuer in enumerate(self.rescuers):
-            rescuer.database.fault = None
+            rescuer.database.heal()
             self.start_rescue(place)
         self.run_until_quiet()
         when_all_have_ended(self.store, self.expected)
@@ -274,27 +311,20 @@ class World:
             if worker.wants_messages:
                 for model in worker.models:
                     if self.queue.lists[model]:
-                        yield 0, lambda w=worker, m=model: w.take(self.queue.lists[m].pop(0))
+                        yield 0, lambda w=worker, m=model: w.take(self.queue.pop(m))
         for rescuer in self.rescuers:
             if rescuer.is_alive:
                 yield rescuer.sweep_ns, rescuer.sweep
 
     # ── helpers ──────────────────────────────────────────────────────────────────────────────
 
-    def _insert(
-        self,
-        job_id: UUID,
-        prompt: str,
-        model: str,
-        eta: datetime | None,
-        expires: datetime | None,
-    ) -> bool:
+    def _insert(self, job: NewJob, is_sent: bool) -> bool:
         """Whether the job was accepted."""
         if self.clock.ns < self.postgres_back_ns:
             return False
-        job = with_key(new_job(job_id, prompt, model, eta, expires), str(job_id))
         with self.store.begin() as connection:
-            intake.insert_jobs(connection, [job])
+            sent = [job.id] if is_sent else []
+            submissions.insert_jobs(connection, [with_key(job, str(job.id))], sent)
         return True
 
     def _some_job(self, number: int) -> UUID | None:
@@ -305,9 +335,10 @@ class World:
         return self.workers[number % len(self.workers)]
 
     def _list(self, number: int) -> list[Message]:
-        return self.queue.lists[tuple(MODELS)[number % len(MODELS)]]
+        return self.queue.lists[MODELS[number % len(MODELS)]]
 
-    def _killed_with(self, prompts: set[str]) -> None:
+    def killed_with(self, prompts: set[str]) -> None:
+        """A fault ended an engine that held these."""
         for expected in self.expected.values():
             expected.kills_alone += {expected.prompt} == prompts
 
@@ -337,3 +368,11 @@ class World:
     def _prompt(self, row: Row) -> str:
         expected = self.expected.get(row["id"])
         return expected.prompt if expected else "a stranger"
+
+
+def _refuses(table: str, row: Row) -> bool:
+    """Whether Postgres would refuse a row: its metadata, or its response."""
+    if table == "jobs":
+        return UNSTORABLE in (row.get("metadata") or {})
+    choices = (row.get("response") or {}).get("choices", []) if table == "results" else []
+    return any(UNSTORABLE in choice["text"] for choice in choices)

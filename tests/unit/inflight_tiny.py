@@ -12,14 +12,14 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from app.config import ModelSettings
-from app.engines.base import Generation, Kind, SamplingParams, Sequence
+from app.config.settings import ModelSettings
+from app.engines.base import Generation, Sequence
 from app.engines.inflight.cache import KVCache, LayerShape
 from app.engines.inflight.engine import InflightEngine
 from app.engines.inflight.graphs import Record, Work
 from app.engines.inflight.scheduler import Row, Segment
 from app.engines.stopping import Output
-from app.jobs import FinishReason
+from app.jobs import FinishReason, Kind, SamplingParams
 
 VOCAB = 97
 CONTEXT = 192

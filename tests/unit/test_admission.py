@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app import admission
-from app.admission import (
+from app.errors import QueueFull
+from app.intake import admission
+from app.intake.admission import (
     COUNT_EVERY_S,
     COUNT_FULL_S,
     COUNT_SHARE,
@@ -19,8 +20,7 @@ from app.admission import (
     MAX_RETRY_AFTER_S,
     Admission,
 )
-from app.errors import QueueFull
-from app.store.intake import Load
+from app.store.submissions import Load
 
 
 class Postgres:
@@ -44,8 +44,8 @@ def store(monkeypatch: pytest.MonkeyPatch) -> None:
         postgres.while_counting()
         return postgres.queued
 
-    monkeypatch.setattr(admission.intake, "queued", queued)
-    monkeypatch.setattr(admission.intake, "ended", lambda postgres, window_s: postgres.ended)
+    monkeypatch.setattr(admission.submissions, "queued", queued)
+    monkeypatch.setattr(admission.submissions, "ended", lambda postgres, window_s: postgres.ended)
 
 
 class Clock:

@@ -11,10 +11,10 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from app import requests
 from app.api.app import create_app
-from app.config import Settings
-from app.submit import parse_submission
+from app.config.settings import Settings
+from app.intake.submit import parse_submission
+from app.requests import bodies
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def test_the_examples_of_submissions_would_be_accepted(document: dict[str, Any])
         return told
 
     for submission in [example("/v1/jobs"), *example("/v1/jobs/bulk")["jobs"]]:
-        requests.parse(parse_submission(submission).body)
+        bodies.parse(parse_submission(submission).body)
 
 
 def test_the_documentation_page_loads_nothing_from_elsewhere(app: FastAPI) -> None:

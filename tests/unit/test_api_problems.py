@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from fastapi import Request as HttpRequest
 
 from app import errors
-from app.api import bodies, problems
+from app.api import problems, raw_bodies
 from app.api.metrics import Metrics
 from app.api.middleware import RequestScope
 
@@ -151,7 +151,7 @@ def post(content: object, **headers: str) -> httpx.Response:
 
     @app.post("/read")
     async def read(request: HttpRequest) -> int:
-        return len(await bodies.read_body(request, 1_000))
+        return len(await raw_bodies.read_body(request, 1_000))
 
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     request = httpx.Request(
@@ -206,7 +206,7 @@ def test_a_body_that_a_foreign_web_page_could_post_is_refused() -> None:
 )
 def test_a_body_that_is_not_json_is_refused_without_quoting_it(raw: bytes) -> None:
     with pytest.raises(errors.RequestError) as refused:
-        bodies.parse_json(raw)
+        raw_bodies.parse_json(raw)
 
     assert "not valid JSON" in str(refused.value)
     assert SECRET not in str(refused.value)
@@ -215,4 +215,4 @@ def test_a_body_that_is_not_json_is_refused_without_quoting_it(raw: bytes) -> No
 def test_json_that_is_read_is_what_was_sent() -> None:
     value = {"prompt": "grüße ☕", "n": [1, 2.5, None, True]}
 
-    assert bodies.parse_json(json.dumps(value).encode()) == value
+    assert raw_bodies.parse_json(json.dumps(value).encode()) == value

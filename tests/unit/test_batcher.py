@@ -229,3 +229,53 @@ def test_a_job_over_the_ceiling_runs_alone_and_not_beside_others() -> None:
 
     assert closed is not None
     assert closed.members == (big,)
+
+
+@given(
+    sizes=st.lists(st.integers(1, 12), max_size=20),
+    lengths=st.lists(st.integers(1, 2_000), min_size=20, max_size=20),
+    max_rows=st.integers(1, 8),
+    joins=st.booleans(),
+    ceiling=st.one_of(st.none(), st.integers(1, 8)),
+    data=st.data(),
+)
+def test_no_candidate_waits_for_ever_behind_one_that_does_not_fit(
+    sizes: list[int],
+    lengths: list[int],
+    max_rows: int,
+    joins: bool,
+    ceiling: int | None,
+    data: st.DataObject,
+) -> None:
+    # given jobs of any sizes, and an engine that may take fewer rows than a batch may have
+    waiting = batcher(
+        *(
+            candidate(num_sequences=size, prompt_tokens=length)
+            for size, length in zip(sizes, lengths, strict=False)
+        )
+    )
+    running: list[int] = []
+    given_out = 0
+
+    # when it runs what it is given, and a run ends whenever nothing goes in
+    for _ in range(3 * len(sizes)):
+        inside = sum(running)
+        capacity = Capacity(
+            max_rows - inside,
+            joins=joins and inside > 0,
+            ceiling=None if ceiling is None else lambda _, inside=inside: ceiling - inside,
+            is_empty=inside == 0,
+        )
+        given_out += len(waiting.misfits("g", capacity))
+        closed = waiting.close("g", capacity, now_ns=10**12)
+        if closed is None:
+            if not running:
+                break
+            running.remove(data.draw(st.sampled_from(running)))
+            continue
+        assert closed.num_sequences <= min(max_rows - inside, LIMITS.max_batch_size)
+        running += [member.num_sequences for member in closed.members]
+        given_out += len(closed.members)
+
+    # then each has run or was refused
+    assert (len(waiting), given_out) == (0, len(sizes))

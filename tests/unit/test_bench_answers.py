@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from app.bench.answers import Effect, Reading, answer, compare, load, read
-from app.engines.base import SamplingParams, Sequence
+from app.engines.base import Sequence
+from app.jobs import SamplingParams
 from tests.unit.inflight_tiny import engine_of, folder_of, run_all
 
 PROMPTS = [tuple(range(3 + place, 20 + 9 * place)) for place in range(5)]

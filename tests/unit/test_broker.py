@@ -14,13 +14,18 @@ import pytest
 from celery.app import defaults
 from celery.app.amqp import Queues
 from kombu.transport.redis import Channel
+from redis.exceptions import MovedError, ReadOnlyError, ResponseError
 
-from app import broker
-from app.broker import Message, Publisher
-from app.config import ModelSettings, Settings
-from app.engines.base import Kind
+from app.broker.app import _celery_settings, make_app
+from app.broker.commands import flower_command
+from app.broker.message import Message, raw_message
+from app.broker.publisher import Publisher
+from app.broker.queues import Layout, queue_name, queues_of
+from app.broker.refusal import said
+from app.config.settings import ModelSettings, Settings
 from app.errors import ConfigError
-from app.worker import envelope
+from app.jobs import Kind
+from app.worker.pool import envelope
 
 PROMPT = "the miller's secret"
 
@@ -42,30 +47,30 @@ def two_models(make_settings: Callable[..., Settings]) -> Settings:
 def test_every_setting_is_one_that_celery_knows(two_models: Settings) -> None:
     known = {name for name, _ in defaults.flatten(defaults.NAMESPACES)}
 
-    assert set(broker._celery_settings(two_models)) <= known
+    assert set(_celery_settings(two_models)) <= known
 
 
 def test_queues_hang_on_the_anonymous_exchange_so_that_there_are_no_bindings_to_lose(
     two_models: Settings,
 ) -> None:
-    queues: Queues = broker.make_app(two_models).amqp.queues
+    queues: Queues = make_app(two_models).amqp.queues
 
     assert set(queues) == {"gristmill.small", "gristmill.large", "inbox"}
     assert {queue.exchange.name for queue in queues.values()} == {""}
 
 
 def test_a_worker_takes_messages_of_its_models_and_of_the_inbox(two_models: Settings) -> None:
-    app = broker.make_app(two_models)
+    app = make_app(two_models)
 
     assert set(app.amqp.queues.consume_from) == {"gristmill.small", "inbox"}
 
 
 def test_a_worker_holds_one_batch_that_runs_and_one_that_forms(two_models: Settings) -> None:
-    assert broker.make_app(two_models).conf.worker_concurrency == 2 * 4
+    assert make_app(two_models).conf.worker_concurrency == 2 * 4
 
 
 def test_a_task_that_celery_runs_itself_says_what_is_wrong(two_models: Settings) -> None:
-    app = broker.make_app(two_models)
+    app = make_app(two_models)
 
     for name in ("inference.generate", "inference.embed"):
         with pytest.raises(RuntimeError, match="its own pool"):
@@ -83,17 +88,31 @@ def test_a_task_that_celery_runs_itself_says_what_is_wrong(two_models: Settings)
 def test_certificates_are_checked_unless_the_url_says_otherwise(
     make_settings: Callable[..., Settings], url: str, expected: object
 ) -> None:
-    app = broker.make_app(make_settings(broker={"url": url}))
+    app = make_app(make_settings(broker={"url": url}))
 
     with app.connection_for_read() as connection:
         assert (connection.ssl or {}).get("ssl_cert_reqs") == expected
+
+
+def test_the_settings_win_over_what_the_environment_holds_for_another_celery_app(
+    two_models: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("BROKER_URL", "BROKER_READ_URL", "BROKER_WRITE_URL", "RESULT_BACKEND"):
+        monkeypatch.setenv(f"CELERY_{name}", "redis://elsewhere/9")
+    monkeypatch.setenv("CELERY_LOADER", "another.app:Loader")
+
+    app = make_app(two_models)
+
+    for connection in (app.connection_for_read(), app.connection_for_write()):
+        assert connection.as_uri().startswith("memory://")
+    assert app.conf.result_backend is None
 
 
 @pytest.mark.parametrize("priority", range(10))
 def test_the_list_of_a_priority_is_the_one_that_kombu_reads(priority: int) -> None:
     channel = object.__new__(Channel)
 
-    assert broker.list_key("q", priority) == channel._q_for_pri("q", priority)
+    assert Layout().key("q", priority) == channel._q_for_pri("q", priority)
 
 
 # ── the message ─────────────────────────────────────────────────────────────────────────────────
@@ -102,7 +121,7 @@ def test_the_list_of_a_priority_is_the_one_that_kombu_reads(priority: int) -> No
 def test_a_raw_message_has_exactly_the_documented_fields() -> None:
     job_id = uuid4()
 
-    item = broker.raw_message(job_id, Kind.EMBED, {"input": "flour"}, queue="q", priority=3)
+    item = raw_message(job_id, Kind.EMBED, {"input": "flour"}, queue="q", priority=3)
 
     message = json.loads(item)
     assert len(message["properties"].pop("delivery_tag")) == 36
@@ -120,14 +139,14 @@ def test_a_raw_message_has_exactly_the_documented_fields() -> None:
 
 
 def test_two_raw_messages_never_share_a_delivery_tag() -> None:
-    items = [broker.raw_message("same", Kind.GENERATE, {}, queue="q") for _ in range(2)]
+    items = [raw_message("same", Kind.GENERATE, {}, queue="q") for _ in range(2)]
 
     first, second = (json.loads(item)["properties"]["delivery_tag"] for item in items)
     assert first != second
 
 
 def test_a_raw_message_passes_the_check_of_the_worker() -> None:
-    envelope.check(broker.raw_message("x", Kind.GENERATE, {"prompt": PROMPT}, queue="q"), 10_000)
+    envelope.checked(raw_message("x", Kind.GENERATE, {"prompt": PROMPT}, queue="q"), "q", 10_000)
 
 
 @pytest.fixture
@@ -139,7 +158,7 @@ def sent(two_models: Settings) -> Iterator[Callable[..., dict[str, Any]]]:
             update={"broker": two_models.broker.model_copy(update=broker_settings)}
         )
         Publisher(settings).send(message)
-        with broker.make_app(settings).connection_for_read() as connection:
+        with make_app(settings).connection_for_read() as connection:
             channel = connection.default_channel
             return dict(channel._get(f"gristmill.{message.model}"))
 
@@ -173,15 +192,15 @@ def test_without_inline_requests_a_message_carries_the_id_alone(
 
 
 def test_flower_is_read_only_and_open_on_the_loopback_address(two_models: Settings) -> None:
-    command, environment = broker.flower_command(two_models)
+    command, environment = flower_command(two_models)
 
     assert "--read_only=True" in command
     assert "--address=127.0.0.1" in command
-    assert environment == {"FLOWER_UNAUTHENTICATED_API": "true"}
+    assert environment["FLOWER_UNAUTHENTICATED_API"] == "true"
 
 
 def test_flower_knows_every_option_that_it_is_started_with(two_models: Settings) -> None:
-    command, _ = broker.flower_command(two_models)
+    command, _ = flower_command(two_models)
 
     given = [part[2:].partition("=")[0] for part in command if part.startswith("--")]
     assert given
@@ -195,9 +214,83 @@ def test_flower_on_another_address_needs_a_password(
     monkeypatch.delenv("FLOWER_BASIC_AUTH", raising=False)
 
     with pytest.raises(ConfigError, match="FLOWER_BASIC_AUTH"):
-        broker.flower_command(settings)
+        flower_command(settings)
 
     monkeypatch.setenv("FLOWER_BASIC_AUTH", "miller:flour")
-    command, environment = broker.flower_command(settings)
-    assert environment == {}
+    command, environment = flower_command(settings)
+    assert "FLOWER_UNAUTHENTICATED_API" not in environment
     assert "miller" not in " ".join(command)
+
+
+def test_what_kubernetes_sets_for_a_service_named_flower_does_not_reach_flower(
+    two_models: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    links = {
+        "FLOWER_PORT": "tcp://10.0.0.1:5555",
+        "FLOWER_SERVICE_HOST": "10.0.0.1",
+        "FLOWER_SERVICE_PORT": "5555",
+        "FLOWER_PORT_5555_TCP_ADDR": "10.0.0.1",
+    }
+    for name, value in (links | {"FLOWER_BASIC_AUTH": "miller:flour"}).items():
+        monkeypatch.setenv(name, value)
+
+    _, environment = flower_command(two_models)
+
+    assert not links.keys() & environment.keys()
+    assert environment["FLOWER_BASIC_AUTH"] == "miller:flour"
+
+
+def test_a_number_that_flower_could_not_read_is_refused_by_name(
+    two_models: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLOWER_MAX_WORKERS", "many")
+
+    with pytest.raises(ConfigError, match="FLOWER_MAX_WORKERS"):
+        flower_command(two_models)
+
+
+def test_a_later_format_has_queues_that_workers_of_before_do_not_take() -> None:
+    assert queues_of(["mill"], format=1) == [queue_name("mill", format=1)] == ["gristmill.mill"]
+    assert queue_name("mill", format=2) not in queues_of(["mill"], format=1)
+    assert queues_of(["mill"], format=2) == ["gristmill.mill", "gristmill.mill@2"]
+
+
+# ── what Redis said ─────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (
+            ReadOnlyError("You can't write against a read only replica.", status_code="READONLY"),
+            "Redis refuses: READONLY You can't write against a read only replica.",
+        ),
+        (
+            ResponseError("NOREPLICAS Not enough good replicas to write."),
+            "Redis refuses: NOREPLICAS Not enough good replicas to write.",
+        ),
+        (
+            ResponseError(
+                f"Command # 1 (LPUSH q {PROMPT}) of pipeline caused error: MISCONF Redis is "
+                "configured to save RDB snapshots, but it's currently unable to persist to disk."
+            ),
+            "Redis refuses: MISCONF Redis is configured to save RDB snapshots, but it's currently "
+            "unable to persist to disk.",
+        ),
+        (
+            ResponseError(f"ERR unknown command 'LPUSH', with args beginning with: 'q' '{PROMPT}'"),
+            "Redis refuses: ERR unknown command 'LPUSH'.",
+        ),
+        (MovedError("866 127.0.0.1:7001"), "Redis refuses: it is a Redis Cluster;"),
+        (ConnectionRefusedError(PROMPT), "Redis does not answer (ConnectionRefusedError)."),
+    ],
+)
+def test_what_redis_said_is_told_without_what_it_quotes(error: Exception, text: str) -> None:
+    assert said(error).startswith(text)
+    assert PROMPT not in said(error)
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout((0, 5), ":", "mill:")])
+@pytest.mark.parametrize("priority", [0, 5, 9])
+def test_a_list_is_known_by_its_key(layout: Layout, priority: int) -> None:
+    assert layout.queue(layout.key("gristmill.stub", priority)) == "gristmill.stub"

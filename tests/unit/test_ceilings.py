@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.worker.ceilings import NO_CEILING, PROOFS, Ceilings
+from app.worker.engine.ceilings import NO_CEILING, PROOFS, Ceilings
 
 
 def test_nothing_is_forbidden_before_something_did_not_fit() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from app.config_file import load
+from app.config.file import load
 from tests.compose import ROOT, document, services
 
 SECRETS = {"POSTGRES_PASSWORD": "p0", "REDIS_PASSWORD": "r0", "FLOWER_BASIC_AUTH": "me:f0"}

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from app import run_file
-from app.config_file import PROJECT, load, rows
+from app.config import run_file
+from app.config.file import PROJECT, load, rows
 from app.errors import ConfigError
 
 MODELS = """\
@@ -75,7 +75,9 @@ def test_default_toml_shows_every_setting_at_its_default(write):
         ('[worker]\ndevice = "gpu"', "my.toml line 3: worker.device should match"),
         ('[database]\nurl = "mysql://host/name"', "my.toml line 3: database.url must begin with "
          "postgresql://."),
-        ('[broker]\nurl = "amqp://host"', "my.toml line 3: broker.url must begin with redis://."),
+        ('[broker]\nurl = "amqp://host"', "my.toml line 3: broker.url must begin with redis://,"),
+        ("[broker]\npriority_steps = [3, 6]", "my.toml line 3: broker.priority_steps must begin "
+         "with 0 and rise"),
         ("[worker", "my.toml: is not TOML: "),
     ],
 )  # fmt: skip
@@ -242,3 +244,42 @@ def test_a_second_system_in_one_cache_folder_is_refused(tmp_path: Path):
         run_file.only_one(tmp_path),
     ):
         pass
+
+
+SERVICE_LINKS = {
+    "GRISTMILL_PORT": "tcp://10.0.0.1:8000",
+    "GRISTMILL_PORT_8000_TCP": "tcp://10.0.0.1:8000",
+    "GRISTMILL_PORT_8000_TCP_PROTO": "tcp",
+    "GRISTMILL_PORT_8000_TCP_PORT": "8000",
+    "GRISTMILL_PORT_8000_TCP_ADDR": "10.0.0.1",
+    "GRISTMILL_SERVICE_HOST": "10.0.0.1",
+    "GRISTMILL_SERVICE_PORT": "8000",
+    "GRISTMILL_API_SERVICE_HOST": "10.0.0.1",
+    "GRISTMILL_API_SERVICE_PORT": "8000",
+    "GRISTMILL_API_SERVICE_PORT_HTTP": "8000",
+    "GRISTMILL_API_PORT": "tcp://10.0.0.1:8000",
+    "GRISTMILL_API_PORT_8000_UDP_ADDR": "10.0.0.1",
+}
+
+
+def test_what_kubernetes_sets_for_a_service_of_our_name_is_left_out(write):
+    path = write("")
+
+    loaded = load(path, SERVICE_LINKS)
+
+    assert loaded.settings.api.port == 8000
+    assert not any("GRISTMILL" in source for source in loaded.sources.values())
+
+
+@pytest.mark.parametrize(
+    ("variable", "text"),
+    [
+        ("GRISTMILL_API_PORT", "8001"),
+        ("GRISTMILL_PORT", "8001"),
+        ("GRISTMILL_API__SERVICE_HOST", "10.0.0.1"),
+        ("GRISTMILL_BROKER_URL", "redis://broker"),
+    ],
+)
+def test_a_typing_error_is_not_taken_for_a_service(write, variable, text):
+    with pytest.raises(ConfigError, match=f"{variable} is not a setting"):
+        load(write(""), {variable: text})

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModel
 
-from app.config import ModelSettings
-from app.engines.base import Engine, Generation, Kind, Progress, SamplingParams, Sequence
+from app.config.settings import ModelSettings
+from app.engines.base import Engine, Generation, Progress, Sequence
 from app.engines.registry import create
 from app.errors import ConfigError
-from app.jobs import FinishReason
+from app.jobs import FinishReason, Kind, SamplingParams
 from tests.unit import tiny_models
 from tests.unit.tiny_models import CONTEXT, VOCAB
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from app.engines.base import Sequence
-from app.worker.engine_host import (
+from app.worker.engine.host import (
     LEARNED_AFTER,
     LOAD_FLOOR_NS,
     STEP_FLOOR_NS,
@@ -13,7 +13,7 @@ from app.worker.engine_host import (
     load_limit_ns,
     step_limit_ns,
 )
-from app.worker.wire import PROGRESS, EngineFacts, Load, Ready, ServedModel
+from app.worker.engine.wire import PROGRESS, EngineFacts, LoadModels, Ready, ServedModel
 from tests.conftest import STUB_MODELS
 
 S = 1_000_000_000
@@ -43,7 +43,7 @@ class Host(EngineHost):
         self.now_s = 0.0
         model = ServedModel("stub", Path("stub"), STUB_MODELS["stub"])
         super().__init__(
-            Load((model,), "cpu", 1),
+            LoadModels((model,), "cpu", 1),
             load_timeout_s=600,
             step_timeout_s=60,
             now_ns=lambda: int(self.now_s * 1e9),

@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import base64
 import json
-from uuid import uuid4
 
 import pytest
 
-from app import broker
-from app.engines.base import Kind
+from app.broker.message import raw_message
 from app.errors import RequestError, RequestTooLarge
-from app.worker import envelope
-from tests.bad_messages import PROMPT, UNPARSABLE, UNRUNNABLE, message, with_property
+from app.jobs import Kind
+from app.worker.pool import envelope
+from tests.bad_messages import ODD, PROMPT, UNPARSABLE, UNRUNNABLE, message, with_property
 
 
 @pytest.mark.parametrize("item", UNPARSABLE.values(), ids=UNPARSABLE)
 def test_what_kombu_could_not_stand_is_refused_without_quoting_it(item: bytes) -> None:
     with pytest.raises(RequestError) as refused:
-        envelope.check(item, max_bytes=1_000_000)
+        envelope.checked(item, "q", max_bytes=1_000_000)
 
     assert PROMPT not in str(refused.value)
 
 
 def test_a_message_beyond_the_limit_is_refused_before_it_is_parsed() -> None:
     with pytest.raises(RequestTooLarge):
-        envelope.check(b"[" * 1_001, max_bytes=1_000)
+        envelope.checked(b"[" * 1_001, "q", max_bytes=1_000)
 
 
 @pytest.mark.parametrize(
@@ -41,12 +40,30 @@ def test_a_message_beyond_the_limit_is_refused_before_it_is_parsed() -> None:
     ids=["plain", "no headers", "empty headers", "base64 in lines", "odd priority", *UNRUNNABLE],
 )
 def test_what_kombu_can_parse_passes_and_is_left_to_intake(item: bytes) -> None:
-    envelope.check(item, max_bytes=10_000)
+    sent = json.loads(item)
+
+    given = json.loads(envelope.checked(item, "q", max_bytes=10_000))
+
+    assert given == sent | {"headers": sent.get("headers", {})}
 
 
-@pytest.mark.parametrize("task_id", [str(uuid4()), "order 42", "x" * 255])
+@pytest.mark.parametrize("item", ODD.values(), ids=ODD)
+def test_what_is_odd_and_harmless_is_put_right(item: bytes) -> None:
+    # when an envelope comes that kombu could not take, give back or acknowledge
+    given = envelope.checked(item, "celery", max_bytes=10_000)
+
+    # then it gets one with a tag, a way back and a priority that it can stand
+    properties = json.loads(given)["properties"]
+    assert properties["delivery_tag"].encode()
+    assert {"exchange", "routing_key"} <= properties["delivery_info"].keys()
+    assert properties["delivery_info"]["routing_key"] in ("q", "celery")
+    assert min(max(int(properties.get("priority", 0)), 0), 9) == properties.get("priority", 0)
+    assert json.loads(given)["body"] == json.loads(item)["body"]
+
+
+@pytest.mark.parametrize("task_id", ["00000000-0000-4000-8000-000000000000", "order 42", "x" * 255])
 def test_the_task_id_is_found_without_parsing(task_id: str) -> None:
-    item = broker.raw_message(task_id, Kind.GENERATE, {"prompt": PROMPT}, queue="q")
+    item = raw_message(task_id, Kind.GENERATE, {"prompt": PROMPT}, queue="q")
 
     assert envelope.task_id_in(item) == task_id
     assert envelope.task_id_in(item[:-20]) == task_id  # cut off: not JSON any more

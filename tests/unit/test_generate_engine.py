@@ -11,12 +11,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from app.config import ModelSettings
+from app.config.settings import ModelSettings
 from app.engines import generate as generate_module
-from app.engines.base import Engine, Generation, Kind, Progress, SamplingParams, Sequence
+from app.engines.base import Engine, Generation, Progress, Sequence
 from app.engines.registry import create
 from app.errors import ConfigError, OutOfMemory
-from app.jobs import FinishReason
+from app.jobs import FinishReason, Kind, SamplingParams
 from tests.unit import tiny_models
 from tests.unit.tiny_models import CONTEXT, EOS, VOCAB
 

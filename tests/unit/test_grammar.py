@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import threading
@@ -15,14 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llguidance import LLParserLimits
 
-from app.config import ModelSettings
+from app.config.settings import ModelSettings
 from app.engines import grammar as grammar_module
-from app.engines.base import Engine, Generation, Grammar, Kind, SamplingParams, Sequence
+from app.engines.base import Engine, Generation, Sequence
 from app.engines.grammar import CACHE_SIZE, Grammars, check
 from app.engines.inflight.engine import InflightEngine
 from app.engines.tokenizer import load_tokenizer
 from app.errors import InvalidSchema
-from app.jobs import FinishReason
+from app.jobs import FinishReason, Grammar, Kind, SamplingParams
 from tests.unit import tiny_models
 from tests.unit.tiny_models import EOS, load
 
@@ -439,3 +440,33 @@ def test_matchers_of_one_grammar_know_nothing_of_each_other(inflight: InflightEn
     assert len({each.text for each in answers.values()}) > 1
     for answer in answers.values():
         jsonschema.validate(json.loads(answer.text), MILL)
+
+
+@pytest.mark.parametrize("shift", range(4))
+def test_a_bug_in_the_library_is_a_refusal_of_that_schema(shift: int) -> None:
+    """It panics where it cuts a long text for its error inside a character."""
+    wrong = schema({"minItems": ["x" * shift + "\U000492d5" * 60]})
+
+    with pytest.raises(InvalidSchema):
+        check(wrong)
+
+
+_WORDS = ["type", "properties", "items", "anyOf", "allOf", "$ref", "$defs", "enum", "const"]
+_WORDS += ["minimum", "multipleOf", "pattern", "format", "required", "maxLength", "minItems"]
+_ANY_SCHEMA = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(_WORDS), inner, max_size=4)
+    ),
+    max_leaves=10,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.dictionaries(st.sampled_from(_WORDS), _ANY_SCHEMA, max_size=4).map(schema)
+    | st.text(max_size=30).map(lambda text: Grammar("regex", text))
+)
+def test_any_grammar_is_taken_or_refused(grammar: Grammar) -> None:
+    with contextlib.suppress(InvalidSchema):
+        check(grammar)

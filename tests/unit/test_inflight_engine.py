@@ -12,14 +12,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from app.config import ModelSettings
-from app.engines.base import Generation, Kind, SamplingParams, Sequence
+from app.config.settings import ModelSettings
+from app.engines.base import Generation, Sequence
 from app.engines.inflight import int8
 from app.engines.inflight.engine import InflightEngine
 from app.engines.inflight.int8 import Int8Linear
 from app.engines.inflight.scheduler import Schedule
 from app.errors import ConfigError
-from app.jobs import FinishReason
+from app.jobs import FinishReason, Kind, SamplingParams
 from tests.unit.inflight_tiny import (
     CONTEXT,
     VOCAB,

@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 import torch
 
-from app.engines.base import SamplingParams, Sequence
+from app.engines.base import Sequence
 from app.engines.inflight.attention import Packed
 from app.engines.inflight.cache import KVCache, LayerShape
 from app.engines.inflight.graphs import Graphs, Work, mixed_room, record_all, rooms
 from app.engines.inflight.memory import blocks_within
 from app.engines.inflight.staging import Order, Room
 from app.errors import ConfigError, OutOfMemory
-from app.jobs import FinishReason
+from app.jobs import FinishReason, SamplingParams
 from tests.unit.inflight_tiny import (
     FAMILIES,
     again,

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from app.engines.base import SamplingParams
 from app.engines.inflight import fused_cuda, paged, staging
 from app.engines.inflight.cache import KVCache, LayerShape
 from app.engines.inflight.drawing import draw
@@ -19,6 +18,7 @@ from app.engines.inflight.fused_cuda import FusedLayer
 from app.engines.inflight.paged import PagedStep, Scratch
 from app.engines.inflight.staging import Room, Samplers
 from app.engines.sampling import BAD_ROW
+from app.jobs import SamplingParams
 from tests.unit.inflight_tiny import (
     again,
     engine_of,

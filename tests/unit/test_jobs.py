@@ -7,7 +7,7 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from app.jobs import FINAL_STATES, TRANSITIONS, JobState, Usage, can_move, job_id_of
+from app.jobs import FINAL_STATES, TRANSITIONS, JobState, Usage, can_move, int64, job_id_of
 
 
 def test_a_final_state_is_left_by_no_move() -> None:
@@ -51,3 +51,10 @@ def test_any_other_task_id_has_a_job_id_of_its_own_that_never_changes(text: str)
 def test_the_mapping_of_task_ids_is_fixed_for_good() -> None:
     """Rows outlive releases: another mapping would lose the jobs of before."""
     assert job_id_of("order-7") == UUID("9e53a750-f2db-564f-b2cb-1b09504df7d2")
+
+
+@pytest.mark.parametrize(
+    ("number", "wrapped"), [(7, 7), (-1, -1), (2**63, -(2**63)), (-(2**63) - 1, 2**63 - 1)]
+)
+def test_a_number_is_wrapped_to_64_bits(number: int, wrapped: int) -> None:
+    assert int64(number) == wrapped

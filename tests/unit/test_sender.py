@@ -1,21 +1,22 @@
-"""Which new jobs get a message: Redis may be away, a job not due, a queue long enough."""
+"""Which new jobs get a message: Redis may be away, a queue long enough."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
 from typing import Any
+from unittest.mock import Mock
 from uuid import uuid4
 
 import pytest
 
-from app import sender as sending
-from app.broker import Message, priority_step
-from app.engines.base import Kind
+from app.broker.message import Message
+from app.broker.queues import Layout
 from app.errors import Unavailable
-from app.sender import Sender
-from app.store.intake import NewJob
+from app.intake import sender as sending
+from app.intake.sender import Sender
+from app.jobs import Kind
+from app.store.submissions import NewJob
 
 BODY = {"prompt": "A grist mill is"}
 
@@ -24,6 +25,7 @@ class Redis:
     """In place of a publisher: up or away, and counting. Messages stay until a test takes them."""
 
     def __init__(self) -> None:
+        self.layout = Layout()
         self.is_away = False
         self.num_failures = 0
         self.num_looks = 0
@@ -34,7 +36,7 @@ class Redis:
         self._answer()
         for message in messages:
             self.sent.append(message)
-            self.waiting[priority_step(message.priority)] += 1
+            self.waiting[self.layout.step(message.priority)] += 1
 
     def list_lengths(self, models: Collection[str]) -> dict[str, list[int]]:
         self._answer()
@@ -48,12 +50,12 @@ class Redis:
 
 
 class Postgres:
-    """In place of a database: its connections keep what was marked, or it is away."""
+    """In place of a database: its connections keep what was not sent, or it is away."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.is_away = False
-        self.marked: list[Any] = []
-        monkeypatch.setattr(sending.intake, "mark_enqueued", lambda _, ids: self.marked.extend(ids))
+        self.not_sent: list[Any] = []
+        monkeypatch.setattr(sending.delivery, "not_sent", lambda _, ids: self.not_sent.extend(ids))
 
     @contextmanager
     def autocommit(self) -> Iterator[None]:
@@ -90,34 +92,29 @@ def new_job(**given: Any) -> NewJob:
     return NewJob(**(fields | given))
 
 
-def test_a_message_is_sent_and_marked(sender: Sender, redis: Redis, postgres: Postgres) -> None:
+def submit(sender: Sender, jobs: list[NewJob]) -> None:
+    """Ask, write all the rows as sent that may be, and send."""
+    wanted = sender.wanted(jobs)
+    sent = [job for job in jobs if job.id in wanted]
+    sender.send(sent, num_left=len(jobs) - len(sent))
+
+
+def test_a_message_is_sent(sender: Sender, redis: Redis, postgres: Postgres) -> None:
     job = new_job(priority=3)
 
-    sender.send([job])
+    submit(sender, [job])
 
     [message] = redis.sent
     assert (message.job_id, message.model, message.priority) == (job.id, "stub", 3)
     assert message.request == BODY
-    assert postgres.marked == [job.id]
+    assert postgres.not_sent == []
     assert (sender.num_sent, sender.num_left_to_rescue) == (1, 0)
 
 
 def test_a_large_request_stays_in_its_row(sender: Sender, redis: Redis) -> None:
-    sender.send([new_job(request={"prompt": "x" * sending.MAX_INLINE_BYTES})])
+    submit(sender, [new_job(request={"prompt": "x" * sending.MAX_INLINE_BYTES})])
 
     assert redis.sent[0].request is None
-
-
-def test_a_job_that_is_not_due_is_left_to_rescue(
-    sender: Sender, redis: Redis, postgres: Postgres
-) -> None:
-    later = new_job(not_before=datetime.now(UTC) + timedelta(hours=1))
-    due = new_job(not_before=datetime.now(UTC) - timedelta(hours=1))
-
-    sender.send([later, due])
-
-    assert [message.job_id for message in redis.sent] == [due.id]
-    assert postgres.marked == [due.id]
 
 
 def test_while_redis_is_away_nobody_waits_for_it_again(
@@ -126,11 +123,38 @@ def test_while_redis_is_away_nobody_waits_for_it_again(
     redis.is_away = True
 
     for _ in range(5):
-        sender.send([new_job()])
+        submit(sender, [new_job()])
 
     assert redis.num_failures == 1
-    assert postgres.marked == []
     assert (sender.num_sent, sender.num_left_to_rescue) == (0, 5)
+
+
+def test_what_redis_refuses_after_the_commit_is_unsent_again(
+    sender: Sender, redis: Redis, postgres: Postgres
+) -> None:
+    # given jobs that were written as sent
+    jobs = [new_job(), new_job()]
+    assert sender.wanted(jobs) == {job.id for job in jobs}
+
+    # when Redis goes away before they are sent
+    redis.is_away = True
+    sender.send(jobs)
+
+    # then their rows say so, and nobody tries for a while
+    assert postgres.not_sent == [job.id for job in jobs]
+    assert (sender.num_sent, sender.num_left_to_rescue) == (0, 2)
+    assert sender.wanted([new_job()]) == set()
+
+
+def test_after_the_commit_nothing_turns_the_answer_into_an_error(
+    sender: Sender, redis: Redis, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    postgres.is_away = True
+    for error in (Unavailable("Redis does not answer."), ValueError("a bug"), RecursionError()):
+        monkeypatch.setattr(redis, "send_many", Mock(side_effect=error))
+        sender.send([new_job()])
+
+    assert (sender.num_sent, sender.num_left_to_rescue) == (0, 3)
 
 
 def test_after_the_pause_one_try_brings_sending_back(
@@ -139,28 +163,17 @@ def test_after_the_pause_one_try_brings_sending_back(
     now = 1_000.0
     monkeypatch.setattr(sending.time, "monotonic", lambda: now)
     redis.is_away = True
-    sender.send([new_job()])
+    submit(sender, [new_job()])
     redis.is_away = False
 
     now += sending.BREAK_S - 0.1
-    sender.send([new_job()])
+    submit(sender, [new_job()])
     assert redis.sent == []
 
     now += 0.2
-    sender.send([new_job()])
-    sender.send([new_job()])
+    submit(sender, [new_job()])
+    submit(sender, [new_job()])
     assert (redis.num_failures, len(redis.sent)) == (1, 2)
-
-
-def test_a_sent_message_that_cannot_be_marked_is_sent_all_the_same(
-    sender: Sender, redis: Redis, postgres: Postgres
-) -> None:
-    postgres.is_away = True
-
-    sender.send([new_job()])
-    sender.send([new_job()])
-
-    assert len(redis.sent) == 2
 
 
 # ── queues that are long enough ─────────────────────────────────────────────────────────────────
@@ -182,15 +195,15 @@ class Clock:
 
 def send(sender: Sender, number: int, **given: Any) -> None:
     for _ in range(number):
-        sender.send([new_job(**given)])
+        submit(sender, [new_job(**given)])
 
 
 def test_a_queue_takes_its_most_messages_and_the_rest_is_left_to_rescue(
     sender: Sender, redis: Redis, postgres: Postgres, clock: Clock
 ) -> None:
-    sender.send([new_job() for _ in range(130)])
+    submit(sender, [new_job() for _ in range(130)])
 
-    assert len(redis.sent) == len(postgres.marked) == 100
+    assert len(redis.sent) == 100
     assert (sender.num_sent, sender.num_left_to_rescue) == (100, 30)
     assert redis.num_looks == 1
 
@@ -240,6 +253,6 @@ def test_a_full_queue_of_one_model_does_not_hold_back_another(
         redis, "list_lengths", lambda models: {m: [500 * (m == "long"), 0, 0, 0] for m in models}
     )
 
-    sender.send([new_job(model="long"), new_job(model="short")])
+    submit(sender, [new_job(model="long"), new_job(model="short")])
 
     assert [message.model for message in redis.sent] == ["short"]

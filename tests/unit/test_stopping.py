@@ -8,9 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.engines.base import SamplingParams
 from app.engines.stopping import Output
-from app.jobs import FinishReason
+from app.jobs import FinishReason, SamplingParams
 
 EOS = 256
 

@@ -8,17 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.engines.base import (
-    Engine,
-    Generation,
-    Grammar,
-    NewTokens,
-    SamplingParams,
-    Sequence,
-)
+from app.engines.base import Engine, Generation, NewTokens, Sequence
 from app.engines.inflight.engine import InflightEngine
 from app.engines.stopping import UNFINISHED, Output
-from app.jobs import FinishReason
+from app.jobs import FinishReason, Grammar, SamplingParams
 from tests.unit import tiny_models
 from tests.unit.test_stopping import EOS, decode
 from tests.unit.tiny_models import load

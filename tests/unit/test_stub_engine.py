@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from app.config import ModelSettings
-from app.engines.base import Engine, Generation, Kind, Progress, SamplingParams, Sequence
+from app.config.settings import ModelSettings
+from app.engines.base import Engine, Generation, Progress, Sequence
 from app.engines.registry import create
 from app.engines.stub import CRASHED, EMBEDDING_SIZE
 from app.errors import OutOfMemory
-from app.jobs import FinishReason
+from app.jobs import FinishReason, Kind, SamplingParams
 
 
 def stub(progress: Progress = lambda: None, **options: Any) -> Engine:

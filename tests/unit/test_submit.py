@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from app.errors import RequestError
-from app.submit import parse_submission
+from app.intake.submit import parse_submission
+from app.jobs import EARLIEST, LATEST
 
 BODY = {"prompt": "A grist mill is"}
 
@@ -28,6 +29,22 @@ def test_times_are_read_in_any_zone_and_kept_in_utc() -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("0001-01-01T00:00:00+01:00", EARLIEST),
+        ("9999-12-31T23:59:59-05:00", LATEST),
+        ("9999-12-31T23:59:59.999999Z", LATEST),
+    ],
+)
+def test_a_time_beyond_what_a_row_can_hold_is_the_last_one_it_can(
+    given: str, kept: datetime
+) -> None:
+    submission = parse_submission({"body": BODY, "not_before": given, "deadline": given})
+
+    assert submission.not_before == submission.deadline == kept
+
+
+@pytest.mark.parametrize(
     ("fields", "param"),
     [
         ({"body": None}, "body"),
@@ -42,8 +59,6 @@ def test_times_are_read_in_any_zone_and_kept_in_utc() -> None:
         ({"deadline": "1900000000"}, "deadline"),
         ({"deadline": "2030-01-01"}, "deadline"),
         ({"deadline": "2030-01-01T00:00:00"}, "deadline"),  # no zone
-        ({"not_before": "0001-01-01T00:00:00+01:00"}, "not_before"),
-        ({"not_before": "9999-12-31T23:59:59-01:00"}, "not_before"),
         ({"metadata": {"a": 1}}, "metadata"),
         ({"metadata": {"a": "x" * 513}}, "metadata"),
         ({"metadata": {str(n): "x" for n in range(17)}}, "metadata"),

@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.bench.poison import max_runs
-from app.engines.tokenizer import Prepared
 from app.jobs import ALONE_AFTER, MAX_SUSPECTS, SUSPECT_AFTER, CloseReason
+from app.requests.prepare import Prepared
 from app.worker.batcher import Limits
+from app.worker.engine.wire import Broken
 from app.worker.suspects import KILLS_ALONE, Suspects, verdict
-from app.worker.wire import Broken
 from app.worker.work import Batch, Job, Run
 
 CRASH = Broken("it ended with exit status 70")
@@ -26,12 +26,12 @@ LIMITS = Limits(max_batch_size=64, max_batch_tokens=100_000, max_wait_ns=0)
 ROWS = {"one": 64, "two": 64}
 
 
-def job(model: str = "one", losses: int = 0) -> Job:
+def job(model: str = "one", losses: int = 0, num_sequences: int = 1) -> Job:
     ticket: Any = SimpleNamespace(job_id=uuid4())
     made = Job(
         ticket=ticket,
         model=model,
-        request=cast(Any, SimpleNamespace(num_sequences=1)),
+        request=cast(Any, SimpleNamespace(num_sequences=num_sequences)),
         prepared=Prepared(((1, 2),), 8),
         priority=0,
         deadline=None,
@@ -60,7 +60,7 @@ def try_all(jobs: list[Job], poisons: set[UUID]) -> tuple[set[UUID], int]:
             if len(going) == 1 and verdict(going[0].claimed_run, CRASH):
                 guilty.add(going[0].id)
             suspects.split(going)
-        group = suspects.next_claimed()
+        group = suspects.next_claimed(ROWS)
     return guilty, runs
 
 
@@ -140,7 +140,7 @@ def test_jobs_lost_with_their_workers_are_claimed_in_small_groups_and_then_alone
 
     groups = []
     while suspects:
-        groups.append(suspects.next_unclaimed({"one": 64}))
+        groups.append(suspects.next_unclaimed(ROWS))
 
     assert groups[0] == few[:MAX_SUSPECTS]
     assert all(len(group) == 1 for group in groups if group[0] in alone or group[-1] in alone)
@@ -154,6 +154,37 @@ def test_what_is_claimed_comes_before_what_is_not_and_a_removed_job_never() -> N
     suspects.split(dropped)
     suspects.remove(gone.id)
 
-    assert [suspects.next_claimed(), suspects.next_claimed()] == [[each] for each in dropped]
+    assert [suspects.next_claimed(ROWS), suspects.next_claimed(ROWS)] == [
+        [each] for each in dropped
+    ]
     assert not suspects
     assert suspects.next_unclaimed(ROWS) == []
+
+
+@given(
+    sizes=st.lists(st.tuples(st.sampled_from(["one", "two"]), st.integers(1, 100)), max_size=20),
+    claimed=st.integers(0, 20),
+    rows=st.fixed_dictionaries({"one": st.integers(1, 64), "two": st.integers(1, 64)}),
+)
+def test_no_suspect_waits_for_ever_behind_one_that_does_not_fit(
+    sizes: list[tuple[str, int]], claimed: int, rows: dict[str, int]
+) -> None:
+    # given suspects of any sizes, some claimed before they came here
+    jobs = [job(model, SUSPECT_AFTER, size) for model, size in sizes]
+    suspects = Suspects({"one": LIMITS, "two": LIMITS})
+    suspects.split(jobs[:claimed])
+    for each in jobs[claimed:]:
+        suspects.add(each)
+
+    # when they are asked for until none is left
+    seen = suspects.misfits(rows)
+    for _ in range(len(jobs)):
+        if not suspects:
+            break
+        group = suspects.next_claimed(rows) or suspects.next_unclaimed(rows)
+        assert group
+        assert sum(each.num_sequences for each in group) <= rows[group[0].model]
+        seen += group
+
+    # then each was given once: to run if it fits, and else to fail
+    assert sorted(each.id for each in seen) == sorted(each.id for each in jobs)

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from app.config import ModelSettings
-from app.engines.base import Kind
+from app.config.settings import ModelSettings
 from app.engines.tokenizer import StubTokenizer, Tokenizer, load_tokenizer
 from app.errors import ConfigError, ContextLengthExceeded, RequestError
-from app.requests import parse
+from app.jobs import Kind
+from app.requests.bodies import parse
+from app.requests.prepare import encode, prepare
 from tests.unit import tiny_models
 from tests.unit.tiny_models import BOS, CONTEXT, EOS, VOCAB
 
@@ -65,7 +66,7 @@ def test_a_conversation_is_rendered_as_in_transformers(folder: Path, tokenizer: 
     messages = [{"role": "user", "content": "hello <b>"}, {"role": "assistant", "content": "ok"}]
     reference = AutoTokenizer.from_pretrained(folder)
 
-    [found] = tokenizer.encode(parse({"messages": messages}))
+    [found] = encode(parse({"messages": messages}), tokenizer)
 
     expected = reference.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
     assert list(found) == expected
@@ -82,7 +83,7 @@ def test_a_template_may_use_what_transformers_offers(folder: Path, tmp_path: Pat
     (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
 
     tokenizer = load_tokenizer(changed, settings())
-    [found] = tokenizer.encode(parse({"messages": [{"role": "user", "content": "<é>"}]}))
+    [found] = encode(parse({"messages": [{"role": "user", "content": "<é>"}]}), tokenizer)
 
     assert tokenizer.decode(found) == '{"role": "user", "content": "<é>"}4>'
 
@@ -102,7 +103,7 @@ def test_a_template_that_fails_is_the_requests_fault_and_quotes_nothing(
 
     tokenizer = load_tokenizer(changed, settings())
     with pytest.raises(RequestError, match=reason) as caught:
-        tokenizer.encode(parse({"messages": [{"role": "user", "content": "quiet"}]}))
+        encode(parse({"messages": [{"role": "user", "content": "quiet"}]}), tokenizer)
 
     assert caught.value.param == "messages"
     assert "quiet" not in caught.value.message
@@ -112,15 +113,17 @@ def test_a_model_without_a_template_takes_prompts_only(tmp_path: Path) -> None:
     folder = tiny_models.save_t5(tmp_path / "t5")
     tokenizer = load_tokenizer(folder, settings())
 
-    [prompt] = tokenizer.encode(parse({"prompt": "a"}))
+    [prompt] = encode(parse({"prompt": "a"}), tokenizer)
 
     assert (tokenizer.decode(prompt), prompt[-1]) == ("a", EOS)
     with pytest.raises(RequestError, match="no chat template; send a prompt"):
-        tokenizer.encode(parse({"messages": [{"role": "user", "content": "a"}]}))
+        encode(parse({"messages": [{"role": "user", "content": "a"}]}), tokenizer)
 
 
 def test_several_prompts_keep_their_order(tokenizer: Tokenizer) -> None:
-    prepared = tokenizer.check(parse({"prompt": ["a", "bb"], "n": 2, "max_tokens": 5}), settings())
+    prepared = prepare(
+        parse({"prompt": ["a", "bb"], "n": 2, "max_tokens": 5}), tokenizer, settings()
+    )
 
     assert [len(prompt) for prompt in prepared.prompts] == [2, 3]
     assert (prepared.num_input_tokens, prepared.max_tokens) == (5, 5)
@@ -148,7 +151,7 @@ def test_what_is_beyond_a_limit_is_refused_with_its_field(
     limits = settings(max_output_tokens=60, max_batch_tokens=512)
 
     with pytest.raises(RequestError, match=reason) as caught:
-        tokenizer.check(parse(body), limits)
+        prepare(parse(body), tokenizer, limits)
 
     assert caught.value.param == param
 
@@ -158,7 +161,7 @@ def test_what_is_beyond_a_limit_is_refused_with_its_field(
 )
 def test_prompt_and_answer_must_fit_the_context(tokenizer: Tokenizer, body: dict[str, Any]) -> None:
     with pytest.raises(ContextLengthExceeded) as caught:
-        tokenizer.check(parse(body), settings())
+        prepare(parse(body), tokenizer, settings())
 
     assert caught.value.param == "prompt"
     assert str(CONTEXT) in caught.value.message
@@ -167,10 +170,10 @@ def test_prompt_and_answer_must_fit_the_context(tokenizer: Tokenizer, body: dict
 def test_the_default_output_is_cut_to_the_room_that_is_left(tokenizer: Tokenizer) -> None:
     prompt = {"prompt": "a" * 50}  # and <bos>
 
-    assert tokenizer.check(parse(prompt), settings()).max_tokens == CONTEXT - 51
-    assert tokenizer.check(parse(prompt), settings(default_max_tokens=9)).max_tokens == 9
-    assert tokenizer.check(parse(prompt), settings(max_batch_tokens=80)).max_tokens == 29
-    assert tokenizer.check(parse(prompt), settings(max_output_tokens=7)).max_tokens == 7
+    assert prepare(parse(prompt), tokenizer, settings()).max_tokens == CONTEXT - 51
+    assert prepare(parse(prompt), tokenizer, settings(default_max_tokens=9)).max_tokens == 9
+    assert prepare(parse(prompt), tokenizer, settings(max_batch_tokens=80)).max_tokens == 29
+    assert prepare(parse(prompt), tokenizer, settings(max_output_tokens=7)).max_tokens == 7
 
 
 def test_the_output_of_an_encoder_decoder_has_a_context_of_its_own(tmp_path: Path) -> None:
@@ -178,19 +181,19 @@ def test_the_output_of_an_encoder_decoder_has_a_context_of_its_own(tmp_path: Pat
 
     request = parse({"prompt": "a" * (CONTEXT - 1), "max_tokens": CONTEXT})
 
-    assert tokenizer.check(request, settings()).max_tokens == CONTEXT
+    assert prepare(request, tokenizer, settings()).max_tokens == CONTEXT
     with pytest.raises(ContextLengthExceeded):
-        tokenizer.check(parse({"prompt": "a" * CONTEXT}), settings())
+        prepare(parse({"prompt": "a" * CONTEXT}), tokenizer, settings())
 
 
 def test_an_embedding_may_fill_the_whole_context(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(tiny_models.save_bert(tmp_path / "bert"), settings())
 
-    prepared = tokenizer.check(parse({"input": "a" * (CONTEXT - 1)}), settings())
+    prepared = prepare(parse({"input": "a" * (CONTEXT - 1)}), tokenizer, settings())
 
     assert (prepared.num_input_tokens, prepared.max_tokens) == (CONTEXT, 0)
     with pytest.raises(ContextLengthExceeded):
-        tokenizer.check(parse({"input": "a" * CONTEXT}), settings())
+        prepare(parse({"input": "a" * CONTEXT}), tokenizer, settings())
 
 
 def test_the_context_is_the_smallest_that_the_files_name(folder: Path, tmp_path: Path) -> None:
@@ -242,7 +245,7 @@ def test_the_stub_counts_bytes() -> None:
 
     assert isinstance(tokenizer, StubTokenizer)
     assert tokenizer.decode(tokenizer.encode_text("héllo")) == "héllo"
-    prepared = tokenizer.check(parse({"prompt": "héllo"}), settings())
+    prepared = prepare(parse({"prompt": "héllo"}), tokenizer, settings())
     assert prepared.num_input_tokens == 6
 
 
@@ -250,7 +253,7 @@ def test_counting_tokens_loads_neither_torch_nor_transformers(folder: Path) -> N
     code = f"""
 import sys
 from pathlib import Path
-from app.config import ModelSettings
+from app.config.settings import ModelSettings
 from app.engines import registry
 from app.engines.catalog import load_catalog
 from app.engines.tokenizer import load_tokenizer

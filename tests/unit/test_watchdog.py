@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 from app.errors import Unavailable
-from app.worker.watchdog import LOOKS, Watchdog
+from app.worker.watchdog import LOOK_S, LOOKS, Watchdog
 
 
 class Scene:
@@ -14,15 +14,22 @@ class Scene:
     def __init__(self) -> None:
         self.waiting: int | None = 5
         self.received, self.held = 0, False
+        self.turned_ns = 0
+        self.waits_for_database = False
+        self.answers = True
         self.dog = Watchdog(
             backlog=self._backlog,
             runner=cast(Any, self),
-            lease=cast(Any, None),
+            lease=cast(Any, self),
             stall_timeout_s=60,
+            lease_s=10 * LOOK_S,
         )
 
     def facts(self) -> dict[str, object]:
         return {"received": self.received, "held": self.held}
+
+    def database_answers(self) -> bool:
+        return self.answers
 
     def _backlog(self) -> int:
         if self.waiting is None:
@@ -60,3 +67,27 @@ def test_an_empty_queue_and_a_redis_that_is_away_are_no_stall() -> None:
     scene.waiting = 1
     assert not scene.looks(LOOKS - 1)
     assert scene.looks(1)
+
+
+def stands_still(scene: Scene, looks: int) -> bool:
+    return [scene.dog.stands_still() for _ in range(looks)][-1]
+
+
+def test_a_runner_that_does_not_turn_for_longer_than_its_lease_stands_still() -> None:
+    scene = Scene()
+    scene.turned_ns = 1
+
+    assert not stands_still(scene, 11)  # the first look only learns where it was
+    assert stands_still(scene, 1)
+    scene.turned_ns = 2
+    assert not stands_still(scene, 11)
+
+
+def test_a_runner_that_waits_for_postgres_does_so_as_all_do() -> None:
+    scene = Scene()
+    scene.turned_ns, scene.waits_for_database = 1, True
+    scene.answers = False
+
+    assert not stands_still(scene, 100)
+    scene.answers = True  # but if others get their answers, it will never get its own
+    assert stands_still(scene, 1)

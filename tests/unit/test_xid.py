@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from app.worker.xid import Remedy, Xid, XidWatch, find
+from app.worker.engine.xid import Remedy, Xid, XidWatch, find
 from tests.waiting import eventually
 
 FALLEN = "[ 12.3] NVRM: Xid (PCI:0000:06:00): 79, pid='<unknown>', GPU has fallen off the bus."

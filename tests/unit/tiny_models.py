@@ -20,9 +20,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from app.config import ModelSettings
-from app.engines.base import Engine, Kind
+from app.config.settings import ModelSettings
+from app.engines.base import Engine
 from app.engines.registry import create
+from app.jobs import Kind
 
 VOCAB = 260
 EOS, BOS, PAD = 256, 257, 258

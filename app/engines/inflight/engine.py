@@ -14,7 +14,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from app.config import ModelSettings
+from app.config.settings import ModelSettings
 from app.costs import decode_weights, share
 from app.engines.base import NOT_FINITE, Generation, NewTokens, Progress, Sequence, StepStats
 from app.engines.device import pick_device, ran_out_of_memory, use_threads

@@ -1,4 +1,4 @@
-"""Decoders of the Llama kind in eight launches for each layer while all rows decode, on a CUDA device.
+"""Decoders of the Llama kind on a CUDA device: eight launches a layer while all rows decode.
 
 Layers are replaced by their class: those named below are known to compute what is written here, at
 every position. With them go the last norm, and the rotary embedding, whose cosines and sines are

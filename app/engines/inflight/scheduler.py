@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from app.engines.base import Generation, SamplingParams, Sequence
+from app.engines.base import Generation, Sequence
 from app.engines.inflight.cache import BLOCK, blocks_for
 from app.engines.inflight.prefix import Node, PrefixCache
 from app.engines.stopping import Output
+from app.jobs import SamplingParams
 
 
 @dataclass(slots=True, eq=False)

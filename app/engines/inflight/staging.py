@@ -14,10 +14,10 @@ from typing import Any, Final
 
 import numpy as np
 
-from app.engines.base import SamplingParams
 from app.engines.inflight.cache import BLOCK
 from app.engines.inflight.scheduler import Segment
 from app.engines.sampling import GREEDY_BELOW
+from app.jobs import SamplingParams
 
 PENDING: Final = -1
 """A token that was sampled and not yet read: the device knows it."""

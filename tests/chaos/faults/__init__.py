@@ -1,5 +1,18 @@
 """The catalogue; importing a module enters its faults."""
 
-from tests.chaos.faults import broker, clients, database, deploy, engine, messages, worker
+from tests.chaos.faults import (
+    broker,
+    clients,
+    data,
+    database,
+    deploy,
+    engine,
+    messages,
+    surroundings,
+    worker,
+)
 
-__all__ = ["broker", "clients", "database", "deploy", "engine", "messages", "worker"]
+__all__ = [
+    "broker", "clients", "data", "database", "deploy", "engine", "messages", "surroundings",
+    "worker",
+]  # fmt: skip

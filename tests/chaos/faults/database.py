@@ -64,7 +64,7 @@ def _expect_api(scene: Scene, readiness: str) -> None:
     scene.expect_soon(says_so, 10, "I9", f"the API said that it is {readiness}")
 
 
-@fault(24, "worker cut off from Postgres, one way and both", checks=("I7",))
+@fault(24, "worker cut off from Postgres, one way and both", checks=("I7",), ends=WORKERS)
 def partitioned(scene: Scene) -> None:
     """Longer than a lease: others run the jobs, and the late result is discarded."""
     ways: list[dict[str, Flow]] = [
@@ -127,7 +127,7 @@ def _lost(scene: Scene, attempt_ids: list[str]) -> list[str]:
 # ── 25: disk full ───────────────────────────────────────────────────────────────────────────────
 
 
-@fault(25, "disk full under Postgres' data", checks=("I7",), extra_s=10.0)
+@fault(25, "disk full under Postgres' data", checks=("I7",), extra_s=10.0, ends=WORKERS)
 def disk_full(scene: Scene) -> None:
     with _data_on_tmpfs(scene) as data:
         submit_for(scene, 1.0)
@@ -208,7 +208,9 @@ def _postmaster(scene: Scene) -> int:
 # ── 26: busy ────────────────────────────────────────────────────────────────────────────────────
 
 
-@fault(26, "connections used up; idle in a transaction; a lock on jobs", checks=("I7",))
+@fault(
+    26, "connections used up; idle in a transaction; a lock on jobs", checks=("I7",), ends=WORKERS
+)
 def database_busy(scene: Scene) -> None:
     hold_s = 10.0 if scene.is_full else 3.5  # longer than the lock time-out
     with _submitting(scene), _all_connections_taken(scene) as taken:

@@ -104,6 +104,9 @@ def _earlier_commit() -> str | None:
     for commit in commits.decode().split()[1:]:
         if b"fits_from" not in _git("show", f"{commit}:app/store/database.py").stdout:
             break
+        changed = ("diff", "--name-only", "--diff-filter=a", commit, "HEAD", "--", "migrations")
+        if _git(*changed).stdout:  # another line of schemas
+            break
         found = commit
         if _git("diff", "--quiet", commit, "HEAD", "--", "migrations").returncode:
             break

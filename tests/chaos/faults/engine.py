@@ -36,7 +36,9 @@ def engine_killed(scene: Scene) -> None:
         scene.pause(0.2, 0.6)
 
 
-@fault(8, "host out of memory in the engine process", checks=("I6", "I7"), extra_s=15)
+@fault(
+    8, "host out of memory in the engine process", checks=("I6", "I7"), extra_s=15, breaks_code=True
+)
 def host_out_of_memory(scene: Scene) -> None:
     """A prompt that makes the engine take 600 MB, where 300 are left."""
     with _memory_limit(scene, more_bytes=300 << 20):
@@ -99,6 +101,7 @@ def device_out_of_memory(scene: Scene) -> None:
     "device-side assert: the engine raises for ever",
     checks=("I6", "I7", "I9"),
     extra_s=10,
+    breaks_code=True,
 )
 def device_assert(scene: Scene) -> None:
     """The process whose device is broken must be gone at once: nothing else may run in it."""
@@ -160,7 +163,13 @@ def odd_rows(scene: Scene) -> None:
     _wait_ended(scene, [*bad, *endless, *late], timeout_s=90)
 
 
-@fault(14, "poison crashes the process: 1, 2 and 5 of 32", checks=("I6", "I7"), extra_s=10)
+@fault(
+    14,
+    "poison crashes the process: 1, 2 and 5 of 32",
+    checks=("I6", "I7"),
+    extra_s=10,
+    breaks_code=True,
+)
 def poison(scene: Scene) -> None:
     for number in (1, 2, 5):
         before = sum(_count_in_log(scene, part, "engine process is lost") for part in WORKERS)
@@ -204,7 +213,11 @@ def _count_in_log(scene: Scene, part: str, text: str) -> int:
 
 
 @fault(
-    12, "Xid lines: lost context, nothing, device gone", checks=("I6", "I7"), extra_s=GRACE_S + 4
+    12,
+    "Xid lines: lost context, nothing, device gone",
+    checks=("I6", "I7"),
+    extra_s=GRACE_S + 4,
+    ends=WORKERS,
 )
 def xid_lines(scene: Scene) -> None:
     """A file in the place of the kernel's log says what the driver would."""

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, Final
 from uuid import uuid4
 
-from app import broker
-from app.engines.base import Kind
-from app.worker.envelope import task_id_in
+from app.broker.message import raw_message
+from app.broker.queues import Layout, queue_name
+from app.jobs import Kind
+from app.worker.pool.envelope import task_id_in
 from tests import bad_messages
 from tests.chaos.checker import Evidence
 from tests.chaos.faults.broker import expect_same_workers
@@ -35,11 +36,9 @@ def forged_wake_ups(scene: Scene) -> None:
     scene.rng.shuffle(asked)
     with scene.world.redis_client() as client:
         for job_id, request in asked:
-            queue, priority = broker.queue_name(scene.rng.choice(MODELS)), scene.rng.randrange(10)
-            item = broker.raw_message(
-                job_id, Kind.GENERATE, request, queue=queue, priority=priority
-            )
-            client.lpush(broker.list_key(queue, priority), item)
+            queue, priority = queue_name(scene.rng.choice(MODELS)), scene.rng.randrange(10)
+            item = raw_message(job_id, Kind.GENERATE, request, queue=queue, priority=priority)
+            client.lpush(Layout().key(queue, priority), item)
     scene.note(f"{len(asked):,} wake-ups beside those of the load.")
     for job_id in unknown:
         scene.load.note_message(job_id, expect=REFUSED)
@@ -71,7 +70,7 @@ def malformed_messages(scene: Scene) -> None:
     scene.world.sql("DELETE FROM jobs WHERE id = ANY(CAST(%s AS uuid[]))", named)
     with expect_same_workers(scene), scene.world.redis_client() as client:
         for item in items:
-            client.lpush(broker.queue_name(scene.rng.choice(MODELS)), item)
+            client.lpush(queue_name(scene.rng.choice(MODELS)), item)
         for task_id in named:
             scene.load.note_message(task_id, expect=REFUSED)
         eventually(lambda: _num_ended(scene, named) == len(named), 60, "every bad message refused")

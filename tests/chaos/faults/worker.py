@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-from app.broker import list_key
+from app.broker.queues import Layout
 from tests.chaos.checker import Evidence
 from tests.chaos.proxy import LOST
 from tests.chaos.scene import Scene, fault
@@ -22,14 +22,14 @@ EXIT_S: Final = GRACE_S + 40.0
 """The grace period, and time to give back and to say goodbye on a very busy machine."""
 
 
-@fault(2, "worker and engine process SIGKILL", checks=("I7",))
+@fault(2, "worker and engine process SIGKILL", checks=("I7",), ends=WORKERS)
 def group_killed(scene: Scene) -> None:
     for part in WORKERS:
         scene.world.wait_running(part)
         scene.world.kill_group(part, signal.SIGKILL)
 
 
-@fault(3, "SIGKILL after the model, before the commit", checks=("I7",))
+@fault(3, "SIGKILL after the model, before the commit", checks=("I7",), ends=WORKERS)
 def killed_before_commit(scene: Scene) -> None:
     """A lock on one running job holds the worker inside the statement that commits its batch."""
     world, part = scene.world, scene.rng.choice(WORKERS)
@@ -77,7 +77,7 @@ def _ran_twice_billed_once(scene: Scene, evidence: Evidence, job_id: str) -> Non
     )
 
 
-@fault(4, "SIGKILL after the commit, before the ack", checks=("I7",))
+@fault(4, "SIGKILL after the commit, before the ack", checks=("I7",), ends=WORKERS)
 def killed_before_ack(scene: Scene) -> None:
     """Acks vanish on their way to Redis; the messages of ended jobs are delivered again."""
     world, part = scene.world, scene.rng.choice(WORKERS)
@@ -118,13 +118,13 @@ def _deliver_ended_again(scene: Scene, ended: dict[str, int]) -> dict[str, int]:
             message, _, queue = json.loads(raw)
             job_id = message["headers"]["id"]
             if job_id in ended:
-                key = list_key(queue, message["properties"].get("priority") or 0)
+                key = Layout().key(queue, message["properties"].get("priority") or 0)
                 client.lpush(key, json.dumps(message))
                 sent[job_id] = ended[job_id]
     return sent
 
 
-@fault(5, "zombie: SIGSTOP longer than the lease, then SIGCONT", checks=("I7",))
+@fault(5, "zombie: SIGSTOP longer than the lease, then SIGCONT", checks=("I7",), ends=WORKERS)
 def zombie(scene: Scene) -> None:
     world = scene.world
     for part in scene.rng.sample(WORKERS, 2):
@@ -184,7 +184,7 @@ def _wait_slow_running(scene: Scene, part: str) -> None:
     raise NotInTime(f"{part} ran no slow job.")
 
 
-@fault(7, f"a kill every few seconds, {KILLS} times", checks=("I7",))
+@fault(7, f"a kill every few seconds, {KILLS} times", checks=("I7",), ends=WORKERS)
 def killed_often(scene: Scene) -> None:
     """Not sooner than a worker needs to come back: else nothing could ever run."""
     world = scene.world

@@ -1,0 +1,48 @@
+"""A message: what it holds, and its bytes."""
+
+from __future__ import annotations
+
+import base64
+import json
+from dataclasses import dataclass
+from typing import Any, Final
+from uuid import UUID, uuid4
+
+from app.jobs import Kind
+
+TASK_NAMES: Final = {kind: f"inference.{kind}" for kind in Kind}
+
+FORMAT_HEADER: Final = "request_format"
+"""Header with the version of the format of the request inside; the first one when left out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A wake-up for one job. `request` is the body as it was sent, or None: it is in the row."""
+
+    job_id: UUID
+    kind: Kind
+    model: str
+    request: dict[str, Any] | None = None
+    url: str | None = None
+    priority: int = 0
+
+
+def raw_message(
+    job_id: UUID | str, kind: Kind, request: dict[str, Any], *, queue: str, priority: int = 0
+) -> bytes:
+    """The smallest message that is accepted: LPUSH it to `Layout.key(queue, priority)`."""
+    body = json.dumps([[], request, {}]).encode()
+    envelope = {
+        "body": base64.b64encode(body).decode(),
+        "content-type": "application/json",
+        "content-encoding": "utf-8",
+        "headers": {"lang": "any", "task": TASK_NAMES[kind], "id": str(job_id)},
+        "properties": {
+            "delivery_tag": str(uuid4()),
+            "body_encoding": "base64",
+            "delivery_info": {"exchange": "", "routing_key": queue},
+            "priority": priority,
+        },
+    }
+    return json.dumps(envelope).encode()

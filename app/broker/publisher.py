@@ -1,0 +1,154 @@
+"""Sends messages and counts those that wait."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+from uuid import UUID
+
+import redis
+
+from app.broker.app import make_app
+from app.broker.message import FORMAT_HEADER, TASK_NAMES, Message
+from app.broker.queues import NO_LIST, Layout, queue_name
+from app.broker.refusal import as_unavailable
+from app.broker.unread import unread
+from app.broker.waiting import without_message
+from app.config.settings import Settings
+from app.requests.bodies import FORMAT
+
+LOOK_EVERY_S: Final = 60.0
+"""Pause between two looks for messages that nobody reads: each goes through many keys."""
+
+
+class Publisher:
+    """Sends messages. Threads may share it; it connects when first used, and again after a fault.
+
+    Raises `Unavailable` when Redis refuses or does not answer within `broker.publish_timeout_s`.
+    What was sent of a group is then unknown, so the whole group is to be sent again later: a
+    second wake-up does no harm.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.layout = Layout.of(settings)
+        self._inline_requests = settings.broker.inline_requests
+        self._unread: dict[str, int] = {}
+        self._look_again_at = 0.0
+        self._default_queue = settings.broker.default_queue
+        timeout_s = settings.broker.publish_timeout_s
+        self._app = make_app(settings)
+        self._app.conf.broker_pool_acquire_timeout = timeout_s
+        self._app.conf.broker_transport_options |= {
+            "socket_timeout": timeout_s,
+            "socket_connect_timeout": timeout_s,
+            "max_retries": 0,
+        }
+
+    def send(self, message: Message) -> None:
+        self.send_many([message])
+
+    def send_many(self, messages: Iterable[Message]) -> None:
+        """Send in order, a few hundred to a round trip."""
+        with (
+            as_unavailable(),
+            self._app.producer_or_acquire() as producer,
+            _left_on_error(producer.connection),
+            producer.batch(),
+        ):
+            for message in messages:
+                self._app.send_task(
+                    TASK_NAMES[message.kind],
+                    kwargs=self._kwargs(message),
+                    task_id=str(message.job_id),
+                    queue=self._queue(message.model),
+                    priority=message.priority,
+                    headers={FORMAT_HEADER: FORMAT},
+                    # Without these Celery would print the prompt into two headers.
+                    argsrepr="()",
+                    kwargsrepr=f"(model={message.model})",
+                    retry=False,
+                    producer=producer,
+                )
+
+    def _queue(self, model: str) -> str:
+        """The model's queue, also of one that only other processes' settings know."""
+        name = queue_name(model)
+        if name not in self._app.amqp.queues:
+            self._app.amqp.queues.add(name, exchange="", routing_key=name)
+        return name
+
+    def _kwargs(self, message: Message) -> dict[str, Any]:
+        if message.request is None or not self._inline_requests:
+            return {}
+        return message.request | ({"url": message.url} if message.url else {})
+
+    def queue_lengths(self, models: Collection[str]) -> dict[str, int]:
+        """Messages waiting in each model's queue, over all priorities. One round trip."""
+        return {model: sum(lengths) for model, lengths in self.list_lengths(models).items()}
+
+    def list_lengths(self, models: Collection[str]) -> dict[str, list[int]]:
+        """Messages waiting in each model's queue, by the steps of `layout`. One round trip."""
+        return dict(zip(models, self._lengths(map(queue_name, models)), strict=True))
+
+    def backlog(self, queues: Iterable[str]) -> int:
+        """Messages in these queues, by name."""
+        return sum(map(sum, self._lengths(queues)))
+
+    def _lengths(self, queues: Iterable[str]) -> list[list[int]]:
+        with (
+            as_unavailable(),
+            self._app.pool.acquire(block=True) as connection,
+            _left_on_error(connection),
+        ):
+            pipe = connection.default_channel.client.pipeline(transaction=False)
+            for queue in queues:
+                for step in self.layout.steps:
+                    pipe.llen(self.layout.name(queue, step))
+            lengths = pipe.execute()
+        steps = len(self.layout.steps)
+        return [lengths[at : at + steps] for at in range(0, len(lengths), steps)]
+
+    def unread(self) -> dict[str, int]:
+        """Messages in lists that nobody here reads, by list; as of a minute ago at most."""
+        now = time.monotonic()
+        if now >= self._look_again_at:
+            with as_unavailable(), self._app.pool.acquire(block=True) as connection:
+                plain = redis.Redis(connection_pool=connection.default_channel.pool)
+                self._unread = unread(self._app.settings, plain)
+            self._look_again_at = now + LOOK_EVERY_S
+        return self._unread
+
+    def without_message(self, ids: Collection[UUID], models: Collection[str]) -> set[UUID]:
+        """Those of these jobs that have no message, in these models' queues or the default one."""
+        queues = [*map(queue_name, models), self._default_queue]
+        lists = [self.layout.name(queue, step) for queue in queues for step in self.layout.steps]
+        with (
+            as_unavailable(),
+            self._app.pool.acquire(block=True) as connection,
+            _left_on_error(connection),
+        ):
+            return without_message(connection.default_channel.client, ids, lists)
+
+    def try_to_send(self) -> None:
+        """Do what a message does to Redis, to no list that there is. Raises `Unavailable`."""
+        with (
+            as_unavailable(),
+            self._app.pool.acquire(block=True) as connection,
+            _left_on_error(connection),
+        ):
+            connection.default_channel.client.lpushx(self.layout.prefix + NO_LIST, "")
+
+    def close(self) -> None:
+        self._app.close()
+
+
+@contextmanager
+def _left_on_error(connection: Any) -> Iterator[None]:
+    """Connect anew next time: a server that was demoted keeps its clients, and refuses them."""
+    try:
+        yield
+    except Exception:
+        connection.collect()
+        raise

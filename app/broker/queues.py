@@ -1,0 +1,77 @@
+"""Queues and the Redis lists that they are made of, by name."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Final, Self
+
+from app.config.settings import Settings
+from app.jobs import MAX_PRIORITY
+from app.requests.bodies import FORMAT
+
+
+def queue_name(model: str, format: int = FORMAT) -> str:
+    """The queue of a model's messages from this version.
+
+    Each format of requests has its own, so that no worker of before takes the message of a job that
+    it cannot read.
+    """
+    return f"gristmill.{model}" if format == 1 else f"gristmill.{model}@{format}"
+
+
+NO_LIST: Final = queue_name("readiness-probe:none")
+"""For trying whether Redis takes messages: a name that no model can have."""
+
+
+def queues_of(models: Iterable[str], format: int = FORMAT) -> list[str]:
+    """The queues of models' messages from this version and all before: those to take from."""
+    return [queue_name(model, each) for model in models for each in range(1, format + 1)]
+
+
+def served_models(settings: Settings) -> tuple[str, ...]:
+    """The models that a worker with these settings takes messages for."""
+    return settings.worker.models or tuple(settings.models)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How Redis keeps a queue: one list for each step of priority, under a key of kombu's making.
+
+    Producers and workers must agree in it, or messages lie where nobody looks.
+    """
+
+    steps: tuple[int, ...] = (0, 3, 6, 9)  #: a message goes to the last that is not above it
+    sep: str = "\x06\x16"
+    prefix: str = ""
+
+    @classmethod
+    def of(cls, settings: Settings) -> Self:
+        broker = settings.broker
+        return cls(broker.priority_steps, broker.sep, broker.key_prefix)
+
+    @property
+    def bands(self) -> tuple[range, ...]:
+        """The priorities that share each list."""
+        return tuple(range(*ends) for ends in pairwise([*self.steps, MAX_PRIORITY + 1]))
+
+    def step(self, priority: int) -> int:
+        """The place in `steps` of the list for messages of this priority."""
+        return bisect_right(self.steps, priority) - 1
+
+    def key(self, queue: str, priority: int = 0) -> str:
+        """The whole key of the list that holds a queue's messages of this priority."""
+        return self.prefix + self.name(queue, priority)
+
+    def name(self, queue: str, priority: int = 0) -> str:
+        """The key for kombu's own client, which puts the prefix in front of it."""
+        step = self.steps[self.step(priority)]
+        return f"{queue}{self.sep}{step}" if step else queue
+
+    def queue(self, key: str) -> str:
+        """The queue that the list with this whole key belongs to."""
+        name = key.removeprefix(self.prefix)
+        queue, _, step = name.rpartition(self.sep)
+        return queue if queue and step.isdecimal() else name

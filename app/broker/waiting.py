@@ -1,0 +1,56 @@
+"""Which jobs have a message in Redis: read out of the lists themselves.
+
+Nothing else is exact. Counts are wrong as soon as somebody else's messages lie in a queue; the
+order of receipt says nothing of a queue that nobody reads; a set of ids beside the lists misses
+what other producers send and what Celery puts back.
+
+A script on the server picks the ids, so that a look at ten thousand messages moves 400 kB, and not
+the requests in them. It stops after `MAX_IDS` messages or `MAX_BYTES`, a few milliseconds, so that
+others get their turn. Lists are read from their new end: what is taken from the other end meanwhile
+moves nothing, and what is added moves messages to where they are still met.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Any, Final
+from uuid import UUID
+
+from app.jobs import job_id_of
+
+MAX_IDS: Final = 1_000
+MAX_BYTES: Final = 1_000_000
+
+_READ_IDS: Final = """
+local at, ids, bytes = tonumber(ARGV[1]), {}, 0
+while #ids < tonumber(ARGV[2]) and bytes < tonumber(ARGV[3]) do
+  local messages = redis.call('LRANGE', KEYS[1], at + #ids, at + #ids + 49)
+  if #messages == 0 then return {-1, ids} end
+  for _, message in ipairs(messages) do
+    bytes = bytes + #message
+    local ok, read = pcall(cjson.decode, message)
+    local headers = ok and type(read) == 'table' and read.headers
+    local id = type(headers) == 'table' and headers.id
+    ids[#ids + 1] = type(id) == 'string' and id or ''
+  end
+end
+return {at + #ids, ids}
+"""
+"""The task ids in a list from a place on, and the place to go on from, or -1. A message without one
+counts as "". """
+
+
+def without_message(client: Any, ids: Collection[UUID], lists: Iterable[str]) -> set[UUID]:
+    """Those of these jobs that have no message in any of these lists.
+
+    Also without one is a job whose message a worker is just taking, so ask twice. Raises what
+    redis-py raises.
+    """
+    missing = set(ids)
+    read_ids = client.register_script(_READ_IDS)
+    for key in lists:
+        at = 0
+        while at >= 0 and missing:
+            at, found = read_ids(keys=[key], args=[at, MAX_IDS, MAX_BYTES])
+            missing.difference_update(job_id_of(id.decode("utf-8", "replace")) for id in found)
+    return missing

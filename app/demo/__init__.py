@@ -1,0 +1,1 @@
+"""The demo: real prompts through the whole system."""

@@ -1,0 +1,1 @@
+"""The way in: from a checked request to a row and its message."""

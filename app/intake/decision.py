@@ -1,0 +1,30 @@
+"""What a caller is told, yes or no: decided once, and it stays so."""
+
+from __future__ import annotations
+
+import threading
+
+from app.errors import Unavailable
+
+
+class Decision:
+    """Taken by whoever comes first: the commit, or the end of the caller's time."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._is_yes: bool | None = None
+
+    def commit(self) -> None:
+        """Yes. To be called in the transaction when nothing but its commit is left; raises
+        `Unavailable` if the caller was told no, so that nothing is committed."""
+        with self._lock:
+            if self._is_yes is False:
+                raise Unavailable("The caller's time was over before the commit.")
+            self._is_yes = True
+
+    def refuse(self) -> bool:
+        """No, from here on; False if it is yes already."""
+        with self._lock:
+            if self._is_yes is None:
+                self._is_yes = False
+            return not self._is_yes

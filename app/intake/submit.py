@@ -1,0 +1,352 @@
+"""The one way in: check, row, commit, message.
+
+    parse_submission ─▶ Submitter: check ─▶ insert, commit ─▶ answer ─▶ send
+
+The commit is the promise, and none is made to whom a no was told. The message is only a wake-up:
+if it cannot be sent, the job stays `queued` and `unsent` and rescue sends it later.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import partial
+from typing import Annotated, Any, TypeGuard
+from uuid import UUID, uuid4
+
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+)
+
+from app.broker.publisher import Publisher
+from app.config.settings import Settings
+from app.engines import grammar
+from app.engines.catalog import CatalogModel
+from app.errors import (
+    DeadlinePassed,
+    GristmillError,
+    IdempotencyConflict,
+    InvalidSchema,
+    JobStateConflict,
+    NotStorable,
+    RequestError,
+    RequestRemoved,
+    RequestTooLarge,
+)
+from app.intake.admission import Admission
+from app.intake.decision import Decision
+from app.intake.sender import Sender, num_bytes
+from app.jobs import MAX_PRIORITY, REPLAYED, bounded
+from app.requests import bodies
+from app.requests.output_format import field_of
+from app.requests.prepare import prepare
+from app.store import reads, submissions
+from app.store.database import Database
+from app.store.isolation import Connection, Write, apart
+from app.store.submissions import Load, NewJob
+
+
+def _only_text(value: object) -> object:
+    if not (isinstance(value, str) and re.match(r"\d{4}-\d\d-\d\dT", value)):
+        raise ValueError("Input should be a time in RFC 3339 form, such as 2027-01-31T12:00:00Z")
+    return value
+
+
+Moment = Annotated[
+    AwareDatetime, Field(strict=False), BeforeValidator(_only_text), AfterValidator(bounded)
+]
+
+
+class Submission(BaseModel):
+    """What a producer submits: a request, and when and how it is to be run."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    url: str | None = Field(
+        None,
+        description="Which call the body is of; follows from the body when left out.",
+        examples=["/v1/chat/completions"],
+    )
+    body: Annotated[
+        dict[str, Any],
+        WithJsonSchema(
+            {
+                "oneOf": [
+                    {"$ref": f"#/components/schemas/{body.__name__}"}
+                    for body in bodies.BODIES.values()
+                ]
+            }
+        ),
+    ] = Field(
+        description="The body of the OpenAI-style call.",
+        examples=[{"messages": [{"role": "user", "content": "What is a grist mill?"}]}],
+    )
+    priority: Annotated[int, Field(ge=0, le=MAX_PRIORITY)] = Field(
+        0, description="0 is served first, 9 last.", examples=[0]
+    )
+    not_before: Moment | None = Field(
+        None,
+        description="Earliest time to run the job (RFC 3339).",
+        examples=["2027-01-31T12:00:00Z"],
+    )
+    deadline: Moment | None = Field(
+        None,
+        description="The job expires if it is not finished by then (RFC 3339).",
+        examples=["2027-01-31T18:00:00Z"],
+    )
+    metadata: Annotated[dict[str, str], BeforeValidator(bodies.parse_metadata)] = Field(
+        default_factory=dict,
+        description="Up to 16 texts of your own, given back with the job. Keys have up to 64 "
+        "characters, values up to 512.",
+        examples=[{"customer": "42"}],
+    )
+    idempotency_key: Annotated[str, Field(min_length=1, max_length=255)] | None = Field(
+        None,
+        description="The same key and request once more are the same job. The header "
+        "Idempotency-Key of a single submission does the same.",
+        examples=["order-42-summary"],
+    )
+
+
+def parse_submission(value: object) -> Submission:
+    """Check all of a submission but the request in it, which `Submitter` checks.
+
+    Raises `RequestError` naming the first wrong field.
+    """
+    if isinstance(value, Submission):
+        return value
+    if not isinstance(value, dict):
+        raise RequestError("A job must be a JSON object.")
+    try:
+        submission = Submission.model_validate(value)
+    except ValidationError as error:
+        raise bodies.first_problem(error, value) from None
+    bodies.refuse_unstorable(submission.idempotency_key, "idempotency_key")
+    return submission
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    """The job of a submission; not `created` if an earlier one with its key, or of the same replay,
+    had brought it."""
+
+    job_id: UUID
+    created: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What is committed: the answer is certain, whatever becomes of the messages."""
+
+    outcomes: list[Submitted | GristmillError]
+    new_jobs: list[NewJob]
+    to_send: list[NewJob]  #: those of them whose messages are to be sent now
+    at: datetime  #: by the database's clock
+
+    @property
+    def only(self) -> Submitted:
+        """The outcome of a single submission; raises what is wrong with it."""
+        [outcome] = self.outcomes
+        if isinstance(outcome, GristmillError):
+            raise outcome
+        return outcome
+
+
+class Submitter:
+    """Turns submissions into jobs. Threads may share it."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        database: Database,
+        publisher: Publisher,
+        served: dict[str, CatalogModel],
+    ) -> None:
+        self._settings = settings
+        self._database = database
+        self.models = served
+        most = Load(settings.api.max_queued_jobs, settings.api.max_queued_tokens)
+        self._admission = Admission(database, most)
+        self.sender = Sender(database, publisher, settings.broker.max_messages)
+
+    def store(self, submissions: Sequence[object], decision: Decision) -> Stored:
+        """An outcome for each submission, in order; the good ones become jobs in one transaction.
+
+        Takes submissions, or the JSON values of some. Raises `QueueFull` or `Unavailable` if
+        nothing was stored. What is stored is then to be given to `send`.
+        """
+        self._admission.expect_room(len(submissions))
+        now = self._database.now()
+        checked = [self._check(submission, now) for submission in submissions]
+        jobs = [job for job in checked if isinstance(job, NewJob)]
+        stored = self._insert(jobs, decision, now) if jobs else Stored([], [], [], now)
+        answers = iter(stored.outcomes)
+        outcomes = [it if isinstance(it, RequestError) else next(answers) for it in checked]
+        return replace(stored, outcomes=outcomes)
+
+    def store_replay(self, job_id: UUID, decision: Decision) -> Stored:
+        """Run a job that failed, expired or was cancelled once more, as a new job.
+
+        The new one has the request, priority and metadata of the old, and its deadline if that has
+        not passed. A job is replayed once: asked again, this answers with the same new job. Raises
+        `JobNotFound`, `JobStateConflict` if it has not ended or has completed, `RequestRemoved`,
+        and what may be wrong with a submission.
+        """
+        with self._database.begin() as connection:
+            old = reads.replayable(connection, job_id)
+        now = self._database.now()
+        if old.replayed_by is not None:
+            return Stored([Submitted(old.replayed_by, False)], [], [], now)
+        if old.state not in REPLAYED:
+            raise JobStateConflict(f"The job is {old.state}: only what ended badly is replayed.")
+        if old.request is None:
+            raise RequestRemoved()
+        submission = Submission.model_construct(  # from a row: checked when it was written
+            url=old.url,
+            body=old.request,
+            priority=old.priority,
+            deadline=old.deadline if old.deadline and old.deadline > now else None,
+            metadata=old.metadata,
+        )
+        job = replace(self._new_job(submission, now), replay_of=job_id)
+        return self._insert([job], decision, now)
+
+    def send(self, stored: Stored) -> None:
+        """Send the messages of what was stored, as far as that can be done now."""
+        self.sender.send(stored.to_send, num_left=len(stored.new_jobs) - len(stored.to_send))
+
+    def try_to_store(self) -> None:
+        """Do what a submission does, but for keeping it. Raises what would become of one."""
+        model, served = next(iter(self.models.items()))
+        job = NewJob(
+            id=uuid4(),
+            url="",
+            kind=served.settings.kind,
+            model=model,
+            request={},
+            fingerprint="",
+            source="api",
+        )
+        with suppress(_NotKept), self._database.begin() as connection:
+            submissions.insert_jobs(connection, [job])
+            raise _NotKept
+
+    def _insert(self, jobs: Sequence[NewJob], decision: Decision, now: datetime) -> Stored:
+        """Write rows and commit; an outcome for each job."""
+        tokens = sum((job.input_tokens or 0) + (job.max_output_tokens or 0) for job in jobs)
+        wanted = self.sender.wanted(jobs)
+
+        def insert(connection: Connection, part: Sequence[NewJob]) -> Sequence[Outcome]:
+            return submissions.insert_jobs(connection, part, wanted)
+
+        with self._admission.admitted(Load(len(jobs), tokens)):
+            try:
+                rows = self._commit(jobs, decision, insert)
+            except NotStorable:
+                rows = self._commit(jobs, decision, partial(apart, insert))
+        new = [(job, row) for job, row in zip(jobs, rows, strict=True) if _is_new(row)]
+        return Stored(
+            outcomes=[_submitted(row) for row in rows],
+            new_jobs=[job for job, _ in new],
+            to_send=[job for job, row in new if row.is_sent],
+            at=now,
+        )
+
+    def _commit(
+        self, jobs: Sequence[NewJob], decision: Decision, insert: Write[NewJob, Outcome]
+    ) -> Sequence[Outcome]:
+        with self._database.begin() as connection:
+            inserted = insert(connection, jobs)
+            decision.commit()
+        return inserted
+
+    def _check(self, submission: object, now: datetime) -> NewJob | RequestError:
+        try:
+            return self._new_job(parse_submission(submission), now)
+        except RequestError as error:
+            return error
+
+    def _new_job(self, submission: Submission, now: datetime) -> NewJob:
+        try:
+            request = self._request(submission)
+            model = self._settings.model_name(request.kind, request.body.model)
+            served = self.models[model]
+            prepared = prepare(request, served.tokenizer, served.settings)
+            _check_grammar(request)
+        except RequestError as error:
+            if error.param not in (None, "url", "body"):
+                error.param = f"body.{error.param}"
+            raise
+        _check_times(submission, now)
+        return NewJob(
+            id=uuid4(),
+            url=request.url,
+            kind=request.kind,
+            model=model,
+            request=request.raw,
+            fingerprint=request.fingerprint,
+            priority=submission.priority,
+            not_before=submission.not_before,
+            deadline=submission.deadline,
+            metadata=submission.metadata,
+            idempotency_key=submission.idempotency_key,
+            source="api",
+            input_tokens=prepared.num_input_tokens,
+            max_output_tokens=prepared.max_tokens * request.num_sequences,
+            max_attempts=self._settings.worker.max_attempts,
+        )
+
+    def _request(self, submission: Submission) -> bodies.Request:
+        limit = self._settings.api.max_body_bytes
+        if num_bytes(submission.body) > limit:
+            raise RequestTooLarge(f"The request is larger than {limit} bytes.", param="body")
+        return bodies.parse(submission.body, submission.url)
+
+
+def _check_grammar(request: bodies.Request) -> None:
+    if request.grammar is None:
+        return
+    try:
+        grammar.check(request.grammar)
+    except InvalidSchema as error:
+        error.param = field_of(request.grammar)
+        raise
+
+
+def _check_times(submission: Submission, now: datetime) -> None:
+    deadline = submission.deadline
+    if deadline is None:
+        return
+    if deadline <= now:  # by the database's clock
+        raise DeadlinePassed("The deadline lies in the past.", param="deadline")
+    if submission.not_before and deadline <= submission.not_before:
+        raise DeadlinePassed("The deadline must be later than not_before.", param="deadline")
+
+
+Outcome = submissions.Inserted | NotStorable
+
+
+def _is_new(row: Outcome) -> TypeGuard[submissions.Inserted]:
+    return isinstance(row, submissions.Inserted) and row.created
+
+
+class _NotKept(Exception):
+    """Rolls back."""
+
+
+def _submitted(row: submissions.Inserted | NotStorable) -> Submitted | GristmillError:
+    if isinstance(row, NotStorable):
+        return RequestError("The store cannot hold a value of this job.")
+    if not row.fingerprint_matches:
+        return IdempotencyConflict()
+    return Submitted(row.id, row.created)

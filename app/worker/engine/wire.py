@@ -1,0 +1,99 @@
+"""What the worker and its engine process say to each other, over a socket, pickled.
+
+Both ends are one program on one machine; nobody else can reach the socket.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from app.config.settings import ModelSettings
+from app.engines.base import Generation, Sequence, StepStats
+
+PROGRESS: Final = struct.Struct("=QQ")
+"""The shared page: model steps taken since the models were loaded, and the slowest of late, in
+nanoseconds; native unsigned integers."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A model that the engine process is to load."""
+
+    name: str
+    folder: Path
+    settings: ModelSettings
+
+
+@dataclass(frozen=True, slots=True)
+class LoadModels:
+    models: tuple[ServedModel, ...]
+    device: str
+    threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class Admit:
+    model: str
+    batch_id: str
+    sequences: tuple[Sequence, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    model: str
+    sequence_id: int
+
+
+Command = LoadModels | Admit | Cancel
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """What the host needs to know of a loaded engine."""
+
+    max_rows: int
+    joins: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    engines: dict[str, EngineFacts]
+    load_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stepped:
+    """What one step produced."""
+
+    model: str
+    generations: list[Generation]
+    stats: list[StepStats]
+
+
+@dataclass(frozen=True, slots=True)
+class DidNotFit:
+    """Out of memory: everything inside this engine was dropped unharmed."""
+
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """The end of an engine process, by itself or by the host. `reason` never holds a prompt."""
+
+    reason: str
+    will_not_load: bool = False
+    was_killed: bool = False  #: by SIGKILL and not by the host: mostly the kernel, out of memory
+    was_stuck: bool = False  #: the host killed it
+    was_ended: bool = False  #: by SIGTERM, as for an error of the device
+
+    @property
+    def may_be_innocent(self) -> bool:
+        """Whether its end says little of what ran inside."""
+        return self.was_killed or self.was_stuck or self.was_ended
+
+
+Event = Ready | Stepped | DidNotFit | Broken

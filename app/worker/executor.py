@@ -1,0 +1,145 @@
+"""What runs: the conversation with the engine process, and who is to blame when it is lost."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import Final
+
+from app.errors import EngineError, OutOfMemory
+from app.worker.dispatcher import Dispatcher, Room
+from app.worker.engine.host import EngineHost
+from app.worker.engine.pipe import WorkerEnd
+from app.worker.engine.wire import Broken, DidNotFit, Ready, Stepped
+from app.worker.running import Running
+from app.worker.suspects import verdict
+from app.worker.work import Ending, Job
+
+log = logging.getLogger(__name__)
+
+MAX_DEATHS: Final = 3  #: of engine processes in a row that had nothing to run
+
+
+class Executor:
+    """Owns the engine process and the jobs inside it. What it drops goes back to the dispatcher."""
+
+    def __init__(self, models: tuple[str, ...], host: EngineHost, dispatcher: Dispatcher) -> None:
+        self.loaded = threading.Event()  #: the models are, or never will be
+        self._models = models
+        self._host = host
+        self._dispatcher = dispatcher
+        self._running = Running()
+        self._deaths = 0  #: of engine processes since the last answer
+        self._starts_again = True
+
+    @property
+    def connection(self) -> WorkerEnd | None:
+        return self._host.connection
+
+    @property
+    def is_busy(self) -> bool:
+        return self._host.busy
+
+    def facts(self) -> dict[str, object]:
+        return {"pid": self._host.pid, "ready": self._host.ready, "slow": self._host.is_slow}
+
+    def rooms(self) -> dict[str, Room]:
+        """By model; none while the models are not loaded."""
+        if not self._host.ready:
+            return {}
+        return {
+            model: Room(
+                self._host.free_rows(model),
+                self._running.num_rows(model),
+                self._host.joins(model),
+            )
+            for model in self._models
+        }
+
+    def start(self) -> None:
+        self._host.start()
+
+    def start_no_more(self) -> None:
+        """The worker is to end: an engine process that is lost is not replaced."""
+        self._starts_again = False
+
+    def kill(self) -> None:
+        try:
+            self._host.kill()
+        except EngineError as error:
+            log.error("%s", error, extra={"action": "engine_left"})
+
+    def run(self, jobs: list[Job]) -> None:
+        """Hand claimed jobs of one batch over."""
+        batch = jobs[0].claimed_run.batch
+        self._host.admit(batch.model, str(batch.id), self._running.enter(jobs))
+
+    def cut_short(self, job: Job, ending: Ending) -> None:
+        """End a claimed job early; the engine answers with what it has."""
+        run = job.claimed_run
+        if run.ending is None:
+            run.ending = ending
+            for sequence_id in self._running.sequence_ids(job):
+                self._host.cancel(job.model, sequence_id)
+
+    def hear(self, over: list[Job]) -> None:
+        """Take what the engine process says; adds to `over` the jobs that have all their answers.
+
+        Raises `EngineError` if there is no use in going on.
+        """
+        self._host.flush()
+        for event in self._host.events():
+            match event:
+                case Ready(load_ns=load_ns):
+                    log.info("The models were loaded in %.1f s.", load_ns / 1e9)
+                    self.loaded.set()
+                case Stepped():
+                    over += self._answered(event)
+                case DidNotFit(model):
+                    self._halve(model)
+                case Broken() as broken:
+                    self._lose(broken)
+        if self._host.is_stuck():
+            self._lose(Broken("it made no progress in time", was_stuck=True))
+
+    def _answered(self, stepped: Stepped) -> list[Job]:
+        self._deaths = 0
+        answered = self._running.answer(stepped)
+        for job in answered:
+            self._dispatcher.note_fitted(job)
+        return answered
+
+    def _halve(self, model: str) -> None:
+        """The device ran out of memory: smaller batches follow, and nobody is charged."""
+        dropped, solo = self._running.leave(model), self._running.solo
+        self._dispatcher.note_overflow(dropped)
+        if dropped == [solo]:
+            run = dropped[0].claimed_run
+            run.ending = run.ending or Ending.failed(OutOfMemory())
+        self._dispatcher.put_back(dropped)
+
+    def _lose(self, broken: Broken) -> None:
+        """The engine process died or hangs. Find the guilty by halves, and charge nobody else."""
+        self._host.kill()
+        if broken.will_not_load or not self.loaded.is_set():
+            raise EngineError(f"The models cannot be loaded: {broken.reason}.")
+        suspects, solo = self._running.leave(), self._running.solo
+        log.error(
+            "The engine process is lost: %s. It held %d jobs.",
+            broken.reason,
+            len(suspects),
+            extra={"action": "engine_lost"},
+        )
+        self._deaths = 0 if suspects else self._deaths + 1
+        if self._deaths == MAX_DEATHS:
+            raise EngineError(f"{MAX_DEATHS} engine processes died with nothing to run.")
+        if broken.was_killed:
+            self._dispatcher.note_overflow(suspects)
+        for job in suspects:
+            job.claimed_run.deaths += 1
+        if suspects == [solo]:
+            run = suspects[0].claimed_run
+            run.ending = run.ending or verdict(run, broken)
+        self._dispatcher.put_back(suspects)
+        if self._starts_again:
+            self._host.start()

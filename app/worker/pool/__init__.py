@@ -1,0 +1,1 @@
+"""What Celery sees of a worker: its pool, its consumer and each message."""

@@ -1,0 +1,237 @@
+"""From a Celery message to an arrival, or a refusal that says why.
+
+Everything that can be wrong with a message is found here, on the hub thread, before Celery makes a
+Request of it: an exception there would end in a log line with the prompt in it, or end the worker.
+A good message goes on with an empty body and clean headers, so that nothing in Celery (events,
+`inspect active`, DEBUG logs, Flower) can show a prompt.
+
+Celery would hold a message with `eta` in memory and drop an expired one without a trace. Here they
+become the row's `not_before` and `deadline`, and the store keeps them.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+from uuid import UUID
+
+from kombu.message import Message
+from kombu.serialization import loads
+
+from app.broker.message import FORMAT_HEADER
+from app.config.settings import Settings
+from app.errors import GristmillError, RequestError, RequestTooLarge
+from app.jobs import MAX_PRIORITY, Kind, bounded, job_id_of
+from app.requests import bodies
+from app.requests.bodies import Request, is_unicode
+
+TASKS: Final = {"inference.generate": Kind.GENERATE, "inference.embed": Kind.EMBED}
+ARRIVAL_HEADER: Final = "gristmill"
+EMPTY_BODY: Final = "[[], {}, {}]"
+EMBEDS: Final = ("callbacks", "errbacks", "chain", "chord")
+MAX_TASK_ID: Final = 255
+MAX_TIME_LIMIT_S: Final = 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A message that may become a job. Without a request it only wakes a row."""
+
+    job_id: UUID
+    request: Request | None
+    model: str | None  #: None when the request is in the row
+    priority: int
+    not_before: dt.datetime | None  #: in UTC and bounded, like the deadline
+    deadline: dt.datetime | None
+    metadata: dict[str, str]
+    time_limit_s: float | None = None  #: positive and finite
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A message that cannot run. `acknowledge` is to be called once the reason is recorded."""
+
+    job_id: UUID
+    kind: Kind
+    error: GristmillError
+    acknowledge: Callable[[], object]
+
+
+def identify(message: Message, settings: Settings) -> tuple[str, str]:
+    """Task id and task name, from the headers or, in protocol 1, the body.
+
+    Raises `RequestError` if the message cannot be tied to a job at all.
+    """
+    source: Any = message.headers
+    if not _is_protocol_2(message):
+        if len(message.body or b"") > settings.worker.max_request_bytes:
+            raise RequestError("it is too large and its headers hold no task id.")
+        source = _decode(message)
+    if not isinstance(source, dict):
+        raise RequestError("it is not a Celery message.")
+    task_id, name = source.get("id"), source.get("task")
+    if isinstance(task_id, UUID):  # a client of Python that gave one and not its text
+        task_id = str(task_id)
+    if not (isinstance(task_id, str) and 0 < len(task_id) <= MAX_TASK_ID and is_unicode(task_id)):
+        raise RequestError("it has no usable task id.")
+    return task_id, name if isinstance(name, str) else ""
+
+
+def read(message: Message, task_id: str, name: str, settings: Settings) -> Arrival:
+    """Check everything that needs no tokenizer, and bring it into the range of what a row holds.
+
+    Raises `RequestError` with the first thing that is wrong; never an exception of another kind.
+    """
+    if name not in TASKS:
+        known = " and ".join(TASKS)
+        raise RequestError(f"Unknown task name; this worker knows {known}.", param="task")
+    if len(message.body or b"") > settings.worker.max_request_bytes:
+        raise RequestTooLarge(
+            f"The message body is larger than {settings.worker.max_request_bytes} bytes."
+        )
+    decoded = _decode(message)
+    args, kwargs, embed = _payload(decoded)
+    if args:
+        raise RequestError("Positional arguments are not taken; use keywords.", param="args")
+    if embed and not (isinstance(embed, dict) and not any(embed.get(key) for key in EMBEDS)):
+        raise RequestError("Callbacks, chains and chords are not taken.", param="embed")
+    options = message.headers if _is_protocol_2(message) else decoded
+    request: Request | None = None
+    metadata: dict[str, str] = {}
+    if kwargs and _is_readable(options):
+        request, metadata = _request(kwargs, TASKS[name])
+    return Arrival(
+        job_id=job_id_of(task_id),
+        request=request,
+        model=settings.model_name(request.kind, request.body.model) if request else None,
+        priority=_priority(message),
+        not_before=_stamp(options, "eta"),
+        deadline=_stamp(options, "expires"),
+        metadata=metadata,
+        time_limit_s=_time_limit(options),
+    )
+
+
+def _is_protocol_2(message: Message) -> bool:
+    return isinstance(message.headers, dict) and "task" in message.headers
+
+
+def _is_readable(options: dict[str, Any]) -> bool:
+    """Whether the request is of a format known here. One that is not is in its row as well: who
+    sends it is of a later version of Gristmill, and writes the row first."""
+    given = options.get(FORMAT_HEADER, bodies.FORMAT)
+    return not isinstance(given, int) or bodies.readable(given)
+
+
+def _decode(message: Message) -> Any:
+    """The body as plain values. Only JSON: a pickle would be code."""
+    for error in message.errors or ():
+        raise RequestError("The message body cannot be unpacked.", param="body") from error[1]
+    try:
+        return loads(  # type: ignore[no-untyped-call]
+            message.body,
+            message.content_type,
+            message.content_encoding,
+            accept={"application/json"},
+        )
+    except Exception:
+        raise RequestError(
+            "The message body must be JSON, with content type application/json.", param="body"
+        ) from None
+
+
+def _payload(decoded: Any) -> tuple[list[Any], dict[str, Any], Any]:
+    """Arguments of a protocol 2 body, `[args, kwargs, embed]`, or of a protocol 1 mapping.
+
+    Clients leave out what is empty, or write null or the other kind of brackets.
+    """
+    match decoded:
+        case [args, kwargs, embed]:
+            pass
+        case {"args": _} | {"kwargs": _}:
+            args, kwargs, embed = decoded.get("args"), decoded.get("kwargs"), decoded
+        case _:
+            args, kwargs, embed = False, False, None
+    args, kwargs = _or_empty(args, []), _or_empty(kwargs, {})
+    if not (isinstance(args, list) and isinstance(kwargs, dict)):
+        raise RequestError("The message body must be [args, kwargs, embed].", param="body")
+    return args, kwargs, embed
+
+
+def _or_empty(given: Any, empty: Any) -> Any:
+    return empty if given is None or given in ([], {}) else given
+
+
+def _request(kwargs: dict[str, Any], kind: Kind) -> tuple[Request, dict[str, str]]:
+    body = dict(kwargs)
+    url = body.pop("url", None)
+    if url is not None and not isinstance(url, str):
+        raise RequestError("url must be a string.", param="url")
+    metadata = bodies.parse_metadata(body.pop("metadata", None))
+    request = bodies.parse(body, url)
+    if request.kind is not kind:
+        wanted = next(name for name, of in TASKS.items() if of is request.kind)
+        raise RequestError(f"This request belongs to the task {wanted}.", param="task")
+    return request, metadata
+
+
+def _priority(message: Message) -> int:
+    """As kombu reads it, which chose the list by it."""
+    try:
+        given = int((message.properties or {}).get("priority", 0))
+    except (TypeError, ValueError, OverflowError):
+        return 0
+    return min(max(given, 0), MAX_PRIORITY)
+
+
+def _stamp(options: dict[str, Any], field: str) -> dt.datetime | None:
+    """An ISO 8601 time; without a zone it is UTC, as Celery sends it."""
+    given = options.get(field)
+    if given is None or given == "":
+        return None
+    try:
+        stamp = dt.datetime.fromisoformat(given)
+    except (TypeError, ValueError):
+        raise RequestError(f"{field} must be an ISO 8601 time.", param=field) from None
+    return bounded(stamp if stamp.tzinfo else stamp.replace(tzinfo=dt.UTC))
+
+
+def _time_limit(options: dict[str, Any]) -> float | None:
+    """Seconds that the job may run: the first of Celery's `[hard, soft]`. As there, 0 is none."""
+    match options.get("timelimit"):
+        case None | []:
+            return None
+        case [hard, soft] if _is_limit(hard) and _is_limit(soft):
+            return float(min(hard, MAX_TIME_LIMIT_S)) if hard else None
+        case _:
+            raise RequestError(
+                "timelimit must be two numbers of seconds, or null.", param="timelimit"
+            )
+
+
+def _is_limit(given: Any) -> bool:
+    is_number = isinstance(given, int | float) and not isinstance(given, bool)
+    return given is None or (is_number and 0 <= given < math.inf)
+
+
+def scrub(message: Message, task_id: str, name: str, arrival: Arrival) -> None:
+    """Leave in the message only what Celery needs, and the arrival for the pool."""
+    message.headers = {
+        "lang": "py",
+        "task": name,
+        "id": task_id,
+        "root_id": task_id,
+        "parent_id": None,
+        "retries": 0,
+        "timelimit": [arrival.time_limit_s, None],
+        "argsrepr": "()",
+        "kwargsrepr": f"(model={arrival.model})" if arrival.model else "()",
+        "ignore_result": True,
+        ARRIVAL_HEADER: arrival,
+    }
+    message.properties = {"priority": arrival.priority}
+    message.body = EMPTY_BODY
+    message.content_type, message.content_encoding = "application/json", "utf-8"

@@ -1,0 +1,281 @@
+"""The examples of the README and of docs/ run, as they stand there.
+
+They run against everything that `gristmill up` starts, with the shipped configuration but for the
+engines, which are stubs.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import httpx
+import psycopg
+import pytest
+import redis
+from psycopg.rows import dict_row
+
+from app.config.file import load
+from app.local.servers import EmbeddedPostgres
+from app.local.supervisor import System
+from tests.pages import EXAMPLES, ROOT
+from tests.waiting import eventually
+
+API = "http://127.0.0.1:8000"  # in the examples; the tests' own port takes its place
+NO_PACKAGE = "\nimport sys\nassert not {'app', 'app.client', 'app.broker'} & sys.modules.keys()\n"
+
+
+# ── everything runs once, for all examples ──────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def system(
+    tmp_path_factory: pytest.TempPathFactory,
+    postgres_server: EmbeddedPostgres,
+    empty_databases: Callable[[str], str],
+    migrated_template: str,
+) -> Iterator[System]:
+    folder = tmp_path_factory.mktemp("examples")
+    for name in ("models.toml", "prices.toml"):
+        (folder / name).write_text((ROOT / "configs" / name).read_text())
+    shipped = load(ROOT / "configs" / "default.toml", {}).settings
+    lines = [
+        f'cache_dir = "{folder / "cache"}"',
+        f'database.url = "{empty_databases(migrated_template)}"',
+        "api.port = 0",
+        "flower.port = 0",
+        *(f'models."{name}".engine = "stub"' for name in shipped.models),
+    ]
+    (folder / "settings.toml").write_text("\n".join(lines))
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("GRISTMILL_")]:
+            patch.delenv(name)
+        patch.setenv("OMP_NUM_THREADS", "1")
+        with System(load(folder / "settings.toml"), tell=lambda _: None) as system:
+            yield system
+
+
+class Terminal:
+    """A user's shell and Python in another terminal, with the environment that the README sets."""
+
+    def __init__(self, system: System, folder: Path) -> None:
+        self._api_url = system.settings.api.url
+        self._folder = folder
+        cache_dir = Path(system.settings.cache_dir)
+        self.environ = os.environ | {
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "GRISTMILL_CONFIG": str(cache_dir.with_name("settings.toml")),
+        }
+
+    def export(self, name: str) -> None:
+        """Run an example of `export` lines and keep what they set."""
+        code = EXAMPLES[name][1]
+        names = re.findall(r"^export (\w+)=", code, re.MULTILINE)
+        values = self._run(["bash", "-euc", code + "".join(f"echo ${each}\n" for each in names)])
+        self.environ |= dict(zip(names, values.splitlines(), strict=True))
+
+    def run(self, name: str, *, then: str = "", **environ: str) -> str:
+        """Run an example as it stands on its page; returns what it prints."""
+        language, code = EXAMPLES[name]
+        shell = {"sh": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-c"]}
+        return self._run([*shell[language], code.replace(API, self._api_url) + then], **environ)
+
+    def _run(self, command: list[str], **environ: str) -> str:
+        done = subprocess.run(
+            command,
+            cwd=self._folder,
+            env=self.environ | environ,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+
+@pytest.fixture(scope="module")
+def terminal(system: System, tmp_path_factory: pytest.TempPathFactory) -> Terminal:
+    terminal = Terminal(system, tmp_path_factory.mktemp("terminal"))
+    terminal.export("environment")
+    return terminal
+
+
+@pytest.fixture
+def ended(system: System) -> Callable[[str], dict[str, Any]]:
+    """`ended(job_id)` waits for a job's end through the API."""
+
+    def wait(job_id: str) -> dict[str, Any]:
+        url = f"{system.settings.api.url}/v1/jobs/{job_id}"
+        eventually(lambda: httpx.get(url).is_success)  # a bare message gets its row when received
+        answer = httpx.get(url, params={"wait": 20}, timeout=30)
+        job: dict[str, Any] = answer.raise_for_status().json()
+        return job
+
+    return wait
+
+
+Ended = Callable[[str], dict[str, Any]]
+
+
+# ── enqueue ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_first_job_of_the_command_line_is_answered(terminal: Terminal) -> None:
+    assert "completed" in terminal.run("first job")
+
+
+def test_the_addresses_are_those_of_the_running_system(terminal: Terminal, system: System) -> None:
+    assert terminal.environ["REDIS_URL"] == system.settings.broker.url
+    assert terminal.environ["DATABASE_URL"] == system.settings.database.url
+
+
+def test_a_services_own_celery_app_needs_nothing_of_this_package(
+    terminal: Terminal, ended: Ended
+) -> None:
+    job = ended(terminal.run("celery", then=NO_PACKAGE).strip())
+
+    assert job["state"] == "completed"
+    assert job["response"]["choices"][0]["text"] == "A grist mill is"
+
+
+def test_celerys_options_reach_the_job(terminal: Terminal, ended: Ended) -> None:
+    job = ended(terminal.run("celery options", then=NO_PACKAGE).strip())
+
+    assert (job["state"], job["kind"], job["priority"]) == ("completed", "embed", 3)
+    assert job["created_at"] < job["not_before"] <= job["claimed_at"] < job["deadline"]
+
+
+def test_curl_submits_a_chat(terminal: Terminal, ended: Ended) -> None:
+    job = ended(httpx.Response(200, text=terminal.run("http short")).json()["id"])
+
+    assert job["response"]["choices"][0]["message"]["role"] == "assistant"
+
+
+def test_curl_submits_one_job_and_its_key_brings_it_back(terminal: Terminal, ended: Ended) -> None:
+    first, again = (httpx.Response(200, text=terminal.run("http")).json() for _ in range(2))
+
+    job = ended(first["id"])
+    assert job["state"] == "completed"
+    assert job["metadata"] == {"customer": "42"}
+    assert again["id"] == first["id"]
+
+
+def test_curl_submits_many_jobs_with_an_answer_for_each(terminal: Terminal, ended: Ended) -> None:
+    bulk = httpx.Response(200, text=terminal.run("http bulk")).json()
+
+    assert [item["status"] for item in bulk["items"]] == [202, 202, 400]
+    jobs = [ended(item["id"]) for item in bulk["items"][:2]]
+    assert [job["state"] for job in jobs] == ["completed", "completed"]
+    assert len(jobs[1]["response"]["data"]) == 2
+    assert bulk["items"][2]["error"]["param"] == "body.prompt"
+
+
+def test_curl_submits_a_job_whose_output_is_held_to_a_schema(
+    terminal: Terminal, ended: Ended
+) -> None:
+    job = ended(httpx.Response(200, text=terminal.run("schema")).json()["id"])
+
+    assert job["state"] == "completed"
+
+
+def test_the_client_answers_in_three_lines(terminal: Terminal) -> None:
+    assert terminal.run("client short") == "A grist mill is\n"
+
+
+def test_the_client_submits_waits_and_cancels(terminal: Terminal) -> None:
+    assert terminal.run("client").splitlines() == [
+        "A grist mill is",
+        "completed completed",
+        "cancelled",
+    ]
+
+
+def test_the_async_client_gathers_answers(terminal: Terminal) -> None:
+    assert terminal.run("async client").splitlines() == ["0 mills", "1 mills", "2 mills"]
+
+
+def test_a_raw_message_needs_nothing_but_a_redis_client(terminal: Terminal, ended: Ended) -> None:
+    job = ended(terminal.run("raw redis", then=f"print(job_id){NO_PACKAGE}").strip())
+
+    assert job["response"]["choices"][0]["text"] == "A grist mill is"
+
+
+def test_the_raw_message_is_right_byte_for_byte(system: System, ended: Ended) -> None:
+    message = EXAMPLES["raw bytes"][1].strip()
+    with redis.Redis.from_url(system.settings.broker.url) as client:
+        client.lpush("celery", message)
+
+    job = ended("0d2f3610-0f40-40d9-92f0-a894c179637c")
+
+    assert (job["state"], job["usage"]["input_tokens"]) == ("completed", 15)
+
+
+# ── follow, and read ────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def job_id(system: System) -> str:
+    """A job that was just submitted."""
+    body = {"body": {"prompt": "A grist mill is"}}
+    answer = httpx.post(f"{system.settings.api.url}/v1/jobs", json=body)
+    return str(answer.raise_for_status().json()["id"])
+
+
+def test_a_job_is_followed_with_curl(terminal: Terminal, job_id: str) -> None:
+    job = httpx.Response(200, text=terminal.run("follow", ID=job_id)).json()
+
+    assert (job["id"], job["state"]) == (job_id, "completed")
+    assert None not in job["timing"].values()
+
+
+def test_an_etag_is_answered_with_304_while_nothing_changes(
+    terminal: Terminal, ended: Ended, job_id: str
+) -> None:
+    ended(job_id)
+
+    assert terminal.run("etag", ID=job_id) == "304\n"
+
+
+@pytest.fixture
+def query(system: System) -> Callable[[str], list[dict[str, Any]]]:
+    def run(name: str) -> list[dict[str, Any]]:
+        url = system.settings.database.url
+        with psycopg.connect(url, row_factory=dict_row) as connection:
+            cursor = connection.execute(EXAMPLES[name][1])
+            return cursor.fetchall() if cursor.description else []
+
+    return run
+
+
+Query = Callable[[str], list[dict[str, Any]]]
+
+
+def test_the_tables_tell_of_results_cost_batches_and_what_waits(
+    query: Query, ended: Ended, system: System, job_id: str
+) -> None:
+    # given a job that has ended and one that waits
+    ended(job_id)
+    later = {"body": {"prompt": "Later"}, "not_before": "2999-01-01T00:00:00Z"}
+    httpx.post(f"{system.settings.api.url}/v1/jobs", json=later).raise_for_status()
+
+    # then each query finds its own
+    last = next(row for row in query("sql last results") if row["job_id"] == UUID(job_id))
+    assert (last["state"], last["output_tokens"], last["currency"]) == ("completed", 16, "USD")
+    cost = {row["model"]: row for row in query("sql cost")}
+    assert cost["smollm2-135m-instruct"]["cost"] > 0
+    assert cost["smollm2-135m-instruct"]["cost_per_million_output_tokens"] > 0
+    reasons = {row["close_reason"]: row for row in query("sql batches")}
+    assert reasons["wait"]["mean_size"] >= 1
+    assert reasons["wait"]["padding_share"] == 0  # the stub pads nothing
+    assert {row["state"] for row in query("sql waiting")} == {"queued"}
+
+    # and nothing is old enough to be deleted
+    query("sql delete")
+    assert ended(job_id)["state"] == "completed"

@@ -1,0 +1,181 @@
+"""No plan depends on what the planner believes of a queue.
+
+Statistics are taken while the table is empty, or never; then ten thousand jobs come at once. Each
+statement of a group is explained as it runs: it touches each row that it is for a few times, and
+reads a table through once at the most, but never once for each of its rows.
+"""
+
+from __future__ import annotations
+
+import secrets
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import psycopg
+import pytest
+from sqlalchemy import Connection, event, text
+
+from app.jobs import AttemptOutcome
+from app.local.servers import EmbeddedPostgres, free_port
+from app.store import claims, delivery, submissions, sweeps
+from app.store.claims import Member
+from app.store.database import Database, migrate
+from app.store.submissions import Arrival
+from tests.rows import Worker, completed, end_lease, new_job
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+NUM_JOBS = 10_000
+GROUP = 500
+DEBIAN_15 = Path("/usr/lib/postgresql/15/bin")
+
+STATES = {
+    "never analysed": (),
+    "vacuumed while empty": ("VACUUM ANALYZE",),
+    "analysed with ended jobs, vacuumed while empty": (
+        """
+        INSERT INTO jobs (
+            id, model, kind, source, state, not_before, created_at, queued_at, finished_at
+        )
+        SELECT gen_random_uuid(), 'm', 'generate', 'api', 'completed', now(), now(), now(), now()
+        FROM generate_series(1, 5000)
+        """,
+        "VACUUM ANALYZE",
+        "DELETE FROM jobs",
+        "VACUUM",
+    ),
+}
+
+
+@contextmanager
+def postgres_15(folder: Path) -> Iterator[str]:
+    """The URL of a Debian server, which runs as a user of its own."""
+    folder.mkdir(mode=0o777)
+    folder.chmod(0o777)
+    port, data = free_port(), folder / "data"
+
+    def run(program: str, *options: str) -> None:
+        as_postgres = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
+        command = [*as_postgres, str(DEBIAN_15 / program), "-D", str(data), *options]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd="/")
+
+    run("initdb", "--auth=trust", "--username=postgres", "--no-sync")
+    run("pg_ctl", "-w", "-l", str(folder / "log"), "-o", f"-p {port} -k {folder} -F", "start")
+    try:
+        yield f"postgresql://postgres@127.0.0.1:{port}/postgres"
+    finally:
+        run("pg_ctl", "-m", "immediate", "stop")
+
+
+@pytest.fixture(scope="module", params=["18", "15"])
+def server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    """The URL of a server of each version."""
+    if request.param == "15":
+        if not DEBIAN_15.exists():
+            pytest.skip("no Postgres 15 is installed")
+        with postgres_15(Path("/tmp") / f"pg15-{secrets.token_hex(4)}") as url:
+            yield url
+    else:
+        embedded: EmbeddedPostgres = request.getfixturevalue("postgres_server")
+        yield embedded.url
+
+
+@pytest.fixture(params=list(STATES))
+def stale(server: str, request: pytest.FixtureRequest) -> Iterator[Database]:
+    """A database whose statistics say that there are no jobs, with ten thousand of them."""
+    name = f"stale_{secrets.token_hex(4)}"
+    with psycopg.connect(server, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+    url = f"{server.rpartition('/')[0]}/{name}"
+    migrate(url)
+    with psycopg.connect(url, autocommit=True) as connection:
+        for table in ("jobs", "attempts", "results", "batches"):
+            connection.execute(f"ALTER TABLE {table} SET (autovacuum_enabled = off)")
+        for statement in STATES[request.param]:
+            connection.execute(statement)
+    with closing(Database(url, statement_timeout_ms=60_000)) as database:
+        yield database
+    with psycopg.connect(server, autocommit=True) as connection:
+        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+def rows_read(plan: dict[str, Any]) -> float:
+    """Rows that the scans of a plan looked at."""
+    removed = plan.get("Rows Removed by Filter", 0) + plan.get("Rows Removed by Join Filter", 0)
+    own = (plan["Actual Rows"] + removed) * plan["Actual Loops"]
+    return (own if "Scan" in plan["Node Type"] or removed else 0) + sum(
+        map(rows_read, plan.get("Plans", ()))
+    )
+
+
+@contextmanager
+def bounded(connection: Connection) -> Iterator[None]:
+    """Explain each statement as it runs; fail if it reads more than a few times what is there."""
+
+    def before(conn: Connection, cursor: Any, statement: str, parameters: Any, *_: object) -> None:
+        cursor.execute("SAVEPOINT explained")
+        cursor.execute(f"EXPLAIN (ANALYZE, FORMAT JSON) {statement}", parameters)
+        read = rows_read(cursor.fetchone()[0][0]["Plan"])
+        cursor.execute("ROLLBACK TO explained")
+        assert read < 6 * NUM_JOBS, f"{read:.0f} rows were read by: {statement[:120]}"
+
+    event.listen(connection, "before_cursor_execute", before)
+    yield
+    event.remove(connection, "before_cursor_execute", before)
+
+
+def test_statements_for_a_group_read_each_row_a_few_times(stale: Database) -> None:
+    jobs = [new_job() for _ in range(NUM_JOBS)]
+    ids = [job.id for job in jobs]
+    with stale.begin() as connection:
+        submissions.insert_jobs(connection, jobs, sent=ids)
+    worker = Worker.registered(stale)
+    group, others = ids[:GROUP], ids[GROUP : 2 * GROUP]
+    for step in _steps(worker, group, others):
+        with stale.begin() as connection, bounded(connection):
+            step(connection)
+
+
+def _steps(
+    worker: Worker, group: list[UUID], others: list[UUID]
+) -> Iterator[Callable[[Connection], object]]:
+    """The life of a group of jobs, and what rescue does for it."""
+    yield lambda c: delivery.not_sent(c, others)
+    yield lambda c: delivery.send_due(c, new_job().model, range(10), GROUP)
+    yield lambda c: delivery.overdue(c, 0.0, GROUP)
+    yield lambda c: delivery.send_again(c, others, 0.0)
+    yield lambda c: submissions.receive(c, worker.id, [*map(Arrival, group)])
+    yield lambda c: delivery.let_go(c, worker.id, group[:100])
+    yield lambda c: delivery.free_forgotten(c, worker.id, group)
+    claimed: list[claims.Claimed] = []
+    members = [Member(job_id, uuid4()) for job_id in group]
+    batch = worker.batch()
+    yield lambda c: claims.claim(c, batch, members)
+    with worker.database.begin() as connection:
+        claimed = claims.claim(connection, batch, members)
+    half = len(claimed) // 2
+    yield lambda c: claims.finish(c, [completed(each) for each in claimed[:half]])
+    yield lambda c: claims.release(
+        c,
+        [
+            claims.Release(
+                job_id=each.job_id,
+                attempt_id=each.attempt_id,
+                outcome=AttemptOutcome.RELEASED,
+                charged=False,
+            )
+            for each in claimed[half : half + 50]
+        ],
+    )
+    end_lease(worker.database, worker.id)
+    yield lambda c: sweeps.expire_leases(c, sweeps.find_lost(c, GROUP))
+    yield lambda c: delivery.free_lost(c, GROUP)
+    with worker.database.begin() as connection:
+        connection.execute(text("UPDATE jobs SET deadline = now() WHERE state = 'queued'"))
+    yield lambda c: sweeps.expire_deadlines(c, sweeps.find_late(c, GROUP))

@@ -1,0 +1,132 @@
+"""What the statements of `app.store.submissions` do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+from app.store import submissions
+from tests.memory_store.database import Answer, MemoryConnection, statement
+from tests.memory_store.rows import Params, Row, is_known, is_waiting, of_tenant, records
+
+
+def _new_row(self: MemoryConnection, job: Row, **more: Any) -> Row:
+    stamps = {"created_at": self.now, "queued_at": self.now, "state": "queued"}
+    job = {**job, "not_before": job.get("not_before") or self.now}
+    return self.insert("jobs", stamps | job | more)
+
+
+def _by_key(self: MemoryConnection, job: Row) -> Row | None:
+    key = (job["tenant"], job.get("idempotency_key"))
+    same = (row for row in self.jobs.values() if key == (row["tenant"], row["idempotency_key"]))
+    return next(same, None) if key[1] is not None else None
+
+
+def _replays(self: MemoryConnection, job: Row) -> Row | None:
+    """The job that replays the same one."""
+    old = job.get("replay_of")
+    same = (row for row in self.jobs.values() if row["replay_of"] == old)
+    return next(same, None) if old is not None else None
+
+
+@statement(submissions._INSERT_NEW)
+def _insert_new(self: MemoryConnection, given: Params) -> Answer:
+    created = []
+    jobs = records("jobs", given["jobs"])
+    for job in sorted(jobs, key=lambda job: job.get("idempotency_key") or chr(0x10FFFF)):
+        if job["id"] not in self.jobs and _by_key(self, job) is None and not _replays(self, job):
+            is_due = (job.get("not_before") or self.now) <= self.now
+            is_sent = is_due and job["id"] in given["sent"]
+            row = _new_row(self, job, enqueued_at=self.now if is_sent else None)
+            created.append({"id": row["id"], "is_sent": is_sent})
+    return Answer(created)
+
+
+@statement(submissions._FIND_EARLIER)
+def _find_earlier(self: MemoryConnection, given: Params) -> Answer:
+    found = []
+    for job in records("jobs", given["jobs"]):
+        old = self.jobs.get(job["id"]) or _by_key(self, job) or _replays(self, job)
+        if old is not None:
+            same = all(old[name] == job[name] for name in ("tenant", "fingerprint"))
+            found.append({"asked": job["id"], "id": old["id"], "fingerprint_matches": same})
+    return Answer(found)
+
+
+@statement(submissions._RECEIVE)
+def _receive(self: MemoryConnection, given: Params) -> Answer:
+    brought = {job["id"]: job for job in records("jobs", given["jobs"])}
+    rows = []
+    for job_id in [*brought, *given["ids"]]:
+        row, job = self.jobs.get(job_id), brought.get(job_id)
+        if row is not None:
+            row = self.update("jobs", job_id, **_noted(row, given["worker_id"], self.now))
+        elif job is not None:
+            due = (job.get("not_before") or self.now) <= self.now
+            row = _new_row(
+                self,
+                job,
+                received_by=given["worker_id"] if due else None,
+                enqueued_at=self.now if due else None,
+            )
+        if row is not None:
+            rows.append(_received(row, job, self.now))
+    return Answer(rows)
+
+
+def _noted(row: Row, worker_id: UUID, now: datetime) -> Row:
+    """`delivery.RECEIVED`."""
+    if row["state"] != "queued":
+        return {}
+    is_due = row["not_before"] <= now
+    return {
+        "received_by": worker_id if is_due and is_known(row) else row["received_by"],
+        "enqueued_at": None
+        if not is_due and row["received_by"] is None
+        else row["enqueued_at"] or now,
+    }
+
+
+def _received(row: Row, job: Row | None, now: datetime) -> Row:
+    names = (
+        "not_before", "deadline", "time_limit_s", "format", "priority", "attempts_charged",
+        "losses", "created_at",
+    )  # fmt: skip
+    is_same = job is not None and job.get("fingerprint") == row["fingerprint"]
+    return {
+        **{name: row[name] for name in ("id", "tenant", "model", "kind", "state")},
+        "is_due": row["not_before"] <= now,
+        **{name: row[name] for name in (*names, "url")},
+        "request": None if is_same else row["request"],
+    }
+
+
+@statement(submissions._REJECT)
+def _reject(self: MemoryConnection, given: Params) -> Answer:
+    written = []
+    for bad in records("jobs", given["rejected"]):
+        if bad["id"] not in self.jobs:
+            error = (bad.pop("error_code"), bad.pop("error_message"))
+            row = _new_row(self, bad, source="message", finished_at=self.now)
+            self.record_ended(row, *error)
+            written.append({"id": row["id"]})
+    return Answer(written)
+
+
+@statement(submissions._QUEUED)
+def _queued(self: MemoryConnection, _: Params) -> Answer:
+    return _load(filter(is_waiting, self.jobs.values()))
+
+
+@statement(submissions._ENDED)
+def _ended(self: MemoryConnection, given: Params) -> Answer:
+    since = self.now - timedelta(seconds=given["window_s"])
+    jobs = of_tenant(self.jobs, given)
+    return _load(job for job in jobs if job["finished_at"] and job["finished_at"] > since)
+
+
+def _load(jobs: Iterable[Row]) -> Answer:
+    tokens = [(job["input_tokens"] or 0) + (job["max_output_tokens"] or 0) for job in jobs]
+    return Answer([{"jobs": len(tokens), "tokens": sum(tokens)}])

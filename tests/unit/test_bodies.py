@@ -1,0 +1,111 @@
+"""Requests as they are accepted, and what an engine is given of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from app.engines.base import Sequence
+from app.errors import InvalidSchema, LaterFormat, RequestError
+from app.jobs import SamplingParams
+from app.requests.bodies import FORMAT, parse, parse_stored, readable
+from tests.unit.inflight_tiny import engine_of, run_all
+
+
+def sampling(answer: int = 0, **fields: Any) -> SamplingParams:
+    params = parse({"prompt": "flour"} | fields).sampling(8, answer)
+    assert params is not None
+    return params
+
+
+def test_the_seeds_of_several_answers_stay_within_64_bits() -> None:
+    seeds = [sampling(answer, seed=2**63 - 1, n=3).seed for answer in range(3)]
+
+    assert seeds == [2**63 - 1, -(2**63), -(2**63) + 1]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"top_p": 1e-50},
+        {"top_p": 5e-324, "top_k": 5},
+        {"temperature": 1e-300},
+        {"temperature": 1e-5, "min_p": 1e-320},
+        {"min_p": 1.0},
+        {"repetition_penalty": 1e-40},
+        {"repetition_penalty": 5e-324, "frequency_penalty": -2, "presence_penalty": 5e-324},
+        {"top_k": 2**31 - 1},
+        {"seed": 2**63 - 1, "n": 2},
+        {"logprobs": 20, "top_p": 1e-50},
+    ],
+    ids=str,
+)
+def test_the_strangest_numbers_that_are_accepted_are_answered(fields: dict[str, Any]) -> None:
+    # given a request with them, among ordinary ones
+    odd = [sampling(answer, **fields) for answer in range(fields.get("n", 1))]
+    rows = [sampling(temperature=0), *odd, sampling(seed=1)]
+
+    # when an engine runs them together
+    engine = engine_of("llama", rows=len(rows))
+    answers = run_all(engine, [Sequence(i, (1, 2, 3), params) for i, params in enumerate(rows)])
+    engine.close()
+
+    # then all have their tokens
+    assert [len(answers[i].token_ids) for i in range(len(rows))] == [8] * len(rows)
+
+
+def test_a_known_field_that_is_null_counts_as_left_out() -> None:
+    given = parse({"prompt": "flour", "temperature": None, "stop": None, "messages": None})
+
+    assert given == parse({"prompt": "flour"})
+    assert given.fingerprint == parse({"prompt": "flour"}).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"color": None}, "color"),
+        ({"max_tokens": 2**31}, "max_tokens"),
+        ({"top_k": 10**400}, "top_k"),
+        ({"seed": 2**63}, "seed"),
+        ({"temperature": 10**400}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"prompt": [2**31]}, "prompt.0"),
+        ({"prompt": "\ud800"}, "prompt"),
+        ({"stop": ["a\0"]}, "stop.0"),
+        ({"user": "\udfff"}, "user"),
+    ],
+    ids=lambda given: next(iter(given)) if isinstance(given, dict) else given,
+)
+def test_what_neither_store_nor_engine_could_hold_is_refused(
+    fields: dict[str, Any], param: str
+) -> None:
+    with pytest.raises(RequestError) as refused:
+        parse({"prompt": "flour"} | fields)
+
+    assert (refused.value.param or "").startswith(param.partition(".")[0])
+
+
+def test_a_schema_with_numbers_that_cannot_be_written_is_refused() -> None:
+    schema = {"maximum": float("inf")}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+
+    with pytest.raises(InvalidSchema):
+        parse({"prompt": "flour", "response_format": form})
+
+
+def test_a_stored_request_of_a_later_format_is_for_others_and_not_wrong() -> None:
+    assert readable(FORMAT)
+    assert not readable(FORMAT + 1)
+    with pytest.raises(LaterFormat):
+        parse_stored({"prompt": "flour", "thinking": "hard"}, None, FORMAT + 1)
+
+
+@pytest.mark.parametrize("raw", [None, [], 7, {}, {"prompt": 7}, {"thinking": "hard"}, object()])
+def test_a_stored_request_that_is_wrong_is_an_error_of_its_own(raw: object) -> None:
+    with pytest.raises(RequestError) as refused:
+        parse_stored(raw, "/v1/completions", FORMAT)
+
+    assert not isinstance(refused.value, LaterFormat)

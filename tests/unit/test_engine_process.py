@@ -1,0 +1,177 @@
+"""A real engine process: it may be stopped, stuck or orphaned, and harms nobody by it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from app.config.settings import ModelSettings
+from app.engines.base import Sequence
+from app.errors import EngineError
+from app.jobs import SamplingParams
+from app.worker.engine import host as host_module
+from app.worker.engine.host import EngineHost
+from app.worker.engine.wire import Event, LoadModels, Ready, ServedModel, Stepped
+from tests.waiting import eventually
+
+ROWS = 64
+
+
+def engine_host(**options: object) -> EngineHost:
+    settings = ModelSettings(
+        source="stub", kind="generate", engine="stub", max_batch_size=ROWS, options=options
+    )
+    load = LoadModels((ServedModel("stub", Path(), settings),), "cpu", 1)
+    return EngineHost(load, load_timeout_s=60, step_timeout_s=60)
+
+
+@pytest.fixture
+def host() -> Iterator[EngineHost]:
+    host = engine_host()
+    host.start()
+    yield host
+    host.kill()
+
+
+def heard(host: EngineHost, kind: type[Event], timeout_s: float = 30) -> list[Event]:
+    """All events up to the first of a kind."""
+    events: list[Event] = []
+
+    def has_come() -> bool:
+        host.flush()
+        events.extend(host.events())
+        return any(isinstance(event, kind) for event in events)
+
+    eventually(has_come, timeout_s)
+    return events
+
+
+def prompts_of(num_bytes: int) -> list[Sequence]:
+    return [
+        Sequence(n, (65,) * num_bytes, SamplingParams(max_tokens=1)) for n in range(1, ROWS + 1)
+    ]
+
+
+def test_whoever_sends_to_a_stopped_engine_process_does_not_wait_for_it(host: EngineHost) -> None:
+    # given an engine process that is stopped
+    heard(host, Ready)
+    assert host.pid is not None
+    os.kill(host.pid, signal.SIGSTOP)
+
+    # when it is sent far more than its socket holds
+    began_s = time.monotonic()
+    host.admit("stub", "batch", prompts_of(8_192))
+    host.cancel("stub", 1)
+
+    # then that returns at once, and all of it arrives when the process goes on
+    assert time.monotonic() - began_s < 5
+    assert host.connection is not None
+    assert host.connection.wants_write
+    os.kill(host.pid, signal.SIGCONT)
+    answered: set[int] = set()
+    while len(answered) < ROWS:
+        for event in heard(host, Stepped):
+            assert isinstance(event, Stepped)
+            answered |= {generation.sequence_id for generation in event.generations}
+    assert not host.busy
+
+
+def test_half_a_message_of_a_stopped_engine_process_is_not_waited_for(host: EngineHost) -> None:
+    heard(host, Ready)
+    assert host.pid is not None
+    process = psutil.Process(host.pid)
+    host.admit("stub", "batch", prompts_of(8_192))  # its answers are long, too
+
+    # stopped while it answers, if not at the first try then soon
+    for _ in range(200):
+        process.suspend()
+        began_s = time.monotonic()
+        events = host.events()
+        assert time.monotonic() - began_s < 5
+        process.resume()
+        if any(isinstance(event, Stepped) for event in events):
+            break
+        time.sleep(0.002)
+
+
+PARENT = """
+import os, sys, threading, time
+from tests.unit.test_engine_process import engine_host
+
+host = engine_host(load_ms=600_000)
+
+def keep() -> None:
+    host.start()
+    print(host.pid, flush=True)
+    time.sleep(600)
+
+threading.Thread(target=keep, daemon=True).start()
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("is_held_up", [False, True])
+def test_an_engine_process_that_still_loads_does_not_outlive_its_worker(is_held_up: bool) -> None:
+    # given a worker with an engine process that loads, or cannot do a thing while it does
+    with subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        engine = psutil.Process(int(parent.stdout.readline()))
+        eventually(lambda: "app.worker.engine.process" in engine.cmdline())
+        eventually(lambda: _is_mapped(engine))
+        if is_held_up:
+            engine.suspend()
+
+        # when the worker dies
+        parent.kill()
+
+    # then the engine process is gone at once
+    eventually(lambda: not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE, 10)
+
+
+def _is_mapped(engine: psutil.Process) -> bool:
+    """Whether it has got as far as its own code."""
+    return any("memfd:gristmill-progress" in each.path for each in engine.memory_maps())
+
+
+def test_progress_needs_no_room_in_any_file_system(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "full"))
+    host = engine_host()
+    try:
+        host.start()
+        heard(host, Ready)
+    finally:
+        host.kill()
+
+
+def test_without_memory_to_share_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "memfd_create", full, raising=False)
+    with pytest.raises(EngineError, match=r"No memory to share .* No space left"):
+        engine_host().start()
+
+
+def test_an_engine_process_that_cannot_be_killed_ends_its_worker(
+    monkeypatch: pytest.MonkeyPatch, host: EngineHost
+) -> None:
+    # a process inside a driver's call does not die: here a signal that it does not heed
+    monkeypatch.setattr(host_module, "KILL_S", 0.1)
+    assert host._process is not None
+    monkeypatch.setattr(host._process, "kill", lambda: None)
+    try:
+        with pytest.raises(EngineError, match="cannot be ended"):
+            host.kill()
+    finally:
+        monkeypatch.undo()
