@@ -23,6 +23,9 @@ ROOT: Final = Path(__file__).resolve().parents[1]
 COPIED: Final = ("app", "configs", "migrations", "tests", "pyproject.toml", "README.md")
 SIMULATION: Final = "tests/simulation/test_schedules.py"
 CLAIMS: Final = "tests/integration/test_store_claims.py"
+ODD: Final = "tests/integration/test_odd_data.py"
+ODD_MESSAGES: Final = f"{ODD}::test_no_message_ends_the_worker_or_keeps_others_from_their_end"
+ODD_ROWS: Final = f"{ODD}::test_no_row_ends_the_worker_or_keeps_others_from_their_end"
 STORE: Final = "app/store/claims.py"
 ARRIVALS: Final = "app/worker/pool/arrivals.py"
 ANY_MESSAGE: Final = "tests/unit/test_any_message.py"
@@ -347,6 +350,61 @@ MUTANTS: Final = (
         "except (TypeError, ValueError) as error:",
         "except ZeroDivisionError as error:",
         "tests/integration/test_store_reads.py",
+    ),
+    Mutant(
+        "data that the store refuses ends the worker",
+        "app/worker/isolation.py",
+        "*(NotStorable, RequestError),",
+        "RequestError,",
+    ),
+    Mutant(
+        "a job of more sequences than a batch holds is let in",
+        "app/requests/prepare.py",
+        "if request.num_sequences > settings.max_batch_size:",
+        "if False:",
+    ),
+    Mutant(
+        "an engine that stands still is waited for",
+        "app/worker/engine/host.py",
+        "return self._still_ns > self._limit_ns()",
+        "return False",
+    ),
+    Mutant(
+        "a request of a later version fails here",
+        "app/store/delivery.py",
+        "jobs.format <= {}",
+        "jobs.format < 99_999 + {}",
+        ODD_ROWS,
+    ),
+    Mutant(
+        "a message says itself where it came from",
+        "app/worker/pool/envelope.py",
+        '"routing_key": str(route)} if is_unicode(exchange + route):',
+        '"routing_key": str(route)} if route:\n            pass\n        case _ if True:',
+        ODD_MESSAGES,
+    ),
+    Mutant(
+        "any delivery tag will do",
+        "app/worker/pool/envelope.py",
+        "case str(tag) if tag and is_unicode(tag):",
+        "case _ if True:",
+        ODD_MESSAGES,
+    ),
+    Mutant(
+        "properties may be anything",
+        "app/worker/pool/envelope.py",
+        "if not isinstance(given, dict | None):\n"
+        '        raise RequestError("properties must be an object.", param="properties")',
+        "if False:\n"
+        '        raise RequestError("properties must be an object.", param="properties")',
+        ODD_MESSAGES,
+    ),
+    Mutant(
+        "a body that is no base64 reaches kombu",
+        "app/worker/pool/envelope.py",
+        "base64.b64decode(body)",
+        "pass",
+        ODD_MESSAGES,
     ),
 )
 
