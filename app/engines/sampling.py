@@ -183,19 +183,37 @@ class RowSampler:
             num_top=num_top,
         )
 
-    def sample(self, logits: Tensor, plan: Plan) -> Sampled:
-        """One token for each row of `logits`, [rows, vocab] in any float type; not changed."""
+    def is_needed(self, slots: Seq[int]) -> bool:
+        """Whether a row has penalties, a grammar or log probabilities; the others' tokens follow
+        from their own logits alone, and may be drawn elsewhere."""
+        return any(
+            _has_penalty(params) or params.logprobs is not None or self._matchers[slot]
+            for slot in slots
+            for params in [self._of(slot)]
+        )
+
+    def sample(
+        self, logits: Tensor, plan: Plan, draw: Callable[[Tensor], Tensor] | None = None
+    ) -> Sampled:
+        """One token for each row of `logits`, [rows, vocab] in any float type; not changed.
+
+        `draw` chooses the tokens, `BAD_ROW` included, in place of this sampler.
+        """
         adjusted = self._penalise(logits, plan) if len(plan.penalised) else logits
         if plan.matchers:
             adjusted = self._mask(adjusted, plan)
-        top, tokens = _largest(adjusted)
-        if len(plan.random):
-            drawn = self._draw(adjusted[plan.random], top[plan.random], plan)
-            tokens = tokens.index_copy(0, plan.random, drawn)
-        tokens = torch.where(torch.isfinite(top), tokens, BAD_ROW)
+        tokens = self._choose(adjusted, plan) if draw is None else draw(adjusted)
         if len(plan.penalised):
             self._seen.add(plan.penalised_slots, tokens[plan.penalised].clamp(min=0))
         return self._score(logits, tokens, plan) if plan.num_top else Sampled(tokens)
+
+    def _choose(self, logits: Tensor, plan: Plan) -> Tensor:
+        """A token for each row, or `BAD_ROW`."""
+        top, tokens = _largest(logits)
+        if len(plan.random):
+            drawn = self._draw(logits[plan.random], top[plan.random], plan)
+            tokens = tokens.index_copy(0, plan.random, drawn)
+        return torch.where(torch.isfinite(top), tokens, BAD_ROW)
 
     def _draw(self, logits: Tensor, top: Tensor, plan: Plan) -> Tensor:
         """A token for each random row: [random, vocab] → [random]."""

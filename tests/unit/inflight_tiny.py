@@ -14,8 +14,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from app.config.settings import ModelSettings
 from app.engines.base import Generation, Sequence
+from app.engines.inflight.cache import KVCache, LayerShape
 from app.engines.inflight.engine import InflightEngine
-from app.jobs import Kind, SamplingParams
+from app.engines.inflight.graphs import Record, Work
+from app.engines.inflight.scheduler import Row, Segment
+from app.engines.stopping import Output
+from app.jobs import FinishReason, Kind, SamplingParams
 
 VOCAB = 97
 CONTEXT = 192
@@ -95,8 +99,14 @@ def reference(family: str, prompt: tuple[int, ...], num_tokens: int) -> list[int
 
 
 def engine_of(
-    family: str, *, rows: int = 4, portable: bool = False, **options: int | str
+    family: str,
+    *,
+    rows: int = 4,
+    portable: bool = False,
+    ahead: Record | None = None,
+    **options: int | str,
 ) -> InflightEngine:
+    """With `ahead` steps are launched and recorded by it as on a CUDA device, but on the CPU."""
     settings = ModelSettings(
         source="tiny",
         kind=Kind.GENERATE,
@@ -108,7 +118,27 @@ def engine_of(
     engine = InflightEngine(folder_of(family), settings, "cpu", 1, lambda: None)
     if portable:
         engine._kernel = None
+    if ahead is not None:
+        shapes = [
+            LayerShape(keys.shape[1], keys.shape[2], heads_of(engine) // keys.shape[1])
+            for keys in engine._cache.keys
+        ]
+        engine._cache = KVCache(
+            shapes, engine._scheduler.num_blocks, torch.float32, torch.device("cpu"), paged=True
+        )
+        engine._launcher = engine._launcher_for(shapes, engine._cache, engine._scheduler.tables)
+        engine._launcher.record(engine._budget.most, ahead)
     return engine
+
+
+def heads_of(engine: InflightEngine) -> int:
+    heads: int = engine._model.config.num_attention_heads
+    return heads
+
+
+def again(work: Work) -> Work:
+    """Records nothing: the same work is done again, on the same memory."""
+    return work
 
 
 def greedy(sequence_id: int, prompt: Seq[int], max_tokens: int, **fields: Any) -> Sequence:
@@ -127,3 +157,24 @@ def run_out(engine: InflightEngine) -> dict[int, Generation]:
     while engine.has_work:
         generations.update({each.sequence_id: each for each in engine.step()})
     return generations
+
+
+def segments_of(parts: Seq[tuple[int, int]]) -> list[Segment]:
+    """Segments of rows in slots of their own, as (start, count); each row's token is due."""
+    segments = []
+    for slot, (start, count) in enumerate(parts):
+        sequence = greedy(slot, [place % VOCAB for place in range(start + count)], 1)
+        params = sequence.params
+        assert params is not None
+        row = Row(
+            sequence=sequence,
+            params=params,
+            batch_id="batch",
+            arrival=slot,
+            generation=Generation(slot, FinishReason.ERROR),
+            output=Output(params, str, ()),
+            tokens=list(sequence.prompt_token_ids),
+            slot=slot,
+        )
+        segments.append(Segment(row, start, count))
+    return segments

@@ -14,6 +14,7 @@ from app.jobs import FinishReason
 from tests.unit.inflight_tiny import (
     FAMILIES,
     VOCAB,
+    again,
     engine_of,
     greedy,
     reference,
@@ -68,7 +69,7 @@ def test_a_prompt_alone_is_answered_as_by_generate(family: str, portable: bool) 
     rows=st.integers(2, 6),
     blocks=st.integers(4, 6),
     prefill_tokens=st.sampled_from([3, 16, 50, 500]),
-    portable=st.booleans(),
+    way=st.sampled_from(["kernel", "portable", "ahead"]),
 )
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 def test_company_order_chunks_preemption_and_shared_prefixes_change_no_text(
@@ -77,12 +78,13 @@ def test_company_order_chunks_preemption_and_shared_prefixes_change_no_text(
     rows: int,
     blocks: int,
     prefill_tokens: int,
-    portable: bool,
+    way: str,
 ) -> None:
     engine = engine_of(
         family,
         rows=rows,
-        portable=portable,
+        portable=way == "portable",
+        ahead=again if way == "ahead" else None,
         cache_tokens=blocks * 32,
         prefill_tokens=prefill_tokens,
     )

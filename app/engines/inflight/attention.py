@@ -253,6 +253,7 @@ class ProbeStep:
 
     def __init__(self) -> None:
         self.layers: dict[int, LayerShape] = {}
+        self.how: dict[int, dict[str, float]] = {}  #: scale, window and softcap of each layer
 
     def check(self, module: nn.Module, mask: Tensor | None, others: dict[str, Any]) -> None:
         """Raise `ValueError` for what `attend` would silently leave out."""
@@ -265,10 +266,11 @@ class ProbeStep:
         if strange:
             raise ValueError(f"{type(module).__name__} asks for {', '.join(sorted(strange))}")
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **_: float) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **how: float) -> Tensor:
         if not query.shape[-1] == key.shape[-1] == value.shape[-1]:
             raise ValueError("its keys and values differ in size")
         if layer in self.layers:
             raise ValueError(f"its layer {layer} attends twice")
-        self.layers[layer] = LayerShape(kv_heads=len(key), dim=key.shape[-1])
+        self.layers[layer] = LayerShape(len(key), key.shape[-1], group=len(query) // len(key))
+        self.how[layer] = how
         return query.transpose(0, 1).contiguous()

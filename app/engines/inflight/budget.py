@@ -28,6 +28,11 @@ class PromptBudget:
         self._step_ns = 0.0
         self._unit_ns = self._stall_ns * _UNIT / _FIRST
 
+    @property
+    def most(self) -> int:
+        """What `tokens` may come to."""
+        return self._fixed or _MOST
+
     def tokens(self, num_rows: int) -> int:
         """For a step in which so many rows decode."""
         if self._fixed:

@@ -9,6 +9,7 @@ from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Final
 
+import numpy as np
 import psutil
 import torch
 from torch import Tensor
@@ -22,9 +23,12 @@ from app.engines.inflight import native
 from app.engines.inflight.attention import Packed, PortableStep, Step, pack, run, upload
 from app.engines.inflight.budget import PromptBudget
 from app.engines.inflight.cache import BLOCK, KVCache, LayerShape, blocks_for
-from app.engines.inflight.graphs import DecodeGraphs
+from app.engines.inflight.graphs import CudaRecorder
+from app.engines.inflight.launcher import Flight, Landed, Launcher
 from app.engines.inflight.loading import load_decoder
+from app.engines.inflight.memory import blocks_within
 from app.engines.inflight.scheduler import Row, Scheduler, Segment
+from app.engines.inflight.staging import PENDING
 from app.engines.sampling import BAD_ROW, Plan, RowSampler, Sampled
 from app.engines.stopping import Output
 from app.engines.tokenizer import load_tokenizer
@@ -40,6 +44,9 @@ from app.jobs import FinishReason
 TOKENS_PER_FETCH: Final = {"cpu": 16, "cuda": 256}
 """Tokens whose arithmetic takes as long as fetching the weights once: sets a step's fixed part."""
 
+LEAST_COPIED: Final = {"cpu": 1, "cuda": 16}
+"""Tokens that are rather copied than computed: on a CUDA device launches are what takes time."""
+
 _COMPILE_WAIT_S: Final = 0.02
 
 WEIGHTS: Final = ("full", "int8")
@@ -52,7 +59,7 @@ class Options:
     """`[models.NAME.options]` of this engine."""
 
     cache_tokens: int = 0  #: size of the KV cache; 0 takes cache_share of the free memory
-    cache_share: float = 0.0  #: 0 takes 0.25 of free host memory or 0.9 of free device memory
+    cache_share: float = 0.0  #: 0 takes 0.25 of free host memory, or 0.9 of what a device has left
     stall_ms: float = 200.0  #: about the longest step that prompts may cause
     prefill_tokens: int = 0  #: prompt tokens of a step, if not by stall_ms
     weights: str = "full"  #: full, or int8: linear layers take half the memory and more time
@@ -91,16 +98,22 @@ class InflightEngine:
         self._model, layers = load_decoder(
             folder, settings.dtype, options.weights, self._device, self._context_tokens
         )
-        num_rows = settings.max_batch_size
-        enough = num_rows * blocks_for(self._context_tokens)
-        num_blocks = min(_num_blocks(options, layers, self._model.dtype, self._device), enough)
-        cache = KVCache(layers, num_blocks, self._model.dtype, self._device)
-        self._cache, self._kernel = cache, native.load(cache)
-        self._graphs = DecodeGraphs(self._model, cache) if self._device.type == "cuda" else None
-        self._scheduler = Scheduler(num_rows, num_blocks, self._context_tokens)
-        self._sampler = RowSampler(num_rows, self._tokenizer.vocab_size, self._device)
-        self._sampling: tuple[list[Row], Plan] | None = None  # of the last step, while rows last
         self._budget = PromptBudget(options.stall_ms, options.prefill_tokens)
+        num_rows = settings.max_batch_size
+        self._sampler = RowSampler(num_rows, self._tokenizer.vocab_size, self._device)
+        enough = num_rows * blocks_for(self._context_tokens)
+        num_blocks = min(self._num_blocks(options, layers, num_rows), enough)
+        least_copied = LEAST_COPIED[self._device.type]
+        self._scheduler = Scheduler(num_rows, num_blocks, self._context_tokens, least_copied)
+        self._sampling: tuple[list[Row], Plan] | None = None  # of the last step, while rows last
+        paged = self._device.type == "cuda"
+        self._cache = KVCache(layers, num_blocks, self._model.dtype, self._device, paged=paged)
+        self._kernel = native.load(self._cache)
+        self._launcher: Launcher | None = None
+        if paged:
+            self._launcher = self._launcher_for(layers, self._cache, self._scheduler.tables)
+            self._launcher.record(self._budget.most, CudaRecorder())
+        self._flight: Flight | None = None
         self._progress = progress
         self._rows: dict[int, Row] = {}
         self._grammars = Grammars(self._tokenizer)
@@ -108,6 +121,7 @@ class InflightEngine:
         self._arrivals = itertools.count()
         self._ended: list[Generation] = []  # to come back from the next step
         self._new_tokens: list[NewTokens] = []
+        self._leaving: list[Row] = []  # they have ended, and a step that they are in has not
         self._cancelled: set[int] = set()
         self._stats: dict[str, StepStats] = {}
 
@@ -131,25 +145,29 @@ class InflightEngine:
                 self._compiling[sequence.id] = self._grammars.compile(row.params.grammar)
 
     def step(self) -> list[Generation]:
-        """Compute the next tokens of all rows; the sequences that ended come back."""
+        """Compute the next tokens of all rows; the sequences that ended come back.
+
+        With a launcher this is one step ahead of what it returns: it launches a step, then waits
+        for the one before.
+        """
         self._drop_cancelled()
         if self._compiling:
             self._take_compiled()
+        if self._flight is not None and any(row.output.matcher for row in self._flight.due):
+            self._land()  # which tokens may come next follows from the last ones
         began = time.monotonic_ns()
         schedule = self._scheduler.schedule(self._budget.tokens(len(self._scheduler.running)))
-        if not schedule.segments:
-            return self._take_ended()
-        if schedule.copies:
-            self._cache.copy(schedule.copies)
-        for row in schedule.joined:
-            self._join(row)
-        due = [segment.row for segment in schedule.segments if segment.is_last]
-        sampled = self._compute(schedule.segments, due)
-        tokens = sampled.tokens.tolist()
-        self._scheduler.advance(schedule.segments)
-        self._charge(schedule.segments, time.monotonic_ns() - began)
-        self._give(due, tokens, sampled)
-        self._progress()
+        flight = None
+        if schedule.segments:
+            if schedule.copies:
+                self._cache.copy(schedule.copies)
+            for row in schedule.joined:
+                self._join(row)
+            flight = self._launch(schedule.segments, began)
+        self._land()
+        self._flight = flight
+        if self._launcher is None:
+            self._land()
         return self._take_ended()
 
     def cancel(self, sequence_id: int) -> None:
@@ -157,7 +175,7 @@ class InflightEngine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._rows or self._ended)
+        return bool(self._rows or self._ended or self._flight)
 
     @property
     def free_rows(self) -> int:
@@ -175,7 +193,7 @@ class InflightEngine:
     def close(self) -> None:
         self._rows.clear()
         self._grammars.close()
-        del self._model, self._cache, self._kernel, self._graphs
+        del self._model, self._cache, self._kernel, self._launcher, self._flight
 
     def _check(self, sequence: Sequence) -> None:
         prompt, params = sequence.prompt_token_ids, sequence.params
@@ -239,25 +257,57 @@ class InflightEngine:
         # Whatever seed was drawn stays with the row, should it lose its slot.
         row.params = dataclasses.replace(row.params, seed=self._sampler.seed_of(row.slot))
         self._sampling = None
+        if self._launcher is not None:
+            self._launcher.put(row, self._sampler.seed_of(row.slot))
 
-    def _compute(self, segments: list[Segment], due: list[Row]) -> Sampled:
-        """One pass of the model, and the next token of the rows that are due."""
-        packed = pack(segments, self._scheduler.tables)
+    def _launch(self, segments: list[Segment], began_ns: int) -> Flight:
+        """Begin a step; from then on its tokens count as computed, and one more of each due row."""
         try:
-            with torch.inference_mode():
-                logits = self._logits(packed)
-                # A step of unfinished prompts alone has nothing to sample.
-                return self._sampler.sample(logits, self._plan(due)) if due else _NOTHING
+            if self._launcher is not None:
+                flight = self._launcher.launch(segments, began_ns)
+            else:
+                flight = self._compute(segments, began_ns)
         except (RuntimeError, MemoryError) as error:
             if not ran_out_of_memory(error):
                 raise
             self._drop_all()
             raise OutOfMemory from error
+        self._scheduler.advance(segments)
+        for segment in segments:
+            segment.row.flights += 1
+        for row in flight.due:
+            if len(row.tokens) + 1 < row.sequence.max_total_tokens:
+                row.tokens.append(PENDING)
+        return flight
+
+    def _land(self) -> None:
+        """Wait for the step under way, if there is one, and give its rows what it brought."""
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return
+        landed = flight.land()
+        for segment in flight.segments:
+            segment.row.flights -= 1
+        self._charge(flight.segments, landed.device_ns)
+        self._give(flight.due, landed.tokens, landed.sampled)
+        self._ended += [row.generation for row in self._leaving if not row.flights]
+        self._leaving = [row for row in self._leaving if row.flights]
+        self._progress()
+
+    def _compute(self, segments: list[Segment], began_ns: int) -> Flight:
+        """One pass of the model on the host, and the next token of the rows that are due."""
+        due = [segment.row for segment in segments if segment.is_last]
+        with torch.inference_mode():
+            logits = self._logits(pack(segments, self._scheduler.tables))
+            # A step of unfinished prompts alone has nothing to sample.
+            sampled = self._sampler.sample(logits, self._plan(due)) if due else _NOTHING
+        landed = Landed(sampled.tokens.tolist(), sampled, time.monotonic_ns() - began_ns)
+        return Flight(segments, due, began_ns, lambda: landed)
 
     def _logits(self, packed: Packed) -> Tensor:
-        """[due rows, vocab]"""
-        if self._graphs is not None and self._graphs.fits(packed):
-            return self._graphs.run(packed, self._scheduler.tables)
+        """[ends, vocab]"""
+        if self._launcher is not None:
+            return self._launcher.read(packed)
         arrays = packed.token_ids, packed.positions, packed.ends
         token_ids, positions, ends = upload(arrays, self._device)
         return run(self._model, self._attention(packed), token_ids, positions, ends)
@@ -278,16 +328,19 @@ class InflightEngine:
         """Give each row its token; those that end with it leave."""
         now = time.monotonic_ns()
         for place, logprob in sampled.logprobs().items():
-            if tokens[place] != BAD_ROW:
+            if tokens[place] != BAD_ROW and self._is_inside(due[place]):
                 generation = due[place].generation
                 generation.logprobs = generation.logprobs or []
                 generation.logprobs.append(logprob)
         for row, token in zip(due, tokens, strict=True):
+            if not self._is_inside(row):
+                continue  # it ended with its last token, which was not read when this was launched
             if token == BAD_ROW:
                 self._leave(row, FinishReason.ERROR, NOT_FINITE)
                 continue
             self._scheduler.share(row)
-            row.tokens.append(token)
+            place = len(row.sequence.prompt_token_ids) + len(row.output.token_ids)
+            row.tokens[place:] = [token, *row.tokens[place + 1 :]]  # it was pending, or is the last
             if len(row.output.token_ids) == 0:
                 row.generation.first_token_ns = now
             reason = row.output.append(token)
@@ -297,6 +350,9 @@ class InflightEngine:
             if reason is not None:
                 self._leave(row, reason, row.output.error)
 
+    def _is_inside(self, row: Row) -> bool:
+        return self._rows.get(row.sequence.id) is row
+
     def _leave(self, row: Row, reason: FinishReason, error: tuple[str, str] | None = None) -> None:
         if self._compiling.pop(row.sequence.id, None) is None:
             self._scheduler.remove(row)
@@ -305,18 +361,24 @@ class InflightEngine:
             self._new_tokens.append(NewTokens(row.sequence.id, (), rest))
         generation = row.generation
         generation.token_ids, generation.text = row.output.token_ids, row.output.text
-        self._end(generation, reason, error)
+        if row.flights:  # it pays for the step that it is in, and comes back with that
+            self._leaving.append(row)
+            _finish(generation, reason, error)
+        else:
+            self._end(generation, reason, error)
 
     def _end(
         self, generation: Generation, reason: FinishReason, error: tuple[str, str] | None = None
     ) -> None:
         self._ended.append(generation)
-        generation.finish_reason = reason
-        generation.finished_ns = time.monotonic_ns()
-        if error is not None:
-            generation.error_code, generation.error_message = error
+        _finish(generation, reason, error)
 
     def _drop_all(self) -> None:
+        flight, self._flight = self._flight, None
+        if flight is not None:
+            flight.land()
+        self._ended += [row.generation for row in self._leaving]
+        self._leaving.clear()
         for row in self._rows.values():
             if row.sequence.id not in self._compiling:
                 self._scheduler.remove(row)
@@ -329,24 +391,50 @@ class InflightEngine:
         self._budget.observe(sum(counts), device_ns)
         weights = decode_weights(counts, fixed=TOKENS_PER_FETCH[self._device.type], per_token=1)
         for segment, part in zip(segments, share(device_ns, weights), strict=True):
-            row = segment.row
+            row, end = segment.row, segment.start + segment.count
             row.generation.device_ns += part
             stats = self._stats.setdefault(row.batch_id, StepStats(row.batch_id))
             stats.rows += 1
-            stats.useful_tokens += max(0, row.computed - max(segment.start, row.furthest))
+            stats.useful_tokens += max(0, end - max(segment.start, row.furthest))
             stats.padded_tokens += segment.count
-            row.furthest = max(row.computed, row.furthest)
+            row.furthest = max(end, row.furthest)
             stats.device_ns += part
 
+    def _launcher_for(
+        self, layers: list[LayerShape], cache: KVCache, tables: np.ndarray
+    ) -> Launcher:
+        most = self._budget.most + len(tables)
+        return Launcher(self._model, layers, cache, self._sampler, tables, most)
 
-def _num_blocks(
-    options: Options, layers: Seq[LayerShape], dtype: torch.dtype, device: torch.device
-) -> int:
-    """Blocks that fit into the cache's budget."""
-    if options.cache_tokens:
-        return max(1, options.cache_tokens // BLOCK)
-    if device.type == "cuda":
-        free, part = torch.cuda.mem_get_info(device)[0], options.cache_share or 0.9
-    else:
-        free, part = psutil.virtual_memory().available, options.cache_share or 0.25
-    return int(free * part) // sum(layer.block_bytes(dtype) for layer in layers)
+    def _num_blocks(self, options: Options, layers: list[LayerShape], num_rows: int) -> int:
+        """Blocks that fit into the cache's budget."""
+        if options.cache_tokens:
+            return max(1, options.cache_tokens // BLOCK)
+        block_bytes = sum(layer.block_bytes(self._model.dtype) for layer in layers)
+        if self._device.type == "cuda":
+            free, peak = self._rehearse(layers, num_rows)
+            return blocks_within(free, peak, options.cache_share or 0.9, block_bytes)
+        free = psutil.virtual_memory().available
+        return int(free * (options.cache_share or 0.25)) // block_bytes
+
+    def _rehearse(self, layers: list[LayerShape], num_rows: int) -> tuple[int, int]:
+        """Bytes that the device has free, and that the largest step takes of them."""
+        tokens = self._budget.most + num_rows
+        cache = KVCache(layers, 1, self._model.dtype, self._device, paged=True)
+        launcher = self._launcher_for(layers, cache, np.zeros((num_rows, 1), np.int32))
+        torch.cuda.reset_peak_memory_stats(self._device)
+        before = torch.cuda.memory_allocated(self._device)
+        launcher.rehearse(tokens)
+        peak = torch.cuda.max_memory_allocated(self._device) - before
+        del launcher, cache
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(self._device)[0], peak
+
+
+def _finish(
+    generation: Generation, reason: FinishReason, error: tuple[str, str] | None = None
+) -> None:
+    generation.finish_reason = reason
+    generation.finished_ns = time.monotonic_ns()
+    if error is not None:
+        generation.error_code, generation.error_message = error

@@ -1,94 +1,87 @@
-"""Decode steps as recorded CUDA graphs: one launch instead of thousands.
+"""Steps as recorded CUDA graphs: one launch instead of hundreds.
 
-A graph has fixed shapes, so there is one for each pair of a row bucket and a table width, recorded
-when it is first needed. All its inputs lie in one buffer, filled by one transfer from pinned
-memory. Rows that only fill up a bucket write into a block of the cache that belongs to nobody.
+A graph depends on nothing but how many tokens it has room for: the kernels find contexts, pages and
+parts of prompts in the step's numbers (`staging`), so a graph serves every step that fits. There
+are graphs of rows that all decode, and of steps with a part of a prompt among them. All are
+recorded while the model loads, the largest first: the others find room in its memory.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterable
 from typing import Final
 
-import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from app.engines.inflight.attention import Group, Packed, PortableStep, run
-from app.engines.inflight.cache import BLOCK, KVCache, blocks_for
+from app.engines.inflight.staging import Order, Room
 
-Replay = Callable[[], Tensor]
-Record = Callable[[Replay], Replay]
+log = logging.getLogger(__name__)
 
-_ROW_BUCKETS: Final = (1, 2, 4, 8, 16, 24, 32, 48)  # then multiples of 32
-_TOKEN, _POSITION, _BLOCK, _PLACE, _TABLE = range(5)
-"""Columns of a graph's input buffer; the table of blocks takes the rest of the row."""
+Work = Callable[[], tuple[Tensor, Tensor]]
+"""Gives logits [samples, vocab] and tokens [samples], in memory that the next step writes anew."""
 
+Record = Callable[[Work], Work]
+"""Takes work, and gives what does the same work again, into the same memory."""
 
-class DecodeGraphs:
-    """Graphs of the steps in which every row has one token."""
-
-    def __init__(
-        self, model: PreTrainedModel, cache: KVCache, record: Record | None = None
-    ) -> None:
-        self._model = model
-        self._cache = cache
-        self._record = record or _CudaRecorder()
-        self._graphs: dict[tuple[int, int], _Graph] = {}
-
-    def fits(self, packed: Packed) -> bool:
-        return len(packed.segments) == len(packed.token_ids) == len(packed.ends)
-
-    def run(self, packed: Packed, tables: np.ndarray) -> Tensor:
-        """Logits [rows, vocab]; valid until the next run."""
-        num_rows = len(packed.token_ids)
-        width = blocks_for(int(packed.positions.max()) + 1)
-        bucket = row_bucket(num_rows), width_bucket(width, tables.shape[1])
-        if bucket not in self._graphs:
-            self._graphs[bucket] = _Graph(self._model, self._cache, *bucket)
-        graph = self._graphs[bucket]
-        graph.fill(packed, tables)
-        if graph.replay is None:  # the first run, with this step's inputs, does no harm twice
-            graph.replay = self._record(graph.work)
-        return graph.replay()[:num_rows]
+_ROWS: Final = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+_TOKENS: Final = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+"""With parts of prompts; beyond, a step takes so long that the launches hide behind it."""
 
 
-class _Graph:
-    """Inputs of one shape, and the pass of the model over them."""
-
-    def __init__(self, model: PreTrainedModel, cache: KVCache, rows: int, width: int) -> None:
-        device = cache.keys[0].device
-        staging = torch.empty(rows, _TABLE + width, dtype=torch.int64)
-        self._staging = staging.pin_memory() if device.type == "cuda" else staging
-        self._inputs = self._staging.to(device)
-        self._scrap = cache.scrap
-        self.replay: Replay | None = None
-        columns = self._inputs.unbind(1)
-        group = Group(
-            tokens=torch.arange(rows, device=device)[:, None],
-            tables=self._inputs[:, _TABLE:],
-            positions=columns[_POSITION][:, None],
-        )
-        step = PortableStep(cache, columns[_BLOCK], columns[_PLACE], [group])
-        ends = torch.arange(rows, device=device)
-        self.work: Replay = lambda: run(model, step, columns[_TOKEN], columns[_POSITION], ends)
-
-    def fill(self, packed: Packed, tables: np.ndarray) -> None:
-        rows, width = len(packed.token_ids), self._staging.shape[1] - _TABLE
-        staging = self._staging.numpy()
-        staging[rows:] = 0
-        staging[rows:, _BLOCK] = staging[rows:, _TABLE:] = self._scrap
-        staging[:rows, _TOKEN] = packed.token_ids
-        staging[:rows, _POSITION] = packed.positions
-        staging[:rows, _BLOCK], staging[:rows, _PLACE] = np.divmod(packed.slots, BLOCK)
-        staging[:rows, _TABLE:] = tables[packed.segments[:, 0], :width]
-        # The step before has been waited for, so nobody reads the pinned memory any more.
-        self._inputs.copy_(self._staging, non_blocking=True)
+def rooms(num_rows: int, max_tokens: int, queries: int) -> list[Room]:
+    """Of all graphs, by size: for up to `num_rows` rows and `max_tokens` tokens of prompts."""
+    rows = sorted({*(each for each in _ROWS if each < num_rows), num_rows})
+    most = num_rows + max_tokens
+    tokens = sorted({min(each, most) for each in _TOKENS})
+    return [
+        *(Room(each, each, 0, each) for each in rows),
+        *(mixed_room(each, num_rows, queries) for each in tokens),
+    ]
 
 
-class _CudaRecorder:
+def mixed_room(tokens: int, num_rows: int, queries: int) -> Room:
+    """For any step of so many tokens: each segment may end in a tile that is not full."""
+    segments = min(tokens, num_rows)
+    return Room(tokens, segments, tokens // queries + segments, segments)
+
+
+def exact_room(order: Order, num_due: int) -> Room:
+    """For this step alone."""
+    return Room(order.num_tokens, len(order.segments), order.num_tiles, max(1, num_due))
+
+
+class Graphs:
+    """The recorded steps. `fits` is None for a step that has none."""
+
+    def __init__(self, recorded: dict[Room, Work]) -> None:
+        self.recorded = recorded
+        self._rows = sorted((room for room in recorded if not room.tiles), key=_tokens)
+        self._mixed = sorted((room for room in recorded if room.tiles), key=_tokens)
+
+    def fits(self, order: Order) -> Room | None:
+        """The smallest that holds the step."""
+        among = self._mixed if order.num_tiles else self._rows
+        return next((room for room in among if room.tokens >= order.num_tokens), None)
+
+
+def record_all(wanted: Iterable[Room], record: Callable[[Room], Work]) -> dict[Room, Work]:
+    """Record the largest first. If one cannot be, there are none: each step is then launched."""
+    recorded: dict[Room, Work] = {}
+    for room in sorted(wanted, key=_tokens, reverse=True):
+        try:
+            recorded[room] = record(room)
+        except RuntimeError as error:
+            log.warning(
+                "steps are not recorded as CUDA graphs and will be slower: %s",
+                str(error).partition("\n")[0],
+            )
+            return {}
+    return recorded
+
+
+class CudaRecorder:
     """Records work as a CUDA graph. All graphs share their memory: only one runs at a time.
 
     All are recorded on one stream, where the first calls of libraries are made as well: what those
@@ -99,30 +92,21 @@ class _CudaRecorder:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
-    def __call__(self, work: Replay) -> Replay:
+    def __call__(self, work: Work) -> Work:
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            for _ in range(2):
-                work()
+            work()
         torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             out = work()
 
-        def replay() -> Tensor:
+        def replay() -> tuple[Tensor, Tensor]:
             graph.replay()
             return out
 
         return replay
 
 
-def row_bucket(num_rows: int) -> int:
-    """The smallest bucket that holds so many rows."""
-    if num_rows <= _ROW_BUCKETS[-1]:
-        return _ROW_BUCKETS[bisect_left(_ROW_BUCKETS, num_rows)]
-    return -(-num_rows // 32) * 32
-
-
-def width_bucket(width: int, widest: int) -> int:
-    """The next power of two; at most the whole table."""
-    return min(1 << (width - 1).bit_length(), widest)
+def _tokens(room: Room) -> int:
+    return room.tokens

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from app.engines.device import load_model
+from app.engines.inflight import fused_cuda
 from app.engines.inflight.attention import NAME, ProbeStep, run
 from app.engines.inflight.cache import LayerShape
 from app.engines.inflight.fused import fuse_layers
@@ -33,9 +34,11 @@ def load_decoder(
     shrink = to_int8 if weights == "int8" else None
     model = load_model(AutoModelForCausalLM, folder, dtype, device, shrink)
     model.set_attn_implementation(NAME)  # where a model does not heed this, the probe finds out
-    layers = _probe(model, config.get_text_config(decoder=True).num_hidden_layers)
+    probe = _probe(model, config.get_text_config(decoder=True).num_hidden_layers)
+    layers = [probe.layers[place] for place in range(len(probe.layers))]
     if shrink is None:
         fuse_layers(model, layers)
+        fused_cuda.fuse_layers(model, layers, probe.how, context_tokens)
         pack_linears(model)
     return model, layers
 
@@ -60,7 +63,7 @@ def _check(config: Any, context_tokens: int) -> None:
             )
 
 
-def _probe(model: PreTrainedModel, num_layers: int) -> list[LayerShape]:
+def _probe(model: PreTrainedModel, num_layers: int) -> ProbeStep:
     """Run two tokens to see whether every layer attends through us, once, and what it keeps."""
     step = ProbeStep()
     tokens = torch.zeros(2, dtype=torch.int64, device=model.device)
@@ -73,7 +76,7 @@ def _probe(model: PreTrainedModel, num_layers: int) -> list[LayerShape]:
             f"only {len(step.layers)} of the {num_layers} layers of {model.config.model_type} "
             "attend through transformers' attention interface"
         )
-    return [step.layers[place] for place in range(num_layers)]
+    return step
 
 
 def _refusal(reason: str) -> ConfigError:

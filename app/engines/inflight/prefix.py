@@ -52,7 +52,8 @@ class Match:
 class PrefixCache:
     """Owns the trees and the order in which unused blocks are given up."""
 
-    def __init__(self) -> None:
+    def __init__(self, least_copied: int = 1) -> None:
+        self._least_copied = least_copied
         # A root lives as long as it has children: each of them holds its parent.
         self._roots: WeakValueDictionary[str, Node] = WeakValueDictionary()
         self._idle: OrderedDict[Node, None] = OrderedDict()  # a parent always after its children
@@ -75,8 +76,10 @@ class PrefixCache:
                 return Match(nodes, None, 0, False)
             ready = min(common, child.ready)
             if ready < BLOCK:
-                partial = child if ready else None
-                return Match(nodes, partial, ready, common - ready >= WORTH_WAITING)
+                waits = common - ready >= WORTH_WAITING
+                if ready < self._least_copied:
+                    return Match(nodes, None, 0, waits)
+                return Match(nodes, child, ready, waits)
             nodes.append(child)
             node = child
 

@@ -31,7 +31,8 @@ class Row:
     arrival: int
     generation: Generation
     output: Output
-    tokens: list[int]  #: prompt and output so far
+    tokens: list[int]  #: prompt and output so far; the last may be `staging.PENDING`
+    flights: int = 0  #: steps it is in that have not landed
     furthest: int = 0  #: tokens that were computed once; after a preemption some are again
     slot: int = -1  #: its place in the block table and in the sampler
     computed: int = 0  #: leading tokens that are in the cache
@@ -68,7 +69,11 @@ class Schedule:
 class Scheduler:
     """Owns the rows, their slots and their blocks."""
 
-    def __init__(self, num_rows: int, num_blocks: int, context_tokens: int) -> None:
+    def __init__(
+        self, num_rows: int, num_blocks: int, context_tokens: int, least_copied: int = 1
+    ) -> None:
+        """A block that begins like what a prompt goes on with is copied for so many tokens or more:
+        else they are computed again."""
         self.num_rows = num_rows
         self.num_blocks = num_blocks
         self.waiting: list[Row] = []  # by rank
@@ -76,7 +81,7 @@ class Scheduler:
         self.tables = np.zeros((num_rows, blocks_for(context_tokens)), np.int32)
         self._slots = list(reversed(range(num_rows)))
         self._free = list(reversed(range(num_blocks)))
-        self._prefixes = PrefixCache()
+        self._prefixes = PrefixCache(least_copied)
 
     def add(self, row: Row) -> None:
         insort(self.waiting, row, key=_rank)
