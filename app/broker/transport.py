@@ -126,10 +126,37 @@ LOOK_AGAIN_S: Final = 0.05
 """Longest wait for the other queues while one is left out: it may have room again."""
 
 
+class Message(virtual.Message):
+    """A message whose acknowledgement may fail, with a word and not with a traceback.
+
+    It then comes again, and its row says what became of it.
+    """
+
+    def ack_log_error(self, logger: object, errors: Any, multiple: bool = False) -> None:
+        try:
+            self.ack(multiple=multiple)  # type: ignore[no-untyped-call]
+        except errors as error:
+            _say_unsettled("acknowledged", error)
+            if isinstance(error, BrokenPipeError):  # Celery connects anew for this one
+                raise
+
+    def reject_log_error(self, logger: object, errors: Any, requeue: bool = False) -> None:
+        try:
+            self.reject(requeue=requeue)  # type: ignore[no-untyped-call]
+        except errors as error:
+            _say_unsettled("given back", error)
+
+
+def _say_unsettled(what: str, error: Exception) -> None:
+    sentence = "A message could not be %s (%s): it comes again, and its row is the truth."
+    log.warning(sentence, what, type(error).__name__, extra={"action": "not_settled"})
+
+
 class _Outliving:
     """What a channel does after its connection is gone works, or is a connection error: Celery logs
     that, and rescue sends again what could not be given back."""
 
+    Message = Message
     QoS = QoS
     queue_budgets: Mapping[str, int] = MappingProxyType({})  #: most messages held, by queue
 

@@ -1,0 +1,44 @@
+"""What the transport says when Redis is away."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from redis.exceptions import RedisError
+
+from app.broker.transport import Channel, Message
+
+
+class LostChannel:
+    no_ack_consumers: frozenset[str] = frozenset()
+
+    def decode_body(self, body: str, encoding: str | None = None) -> str:
+        return body
+
+    def basic_ack(self, *_: object, **__: object) -> None:
+        raise ConnectionResetError("Connection reset by peer")
+
+    def basic_reject(self, *_: object, **__: object) -> None:
+        raise RedisError("READONLY You can't write against a read only replica.")
+
+
+PAYLOAD = {"body": "secret", "properties": {"delivery_tag": "t"}, "content-type": "text/plain"}
+
+
+@pytest.mark.parametrize("settle", ["ack_log_error", "reject_log_error"])
+def test_a_message_that_cannot_be_settled_is_a_word_in_the_log_and_no_traceback(
+    settle: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    # given
+    assert Channel.Message is Message
+    message = Message(PAYLOAD, channel=LostChannel())
+    # when
+    with caplog.at_level(logging.WARNING):
+        getattr(message, settle)(logging.getLogger("celery"), (OSError, RedisError))
+    # then
+    [record] = caplog.records
+    assert "it comes again" in record.getMessage()
+    assert record.levelno == logging.WARNING
+    assert record.exc_info is None
+    assert "secret" not in caplog.text
