@@ -110,6 +110,8 @@ def message(rng: Random, job_id: UUID, queue: str) -> bytes:
                 ):
                     break
     item["body"] = base64.b64encode(json.dumps(body).encode()).decode()
+    if rng.randrange(16) == 0:
+        item["body"] = rng.choice(("QUJ", "größer", 5, None, ["e30="], body))
     raw = json.dumps(item).encode()
     return _damaged(rng, raw) if rng.randrange(8) == 0 else raw
 
