@@ -13,6 +13,8 @@ The first four need Postgres alone and go on while Redis is away. Messages carry
 worker reads it from the row. A queue takes up to `broker.max_messages`, so that Redis stays small
 whatever waits in Postgres; the rest is sent as the queue drains, urgent jobs first, then old ones.
 
+What cannot be done now, for a lock or for a row, is left to the next sweep, and all else is done.
+
 Several may run at once: they skip each other's rows, and rows are marked and committed before their
 messages are sent, so each message is sent by one of them and no lock is held meanwhile.
 """
@@ -33,12 +35,13 @@ from uuid import UUID
 from app.broker.message import Message
 from app.broker.publisher import Publisher
 from app.config.settings import Settings
-from app.errors import Unavailable
+from app.errors import GristmillError, SchemaError, Unavailable
 from app.store import delivery, retention, sweeps
 from app.store.contact import Contact
 from app.store.database import Database
 from app.store.delivery import WakeUp
 from app.store.pages import Pages
+from app.store.translation import Locked, TookTooLong
 
 log = logging.getLogger(__name__)
 
@@ -55,13 +58,16 @@ MAX_SENT: Final = 1_000
 """Messages that are marked and sent at once."""
 
 MAX_LOOKED_FOR: Final = 100_000
-"""Messages of one model that are looked for in Redis at once, the oldest."""
+"""Messages of one model that are looked for in Redis at once, the oldest; more in longer queues."""
 
 LOOK_SHARE: Final = 20
 """Looking for messages takes at most one part in so many of the time."""
 
 MAX_PAUSE_S: Final = 5.0
 """Longest pause between sweeps while Postgres or Redis is away."""
+
+LOOKS_PER_LEASE: Final = 8
+"""However long a pause is, Postgres is asked so often whether it is there."""
 
 ALIVE_S: Final = 60.0
 """A rescue process that has not swept for this long is not alive."""
@@ -98,16 +104,30 @@ class Rescue:
         self._publisher = publisher
         self._now_s = now_s
         self._contact = Contact(self._lease_s / 2, now_s)
-        self._pages = Pages(self._begin, settings.rescue.page_size)
+        self._pages = Pages(self._begin, settings.rescue.page_size, now_s)
         self._page = settings.rescue.page_size
         self._missing: frozenset[UUID] = frozenset()
         self._look_again_at = 0.0
+        self._hindered: dict[str, str] = {}  #: kinds of work that cannot be done, and why
 
     @contextmanager
     def _begin(self) -> Iterator[Any]:
-        with self._database.begin() as connection:
-            yield connection
+        try:
+            with self._database.begin() as connection:
+                yield connection
+        except (Locked, TookTooLong):
+            self._contact.answered()  # by a Postgres that is there
+            raise
         self._contact.answered()
+
+    def stay_in_contact(self) -> None:
+        """Ask Postgres whether it is there: who pauses for long could not say later who was lost.
+
+        Raises `SchemaError` if the schema does not fit this code any more.
+        """
+        with suppress(Unavailable):
+            self._database.check_schema()
+            self._contact.answered()
 
     def sweep(self) -> SweepReport:
         """Do all there is to do, up to `MAX_PAGES` of each kind.
@@ -130,10 +150,29 @@ class Rescue:
         )
 
     def _told(self, sentence: str, work: Callable[[str], int]) -> int:
-        """Log how many rows a work moved, if any."""
-        if rows := work(sentence):
+        """Do a work and log how many rows it moved, if any; none if it has to wait for a lock, say.
+
+        Whatever holds up one kind of work is nothing to the others.
+        """
+        try:
+            rows = work(sentence)
+        except GristmillError as error:
+            is_hindered = isinstance(error, Locked | TookTooLong)
+            if isinstance(error, Unavailable | SchemaError) and not is_hindered:
+                raise
+            self._tell_hindered(sentence, str(error))
+            return 0
+        self._hindered.pop(sentence, None)
+        if rows:
             log.info(sentence, extra={"action": "sweep", "rows": rows})
         return rows
+
+    def _tell_hindered(self, sentence: str, why: str) -> None:
+        """Once, however often it is tried."""
+        if self._hindered.get(sentence) != why:
+            extra = {"action": "hindered", "work": sentence}
+            log.error("A part of the sweep cannot be done now: %s", why, extra=extra)
+        self._hindered[sentence] = why
 
     def _free_the_lost(self) -> tuple[int, int]:
         """What lost workers ran, and what they held. Nobody is lost until he had time to renew his
@@ -237,7 +276,9 @@ class Rescue:
 
     def _find_missing(self) -> set[UUID]:
         with self._begin() as connection:
-            late = delivery.overdue(connection, self._lost_after_s, MAX_LOOKED_FOR)
+            # More than can be there in Redis, or those would hide a lost one behind them.
+            most = max(MAX_LOOKED_FOR, 2 * self._max_messages)
+            late = delivery.overdue(connection, self._lost_after_s, most)
         if not late:
             return set()
         return self._publisher.without_message(late, set(late.values()))
@@ -288,7 +329,7 @@ def _sweep_until(
     sweep_s = settings.rescue.sweep_ms / 1000
     pause_s = 0.0
     is_schema_checked = False
-    while not stop.wait(pause_s):
+    while not _pause(stop, pause_s, settings, rescuer):
         try:
             if not is_schema_checked:
                 database.check_schema()
@@ -301,6 +342,17 @@ def _sweep_until(
         else:
             pause_s = sweep_s
             _note_alive(settings)
+
+
+def _pause(stop: threading.Event, pause_s: float, settings: Settings, rescuer: Rescue) -> bool:
+    """Wait, in contact with Postgres; whether to stop."""
+    until_s = time.monotonic() + pause_s
+    look_s = settings.worker.lease_s / LOOKS_PER_LEASE
+    while (left_s := until_s - time.monotonic()) > look_s:
+        if stop.wait(look_s):
+            return True
+        rescuer.stay_in_contact()
+    return stop.wait(max(0.0, left_s))
 
 
 # ── liveness ────────────────────────────────────────────────────────────────────────────────────

@@ -12,7 +12,7 @@ import redis
 
 from app.broker.app import make_app
 from app.broker.message import FORMAT_HEADER, TASK_NAMES, Message
-from app.broker.queues import NO_LIST, Layout, queue_name
+from app.broker.queues import NO_LIST, Layout, queue_name, queues_of
 from app.broker.refusal import as_unavailable
 from app.broker.unread import unread
 from app.broker.waiting import without_message
@@ -121,8 +121,9 @@ class Publisher:
         return self._unread
 
     def without_message(self, ids: Collection[UUID], models: Collection[str]) -> set[UUID]:
-        """Those of these jobs that have no message, in these models' queues or the default one."""
-        queues = [*map(queue_name, models), self._default_queue]
+        """Those of these jobs that have no message, in these models' queues, those of
+        formats of before among them, or the default one."""
+        queues = [*queues_of(models), self._default_queue]
         lists = [self.layout.name(queue, step) for queue in queues for step in self.layout.steps]
         with (
             as_unavailable(),

@@ -1,7 +1,7 @@
 """Work on many rows, a page in a transaction of its own.
 
 A page that takes too long is halved, not repeated; and of a page that holds a row which cannot be
-handled, the others are. Such a row is logged by its id and left out from then on.
+handled, the others are. Such a row is logged by its id, left out, and tried again after a while.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 QUICK_S: Final = 1.0
 """After a page that took less, the next may be twice as large again."""
 
+LEFT_OUT_S: Final = 600.0
+"""For how long a row that cannot be handled is left out: what keeps it may pass."""
+
 Find = Callable[[Connection, int, Collection[UUID]], list[UUID]]
 """Finds and locks up to so many rows, other than some."""
 
@@ -33,11 +36,17 @@ Move = Callable[[Connection, Sequence[UUID]], Sequence[object]]
 class Pages:
     """Of one process. Not for several threads at once."""
 
-    def __init__(self, begin: Callable[[], AbstractContextManager[Connection]], size: int) -> None:
+    def __init__(
+        self,
+        begin: Callable[[], AbstractContextManager[Connection]],
+        size: int,
+        now_s: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._begin = begin
         self._size = size
+        self._now_s = now_s
         self._sizes: dict[str, int] = {}  #: by name of the work, where smaller
-        self._guilty: set[UUID] = set()
+        self._left_out: dict[UUID, float] = {}  #: and until when
 
     def repeat(self, name: str, step: Callable[[Connection, int], int], most: int) -> int:
         """Do up to `most` pages, until one is not full. `step` gets its size, says how many rows
@@ -56,12 +65,14 @@ class Pages:
 
         def step(connection: Connection, size: int) -> int:
             nonlocal moved
-            found[:] = find(connection, size, self._guilty)
+            found[:] = find(connection, size, self._left_out)
             done = len(move(connection, found)) if found else 0
             moved += done
             return len(found)
 
         found: list[UUID] = []
+        now_s = self._now_s()
+        self._left_out = {id: until_s for id, until_s in self._left_out.items() if until_s > now_s}
         for _ in range(most):
             try:
                 num_found, size = self._once(name, step)
@@ -75,9 +86,9 @@ class Pages:
     def _move_parts(self, name: str, move: Move, ids: Sequence[UUID], error: NotStorable) -> int:
         """Move rows of which one or more cannot be moved, down to these."""
         if len(ids) == 1:
-            self._guilty.add(ids[0])
+            self._left_out[ids[0]] = self._now_s() + LEFT_OUT_S
             extra = {"action": "row_left_out", "work": name, "job_id": ids[0]}
-            log.error("A row cannot be handled and is left out: %s", error, extra=extra)
+            log.error("A row cannot be handled and is left out for now: %s", error, extra=extra)
             return 0
         moved = 0
         for part in (ids[: len(ids) // 2], ids[len(ids) // 2 :]):

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -23,9 +24,10 @@ import pytest
 import redis
 
 from app import rescue
+from app.broker import publisher
 from app.broker.message import Message
 from app.broker.publisher import Publisher
-from app.broker.queues import Layout, queue_name
+from app.broker.queues import Layout, queue_name, queues_of
 from app.config.settings import Settings
 from app.errors import Unavailable
 from app.jobs import ALONE_AFTER, CloseReason, JobState, Kind
@@ -34,6 +36,7 @@ from app.rescue import Rescue, SweepReport
 from app.store import claims, submissions, workers
 from app.store.claims import Member, NewBatch
 from app.store.database import Database
+from app.store.pages import LEFT_OUT_S
 from app.store.submissions import Arrival
 from app.store.workers import NewWorker
 from tests.rescues import running_rescue
@@ -68,11 +71,11 @@ class World:
         self.database_url = settings.database.url
         self._settings = settings
         self._client = client
-        self.passed_s = 0.0
+        self.passed_s = 0.0  #: by rescue's clock, whatever the machine takes
         self.rescue = self.another_rescue()
 
     def now_s(self) -> float:
-        return time.monotonic() + self.passed_s
+        return self.passed_s
 
     def sweep(self) -> SweepReport:
         """After a time in which whatever waits for a look at Redis has waited enough."""
@@ -380,6 +383,22 @@ def test_lost_urgent_messages_are_sent_again_though_more_patient_ones_wait(world
     assert sorted(world.messages()) == sorted([*urgent, *patient])
 
 
+def test_a_long_queue_hides_no_lost_message_behind_it(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # given more waiting messages than are looked for at once, and lost ones that are younger
+    monkeypatch.setattr(rescue, "MAX_LOOKED_FOR", 10)
+    lost = world.submit_and_send(2)
+    world.lose_messages()
+    waiting = world.submit_and_send(20, priority=9)
+    world.change(waiting, "enqueued_at = enqueued_at - %s", LONG_AGO)
+
+    reports = [world.sweep() for _ in range(3)]
+
+    assert [report.sent_again for report in reports] == [0, 2, 0]
+    assert sorted(world.messages()) == sorted([*lost, *waiting])
+
+
 def test_messages_of_others_hide_no_lost_one(world: World, client: redis.Redis) -> None:
     # given fifty lost messages and more of other producers in the same list, garbage among them
     lost = world.submit_and_send(50)
@@ -413,6 +432,39 @@ def test_a_message_in_the_default_queue_is_not_lost(world: World, client: redis.
     client.rename(queue_name(MODEL), "celery")
 
     assert [world.sweep().sent_again for _ in range(3)] == [0, 0, 0]
+
+
+def test_a_message_in_a_queue_of_an_older_format_is_not_lost(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # given messages that were sent before this process came with a new format of requests
+    world.submit_and_send(3)
+    monkeypatch.setattr(publisher, "queue_name", partial(queue_name, format=2))
+    monkeypatch.setattr(publisher, "queues_of", partial(queues_of, format=2))
+
+    assert [world.sweep().sent_again for _ in range(3)] == [0, 0, 0]
+
+
+def test_keys_with_a_prefix_and_steps_of_ones_own_are_looked_into(
+    settings: Settings, world: World, client: redis.Redis
+) -> None:
+    # given producers with a layout of their own, and one lost message of each priority
+    broker = settings.broker.model_copy(update={"key_prefix": "mill:", "priority_steps": (0, 5)})
+    own = Publisher(settings.model_copy(update={"broker": broker}))
+    rescue = world.another_rescue(own)
+    waiting = [*world.submit(2), *world.submit(2, priority=7)]
+    assert rescue.sweep().sent == 4
+    world.change(waiting, "enqueued_at = now() - %s", LONG_AGO)
+    for key in client.keys("mill:gristmill.*"):
+        client.rpop(key)
+
+    sent = []
+    for _ in range(3):
+        world.passed_s += settings.rescue.lost_after_s
+        sent.append(rescue.sweep().sent_again)
+
+    own.close()
+    assert sent == [0, 2, 0]
 
 
 def test_no_row_is_locked_while_rescue_talks_to_redis(
@@ -543,6 +595,34 @@ def test_a_row_that_cannot_be_moved_keeps_no_other_waiting(
     assert world.states(late[1:]) == {"expired"}
     assert world.sweep().expired == 0
 
+    # and it is tried again later: what kept it may have passed
+    with psycopg.connect(world.database_url) as connection:
+        connection.execute("DELETE FROM results WHERE job_id = %s", late[:1])
+    assert world.sweep().expired == 0
+    world.passed_s += LEFT_OUT_S
+    assert world.sweep().expired == 1
+
+
+def test_what_has_to_wait_for_a_lock_keeps_no_other_work_from_being_done(
+    settings: Settings, world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    # given somebody who makes an index on batches, and work of all kinds
+    [unsent] = world.submit(1)
+    [late] = world.submit(1, deadline=datetime.now(UTC) + timedelta(hours=1))
+    world.change([late], "deadline = now()")
+    with (
+        psycopg.connect(world.database_url) as other,
+        closing(Database(world.database_url, lock_timeout_ms=50)) as impatient,
+    ):
+        other.execute("LOCK TABLE batches IN EXCLUSIVE MODE")
+        rescue = Rescue(settings, impatient, world.publisher)
+
+        reports = [rescue.sweep() for _ in range(2)]
+
+    assert [(report.expired, report.sent) for report in reports] == [(1, 1), (0, 0)]
+    assert world.messages() == [unsent]
+    assert sum("cannot be done now" in record.message for record in caplog.records) == 1
+
 
 def test_a_page_that_takes_too_long_is_halved_and_not_repeated(
     settings: Settings, world: World
@@ -650,6 +730,27 @@ def test_the_process_outlives_a_postgres_that_goes_away_and_comes_back(
 
     eventually(lambda: sorted(world.messages()) == sorted(ids), timeout_s=30)
     assert serving.poll() is None
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        pytest.param({"rescue": {"sweep_ms": 5_000}}, id="seldom"),
+        pytest.param({"broker": {"url": "redis://127.0.0.1:1/0"}}, id="Redis is away"),
+    ],
+)
+def test_what_a_dead_worker_ran_is_taken_however_long_rescue_pauses(
+    make_settings: Callable[..., Settings], world: World, tmp_path: Path, given: dict[str, Any]
+) -> None:
+    lease = {"worker": {"lease_s": 4, "heartbeat_s": 1}}
+    settings = make_settings(**{"database": {"url": world.database_url}} | lease | given)
+    ids = world.submit(2)
+    worker_id = world.start_worker()
+    world.claim(worker_id, ids)
+    world.kill(worker_id)
+
+    with running_rescue(settings, tmp_path / "rescue"):
+        eventually(lambda: world.states(ids) == {"queued"}, timeout_s=60)
 
 
 def test_a_process_that_has_not_swept_for_long_is_not_alive(settings: Settings) -> None:
