@@ -98,7 +98,7 @@ class StubEngine:
         self._rows: list[_Row] = []
         self._is_broken = False
         self._new_tokens: list[NewTokens] = []
-        time.sleep(float(settings.options.get("load_ms", 0)) / 1_000)
+        _pause(float(settings.options.get("load_ms", 0)) / 1_000)
         self._cancelled: set[int] = set()
         self._stats: dict[str, StepStats] = {}
 
@@ -183,8 +183,7 @@ class StubEngine:
         """Let the step last as long as it is set to, and share its time over the rows in it."""
         lasts = self._step_ns + self._row_ns * len(self._rows)
         asleep = all(began_ns < row.awake_ns for row in self._rows)
-        # Not time.sleep: it fails under libfaketime, with which clocks are made to jump.
-        threading.Event().wait(max(lasts, 1_000_000 if asleep else 0) / 1e9)
+        _pause(max(lasts, 1_000_000 if asleep else 0) / 1e9)
         now = time.monotonic_ns()
         shares = share(now - began_ns, [1] * len(self._rows))
         for row, device_ns in zip(self._rows, shares, strict=True):
@@ -220,3 +219,8 @@ def _embedding(token_ids: Seq[int]) -> list[float]:
     digest = hashlib.sha256(bytes(token_ids)).digest()[:EMBEDDING_SIZE]
     raw = [byte - 127.5 for byte in digest]
     return [each / math.hypot(*raw) for each in raw]
+
+
+def _pause(seconds: float) -> None:
+    """Not time.sleep: it fails under libfaketime, with which clocks are made to jump."""
+    threading.Event().wait(seconds)
