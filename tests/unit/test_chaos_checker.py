@@ -140,6 +140,21 @@ def told(**values: Any) -> Callable[[Evidence], Evidence]:
     return change
 
 
+def told_that(*, ready: bool) -> Callable[[Evidence], Evidence]:
+    """Ten seconds in which each submission fails, and the API says this of itself."""
+
+    def change(run: Evidence) -> Evidence:
+        more = []
+        for number in range(100, 110):
+            at_ns = number * 1_000_000_000
+            more.append(Event(number, "unknown", "submit", at_ns, "1", "n1", way="http"))
+            phase = "ok" if ready else "fail"
+            more.append(Event(number, phase, "ready", at_ns, "1", "", status=200 if ready else 503))
+        return dataclasses.replace(run, events=[*run.events, *more])
+
+    return change
+
+
 IN_BASE64 = base64.b64encode(b'x{"prompt": "canary-77"}').decode()
 
 BAD = [
@@ -176,6 +191,10 @@ BAD = [
     ("I8", "a server error", told(phase="fail", status=500, state=None)),
     ("I8", "memory out of bounds", with_(rss={"api": [2 << 30]})),
     ("I8", "connections out of bounds", with_(connections={"postgres": [61]})),
+    ("I9", "ready while nothing is taken", told_that(ready=True)),
+    ("I12", "a long poll that is slow from then on", with_(reflexes=[{"it": 0.1}, {"it": 9.0}])),
+    ("I13", "a worker that ended by itself", with_(ended={"worker-1": 1})),
+    ("I13", "a thread that ended", with_(logs={"api": "x\nException in thread y\nValueError: z"})),
     ("I10", "a prompt in a log", with_(texts={"api.log": "failed: canary-77 n1"})),
     ("I10", "a prompt in base64", with_(texts={"redis": IN_BASE64})),
 ]
@@ -193,6 +212,12 @@ def test_the_checker_finds(invariant: str, break_it: Callable[[Evidence], Eviden
     found = check(break_it(good_run()))
 
     assert invariant in {violation.invariant for violation in found}
+
+
+def test_a_fault_may_end_its_own_parts_and_an_api_may_say_that_it_takes_nothing() -> None:
+    run = with_(ended={"worker-1": 1}, may_end=frozenset({"worker-1"}))(good_run())
+
+    assert check(told_that(ready=False)(run)) == []
 
 
 def test_a_prompt_is_found_in_base64_wherever_it_begins() -> None:

@@ -10,6 +10,8 @@ from uuid import UUID
 import httpx
 
 from app.broker.queues import queue_name
+from app.jobs import job_id_of
+from app.worker.pool.envelope import task_id_in
 from tests import odd_data
 from tests.chaos.checker import ANY, Evidence
 from tests.chaos.faults.broker import expect_same_workers
@@ -27,6 +29,7 @@ SETTLED: Final = """
 def odd_stream(scene: Scene) -> None:
     """Each becomes a row or a refusal; good jobs beside them go on at their pace."""
     since, counts = scene.world.now(), dict.fromkeys(("messages", "requests", "accepted"), 0)
+    named: set[UUID] = set()
     until = time.monotonic() + (30.0 if scene.is_full else 6.0)
     with (
         expect_same_workers(scene),
@@ -38,10 +41,14 @@ def odd_stream(scene: Scene) -> None:
             item = odd_data.message(scene.rng, UUID(int=scene.rng.getrandbits(128)), queue)
             client.lpush(queue, item)
             counts["messages"] += 1
+            if b'"task":' in item and (task_id := task_id_in(item)):
+                named.add(job_id_of(task_id))
             counts["requests"] += 1
             counts["accepted"] += _post(scene, api, odd_data.submission(scene.rng))
             time.sleep(1 / PER_S)
         scene.note(", ".join(f"{number:,} {what}" for what, number in counts.items()) + ".")
+        what = "all that have a name had a row"
+        scene.expect_soon(lambda: not _without_a_row(scene, named), 60, "I11", what)
         scene.expect_soon(lambda: not _open(scene, since), 60, "I12", "all of them had ended")
     for job_id in _odd_jobs(scene, since):
         scene.load.note_message(job_id, expect=ANY, prompt=None)
@@ -61,6 +68,11 @@ def _post(scene: Scene, api: httpx.Client, submission: dict[str, Any]) -> bool:
     )
     scene.expect(answer.status_code < 500, "I11", f"{answer.status_code} for {body[:300]}")
     return answer.is_success
+
+
+def _without_a_row(scene: Scene, job_ids: set[UUID]) -> set[UUID]:
+    query = "SELECT id FROM jobs WHERE id = ANY(%s)"
+    return job_ids - {row["id"] for row in scene.world.rows(query, list(job_ids))}
 
 
 def _open(scene: Scene, since: str) -> list[str]:
