@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import dataclass
 from functools import partial
@@ -13,8 +14,9 @@ from fastapi import Depends, Header, Query, Response
 from app.api.reader import Snapshot
 from app.api.services import Here, Services
 from app.api.views import job_of, view_of_new
-from app.errors import Unavailable
 from app.intake.submit import Stored
+
+log = logging.getLogger(__name__)
 
 JSON: Final = "application/json"
 RETRY_AFTER_S: Final = 1
@@ -70,12 +72,14 @@ async def look(here: Services, job_id: UUID, hold: Hold) -> Snapshot:
 
 
 async def look_at_new(here: Services, stored: Stored, hold: Hold) -> Snapshot:
-    """The job of a submission. One that is new is accepted, also if it cannot be read just now."""
+    """The job of a submission. One that is new is accepted, whatever keeps it from being read."""
     try:
         return await look(here, stored.only.job_id, hold)
-    except Unavailable:
+    except Exception as error:
         if not stored.new_jobs:
             raise
+        why = type(error).__name__
+        log.warning("A new job cannot be read: %s.", why, extra={"action": "new_job_not_read"})
         [job] = stored.new_jobs
         body = job_of(view_of_new(job, stored.at))
         return Snapshot(False, body.model_dump_json().encode())

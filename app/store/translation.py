@@ -22,6 +22,9 @@ _DATA: Final = ("22", "23", "54")
 _NO_SUCH_TABLE_OR_COLUMN: Final = ("42P01", "42703")
 _NO_SUCH_SCHEMA: Final = "3F000"
 
+# PgBouncer's words for a transaction that it does not take; its SQLSTATE says little.
+_STATEMENT_MODE: Final = "in statement pooling mode"
+
 # libpq's words for a value that it does not know, as of sslmode.
 _WRONG_VALUE: Final = re.compile(r"invalid (\w+) value: |for connection option \"(\w+)\"")
 
@@ -58,6 +61,11 @@ def _translated(error: BaseException | None, is_gone: bool) -> GristmillError:
     name = type(error).__name__
     diagnosis = error.diag if isinstance(error, psycopg.Error) else None
     code = (error.sqlstate if isinstance(error, psycopg.Error) else None) or ""
+    if _STATEMENT_MODE in str(error):
+        return ConfigError(
+            "database.url leads to a pooler in statement mode, which takes no transactions: "
+            "set its pool_mode to transaction or session."
+        )
     if not code and isinstance(error, psycopg.OperationalError):
         return _not_connected(str(error))
     if code == "55P03":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from uuid import UUID
 
+from app.jobs import Kind
 from app.worker.pool.arrivals import Refusal
 from app.worker.pool.ticket import Ticket
 from app.worker.work import LeaseNews
@@ -15,6 +16,7 @@ class Revoked:
     """Celery revoked this job."""
 
     job_id: UUID
+    kind: Kind = Kind.GENERATE  #: of the row that it gets if it has none
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,7 +76,7 @@ class Registrar:
         self._now_ns = now_ns
         self._waiting: list[_Waiting] = []
         self._refusals: list[Refusal] = []
-        self._revoked: deque[UUID] = deque()
+        self._revoked: deque[tuple[UUID, Kind]] = deque()
         self._given_back: list[UUID] = []
         self._is_unsure = False  #: whether what waits has been received: the answer was lost
         self._has_forgotten = False  #: what may have been received
@@ -94,9 +94,9 @@ class Registrar:
     def refuse(self, refusal: Refusal) -> None:
         self._refusals.append(refusal)
 
-    def revoke(self, job_id: UUID) -> None:
+    def revoke(self, job_id: UUID, kind: Kind) -> None:
         """Celery revoked this job: its row must say so too."""
-        self._revoked.append(job_id)
+        self._revoked.append((job_id, kind))
 
     def give_back(self, job_id: UUID) -> None:
         """The job was received and will not be claimed here."""
@@ -286,7 +286,7 @@ class Registrar:
         while self._revoked:
             with self._database.begin() as connection:
                 try:
-                    cancellation.cancel_or_record(connection, self._revoked[0], Kind.GENERATE)
+                    cancellation.cancel_or_record(connection, *self._revoked[0])
                 except (JobNotFound, JobStateConflict):
                     pass
             self._revoked.popleft()

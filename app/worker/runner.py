@@ -170,8 +170,8 @@ class Runner:
                     self._registrar.refuse(refusal)
                 case Nameless():
                     self._num_received += 1
-                case Revoked(job_id):
-                    self._registrar.revoke(job_id)
+                case Revoked(job_id, kind):
+                    self._registrar.revoke(job_id, kind)
                     self._cut_short(self._jobs.get(job_id), CANCELLED)
                 case LeaseNews() as news:
                     self._hear_lease(news)

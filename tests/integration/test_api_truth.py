@@ -21,7 +21,7 @@ import redis
 
 from app.api import services
 from app.config.settings import Settings
-from app.errors import Unavailable
+from app.errors import SchemaError, Unavailable
 from app.intake.sender import Sender
 from app.intake.submit import Submitter
 from app.local.servers import EmbeddedPostgres, EmbeddedRedis
@@ -53,15 +53,24 @@ def test_an_answer_does_not_wait_for_what_follows_its_commit(
     assert answer.elapsed < timedelta(seconds=20)
 
 
-def test_nothing_that_follows_the_commit_turns_the_answer_into_an_error(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def _raises(error: type[Exception]) -> Callable[..., None]:
     def fail(*_: object, **__: object) -> None:
-        raise Unavailable
+        raise error
 
+    return fail
+
+
+@pytest.mark.parametrize(
+    "find",
+    [_raises(Unavailable), _raises(SchemaError), _raises(ZeroDivisionError), lambda *_, **__: []],
+    ids=["away", "another schema", "a bug", "lost by a failover"],
+)
+def test_nothing_that_follows_the_commit_turns_the_answer_into_an_error(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, find: Callable[..., Any]
+) -> None:
     monkeypatch.setattr(Sender, "send", lambda *_: 1 / 0)
     with running_api(settings) as api:
-        monkeypatch.setattr(reads, "find", fail)
+        monkeypatch.setattr(reads, "find", find)
         answer = api.post("/v1/jobs", json=JOB | {"priority": 3})
         bulk = api.post("/v1/jobs/bulk", json={"jobs": [JOB] * 3})
         monkeypatch.undo()

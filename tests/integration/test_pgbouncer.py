@@ -16,7 +16,7 @@ from sqlalchemy import text
 
 from app.broker.publisher import Publisher
 from app.config.settings import Settings
-from app.errors import Unavailable
+from app.errors import ConfigError, Unavailable
 from app.local.doctor import examine
 from app.rescue import Rescue
 from app.store import notices
@@ -107,6 +107,16 @@ def test_many_clients_that_repeat_their_statements_never_run_another_ones(
 
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(repeat, range(4)))
+
+
+def test_statement_mode_is_refused_by_name(database_url: str, tmp_path: Path) -> None:
+    with (
+        PgBouncer(tmp_path / "pgbouncer", database_url, "statement") as pooler,
+        closing(Database(pooler.url)) as database,
+    ):
+        for reach in (database.check_schema, lambda: migrate(pooler.url)):
+            with pytest.raises(ConfigError, match=r"database\.url .* statement mode"):
+                reach()
 
 
 def test_a_pooler_is_found_and_a_server_alone_is_not_taken_for_one(

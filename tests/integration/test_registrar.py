@@ -194,6 +194,19 @@ def test_the_time_limit_of_a_job_comes_from_its_row(scene: Scene, database: Data
     assert job.time_limit_s == 7.5
 
 
+@pytest.mark.parametrize("kind", list(Kind))
+def test_a_revoked_message_that_nobody_had_read_is_a_cancelled_job_of_its_kind(
+    scene: Scene, database: Database, kind: Kind
+) -> None:
+    job_id = uuid4()
+
+    scene.registrar.revoke(job_id, kind)
+    scene.registrar.register({})
+
+    assert column(database, job_id, "state") == "cancelled"
+    assert column(database, job_id, "kind") == kind
+
+
 def test_what_was_received_without_an_answer_and_then_forgotten_is_freed(
     scene: Scene, database: Database
 ) -> None:

@@ -26,11 +26,11 @@ from celery.worker import state as celery_state
 from app.broker.client import check_kind
 from app.config.settings import Settings
 from app.errors import GristmillError
-from app.jobs import job_id_of
+from app.jobs import Kind, job_id_of
 from app.worker.assembly import Assembly, assemble
 from app.worker.commands import Drain, Flush, Nameless, Revoked
 from app.worker.pool import control as _control  # noqa: F401  its commands are there once imported
-from app.worker.pool.arrivals import ARRIVAL_HEADER, Refusal
+from app.worker.pool.arrivals import ARRIVAL_HEADER, TASKS, Refusal
 from app.worker.pool.ticket import Ticket
 
 log = logging.getLogger(__name__)
@@ -157,7 +157,8 @@ class EnginePool(BasePool):  # type: ignore[misc]
 
     def _revoked(self, request: Any = None, **_: Any) -> None:
         """Celery's signal; it comes after terminate_job, and before a job is even received."""
-        self._revoke(job_id_of(request.id))
+        kind = TASKS.get(request.name, Kind.GENERATE)
+        self._parts.runner.post(Revoked(job_id_of(request.id), kind))
 
     def _revoke(self, job_id: UUID) -> None:
         self._parts.runner.post(Revoked(job_id))
