@@ -199,8 +199,8 @@ MUTANTS: Final = (
     Mutant(
         "a lost answer to a commit counts as a refusal",
         "app/worker/isolation.py",
-        "*(NotStorable, RequestError),",
-        "GristmillError,",
+        "_OF_DATA: Final = (NotStorable, RequestError)",
+        "_OF_DATA: Final = (GristmillError,)",
     ),
     Mutant(
         "giving back at a shutdown is charged",
@@ -354,8 +354,8 @@ MUTANTS: Final = (
     Mutant(
         "data that the store refuses ends the worker",
         "app/worker/isolation.py",
-        "*(NotStorable, RequestError),",
-        "RequestError,",
+        "_OF_DATA: Final = (NotStorable, RequestError)",
+        "_OF_DATA: Final = (RequestError,)",
     ),
     Mutant(
         "an engine that stands still is waited for",

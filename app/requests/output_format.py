@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from typing import Annotated, Any, Final, Literal
+from urllib.parse import unquote
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
@@ -15,6 +16,10 @@ MAX_CHARACTERS: Final = 64_000
 
 MAX_DEPTH: Final = 64
 """Of the objects and lists in a schema."""
+
+MAX_PATTERNS: Final = 10
+"""That one text has to match at once. The grammar library looks whether any text can, and takes
+three times as long and as much memory for each more: a gigabyte for 14."""
 
 SCHEMA_FIELD: Final = "response_format.json_schema.schema"
 REGEX_FIELD: Final = "structured_outputs.regex"
@@ -33,6 +38,10 @@ def _as_text(value: object) -> str:
         raise ValueError("Input should be a JSON object, or the text of one")
     if _is_deep(value):
         raise InvalidSchema(f"The schema is nested more than {MAX_DEPTH} deep.", param=SCHEMA_FIELD)
+    if _most_patterns(value) > MAX_PATTERNS:
+        raise InvalidSchema(
+            f"More than {MAX_PATTERNS} patterns meet in one text.", param=SCHEMA_FIELD
+        )
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     except (TypeError, ValueError):  # a number without end, or what a message's decoder made
@@ -50,6 +59,50 @@ def _is_deep(value: object) -> bool:
             for inner in (each.values() if isinstance(each, dict) else each)
         ]
     return bool(level)
+
+
+def _most_patterns(schema: dict[str, Any]) -> int:
+    """How many patterns one text of a schema has to match at most; rather too many than too few."""
+    found: dict[str, int] = {}  # by reference
+
+    def most(node: object) -> int:
+        if isinstance(node, list):
+            return max(map(most, node), default=0)
+        if not isinstance(node, dict):
+            return 0
+        every = node.get("allOf")
+        rest = [inner for name, inner in node.items() if name != "allOf"]
+        return (
+            isinstance(node.get("pattern"), str)
+            + (sum(map(most, every)) if isinstance(every, list) else most(every))
+            + referred(node.get("$ref"))
+            + most(rest)
+        )
+
+    def referred(ref: object) -> int:
+        if not isinstance(ref, str):
+            return 0
+        if ref not in found:
+            found[ref] = 0  # in a circle it adds nothing
+            found[ref] = most(_at(schema, ref))
+        return found[ref]
+
+    try:
+        return most(schema)
+    except RecursionError:
+        raise InvalidSchema("Its references lead too far.", param=SCHEMA_FIELD) from None
+
+
+def _at(schema: dict[str, Any], ref: str) -> object:
+    """What a reference leads to (a JSON pointer, RFC 6901), or all, if that cannot be told."""
+    node: Any = schema
+    for step in unquote(ref).removeprefix("#").split("/")[1:]:
+        name = step.replace("~1", "/").replace("~0", "~")
+        try:
+            node = node[int(name)] if isinstance(node, list) else node[name]
+        except (KeyError, TypeError, ValueError, IndexError):
+            return schema
+    return node
 
 
 def _bounded(text: str, field: str) -> str:

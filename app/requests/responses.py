@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import struct
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any, Final
 
 from app.engines.base import Generation, TokenLogprob
@@ -123,7 +124,7 @@ def _completion_logprobs(answer: Generation, token_text: TokenText) -> dict[str,
     if answer.logprobs is None:
         return None
     tokens = [_storable(token_text(each.token_id)) for each in answer.logprobs]
-    offsets = [sum(map(len, tokens[:place])) for place in range(len(tokens))]
+    offsets = list(accumulate(map(len, tokens), initial=0))[:-1]
     return {
         "tokens": tokens,
         "token_logprobs": [each.logprob for each in answer.logprobs],

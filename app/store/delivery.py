@@ -201,7 +201,7 @@ _SEND_AGAIN: Final = text(f"""
         {locked("given.id", skip=True)}
         WHERE {SENT} AND {_IS_OVERDUE}
     )
-    UPDATE jobs SET enqueued_at = now(), wake_count = wake_count + 1
+    UPDATE jobs SET enqueued_at = now(), wake_count = least(wake_count, 32766) + 1
     FROM lost WHERE jobs.id = lost.id
     RETURNING jobs.id, model, kind, priority, not_before
 """)

@@ -169,7 +169,7 @@ _RECEIVE: Final = text(f"""
         row.id, row.tenant, row.model, row.kind, row.state, row.not_before <= now() AS is_due,
         row.not_before, row.deadline, row.time_limit_s, row.format, row.priority,
         row.attempts_charged, row.losses, row.created_at, row.url,
-        CASE WHEN given.fingerprint IS DISTINCT FROM row.fingerprint THEN row.request END AS request
+        CASE WHEN given.fingerprint = row.fingerprint THEN NULL ELSE row.request END AS request
     FROM (TABLE brought UNION ALL TABLE woken) AS row
     LEFT JOIN jsonb_populate_recordset(NULL::jobs, CAST(:jobs AS jsonb)) AS given USING (id)
 """)

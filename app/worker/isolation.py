@@ -18,16 +18,12 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 R = TypeVar("R")
 
-_OF_DATA: Final = (
-    *(NotStorable, RequestError),
-    *(ValueError, TypeError, LookupError, ArithmeticError, RecursionError),
-)
-"""What data can raise. All else is a server that is away, or a bug, and nobody's fault here."""
+_OF_DATA: Final = (NotStorable, RequestError)
+"""What says that data is wrong. All else is a server that is away, or a bug: nobody's fault here,
+and jobs are not to be failed for it one after the other."""
 
-
-def blames_data(error: Exception) -> bool:
-    """Whether an error says that what was given is wrong, and not that nothing would do."""
-    return isinstance(error, _OF_DATA)
+ODD: Final = (ValueError, TypeError, LookupError, ArithmeticError, RecursionError)
+"""What data can raise in code that looks at one job alone: there it is this job's affair."""
 
 
 def by_halves(
@@ -43,9 +39,7 @@ def by_halves(
         return []
     try:
         return [act(items)]
-    except Exception as error:
-        if not blames_data(error):
-            raise
+    except _OF_DATA as error:
         if len(items) == 1:
             refuse(items[0], error)
             return []

@@ -10,11 +10,12 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from uuid import UUID
 
+from app.errors import NotStorable
 from app.jobs import AttemptOutcome, CloseReason
 from app.store import claims
 from app.store.claims import Claimed, Finished, Member, NewBatch, Release
 from app.store.database import Database
-from app.worker.isolation import by_halves, said
+from app.worker.isolation import ODD, by_halves, said
 from app.worker.settlement import Settlement, batch_stats
 from app.worker.work import Batch, Doomed, Job, Run
 
@@ -53,7 +54,7 @@ class Ledger:
             with self._database.autocommit() as connection:
                 return claims.claim(connection, new, members)
 
-        answer = [grant for part in by_halves(jobs, claim, _not_claimed) for grant in part]
+        answer = [grant for part in by_halves(jobs, claim, _is_refused) for grant in part]
         grants = {grant.job_id: grant for grant in answer}
         claimed_ns = self._now_ns()
         granted = [job for job in jobs if job.id in grants]
@@ -79,7 +80,7 @@ class Ledger:
         )
 
     def fail(self, doomed: Doomed) -> bool:
-        """End a job that cannot run; returns whether it was still ours to end.
+        """End a job that cannot run; returns whether it was still ours to end, and could be.
 
         Raises `Unavailable` with nothing lost: the same call may be made again.
         """
@@ -91,34 +92,42 @@ class Ledger:
             error_code=doomed.ending.code,
             error_message=doomed.ending.message,
         )
-        with self._database.autocommit() as connection:
-            member = Member(doomed.id, doomed.attempt_id)
-            if not claims.claim(connection, self._new_batch(batch), [member]):
-                return False
-            return doomed.attempt_id in claims.finish(connection, [record])
+        member = Member(doomed.id, doomed.attempt_id)
+        try:
+            with self._database.autocommit() as connection:
+                if not claims.claim(connection, self._new_batch(batch), [member]):
+                    return False
+                return doomed.attempt_id in claims.finish(connection, [record])
+        except NotStorable as error:
+            _is_refused(doomed, error)
+            return False
 
     def commit(self, over: Sequence[Job]) -> set[UUID]:
         """Commit ended jobs together; returns the attempts that counted. The others were not ours
-        any more.
+        any more, or their rows take no end at all.
 
         Raises `Unavailable` with nothing lost: the same call may be made again. If the store
         refuses one of the records for good, that job fails, and the others do not suffer for it.
         """
-        committed: set[UUID] = set().union(*by_halves(over, self._finish, self._withhold))
+        parts = by_halves(over, self._finish, self._withhold)
         withheld = [job for job in over if job.claimed_run.is_withheld]
-        if withheld:
-            committed |= self._finish(withheld)
-        return committed
+        return set().union(*parts, *by_halves(withheld, self._finish, _is_refused))
 
     def _finish(self, over: Iterable[Job]) -> set[UUID]:
         records, stats = [], {}
         for job in over:
             run = job.claimed_run
-            run.record = run.record or self._settlement.settle(job)
+            run.record = run.record or self._record(job)
             records.append(run.record)
             stats[run.batch.id] = batch_stats(run.batch)
         with self._database.autocommit() as connection:
             return claims.finish(connection, records, list(stats.values()))
+
+    def _record(self, job: Job) -> Finished:
+        try:
+            return self._settlement.settle(job)
+        except ODD as error:
+            raise NotStorable(f"It is no answer ({said(error)}).") from None
 
     def _withhold(self, job: Job, error: Exception) -> None:
         """The store refuses this answer: the job fails without it, and is billed as it was."""
@@ -147,5 +156,5 @@ class Ledger:
             )
 
 
-def _not_claimed(job: Job, error: Exception) -> None:
-    log.error("A claim was refused: %s", said(error), extra={"job_id": job.id})
+def _is_refused(job: Job | Doomed, error: Exception) -> None:
+    log.error("A job's row was refused: %s", said(error), extra={"job_id": job.id})

@@ -31,7 +31,7 @@ from app.store import cancellation, delivery, submissions
 from app.store.database import Database
 from app.store.submissions import NewJob, Received, RejectedJob
 from app.threads import place_of
-from app.worker.isolation import blames_data, by_halves, said
+from app.worker.isolation import ODD, by_halves, said
 from app.worker.pool.arrivals import Arrival, Refusal
 from app.worker.pool.ticket import Ticket
 from app.worker.work import Doomed, Ending, Job
@@ -321,10 +321,6 @@ def _read(row: Received) -> Request:
     """The request of a row; raises `RequestError`, whatever was written there."""
     try:
         return bodies.parse_stored(row.request, row.url, row.format)
-    except RequestError:
-        raise
-    except Exception as error:
-        if not blames_data(error):
-            raise
+    except ODD as error:
         log.error("A row was refused: %s", said(error), extra={"job_id": row.id})
         raise RequestError("The job's request cannot be read.") from None

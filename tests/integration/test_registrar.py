@@ -17,6 +17,7 @@ from app.engines.tokenizer import StubTokenizer
 from app.errors import Unavailable
 from app.jobs import Kind
 from app.requests import bodies
+from app.store import submissions
 from app.store.database import Database
 from app.worker.pool.arrivals import Arrival, Refusal
 from app.worker.registrar import Registrar
@@ -111,6 +112,24 @@ def test_a_value_that_the_store_cannot_hold_refuses_its_own_message_alone(
     assert column(database, bad, "state") == "failed"
     assert scene.dropped == [bad]
     assert not scene.registrar.has_work
+
+
+def test_a_bug_in_a_statement_for_a_group_fails_nobodys_job(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # given code that fails whatever it is given
+    def broken(*_: object) -> None:
+        raise TypeError
+
+    monkeypatch.setattr(submissions, "receive", broken)
+    for n in range(3):
+        scene.arrive(f"good {n}")
+
+    # when messages are registered, then the bug ends the worker and not each of them in turn
+    with pytest.raises(TypeError):
+        scene.register()
+    assert scene.registrar.has_work
+    assert scene.dropped == []
 
 
 def test_a_refusal_that_the_store_refuses_does_not_take_the_others_with_it(

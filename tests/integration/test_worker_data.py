@@ -94,6 +94,56 @@ def test_doomed_jobs_that_were_lost_before_do_not_wedge_the_suspects(
     assert {found[id_]["state"] for id_ in mates} == {"completed"}
 
 
+def test_rows_that_were_written_by_hand_are_run_and_those_that_cannot_end_harm_nobody(
+    config: Settings, producer: Celery, tmp_path: Path
+) -> None:
+    # given rows without a fingerprint, and rows whose counters are at the end of their columns
+    def write(**columns: object) -> str:
+        columns = {"request": '{"prompt": "flour"}', **columns}
+        names, marks = ", ".join(columns), ", ".join(["%s"] * len(columns))
+        query = f"""
+            INSERT INTO jobs (
+                id, model, kind, source, state, not_before, created_at, queued_at, {names}
+            )
+            VALUES (
+                gen_random_uuid(), 'stub', 'generate', 'api', 'queued', now(), now(), now(), {marks}
+            )
+            RETURNING id
+        """
+        return str(rows(config, query, *columns.values())[0]["id"])
+
+    plain = write()
+    endless = [
+        write(attempt=2**31 - 1),
+        write(attempt=2**31 - 1, request=None),  # cannot run, and cannot be said to have failed
+        write(attempts_charged=2**31 - 1),
+        write(attempts_charged=2**31 - 1, request=None),
+    ]
+
+    # when a worker gets their messages, and others
+    with (
+        running_worker(config, tmp_path / "worker") as worker,
+        running_rescue(config, tmp_path / "rescue"),
+    ):
+        eventually(
+            lambda: all(
+                rows(config, "SELECT FROM jobs WHERE id = %s AND enqueued_at IS NOT NULL", each)
+                for each in endless
+            ),
+            60,
+        )
+        mates = [
+            str(producer.send_task("inference.generate", kwargs={"prompt": f"mate {n}"}).id)
+            for n in range(SIZE)
+        ]
+        found = ended(config, [plain, *mates])
+        eventually(lambda: worker.log.count("row was refused") >= len(endless), 60)
+        assert not worker.has_ended
+
+    # then those that can run have run
+    assert {found[id_]["state"] for id_ in (plain, *mates)} == {"completed"}
+
+
 def test_a_row_of_a_later_version_is_left_to_its_workers_and_this_one_goes_on(
     config: Settings, database: Database, producer: Celery, tmp_path: Path
 ) -> None:

@@ -70,7 +70,7 @@ def _overdue(self: MemoryConnection, given: Params) -> Answer:
 @statement(delivery._SEND_AGAIN)
 def _send_again(self: MemoryConnection, given: Params) -> Answer:
     sent = [
-        _mark(self, job, wake_count=job["wake_count"] + 1)
+        _mark(self, job, wake_count=min(job["wake_count"], 32_766) + 1)
         for job in filter(None, map(self.jobs.get, given["ids"]))
         if _is_sent(job) and _is_overdue(self, job, given["lost_after_s"])
     ]

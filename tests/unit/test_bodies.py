@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
-from app.engines.base import Sequence
+from app.engines.base import Generation, Sequence, TokenLogprob
 from app.errors import InvalidSchema, LaterFormat, RequestError
-from app.jobs import SamplingParams
-from app.requests.bodies import FORMAT, parse, parse_stored, readable
+from app.jobs import FinishReason, SamplingParams
+from app.requests import responses
+from app.requests.bodies import BODIES, FORMAT, Url, parse, parse_stored, readable
 from tests.unit.inflight_tiny import engine_of, run_all
 
 
@@ -109,3 +111,89 @@ def test_a_stored_request_that_is_wrong_is_an_error_of_its_own(raw: object) -> N
         parse_stored(raw, "/v1/completions", FORMAT)
 
     assert not isinstance(refused.value, LaterFormat)
+
+
+@pytest.mark.parametrize("item", [0.5, None, "", [], ["a"], -1])
+@pytest.mark.parametrize(
+    ("field", "url"),
+    [("prompt", Url.COMPLETIONS), ("input", Url.EMBEDDINGS), ("messages", Url.CHAT)],
+)
+def test_of_many_wrong_items_only_the_first_is_told(field: str, url: Url, item: Any) -> None:
+    # given many wrong items: half a million have room in a message
+    raw = {field: [item] * 10_000}
+
+    # when they are checked
+    with pytest.raises(ValidationError) as caught:
+        BODIES[url].model_validate(raw)
+
+    # then there are not as many errors, each a kilobyte
+    assert caught.value.error_count() < 10
+
+
+@pytest.mark.timeout(60)
+def test_the_log_probabilities_of_a_long_answer_are_written_at_once() -> None:
+    # given an answer as long as the longest contexts; the runner stands still while it is written
+    tokens = 200_000
+    request = parse({"prompt": "flour", "logprobs": 0})
+    scores = [TokenLogprob(1, -1.0, ())] * tokens
+    answer = Generation(1, FinishReason.LENGTH, logprobs=scores)
+
+    # when it is told
+    body = responses.body(
+        request, [answer], job_id="1", model="stub", created=0, token_text=lambda _: "ab"
+    )
+
+    # then each token has its place in the text
+    assert body["choices"][0]["logprobs"]["text_offset"] == list(range(0, 2 * tokens, 2))
+
+
+def _patterns(number: int) -> list[dict[str, Any]]:
+    return [{"type": "string", "pattern": f"(a|b)*a(a|b){{{n}}}"} for n in range(number)]
+
+
+def _asking_for(schema: dict[str, Any]) -> dict[str, Any]:
+    form = {"type": "json_schema", "json_schema": {"name": "mill", "schema": schema}}
+    return {"prompt": "flour", "response_format": form}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"allOf": _patterns(20)},
+        {"allOf": [{"properties": {"a": each}} for each in _patterns(20)]},
+        {"allOf": [{"anyOf": [each, {"type": "null"}]} for each in _patterns(20)]},
+        {
+            "$defs": {
+                f"d{n}": each | {"$ref": f"#/$defs/d{n + 1}"}
+                for n, each in enumerate(_patterns(20))
+            }
+            | {"d20": {}},
+            "$ref": "#/$defs/d0",
+        },
+        {
+            "$defs": {f"d{n}": {"$ref": f"#/$defs/d{n + 1}"} for n in range(2_000)},
+            "$ref": "#/$defs/d0",
+        },
+    ],
+)
+def test_a_schema_that_the_grammar_library_would_take_for_ever_for_is_refused(
+    schema: dict[str, Any],
+) -> None:
+    with pytest.raises(InvalidSchema, match=r"patterns meet in one text|lead too far"):
+        parse(_asking_for(schema))
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"properties": {f"p{n}": each for n, each in enumerate(_patterns(50))}},
+        {"$defs": {"a": {"items": {"$ref": "#/$defs/a"}, "pattern": "x"}}, "$ref": "#/$defs/a"},
+        {"anyOf": _patterns(50)},
+        {"allOf": _patterns(5)},
+        {"properties": {"pattern": {}, "allOf": {}, "$ref": {"pattern": "x"}}},
+        {"$ref": "#"},
+        {"$ref": "#/no/such/place", "pattern": "x"},
+    ],
+)
+def test_a_schema_of_many_patterns_for_many_texts_is_taken(schema: dict[str, Any]) -> None:
+    parse(_asking_for(schema))
