@@ -42,7 +42,6 @@ log = logging.getLogger(__name__)
 IDLE_WAIT_S: Final = 1.0
 LEAST_WAIT_S: Final = 0.001  #: a batch may be due and have no room
 RETRY_S: Final = 0.5
-MAX_DEATHS: Final = 3  #: of engine processes in a row that had nothing to run
 
 
 class Runner:
