@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any, Final
 from uuid import UUID
 
+from app import telemetry
 from app.broker.message import Message
 from app.broker.publisher import Publisher
 from app.config.settings import Settings
@@ -44,6 +45,7 @@ from app.store.pages import Pages
 from app.store.translation import Locked, TookTooLong
 
 log = logging.getLogger(__name__)
+health_log = telemetry.say_once(logging.getLogger(f"{__name__}.health"))
 
 MAX_PAGES: Final = 20
 """Of one kind of work in one sweep, so that none keeps the others waiting."""
@@ -370,7 +372,7 @@ def _note_alive(settings: Settings) -> None:
         file.touch()
     except OSError as error:
         extra = {"action": "not_noted_alive"}
-        log.warning("That rescue is alive cannot be noted: %s", error, extra=extra)
+        health_log.warning("That rescue is alive cannot be noted: %s", error, extra=extra)
 
 
 def _forget_alive(settings: Settings) -> None:

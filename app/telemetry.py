@@ -30,6 +30,31 @@ def setup_logging(level: str | int = "INFO") -> None:
         logging.getLogger(name).setLevel(max(logging.INFO, root.level))
 
 
+QUIET_S: Final = 60.0
+"""What was said is said again when it still holds, or comes back, after so long."""
+_MAX_REMEMBERED: Final = 100
+
+
+def say_once(log: logging.Logger) -> logging.Logger:
+    """Let each warning of this logger pass once in a while: an outage is one line, not one a
+    second, nor one for each message that it meets."""
+    said: dict[str, float] = {}
+
+    def is_news(record: logging.LogRecord) -> bool:
+        if record.levelno < logging.WARNING:
+            return True
+        text, now = record.getMessage(), time.monotonic()
+        if now - said.get(text, -QUIET_S) < QUIET_S:
+            return False
+        if len(said) >= _MAX_REMEMBERED:
+            said.clear()
+        said[text] = now
+        return True
+
+    log.addFilter(is_news)
+    return log
+
+
 _TALKATIVE: Final = ("celery.pool", "kombu", "httpcore", "httpx", "asyncio")
 """At DEBUG these print arguments, or a line for every read of a socket."""
 

@@ -20,6 +20,7 @@ def connected(settings: Settings, timeout_s: float = 3.0) -> Iterator[redis.Redi
         app.conf.broker_transport_options |= {
             "socket_timeout": timeout_s,
             "socket_connect_timeout": timeout_s,
+            "max_retries": 0,
         }
         with app.connection_for_write() as connection:
             yield redis.Redis(connection_pool=connection.default_channel.pool)

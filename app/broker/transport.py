@@ -22,14 +22,17 @@ from collections import Counter
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Final
+from uuid import uuid4
 
 from kombu.transport import redis, virtual
 from kombu.utils.scheduling import round_robin_cycle
 from redis.exceptions import RedisError, ResponseError
 
+from app import telemetry
 from app.broker.refusal import said
 
 log = logging.getLogger(__name__)
+telemetry.say_once(log)
 
 FULL: Final = "command not allowed when used memory"
 """What Redis answers when it is full, by itself or through a script."""
@@ -54,6 +57,8 @@ class _UnlessFull:
 class QoS(redis.QoS):
     """The messages that were taken and not yet acknowledged, and how many of them by queue.
 
+    A message counts for the queue that its sender wrote into it, or that `charge` says it is of.
+
     What the server refused to note, full or for another reason, is in this worker's hands alone: if
     it is lost with the worker, rescue sends it again, as any that is missing.
     """
@@ -64,18 +69,32 @@ class QoS(redis.QoS):
         self._queue_of: dict[str, str] = {}
 
     def append(self, message: Any, delivery_tag: str) -> None:
-        queue = message.delivery_info.get("routing_key", "")
-        self._queue_of[delivery_tag] = queue
-        self.held[queue] += 1
+        self.charge(delivery_tag, message.delivery_info.get("routing_key", ""))
         try:
             super().append(message, delivery_tag)  # type: ignore[no-untyped-call]
         except ResponseError as error:
             log.warning("%s A message is held here alone.", said(error))
             virtual.QoS.append(self, message, delivery_tag)  # type: ignore[no-untyped-call]
 
-    def ack(self, delivery_tag: str) -> None:
-        super().ack(delivery_tag)  # type: ignore[no-untyped-call]
+    def charge(self, delivery_tag: str, queue: str) -> None:
+        """Count a message for this queue and for no other."""
         self._let_go(delivery_tag)
+        self._queue_of[delivery_tag] = queue
+        self.held[queue] += 1
+
+    def ack(self, delivery_tag: str) -> None:
+        """Its place is free, also where the server refuses or is away: it keeps its note then, and
+        delivers again what is done by that time."""
+        try:
+            super().ack(delivery_tag)  # type: ignore[no-untyped-call]
+        except ResponseError as error:
+            log.warning("%s Messages are done and not taken off.", said(error))
+            virtual.QoS.ack(self, delivery_tag)  # type: ignore[no-untyped-call]
+        except (RedisError, OSError):
+            virtual.QoS.ack(self, delivery_tag)  # type: ignore[no-untyped-call]
+            raise
+        finally:
+            self._let_go(delivery_tag)
 
     def reject(self, delivery_tag: str, requeue: bool = False) -> None:
         super().reject(delivery_tag, requeue)  # type: ignore[no-untyped-call]
@@ -165,6 +184,35 @@ class _Outliving:
         super().__init__(*args, **options)
         self._queue_cycle = Turns(self)
         self._connparams(asynchronous=False)  # while the transport knows
+
+    def keeps(self, message: Any, queue: str) -> bool:
+        """Whether a message that belongs to this queue stays, whichever list it was taken from.
+
+        In a list that several models share, those of one whose budget is used up would hold up all
+        behind them: they go on to the model's own queue.
+        """
+        budget = self.queue_budgets.get(queue)
+        if budget is None or message.delivery_info.get("routing_key") in self.queue_budgets:
+            return True
+        is_read = queue in self.active_queues  # type: ignore[attr-defined]
+        if is_read and self.qos.held[queue] >= budget and self._pass_on(message, queue):  # type: ignore[attr-defined]
+            return False
+        self.qos.charge(message.delivery_tag, queue)  # type: ignore[attr-defined]
+        return True
+
+    def _pass_on(self, message: Any, queue: str) -> bool:
+        """Move it to the new end of its queue; if this is cut off in between, it is there twice."""
+        properties = message.properties | {
+            "delivery_tag": str(uuid4()),
+            "delivery_info": {"exchange": "", "routing_key": queue},
+        }
+        try:
+            self._put(queue, message.serializable() | {"properties": properties})  # type: ignore[attr-defined]
+        except ResponseError as error:  # full, or without the right
+            log.warning("%s A message is held here beyond its model's share.", said(error))
+            return False
+        message.ack()
+        return True
 
     def _brpop_start(self, timeout: float | None = None) -> None:
         if self._queue_cycle.leaves_out:

@@ -9,6 +9,7 @@ sentinel://:password@one:26379;sentinel://two:26379/0   whoever is master now; w
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,12 +68,33 @@ def _part_problems(url: str, schemes: tuple[str, ...]) -> Iterator[str]:
         yield "must name a socket's path after three slashes, as in unix:///run/redis.sock."
     elif not is_socket and not parts.hostname:
         yield "names no host."
+    elif not is_socket and not _is_host(parts.hostname or ""):
+        yield f"names a host that cannot be one; {_QUOTE}."
     elif port == 0:
         yield "names port 0."
     elif not is_socket and not re.fullmatch(r"/?[0-9]*", parts.path):
         yield f"must end in the number of a database, as in /0; {_QUOTE}."
     else:
         yield from _query_problems(parts, is_socket)
+
+
+def _is_host(name: str) -> bool:
+    """Whether it can be asked for: an address, or a name whose parts are neither empty nor long."""
+    if ":" in name:  # stood in brackets
+        return _is_address(name.partition("%")[0])
+    try:
+        name.encode("idna")
+    except UnicodeError:
+        return False
+    return re.fullmatch(r"[\w.-]+", name) is not None
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _query_problems(parts: SplitResult, is_socket: bool) -> Iterator[str]:

@@ -72,11 +72,21 @@ def give_the_keys(client: redis.Redis) -> None:
     client.execute_command("ACL", "SETUSER", "miller", "~*")
 
 
+def change_the_password(client: redis.Redis, _: Path) -> None:
+    client.execute_command("ACL", "SETUSER", "miller", "<flour", ">bran")
+    client.execute_command("CLIENT", "KILL", "USER", "miller")
+
+
+def change_it_back(client: redis.Redis) -> None:
+    client.execute_command("ACL", "SETUSER", "miller", ">flour")
+
+
 FAULTS = {
     "READONLY": (demote, promote),
     "READONLY without stale reads": (demote_without_stale_reads, promote),
     "NOREPLICAS": (ask_for_replicas, ask_for_none),
     "MISCONF": (fail_to_save, save_no_more),
+    "WRONGPASS": (change_the_password, change_it_back),
     "NOPERM of a command": (take_a_command, give_the_command),
     "NOPERM of keys": (take_the_keys, give_the_keys),
 }

@@ -67,3 +67,23 @@ def test_a_worker_holds_no_more_of_one_model_than_two_batches(
             most = max(most, client.hlen("unacked"))
 
         assert 2 <= most <= 4
+
+
+def test_jobs_of_an_idle_model_do_not_wait_behind_a_flood_of_plain_send_task_for_another(
+    make_settings: Callable[..., Settings], database_url: str, redis_url: str, tmp_path: Path
+) -> None:
+    settings = make_settings(
+        database={"url": database_url},
+        broker={"url": redis_url},
+        models={"busy": stub(default=True), "idle": stub()},
+    )
+    with running_worker(settings, tmp_path / "worker"), redis.Redis.from_url(redis_url) as client:
+        flood = push(client, "celery", "busy", 200)
+        plain = push(client, "celery", "idle", 2)
+        own = push(client, "gristmill.idle", "idle", 2)
+
+        query = "SELECT 1 FROM jobs WHERE state = 'completed' AND id::text = ANY(%s)"
+        eventually(lambda: len(rows(settings, query, plain + own)) == 4, 60)
+
+        assert len(rows(settings, query, flood)) < len(flood) / 2
+        assert client.llen("celery") == 0

@@ -19,8 +19,9 @@ from celery.worker.consumer.consumer import Consumer as CeleryConsumer
 from kombu.message import Message
 from redis.exceptions import NoPermissionError
 
+from app import telemetry
 from app.broker.client import connected
-from app.broker.queues import Layout
+from app.broker.queues import Layout, queue_name
 from app.broker.refusal import as_unavailable, reply_of, said
 from app.broker.rights import Role, missing
 from app.config.settings import Settings
@@ -36,26 +37,9 @@ EVENTS_EVERY_S: Final = 0.5
 MIN_PAUSE_S: Final = 0.5
 MAX_PAUSE_S: Final = 5.0
 """Longest pause between two tries while the broker is away."""
-QUIET_S: Final = 60.0
-"""What was said is said again when it comes back after so long."""
 
 
-class _OncePerChange(logging.Filter):
-    """Lets a warning pass that is not the one before: an outage is one line, not one a second."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._last = ("", 0.0)
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if record.levelno < logging.WARNING:
-            return True
-        text, now = record.getMessage(), time.monotonic()
-        (last, at), self._last = self._last, (text, now)
-        return text != last or now - at > QUIET_S
-
-
-logging.getLogger(CeleryConsumer.__module__).addFilter(_OncePerChange())
+telemetry.say_once(logging.getLogger(CeleryConsumer.__module__))
 
 
 class Consumer(CeleryConsumer):  # type: ignore[misc]
@@ -173,6 +157,8 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]
                         acknowledge,
                     )
                 )
+            if arrival.model and not message.channel.keeps(message, queue_name(arrival.model)):
+                return None
             scrub(message, task_id, name, arrival)
             return celery_takes(message)
 
