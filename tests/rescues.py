@@ -24,11 +24,13 @@ rescue.serve(Settings.model_validate_json(Path(sys.argv[1]).read_text()))
 
 @contextmanager
 def running_rescue(settings: Settings, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A rescue process that is killed at the end of the block."""
+    """A rescue process that is killed at the end of the block; its log is `rescue.log`."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "settings.json"
     file.write_text(settings.model_dump_json())
-    process = subprocess.Popen([*HEEDING_SIGNALS, sys.executable, "-c", _MAIN, str(file)])
+    command = [*HEEDING_SIGNALS, sys.executable, "-c", _MAIN, str(file)]
+    with (folder / "rescue.log").open("ab") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
     try:
         yield process
     finally:

@@ -97,9 +97,9 @@ class Worker:
 
 @contextmanager
 def running_worker(settings: Settings, folder: Path, prelude: str = "") -> Iterator[Worker]:
-    worker = Worker(settings, folder, prelude).start()
+    worker = Worker(settings, folder, prelude)
     try:
-        yield worker
+        yield worker.start()
     finally:
         worker.kill()
 

@@ -25,6 +25,7 @@ from typing import Any, Final
 from uuid import uuid4
 
 from kombu.transport import redis, virtual
+from kombu.utils.json import dumps
 from kombu.utils.scheduling import round_robin_cycle
 from redis.exceptions import RedisError, ResponseError
 
@@ -95,6 +96,13 @@ class QoS(redis.QoS):
             raise
         finally:
             self._let_go(delivery_tag)
+
+    def move(self, delivery_tag: str, key: str, item: str) -> None:
+        """Put an item into a list in place of a message that was taken, at once or not at all."""
+        with self.pipe_or_acquire() as pipe:
+            self._remove_from_indices(delivery_tag, pipe.lpush(key, item)).execute()
+        virtual.QoS.ack(self, delivery_tag)  # type: ignore[no-untyped-call]
+        self._let_go(delivery_tag)
 
     def reject(self, delivery_tag: str, requeue: bool = False) -> None:
         super().reject(delivery_tag, requeue)  # type: ignore[no-untyped-call]
@@ -201,17 +209,18 @@ class _Outliving:
         return True
 
     def _pass_on(self, message: Any, queue: str) -> bool:
-        """Move it to the new end of its queue; if this is cut off in between, it is there twice."""
+        """Whether it was moved to the new end of its queue."""
         properties = message.properties | {
             "delivery_tag": str(uuid4()),
             "delivery_info": {"exchange": "", "routing_key": queue},
         }
+        item = message.serializable() | {"properties": properties}
+        key = self._q_for_pri(queue, self._get_message_priority(item, reverse=False))  # type: ignore[attr-defined]
         try:
-            self._put(queue, message.serializable() | {"properties": properties})  # type: ignore[attr-defined]
+            self.qos.move(message.delivery_tag, key, dumps(item))  # type: ignore[attr-defined,no-untyped-call]
         except ResponseError as error:  # full, or without the right
             log.warning("%s A message is held here beyond its model's share.", said(error))
             return False
-        message.ack()
         return True
 
     def _brpop_start(self, timeout: float | None = None) -> None:

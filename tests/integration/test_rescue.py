@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -751,6 +752,24 @@ def test_what_a_dead_worker_ran_is_taken_however_long_rescue_pauses(
 
     with running_rescue(settings, tmp_path / "rescue"):
         eventually(lambda: world.states(ids) == {"queued"}, timeout_s=60)
+
+
+def test_the_process_goes_on_when_its_folder_cannot_be_written_and_says_so_once(
+    serving: subprocess.Popen[bytes],
+    world: World,
+    settings: Settings,
+    tmp_path: Path,
+) -> None:
+    eventually(lambda: rescue.is_alive(settings), timeout_s=60)
+    shutil.rmtree(settings.cache_dir)
+    Path(settings.cache_dir).touch()  # keeps root out, too
+
+    for number in (1, 2, 3):
+        world.submit(1)
+        eventually(lambda so_far=number: len(world.messages()) == so_far, timeout_s=30)
+
+    assert serving.poll() is None
+    assert (tmp_path / "rescue" / "rescue.log").read_text().count("cannot be noted") == 1
 
 
 def test_a_process_that_has_not_swept_for_long_is_not_alive(settings: Settings) -> None:

@@ -99,3 +99,23 @@ def test_json_lines_hold_the_fields_and_the_traceback(
     assert fields["message"] == "Failed."
     assert fields["jobs"] == 3
     assert "OSError: gone" in fields["traceback"]
+
+
+def test_a_warning_that_is_met_again_and_again_is_one_line_in_a_while(
+    log: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1_000.0
+    monkeypatch.setattr("app.telemetry.time.monotonic", lambda: now)
+    quiet = telemetry.say_once(logging.getLogger("app.outage"))
+    for _ in range(3):
+        quiet.warning("Redis refuses: %s.", "READONLY")
+        quiet.warning("Redis refuses: %s.", "MISCONF")
+        quiet.info("a job")
+    assert log.getvalue().count("READONLY") == 1
+    assert log.getvalue().count("MISCONF") == 1
+    assert log.getvalue().count("a job") == 3
+
+    now += telemetry.QUIET_S
+    quiet.warning("Redis refuses: %s.", "READONLY")
+
+    assert log.getvalue().count("READONLY") == 2
