@@ -126,8 +126,9 @@ class SimulatedProcess:
         if self.is_alive:
             self.is_alive, self.next_ns, self._status = False, None, status
 
-    def wait(self, timeout: float | None = None) -> int:
-        return self._status
+    @property
+    def exit_status(self) -> int | None:
+        return None if self.is_alive else self._status
 
     def close(self) -> None:
         pass
@@ -238,6 +239,17 @@ def _stats(rows: Sequence[_Row]) -> list[StepStats]:
     return [StepStats(row.batch_id, 1, row.steps, row.steps, row.answer.device_ns) for row in rows]
 
 
+class _Popen:
+    """The process as `subprocess` shows it; its connection is another thing."""
+
+    def __init__(self, process: SimulatedProcess) -> None:
+        self.pid, self.kill = process.pid, process.kill
+        self._process = process
+
+    def poll(self) -> int | None:
+        return self._process.exit_status
+
+
 class SimulatedHost(EngineHost):
     """The real host with a simulated process in place of a spawned one."""
 
@@ -251,7 +263,8 @@ class SimulatedHost(EngineHost):
 
     def _spawn(self) -> None:
         self.process = SimulatedProcess(self._now_ns)
-        self._process = self._connection = self.process  # type: ignore[assignment]
+        self._process = _Popen(self.process)  # type: ignore[assignment]
+        self._connection = self.process  # type: ignore[assignment]
         self._progress = self.process.page  # type: ignore[assignment]
 
     def kill(self) -> None:
