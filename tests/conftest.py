@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import hypothesis.configuration
 import psycopg
 import pytest
@@ -23,6 +24,11 @@ from app.local.servers import EmbeddedPostgres, EmbeddedRedis
 ROOT = Path(__file__).resolve().parents[1]
 
 hypothesis.configuration.set_hypothesis_home_dir(ROOT / ".cache" / "hypothesis")
+# No test asserts a time: on a busy machine an example may take any.
+hypothesis.settings.register_profile(
+    "gristmill", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("gristmill")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
