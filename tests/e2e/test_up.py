@@ -97,8 +97,7 @@ def test_a_part_that_is_killed_starts_again_and_work_goes_on(system: Up, name: s
 def test_ctrl_c_stops_everything_within_ten_seconds(tmp_path: Path):
     with running_up(tmp_path) as system:
         ports = [system.run_file["api.port"], system.run_file["flower.port"]]
-        members = system.processes()
-        assert len(members) >= 6
+        members = eventually(lambda: len(all_ := system.processes()) >= 6 and all_)
 
         started = time.monotonic()
         system.process.send_signal(signal.SIGINT)
