@@ -93,7 +93,7 @@ class Meter:
         self._device_ns = 0
         self._charged = Decimal(0)
 
-    def charge(self, device_ns: int) -> Decimal:
+    def cost_of(self, device_ns: int) -> Decimal:
         self._device_ns += device_ns
         before, self._charged = self._charged, money(self._device_ns, self._per_device_hour)
         return self._charged - before

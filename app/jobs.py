@@ -4,10 +4,10 @@ Pure: no I/O, no clock. The states and the only moves (invariant I3, forward onl
 
     queued ──claim──▶ running ──finish──▶ completed | failed | cancelled | expired
        ▲                 │
-       └────release──────┘        (a lost lease, a shutdown, a retry; `not_before` says when)
+       └────release──────┘        (a lost lease, a shutdown, a crash beside others)
     queued ──▶ cancelled | expired | failed      (without ever running)
 
-Retry is not a state: a retried job is `queued` with `not_before`.
+Retry is not a state: a job that runs again is `queued`.
 """
 
 from __future__ import annotations

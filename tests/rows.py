@@ -109,7 +109,7 @@ class Worker:
             )
         return worker
 
-    def receive(self, *arrivals: submissions.Arrival) -> dict[UUID, submissions.Received]:
+    def receive(self, *arrivals: submissions.Incoming) -> dict[UUID, submissions.Received]:
         with self.database.begin() as connection:
             return submissions.receive(connection, self.id, arrivals)
 

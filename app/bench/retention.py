@@ -28,7 +28,7 @@ from app.local.servers import EmbeddedPostgres
 from app.store import claims, retention, sizes, submissions, workers
 from app.store.database import Database, migrate
 from app.store.sizes import Size
-from app.store.submissions import Arrival, NewJob
+from app.store.submissions import Incoming, NewJob
 
 MODEL: Final = "bench"
 BATCH: Final = 64
@@ -53,7 +53,7 @@ class Store:
 
     def receive(self, ids: Seq[UUID]) -> None:
         with self.database.begin() as connection:
-            submissions.receive(connection, self.worker_id, map(Arrival, ids))
+            submissions.receive(connection, self.worker_id, map(Incoming, ids))
 
     def claim(self, ids: Seq[UUID]) -> list[claims.Claimed]:
         batch = claims.NewBatch(

@@ -58,7 +58,7 @@ class _UnlessFull:
 class QoS(redis.QoS):
     """The messages that were taken and not yet acknowledged, and how many of them by queue.
 
-    A message counts for the queue that its sender wrote into it, or that `charge` says it is of.
+    A message counts for the queue that its sender wrote into it, or that `count` says it is of.
 
     What the server refused to note, full or for another reason, is in this worker's hands alone: if
     it is lost with the worker, rescue sends it again, as any that is missing.
@@ -70,14 +70,14 @@ class QoS(redis.QoS):
         self._queue_of: dict[str, str] = {}
 
     def append(self, message: Any, delivery_tag: str) -> None:
-        self.charge(delivery_tag, message.delivery_info.get("routing_key", ""))
+        self.count(delivery_tag, message.delivery_info.get("routing_key", ""))
         try:
             super().append(message, delivery_tag)  # type: ignore[no-untyped-call]
         except ResponseError as error:
             log.warning("%s A message is held here alone.", said(error))
             virtual.QoS.append(self, message, delivery_tag)  # type: ignore[no-untyped-call]
 
-    def charge(self, delivery_tag: str, queue: str) -> None:
+    def count(self, delivery_tag: str, queue: str) -> None:
         """Count a message for this queue and for no other."""
         self._let_go(delivery_tag)
         self._queue_of[delivery_tag] = queue
@@ -205,7 +205,7 @@ class _Outliving:
         is_read = queue in self.active_queues  # type: ignore[attr-defined]
         if is_read and self.qos.held[queue] >= budget and self._pass_on(message, queue):  # type: ignore[attr-defined]
             return False
-        self.qos.charge(message.delivery_tag, queue)  # type: ignore[attr-defined]
+        self.qos.count(message.delivery_tag, queue)  # type: ignore[attr-defined]
         return True
 
     def _pass_on(self, message: Any, queue: str) -> bool:

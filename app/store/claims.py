@@ -257,7 +257,6 @@ class Release:
     attempt_id: UUID
     outcome: AttemptOutcome
     charged: bool  #: counts towards the job's max_attempts
-    delay_s: float = 0.0  #: the job may be claimed again after this
     error_code: str | None = None
     error_message: str | None = None  #: shown if this was the last attempt
     device_ns: int = 0  #: wasted
@@ -292,7 +291,6 @@ GIVE_BACK: Final = f"""
             attempts_charged = jobs.attempts_charged + CAST(charged AS int),
             losses = jobs.losses + CAST(outcome = 'lost' AS int),
             attempt_id = NULL, worker_id = NULL, batch_id = NULL,
-            not_before = greatest(not_before, now() + delay_s * interval '1 s'),
             queued_at = CASE next_state WHEN 'queued' THEN now() ELSE queued_at END,
             finished_at = CASE next_state WHEN 'queued' THEN NULL ELSE now() END,
             {QUEUED_AGAIN}
@@ -327,7 +325,7 @@ failed."""
 _RELEASE: Final = text(f"""
     WITH given AS MATERIALIZED (
         SELECT * FROM jsonb_to_recordset(CAST(:releases AS jsonb)) AS given(
-            job_id uuid, attempt_id uuid, outcome text, charged bool, delay_s float8,
+            job_id uuid, attempt_id uuid, outcome text, charged bool,
             error_code text, error_message text, device_ns bigint, cost numeric
         )
         ORDER BY job_id

@@ -55,7 +55,7 @@ class Inserted:
 
 
 @dataclass(frozen=True, slots=True)
-class Arrival:
+class Incoming:
     """A message that reached a worker. Without a job it only wakes the row."""
 
     id: UUID
@@ -176,7 +176,7 @@ _RECEIVE: Final = text(f"""
 
 
 def receive(
-    connection: Connection, worker_id: UUID, arrivals: Iterable[Arrival]
+    connection: Connection, worker_id: UUID, arrivals: Iterable[Incoming]
 ) -> dict[UUID, Received]:
     """Register the messages of a group in one statement; the answer is by job id.
 

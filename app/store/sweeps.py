@@ -44,7 +44,7 @@ _EXPIRE_LEASES: Final = text(f"""
         SELECT
             job.id AS job_id, attempt_id, batch_id, cancel_requested_at, deadline, attempt,
             attempts_charged, max_attempts, 'lost' AS outcome,
-            losses >= {ALONE_AFTER} AS charged, 0.0 AS delay_s, 'worker_lost' AS error_code,
+            losses >= {ALONE_AFTER} AS charged, 'worker_lost' AS error_code,
             format('The worker was lost %s times while it ran the job, %s of them with nothing '
                 'else running.', losses + 1, attempts_charged + 1) AS error_message,
             CAST(NULL AS bigint) AS device_ns, CAST(NULL AS numeric) AS cost

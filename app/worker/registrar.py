@@ -245,12 +245,12 @@ class Registrar:
             log.error("A prompt was refused: %s", place_of(error))
             return RequestError("The prompt cannot be turned into tokens.")
 
-    def _row(self, each: _Waiting) -> submissions.Arrival:
+    def _row(self, each: _Waiting) -> submissions.Incoming:
         arrival = each.arrival
         if arrival.request is None or arrival.model is None:
-            return submissions.Arrival(arrival.job_id)
+            return submissions.Incoming(arrival.job_id)
         prepared = each.prepared if isinstance(each.prepared, Prepared) else None
-        return submissions.Arrival(
+        return submissions.Incoming(
             arrival.job_id,
             NewJob(
                 id=arrival.job_id,

@@ -62,7 +62,7 @@ class Settlement:
             batch_wait_ms=job.batch_wait_ns / 1e6,
             batch_size=run.batch.num_jobs,
             device_ns=run.device_ns,
-            cost=self._meter.charge(run.device_ns),
+            cost=self._meter.cost_of(run.device_ns),
             currency=self._price.currency,
             price_id=self._price_id,
             **_times(run, answers),

@@ -27,12 +27,12 @@ from tests.waiting import eventually
 from tests.workers import results, rows, running_worker
 
 
-def row_of(arrival: Arrival) -> submissions.Arrival:
+def row_of(arrival: Arrival) -> submissions.Incoming:
     """What the registrar writes of an arrival."""
     request = arrival.request
     if request is None or arrival.model is None:
-        return submissions.Arrival(arrival.job_id)
-    return submissions.Arrival(
+        return submissions.Incoming(arrival.job_id)
+    return submissions.Incoming(
         arrival.job_id,
         NewJob(
             id=arrival.job_id,

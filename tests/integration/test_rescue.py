@@ -38,7 +38,7 @@ from app.store import claims, submissions, workers
 from app.store.claims import Member, NewBatch
 from app.store.database import Database
 from app.store.pages import LEFT_OUT_S
-from app.store.submissions import Arrival
+from app.store.submissions import Incoming
 from app.store.workers import NewWorker
 from tests.rescues import running_rescue
 from tests.rows import insert, new_job
@@ -138,7 +138,7 @@ class World:
                 if UUID(json.loads(item)["headers"]["id"]) in ids:
                     self._client.lrem(key, 1, item)
         with self.database.begin() as connection:
-            submissions.receive(connection, worker_id, [Arrival(id) for id in ids])
+            submissions.receive(connection, worker_id, [Incoming(id) for id in ids])
 
     def claim(self, worker_id: UUID, ids: list[UUID]) -> None:
         batch = NewBatch(

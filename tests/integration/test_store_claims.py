@@ -319,18 +319,6 @@ def test_a_released_job_is_queued_again_and_not_charged(database: Database) -> N
     assert [each.number for each in worker.claim([job_id])] == [2]
 
 
-def test_a_released_job_waits_for_its_delay(database: Database) -> None:
-    [job_id] = insert(database, new_job())
-    worker = Worker.registered(database)
-    [claimed] = worker.claim([job_id])
-
-    worker.release(claimed, delay_s=60.0)
-
-    job = view(database, job_id)
-    assert job.not_before - job.queued_at == timedelta(seconds=60)
-    assert worker.claim([job_id]) == []
-
-
 def test_a_job_fails_with_its_last_charged_attempt(database: Database) -> None:
     [job_id] = insert(database, new_job(max_attempts=2))
     worker = Worker.registered(database)

@@ -23,7 +23,7 @@ from app.store import cancellation, claims, delivery, retention, submissions, sw
 from app.store.claims import BatchStats, Finished, Member, NewBatch, Release
 from app.store.database import Database
 from app.store.delivery import DELIVERY_TRANSITIONS, Delivery, delivery_of
-from app.store.submissions import Arrival, RejectedJob
+from app.store.submissions import Incoming, RejectedJob
 from app.store.tables import metadata
 from app.store.workers import NewWorker
 from tests.memory_store import KEYS, MemoryDatabase
@@ -157,7 +157,7 @@ class Moves:
                     not_before=_after(now, early),
                     deadline=_after(now, late),
                 )
-                arrivals.append(Arrival(job_id, None if is_bare else job))
+                arrivals.append(Incoming(job_id, None if is_bare else job))
             return list(submissions.receive(connection, worker, arrivals).values())
 
         return move
@@ -225,7 +225,6 @@ class Moves:
                 attempt_id=member.attempt_id,
                 outcome=self.chance.choice([AttemptOutcome.RELEASED, AttemptOutcome.LOST]),
                 charged=self.chance.random() < 0.3,
-                delay_s=self.chance.choice([0.0, 0.0, 2_500.0]),
                 error_code="oops",
                 error_message="Oops.",
                 device_ns=7,

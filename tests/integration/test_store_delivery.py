@@ -17,7 +17,7 @@ from app.store import cancellation, claims, delivery, submissions, sweeps
 from app.store.claims import Claimed, Member
 from app.store.database import Database
 from app.store.delivery import Delivery, delivery_of
-from app.store.submissions import Arrival
+from app.store.submissions import Incoming
 from tests.rows import (
     MODEL,
     Worker,
@@ -108,7 +108,7 @@ def test_urgent_jobs_are_sent_first_and_then_old_ones(database: Database) -> Non
 
 def test_what_could_not_be_sent_is_unsent_again_unless_somebody_has_it(database: Database) -> None:
     ids = insert_sent(database, new_job(), new_job())
-    Worker.registered(database).receive(Arrival(ids[1]))
+    Worker.registered(database).receive(Incoming(ids[1]))
 
     with database.begin() as connection:
         delivery.not_sent(connection, ids)
@@ -154,7 +154,7 @@ def test_a_message_that_was_received_is_not_overdue(database: Database) -> None:
     rewrite(database, "enqueued_at = now() - interval '1 h'", job_id)
     assert overdue(database) == [job_id]
 
-    Worker.registered(database).receive(Arrival(job_id))
+    Worker.registered(database).receive(Incoming(job_id))
 
     assert overdue(database) == []
     assert send_again(database, job_id) == []
@@ -183,7 +183,7 @@ def test_jobs_that_only_a_later_version_knows_are_left_to_it(
     # then neither rescue nor a worker of this version touches them
     assert send_due(database) == [known]
     assert overdue(database) == []
-    received = Worker.registered(database).receive(Arrival(never), Arrival(sent))
+    received = Worker.registered(database).receive(Incoming(never), Incoming(sent))
     assert received == {}
     assert state_of(database, sent) == "sent"
 
@@ -195,7 +195,7 @@ def test_jobs_let_go_of_are_nobodys_again(database: Database) -> None:
     later = datetime.now(UTC) + timedelta(hours=1)
     due, early = new_job(), new_job(not_before=later)
     worker, other = Worker.registered(database), Worker.registered(database)
-    worker.receive(Arrival(due.id, due), Arrival(early.id, early))
+    worker.receive(Incoming(due.id, due), Incoming(early.id, early))
 
     with database.begin() as connection:
         delivery.let_go(connection, other.id, [due.id, early.id])
@@ -210,8 +210,8 @@ def test_jobs_let_go_of_are_nobodys_again(database: Database) -> None:
 def test_what_a_dead_worker_held_is_unsent(database: Database) -> None:
     ids = insert_sent(database, new_job(), new_job())
     dead, alive = Worker.registered(database), Worker.registered(database)
-    dead.receive(Arrival(ids[0]))
-    alive.receive(Arrival(ids[1]))
+    dead.receive(Incoming(ids[0]))
+    alive.receive(Incoming(ids[1]))
     end_lease(database, dead.id)
 
     with database.begin() as connection:
@@ -224,8 +224,8 @@ def test_what_a_living_worker_holds_and_has_forgotten_is_unsent(database: Databa
     # given a worker that knows one of the two jobs that it holds, and another with its own
     ids = insert_sent(database, new_job(), new_job(), new_job())
     worker, other = Worker.registered(database), Worker.registered(database)
-    worker.receive(*map(Arrival, ids[:2]))
-    other.receive(Arrival(ids[2]))
+    worker.receive(*map(Incoming, ids[:2]))
+    other.receive(Incoming(ids[2]))
 
     with database.begin() as connection:
         assert delivery.free_forgotten(connection, worker.id, ids[:1]) == ids[1:2]
@@ -236,7 +236,7 @@ def test_what_a_living_worker_holds_and_has_forgotten_is_unsent(database: Databa
 def test_a_job_that_leaves_the_queue_is_held_by_nobody(database: Database) -> None:
     ids = insert_sent(database, new_job(), new_job())
     worker = Worker.registered(database)
-    worker.receive(*map(Arrival, ids))
+    worker.receive(*map(Incoming, ids))
 
     worker.claim(ids[:1])
     with database.begin() as connection:
@@ -272,7 +272,7 @@ def test_a_revoked_message_that_nobody_had_read_is_a_cancelled_job(database: Dat
 
     assert state is JobState.CANCELLED
     assert view(database, job.id).state is JobState.CANCELLED
-    received = Worker.registered(database).receive(Arrival(job.id, job))  # it still comes
+    received = Worker.registered(database).receive(Incoming(job.id, job))  # it still comes
     assert received[job.id].state is JobState.CANCELLED
 
 

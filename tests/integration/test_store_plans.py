@@ -20,7 +20,7 @@ from app.jobs import AttemptOutcome, JobState
 from app.store import cancellation, claims, delivery, reads, retention, submissions, sweeps, workers
 from app.store.claims import Member
 from app.store.database import Database
-from app.store.submissions import Arrival
+from app.store.submissions import Incoming
 from tests.rows import MODEL, Worker, completed, end_lease, new_job
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -147,8 +147,8 @@ def test_submitting(service: Service) -> None:
 
 
 def test_receiving(service: Service) -> None:
-    arrivals = [Arrival(id) for id in service.queued] + [
-        Arrival(job.id, job) for job in [new_job()]
+    arrivals = [Incoming(id) for id in service.queued] + [
+        Incoming(job.id, job) for job in [new_job()]
     ]
 
     def receive(connection: Connection) -> None:

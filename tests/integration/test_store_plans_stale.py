@@ -24,7 +24,7 @@ from app.local.servers import EmbeddedPostgres, free_port
 from app.store import claims, delivery, submissions, sweeps
 from app.store.claims import Member
 from app.store.database import Database, migrate
-from app.store.submissions import Arrival
+from app.store.submissions import Incoming
 from tests.rows import Worker, completed, end_lease, new_job
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -150,7 +150,7 @@ def _steps(
     yield lambda c: delivery.send_due(c, new_job().model, range(10), GROUP)
     yield lambda c: delivery.overdue(c, 0.0, GROUP)
     yield lambda c: delivery.send_again(c, others, 0.0)
-    yield lambda c: submissions.receive(c, worker.id, [*map(Arrival, group)])
+    yield lambda c: submissions.receive(c, worker.id, [*map(Incoming, group)])
     yield lambda c: delivery.let_go(c, worker.id, group[:100])
     yield lambda c: delivery.free_forgotten(c, worker.id, group)
     claimed: list[claims.Claimed] = []

@@ -19,7 +19,7 @@ from app.jobs import AttemptOutcome, JobState
 from app.store import cancellation, claims, submissions, sweeps, workers
 from app.store.claims import Claimed, Member, Release
 from app.store.database import Database
-from app.store.submissions import Arrival, Inserted
+from app.store.submissions import Incoming, Inserted
 from tests.rows import Worker, completed, end_lease, insert, new_job, view
 from tests.waiting import eventually
 
@@ -240,7 +240,7 @@ def test_a_message_that_arrives_during_a_cancel_finds_the_job_ended(database: Da
     _, received = race(
         database,
         cancel(job_id),
-        lambda connection: submissions.receive(connection, worker.id, [Arrival(job_id)]),
+        lambda connection: submissions.receive(connection, worker.id, [Incoming(job_id)]),
     )
 
     assert received[job_id].state is JobState.CANCELLED

@@ -12,7 +12,7 @@ from app.jobs import EARLIEST, LATEST, JobState
 from app.store import cancellation, reads
 from app.store.database import Database
 from app.store.reads import JobView, QueueDepth, Unreadable
-from app.store.submissions import Arrival
+from app.store.submissions import Incoming
 from tests.rows import MODEL, Worker, insert, insert_sent, new_job, rewrite, view
 
 
@@ -106,7 +106,7 @@ def test_depths_count_open_jobs_by_model_and_state(database: Database) -> None:
     with database.begin() as connection:
         cancellation.cancel(connection, ids[4])
     worker = Worker.registered(database)
-    worker.receive(Arrival(ids[0]))
+    worker.receive(Incoming(ids[0]))
     worker.claim([ids[1]])
 
     with database.begin() as connection:

@@ -18,7 +18,7 @@ from sqlalchemy import NullPool, create_engine, text
 from app.errors import SchemaError
 from app.jobs import JobState
 from app.store.database import MIGRATIONS, Database, downgrade, migrate
-from app.store.submissions import Arrival
+from app.store.submissions import Incoming
 from app.store.tables import metadata
 from tests.rows import Worker, at_once, insert, new_job, view
 from tests.waiting import eventually
@@ -175,7 +175,7 @@ def test_old_code_works_on_a_later_schema(
 
     # when a job goes through the hands of code that does not know it
     insert(database, job)
-    received = worker.receive(Arrival(job.id))
+    received = worker.receive(Incoming(job.id))
     worker.complete(worker.claim([job.id]))
 
     # then it reads what it wrote

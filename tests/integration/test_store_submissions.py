@@ -11,7 +11,7 @@ from sqlalchemy import text
 from app.jobs import JobState, Kind
 from app.store import submissions
 from app.store.database import Database
-from app.store.submissions import Arrival, Inserted, NewJob, RejectedJob
+from app.store.submissions import Incoming, Inserted, NewJob, RejectedJob
 from tests.rows import MODEL, Worker, at_once, column, insert, new_job, view
 
 
@@ -127,7 +127,7 @@ def test_an_arrival_with_a_request_becomes_a_row(database: Database) -> None:
     worker = Worker.registered(database)
     job = new_job(source="message")
 
-    received = worker.receive(Arrival(job.id, job))[job.id]
+    received = worker.receive(Incoming(job.id, job))[job.id]
 
     assert (received.state, received.is_due, received.model) == (JobState.QUEUED, True, MODEL)
     assert received.request is None  # the message has it
@@ -139,7 +139,7 @@ def test_an_arrival_without_a_request_gets_it_from_the_row(database: Database) -
     [job_id] = insert(database, new_job())
     worker = Worker.registered(database)
 
-    received = worker.receive(Arrival(job_id))[job_id]
+    received = worker.receive(Incoming(job_id))[job_id]
 
     assert (received.url, received.request) == ("/v1/completions", {"prompt": "A mill"})
     assert column(database, job_id, "received_by") == worker.id
@@ -150,7 +150,7 @@ def test_the_row_wins_over_a_message_with_another_request(database: Database) ->
     insert(database, job)
     forged = new_job(id=job.id, request={"prompt": "Another"}, fingerprint="beef", source="message")
 
-    received = Worker.registered(database).receive(Arrival(job.id, forged))[job.id]
+    received = Worker.registered(database).receive(Incoming(job.id, forged))[job.id]
 
     assert received.request == {"prompt": "A mill"}
 
@@ -160,7 +160,7 @@ def test_an_arrival_without_row_and_request_is_missing_from_the_answer(
 ) -> None:
     [job_id] = insert(database, new_job())
 
-    received = Worker.registered(database).receive(Arrival(uuid4()), Arrival(job_id))
+    received = Worker.registered(database).receive(Incoming(uuid4()), Incoming(job_id))
 
     assert set(received) == {job_id}
 
@@ -169,7 +169,7 @@ def test_a_message_that_comes_twice_in_a_group_is_one_job(database: Database) ->
     job = new_job(source="message")
 
     received = Worker.registered(database).receive(
-        Arrival(job.id, job), Arrival(job.id), Arrival(job.id, job)
+        Incoming(job.id, job), Incoming(job.id), Incoming(job.id, job)
     )
 
     assert set(received) == {job.id}
@@ -178,10 +178,10 @@ def test_a_message_that_comes_twice_in_a_group_is_one_job(database: Database) ->
 def test_a_late_copy_of_a_message_learns_how_its_job_ended(database: Database) -> None:
     job = new_job(source="message")
     worker = Worker.registered(database)
-    worker.receive(Arrival(job.id, job))
+    worker.receive(Incoming(job.id, job))
     worker.complete(worker.claim([job.id]))
 
-    received = Worker.registered(database).receive(Arrival(job.id, job))
+    received = Worker.registered(database).receive(Incoming(job.id, job))
 
     assert received[job.id].state is JobState.COMPLETED
     assert column(database, job.id, "received_by") is None
@@ -193,7 +193,7 @@ def test_one_message_received_by_many_at_once_is_one_row_and_all_hear_of_it(
     workers = [Worker.registered(database) for _ in range(4)]
     for _ in range(10):
         jobs = [new_job(source="message") for _ in range(8)]
-        arrivals = [Arrival(job.id, job) for job in jobs]
+        arrivals = [Incoming(job.id, job) for job in jobs]
 
         answers = at_once(
             *(
@@ -210,7 +210,7 @@ def test_a_job_that_is_not_due_says_so(database: Database) -> None:
     later = datetime.now(UTC) + timedelta(hours=1)
     job = new_job(source="message", not_before=later)
 
-    received = Worker.registered(database).receive(Arrival(job.id, job))[job.id]
+    received = Worker.registered(database).receive(Incoming(job.id, job))[job.id]
 
     assert (received.is_due, received.not_before) == (False, later)
 
@@ -237,7 +237,7 @@ def test_a_bad_message_cannot_fail_a_job_that_exists(database: Database) -> None
 def test_the_queue_is_what_nobody_has_received(database: Database) -> None:
     ids = insert(database, *(new_job() for _ in range(5)))
     worker = Worker.registered(database)
-    worker.receive(Arrival(ids[0]))
+    worker.receive(Incoming(ids[0]))
     worker.claim([ids[1]])
 
     with database.begin() as connection:
@@ -252,8 +252,8 @@ def test_a_forged_message_for_a_job_of_a_later_version_leaves_it_alone(database:
     worker = Worker.registered(database)
 
     with database.begin() as connection:
-        received = submissions.receive(connection, worker.id, [Arrival(later), Arrival(ours)])
-        again = submissions.receive(connection, worker.id, [Arrival(later, new_job(id=later))])
+        received = submissions.receive(connection, worker.id, [Incoming(later), Incoming(ours)])
+        again = submissions.receive(connection, worker.id, [Incoming(later, new_job(id=later))])
 
     assert set(received) == {ours} and not again
     assert column(database, later, "received_by") is None

@@ -182,7 +182,6 @@ def give_back(self: MemoryConnection, job: Row, release: Row) -> Row:
         state=state,
         attempts_charged=job["attempts_charged"] + charged,
         losses=job["losses"] + (release["outcome"] == "lost"),
-        not_before=max(job["not_before"], self.now + timedelta(seconds=release["delay_s"])),
         queued_at=self.now if state == "queued" else job["queued_at"],
         finished_at=None if state == "queued" else self.now,
         received_by=None,

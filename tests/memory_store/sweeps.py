@@ -32,7 +32,6 @@ def _lost(job: Row) -> Row:
     return {
         "outcome": "lost",
         "charged": job["losses"] >= ALONE_AFTER,
-        "delay_s": 0.0,
         "error_code": "worker_lost",
         "error_message": f"The worker was lost {losses} times while it ran the job, "
         f"{alone} of them with nothing else running.",

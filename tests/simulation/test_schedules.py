@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from app.store import submissions
-from app.store.submissions import Arrival
+from app.store.submissions import Incoming
 from tests.simulation.engine import answer_to
 from tests.simulation.prompts import PROMPTS
 from tests.simulation.schedules import cut_down, drawn, failure_of, play
@@ -177,7 +177,7 @@ def test_a_row_that_a_living_worker_holds_without_knowing_is_freed() -> None:
     world.submit(PROMPTS.index("good 3"), 1, 0)
     [job_id] = world.store.tables["jobs"]
     with world.store.begin() as connection:
-        submissions.receive(connection, world.workers[0].id, [Arrival(job_id)])
+        submissions.receive(connection, world.workers[0].id, [Incoming(job_id)])
     world.flush_redis()
 
     world.heal()

@@ -106,7 +106,7 @@ def test_a_mate_never_raises_the_price_of_a_decode_step(contexts: list[int]) -> 
 def test_what_a_meter_charges_is_the_price_of_the_sum(shares: list[int], price: Decimal) -> None:
     meter = Meter(price)
 
-    charges = [meter.charge(device_ns) for device_ns in shares]
+    charges = [meter.cost_of(device_ns) for device_ns in shares]
 
     assert sum(charges) == money(sum(shares), price)
     assert all(charge >= 0 and charge % NANO == 0 for charge in charges)
