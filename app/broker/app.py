@@ -53,8 +53,9 @@ def _celery_settings(settings: Settings) -> dict[str, Any]:
         "broker_use_ssl": None if tls is None else {"ssl_cert_reqs": "required"},
         "worker_pool": "app.worker.pool.pool:EnginePool",
         "worker_consumer": "app.worker.pool.consumer:Consumer",
-        # Messages held: one batch running and one forming for each model; not threads.
-        "worker_concurrency": 2 * sum(sizes.values()),
+        # Messages held, not threads: for each model one batch that runs and one that forms from
+        # its own queue, and one batch that came by a queue of all.
+        "worker_concurrency": 3 * sum(sizes.values()),
         "worker_prefetch_multiplier": 1,
         # Acknowledged after the commit. A failure is a row, and a retry is the database's decision.
         "task_acks_late": True,
@@ -79,9 +80,11 @@ def _celery_settings(settings: Settings) -> dict[str, Any]:
             **_sentinel_options(broker, tls),
             "socket_keepalive": True,
             "health_check_interval": 25,
-            # Each model holds one batch that runs and one that forms, whatever others wait for.
             "queue_budgets": {
                 name: 2 * size for model, size in sizes.items() for name in queues_of([model])
+            },
+            "shared_budgets": {
+                name: size for model, size in sizes.items() for name in queues_of([model])
             },
         },
         "broker_connection_retry_on_startup": True,

@@ -138,16 +138,15 @@ class Turns(round_robin_cycle):
         self._channel = channel
 
     def consume(self, n: int) -> list[str]:
-        return [queue for queue in super().consume(n) if not self._is_sated(queue)]  # type: ignore[no-untyped-call]
+        return [queue for queue in super().consume(n) if not self._channel._is_sated(queue)]  # type: ignore[no-untyped-call]
 
     @property
     def leaves_out(self) -> bool:
-        return any(map(self._is_sated, self.items))
+        return any(map(self._channel._is_sated, self.items))
 
-    def _is_sated(self, queue: str) -> bool:
-        budget = self._channel.queue_budgets.get(queue)
-        return budget is not None and self._channel.qos.held[queue] >= budget
 
+SHARED: Final = "shared "
+"""Before a queue's name in the count of its messages that came by others; no name has a space."""
 
 LOOK_AGAIN_S: Final = 0.05
 """Longest wait for the other queues while one is left out: it may have room again."""
@@ -186,6 +185,7 @@ class _Outliving:
     Message = Message
     QoS = QoS
     queue_budgets: Mapping[str, int] = MappingProxyType({})  #: most messages held, by queue
+    shared_budgets: Mapping[str, int] = MappingProxyType({})  #: and of those that came by others
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self._known: dict[bool, dict[str, Any]] = {}  #: how to reach Redis
@@ -196,17 +196,27 @@ class _Outliving:
     def keeps(self, message: Any, queue: str) -> bool:
         """Whether a message that belongs to this queue stays, whichever list it was taken from.
 
-        In a list that several models share, those of one whose budget is used up would hold up all
-        behind them: they go on to the model's own queue.
+        In a list that several models share, those of one model would hold up all behind them. So
+        some stay beside what the model's own queue gives, and the others go on to that queue.
         """
-        budget = self.queue_budgets.get(queue)
-        if budget is None or message.delivery_info.get("routing_key") in self.queue_budgets:
+        if queue not in self.queue_budgets:
+            return True
+        if message.delivery_info.get("routing_key") in self.queue_budgets:
+            return True
+        held: Counter[str] = self.qos.held  # type: ignore[attr-defined]
+        shared = f"{SHARED}{queue}"
+        if held[shared] < self.shared_budgets.get(queue, 0):
+            self.qos.charge(message.delivery_tag, shared)  # type: ignore[attr-defined]
             return True
         is_read = queue in self.active_queues  # type: ignore[attr-defined]
-        if is_read and self.qos.held[queue] >= budget and self._pass_on(message, queue):  # type: ignore[attr-defined]
+        if is_read and self._is_sated(queue) and self._pass_on(message, queue):
             return False
         self.qos.count(message.delivery_tag, queue)  # type: ignore[attr-defined]
         return True
+
+    def _is_sated(self, queue: str) -> bool:
+        budget = self.queue_budgets.get(queue)
+        return budget is not None and self.qos.held[queue] >= budget  # type: ignore[attr-defined]
 
     def _pass_on(self, message: Any, queue: str) -> bool:
         """Whether it was moved to the new end of its queue."""
@@ -252,6 +262,7 @@ class Channel(_Outliving, redis.Channel):
     from_transport_options: Any = (
         *redis.Channel.from_transport_options,
         "queue_budgets",
+        "shared_budgets",
     )
 
 
@@ -259,6 +270,7 @@ class SentinelChannel(_Outliving, redis.SentinelChannel):
     from_transport_options: Any = (
         *redis.SentinelChannel.from_transport_options,
         "queue_budgets",
+        "shared_budgets",
     )
 
 

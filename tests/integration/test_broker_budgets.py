@@ -22,7 +22,9 @@ from tests.own_redis import OwnRedis, running_redis
 
 STUB = {"source": "stub", "kind": "generate", "engine": "stub", "max_batch_size": 2}
 BUDGET = 4
-"""Two batches."""
+"""Two batches of a model's own queue."""
+SHARED = 2
+"""And one of what came by a queue of all."""
 
 
 @pytest.fixture
@@ -57,7 +59,7 @@ class Taker:
         queues = [queue(name, exchange="", routing_key=name) for name in names]
         make: Any = Consumer
         consumer = make(self.channel, queues, on_message=self._take, accept=["json"])
-        consumer.qos(prefetch_count=2 * BUDGET)
+        consumer.qos(prefetch_count=2 * (BUDGET + SHARED))
         consumer.consume()
 
     def _take(self, message: Any) -> None:
@@ -103,25 +105,26 @@ def test_a_flood_of_plain_messages_for_one_model_does_not_hold_up_those_for_anot
     held = taker.take_all()
 
     assert held.count("idle") == 3
-    assert held.count("busy") == BUDGET
+    assert held.count("busy") == BUDGET + SHARED
     # The others wait in their model's own queue, in their order.
     assert client.llen("celery") == 0
     waiting = client.lrange("gristmill.busy", 0, -1)[::-1]
-    assert [next(each for each in flood if each.encode() in item) for item in waiting] == flood[4:]
+    assert [next(each for each in flood if each.encode() in item) for item in waiting] == flood[6:]
     assert client.hlen("unacked") == len(held)
 
 
 def test_a_message_that_went_on_to_its_models_queue_keeps_its_priority_and_is_taken_from_there(
     client: redis.Redis, taker: Taker
 ) -> None:
-    push(client, "celery", "busy", BUDGET)
+    push(client, "celery", "busy", SHARED + BUDGET)
     taker.take_all()
     [urgent] = push(client, "celery", "busy", 1, priority=9)
     taker.take_all()
     [item] = client.lrange(Layout().key("gristmill.busy", 9), 0, -1)
     assert urgent.encode() in item
 
-    taker.finish_one()
+    for _ in range(SHARED + 1):
+        taker.finish_one()
 
     assert len(taker.take_all()) == BUDGET
     assert client.llen(Layout().key("gristmill.busy", 9)) == 0
@@ -135,16 +138,28 @@ def test_messages_of_a_producer_with_an_exchange_of_its_own_count_for_their_mode
         client.lpush("celery", raw_message(uuid4(), Kind.GENERATE, body, queue="their-key"))
     push(client, "gristmill.busy", "busy", 10)
 
-    assert taker.take_all().count("busy") <= BUDGET + 1  # one was asked for before
+    assert len(taker.take_all()) <= SHARED + BUDGET + 1  # one was asked for before
+
+
+def test_plain_messages_do_not_wait_behind_the_backlog_of_their_models_own_queue(
+    client: redis.Redis, taker: Taker
+) -> None:
+    push(client, "gristmill.busy", "busy", 200)
+    taker.take_all()
+
+    push(client, "celery", "busy", SHARED)
+
+    assert len(taker.take_all()) == BUDGET + SHARED
+    assert client.llen("gristmill.busy") == 200 - BUDGET
 
 
 def test_a_full_redis_takes_no_message_back_so_a_worker_keeps_what_it_took(
     client: redis.Redis, taker: Taker
 ) -> None:
-    push(client, "celery", "busy", BUDGET + 2)
+    push(client, "celery", "busy", SHARED + BUDGET + 2)
     client.config_set("maxmemory", 1)
 
-    assert len(taker.take_all()) == BUDGET + 2
+    assert len(taker.take_all()) == SHARED + BUDGET + 2
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def test_a_worker_takes_messages_of_its_models_and_of_the_inbox(two_models: Sett
 
 
 def test_a_worker_holds_one_batch_that_runs_and_one_that_forms(two_models: Settings) -> None:
-    assert make_app(two_models).conf.worker_concurrency == 2 * 4
+    assert make_app(two_models).conf.worker_concurrency == 3 * 4
 
 
 def test_a_task_that_celery_runs_itself_says_what_is_wrong(two_models: Settings) -> None:
