@@ -164,6 +164,20 @@ def test_a_revoked_job_that_waits_for_its_batch_never_runs_and_is_acknowledged(
         eventually(lambda: client.hlen("unacked") == 0)
 
 
+@pytest.mark.parametrize("kind", ["generate", "embed"])
+def test_a_message_that_was_revoked_before_it_came_is_a_cancelled_job_of_its_kind(
+    config: Settings, worker: Worker, producer: Celery, kind: str
+) -> None:
+    id_ = str(uuid.uuid4())
+    eventually(lambda: producer.control.revoke(id_, reply=True, timeout=5), timeout_s=60)
+
+    body = {"prompt": "never"} if kind == "generate" else {"input": "never"}
+    producer.send_task(f"inference.{kind}", kwargs=body, task_id=id_)
+
+    row = ended(config, [id_])[id_]
+    assert (row["state"], row["kind"], row["attempt_id"]) == ("cancelled", kind, None)
+
+
 def test_a_cancel_in_the_database_reaches_a_running_job_at_once(
     config: Settings, worker: Worker, producer: Celery
 ) -> None:

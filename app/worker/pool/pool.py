@@ -157,7 +157,7 @@ class EnginePool(BasePool):  # type: ignore[misc]
 
     def _revoked(self, request: Any = None, **_: Any) -> None:
         """Celery's signal; it comes after terminate_job, and before a job is even received."""
-        kind = TASKS.get(request.name, Kind.GENERATE)
+        kind = TASKS.get(request.get("task"), Kind.GENERATE)
         self._parts.runner.post(Revoked(job_id_of(request.id), kind))
 
     def _revoke(self, job_id: UUID) -> None:
