@@ -77,6 +77,20 @@ class Memory:
         self._now += timedelta(seconds=seconds)
 
 
+def new_worker(worker_id: UUID) -> NewWorker:
+    return NewWorker(
+        id=worker_id,
+        name="worker@mill",
+        host="mill",
+        pid=1,
+        models=[MODEL],
+        device="cpu",
+        price_id="cpu",
+        currency="EUR",
+        price_per_device_hour=Decimal("0.036"),
+    )
+
+
 Move = Callable[[Any, datetime], Any]
 """What is done in one transaction: with a connection, at a time."""
 
@@ -235,17 +249,7 @@ class Moves:
 
     def register(self) -> Move:
         self.registered.add(worker_id := self.workers[len(self.registered) % len(self.workers)])
-        worker = NewWorker(
-            id=worker_id,
-            name="worker@mill",
-            host="mill",
-            pid=1,
-            models=[MODEL],
-            device="cpu",
-            price_id="cpu",
-            currency="EUR",
-            price_per_device_hour=Decimal("0.036"),
-        )
+        worker = new_worker(worker_id)
         return lambda connection, _: workers.register_worker(connection, worker, LEASE_S)
 
     def beat(self) -> Move:
@@ -312,7 +316,7 @@ def _plain(value: Any, now: datetime) -> Any:
     return value
 
 
-def _do(store: Postgres | Memory, move: Move) -> Any:
+def do(store: Postgres | Memory, move: Move) -> Any:
     now = store.now()
     try:
         with store.database.begin() as connection:
@@ -321,7 +325,7 @@ def _do(store: Postgres | Memory, move: Move) -> Any:
         return type(error)
 
 
-def _rows(store: Postgres | Memory) -> dict[str, Any]:
+def rows_of(store: Postgres | Memory) -> dict[str, Any]:
     now = store.now()
     return {table: _plain(store.rows(table), now) for table in KEYS}
 
@@ -330,7 +334,7 @@ REFUSALS = (JobNotFound, JobStateConflict, LeaseLost, Unavailable)
 """All that a statement may raise, however late it is repeated and whoever has the job by then."""
 
 
-def _check_deliveries(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> None:
+def check_deliveries(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> None:
     """Messages of queued jobs moved only as they may."""
     were = {row["id"]: _delivery(row) for row in before if row["state"] == "queued"}
     for row in after:
@@ -356,11 +360,11 @@ def test_postgres_and_the_store_in_memory_answer_and_keep_the_same(
         done.append(name)
         before = fake.rows("jobs")
 
-        answer = _do(fake, move)
-        assert answer == _do(real, move), done
-        assert _rows(fake) == _rows(real), done
+        answer = do(fake, move)
+        assert answer == do(real, move), done
+        assert rows_of(fake) == rows_of(real), done
         assert not isinstance(answer, type) or answer in REFUSALS, done
-        _check_deliveries(before, fake.rows("jobs"))
+        check_deliveries(before, fake.rows("jobs"))
         if moves.chance.random() < 0.15:
             for store in (fake, real):
                 store.let_pass(UNIT_S)
