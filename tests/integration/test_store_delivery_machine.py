@@ -22,7 +22,7 @@ from app.jobs import AttemptOutcome, CloseReason, JobState
 from app.store import cancellation, claims, delivery, submissions, sweeps, workers
 from app.store.claims import Finished, Member, NewBatch
 from app.store.database import Database
-from app.store.submissions import Arrival
+from app.store.submissions import Incoming
 from tests.integration.test_store_contract import (
     HALF_S,
     LEASE_S,
@@ -117,7 +117,7 @@ class Histories(RuleBasedStateMachine):
     @rule(worker=WORKER, num=st.integers(1, 3), is_bare=st.booleans())
     def receive(self, worker: int, num: int, is_bare: bool) -> None:
         taken, self.messages = self.messages[:num], self.messages[num:]
-        arrivals = [Arrival(id, None if is_bare else new_job(id=id)) for id in taken]
+        arrivals = [Incoming(id, None if is_bare else new_job(id=id)) for id in taken]
         self.both(lambda c, _: [*submissions.receive(c, self.workers[worker], arrivals).values()])
 
     @rule(worker=WORKER, job=JOB)
@@ -192,7 +192,7 @@ class Histories(RuleBasedStateMachine):
             self.sweep()
         self.both(lambda c, _: workers.register_worker(c, new_worker(worker_id), LEASE_S))
         ids, self.messages = sorted(set(self.messages)), []
-        self.both(lambda c, _: [*submissions.receive(c, worker_id, map(Arrival, ids)).values()])
+        self.both(lambda c, _: [*submissions.receive(c, worker_id, map(Incoming, ids)).values()])
         members = [Member(id, uuid4()) for id in ids]
         batch = _batch(worker_id)
         self.both(lambda c, _: claims.claim(c, batch, members))
