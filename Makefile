@@ -8,7 +8,7 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 RUN := .venv/bin/python -m
 PIP := $(RUN) pip --quiet --disable-pip-version-check install
 LOCKED = $(shell cat pyproject.toml requirements/*.lock | cksum)
-BY_TWO := -n 2 --dist loadgroup --no-loadscope-reorder
+BY_TWO := -n 2 --no-loadscope-reorder
 export PYTEST_DEBUG_TEMPROOT := $(CURDIR)/.cache/tmp
 
 .PHONY: help setup install demo up test lint types unit simulation integration e2e simulate odd mutants chaos soak bench lock clean

@@ -10,7 +10,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import hypothesis
 import hypothesis.configuration
@@ -31,17 +31,27 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("gristmill")
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where several processes share the tests: a file's tests run in one of them, and whole systems
-    one after the other. These begin first, for they take longest."""
-    if not hasattr(config, "workerinput"):
-        return
-    for item in items:
-        tier, *_ = item.path.relative_to(ROOT / "tests").parts
-        is_system = tier in ("e2e", "chaos")
-        group = "whole systems" if is_system else str(item.path.relative_to(ROOT))
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: item.path.parent.name not in ("e2e", "chaos"))
+SYSTEMS: Final = ("tests/e2e/", "tests/chaos/")
+"""Tests that start whole systems: they begin first, for they take longest, and where two processes
+share the tests they run one after the other."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: not item.nodeid.startswith(SYSTEMS))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file's tests run in one process, and so do all that start whole systems."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "whole systems" if file.startswith(SYSTEMS) else file
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(autouse=True)
