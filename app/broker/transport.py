@@ -206,7 +206,7 @@ class _Outliving:
         held: Counter[str] = self.qos.held  # type: ignore[attr-defined]
         shared = f"{SHARED}{queue}"
         if held[shared] < self.shared_budgets.get(queue, 0):
-            self.qos.charge(message.delivery_tag, shared)  # type: ignore[attr-defined]
+            self.qos.count(message.delivery_tag, shared)  # type: ignore[attr-defined]
             return True
         is_read = queue in self.active_queues  # type: ignore[attr-defined]
         if is_read and self._is_sated(queue) and self._pass_on(message, queue):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from app.engines.base import Engine, Generation, NewTokens, Sequence
@@ -34,6 +34,7 @@ def pieces_of(output: Output, token_ids: list[int]) -> tuple[list[str], FinishRe
     st.lists(st.text(min_size=1, max_size=4), max_size=3),
     st.integers(1, 50),
 )
+@example(b"\x80?", ["?"], 2)  # the stop string makes the broken character before it certain
 def test_the_pieces_add_up_to_the_text(data: bytes, stop: list[str], max_tokens: int) -> None:
     params = SamplingParams(max_tokens, stop=tuple(stop))
     output, plain = Output(params, decode, {EOS}, stream=True), Output(params, decode, {EOS})
@@ -43,7 +44,8 @@ def test_the_pieces_add_up_to_the_text(data: bytes, stop: list[str], max_tokens:
     assert next((r for token in [*data, EOS] if (r := plain.append(token))), None) is reason
     assert "".join(pieces) == output.text == plain.text
     assert output.token_ids == plain.token_ids
-    assert not any(piece.endswith(UNFINISHED) for piece in pieces[:-1])
+    before_the_end = pieces[:-2] if reason else pieces[:-1]
+    assert not any(piece.endswith(UNFINISHED) for piece in before_the_end)
 
 
 @given(st.text("abc", max_size=30), st.lists(st.text("abc", min_size=1, max_size=4), min_size=1))

@@ -1,7 +1,8 @@
 """Remote control: what Celery's commands mean here, and a command of our own.
 
-A worker holds two batches of each of its models; its size is not for a command to change. Commands
-that would change it, or that nothing here would heed, answer with a refusal that says what to do.
+How many messages a worker holds follows from its models' batches and is not for a command to
+change. Commands that would, or that nothing here would heed, answer with a refusal that says what
+to do.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from app.broker.commands import READINESS
 
 _SIZE: Final = "set max_batch_size of the model in models.toml and start the worker again."
 REFUSED: Final = {
-    "pool_grow": f"A worker holds two batches of each model: {_SIZE}",
-    "pool_shrink": f"A worker holds two batches of each model: {_SIZE}",
+    "pool_grow": f"A worker's size follows from its models' batches: {_SIZE}",
+    "pool_shrink": f"A worker's size follows from its models' batches: {_SIZE}",
     "autoscale": f"There is no autoscaling: {_SIZE} Start more workers for more work.",
     "election": "Workers hold no elections: they run without gossip.",
     "pool_restart": "Send the worker SIGTERM and start it again: a model is loaded once.",
