@@ -53,6 +53,7 @@ def time_limit(
     if soft is not None:
         return nok("There are no soft time limits: set the hard one alone.")
     task.time_limit = hard
+    state.consumer.update_strategies()  # Celery read the task's limit when it made them
     return {"ok": "time limit set"}
 
 
