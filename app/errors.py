@@ -19,6 +19,7 @@
     ├── ResponseRemoved        the job's response is not kept any more
     ├── LeaseLost              this worker was declared stopped; it must end
     ├── QueueFull              bounded admission; come back later
+    ├── Busy                   this process has too much in hand; come back soon
     ├── NotStorable            the store cannot hold a value; trying again would not help
     ├── Unavailable            Postgres or Redis cannot be reached; come back later
     ├── AttemptsExhausted      a job was interrupted too often
@@ -164,6 +165,14 @@ class QueueFull(GristmillError):
     def __init__(self, message: str | None = None, *, retry_after: int = 5) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class Busy(GristmillError):
+    """There is too much in hand here. `retry_after` is in whole seconds."""
+
+    code = "busy"
+    retryable = True
+    retry_after: ClassVar[int] = 2
 
 
 class Unavailable(GristmillError):

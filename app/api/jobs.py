@@ -156,8 +156,8 @@ async def submit_bulk(request: Request, here: Here) -> Response:
     The good ones are accepted beside the bad ones: 202 if there is any good one, else 200. Only
     what is wrong with the body as a whole, a full queue and an absent Postgres are errors here.
     """
-    async with here.bulk_slots:
-        raw = await raw_bodies.read_body(request, here.settings.api.max_bulk_bytes)
+    raw = await raw_bodies.read_body(request, here.settings.api.max_bulk_bytes)
+    async with here.bulk_turn():
         stored = await here.write(_submit_bulk, here, raw)
         await here.send(stored)
         return await to_thread.run_sync(_bulk_answer, here, stored, limiter=here.bulk_answers)

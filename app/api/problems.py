@@ -35,6 +35,7 @@ STATUS: Final[dict[type[errors.GristmillError], HTTPStatus]] = {
     errors.ResponseRemoved: HTTPStatus.GONE,
     errors.NotStorable: HTTPStatus.BAD_REQUEST,
     errors.QueueFull: HTTPStatus.TOO_MANY_REQUESTS,
+    errors.Busy: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.Unavailable: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.SchemaError: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.JobUnreadable: HTTPStatus.INTERNAL_SERVER_ERROR,
@@ -121,7 +122,7 @@ def _on_gristmill_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, errors.GristmillError)
     problem = describe(error, instance=request.url.path)
     headers: dict[str, str] = {}
-    if isinstance(error, errors.QueueFull):
+    if isinstance(error, errors.QueueFull | errors.Busy):
         headers["Retry-After"] = str(error.retry_after)
     elif isinstance(error, errors.RequestTooLarge):
         headers["Connection"] = "close"  # there may be more of it under way
@@ -182,8 +183,8 @@ RESPONSES: Final[dict[HTTPStatus, str]] = {
     HTTPStatus.UNPROCESSABLE_ENTITY: "Well formed, and yet it cannot run: too long for the model's "
     "context, a deadline in the past, an Idempotency-Key used for another request.",
     HTTPStatus.TOO_MANY_REQUESTS: "The queue is full; `Retry-After` says when to try again.",
-    HTTPStatus.SERVICE_UNAVAILABLE: "Postgres cannot be reached; `Retry-After` says when to try "
-    "again.",
+    HTTPStatus.SERVICE_UNAVAILABLE: "Postgres cannot be reached, or too much is in hand here; "
+    "`Retry-After` says when to try again.",
 }
 
 

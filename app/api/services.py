@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Concatenate, Final, ParamSpec, TypeVar
@@ -20,7 +20,7 @@ from app.api.reader import Reader, Snapshot, snapshots
 from app.api.waiting import Waiters
 from app.broker.publisher import Publisher
 from app.config.settings import Settings
-from app.errors import Unavailable
+from app.errors import Busy, Unavailable
 from app.intake.decision import Decision
 from app.intake.submit import Stored, Submitter
 from app.store.database import Database
@@ -28,7 +28,13 @@ from app.store.database import Database
 log = logging.getLogger(__name__)
 
 MAX_BULKS: Final = 4
-"""Bulk submissions read at once: each may take many megabytes, and the next ones wait."""
+"""Bulk submissions worked on at once: each may take many megabytes, and the next ones wait."""
+
+BULK_WAIT_S: Final = 10.0
+"""How long a bulk that has arrived waits for its turn."""
+
+SCRAPE_S: Final = 8.0
+"""Longest look at what Prometheus asks for; its own patience is 10 s by default."""
 
 SEND_S: Final = 1.0
 """How long an answer waits for what it does not depend on, so that its message is there first."""
@@ -48,14 +54,15 @@ class Services:
     submitter: Submitter
     waiters: Waiters
     metrics: Metrics
-    bulk_slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_BULKS))
+    bulk_turns: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_BULKS))
     read_slots: CapacityLimiter = field(init=False)  #: threads that reads may take
     bulk_answers: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(MAX_BULKS))
     send_slots: CapacityLimiter = field(init=False)  #: the same for what follows an answer
     behind: set[asyncio.Task[None]] = field(default_factory=set)  #: it, on its way
     reader: Reader = field(init=False)
-    postgres: Probe = field(init=False)
-    redis: Probe = field(init=False)
+    postgres: Probe[None] = field(init=False)
+    redis: Probe[None] = field(init=False)
+    scrape: Probe[bytes] = field(init=False)
 
     def __post_init__(self) -> None:
         # Half of the connections, so that no storm of polls keeps a submission waiting.
@@ -64,6 +71,7 @@ class Services:
         object.__setattr__(self, "send_slots", CapacityLimiter(self.settings.database.pool_size))
         object.__setattr__(self, "postgres", Probe(self._store_takes_jobs))
         object.__setattr__(self, "redis", Probe(self.publisher.try_to_send))
+        object.__setattr__(self, "scrape", Probe(self.metrics.text, SCRAPE_S))
         reader = Reader(lambda ids: self.read(snapshots, self.database, ids))
         object.__setattr__(self, "reader", reader)
 
@@ -76,13 +84,28 @@ class Services:
         with self._in_time():
             return await self.reader.read(job_id)
 
-    async def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run what blocks in a thread. Raises `Unavailable` if Postgres keeps it for too long."""
-        return await self._in_thread(partial(call, *args, **kwargs), None)
+    @asynccontextmanager
+    async def bulk_turn(self) -> AsyncIterator[None]:
+        """To be taken with the whole body at hand: who has sent nothing keeps nobody waiting.
+
+        Raises `Busy` if it does not come in time.
+        """
+        try:
+            async with asyncio.timeout(BULK_WAIT_S):
+                await self.bulk_turns.acquire()
+        except TimeoutError:
+            raise Busy("Too many bulk submissions are being worked on. Try again.") from None
+        try:
+            yield
+        finally:
+            self.bulk_turns.release()
 
     async def read(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """The same for what only reads: no more at once than `read_slots`."""
-        return await self._in_thread(partial(call, *args, **kwargs), self.read_slots)
+        """Run what only reads in a thread, no more at once than `read_slots`. Raises `Unavailable`
+        if Postgres keeps it for too long."""
+        with self._in_time():
+            work = partial(call, *args, **kwargs)
+            return await to_thread.run_sync(work, abandon_on_cancel=True, limiter=self.read_slots)
 
     async def write(
         self, call: Callable[Concatenate[Decision, P], T], *args: P.args, **kwargs: P.kwargs
@@ -114,10 +137,6 @@ class Services:
         self.behind.discard(work)
         if not work.cancelled() and (error := work.exception()):
             log.error("After an answer: %s.", type(error).__name__, extra={"action": "send_failed"})
-
-    async def _in_thread(self, call: Callable[[], T], slots: CapacityLimiter | None) -> T:
-        with self._in_time():
-            return await to_thread.run_sync(call, abandon_on_cancel=True, limiter=slots)
 
     @contextmanager
     def _in_time(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import select
 import socket
 import threading
 from collections.abc import Iterator
@@ -13,9 +14,12 @@ from typing import Any
 import httpx
 import pytest
 
-from app.api import connections, raw_bodies
+from app.api import connections, raw_bodies, services
+from app.api.metrics import Metrics
 from app.api.reader import AT_ONCE
+from app.api.services import MAX_BULKS
 from app.config.settings import Settings
+from app.intake.submit import Submitter
 from app.store import reads
 from tests.apis import running_api
 from tests.waiting import eventually
@@ -226,3 +230,79 @@ def test_a_storm_of_polls_that_stand_still_leaves_threads_for_submissions(
         finally:
             go_on.set()
         assert {each.result(timeout=60).status_code for each in polls} == {200}
+
+
+# ── bulks ───────────────────────────────────────────────────────────────────────────────────────
+
+
+BULK_HEAD = HEAD.replace(b"/v1/jobs", b"/v1/jobs/bulk")
+
+
+def test_silent_bulk_connections_keep_nobodys_bulk_waiting(api: httpx.Client) -> None:
+    with ExitStack() as held:
+        silent = [held.enter_context(connected(api, BULK_HEAD)) for _ in range(2 * MAX_BULKS)]
+
+        assert api.post("/v1/jobs/bulk", json={"jobs": [JOB]}).status_code == 202
+
+        answered, _, _ = select.select(silent, [], [], 0)
+        assert answered == []  # all of them were still being waited for
+
+
+def test_a_bulk_whose_turn_does_not_come_is_told_so_and_not_stored(
+    api: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(services, "BULK_WAIT_S", 0.2)
+    go_on, begun = threading.Event(), threading.Semaphore(0)
+    store = Submitter.store
+
+    def store_when_let(*args: Any) -> Any:
+        begun.release()
+        assert go_on.wait(60)
+        return store(*args)
+
+    monkeypatch.setattr(Submitter, "store", store_when_let)
+    with ThreadPoolExecutor() as pool:
+        try:
+            bulk = {"jobs": [JOB]}
+            first = [pool.submit(api.post, "/v1/jobs/bulk", json=bulk) for _ in range(MAX_BULKS)]
+            for _ in first:
+                assert begun.acquire(timeout=30)
+
+            refused = api.post("/v1/jobs/bulk", json=bulk)
+        finally:
+            go_on.set()
+        assert {each.result(timeout=60).status_code for each in first} == {202}
+
+    assert (refused.status_code, refused.json()["code"]) == (503, "busy")
+    assert int(refused.headers["retry-after"]) > 0
+    assert len(api.get("/v1/jobs").json()["data"]) == MAX_BULKS
+
+
+# ── probes ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_storm_of_scrapes_takes_one_look_and_no_thread_of_submissions(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on, looks = threading.Event(), threading.Semaphore(0)
+    text = Metrics.text
+
+    def text_when_let(metrics: Metrics) -> bytes:
+        looks.release()
+        assert go_on.wait(60)
+        return text(metrics)
+
+    monkeypatch.setattr(Metrics, "text", text_when_let)
+    number = 2 * settings.database.pool_size
+    with running_api(settings) as api, ThreadPoolExecutor(number) as pool:
+        try:
+            scrapes = [pool.submit(api.get, "/metrics") for _ in range(number)]
+            assert looks.acquire(timeout=30)
+
+            assert api.post("/v1/jobs", json=JOB).status_code == 202
+            assert not looks.acquire(timeout=0.1)
+        finally:
+            go_on.set()
+        answers = [each.result(timeout=60) for each in scrapes]
+    assert {each.status_code for each in answers} == {200}
+    assert len({each.content for each in answers}) == 1

@@ -59,6 +59,7 @@ async def send(app: FastAPI, request: httpx.Request) -> httpx.Response:
         (errors.QueueFull(retry_after=7), 429),
         (errors.GristmillError(), 500),
         (errors.Unavailable(), 503),
+        (errors.Busy(), 503),
         (errors.SchemaError(), 503),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else str(value),
