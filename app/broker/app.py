@@ -35,6 +35,7 @@ def make_app(settings: Settings) -> Celery:
         os.environ.pop(name, None)
     app = Celery("gristmill", set_as_current=False)
     app.settings = settings
+    app.events.dispatcher_cls = "app.worker.pool.events:EventDispatcher"
     app.conf.update(_celery_settings(settings))
     for name in TASK_NAMES.values():
         app.task(_never_run, name=name, lazy=False)
