@@ -14,13 +14,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from app.config import private
 from app.errors import ConfigError
 
 
 @contextlib.contextmanager
 def only_one(cache_dir: Path) -> Iterator[None]:
     """Hold the folder's lock; raises `ConfigError` if another `gristmill up` has it."""
-    cache_dir.mkdir(parents=True, exist_ok=True)
+    private.folder(cache_dir)
     with (cache_dir / "up.lock").open("a+") as lock:
         if not _take(lock.fileno()):
             lock.seek(0)
@@ -40,7 +41,7 @@ def only_one(cache_dir: Path) -> Iterator[None]:
 def write(cache_dir: Path, chosen: Mapping[str, Any]) -> None:
     """Replace the file at once; for this user's eyes only, since URLs hold passwords."""
     new = cache_dir / "run.json.new"
-    with open(os.open(new, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "w") as out:
+    with private.file(new, "w") as out:
         json.dump(chosen, out, indent=2)
     new.rename(cache_dir / "run.json")
 

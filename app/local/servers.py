@@ -28,6 +28,7 @@ from typing import ClassVar, Final, Self
 
 import redis
 
+from app.config import private
 from app.errors import ConfigError, Unavailable
 
 LOOPBACK: Final = "127.0.0.1"
@@ -61,7 +62,8 @@ class Child:
     """A process of ours, in a session of its own so that a terminal's Ctrl-C reaches only us.
 
     `stop` sends the stop signals in turn, each with an equal part of the time, then kills the
-    whole process group. Output goes to `log`.
+    whole process group. Output goes to `log`, whose folder is for this user alone, as are the files
+    that the process makes.
     """
 
     def __init__(
@@ -93,8 +95,8 @@ class Child:
         return self._process.poll() if self._process else None
 
     def start(self, *, stdin: bytes = b"", keep_open: Sequence[int] = ()) -> None:
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("ab") as output:
+        private.folder(self.log.parent)
+        with private.file(self.log, "ab") as output:
             self._log_start = output.tell()
             self._process = subprocess.Popen(
                 self._command,
@@ -103,6 +105,7 @@ class Child:
                 stderr=output,
                 env=self._env,
                 pass_fds=keep_open,
+                umask=private.UMASK,
                 start_new_session=True,
                 preexec_fn=_heed_signals,  # noqa: PLW1509  nothing but system calls
             )
@@ -256,6 +259,7 @@ class EmbeddedPostgres(_Server):
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            umask=private.UMASK,
         )
         if done.returncode:
             raise Unavailable(f"Postgres could not make {self._data}:\n{done.stdout.strip()}")
@@ -338,7 +342,7 @@ def _locked(folder: Path) -> Iterator[int]:
 
     So a server that still shuts down is waited for, and two never write into one folder.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    private.folder(folder)
     lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o600)
     try:
         deadline = time.monotonic() + STOP_TIMEOUT_S
@@ -358,7 +362,7 @@ def _password(folder: Path) -> str:
     """Made once per folder; other users of this machine may connect to the port."""
     file = folder / "password"
     if not file.exists():
-        with open(os.open(file, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "w") as out:
+        with private.file(file, "w") as out:
             out.write(secrets.token_urlsafe(16))
     return file.read_text()
 

@@ -139,6 +139,47 @@ def test_a_child_that_ignores_its_stop_signal_is_killed_with_its_children(tmp_pa
     assert child.exit_code == -signal.SIGKILL
 
 
+@pytest.mark.parametrize("kind", [EmbeddedPostgres, EmbeddedRedis])
+def test_a_servers_folder_that_was_open_is_closed_to_other_users_with_all_that_is_made_in_it(
+    kind: type, tmp_path: Path
+):
+    folder, log = tmp_path / "server", tmp_path / "logs" / "server.log"
+    for made in (folder, log.parent):
+        made.mkdir(mode=0o755)
+    log.touch(mode=0o644)
+
+    with kind(folder, log=log):
+        found = [folder, log.parent, *folder.rglob("*"), *log.parent.rglob("*")]
+
+        assert len(found) > 3
+        assert not [path for path in found if path.exists() and path.stat().st_mode & 0o077]
+
+
+def test_what_a_child_makes_is_for_this_user_alone(tmp_path: Path):
+    child = Child("maker", ["sh", "-c", "echo prompt > made"], tmp_path / "log", prefix=())
+    with contextlib.chdir(tmp_path):
+        child.start()
+
+    eventually(lambda: child.exit_code == 0)
+
+    assert (tmp_path / "made").stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "log").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_folder_of_another_user_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "chmod", refuse)
+
+    with pytest.raises(ConfigError, match="cannot be closed to other users") as caught:
+        EmbeddedRedis(tmp_path).start()
+
+    assert "GRISTMILL_CACHE_DIR" in caught.value.message
+
+
 def test_a_taken_port_is_replaced_by_a_free_one():
     port = free_port()
     assert free_port(preferred=port) == port
