@@ -27,6 +27,7 @@ from uuid import uuid4
 
 import httpx
 
+from app.config.host import is_loopback
 from app.errors import GristmillError, RequestError, ResponseRemoved, Unavailable
 from app.jobs import JobState
 
@@ -214,7 +215,7 @@ class Client:
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         self._flows = _Flows(base_url, timeout_s, max_retries)
-        self._http = httpx.Client(transport=transport)
+        self._http = httpx.Client(transport=transport, trust_env=_heeds_proxies(base_url))
 
     def submit(self, body: Mapping[str, Any], **options: Unpack[Options]) -> str:
         """Submit the body of an OpenAI-style call; returns the job's id."""
@@ -292,7 +293,7 @@ class AsyncClient:
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self._flows = _Flows(base_url, timeout_s, max_retries)
-        self._http = httpx.AsyncClient(transport=transport)
+        self._http = httpx.AsyncClient(transport=transport, trust_env=_heeds_proxies(base_url))
 
     async def submit(self, body: Mapping[str, Any], **options: Unpack[Options]) -> str:
         """Submit the body of an OpenAI-style call; returns the job's id."""
@@ -358,6 +359,11 @@ class AsyncClient:
                     outcome = error
             else:
                 await asyncio.sleep(step)
+
+
+def _heeds_proxies(base_url: str) -> bool:
+    """Whether HTTP_PROXY and its like count: prompts for this machine do not leave it."""
+    return not is_loopback(httpx.URL(base_url).host)
 
 
 def _submission(body: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:

@@ -57,8 +57,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 @pytest.fixture(autouse=True)
 def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test sees the settings of whoever runs the tests, or those of another test."""
-    for name in [name for name in os.environ if name.startswith("GRISTMILL_")]:
-        monkeypatch.delenv(name)
+    for name in list(os.environ):
+        if name.startswith("GRISTMILL_") or name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
     monkeypatch.setenv("GRISTMILL_CONFIG", "")  # what --config sets is taken back, too
 
 

@@ -9,12 +9,13 @@ sentinel://:password@one:26379;sentinel://two:26379/0   whoever is master now; w
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit
+
+from app.config.host import is_address
 
 SCHEMES: Final = ("redis", "rediss", "unix", "redis+socket", "sentinel")
 _FILES: Final = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
@@ -81,20 +82,12 @@ def _part_problems(url: str, schemes: tuple[str, ...]) -> Iterator[str]:
 def _is_host(name: str) -> bool:
     """Whether it can be asked for: an address, or a name whose parts are neither empty nor long."""
     if ":" in name:  # stood in brackets
-        return _is_address(name.partition("%")[0])
+        return is_address(name.partition("%")[0])
     try:
         name.encode("idna")
     except UnicodeError:
         return False
     return re.fullmatch(r"[\w.-]+", name) is not None
-
-
-def _is_address(text: str) -> bool:
-    try:
-        ipaddress.ip_address(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _query_problems(parts: SplitResult, is_socket: bool) -> Iterator[str]:

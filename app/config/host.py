@@ -1,0 +1,27 @@
+"""Names and addresses of hosts, as they stand in URLs and headers; nothing is looked up."""
+
+from __future__ import annotations
+
+import ipaddress
+
+
+def is_address(host: str) -> bool:
+    """Whether it is an IP address, which nobody can make a name of theirs lead to."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def is_localhost(host: str) -> bool:
+    """Whether it is a name that browsers and resolvers keep for this machine (RFC 6761)."""
+    return host == "localhost" or host.endswith(".localhost")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether what is sent there stays on this machine."""
+    if is_address(host):
+        address = ipaddress.ip_address(host)
+        return address.is_loopback or address.is_unspecified
+    return is_localhost(host.lower().rstrip("."))
