@@ -13,6 +13,8 @@ import sys
 import time
 from typing import Any, Final
 
+from app.printable import printable
+
 
 def setup_logging(level: str | int = "INFO") -> None:
     """Send this process's log to standard error, in place of what was set up before.
@@ -90,6 +92,9 @@ class TextFormatter(logging.Formatter):
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))  # a message may quote a foreign task's name
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         extra = "".join(f" {key}={value}" for key, value in _extra(record).items())

@@ -181,9 +181,7 @@ def _run(url: str, phase: Phase, pace: float) -> Phase:
 async def _arrivals(url: str, phase: Phase, pace: float) -> None:
     chance = random.Random(phase.name)
     limits = httpx.Limits(max_connections=500, max_keepalive_connections=500)
-    async with httpx.AsyncClient(
-        base_url=url, timeout=30, limits=limits, trust_env=False
-    ) as http:
+    async with httpx.AsyncClient(base_url=url, timeout=30, limits=limits, trust_env=False) as http:
         began = due = time.monotonic()
         async with asyncio.TaskGroup() as clients:
             while due < began + phase.seconds:

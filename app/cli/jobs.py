@@ -21,6 +21,7 @@ from app.cli.terminal import (
     load_settings,
     out,
     print_json,
+    say,
     tell,
 )
 from app.client import Client, Job
@@ -230,7 +231,7 @@ def _show(job: Job, as_json: bool) -> None:
             table.add_row(name, str(value))
     out.print(table)
     for text in _texts(job.response or {}):
-        out.print(text, markup=False, soft_wrap=True)
+        say(text)
 
 
 def _texts(response: dict[str, Any]) -> Iterator[str]:

@@ -25,7 +25,8 @@ def up() -> None:
         with System(loaded, tell) as system:
             settings = system.settings
             out.print(
-                f"[bold]API[/]     {settings.api.url}/docs\n[bold]Flower[/]  {settings.flower.url}"
+                f"[bold]API[/]     {settings.api.url}/docs\n[bold]Flower[/]  {settings.flower.url}",
+                markup=True,
             )
             out.print(
                 f"Logs are in {settings.cache_dir}/logs. The servers' URLs, passwords "

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any, Final
 
 import click
+from rich.markup import escape
 from rich.table import Table
 
 from app.cli.terminal import FAILED, as_json_option, load_settings, out, print_json
@@ -59,8 +60,8 @@ def doctor(as_json: bool) -> None:
             mark = {True: "[green]ok[/]  ", False: "[red]no[/]  ", None: "[yellow]note[/]"}[
                 finding.ok
             ]
-            out.print(f"{mark} [bold]{finding.name}[/]: ", end="")
-            out.print(finding.detail, markup=False, soft_wrap=True)
+            out.print(f"{mark} [bold]{escape(finding.name)}[/]: ", end="", markup=True)
+            out.print(finding.detail, soft_wrap=True)
     if as_json:
         print_json([asdict(finding) for finding in findings])
     sys.exit(FAILED if any(finding.ok is False for finding in findings) else 0)

@@ -1,7 +1,7 @@
 """Folders and files for this user's eyes alone: prompts, passwords and logs lie in them.
 
-    folder = private.folder(cache_dir / "redis")
-    with private.file(folder / "password", "w") as out: …
+folder = private.folder(cache_dir / "redis")
+with private.file(folder / "password", "w") as out: …
 """
 
 from __future__ import annotations

@@ -269,14 +269,14 @@ def _table(sent: Sequence[Sent], jobs: Sequence[JobView]) -> Table:
 
 
 def _print_answers(sent: Sequence[Sent], jobs: Sequence[JobView], out: Console) -> None:
-    out.print("\n[bold]A few of the answers[/]")
+    out.print("\n[bold]A few of the answers[/]", markup=True)
     shown: set[str] = set()
     for each, job in zip(sent, jobs, strict=True):
         if each.way in shown or not (job.result and job.result.response):
             continue
         shown.add(each.way)
         for question, answer in _exchange(each.body, job.result.response):
-            out.print(f"  {question!r}\n    → {answer!r}", markup=False, soft_wrap=True)
+            out.print(f"  {question!r}\n    → {answer!r}", soft_wrap=True)
 
 
 def _exchange(body: dict[str, Any], response: dict[str, Any]) -> Iterator[tuple[str, str]]:
