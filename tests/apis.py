@@ -19,10 +19,10 @@ from app.store.database import Database
 
 
 @contextmanager
-def running_api(settings: Settings) -> Iterator[httpx.Client]:
+def running_api(settings: Settings, port: int = 0) -> Iterator[httpx.Client]:
     """A client of an API that runs with these settings; both end with the block."""
     app = create_app(settings)
-    sock = listen_on("127.0.0.1", 0)
+    sock = listen_on("127.0.0.1", port)
     server = Server(app)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
     thread.start()

@@ -243,7 +243,7 @@ def _texts(response: dict[str, Any]) -> Iterator[str]:
 
 
 def _client() -> Client:
-    return Client(load_settings().settings.api.url, max_retries=2)
+    return Client(load_settings().settings.api.url, patience_s=5)
 
 
 def _json(text: str, where: str) -> dict[str, Any]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -76,6 +78,32 @@ def test_cancelling_frees_the_job_and_its_result_says_so(url: str) -> None:
         with pytest.raises(JobFailed, match="cancelled") as ended:
             gristmill.result(job_id, timeout_s=30)
         assert ended.value.job.state is JobState.CANCELLED
+
+
+def test_submissions_and_waits_go_through_a_restart_of_the_api(settings: Settings) -> None:
+    # given a client whose API has just gone
+    with running_api(settings) as api:
+        url = str(api.base_url)
+    away = threading.Event()
+    with (
+        Client(url, on_pause=lambda *_: away.set()) as gristmill,
+        ThreadPoolExecutor() as threads,
+    ):
+        # when it submits, and waits for what it submitted, while the API is away
+        submitted = threads.submit(gristmill.submit_many, [{"body": {"prompt": "grain"}}] * 3)
+        assert away.wait(20)
+        with running_api(settings, api.base_url.port or 0):
+            ids = submitted.result(60)
+        away.clear()
+        waited = [threads.submit(gristmill.wait, str(each), timeout_s=60) for each in ids]
+        assert away.wait(20)
+        with running_api(settings, api.base_url.port or 0):
+            for each in ids:
+                gristmill.cancel(str(each))
+
+            # then nothing is lost or doubled, and nobody gave up
+            assert {each.result(60).state for each in waited} == {JobState.CANCELLED}
+            assert sorted(job.id for job in gristmill.jobs()) == sorted(map(str, ids))
 
 
 def test_an_unknown_job_is_an_error_of_its_own(url: str) -> None:

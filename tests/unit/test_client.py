@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
+import ssl
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import Any
@@ -15,13 +16,15 @@ from typing import Any
 import httpx
 import pytest
 
-from app import client as client_module
-from app.client import AsyncClient, Client, JobFailed
+from app.client import AsyncClient, Client, JobFailed, asynchronous, exchange, sync, timer
 from app.errors import (
     ContextLengthExceeded,
     GristmillError,
     IdempotencyConflict,
+    JobNotFound,
     JobStateConflict,
+    QueueFull,
+    RequestError,
     Unavailable,
 )
 
@@ -37,6 +40,7 @@ class Api:
         self._answers = list(answers)
         self.requests: list[httpx.Request] = []
         self.pauses: list[float] = []
+        self.held_s = 0.0
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
         self.requests.append(request)
@@ -51,32 +55,51 @@ class Api:
         return json.loads(self.requests[index].content)
 
 
+class Clock:
+    """Goes on by what is paused and by what the server holds."""
+
+    api: Api
+
+    def __init__(self) -> None:
+        self._now = 0.0
+
+    def monotonic(self) -> float:
+        return self._now + self.api.held_s
+
+    def sleep(self, seconds: float) -> None:
+        self.api.pauses.append(seconds)
+        self._now += seconds
+
+    async def sleep_too(self, seconds: float) -> None:
+        self.sleep(seconds)
+
+
 @pytest.fixture(params=["sync", "async"])
 def call(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Call:
-    """`call(api, "submit", …)` calls a method of a client that talks to `api`; pauses are noted
-    and not made."""
-    apis: list[Api] = []
+    """`call(api, "submit", …)` calls a method of a client that talks to `api`, `made` with these
+    options; pauses are noted and pass at once, by the client's clock."""
+    clock = Clock()
+    for module in (sync, exchange, timer):
+        monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(asynchronous, "asyncio", SimpleNamespace(sleep=clock.sleep_too))
 
-    def note(seconds: float) -> None:
-        apis[-1].pauses.append(seconds)
-
-    async def note_too(seconds: float) -> None:
-        note(seconds)
-
-    clock = SimpleNamespace(sleep=note, monotonic=time.monotonic)
-    monkeypatch.setattr(client_module, "time", clock)
-    monkeypatch.setattr(client_module, "asyncio", SimpleNamespace(sleep=note_too))
-
-    def make(api: Api, method: str, *args: Any, **kwargs: Any) -> Any:
-        apis.append(api)
+    def make(
+        api: Api, method: str, *args: Any, made: dict[str, Any] | None = None, **kwargs: Any
+    ) -> Any:
+        clock.api = api
         transport = httpx.MockTransport(api)
+        options = {"transport": transport} | (made or {})
         if request.param == "sync":
-            with Client("http://test/", transport=transport) as client:
-                return getattr(client, method)(*args, **kwargs)
+            with Client("http://test/", **options) as client:
+                answer = getattr(client, method)(*args, **kwargs)
+                return list(answer) if isinstance(answer, Iterator) else answer
 
         async def go() -> Any:
-            async with AsyncClient("http://test/", transport=transport) as client:
-                return await getattr(client, method)(*args, **kwargs)
+            async with AsyncClient("http://test/", **options) as client:
+                answer = getattr(client, method)(*args, **kwargs)
+                if isinstance(answer, AsyncIterator):
+                    return [each async for each in answer]
+                return await answer
 
         return asyncio.run(go())
 
@@ -144,14 +167,18 @@ def test_the_server_says_how_long_to_pause(call: Call) -> None:
     assert api.pauses == [7.0]
 
 
-def test_tries_are_bounded_and_the_last_error_tells_why(call: Call) -> None:
-    for trouble in (problem(503, "unavailable"), httpx.ConnectError("refused")):
+def test_patience_is_a_time_and_the_last_error_tells_why(call: Call) -> None:
+    for trouble in (
+        problem(503, "unavailable"),
+        httpx.ConnectError("refused"),
+        httpx.Response(502, text="<html>bad gateway</html>"),
+    ):
         api = Api(trouble)
 
         with pytest.raises(Unavailable):
-            call(api, "submit", BODY)
+            call(api, "submit", BODY, made={"patience_s": 90})
 
-        assert len(api.requests) == 6
+        assert 80 <= sum(api.pauses) <= 90
 
 
 @pytest.mark.parametrize(
@@ -199,19 +226,146 @@ def test_many_submissions_are_answered_each_in_its_place(call: Call) -> None:
     assert sent[0]["idempotency_key"] != sent[1]["idempotency_key"]
 
 
-def test_very_many_submissions_go_in_pages(call: Call) -> None:
-    def bulk(request: httpx.Request) -> httpx.Response:
-        jobs = json.loads(request.content)["jobs"]
-        return httpx.Response(
-            202, json={"items": [{"id": each["body"]["prompt"]} for each in jobs]}
-        )
+def bulk(request: httpx.Request) -> httpx.Response:
+    """Accepts every job; its id is its prompt."""
+    jobs = json.loads(request.content)["jobs"]
+    return httpx.Response(202, json={"items": [{"id": each["body"]["prompt"]} for each in jobs]})
 
+
+def submissions(number: int) -> list[dict[str, Any]]:
+    return [{"body": {"prompt": str(n)}} for n in range(number)]
+
+
+def test_very_many_submissions_go_in_pages(call: Call) -> None:
     api = Api(bulk)
 
-    ids = call(api, "submit_many", [{"body": {"prompt": str(n)}} for n in range(2_500)])
+    ids = call(api, "submit_many", submissions(2_500))
 
     assert ids == [str(n) for n in range(2_500)]
     assert len(api.requests) == 3
+
+
+def test_pages_are_cut_by_bytes_too(call: Call) -> None:
+    api = Api(bulk)
+
+    ids = call(api, "submit_many", [{"body": {"prompt": "x" * 1_500_000}}] * 5)
+
+    assert len(ids) == 5
+    assert [len(api.body(n)["jobs"]) for n in range(len(api.requests))] == [2, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("refusal", "error"),
+    [
+        (problem(503, "unavailable"), Unavailable),
+        (problem(429, "queue_full"), QueueFull),
+        (problem(500, "internal_error"), GristmillError),
+        (httpx.ReadError("reset"), Unavailable),
+        (httpx.Response(200, json={"items": []}), GristmillError),
+        (httpx.Response(200, text="<html>not ours</html>"), GristmillError),
+    ],
+    ids=lambda each: getattr(each, "status_code", getattr(each, "__name__", "broken")),
+)
+def test_a_page_that_is_refused_does_not_lose_the_ids_of_the_other_pages(
+    call: Call, refusal: Answer, error: type[GristmillError]
+) -> None:
+    def second_page_fails(request: httpx.Request) -> httpx.Response:
+        if json.loads(request.content)["jobs"][0]["body"]["prompt"] != "1000":
+            return bulk(request)
+        if isinstance(refusal, Exception):
+            raise refusal
+        return httpx.Response(refusal.status_code, content=refusal.content)
+
+    outcomes = call(Api(second_page_fails), "submit_many", submissions(2_500))
+
+    assert outcomes[:1_000] == [str(n) for n in range(1_000)]
+    assert {type(outcome) for outcome in outcomes[1_000:2_000]} == {error}
+    assert outcomes[2_000:] == [str(n) for n in range(2_000, 2_500)]
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_one_job_that_spoils_its_page_costs_only_itself(call: Call, status: int) -> None:
+    def refuses_one(request: httpx.Request) -> httpx.Response:
+        if b'"13"' in request.content:
+            return httpx.Response(status, json={"code": "invalid_request", "detail": "Too deep."})
+        return bulk(request)
+
+    outcomes = call(Api(refuses_one), "submit_many", submissions(100))
+
+    assert isinstance(outcomes.pop(13), RequestError)
+    assert outcomes == [str(n) for n in range(100) if n != 13]
+
+
+def test_a_proxy_that_takes_less_is_given_smaller_pages(call: Call) -> None:
+    def proxy(request: httpx.Request) -> httpx.Response:
+        if len(request.content) > 1_200_000:
+            return httpx.Response(413, text="<html>413 Request Entity Too Large</html>")
+        return bulk(request)
+
+    api = Api(proxy)
+
+    outcomes = call(api, "submit_many", [{"body": {"prompt": "x" * 100_000}}] * 100)
+
+    assert outcomes == ["x" * 100_000] * 100
+    refused = sum(len(request.content) > 1_200_000 for request in api.requests)
+    assert refused <= 3
+
+
+def test_an_api_that_is_gone_costs_its_patience_once_and_not_once_a_page(call: Call) -> None:
+    api = Api(httpx.ConnectError("refused"))
+
+    outcomes = call(api, "submit_many", submissions(5_000), made={"patience_s": 90})
+
+    assert {type(outcome) for outcome in outcomes} == {Unavailable}
+    assert len(outcomes) == 5_000
+    assert sum(api.pauses) <= 90
+
+
+def test_what_cannot_be_written_as_json_is_refused_in_its_place(call: Call) -> None:
+    circle: list[Any] = []
+    circle.append(circle)
+    api = Api(bulk)
+    odd = [{"prompt": b"bytes"}, {"prompt": float("nan")}, {"prompt": circle}, 7]
+
+    outcomes = call(api, "submit_many", [{"body": BODY}, *({"body": each} for each in odd), {}])
+
+    assert outcomes[0] == BODY["prompt"]
+    assert all(isinstance(outcome, RequestError) for outcome in outcomes[1:])
+    assert len(outcomes) == 6
+
+
+def test_half_a_surrogate_pair_is_left_to_the_api_to_judge(call: Call) -> None:
+    api = Api(job("queued"))
+
+    call(api, "submit", {"prompt": "half \ud83d"})
+
+    assert api.body()["body"] == {"prompt": "half \ud83d"}
+
+
+def test_submissions_are_taken_no_sooner_than_a_page_wants_them() -> None:
+    taken = 0
+
+    def endless() -> Iterator[Any]:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield {"body": {"prompt": str(taken)}}
+
+    with Client("http://test", transport=httpx.MockTransport(Api(bulk))) as client:
+        outcomes = client.iter_submit(endless())
+
+        assert next(outcomes) == "1"
+        assert taken == 1_000
+
+
+def test_none_among_the_submissions_sends_what_there_is() -> None:
+    api = Api(bulk)
+    with Client("http://test", transport=httpx.MockTransport(api)) as client:
+        outcomes = client.iter_submit([None, *submissions(2), None, *submissions(1)])
+
+        assert list(outcomes) == ["0", "1", "0"]
+
+    assert [len(api.body(n)["jobs"]) for n in range(2)] == [2, 1]
 
 
 def test_a_result_is_the_response_of_a_job_that_completed(call: Call) -> None:
@@ -237,11 +391,232 @@ def test_a_wait_that_runs_out_says_so(call: Call) -> None:
         call(Api(job("running")), "wait", "j1", timeout_s=0)
 
 
+def away_for(seconds: float, then: Answer) -> Api:
+    """An API that is restarted, which takes so long."""
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if sum(api.pauses) < seconds:
+            raise httpx.ConnectError("refused")
+        return then(request) if callable(then) else then
+
+    api = Api(answer)
+    return api
+
+
+@pytest.mark.parametrize("timeout_s", [None, 600])
+def test_a_wait_goes_through_a_restart_of_the_api_of_a_minute(
+    call: Call, timeout_s: float | None
+) -> None:
+    api = away_for(60, job("completed", response={"choices": []}))
+
+    assert call(api, "result", "j1", timeout_s=timeout_s) == {"choices": []}
+
+
+@pytest.mark.parametrize("method", ["wait", "as_completed"])
+def test_a_wait_does_not_give_up_before_its_timeout(call: Call, method: str) -> None:
+    api = Api(httpx.ConnectError("refused"))
+    ids: Any = "j1" if method == "wait" else ["j1"]
+
+    with pytest.raises(TimeoutError, match="does not answer"):
+        call(api, method, ids, timeout_s=1_000)
+
+    assert sum(api.pauses) == pytest.approx(1_000)
+
+
+def test_a_wait_without_end_has_the_patience_of_its_client(call: Call) -> None:
+    with pytest.raises(Unavailable):
+        call(Api(httpx.ConnectError("refused")), "wait", "j1")
+
+
+class Jobs:
+    """Answers bulk looks at jobs; every look finds `per_look` more of them ended."""
+
+    def __init__(self, per_look: int) -> None:
+        self._per_look = per_look
+        self._ended: set[str] = set()
+        self.most_ids = 0
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        asked = json.loads(request.content)
+        self.most_ids = max(self.most_ids, len(asked["ids"]))
+        if asked["view"] == "state":
+            assert asked["wait_for"] == "any"
+            still = [job_id for job_id in asked["ids"] if job_id not in self._ended]
+            self._ended |= set(still[-self._per_look :])
+        return httpx.Response(200, json={"items": [self._item(each) for each in asked["ids"]]})
+
+    def _item(self, job_id: str) -> dict[str, Any]:
+        if job_id == "unknown":
+            return {"id": job_id, "error": {"code": "job_not_found", "detail": "No such job."}}
+        state = "completed" if job_id in self._ended else "running"
+        told = {"id": job_id, "state": state, "response": {"text": job_id}}
+        return {"id": job_id, "state": state, "job": told}
+
+
+def test_jobs_come_as_they_end(call: Call) -> None:
+    outcomes = call(Api(Jobs(per_look=1)), "as_completed", ["a", "b", "unknown", "c", "a"])
+
+    ids, found = zip(*outcomes, strict=True)
+    assert ids[0] == "unknown" and isinstance(found[0], JobNotFound)
+    assert ids[1:] == ("c", "b", "a")
+    assert [each.response for each in found[1:]] == [{"text": job_id} for job_id in ids[1:]]
+
+
+def test_very_many_jobs_are_followed_a_thousand_at_a_time(call: Call) -> None:
+    jobs = Jobs(per_look=200)
+    ids = [str(n) for n in range(2_500)]
+
+    outcomes = call(Api(jobs), "as_completed", iter(ids))
+
+    assert sorted(job_id for job_id, _ in outcomes) == sorted(ids)
+    assert jobs.most_ids == 1_000
+
+
+def test_many_jobs_are_looked_at_at_once(call: Call) -> None:
+    api = Api(Jobs(per_look=0))
+
+    first, second = call(api, "jobs_status", ["a", "unknown"])
+
+    assert (first.id, first.state) == ("a", "running")
+    assert isinstance(second, JobNotFound)
+
+
+def test_lists_go_on_from_page_to_page(call: Call) -> None:
+    def page(ids: str, has_more: bool) -> httpx.Response:
+        data = [{"id": each, "state": "queued"} for each in ids]
+        return httpx.Response(200, json={"data": data, "last_id": ids[-1], "has_more": has_more})
+
+    api = Api(page("ab", True), page("c", False))
+
+    found = call(api, "jobs", state="queued", metadata={"customer": "42"}, model=None)
+
+    assert [each.id for each in found] == ["a", "b", "c"]
+    first, second = (dict(request.url.params) for request in api.requests)
+    assert first == {"state": "queued", "metadata[customer]": "42", "limit": "100"}
+    assert second == first | {"after": "b"}
+
+
+def test_many_jobs_are_cancelled_at_once(call: Call) -> None:
+    conflict = {"code": "job_state_conflict", "detail": "It has completed."}
+    items = [
+        {"status": 200, "id": "a", "state": "cancelled"},
+        {"status": 202, "id": "b", "state": "running"},
+        {"status": 409, "id": "c", "state": "completed", "error": conflict},
+    ]
+    api = Api(httpx.Response(200, json={"items": items}))
+
+    outcomes = call(api, "cancel_many", ["a", "b", "c"])
+
+    assert [(each.id, each.state) for each in outcomes] == [
+        ("a", "cancelled"),
+        ("b", "running"),
+        ("c", "completed"),
+    ]
+    assert [type(each.error) for each in outcomes] == [type(None), type(None), JobStateConflict]
+
+
+def test_jobs_are_cancelled_by_what_they_are_until_there_are_no_more(call: Call) -> None:
+    def page(ids: str, has_more: bool) -> httpx.Response:
+        items = [{"status": 200, "id": each, "state": "cancelled"} for each in ids]
+        return httpx.Response(200, json={"items": items, "has_more": has_more})
+
+    api = Api(page("ab", True), page("c", False))
+    since = datetime(2030, 1, 1, tzinfo=UTC)
+
+    outcomes = call(api, "cancel_chosen", model="stub", since=since, state=None)
+
+    assert [each.id for each in outcomes] == ["a", "b", "c"]
+    assert api.body()["filter"] == {"model": "stub", "since": "2030-01-01T00:00:00+00:00"}
+
+
+def test_jobs_that_nobody_can_cancel_now_do_not_come_for_ever(call: Call) -> None:
+    busy = {"code": "unavailable", "detail": "Try again."}
+    items = [{"status": 503, "id": "a", "error": busy}]
+    api = Api(httpx.Response(200, json={"items": items, "has_more": True}))
+
+    [outcome] = call(api, "cancel_chosen", model="stub")
+
+    assert isinstance(outcome.error, Unavailable)
+
+
+def test_a_job_is_purged(call: Call) -> None:
+    api = Api(httpx.Response(204))
+
+    assert call(api, "purge", "a/b") is None
+    assert (api.requests[0].method, api.requests[0].url.raw_path) == (
+        "DELETE",
+        b"/v1/jobs/a%2Fb",
+    )
+
+
+def test_the_limits_are_told(call: Call) -> None:
+    assert call(Api(httpx.Response(200, json={"max_ids": 7})), "limits") == {"max_ids": 7}
+
+
 def test_cancelling_answers_with_the_job(call: Call) -> None:
     api = Api(job("cancelled"))
 
     assert call(api, "cancel", "j1").state == "cancelled"
     assert (api.requests[0].method, api.requests[0].url.path) == ("POST", "/v1/jobs/j1/cancel")
+
+
+def test_a_token_and_headers_go_with_every_request(call: Call) -> None:
+    api = Api(job())
+
+    call(api, "job", "j1", made={"token": "abc", "headers": {"X-Team": "mill"}})
+
+    sent = api.requests[0].headers
+    assert (sent["authorization"], sent["x-team"]) == ("Bearer abc", "mill")
+
+
+def test_a_caller_is_told_of_pauses(call: Call) -> None:
+    told: list[tuple[GristmillError, float]] = []
+    api = Api(problem(503, "unavailable", {"Retry-After": "7"}), job())
+
+    call(api, "job", "j1", made={"on_pause": lambda *pause: told.append(pause)})
+
+    [(error, seconds)] = told
+    assert isinstance(error, Unavailable) and seconds == 7.0
+
+
+def test_a_certificate_that_is_not_trusted_is_not_tried_again(call: Call) -> None:
+    untrusted = httpx.ConnectError("TLS")
+    untrusted.__cause__ = ssl.SSLCertVerificationError("self-signed")
+    api = Api(untrusted)
+
+    with pytest.raises(Unavailable, match="certificate is not trusted"):
+        call(api, "job", "j1")
+
+    assert len(api.requests) == 1
+
+
+def test_an_address_that_is_none_is_refused_at_once() -> None:
+    for address in ("localhost:8000", "127.0.0.1", "ftp://host", "http://"):
+        with pytest.raises(ValueError, match="http://"):
+            Client(address)
+
+
+def test_a_password_in_the_address_is_in_no_error() -> None:
+    transport = httpx.MockTransport(Api(httpx.ConnectError("refused")))
+    address = "http://me:secret@test"
+    with (
+        Client(address, transport=transport, patience_s=0) as client,
+        pytest.raises(Unavailable) as raised,
+    ):
+        client.job("j1")
+
+    assert "secret" not in str(raised.value)
+
+
+def test_both_clients_have_the_same_methods() -> None:
+    def surface(client: type) -> dict[str, str]:
+        methods = {name: each for name, each in vars(client).items() if not name.startswith("_")}
+        return {
+            name: str(inspect.signature(each)).replace("Async", "")
+            for name, each in methods.items()
+        }
+
+    assert surface(Client) == surface(AsyncClient)
 
 
 def test_the_client_needs_httpx_and_nothing_else() -> None:

@@ -51,10 +51,10 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 def ask(base_url: str) -> None:
     async def ask_async() -> None:
-        async with AsyncClient(base_url, max_retries=0) as client:
+        async with AsyncClient(base_url, patience_s=0) as client:
             await client.job("1")
 
-    with Client(base_url, max_retries=0) as client:
+    with Client(base_url, patience_s=0) as client:
         client.job("1")
     asyncio.run(ask_async())
 

@@ -1,0 +1,225 @@
+"""What each method of a client does, without sending anything itself."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Final, Generic, TypeVar
+from urllib.parse import quote
+
+import httpx
+
+from app.client.exchange import COME_BACK, Exchange, Flow, Outcome, Patience, encode
+from app.client.job import Cancelled, Job, JobFailed
+from app.client.options import Chosen, Filters, Options, plain, query_of
+from app.client.pages import PageSize, pages, submission_of
+from app.client.problem import items_of
+from app.client.timer import Timer
+from app.errors import GristmillError, NotStorable, RequestError, RequestTooLarge, ResponseRemoved
+from app.jobs import JobState
+
+LIST_PAGE: Final = 100
+MAX_IDS: Final = 1_000
+"""Most ids of one request."""
+MAX_IDS_FULL: Final = 25
+"""The same where the answer holds responses: a hundredth part of the jobs may be megabytes each."""
+ROUND_S: Final = 0.2
+"""Shortest time from one look at many jobs to the next, so that they come in handfuls."""
+
+T = TypeVar("T")
+Accepted = str | GristmillError
+"""A job's id, or why there is no job."""
+Found = Job | GristmillError
+"""A job, or why it cannot be told of."""
+
+
+@dataclass(frozen=True, slots=True)
+class Given(Generic[T]):
+    """A value of a stream, to be handed out."""
+
+    value: T
+
+
+Stream = Generator[httpx.Request | float | Given[T], Outcome, None]
+"""A flow that hands out values on its way."""
+
+
+class Flows:
+    def __init__(self, api: Exchange) -> None:
+        self._api = api
+
+    # ── submit ──────────────────────────────────────────────────────────────────────────────────
+
+    def submit(self, body: Mapping[str, Any], options: Options) -> Flow[str]:
+        job = yield from self._api.ask("POST", "/v1/jobs", submission_of(body, options))
+        return str(job["id"])
+
+    def iter_submit(self, submissions: Iterable[Mapping[str, Any] | None]) -> Stream[Accepted]:
+        patience = Patience(self._api.patience_s)  # of all pages: an API that is gone costs it once
+        most = PageSize()
+        for page in pages(submissions, most):
+            jobs = [job for job in page if isinstance(job, bytes)]
+            accepted = iter((yield from self._submit_page(jobs, most, patience)))
+            for job in page:
+                yield Given(next(accepted) if isinstance(job, bytes) else job)
+
+    def _submit_page(
+        self, jobs: Sequence[bytes], most: PageSize, patience: Patience
+    ) -> Flow[list[Accepted]]:
+        """One outcome a job, whatever happens.
+
+        A page that is refused for what is in it is sent again in halves: one job that spoils it
+        must not cost the others theirs, and a proxy may take less than the server.
+        """
+        if not jobs:
+            return []
+        body = b'{"jobs":[' + b",".join(jobs) + b"]}"
+        try:
+            answer = yield from self._api.ask("POST", "/v1/jobs/bulk", body, patience=patience)
+            return items_of(answer, len(jobs), lambda item: str(item["id"]))
+        except (RequestError, NotStorable) as error:
+            if len(jobs) == 1:
+                return [error]
+            if isinstance(error, RequestTooLarge):
+                most.bytes = min(most.bytes, len(body) // 2)
+        except GristmillError as error:
+            return [error] * len(jobs)
+        middle = len(jobs) // 2
+        first = yield from self._submit_page(jobs[:middle], most, patience)
+        return first + (yield from self._submit_page(jobs[middle:], most, patience))
+
+    # ── follow ──────────────────────────────────────────────────────────────────────────────────
+
+    def job(self, job_id: str) -> Flow[Job]:
+        return Job.of((yield from self._api.ask("GET", _path(job_id))))
+
+    def jobs_status(self, job_ids: Iterable[str], with_responses: bool) -> Flow[list[Found]]:
+        ids = list(job_ids)
+        view, most = ("full", MAX_IDS_FULL) if with_responses else ("summary", MAX_IDS)
+        found: list[Found] = []
+        for start in range(0, len(ids), most):
+            part = ids[start : start + most]
+            body = encode({"ids": part, "view": view})
+            answer = yield from self._api.ask("POST", "/v1/jobs/status", body)
+            found += items_of(answer, len(part), lambda item: Job.of(item["job"]))
+        return found
+
+    def wait(self, job_id: str, timeout_s: float | None) -> Flow[Job]:
+        timer = Timer(timeout_s)
+        while True:
+            job = Job.of((yield from self._poll("GET", _path(job_id), None, timer)))
+            if job.state.is_final:
+                return job
+            yield timer.pause_s(f"Job {job_id} is still {job.state}", shortest_round_s=1.0)
+
+    def as_completed(
+        self, job_ids: Iterable[str], timeout_s: float | None
+    ) -> Stream[tuple[str, Found]]:
+        timer = Timer(timeout_s)
+        coming = iter(job_ids)
+        followed: dict[str, None] = {}
+        while True:
+            followed |= dict.fromkeys(islice(coming, MAX_IDS - len(followed)))
+            if not followed:
+                return
+            body = encode({"ids": list(followed), "view": "state", "wait_for": "any"})
+            answer = yield from self._poll("POST", "/v1/jobs/status", body, timer)
+            states = items_of(answer, len(followed), lambda item: JobState(item["state"]))
+            ended = [
+                job_id
+                for job_id, state in zip(followed, states, strict=True)
+                if not isinstance(state, JobState) or state.is_final
+            ]
+            for start in range(0, len(ended), MAX_IDS_FULL):
+                part = ended[start : start + MAX_IDS_FULL]
+                jobs = yield from self.jobs_status(part, with_responses=True)
+                for job_id, job in zip(part, jobs, strict=True):
+                    del followed[job_id]
+                    yield Given((job_id, job))
+            yield timer.pause_s(
+                f"{len(followed)} jobs have not ended",
+                shortest_round_s=ROUND_S if ended else 1.0,
+            )
+
+    def _poll(
+        self, method: str, path: str, body: bytes | None, timer: Timer
+    ) -> Flow[dict[str, Any]]:
+        """An answer that the server may hold. While there is time, an API that is away is waited
+        for: for as long as the timer says, or for a client's patience where it says nothing."""
+        hold_s = timer.begin_round()
+        try:
+            return (
+                yield from self._api.ask(
+                    method,
+                    path,
+                    body,
+                    params={"wait": hold_s} if hold_s else None,
+                    hold_s=hold_s,
+                    patience=timer.patience(self._api.patience_s),
+                )
+            )
+        except COME_BACK as error:
+            if timer.is_endless:
+                raise
+            yield timer.left_s
+            raise TimeoutError(f"Not known within the time: {error}") from error
+
+    def result(self, job_id: str, timeout_s: float | None) -> Flow[dict[str, Any]]:
+        job = yield from self.wait(job_id, timeout_s)
+        if job.state is JobState.COMPLETED and job.response is None:
+            raise ResponseRemoved()
+        if job.state is not JobState.COMPLETED or job.response is None:
+            raise JobFailed(job)
+        return job.response
+
+    def iter_jobs(self, limit: int | None, filters: Filters) -> Stream[Job]:
+        query = query_of(filters)
+        while limit is None or limit > 0:
+            page = LIST_PAGE if limit is None else min(LIST_PAGE, limit)
+            answer = yield from self._api.ask("GET", "/v1/jobs", params=query | {"limit": page})
+            for raw in answer["data"]:
+                yield Given(Job.of(raw))
+            if not answer["has_more"]:
+                return
+            query["after"] = answer["last_id"]
+            limit = None if limit is None else limit - page
+
+    def limits(self) -> Flow[dict[str, Any]]:
+        return (yield from self._api.ask("GET", "/v1/limits"))
+
+    # ── act ─────────────────────────────────────────────────────────────────────────────────────
+
+    def replay(self, job_id: str) -> Flow[Job]:
+        return Job.of((yield from self._api.ask("POST", f"{_path(job_id)}/replay")))
+
+    def cancel(self, job_id: str) -> Flow[Job]:
+        return Job.of((yield from self._api.ask("POST", f"{_path(job_id)}/cancel")))
+
+    def cancel_many(self, job_ids: Iterable[str]) -> Flow[list[Cancelled]]:
+        ids = list(job_ids)
+        cancelled: list[Cancelled] = []
+        for start in range(0, len(ids), MAX_IDS):
+            part = ids[start : start + MAX_IDS]
+            answer = yield from self._api.ask("POST", "/v1/jobs/cancel", encode({"ids": part}))
+            cancelled += map(Cancelled.of, answer["items"])
+        return cancelled
+
+    def cancel_chosen(self, chosen: Chosen) -> Stream[Cancelled]:
+        told = {name: plain(value) for name, value in chosen.items() if value}
+        body = encode({"filter": told, "limit": MAX_IDS})
+        while True:
+            answer = yield from self._api.ask("POST", "/v1/jobs/cancel", body)
+            items = [Cancelled.of(item) for item in answer["items"]]
+            for each in items:
+                yield Given(each)
+            # A page of nothing but refusals would come again for ever.
+            if not answer["has_more"] or all(each.error for each in items):
+                return
+
+    def purge(self, job_id: str) -> Flow[None]:
+        yield from self._api.ask("DELETE", _path(job_id))
+
+
+def _path(job_id: str) -> str:
+    return f"/v1/jobs/{quote(job_id, safe='')}"

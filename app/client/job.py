@@ -1,0 +1,65 @@
+"""A job as the API tells of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+from app.client.problem import error_of
+from app.errors import GristmillError
+from app.jobs import JobState
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A job as it was when it was asked for. `raw` is all of it: timing, usage, cost and more."""
+
+    id: str
+    state: JobState
+    response: dict[str, Any] | None
+    error: dict[str, Any] | None
+    raw: dict[str, Any]
+
+    @classmethod
+    def of(cls, raw: dict[str, Any]) -> Self:
+        return cls(
+            id=raw["id"],
+            state=JobState(raw["state"]),
+            response=raw.get("response"),
+            error=raw.get("error"),
+            raw=raw,
+        )
+
+
+class JobFailed(GristmillError):
+    """A job ended without a result to give: failed, cancelled or expired."""
+
+    code = "job_failed"
+
+    def __init__(self, job: Job) -> None:
+        error = job.error or {}
+        self.job = job
+        self.error_code: str | None = error.get("code")
+        super().__init__(f"Job {job.id} {job.state}: {error.get('message', 'no reason given')}")
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """What became of the wish to cancel a job.
+
+    `state` is `cancelled`, or `running` until its worker has stopped it. Where there is an `error`,
+    the job is not cancelled.
+    """
+
+    id: str
+    state: JobState | None
+    error: GristmillError | None
+
+    @classmethod
+    def of(cls, item: dict[str, Any]) -> Self:
+        state, error = item.get("state"), item.get("error")
+        return cls(
+            id=item["id"],
+            state=JobState(state) if state else None,
+            error=error_of(error) if error else None,
+        )

@@ -1,0 +1,186 @@
+"""The client for plain code."""
+
+from __future__ import annotations
+
+import ssl
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from types import TracebackType
+from typing import Any, Self, TypeVar, Unpack
+
+import httpx
+
+from app.client.exchange import Exchange, ExchangeOptions, Flow, Outcome
+from app.client.flows import Flows, Given, Stream
+from app.client.job import Cancelled, Job
+from app.client.options import Chosen, Filters, Options, Submission
+from app.errors import GristmillError
+
+T = TypeVar("T")
+
+
+class Client:
+    """The API for plain code. Threads may share one. Close it, or use it as a context manager.
+
+    The options are those of `ExchangeOptions`: `token`, `headers`, `timeout_s`, `patience_s`,
+    `on_pause`. `verify` is for TLS: an `ssl.SSLContext` holds an authority or a certificate of
+    one's own; False trusts anybody. `transport` is one of httpx, for everything else.
+    """
+
+    def __init__(
+        self,
+        base_url: str = "http://127.0.0.1:8000",
+        *,
+        verify: ssl.SSLContext | bool = True,
+        transport: httpx.BaseTransport | None = None,
+        **options: Unpack[ExchangeOptions],
+    ) -> None:
+        api = Exchange(base_url, **options)
+        self._flows = Flows(api)
+        self._http = httpx.Client(verify=verify, transport=transport, trust_env=api.heeds_proxies)
+
+    # ── submit ──────────────────────────────────────────────────────────────────────────────────
+
+    def submit(self, body: Mapping[str, Any], **options: Unpack[Options]) -> str:
+        """Submit the body of an OpenAI-style call; returns the job's id."""
+        return self._run(self._flows.submit(body, options))
+
+    def submit_many(self, submissions: Iterable[Submission]) -> list[str | GristmillError]:
+        """Submit many; returns a job id or an error for each, in order, whatever happens on the
+        way. Whoever may be interrupted takes `iter_submit`."""
+        return list(self.iter_submit(submissions))
+
+    def iter_submit(
+        self, submissions: Iterable[Submission | None]
+    ) -> Iterator[str | GristmillError]:
+        """Submit many, and hand out a job id or an error for each, in order, as soon as the API
+        has answered.
+
+        They are sent in pages of up to 1,000 jobs and 4 MB, and taken from the iterable no sooner
+        than a page wants them; None among them sends what there is. Errors that say "later"
+        (`Unavailable`, `QueueFull`) come after `patience_s`, which is renewed by any answer.
+        """
+        return self._stream(self._flows.iter_submit(submissions))
+
+    # ── follow ──────────────────────────────────────────────────────────────────────────────────
+
+    def job(self, job_id: str) -> Job:
+        """The job as it is now."""
+        return self._run(self._flows.job(job_id))
+
+    def jobs_status(
+        self, job_ids: Iterable[str], *, with_responses: bool = False
+    ) -> list[Job | GristmillError]:
+        """Jobs as they are now, each in its place, or why one cannot be told of."""
+        return self._run(self._flows.jobs_status(job_ids, with_responses))
+
+    def wait(self, job_id: str, timeout_s: float | None = None) -> Job:
+        """The job once it has ended, however it did.
+
+        Raises `TimeoutError` after `timeout_s`, and not before, whatever becomes of the API.
+        Without one it raises `Unavailable` if the API is away for longer than `patience_s`.
+        """
+        return self._run(self._flows.wait(job_id, timeout_s))
+
+    def as_completed(
+        self, job_ids: Iterable[str], timeout_s: float | None = None
+    ) -> Iterator[tuple[str, Job | GristmillError]]:
+        """Each id with its job once that has ended, in the order in which they do, or with why it
+        cannot be told of. An id that is given twice comes once.
+
+        Follows 1,000 jobs at a time: further ids are taken as others end. Raises as `wait` does.
+        """
+        return self._stream(self._flows.as_completed(job_ids, timeout_s))
+
+    def result(self, job_id: str, timeout_s: float | None = None) -> dict[str, Any]:
+        """The response body once there is one.
+
+        Raises `JobFailed` if the job ends without one, `ResponseRemoved` if it is not kept any
+        more, and as `wait` does.
+        """
+        return self._run(self._flows.result(job_id, timeout_s))
+
+    def jobs(self, *, limit: int | None = None, **filters: Unpack[Filters]) -> list[Job]:
+        """Jobs without their responses, newest first; all that fit, or `limit`."""
+        return list(self.iter_jobs(limit=limit, **filters))
+
+    def iter_jobs(self, *, limit: int | None = None, **filters: Unpack[Filters]) -> Iterator[Job]:
+        """The same, page by page."""
+        return self._stream(self._flows.iter_jobs(limit, filters))
+
+    def limits(self) -> dict[str, Any]:
+        """What the API takes: see its documentation of GET /v1/limits."""
+        return self._run(self._flows.limits())
+
+    # ── act ─────────────────────────────────────────────────────────────────────────────────────
+
+    def replay(self, job_id: str) -> Job:
+        """Run a job that ended badly once more; returns the new job, the same one every time."""
+        return self._run(self._flows.replay(job_id))
+
+    def cancel(self, job_id: str) -> Job:
+        """Cancel the job; raises `JobStateConflict` if it has ended otherwise."""
+        return self._run(self._flows.cancel(job_id))
+
+    def cancel_many(self, job_ids: Iterable[str]) -> list[Cancelled]:
+        """Cancel jobs; what became of each, in its place."""
+        return self._run(self._flows.cancel_many(job_ids))
+
+    def cancel_chosen(self, **chosen: Unpack[Chosen]) -> Iterator[Cancelled]:
+        """Cancel all jobs of which all of this holds, newest first; at least one thing is given."""
+        return self._stream(self._flows.cancel_chosen(chosen))
+
+    def purge(self, job_id: str) -> None:
+        """Remove what a job was asked and what it answered, for good; what it cost stays.
+
+        One that has not ended is cancelled. May be repeated; raises `JobNotFound`.
+        """
+        self._run(self._flows.purge(job_id))
+
+    # ── carrying flows out ──────────────────────────────────────────────────────────────────────
+
+    def close(self) -> None:
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _run(self, flow: Flow[T]) -> T:
+        outcome: Outcome = None
+        while True:
+            try:
+                step = flow.send(outcome)
+            except StopIteration as end:
+                result: T = end.value
+                return result
+            outcome = self._take(step)
+
+    def _stream(self, stream: Stream[T]) -> Iterator[T]:
+        outcome: Outcome = None
+        while True:
+            try:
+                step = stream.send(outcome)
+            except StopIteration:
+                return
+            if isinstance(step, Given):
+                yield step.value
+                outcome = None
+            else:
+                outcome = self._take(step)
+
+    def _take(self, step: httpx.Request | float) -> Outcome:
+        if not isinstance(step, httpx.Request):
+            time.sleep(step)
+            return None
+        try:
+            return self._http.send(step)
+        except httpx.RequestError as error:
+            return error
