@@ -9,7 +9,8 @@ from pathlib import Path
 
 import redis
 
-from app.local.servers import free_port, package_folder
+from app.local.ports import free_port
+from app.local.servers import package_folder
 from tests.waiting import eventually
 
 

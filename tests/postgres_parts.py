@@ -12,7 +12,9 @@ from typing import Final, Self
 import psycopg
 import pytest
 
-from app.local.servers import LOOPBACK, Child, EmbeddedPostgres, _not_root, free_port
+from app.local.child import Child
+from app.local.ports import LOOPBACK, free_port
+from app.local.servers import EmbeddedPostgres, _not_root
 
 PGBOUNCER: Final = shutil.which("pgbouncer") or shutil.which("pgbouncer", path="/usr/sbin")
 

@@ -35,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except (GristmillError, TimeoutError) as error:
         tell(f"gristmill: {error}")
         code = _exit_code(error)
+    except OSError as error:  # a full disk, a folder that is not ours
+        tell(f"gristmill: {error.filename or 'the system'}: {error.strerror or error}.")
+        code = FAILED
     sys.exit(code)
 
 

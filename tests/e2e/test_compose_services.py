@@ -14,7 +14,8 @@ from urllib.parse import urlsplit
 import pytest
 
 from app.client import Client
-from app.local.servers import EmbeddedPostgres, free_port, package_folder
+from app.local.ports import free_port
+from app.local.servers import EmbeddedPostgres, package_folder
 from tests.compose import services
 from tests.systems import write_stub_config
 from tests.waiting import eventually

@@ -15,7 +15,7 @@ from celery import Celery
 
 from app.broker.commands import flower_command
 from app.config.settings import Settings
-from app.local.servers import free_port
+from app.local.ports import free_port
 from tests.waiting import eventually
 from tests.workers import Worker, running_worker
 

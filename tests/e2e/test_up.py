@@ -13,6 +13,8 @@ import pytest
 from tests.systems import Up, running_up
 from tests.waiting import eventually
 
+PAGES = ("api", "flower")
+
 
 @pytest.fixture(scope="module")
 def system(tmp_path_factory: pytest.TempPathFactory):
@@ -150,9 +152,12 @@ def test_in_the_background_and_under_nohup_a_closed_terminal_changes_nothing_and
     tmp_path: Path,
 ):
     background = ("sh", "-c", "trap '' INT HUP; exec \"$@\"", "sh")  # as `nohup … &` does
-    up = Up(tmp_path, prefix=background)
+    loopback = "::1" if socket.has_dualstack_ipv6() else "127.0.0.1"  # either serves
+    up = Up(tmp_path, "".join(f'[{part}]\nhost = "{loopback}"\n' for part in PAGES), background)
     try:
         up.wait_until_ready()
+        for name in PAGES:
+            socket.create_connection((loopback, up.run_file[f"{name}.port"]), timeout=5).close()
         assert f"`kill {up.process.pid}` stops everything." in up.output
 
         up.process.send_signal(signal.SIGHUP)

@@ -22,7 +22,7 @@ from app.broker.queues import Layout
 from app.config.settings import Settings
 from app.errors import RequestError, RequestTooLarge, Unavailable
 from app.jobs import Kind
-from app.local.servers import free_port
+from app.local.ports import free_port
 from app.worker.pool import envelope
 from tests.own_redis import OwnRedis, running_redis
 

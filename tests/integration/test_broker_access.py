@@ -23,7 +23,7 @@ from app.broker.unread import unread
 from app.config.settings import Settings
 from app.errors import ConfigError, Unavailable
 from app.jobs import Kind
-from app.local.servers import free_port
+from app.local.ports import free_port
 from tests.own_redis import OwnRedis, running_redis
 from tests.waiting import eventually
 from tests.workers import results, running_worker

@@ -16,7 +16,9 @@ import pytest
 import redis
 
 from app.errors import ConfigError, Unavailable
-from app.local.servers import Child, EmbeddedPostgres, EmbeddedRedis, free_port
+from app.local.child import Child
+from app.local.servers import EmbeddedPostgres, EmbeddedRedis
+from app.local.upkeep import Answer
 from tests.waiting import eventually
 
 
@@ -180,12 +182,90 @@ def test_a_folder_of_another_user_is_refused_in_one_line(
     assert "GRISTMILL_CACHE_DIR" in caught.value.message
 
 
-def test_a_taken_port_is_replaced_by_a_free_one():
-    port = free_port()
-    assert free_port(preferred=port) == port
+@pytest.mark.parametrize("content", [None, "", "half\n", "\0" * 22])
+def test_a_lost_or_empty_password_file_is_written_anew_and_the_data_stay(
+    tmp_path: Path, content: str | None
+):
+    with EmbeddedPostgres(tmp_path, durable=False) as server:
+        with psycopg.connect(server.url) as connection:
+            connection.execute("CREATE TABLE kept (answer int)")
+        server.stop()
+        (tmp_path / "password").unlink()
+        if content is not None:
+            (tmp_path / "password").write_text(content)
 
-    with socket.create_server(("127.0.0.1", port)):
-        assert free_port(preferred=port) != port
+        server.start()
+
+        with psycopg.connect(server.url) as connection:
+            assert connection.execute("SELECT count(*) FROM kept").fetchone() == (0,)
+
+
+def test_redis_with_an_empty_password_file_is_open_to_nobody(tmp_path: Path):
+    (tmp_path / "password").touch()
+
+    with EmbeddedRedis(tmp_path) as server, redis.Redis.from_url(server.url) as client:
+        assert client.ping()
+        stranger = redis.Redis(port=int(server.url.rpartition(":")[2].removesuffix("/0")))
+        with pytest.raises(redis.AuthenticationError):
+            stranger.ping()
+
+
+def test_a_data_folder_without_a_version_is_refused_by_its_name(tmp_path: Path):
+    (tmp_path / "data").mkdir()
+
+    with pytest.raises(ConfigError, match=r"data holds no data of Postgres that can be read"):
+        EmbeddedPostgres(tmp_path).start()
+
+
+def test_a_new_data_folder_is_synced_before_it_is_taken_for_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    ran: list[list[str]] = []
+    server = EmbeddedPostgres(tmp_path)
+
+    def run(command: list[str], stdin: str) -> None:
+        ran.append(command)
+        (tmp_path / "data.new").mkdir(exist_ok=True)
+
+    monkeypatch.setattr(server, "_run", run)
+
+    server.prepare()
+
+    assert not {"--no-sync", "-N", "-F"} & {word for command in ran for word in command}
+
+
+def test_a_server_whose_port_was_taken_while_it_was_down_says_so(tmp_path: Path):
+    with EmbeddedRedis(tmp_path) as server:
+        port = int(server.url.rpartition(":")[2].removesuffix("/0"))
+        server.stop()
+
+        with (
+            socket.create_server(("127.0.0.1", port)),
+            pytest.raises(Unavailable, match=f"Redis cannot have port {port} of 127.0.0.1"),
+        ):
+            server.launch()
+
+        assert server.start().url.endswith(f":{port}/0")  # once it is free again
+
+
+@pytest.mark.parametrize("kind", [EmbeddedPostgres, EmbeddedRedis])
+def test_a_server_that_is_frozen_is_silent_and_is_killed_with_all_its_processes(
+    kind: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("app.local.servers.ANSWER_S", 0.5)
+    with kind(tmp_path) as server:
+        members = _processes_of(tmp_path)
+        well = server.answer()
+        for member in members:
+            member.suspend()
+
+        frozen = server.answer()
+        server.kill()
+
+        eventually(lambda: server.exit_code is not None)
+        eventually(lambda: not _processes_of(tmp_path))
+        server.start()
+        assert (well, frozen, server.answer()) == (Answer.READY, Answer.SILENT, Answer.READY)
 
 
 def _processes_of(folder: Path) -> list[psutil.Process]:

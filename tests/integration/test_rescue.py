@@ -32,7 +32,7 @@ from app.broker.queues import Layout, queue_name, queues_of
 from app.config.settings import Settings
 from app.errors import Unavailable
 from app.jobs import ALONE_AFTER, CloseReason, JobState, Kind
-from app.local.servers import free_port
+from app.local.ports import free_port
 from app.rescue import Rescue, SweepReport
 from app.store import claims, submissions, workers
 from app.store.claims import Member, NewBatch

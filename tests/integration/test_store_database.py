@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import text
 
 from app.errors import ConfigError, GristmillError, SchemaError, Unavailable
-from app.local.servers import free_port
+from app.local.ports import free_port
 from app.store import submissions
 from app.store.database import Database, migrate
 from tests.rows import insert, new_job

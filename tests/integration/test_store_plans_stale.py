@@ -20,7 +20,8 @@ import pytest
 from sqlalchemy import Connection, event, text
 
 from app.jobs import AttemptOutcome
-from app.local.servers import EmbeddedPostgres, free_port
+from app.local.ports import free_port
+from app.local.servers import EmbeddedPostgres
 from app.store import claims, delivery, submissions, sweeps
 from app.store.claims import Member
 from app.store.database import Database, migrate

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from app.local.servers import free_port
+from app.local.ports import free_port
 from tests.chaos.proxy import HELD, LOST, Flow, Proxy
 from tests.waiting import eventually
 

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import httpx
 
-from app.local.servers import LOOPBACK
+from app.local.ports import LOOPBACK
 from tests.chaos.checker import Evidence
 from tests.chaos.load import Spec
 from tests.chaos.scene import Scene, fault

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from app.local.servers import free_port
+from app.local.ports import free_port
 from tests.chaos.faults.broker import (
     expect_both_consume,
     expect_clear_answers,
