@@ -100,9 +100,7 @@ def test_a_damaged_run_file_is_one_clear_error_whatever_it_holds(tmp_path: Path,
     assert load(DEFAULT, environ).settings.api.port == 8000
 
 
-@pytest.mark.parametrize(
-    "where", ["a file", "a file/below", "/proc/gristmill", "a file of up.lock"]
-)
+@pytest.mark.parametrize("where", ["a file", "a file/below", "/proc/gristmill", "another's"])
 def test_a_cache_folder_that_cannot_be_used_is_refused_by_its_name(tmp_path: Path, where: str):
     (tmp_path / "a file").touch()
     folder = tmp_path / where
