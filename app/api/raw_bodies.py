@@ -10,6 +10,7 @@ from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 
 from app.errors import RequestError, RequestTooLarge
+from app.requests import json_text
 
 DRAIN_BYTES: Final = 16_000_000
 """How much of a body that is refused is still taken off the wire, and dropped: a client that is cut
@@ -73,8 +74,10 @@ def parse_json(raw: bytes) -> object:
     """The value that a body spells.
 
     NaN and Infinity are read here, and refused by the field that holds them: its name helps more
-    than a column. Raises `RequestError` for anything that is not one JSON value.
+    than a column. Raises `RequestError` for anything that is not one JSON value, or that has far
+    too much in it.
     """
+    json_text.refuse_crowded(raw)
     try:
         return from_json(raw)
     except ValueError as error:  # its text holds a reason and a place, never the input

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final, Literal, NoReturn
 
 import jinja2
 from jinja2.ext import Extension, loopcontrols
@@ -21,10 +21,15 @@ from jinja2.nodes import Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as TokenizerFile
+from tokenizers.decoders import ByteLevel
 
 from app.config.settings import ModelSettings
 from app.engines.models import read_json
 from app.errors import ConfigError, RequestError
+
+SHORT: Final = 65_536
+"""A text that is no longer is always turned into tokens: that takes milliseconds. Where whitespace
+is dropped, or a word of any length is one unknown token, the length says little of a short text."""
 
 
 class Tokenizer(abc.ABC):
@@ -34,6 +39,18 @@ class Tokenizer(abc.ABC):
     context_tokens: int  #: prompt and output together; each alone for an encoder-decoder
     separate_output: bool = False  #: an encoder-decoder, whose output has a context of its own
     eos_token_ids: frozenset[int]  #: each of these ends an output
+    longest_token: int  #: as `length` counts
+    length_unit: Literal["bytes", "characters"]  #: of what the vocabulary is made
+
+    @property
+    def max_length(self) -> int:
+        """A longer text cannot fit the context, as far as its length can tell: even one of the
+        longest tokens alone would not."""
+        return max(SHORT, self.context_tokens * self.longest_token)
+
+    def length(self, text: str) -> int:
+        """In bytes of UTF-8 or in characters, whichever tokens are made of."""
+        return len(text.encode()) if self.length_unit == "bytes" else len(text)
 
     @abc.abstractmethod
     def encode_text(self, text: str) -> tuple[int, ...]:
@@ -82,9 +99,15 @@ class FileTokenizer(Tokenizer):
         self.separate_output = bool(config.get("is_encoder_decoder"))
         self.context_tokens = _context_tokens(folder, text_config, texts, settings)
         self.eos_token_ids = self._eos_token_ids(folder, text_config)
+        self.length_unit = "bytes" if isinstance(self._file.decoder, ByteLevel) else "characters"
+        added = self._file.get_added_tokens_decoder().values()
+        self.longest_token = max(
+            *map(len, self._file.get_vocab(with_added_tokens=False)),  # of bytes: a character each
+            *(self.length(each.content) for each in added),
+        )
 
     def encode_text(self, text: str) -> tuple[int, ...]:
-        return tuple(self._file.encode(text).ids)
+        return self._encode(text)
 
     def encode_chat(self, messages: Seq[Mapping[str, str]]) -> tuple[int, ...]:
         if self._template is None:
@@ -109,13 +132,19 @@ class FileTokenizer(Tokenizer):
                 param="messages",
             ) from None
         # The template writes the special tokens itself.
-        return tuple(self._file.encode(text, add_special_tokens=False).ids)
+        return self._encode(text, add_special_tokens=False)
 
     def decode(self, token_ids: Seq[int], *, skip_special_tokens: bool = True) -> str:
         return self._file.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
     def definition(self) -> str:
         return self._file.to_str()
+
+    def _encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
+        # Of the library's calls only those for a batch let other threads go on meanwhile, and the
+        # fast one keeps no offsets, which take most of the memory.
+        [encoding] = self._file.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return tuple(encoding.ids)
 
     def _eos_token_ids(self, folder: Path, config: dict[str, Any]) -> frozenset[int]:
         """generation_config.json decides, as in transformers, then config, then the tokenizer."""
@@ -138,6 +167,7 @@ class StubTokenizer(Tokenizer):
         self.vocab_size = self.EOS + 1
         self.context_tokens = settings.context_tokens or 8192
         self.eos_token_ids = frozenset({self.EOS})
+        self.longest_token, self.length_unit = 1, "bytes"
 
     def encode_text(self, text: str) -> tuple[int, ...]:
         return tuple(text.encode())

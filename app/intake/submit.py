@@ -20,9 +20,7 @@ from uuid import UUID, uuid4
 from pydantic import (
     AfterValidator,
     AwareDatetime,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationError,
     WithJsonSchema,
@@ -49,6 +47,7 @@ from app.intake.sender import Sender, num_bytes
 from app.jobs import MAX_PRIORITY, REPLAYED, bounded
 from app.requests import bodies
 from app.requests.output_format import field_of
+from app.requests.part import Part
 from app.requests.prepare import prepare
 from app.store import reads, submissions
 from app.store.database import Database
@@ -67,10 +66,8 @@ Moment = Annotated[
 ]
 
 
-class Submission(BaseModel):
+class Submission(Part):
     """What a producer submits: a request, and when and how it is to be run."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     url: str | None = Field(
         None,

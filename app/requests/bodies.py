@@ -16,12 +16,13 @@ import json
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from app.errors import LaterFormat, RequestError, UrlNotFound
 from app.jobs import Grammar, Kind, SamplingParams, int64
 from app.requests import output_format
 from app.requests.output_format import JsonSchema, ResponseFormat, StructuredOutputs
+from app.requests.part import UNKNOWN_FIELD, Part
 
 FORMAT: Final = 1
 """Version of the format of stored requests. Raise it with every field or value that code of before
@@ -46,9 +47,7 @@ class Url(enum.StrEnum):
         return Kind.EMBED if self is Url.EMBEDDINGS else Kind.GENERATE
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
-
+class _Body(Part):
     model: Annotated[str, Field(min_length=1, max_length=200)] | None = Field(
         None,
         description="Name of a configured model; the default model of this kind when left out.",
@@ -96,7 +95,7 @@ class _Sampled(_Body):
         description="Divides the logits of tokens in prompt or output; 1 is off.",
         examples=[1.0],
     )
-    stop: str | Annotated[list[str], Field(max_length=4)] | None = Field(
+    stop: str | Annotated[list[str], Field(max_length=4, fail_fast=True)] | None = Field(
         None,
         description="Up to 4 strings; the text ends before the first one met.",
         examples=[["\n\n"]],
@@ -129,9 +128,7 @@ class _Sampled(_Body):
     )
 
 
-class ChatMessage(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
+class ChatMessage(Part):
     role: Literal["system", "user", "assistant"] = Field(
         description="Who speaks.", examples=["user"]
     )
@@ -366,19 +363,25 @@ def refuse_unstorable(value: object, *path: str) -> None:
     That is text with a NUL character or half of a surrogate pair: JSON can spell both. `path`
     leads to `value` and names it in the error.
     """
+    text = json.dumps(value, ensure_ascii=False)
+    if "\\u0000" in text or not is_unicode(text):  # so it may be: look closely
+        _refuse_unstorable(value, path)
+
+
+def _refuse_unstorable(value: object, path: tuple[str, ...]) -> None:
     match value:
         case str():
-            if "\0" in value or not (value.isascii() or is_unicode(value)):
+            if "\0" in value or not is_unicode(value):
                 raise RequestError(
                     "Text must not hold NUL characters or lone surrogates.", param=".".join(path)
                 )
         case dict():
             for key, item in value.items():
-                refuse_unstorable(key, *path)
-                refuse_unstorable(item, *path, key)
+                _refuse_unstorable(key, path)
+                _refuse_unstorable(item, (*path, key))
         case list():
             for index, item in enumerate(value):
-                refuse_unstorable(item, *path, str(index))
+                _refuse_unstorable(item, (*path, str(index)))
 
 
 def is_unicode(text: str) -> bool:
@@ -409,12 +412,12 @@ def _url(raw: dict[str, Any], url: str | None) -> Url:
 
 def first_problem(error: ValidationError, raw: dict[str, Any]) -> RequestError:
     """The first problem as a sentence; unions report once per branch, so the top field decides."""
-    problem = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    unknown = problem["loc"][-1] if problem["type"] == "extra_forbidden" else None
-    path = [str(part) for part in problem["loc"] if part == unknown or _is_in_body(part, raw)]
-    param = _printable(".".join(path) or str(problem["loc"][0]))
-    if unknown is not None:
+    problem = error.errors(include_url=False, include_input=False)[0]
+    path = [str(part) for part in problem["loc"] if _is_in_body(part, raw)]
+    if problem["type"] == UNKNOWN_FIELD:
+        param = _printable(".".join([*path, problem["ctx"]["name"]]))
         return RequestError(f"Unknown field {param}.", param=param)
+    param = _printable(".".join(path) or str(problem["loc"][0]))
     if problem["type"] == "missing":
         return RequestError(f"The field {param} is required.", param=param)
     reason = problem["msg"].removeprefix("Value error, ")

@@ -6,10 +6,11 @@ import json
 from typing import Annotated, Any, Final, Literal
 from urllib.parse import unquote
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from app.errors import InvalidSchema, RequestError
 from app.jobs import Grammar
+from app.requests.part import Part
 
 MAX_CHARACTERS: Final = 64_000
 """Of a schema or regular expression."""
@@ -111,11 +112,7 @@ def _bounded(text: str, field: str) -> str:
     return text
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class JsonSchema(_Part):
+class JsonSchema(Part):
     """The schema that an output matches."""
 
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")] = Field(
@@ -138,7 +135,7 @@ class JsonSchema(_Part):
     )
 
 
-class ResponseFormat(_Part):
+class ResponseFormat(Part):
     """Text, or JSON of some kind."""
 
     type: Literal["text", "json_object", "json_schema"] = Field(
@@ -150,7 +147,7 @@ class ResponseFormat(_Part):
     )
 
 
-class StructuredOutputs(_Part):
+class StructuredOutputs(Part):
     """vLLM's name for other forms."""
 
     regex: Annotated[str, Field(min_length=1)] = Field(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Final
 
 from app.config.settings import ModelSettings
@@ -43,47 +43,61 @@ def prepare(request: Request, tokenizer: Tokenizer, settings: ModelSettings) -> 
             f"model takes at most {settings.max_batch_size}.",
             param="n" if request.num_answers > 1 else field,
         )
-    prompts = encode(request, tokenizer)
-    if request.kind is Kind.EMBED:
-        least = wanted = 0
-    else:
-        least = request.max_tokens or 1
-        wanted = request.max_tokens or settings.default_max_tokens
+    least, wanted = _output(request, settings)
     if least > settings.max_output_tokens:
         raise RequestError(
             f"This model gives at most {settings.max_output_tokens} tokens.",
             param=_max_tokens_field(request),
         )
+    most = settings.max_batch_tokens // request.num_sequences
+    prompts = []
+    for tokens, place in _encoded(request, tokenizer):  # the first that is too long is the last
+        room = tokenizer.context_tokens - (0 if tokenizer.separate_output else len(tokens))
+        if len(tokens) > tokenizer.context_tokens or least > room:
+            raise ContextLengthExceeded(
+                f"The prompt has {len(tokens)} tokens and the answer may have {least}; this "
+                f"model's context is {tokenizer.context_tokens} tokens.",
+                param=place,
+            )
+        if len(tokens) + least > most:
+            raise RequestError(
+                f"{request.num_sequences} sequences of up to {len(tokens) + least} tokens pass "
+                f"this model's limit of {settings.max_batch_tokens} tokens at once.",
+                param=field,
+            )
+        prompts.append(tokens)
     longest = max(map(len, prompts))
     room = tokenizer.context_tokens - (0 if tokenizer.separate_output else longest)
-    if longest > tokenizer.context_tokens or least > room:
-        raise ContextLengthExceeded(
-            f"The prompt has {longest} tokens and the answer may have {least}; this model's "
-            f"context is {tokenizer.context_tokens} tokens.",
-            param=field,
-        )
-    share = settings.max_batch_tokens // request.num_sequences - longest
-    if least > share:
-        raise RequestError(
-            f"{request.num_sequences} sequences of up to {longest + least} tokens pass this "
-            f"model's limit of {settings.max_batch_tokens} tokens at once.",
-            param=field,
-        )
-    return Prepared(prompts, min(wanted, room, share, settings.max_output_tokens))
+    return Prepared(tuple(prompts), min(wanted, room, most - longest, settings.max_output_tokens))
+
+
+def _output(request: Request, settings: ModelSettings) -> tuple[int, int]:
+    """Tokens that an answer must have room for, and that it is to have if there is more."""
+    if request.kind is Kind.EMBED:
+        return 0, 0
+    return request.max_tokens or 1, request.max_tokens or settings.default_max_tokens
 
 
 def encode(request: Request, tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
     """Token ids of each distinct prompt of a request."""
+    return tuple(tokens for tokens, _ in _encoded(request, tokenizer))
+
+
+def _encoded(request: Request, tokenizer: Tokenizer) -> Iterator[tuple[tuple[int, ...], str]]:
+    """Token ids of each distinct prompt, and the field that it is in."""
     field = PROMPT_FIELDS[request.url]
     prompts = request.prompts
-    fields = [f"{field}.{place}" for place in range(len(prompts))]
-    return tuple(map(partial(_encode, tokenizer), prompts, fields if len(prompts) > 1 else [field]))
+    for index, prompt in enumerate(prompts):
+        place = f"{field}.{index}" if len(prompts) > 1 else field
+        yield _encode(tokenizer, prompt, place), place
 
 
 def _encode(tokenizer: Tokenizer, prompt: Prompt, field: str) -> tuple[int, ...]:
     if isinstance(prompt, str):
+        _refuse_long(tokenizer, [prompt], field)
         tokens = tokenizer.encode_text(prompt)
     elif isinstance(prompt[0], ChatMessage):
+        _refuse_long(tokenizer, [each.content for each in prompt], field)
         tokens = tokenizer.encode_chat(
             [{"role": each.role, "content": each.content} for each in prompt]
         )
@@ -97,6 +111,17 @@ def _encode(tokenizer: Tokenizer, prompt: Prompt, field: str) -> tuple[int, ...]
     if not tokens:
         raise RequestError("The prompt has no tokens.", param=field)
     return tokens
+
+
+def _refuse_long(tokenizer: Tokenizer, texts: Iterable[str], field: str) -> None:
+    """Refuse what is too long for the context whatever it says, before any work is done for it."""
+    length = sum(map(tokenizer.length, texts))
+    if length > tokenizer.max_length:
+        raise ContextLengthExceeded(
+            f"The prompt has {length} {tokenizer.length_unit}; this model's context of "
+            f"{tokenizer.context_tokens} tokens takes at most {tokenizer.max_length}.",
+            param=field,
+        )
 
 
 def _max_tokens_field(request: Request) -> str:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
+import hypothesis
 import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from app.engines.base import Generation, Sequence, TokenLogprob
 from app.errors import InvalidSchema, LaterFormat, RequestError
+from app.intake.submit import parse_submission
 from app.jobs import FinishReason, SamplingParams
-from app.requests import responses
+from app.requests import bodies, responses
 from app.requests.bodies import BODIES, FORMAT, Url, parse, parse_stored, readable
+from tests.any_messages import FIELDS, requests
 from tests.unit.inflight_tiny import engine_of, run_all
 
 
@@ -128,6 +134,82 @@ def test_of_many_wrong_items_only_the_first_is_told(field: str, url: Url, item: 
 
     # then there are not as many errors, each a kilobyte
     assert caught.value.error_count() < 10
+
+
+MANY = 3_000
+_ITEMS = st.sampled_from([-1, 1, 2**31, 0.5, None, "", "a", "\0", [], [-1], ["a"], {}, {"a": []}])
+
+
+@st.composite
+def crowds(draw: st.DrawFn) -> tuple[object, int]:
+    """A list or an object with many items of a kind, perhaps some levels deep."""
+    number = draw(st.integers(1, MANY))
+    item = draw(_ITEMS)
+    crowd = draw(st.sampled_from([[item] * number, {f"k{i}": item for i in range(number)}]))
+    for wrap in draw(st.lists(st.sampled_from(["list", "role", "content", "schema"]), max_size=3)):
+        crowd = [crowd] if wrap == "list" else {wrap: crowd}
+    return crowd, number
+
+
+@st.composite
+def crowded_submissions(draw: st.DrawFn) -> tuple[object, int]:
+    """A submission, mostly a good one, with a crowd as one of its fields or among them."""
+    crowd, number = draw(crowds())
+    body: Any = draw(requests())
+    submission: dict[str, Any] = {"body": body}
+    field = draw(st.sampled_from([*FIELDS, "color"]))
+    match draw(st.integers(0, 4)):
+        case 0:
+            return crowd, number
+        case 1 if isinstance(crowd, dict):
+            return submission | crowd, number
+        case 2 if isinstance(crowd, dict):
+            return {"body": body | crowd}, number
+        case 3:
+            return submission | {
+                draw(st.sampled_from(["metadata", "url", "deadline"])): crowd
+            }, number
+        case _:
+            return {"body": body | {field: crowd}}, number
+
+
+@hypothesis.settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(crowded_submissions())
+def test_whatever_is_submitted_costs_as_much_as_there_is_of_it_and_only_one_thing_is_told(
+    given: tuple[object, int],
+) -> None:
+    # given a submission that is large in some place
+    value, number = given
+    errors: list[int] = []
+    told = bodies.first_problem
+    calls = 0
+
+    def count(_: object, event: str, __: object) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    def first_problem(error: ValidationError, raw: dict[str, Any]) -> RequestError:
+        errors.append(error.error_count())
+        return told(error, raw)
+
+    # when it is checked
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("app.intake.submit.bodies.first_problem", first_problem)
+        before = sys.getprofile()
+        sys.setprofile(count)
+        try:
+            parse(parse_submission(value).body)
+        except RequestError as error:
+            said = f"{error.message} {error.param}"
+        else:
+            said = ""
+        finally:
+            sys.setprofile(before)
+
+    # then neither the work nor what is told of it grows beyond what there is
+    assert calls < 2_000 + 40 * number
+    assert all(each < 40 for each in errors)
+    assert len(said) < 1_000
 
 
 @pytest.mark.timeout(60)

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as TokenizerFile
+from tokenizers.models import WordPiece
+from tokenizers.pre_tokenizers import BertPreTokenizer
 from transformers import AutoTokenizer
 
 from app.config.settings import ModelSettings
@@ -19,6 +27,7 @@ from app.requests.bodies import parse
 from app.requests.prepare import encode, prepare
 from tests.unit import tiny_models
 from tests.unit.tiny_models import BOS, CONTEXT, EOS, VOCAB
+from tests.waiting import eventually
 
 TEXTS = ["water wheel", "naïve 漢字 🙂", "  two  spaces\n\n", "<eos> inside"]
 
@@ -165,6 +174,121 @@ def test_prompt_and_answer_must_fit_the_context(tokenizer: Tokenizer, body: dict
 
     assert caught.value.param == "prompt"
     assert str(CONTEXT) in caught.value.message
+
+
+class Untouched(StubTokenizer):
+    """Fails if a text is given to it."""
+
+    def encode_text(self, text: str) -> tuple[int, ...]:
+        raise AssertionError("It is not to be tokenised.")
+
+
+LONG = "long " * 20_000
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"prompt": LONG}, "prompt"),
+        ({"prompt": [LONG, "a"]}, "prompt.0"),
+        ({"input": LONG}, "input"),
+        ({"input": [LONG, LONG]}, "input.0"),
+        ({"messages": [{"role": "user", "content": LONG}]}, "messages"),
+        ({"messages": [{"role": "user", "content": "long" * 500}] * 40}, "messages"),
+    ],
+)
+def test_a_prompt_that_is_too_long_whatever_it_says_is_refused_before_it_is_tokenised(
+    body: dict[str, Any], param: str
+) -> None:
+    with pytest.raises(ContextLengthExceeded, match="takes at most 65536") as caught:
+        prepare(parse(body), Untouched(settings()), settings())
+
+    assert caught.value.param == param
+
+
+def test_of_many_prompts_none_is_tokenised_after_one_that_does_not_fit() -> None:
+    class Counting(StubTokenizer):
+        num_texts = 0
+
+        def encode_text(self, text: str) -> tuple[int, ...]:
+            self.num_texts += 1
+            return super().encode_text(text)
+
+    tokenizer = Counting(settings(context_tokens=CONTEXT))
+    with pytest.raises(ContextLengthExceeded) as caught:
+        prepare(parse({"prompt": ["a", "b" * CONTEXT, *"cdef"]}), tokenizer, settings())
+
+    assert (caught.value.param, tokenizer.num_texts) == ("prompt.1", 2)
+
+
+@given(
+    st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from(" \n<e漢🙂"), max_size=60)
+)
+def test_no_text_has_fewer_tokens_than_its_length_says(
+    folder: Path, tokenizer: Tokenizer, text: str
+) -> None:
+    # given tokenizers of bytes, of which one has long tokens
+    merged = merging(folder)
+
+    # then no text that would fit is refused by its length
+    for each in (tokenizer, merged, StubTokenizer(settings())):
+        assert each.length(text) <= each.longest_token * len(each.encode_text(text))
+    assert (tokenizer.longest_token, merged.longest_token) == (
+        len("<eos>"),
+        len("naïve 漢字".encode()),
+    )
+
+
+@functools.cache
+def merging(folder: Path) -> Tokenizer:
+    """The same, with a token of several words."""
+    into = copy_of(folder, folder.with_name("merging"))
+    file = TokenizerFile.from_file(str(into / "tokenizer.json"))
+    file.add_tokens([AddedToken("naïve 漢字", normalized=False)])
+    file.save(str(into / "tokenizer.json"))
+    return load_tokenizer(into, settings())
+
+
+def test_characters_count_where_a_vocabulary_is_made_of_them(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": CONTEXT}))
+    vocab = {word: place for place, word in enumerate(["[UNK]", "wheel", "müller"])}
+    file = TokenizerFile(WordPiece(vocab, unk_token="[UNK]"))
+    file.pre_tokenizer = BertPreTokenizer()
+    file.save(str(tmp_path / "tokenizer.json"))
+
+    tokenizer = load_tokenizer(tmp_path, settings())
+
+    # a word that is not known and whitespace are of any length, so a short text is never refused
+    text = "müller" + " " * 50_000 + "x" * 9_000
+    assert (tokenizer.longest_token, tokenizer.length(text)) == (6, 59_006)
+    assert len(prepare(parse({"input": text}), tokenizer, settings()).prompts[0]) == 2
+    with pytest.raises(ContextLengthExceeded, match="65537 characters"):
+        prepare(parse({"input": "ü" * 65_537}), tokenizer, settings())
+
+
+def test_other_threads_go_on_while_a_long_text_is_tokenised(tokenizer: Tokenizer) -> None:
+    # given a thread that does something again and again
+    turns, is_over = 0, threading.Event()
+
+    def turn() -> None:
+        nonlocal turns
+        while not is_over.wait(0.0001):
+            turns += 1
+
+    thread = threading.Thread(target=turn)
+    thread.start()
+    eventually(lambda: turns > 0)
+
+    # when a text is tokenised that takes long
+    text = "the water wheel turns " * 50_000
+    before = turns
+    tokenizer.encode_text(text)
+    meanwhile = turns - before
+    is_over.set()
+    thread.join()
+
+    # then it had more turns than a switch of threads before and one after
+    assert meanwhile > 10
 
 
 def test_the_default_output_is_cut_to_the_room_that_is_left(tokenizer: Tokenizer) -> None:

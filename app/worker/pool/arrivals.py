@@ -20,12 +20,13 @@ from uuid import UUID
 
 from kombu.message import Message
 from kombu.serialization import loads
+from kombu.utils.encoding import str_to_bytes
 
 from app.broker.message import FORMAT_HEADER
 from app.config.settings import Settings
 from app.errors import GristmillError, RequestError, RequestTooLarge
 from app.jobs import MAX_PRIORITY, Kind, bounded, job_id_of
-from app.requests import bodies
+from app.requests import bodies, json_text
 from app.requests.bodies import Request, is_unicode
 
 TASKS: Final = {"inference.generate": Kind.GENERATE, "inference.embed": Kind.EMBED}
@@ -131,12 +132,15 @@ def _decode(message: Message) -> Any:
     for error in message.errors or ():
         raise RequestError("The message body cannot be unpacked.", param="body") from error[1]
     try:
+        json_text.refuse_crowded(str_to_bytes(message.body))  # type: ignore[no-untyped-call]
         return loads(  # type: ignore[no-untyped-call]
             message.body,
             message.content_type,
             message.content_encoding,
             accept={"application/json"},
         )
+    except RequestError:
+        raise
     except Exception:
         raise RequestError(
             "The message body must be JSON, with content type application/json.", param="body"

@@ -1,0 +1,72 @@
+"""JSON text is looked through before values are made of it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from app.api.raw_bodies import parse_json
+from app.errors import RequestError
+from app.requests import json_text
+from app.requests.json_text import MAX_PARTS, end_of_part, refuse_crowded
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.text(st.characters() | st.sampled_from('"\\[]{},')),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=12,
+)
+
+
+@given(VALUES.filter(lambda it: isinstance(it, str | list | dict)), VALUES, st.booleans())
+def test_a_part_ends_where_a_parser_says(part: Any, other: Any, ascii: bool) -> None:
+    text = json.dumps(part, ensure_ascii=ascii).encode("utf-8", "surrogatepass")
+    after = json.dumps([other, part]).encode()
+
+    assert end_of_part(text, 0) == len(text)
+    assert end_of_part(b" [" + text + b"," + after, 2) == 2 + len(text)
+
+
+@given(st.binary(max_size=40) | st.text('"\\[]{},:a').map(str.encode))
+def test_what_is_no_json_ends_somewhere(raw: bytes) -> None:
+    assert 0 <= end_of_part(raw, 0) <= len(raw)
+
+
+@pytest.mark.parametrize(
+    "item", [b"[]", b'""', b'"a":{}', b"{}", b"[", b"{", b'"\\""', b'[1,{"a":"b"}]']
+)
+def test_a_body_crowded_with_parts_is_refused_before_values_are_made_of_it(
+    item: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.api.raw_bodies.from_json", lambda _: pytest.fail("Values were made."))
+    raw = b"[" + b",".join([item] * 200_000) + b"]"
+
+    with pytest.raises(RequestError, match=f"more than {MAX_PARTS} texts, objects and lists"):
+        parse_json(raw)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"body": {"prompt": [[1, 2]] * 2048}},
+        {"body": {"messages": [{"role": "user", "content": "a", "name": "b"}] * 1000}},
+        {"body": {"prompt": json.dumps([{"a": []}] * 100_000)}},  # data in a text is one text
+        {"body": {"prompt": [1] * 900_000}},
+    ],
+)
+def test_a_large_request_of_a_sane_client_is_not_crowded(value: Any) -> None:
+    refuse_crowded(json.dumps(value).encode())
+
+
+def test_parts_are_counted_to_the_last_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_text, "MAX_PARTS", 4)
+
+    refuse_crowded(b'{"a":[1,2,"b"]}')
+    with pytest.raises(RequestError):
+        refuse_crowded(b'{"a":[1,[],"b"]}')
