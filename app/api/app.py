@@ -51,6 +51,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.services = services
     app.state.idle_connections = {}
+    app.state.unread = connections.Unread(settings.api.max_unread_bytes)
     app.add_middleware(RequestScope, metrics=services.metrics)
     problems.install(app)
     for surface in (jobs, models, health):
@@ -123,6 +124,8 @@ class Server(uvicorn.Server):
                 server_header=False,
                 timeout_graceful_shutdown=GRACE_S,
                 http=connections.Connection,
+                ws="none",
+                loop="asyncio",  # whose transports can be told how much to read at once
             )
         )
         self._app = app

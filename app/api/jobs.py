@@ -104,15 +104,20 @@ async def submit(
     A job that ends within the time it is waited for, or that its Idempotency-Key brings back
     final, is answered with 200.
     """
-    raw = await raw_bodies.read_body(request, here.settings.api.max_body_bytes)
-    stored = await here.write(_submit, here, raw, idempotency_key)
+    stored = await _store_one(request, here, idempotency_key)
     await here.send(stored)
     job = await look_at_new(here, stored, hold)
     headers = {"Location": f"/v1/jobs/{stored.only.job_id}"}
     return answer(job, status=200 if job.is_final else 202, hold=hold, headers=headers)
 
 
-def _submit(decision: Decision, here: Services, raw: bytes, header: str | None) -> Stored:
+async def _store_one(request: Request, here: Services, key: str | None) -> Stored:
+    most = here.settings.api.max_body_bytes
+    async with raw_bodies.body_of(request, most, here.room) as raw:
+        return await here.write(_submit, here, raw, key)
+
+
+def _submit(decision: Decision, here: Services, raw: bytearray, header: str | None) -> Stored:
     value = raw_bodies.parse_json(raw)
     if header is not None and isinstance(value, dict):
         key = _parse_key(header)
@@ -156,14 +161,14 @@ async def submit_bulk(request: Request, here: Here) -> Response:
     The good ones are accepted beside the bad ones: 202 if there is any good one, else 200. Only
     what is wrong with the body as a whole, a full queue and an absent Postgres are errors here.
     """
-    raw = await raw_bodies.read_body(request, here.settings.api.max_bulk_bytes)
-    async with here.bulk_turn():
+    most = here.settings.api.max_bulk_bytes
+    async with raw_bodies.body_of(request, most, here.room) as raw, here.bulk_turn():
         stored = await here.write(_submit_bulk, here, raw)
         await here.send(stored)
         return await to_thread.run_sync(_bulk_answer, here, stored, limiter=here.bulk_answers)
 
 
-def _submit_bulk(decision: Decision, here: Services, raw: bytes) -> Stored:
+def _submit_bulk(decision: Decision, here: Services, raw: bytearray) -> Stored:
     value = raw_bodies.parse_json(raw)
     if not (isinstance(value, dict) and value.keys() == {"jobs"}):
         raise RequestError('The body must be {"jobs": [...]} and nothing else.', param="jobs")

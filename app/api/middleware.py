@@ -21,6 +21,9 @@ log = logging.getLogger(__name__)
 CLIENT_IS_GONE: Final = 499
 """In the metrics alone, as other servers count it: there is nobody to answer."""
 
+MAX_FIELDS: Final = 100
+"""Header fields of a request. Each takes hundreds of bytes here, as long as the request lasts."""
+
 REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -50,7 +53,10 @@ class RequestScope:
             await send(message)
 
         try:
-            await self._app(scope, receive, send_with_id)
+            if len(scope["headers"]) > MAX_FIELDS:
+                await problems.too_many_fields(request)(scope, receive, send_with_id)
+            else:
+                await self._app(scope, receive, send_with_id)
         except ClientDisconnect:
             status = status or CLIENT_IS_GONE
         except Exception as error:

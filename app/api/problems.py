@@ -118,12 +118,21 @@ def internal_error(request: Request) -> ProblemResponse:
     return respond(describe(error, instance=request.url.path), request)
 
 
+def too_many_fields(request: Request) -> Response:
+    """The answer to a head with more fields than are taken."""
+    status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+    detail = "The request has too many header fields."
+    return _on_http_exception(request, HTTPException(status, detail, {"Connection": "close"}))
+
+
 def _on_gristmill_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, errors.GristmillError)
     problem = describe(error, instance=request.url.path)
     headers: dict[str, str] = {}
-    if isinstance(error, errors.QueueFull | errors.Busy):
+    if isinstance(error, errors.QueueFull):
         headers["Retry-After"] = str(error.retry_after)
+    elif isinstance(error, errors.Busy):  # there may be more of its body under way
+        headers |= {"Retry-After": str(error.retry_after), "Connection": "close"}
     elif isinstance(error, errors.RequestTooLarge):
         headers["Connection"] = "close"  # there may be more of it under way
     elif isinstance(error, errors.JobStateConflict):

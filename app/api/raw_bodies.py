@@ -2,59 +2,70 @@
 
 from __future__ import annotations
 
-import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Final
 
 from fastapi import Request
 from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 
-from app.errors import RequestError, RequestTooLarge
+from app.api.room import Room, Share
+from app.errors import Busy, RequestError, RequestTooLarge
 from app.requests import json_text
 
 DRAIN_BYTES: Final = 16_000_000
 """How much of a body that is refused is still taken off the wire, and dropped: a client that is cut
 off while it sends often loses the answer that tells it why."""
 
-READ_TIMEOUT_S: Final = 60.0
-"""How long a body may take to arrive."""
-
-PATIENCE_S: Final = 10.0
-MIN_BYTES_PER_S: Final = 100_000
-"""After the first seconds a body must come at least this fast: one that drips is given up."""
-
 _CLOSE: Final = {"Connection": "close"}  # there may be more of the body under way
 
 
-async def read_body(request: Request, max_bytes: int) -> bytes:
-    """The body as sent, at most `max_bytes` long however it is framed.
+@asynccontextmanager
+async def body_of(request: Request, max_bytes: int, room: Room) -> AsyncIterator[bytearray]:
+    """The body as sent, at most `max_bytes` long however it is framed, and its room in the block.
 
-    Raises `RequestTooLarge`, or an `HTTPException` with 415 for a body that is compressed (so a
-    bomb is never unpacked) or not declared as JSON (so a form on a foreign web page cannot submit),
-    with 408 for one that does not arrive. The connection is to be closed after any of these.
+    Raises `RequestTooLarge`, or `Busy` if there is no room for it, or an `HTTPException` with 415
+    for a body that is compressed (so a bomb is never unpacked) or not declared as JSON (so a form
+    on a foreign web page cannot submit), with 408 for one that does not arrive. The connection is
+    to be closed after any of these.
     """
-    refused = _refused_unread(request)
-    room = 0 if refused else max_bytes
-    chunks: list[bytes] = []
-    size = 0
-    began = asyncio.get_running_loop().time()
-    try:
-        async with asyncio.timeout(min(PATIENCE_S, READ_TIMEOUT_S)) as limit:
-            async for chunk in request.stream():
-                size += len(chunk)
-                earned_s = PATIENCE_S + size / MIN_BYTES_PER_S
-                limit.reschedule(began + min(earned_s, READ_TIMEOUT_S))
-                if size <= room:
-                    chunks.append(chunk)
-                elif size > room + DRAIN_BYTES:
-                    break
-    except TimeoutError:
-        raise HTTPException(408, "The body did not arrive in time.", _CLOSE) from None
+    with room.share() as share:
+        try:
+            async with share.arriving():
+                body = await _read(request, max_bytes, share)
+        except TimeoutError:
+            if room.is_short:
+                raise Busy("The body came slowly while others waited for room.") from None
+            raise HTTPException(408, "The body did not arrive in time.", _CLOSE) from None
+        yield body
+
+
+async def _read(request: Request, max_bytes: int, share: Share) -> bytearray:
+    refused: Exception | None = _refused_unread(request)
+    body = bytearray()
+    size = dropped = 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        share.came(len(chunk))
+        if size > max_bytes and not refused:
+            most = f"The body is larger than the {max_bytes} bytes taken here."
+            refused = RequestTooLarge(most)
+        if not refused:
+            try:
+                await share.keep()
+                body += chunk
+            except Busy as error:
+                refused = error
+        if refused:
+            body.clear()
+            share.give_back()
+            dropped += len(chunk)
+            if dropped > DRAIN_BYTES:
+                break
     if refused:
         raise refused
-    if size > max_bytes:
-        raise RequestTooLarge(f"The body is larger than the {max_bytes} bytes taken here.")
-    return b"".join(chunks)
+    return body
 
 
 def _refused_unread(request: Request) -> HTTPException | None:
@@ -70,7 +81,7 @@ def _refused_unread(request: Request) -> HTTPException | None:
     return None
 
 
-def parse_json(raw: bytes) -> object:
+def parse_json(raw: bytes | bytearray) -> object:
     """The value that a body spells.
 
     NaN and Infinity are read here, and refused by the field that holds them: its name helps more

@@ -17,6 +17,7 @@ from fastapi import Depends, Request
 from app.api.metrics import Metrics
 from app.api.probe import Probe
 from app.api.reader import Reader, Snapshot, snapshots
+from app.api.room import Room
 from app.api.waiting import Waiters
 from app.broker.publisher import Publisher
 from app.config.settings import Settings
@@ -54,6 +55,7 @@ class Services:
     submitter: Submitter
     waiters: Waiters
     metrics: Metrics
+    room: Room = field(init=False)  #: for bodies, arriving and worked on
     bulk_turns: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_BULKS))
     read_slots: CapacityLimiter = field(init=False)  #: threads that reads may take
     bulk_answers: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(MAX_BULKS))
@@ -65,6 +67,9 @@ class Services:
     scrape: Probe[bytes] = field(init=False)
 
     def __post_init__(self) -> None:
+        api = self.settings.api
+        room = Room(api.max_held_bytes, max(api.max_body_bytes, api.max_bulk_bytes))
+        object.__setattr__(self, "room", room)
         # Half of the connections, so that no storm of polls keeps a submission waiting.
         slots = CapacityLimiter(self.settings.database.pool_size // 2)
         object.__setattr__(self, "read_slots", slots)

@@ -256,6 +256,7 @@ class _Problems:
         """What no single setting can tell."""
         problems = [*self._check_urls(settings), *self._check_worker(settings)]
         problems += self._check_retention(settings)
+        problems += self._check_api(settings)
         problems += self._check_models(settings)
         if problems:
             raise self._error(problems)
@@ -272,6 +273,12 @@ class _Problems:
                 ("broker", "priority_steps"),
                 f"must begin with 0 and rise, up to {MAX_PRIORITY} at most.",
             )
+
+    def _check_api(self, settings: Settings) -> Iterator[str]:
+        api = settings.api
+        largest = max(api.max_body_bytes, api.max_bulk_bytes)
+        if api.max_held_bytes < largest:
+            yield self._at(("api", "max_held_bytes"), f"must hold the largest body: {largest}.")
 
     def _check_worker(self, settings: Settings) -> Iterator[str]:
         worker = settings.worker

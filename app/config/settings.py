@@ -174,6 +174,16 @@ class ApiSettings(_Listening):
     max_bulk_bytes: Annotated[int, Field(ge=1_000)] = Field(
         64_000_000, description="Largest body of a bulk submission."
     )
+    max_held_bytes: Annotated[int, Field(ge=1_000)] = Field(
+        256_000_000,
+        description="Most bytes of bodies that arrive or are worked on, all together; further ones "
+        "wait for a moment, then get 503. Not less than the largest.",
+    )
+    max_unread_bytes: Annotated[int, Field(ge=1_000_000)] = Field(
+        64_000_000,
+        description="Most bytes of answers that clients do not read, all together; beyond it who "
+        "has not read for the longest is cut off.",
+    )
     max_bulk_items: Annotated[int, Field(ge=1, le=10_000)] = Field(
         10_000, description="Most jobs of a bulk submission."
     )

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from app.api import connections, raw_bodies, services
+from app.api import connections, room, services
 from app.api.metrics import Metrics
 from app.api.reader import AT_ONCE
 from app.api.services import MAX_BULKS
@@ -104,7 +104,7 @@ def test_a_request_that_takes_long_is_not_cut_off_by_the_timeout_of_its_head(
 def test_a_body_that_drips_is_given_up_although_something_always_comes(
     api: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(raw_bodies, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(room, "PATIENT_S", 0.3)
     with connected(api, HEAD) as slow:
         stop = threading.Event()
 
@@ -230,6 +230,105 @@ def test_a_storm_of_polls_that_stand_still_leaves_threads_for_submissions(
         finally:
             go_on.set()
         assert {each.result(timeout=60).status_code for each in polls} == {200}
+
+
+# ── bytes ───────────────────────────────────────────────────────────────────────────────────────
+
+
+PADDED = json.dumps(JOB).encode() + b" " * 150_000
+UNFINISHED = HEAD.replace(b"1000000", b"199000") + b" " * 150_000
+
+
+@pytest.fixture
+def narrow(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """An API with room for two bodies, which gives those who stand still no time once it is short
+    of room, and all the time until then."""
+    monkeypatch.setattr(room, "HURRIED_S", 0.2)
+    monkeypatch.setattr(room, "PATIENT_S", 1_000.0)
+    few = {"max_body_bytes": 200_000, "max_bulk_bytes": 200_000, "max_held_bytes": 400_000}
+    return settings.model_copy(update={"api": settings.api.model_copy(update=few)})
+
+
+def submit_bytes(api: httpx.Client, body: bytes) -> int:
+    headers = {"Content-Type": "application/json"}
+    return api.post("/v1/jobs", content=body, headers=headers).status_code
+
+
+def test_unfinished_bodies_give_way_to_those_that_come(narrow: Settings) -> None:
+    with running_api(narrow) as api, ExitStack() as held:
+        silent = [held.enter_context(connected(api, UNFINISHED)) for _ in range(2)]
+
+        assert submit_bytes(api, PADDED[:1_000]) == 202  # small ones wait for nothing
+        assert select.select(silent, [], [], 0)[0] == []
+        for _ in range(2):
+            held.enter_context(connected(api, UNFINISHED))
+        assert submit_bytes(api, PADDED) == 202
+
+        answers = [rest_of(each) for each in silent]
+        assert {each[:12] for each in answers} == {b"HTTP/1.1 503"}
+        assert all(b"\r\nRetry-After: 2\r\n" in each for each in map(bytes.title, answers))
+
+
+def test_the_rest_of_a_body_that_is_answered_is_not_waited_for(
+    api: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "HEAD_TIMEOUT_S", 0.2)
+
+    with connected(api, HEAD.replace(b"/v1/jobs", b"/nowhere") + b" ") as slow:
+        assert rest_of(slow).startswith(b"HTTP/1.1 404")
+
+
+ASKING = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 500
+
+
+@contextmanager
+def not_reading(api: httpx.Client) -> Iterator[socket.socket]:
+    """A client that asks for more than the system holds for it, and reads nothing."""
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+        client.connect((api.base_url.host, api.base_url.port))
+        client.sendall(ASKING)
+        yield client
+
+
+def is_cut_off(client: socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(client, select.POLLIN)
+    return any(events & (select.POLLHUP | select.POLLERR) for _, events in poll.poll(0))
+
+
+def test_a_client_that_does_not_read_its_answer_is_cut_off(
+    api: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "WRITE_TIMEOUT_S", 0.2)
+
+    with not_reading(api) as client:
+        eventually(lambda: is_cut_off(client), timeout_s=30)
+
+
+def test_beyond_the_most_bytes_who_has_not_read_for_the_longest_is_cut_off(
+    settings: Settings,
+) -> None:
+    few = settings.api.model_copy(update={"max_unread_bytes": 10_000})
+    with (
+        running_api(settings.model_copy(update={"api": few})) as api,
+        not_reading(api) as first,
+    ):
+        assert not is_cut_off(first)
+        with not_reading(api) as second:
+            eventually(lambda: is_cut_off(first), timeout_s=30)
+
+            assert not is_cut_off(second)
+        assert api.get("/healthz").status_code == 200
+
+
+def test_a_client_that_reads_late_gets_all_its_answers(api: httpx.Client) -> None:
+    one = api.get("/openapi.json").content
+    with not_reading(api) as client:
+        client.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        client.settimeout(60)
+
+        assert rest_of(client).count(one) == 500
 
 
 # ── bulks ───────────────────────────────────────────────────────────────────────────────────────

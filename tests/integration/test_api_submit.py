@@ -14,7 +14,7 @@ import httpx
 import pytest
 import redis
 
-from app.api import raw_bodies
+from app.api import room
 from app.broker.queues import queue_name
 from app.config.settings import ModelSettings, Settings
 from app.jobs import Grammar
@@ -294,7 +294,7 @@ def test_a_gzip_bomb_is_refused_unread(refusing: httpx.Client) -> None:
 def test_a_body_that_does_not_arrive_is_given_up(
     refusing: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(raw_bodies, "READ_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(room, "READ_TIMEOUT_S", 0.05)
     with socket.create_connection((refusing.base_url.host, refusing.base_url.port)) as slow:
         slow.settimeout(10)
         slow.sendall(

@@ -15,7 +15,8 @@ from fastapi import Request as HttpRequest
 from app import errors
 from app.api import problems, raw_bodies
 from app.api.metrics import Metrics
-from app.api.middleware import RequestScope
+from app.api.middleware import MAX_FIELDS, RequestScope
+from app.api.room import Room
 
 SECRET = "the miller's secret"
 
@@ -142,6 +143,15 @@ def test_a_path_that_is_not_there_is_a_problem_too() -> None:
     assert (answer.status_code, answer.json()["code"]) == (404, "not_found")
 
 
+def test_a_head_of_too_many_fields_is_refused_for_what_it_is() -> None:
+    kept = answer_to(errors.JobNotFound(), {f"x-{number}": "" for number in range(MAX_FIELDS - 10)})
+    refused = answer_to(errors.JobNotFound(), {f"x-{number}": "" for number in range(MAX_FIELDS)})
+
+    assert kept.status_code == 404
+    assert (refused.status_code, refused.json()["code"]) == (431, "request_header_fields_too_large")
+    assert refused.headers["connection"] == "close"
+
+
 # ── bodies ──────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -152,7 +162,8 @@ def post(content: object, **headers: str) -> httpx.Response:
 
     @app.post("/read")
     async def read(request: HttpRequest) -> int:
-        return len(await raw_bodies.read_body(request, 1_000))
+        async with raw_bodies.body_of(request, 1_000, Room(1_000_000, 1_000)) as body:
+            return len(body)
 
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     request = httpx.Request(

@@ -1,0 +1,164 @@
+"""Bodies share a room: bounded, without deadlock, and not for those who stand still."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from app.api import room as rooms
+from app.api.room import FREE_BYTES, Room
+from app.errors import Busy
+
+LARGEST = 100_000
+
+
+class Body:
+    """Comes in pieces, is worked on until it is let go, and has ended well or not."""
+
+    def __init__(self, room: Room, *sizes: int) -> None:
+        self.let_go = asyncio.Event()
+        self.is_complete = asyncio.Event()
+        self.task = asyncio.create_task(self._arrive(room, sizes))
+
+    async def _arrive(self, room: Room, sizes: tuple[int, ...]) -> None:
+        with room.share() as share:
+            async with share.arriving():
+                for size in sizes:
+                    if not size:
+                        await asyncio.Event().wait()  # it stands still
+                    share.came(size)
+                    await share.keep()
+                    await asyncio.sleep(0)
+            self.is_complete.set()
+            await self.let_go.wait()
+
+
+async def settle() -> None:
+    """Everything goes as far as it gets."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+@given(
+    bodies=st.lists(
+        st.lists(st.integers(1, 40_000), min_size=1, max_size=12).filter(
+            lambda sizes: sum(sizes) <= LARGEST
+        ),
+        max_size=12,
+    ),
+    spare=st.integers(0, 200_000),
+)
+def test_bodies_that_have_half_arrived_never_wait_for_each_other(
+    bodies: list[list[int]], spare: int
+) -> None:
+    async def arrive() -> None:
+        room = Room(LARGEST + spare, LARGEST)
+        most = 0
+
+        async def one(sizes: list[int]) -> None:
+            nonlocal most
+            with room.share() as share:
+                async with share.arriving():
+                    for size in sizes:
+                        share.came(size)
+                        await share.keep()
+                        most = max(most, room.held)
+                        await asyncio.sleep(0)
+
+        await asyncio.wait_for(asyncio.gather(*map(one, bodies)), 30)
+        assert most <= LARGEST + spare
+        assert room.held == 0
+
+    asyncio.run(arrive())
+
+
+def test_a_small_body_is_taken_whatever_large_ones_hold() -> None:
+    async def arrive() -> None:
+        room = Room(LARGEST, LARGEST)
+        large = [Body(room, LARGEST), Body(room, LARGEST)]
+        await settle()
+        assert [each.is_complete.is_set() for each in large] == [True, False]
+
+        small = Body(room, FREE_BYTES)
+        await settle()
+
+        assert small.is_complete.is_set()
+        for each in (*large, small):
+            each.let_go.set()
+            await each.task
+
+    asyncio.run(arrive())
+
+
+def test_bodies_take_their_turn_and_one_that_has_waited_too_long_is_told_to_come_back(
+    short: pytest.MonkeyPatch,
+) -> None:
+    short.setattr(rooms, "WAIT_S", 0.05)
+
+    async def arrive() -> None:
+        room = Room(LARGEST, LARGEST)
+        worked_on = Body(room, LARGEST)
+        await settle()
+        waiting = Body(room, LARGEST)
+
+        with pytest.raises(Busy):
+            await waiting.task
+
+        assert not room.is_short
+        worked_on.let_go.set()
+        await worked_on.task
+        assert room.held == 0
+
+    asyncio.run(arrive())
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Whoever stands still has no time left once another waits, and all the time until then."""
+    monkeypatch.setattr(rooms, "HURRIED_S", 0.0)
+    monkeypatch.setattr(rooms, "PATIENT_S", 1_000.0)
+    monkeypatch.setattr(rooms, "READ_TIMEOUT_S", 1_000.0)
+    return monkeypatch
+
+
+def test_a_body_that_stands_still_gives_way_once_another_waits_and_not_before(
+    short: pytest.MonkeyPatch,
+) -> None:
+    async def arrive() -> None:
+        room = Room(2 * LARGEST, LARGEST)
+        still = [Body(room, LARGEST, 0), Body(room, LARGEST, 0)]
+        await settle()
+        assert not any(each.task.done() for each in still)
+
+        one_more = Body(room, LARGEST)
+        await asyncio.wait_for(one_more.is_complete.wait(), 30)
+
+        for each in still:
+            with pytest.raises(TimeoutError):
+                await each.task
+        one_more.let_go.set()
+        await one_more.task
+        assert room.held == 0
+
+    asyncio.run(arrive())
+
+
+def test_who_is_cancelled_while_it_waits_leaves_the_room_to_others() -> None:
+    async def arrive() -> None:
+        room = Room(LARGEST, LARGEST)
+        first, gone, last = (Body(room, LARGEST) for _ in range(3))
+        await settle()
+
+        gone.task.cancel()
+        first.let_go.set()
+        await settle()
+
+        assert last.is_complete.is_set()
+        last.let_go.set()
+        await last.task
+        assert (room.held, room.is_short) == (0, False)
+
+    asyncio.run(arrive())
