@@ -20,13 +20,13 @@ _PART: Final = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[\]{}]', re.DOTALL)
 _TEXT, _OPENING, _CLOSING = ord('"'), b"[{", b"]}"
 
 
-def refuse_crowded(raw: bytes) -> None:
+def refuse_crowded(raw: bytes | bytearray) -> None:
     """Raises `RequestError` if more than `MAX_PARTS` are in it."""
     if raw.count(b'"') // 2 + raw.count(b"[") + raw.count(b"{") > MAX_PARTS:
         end_of_part(raw, 0)
 
 
-def end_of_part(raw: bytes, start: int) -> int:
+def end_of_part(raw: bytes | bytearray, start: int) -> int:
     """Where the object, list or text ends that begins at `start`; at the end if it never does.
 
     Raises `RequestError` if more than `MAX_PARTS` are in it.
