@@ -17,6 +17,7 @@ from fastapi_offline import FastAPIOffline
 
 from app import telemetry
 from app.api import connections, health, jobs, models, openapi, problems
+from app.api.callers import KnownCallers
 from app.api.metrics import Metrics, SystemCollector
 from app.api.middleware import RequestScope
 from app.api.services import Services
@@ -47,12 +48,14 @@ def create_app(settings: Settings) -> FastAPI:
         version=version("gristmill"),
         summary="Submit prompts as jobs, and follow them.",
         redoc_url=None,
+        redirect_slashes=False,  # it would lead to whatever host the request names
         lifespan=_lifespan,
     )
     app.state.services = services
     app.state.idle_connections = {}
     app.state.unread = connections.Unread(settings.api.max_unread_bytes)
-    app.add_middleware(RequestScope, metrics=services.metrics)
+    app.add_middleware(KnownCallers, settings=settings.api)
+    app.add_middleware(RequestScope, metrics=services.metrics)  # around it: it counts refusals, too
     problems.install(app)
     for surface in (jobs, models, health):
         app.include_router(surface.router)

@@ -122,6 +122,9 @@ class Connection(H11Protocol):
         idle: dict[Connection, None] = self.config.app.state.idle_connections  # type: ignore[union-attr]
         return idle
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """Answered as if it had not asked, as HTTP has it. It is no news, and anybody may ask."""
+
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if self.conn.their_state is h11.IDLE and not self.transport.is_closing():

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+from http import HTTPStatus
 from typing import Any, Final
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
-from app.api.problems import Problem
+from app.api.problems import Problem, documented
 from app.api.schemas import BulkRequest
 from app.intake.submit import Submission
 from app.requests.bodies import BODIES
 
 _SCHEMAS: Final = (Problem, Submission, BulkRequest, *BODIES.values())
+
+_REFUSALS: Final = {
+    str(status): answer
+    for status, answer in documented(
+        HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.MISDIRECTED_REQUEST
+    ).items()
+}
+"""Of every operation: see `app.api.callers`."""
+_TOKEN: Final = {
+    "type": "http",
+    "scheme": "bearer",
+    "description": "The setting `api.token`, where it is set.",
+}
 
 
 def install(app: FastAPI) -> None:
@@ -32,12 +46,15 @@ def _document(app: FastAPI) -> dict[str, Any]:
         )
         schemas = document["components"]["schemas"]
         schemas.update(own["$defs"])
+        document["components"]["securitySchemes"] = {"token": _TOKEN}
+        document["security"] = [{}, {"token": []}]  # needed where the setting says so
         for unused in ("HTTPValidationError", "ValidationError"):
             schemas.pop(unused, None)
         for operations in document["paths"].values():
             for operation in operations.values():
                 # FastAPI documents its own 422 for parameters; here that is a 400.
                 answers = operation["responses"]
+                answers.update(_REFUSALS)
                 if "HTTPValidationError" in str(answers.get("422", "")):
                     del answers["422"]
         app.openapi_schema = document

@@ -150,6 +150,11 @@ def _on_gristmill_error(request: Request, error: Exception) -> Response:
 
 def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    return refused(request, error)
+
+
+def refused(request: Request, error: HTTPException) -> ProblemResponse:
+    """The answer to a request that no route has served."""
     status = HTTPStatus(error.status_code)
     code = status.name.lower()
     problem = Problem(
@@ -184,6 +189,8 @@ def _status(error: errors.GristmillError) -> HTTPStatus:
 
 RESPONSES: Final[dict[HTTPStatus, str]] = {
     HTTPStatus.BAD_REQUEST: "Broken JSON, an unknown field, a wrong type or a value out of range.",
+    HTTPStatus.UNAUTHORIZED: "A token is set, and it is not sent.",
+    HTTPStatus.FORBIDDEN: "The request is made by a web page of another origin.",
     HTTPStatus.NOT_FOUND: "No such job, model or url.",
     HTTPStatus.CONFLICT: "The job's state does not allow this. Not to be retried.",
     HTTPStatus.GONE: "The job's request is not kept any more.",
@@ -191,6 +198,7 @@ RESPONSES: Final[dict[HTTPStatus, str]] = {
     HTTPStatus.UNSUPPORTED_MEDIA_TYPE: "The body is not plain `application/json`.",
     HTTPStatus.UNPROCESSABLE_ENTITY: "Well formed, and yet it cannot run: too long for the model's "
     "context, a deadline in the past, an Idempotency-Key used for another request.",
+    HTTPStatus.MISDIRECTED_REQUEST: "The Host is a name that `api.allowed_hosts` does not have.",
     HTTPStatus.TOO_MANY_REQUESTS: "The queue is full; `Retry-After` says when to try again.",
     HTTPStatus.SERVICE_UNAVAILABLE: "Postgres cannot be reached, or too much is in hand here; "
     "`Retry-After` says when to try again.",

@@ -70,7 +70,7 @@ def _path(settings: Settings, requests: Seq[Request]) -> float:
         }
         for request in requests
     ]
-    with Client(settings.api.url) as client:
+    with Client(settings.api.url, token=settings.api.token) as client:
         began = time.monotonic()
         for job_id in client.submit_many([{"body": body} for body in bodies]):
             if isinstance(job_id, GristmillError):

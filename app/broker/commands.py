@@ -10,10 +10,12 @@ from uuid import uuid4
 from app.broker.app import make_app
 from app.broker.refusal import as_unavailable
 from app.config.environment import is_service_link
+from app.config.host import is_loopback
 from app.config.settings import Settings
 from app.errors import ConfigError
 
 _CELERY: Final = (sys.executable, "-m", "celery", "-A", "app.worker")
+_FLOWER: Final = (sys.executable, "-m", "app.broker.flower", "-A", "app.worker", "flower")
 
 
 def worker_command(settings: Settings) -> tuple[list[str], dict[str, str]]:
@@ -44,9 +46,9 @@ def flower_command(settings: Settings) -> tuple[list[str], dict[str, str]]:
         "persistent": False,
         "purge_offline_workers": 3600,  # a worker has another name after each start
     }
-    command = [*_CELERY, "flower", *(f"--{name}={value}" for name, value in options.items())]
+    command = [*_FLOWER, *(f"--{name}={value}" for name, value in options.items())]
     environment = _flowers_environment()
-    if flower.host in ("127.0.0.1", "::1", "localhost"):
+    if is_loopback(flower.host):
         return command, {**environment, "FLOWER_UNAUTHENTICATED_API": "true"}
     if not (environment.get("FLOWER_BASIC_AUTH") or environment.get("FLOWER_AUTH")):
         raise ConfigError(

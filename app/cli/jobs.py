@@ -243,7 +243,8 @@ def _texts(response: dict[str, Any]) -> Iterator[str]:
 
 
 def _client() -> Client:
-    return Client(load_settings().settings.api.url, patience_s=5)
+    api = load_settings().settings.api
+    return Client(api.url, token=api.token, patience_s=5)
 
 
 def _json(text: str, where: str) -> dict[str, Any]:

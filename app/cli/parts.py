@@ -28,6 +28,12 @@ def up() -> None:
                 f"[bold]API[/]     {settings.api.url}/docs\n[bold]Flower[/]  {settings.flower.url}",
                 markup=True,
             )
+            if not settings.api.token:
+                out.print(
+                    "Every user of this machine can use the API; set GRISTMILL_API__TOKEN to a "
+                    "secret of 16 characters or more to keep it for yourself.",
+                    soft_wrap=True,
+                )
             out.print(
                 f"Logs are in {settings.cache_dir}/logs. The servers' URLs, passwords "
                 "included: `gristmill config get database.url` and `… broker.url`.\n"

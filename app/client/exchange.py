@@ -14,7 +14,7 @@ from typing import Any, Final, TypedDict, TypeVar
 import httpx
 
 from app.client.problem import error_of
-from app.config.host import is_loopback
+from app.config.host import stays_here
 from app.errors import GristmillError, QueueFull, RequestError, RequestTooLarge, Unavailable
 
 RETRIED: Final = frozenset({408, 429, 502, 503, 504})
@@ -101,7 +101,7 @@ class Exchange:
     @property
     def heeds_proxies(self) -> bool:
         """Whether HTTP_PROXY and its like count: prompts for this machine do not leave it."""
-        return not is_loopback(self._host)
+        return not stays_here(self._host)
 
     def ask(
         self,

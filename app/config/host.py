@@ -20,8 +20,12 @@ def is_localhost(host: str) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether what is sent there stays on this machine."""
+    """Whether only this machine reaches what listens there."""
     if is_address(host):
-        address = ipaddress.ip_address(host)
-        return address.is_loopback or address.is_unspecified
+        return ipaddress.ip_address(host).is_loopback
     return is_localhost(host.lower().rstrip("."))
+
+
+def stays_here(host: str) -> bool:
+    """Whether what is sent there stays on this machine: to 0.0.0.0 it does, too."""
+    return is_loopback(host) or (is_address(host) and ipaddress.ip_address(host).is_unspecified)

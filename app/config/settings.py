@@ -16,15 +16,22 @@ from app.jobs import Kind
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 
 
+HostName = Annotated[
+    str, Field(pattern=r"^(\*\.)?[A-Za-z0-9_]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9_])?$")
+]
+"""A name, or `*.` and the end of many."""
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DatabaseSettings(_Section):
-    url: str = Field("", description="Postgres URL; empty runs the embedded server.")
+    url: str = Field("", description="Postgres URL; empty runs the embedded server.", repr=False)
     listen_url: str = Field(
         "",
         description="Postgres URL for news of jobs where `url` is that of a pooler; empty: `url`.",
+        repr=False,
     )
     pool_size: Annotated[int, Field(ge=2, le=200)] = Field(
         10, description="Most connections of one process."
@@ -45,7 +52,7 @@ class DatabaseSettings(_Section):
 
 
 class BrokerSettings(_Section):
-    url: str = Field("", description="Redis URL; empty runs the embedded server.")
+    url: str = Field("", description="Redis URL; empty runs the embedded server.", repr=False)
     default_queue: Name = Field(
         "celery",
         description="Queue of messages sent without naming one. Celery's own default, so that a "
@@ -64,7 +71,9 @@ class BrokerSettings(_Section):
         "", description="Name of the master that the Sentinels in the URL watch."
     )
     sentinel_username: str = Field("", description="User at the Sentinels themselves.")
-    sentinel_password: str = Field("", description="Password at the Sentinels themselves.")
+    sentinel_password: str = Field(
+        "", description="Password at the Sentinels themselves.", repr=False
+    )
     inline_requests: bool = Field(
         True, description="Messages carry the request; false sends the job id alone."
     )
@@ -155,6 +164,11 @@ class _Listening(_Section):
 
     host: str
     port: int
+    allowed_hosts: Annotated[tuple[HostName, ...], Field(max_length=100)] = Field(
+        (),
+        description="Names under which it is reached, as api.example.com or *.example.com; an "
+        "address or localhost always may be.",
+    )
 
     @property
     def url(self) -> str:
@@ -204,6 +218,12 @@ class ApiSettings(_Listening):
     max_connections: Annotated[int, Field(ge=1)] = Field(
         4_000,
         description="Most connections; further ones take an idle one's place or are answered 503.",
+    )
+    token: Annotated[str, Field(pattern=r"^([A-Za-z0-9._~+/-]{16,200}=*)?$")] = Field(
+        "",
+        description="Callers must send this as `Authorization: Bearer`; empty lets in whoever "
+        "reaches the port.",
+        repr=False,
     )
 
 

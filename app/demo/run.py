@@ -76,26 +76,32 @@ def by_celery(settings: Settings, given: Bodies) -> list[str]:
     return done.stdout.split()
 
 
+def _http(settings: Settings) -> httpx.Client:
+    token = settings.api.token
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    return httpx.Client(base_url=settings.api.url, headers=headers, trust_env=False)
+
+
 def by_http(settings: Settings, given: Bodies) -> list[str]:
-    with httpx.Client(base_url=settings.api.url, trust_env=False) as http:
+    with _http(settings) as http:
         answers = [http.post("/v1/jobs", json={"body": body}) for body in given]
     return [answer.raise_for_status().json()["id"] for answer in answers]
 
 
 def by_http_bulk(settings: Settings, given: Bodies) -> list[str]:
-    with httpx.Client(base_url=settings.api.url, trust_env=False) as http:
+    with _http(settings) as http:
         answer = http.post("/v1/jobs/bulk", json={"jobs": [{"body": body} for body in given]})
     return [item["id"] for item in answer.raise_for_status().json()["items"]]
 
 
 def by_client(settings: Settings, given: Bodies) -> list[str]:
-    with Client(settings.api.url) as client:
+    with Client(settings.api.url, token=settings.api.token) as client:
         return [client.submit(body) for body in given]
 
 
 def by_async_client(settings: Settings, given: Bodies) -> list[str]:
     async def submit() -> list[str]:
-        async with AsyncClient(settings.api.url) as client:
+        async with AsyncClient(settings.api.url, token=settings.api.token) as client:
             return list(await asyncio.gather(*(client.submit(body) for body in given)))
 
     return asyncio.run(submit())
@@ -205,7 +211,7 @@ def _one_at_a_time(
     sample = _sample(sent)
     out.print(f"For comparison, {len(sample)} of them again, one at a time.")
     ids = []
-    with Client(settings.api.url) as client:
+    with Client(settings.api.url, token=settings.api.token) as client:
         for body in sample:
             ids.append(client.submit(body))
             client.wait(ids[-1], TIMEOUT_S)

@@ -16,6 +16,7 @@ from app.broker.client import connected
 from app.broker.rights import Role, missing
 from app.broker.unread import unread
 from app.config.file import load
+from app.config.host import is_loopback
 from app.config.settings import Settings
 from app.engines.models import ensure_files
 from app.errors import ConfigError, GristmillError, Unavailable
@@ -53,6 +54,7 @@ def examine() -> Iterator[Finding]:
         **({"news": lambda: _news(settings)} if settings.database.listen_url else {}),
         "Redis": lambda: _redis(settings),
         "device": lambda: _device(settings),
+        "API": lambda: _api(settings),
     }
     if settings.broker.url:
         checks |= {
@@ -166,6 +168,23 @@ def _unread(settings: Settings) -> Finding:
         False,
         f"nobody reads {shown}: set broker.priority_steps, sep, key_prefix or default_queue as the "
         "producer has them, or send to the queue that docs/enqueue.md names",
+    )
+
+
+def _api(settings: Settings) -> Finding:
+    api = settings.api
+    if api.token:
+        return Finding("API", True, f"on {api.host}, for those who send api.token")
+    if is_loopback(api.host):
+        return Finding("API", True, f"on {api.host}, for every user of this machine; see api.token")
+    if api.allowed_hosts:
+        names = ", ".join(api.allowed_hosts)
+        return Finding("API", True, f"on {api.host} as {names}, without a token of its own")
+    return Finding(
+        "API",
+        None,
+        f"on {api.host}, for whoever reaches port {api.port}: set api.token, or put a proxy that "
+        "knows its users in front and its name in api.allowed_hosts",
     )
 
 

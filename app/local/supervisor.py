@@ -105,6 +105,8 @@ class System:
             chosen[section, "port"] = port = free_port(wanted.port, wanted.host)
             if wanted.port not in (0, port):
                 self._tell(f"Port {wanted.port} cannot be had: {section} takes {port}.")
+        if self.settings.api.token:  # other terminals need it, too
+            chosen["api", "token"] = self.settings.api.token
         self.settings = _with(self.settings, chosen)
         self._tell(f"The schema is at {migrate(self.settings.database.url)}.")
         for name, model in self.settings.models.items():

@@ -109,3 +109,21 @@ def test_flower_lets_nobody_change_anything(flower: Flower) -> None:
         "/api/task/revoke/some-id",
     ):
         assert flower.http.post(path, json={}).status_code == 403
+
+
+def test_flower_answers_no_page_of_another_origin_and_no_name_but_its_own(flower: Flower) -> None:
+    foreign = (
+        {"Host": "evil.example"},  # a name that leads here
+        {"Origin": "http://evil.example"},
+        {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"},
+    )
+
+    for path in ("/api/workers", "/api/tasks", "/tasks", "/metrics", "/healthcheck"):
+        for headers in foreign:
+            answer = flower.http.get(path, headers=headers)
+
+            assert answer.status_code in (403, 421)
+            assert "flower.allowed_hosts" in answer.text
+        headers = flower.http.get(path).raise_for_status().headers
+        assert "access-control-allow-origin" not in headers
+        assert headers["cross-origin-resource-policy"] == "same-origin"

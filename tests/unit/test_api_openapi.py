@@ -36,7 +36,7 @@ def document(app: FastAPI) -> dict[str, Any]:
 def get(app: FastAPI, path: str) -> httpx.Response:
     async def send() -> httpx.Response:
         transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             return await client.get(path)
 
     return asyncio.run(send())

@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from app.client import AsyncClient, Client
-from app.config.host import is_loopback
+from app.config.host import is_loopback, stays_here
 
 JOB = json.dumps({"id": "1", "state": "queued"}).encode()
 
@@ -73,12 +73,15 @@ def test_what_is_for_another_machine_goes_by_the_proxy_of_the_environment(server
 
 
 @pytest.mark.parametrize(
-    ("host", "stays"),
+    ("hosts", "is_private", "stays"),
     [
-        *((host, True) for host in ("127.0.0.1", "127.9.9.9", "::1", "0.0.0.0", "::")),
-        *((host, True) for host in ("localhost", "LocalHost.", "a.localhost")),
-        *((host, False) for host in ("10.0.0.1", "localhost.evil.example", "notlocalhost", "")),
+        (("127.0.0.1", "127.9.9.9", "::1", "localhost", "LocalHost.", "a.localhost"), True, True),
+        (("0.0.0.0", "::"), False, True),
+        (("10.0.0.1", "localhost.evil.example", "notlocalhost", ""), False, False),
     ],
 )
-def test_hosts_of_this_machine_are_known_by_their_names(host: str, stays: bool) -> None:
-    assert is_loopback(host) is stays
+def test_hosts_of_this_machine_are_known_by_their_names(
+    hosts: tuple[str, ...], is_private: bool, stays: bool
+) -> None:
+    for host in hosts:
+        assert (is_loopback(host), stays_here(host)) == (is_private, stays)
