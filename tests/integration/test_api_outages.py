@@ -358,7 +358,7 @@ def test_a_client_that_is_gone_before_its_body_is_no_fault_of_ours(
     with running_api(settings) as api:
         with socket.create_connection(("127.0.0.1", api.base_url.port or 0)) as client:
             client.sendall(
-                b"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                b"POST /v1/jobs HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
                 b'Content-Length: 1000\r\n\r\n{"body"'
             )
         eventually(lambda: 'status="499"' in api.get("/metrics").text)

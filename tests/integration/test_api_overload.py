@@ -26,7 +26,7 @@ from tests.waiting import eventually
 
 JOB = {"body": {"prompt": "A grist mill is"}}
 HEAD = (
-    b"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    b"POST /v1/jobs HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     b"Content-Length: 1000000\r\n\r\n"
 )
 
@@ -55,7 +55,7 @@ def metric(api: httpx.Client, name: str) -> float:
     return float(line.rpartition(" ")[2])
 
 
-@pytest.mark.parametrize("sent", [b"", b"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nX-Slow: "])
+@pytest.mark.parametrize("sent", [b"", b"POST /v1/jobs HTTP/1.1\r\nHost: localhost\r\nX-Slow: "])
 def test_a_request_whose_head_does_not_come_is_given_up(
     api: httpx.Client, monkeypatch: pytest.MonkeyPatch, sent: bytes
 ) -> None:
@@ -69,7 +69,7 @@ def test_a_head_that_drips_on_a_kept_connection_is_given_up(
     api: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connections, "HEAD_TIMEOUT_S", 0.3)
-    with connected(api, b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n") as slow:
+    with connected(api, b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n") as slow:
         assert slow.recv(65_536).startswith(b"HTTP/1.1 200")
         stop = threading.Event()
 
@@ -146,7 +146,7 @@ def test_beyond_the_most_connections_the_answer_is_busy_and_room_is_used_again(
 
         def there_is_room() -> bool:
             with connected(
-                api, b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+                api, b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
             ) as c:
                 return rest_of(c).startswith(b"HTTP/1.1 200")
 
@@ -160,7 +160,9 @@ def test_connections_that_are_kept_for_later_do_not_keep_others_out(settings: Se
         ExitStack() as held,
     ):
         for _ in range(12):
-            kept = held.enter_context(connected(api, b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"))
+            kept = held.enter_context(
+                connected(api, b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            )
             assert kept.recv(12) == b"HTTP/1.1 200"
 
         assert api.post("/v1/jobs", json=JOB).status_code == 202
@@ -168,7 +170,7 @@ def test_connections_that_are_kept_for_later_do_not_keep_others_out(settings: Se
 
 def test_the_connection_that_was_idle_for_the_longest_gives_way(settings: Settings) -> None:
     few = settings.api.model_copy(update={"max_connections": 2})
-    asked = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+    asked = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
     with (
         running_api(settings.model_copy(update={"api": few})) as api,
         connected(api, asked) as old,

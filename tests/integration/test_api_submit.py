@@ -298,7 +298,7 @@ def test_a_body_that_does_not_arrive_is_given_up(
     with socket.create_connection((refusing.base_url.host, refusing.base_url.port)) as slow:
         slow.settimeout(10)
         slow.sendall(
-            b"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"POST /v1/jobs HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             b"Content-Length: 1000000\r\n\r\n{}"
         )
 

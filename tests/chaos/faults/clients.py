@@ -180,7 +180,7 @@ def _connect(scene: Scene) -> socket.socket:
 
 
 _HEAD: Final = (
-    b"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    b"POST /v1/jobs HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     b"Content-Length: 100000\r\n\r\n"
 )
 
@@ -215,7 +215,7 @@ def _poll_storm(scene: Scene, number: int) -> Iterator[None]:
     with ExitStack() as held, httpx.Client(trust_env=False, timeout=30) as client:
         later = {"body": {"prompt": scene.load.canary}, "not_before": "2999-01-01T00:00:00Z"}
         made = client.post(f"{scene.world.api_url}/v1/jobs", json=later).json()["id"]
-        request = f"GET /v1/jobs/{made}?wait=60 HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+        request = f"GET /v1/jobs/{made}?wait=60 HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
         for _ in range(number):
             held.enter_context(_connect(scene)).sendall(request)
         try:
