@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api import problems
+from app.api.raw_bodies import DRAIN_BYTES
 from app.config.callers import HEADERS, refusal
 from app.config.settings import ApiSettings
 
@@ -22,10 +23,8 @@ OPEN: Final = frozenset({"/healthz", "/readyz", "/docs", "/openapi.json"})
 OPEN_FOLDER: Final = "/static-offline-docs/"
 """The documentation's scripts and styles."""
 
-DRAIN_BYTES: Final = 16_000_000
 DRAIN_S: Final = 5.0
-"""How much of a refused request's body is still taken, and dropped: a client that is cut off while
-it sends often loses the answer that tells it why."""
+"""For how long a refused request's body is still taken off the wire."""
 
 _BEARER: Final = re.compile(r"bearer +(\S+) *", re.IGNORECASE)
 _HEADERS: Final = [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]

@@ -280,7 +280,7 @@ def test_the_rest_of_a_body_that_is_answered_is_not_waited_for(
         assert rest_of(slow).startswith(b"HTTP/1.1 404")
 
 
-ASKING = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 500
+ASKING = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 500
 
 
 @contextmanager
@@ -327,7 +327,7 @@ def test_beyond_the_most_bytes_who_has_not_read_for_the_longest_is_cut_off(
 def test_a_client_that_reads_late_gets_all_its_answers(api: httpx.Client) -> None:
     one = api.get("/openapi.json").content
     with not_reading(api) as client:
-        client.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        client.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         client.settimeout(60)
 
         assert rest_of(client).count(one) == 500
