@@ -366,9 +366,65 @@ MUTANTS: Final = (
     Mutant(
         "a request of a later version fails here",
         "app/store/submissions.py",
-        " and row.format <= FORMAT",
+        " and readable(row.format)",
         "",
-        ODD_ROWS,
+    ),
+    Mutant(
+        "a later version reads no list of those before",
+        "app/broker/queues.py",
+        "for each in range(1, format + 1)]",
+        "for each in [format]]",
+    ),
+    Mutant(
+        "a revoke of what nobody has read leaves no row",
+        "app/store/cancellation.py",
+        "if submissions.reject(connection, [unread]):",
+        "if False:",
+    ),
+    Mutant(
+        "a time limit is its message's alone",
+        "app/worker/registrar.py",
+        "limit_s = row.time_limit_s",
+        "limit_s = None",
+    ),
+    Mutant(
+        "a time limit is not written into the row",
+        "app/worker/registrar.py",
+        "                time_limit_s=arrival.time_limit_s,\n",
+        "",
+    ),
+    Mutant(
+        "messages are counted, not looked for",
+        "app/rescue.py",
+        "return self._publisher.without_message(late, set(late.values()))",
+        "lengths = self._publisher.queue_lengths(set(late.values()))\n"
+        "        return set(late) if sum(lengths.values()) < len(late) else set()",
+    ),
+    Mutant(
+        "a flood in the list of all holds up those behind it",
+        "app/broker/transport.py",
+        "if is_read and self._is_sated(queue) and self._pass_on(message, queue):",
+        "if False:",
+    ),
+    Mutant(
+        "a long queue takes the room of a short one",
+        "app/broker/transport.py",
+        "return [queue for queue in super().consume(n) if not self._channel._is_sated(queue)]",
+        "return sorted(super().consume(n), reverse=True)",
+    ),
+    Mutant(
+        "an end that rescue wrote is told as the worker's own",
+        STORE,
+        "\n    WHERE (SELECT outcome FROM attempts WHERE id = given.attempt_id)"
+        " IN ('succeeded', 'failed')",
+        "",
+        CLAIMS,
+    ),
+    Mutant(
+        "a worker goes in circles while a batch has no room",
+        "app/worker/runner.py",
+        " and closes_ns > self.turned_ns",
+        "",
     ),
     Mutant(
         "a message says itself where it came from",

@@ -231,8 +231,9 @@ _FINISH: Final = text(f"""
         WHERE batches.id = stats.id
     )
     SELECT attempt_id FROM held JOIN given USING (job_id)
-    UNION ALL  -- committed by this very call before, if it is repeated
+    UNION ALL  -- committed by this very call before, if it is repeated, and not by who took the job
     SELECT attempt_id FROM results JOIN given USING (job_id, attempt_id)
+    WHERE (SELECT outcome FROM attempts WHERE id = given.attempt_id) IN ('succeeded', 'failed')
 """)
 
 

@@ -11,7 +11,7 @@ from uuid import UUID
 from sqlalchemy import Connection, TextClause, text
 
 from app.jobs import JobState, Kind
-from app.requests.bodies import FORMAT
+from app.requests.bodies import FORMAT, readable
 from app.store import delivery
 from app.store.encoding import encode
 from app.store.lookup import locked
@@ -201,7 +201,7 @@ def receive(
     return {
         row.id: Received(**{**row._mapping, "kind": Kind(row.kind), "state": JobState(row.state)})
         for row in rows
-        if row.kind in set(Kind) and row.format <= FORMAT
+        if row.kind in set(Kind) and readable(row.format)
     }
 
 

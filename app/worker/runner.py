@@ -40,7 +40,7 @@ from app.worker.work import CANCELLED, EXPIRED, TIMED_OUT, Batch, Doomed, Ending
 log = logging.getLogger(__name__)
 
 IDLE_WAIT_S: Final = 1.0
-LEAST_WAIT_S: Final = 0.001  #: a batch may be due and have no room
+LEAST_WAIT_S: Final = 0.001
 RETRY_S: Final = 0.5
 
 
@@ -139,9 +139,9 @@ class Runner:
             return (self._paused_until_ns - now_ns) / 1e9
         if self._over or self._doomed:
             return LEAST_WAIT_S
-        if closes_ns is not None:
+        if closes_ns is not None and closes_ns > self.turned_ns:
             return min(IDLE_WAIT_S, max(LEAST_WAIT_S, (closes_ns - now_ns) / 1e9))
-        return IDLE_WAIT_S
+        return IDLE_WAIT_S  # what was due in this turn has no room until the engine says more
 
     def _with_database(self, step: Callable[[], None]) -> None:
         """Run a step, or leave it for later while Postgres is away."""

@@ -255,6 +255,26 @@ def test_a_zombie_that_finishes_after_its_rescue_changes_nothing(database: Datab
     ]
 
 
+def test_an_end_that_rescue_wrote_for_an_attempt_is_not_the_attempts_own(
+    database: Database,
+) -> None:
+    # given a job that expired with its worker: the result names the attempt that was lost
+    [job_id] = insert(database, new_job())
+    zombie = Worker.registered(database)
+    [stale] = zombie.claim([job_id])
+    rewrite(database, "deadline = now()", job_id)
+    end_lease(database, zombie.id)
+    with database.begin() as connection:
+        sweeps.expire_leases(connection, sweeps.find_lost(connection, 10))
+
+    # when the worker comes to commit what it has
+    counted = zombie.finish(completed(stale))
+
+    # then it hears that this does not count, and tells nobody that the job completed
+    assert counted == set()
+    assert view(database, job_id).state is JobState.EXPIRED
+
+
 def test_cancel_and_finish_at_the_same_moment_leave_one_result(database: Database) -> None:
     worker = Worker.registered(database)
     for job_id in insert(database, *(new_job() for _ in range(20))):

@@ -96,7 +96,7 @@ def _finish(self: MemoryConnection, given: Params) -> Answer:
     given_records = [blank("results") | each for each in records("results", given["finished"])]
     for record in sorted(given_records, key=lambda each: each["job_id"]):
         job, earlier = self.jobs.get(record["job_id"]), self.results.get(record["job_id"])
-        if earlier is not None and earlier["attempt_id"] == record["attempt_id"]:
+        if earlier is not None and _is_repeated(self, earlier, record):
             counted.append(record["attempt_id"])
         is_held = _is_held(job, record)
         if job is not None and is_held:
@@ -107,6 +107,13 @@ def _finish(self: MemoryConnection, given: Params) -> Answer:
         if stats["id"] in self.batches:
             self.update("batches", stats["id"], **stats, finished_at=self.now)
     return Answer([{"attempt_id": attempt_id} for attempt_id in counted])
+
+
+def _is_repeated(self: MemoryConnection, earlier: Row, record: Row) -> bool:
+    """Whether an earlier result is of this very call, and not of who took the job."""
+    attempt = self.attempts.get(record["attempt_id"])
+    is_ended = attempt is not None and attempt["outcome"] in ("succeeded", "failed")
+    return is_ended and earlier["attempt_id"] == record["attempt_id"]
 
 
 def _is_held(job: Row | None, given: Params) -> bool:

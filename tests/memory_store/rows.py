@@ -12,7 +12,7 @@ from uuid import UUID
 from sqlalchemy import DateTime, Numeric, Uuid
 
 from app.jobs import Kind
-from app.requests.bodies import FORMAT
+from app.requests import bodies
 from app.store.tables import metadata
 
 Row = dict[str, Any]
@@ -99,4 +99,4 @@ def is_waiting(job: Row) -> bool:
 
 def is_known(job: Row) -> bool:
     """`delivery.KNOWN`: whether this version reads it."""
-    return job["kind"] in set(Kind) and job["format"] <= FORMAT
+    return job["kind"] in set(Kind) and bodies.readable(job["format"])

@@ -6,7 +6,9 @@ import argparse
 import logging
 import sys
 import time
+from collections import Counter
 
+from tests.simulation.effects import Effect
 from tests.simulation.schedules import cut_down, drawn, failure_of
 
 
@@ -16,11 +18,11 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the first schedule")
     given = parser.parse_args()
     logging.disable(logging.CRITICAL)
-    began, num_moves = time.monotonic(), 0
+    began, num_moves, seen = time.monotonic(), 0, Counter[Effect]()
     for number, seed in enumerate(range(given.seed, given.seed + given.schedules), start=1):
         schedule = drawn(seed)
         num_moves += len(schedule)
-        if failure := failure_of(schedule):
+        if failure := failure_of(schedule, seen):
             print(f"seed {seed} fails; cut down:\n{cut_down(failure)}")  # noqa: T201
             return 1
         if number % 1_000 == 0 or number == given.schedules:
@@ -29,6 +31,9 @@ def main() -> int:
                 f"{number} schedules, {num_moves} moves, {per_minute:.0f} schedules a minute",
                 flush=True,
             )
+    for effect in Effect:
+        each = 1_000 * seen[effect] / given.schedules
+        print(f"{each:10.1f} per 1,000 schedules: {effect}")  # noqa: T201
     return 0
 
 

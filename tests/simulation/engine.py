@@ -67,7 +67,12 @@ class SimulatedProcess:
     Whoever drives it calls `run` when `next_ns` has come.
     """
 
-    def __init__(self, now_ns: Callable[[], int], pid: int = 1) -> None:
+    def __init__(
+        self,
+        now_ns: Callable[[], int],
+        pid: int = 1,
+        thawed: Callable[[], object] = lambda: None,
+    ) -> None:
         self.pid = pid
         self.page = _Page(PROGRESS.size)
         self.is_alive = True
@@ -75,6 +80,7 @@ class SimulatedProcess:
         self.frozen_until_ns: int | None = None
         self.next_ns: int | None = None
         self._now_ns = now_ns
+        self._thawed = thawed
         self._facts: dict[str, EngineFacts] = {}
         self._unread: list[Command] = []  #: what was sent while it was frozen
         self._loaded = False
@@ -151,6 +157,7 @@ class SimulatedProcess:
         self.frozen_until_ns = self.next_ns = until_ns
 
     def _thaw(self) -> None:
+        self._thawed()
         self.frozen_until_ns, unread, self._unread = None, self._unread, []
         if not self._loaded and self._facts:
             self.next_ns = self._now_ns() + LOAD_NS
@@ -253,16 +260,23 @@ class _Popen:
 class SimulatedHost(EngineHost):
     """The real host with a simulated process in place of a spawned one."""
 
-    def __init__(self, *given: Any, frozen_with: Callable[[set[str]], None], **named: Any) -> None:
+    def __init__(
+        self,
+        *given: Any,
+        frozen_with: Callable[[set[str]], None],
+        thawed: Callable[[], object],
+        **named: Any,
+    ) -> None:
         """`frozen_with` is told what a frozen process held when it was given up."""
         super().__init__(*given, **named)
+        self._thawed = thawed
         self._frozen_with = frozen_with
         self.process: SimulatedProcess | None = None
         self.num_runs = 0  #: batches that were handed to an engine
         self.lost_with: list[set[str]] = []  #: prompts inside each process that ended by itself
 
     def _spawn(self) -> None:
-        self.process = SimulatedProcess(self._now_ns)
+        self.process = SimulatedProcess(self._now_ns, thawed=self._thawed)
         self._process = _Popen(self.process)  # type: ignore[assignment]
         self._connection = self.process  # type: ignore[assignment]
         self._progress = self.process.page  # type: ignore[assignment]

@@ -3,20 +3,21 @@ and rescue, with Celery and the threads played."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from app.config.settings import ModelSettings
 from app.errors import EngineError, LeaseLost, RequestError, Unavailable
 from app.jobs import JobState, Kind
+from app.requests import bodies
 from app.rescue import Rescue
 from app.store.workers import NewWorker
 from app.worker.batcher import Batcher, Limits
-from app.worker.commands import Command, Revoked
+from app.worker.commands import Command, Nameless, Revoked
 from app.worker.engine.wire import LoadModels, ServedModel
 from app.worker.lease import LeaseKeeper
 from app.worker.ledger import Ledger
@@ -26,26 +27,30 @@ from app.worker.registrar import Registrar
 from app.worker.runner import Runner
 from app.worker.settlement import Settlement
 from tests.simulation.broken import Broken, expect
-from tests.simulation.engine import MAX_ROWS, SimulatedHost
+from tests.simulation.channel import SimulatedChannel
+from tests.simulation.effects import Effect
+from tests.simulation.engine import SimulatedHost
 from tests.simulation.prompts import UNSTORABLE, request_of
 from tests.simulation.servers import Died, Message, ProcessDatabase
 from tests.simulation.settings import SETTINGS, catalog
+from tests.simulation.versions import speaking
 
 if TYPE_CHECKING:
     from tests.simulation.world import World
-
-PREFETCHED: Final = 2 * MAX_ROWS
 
 
 class SimulatedWorker:
     """A worker process from its start to its end; plays Celery and the runner's thread."""
 
-    def __init__(self, world: World, settings: dict[str, ModelSettings]) -> None:
+    def __init__(self, world: World, settings: dict[str, ModelSettings], format: int) -> None:
+        """`format` is the latest one of requests that its version knows."""
         now_ns = world.clock.now_ns
         self.id = world.new_id()
+        self.format = format
         self.models = models = tuple(settings)
         self.database = ProcessDatabase(world)
         self.unacked: dict[int, Message] = {}
+        self.revoked: set[UUID] = set()  #: what Celery drops when it comes
         self.is_alive, self.is_registered, self.is_drained = True, False, False
         self.paused_until_ns = self.turn_ns = self.beat_ns = 0
         self.acks_until_death: int | None = None
@@ -54,7 +59,8 @@ class SimulatedWorker:
             load_timeout_s=SETTINGS.worker.load_timeout_s,
             step_timeout_s=SETTINGS.worker.step_timeout_s,
             now_ns=now_ns,
-            frozen_with=world.killed_with,
+            frozen_with=world.given_up,
+            thawed=lambda: world.note(Effect.THAWED_ENGINE),
         )
         served = catalog(settings)
         settlement = Settlement("cpu", SETTINGS.prices["cpu"], served)
@@ -77,8 +83,14 @@ class SimulatedWorker:
             now_ns=now_ns,
         )
         self._world = world
+        self._settings = settings
+        self._connect()
         self._slots = 0
+        self._wrong: Broken | None = None  #: what Celery was told before it was so
         self.runner.start()
+
+    def _connect(self) -> None:
+        self.channel = SimulatedChannel(self._world.queue, self._settings, self.format)
 
     # ── what the runner's thread is to others ────────────────────────────────────────────────
 
@@ -108,10 +120,10 @@ class SimulatedWorker:
     @property
     def wants_messages(self) -> bool:
         is_up = self.is_alive and self.is_registered and not self.is_drained
-        return is_up and len(self.unacked) < PREFETCHED and not self.is_paused
+        return is_up and len(self.unacked) < self.channel.prefetched and not self.is_paused
 
     def turn(self) -> None:
-        with self._one_life():
+        with self._one_life(), speaking(self.format):
             self.runner.turn()
             self.turn_ns = self._world.clock.ns + int(self.runner.next_turn_s() * 1e9)
             if self.runner.is_drained:
@@ -119,7 +131,7 @@ class SimulatedWorker:
 
     def beat(self) -> None:
         """The lease thread; its first round is what `Assembly.start` does."""
-        with self._one_life():
+        with self._one_life(), speaking(self.format):
             if self.is_registered:
                 self.lease.beat()
             elif self.runner.ready.is_set():
@@ -131,8 +143,9 @@ class SimulatedWorker:
     def end(self) -> None:
         """Say goodbye; Celery gives back what is not acknowledged."""
         try:
-            self.runner.stop()
-            self.lease.stop()
+            with speaking(self.format):
+                self.runner.stop()
+                self.lease.stop()
         except Died:
             self.die(given_back=False)
         else:
@@ -153,11 +166,14 @@ class SimulatedWorker:
         for message in self.unacked.values():
             self._world.queue.put(message)
         self.unacked.clear()
+        self._connect()
 
     @contextmanager
     def _one_life(self) -> Iterator[None]:
         try:
             yield
+            if self._wrong:
+                raise self._wrong
         except Died:
             self.die(given_back=False)
         except (EngineError, LeaseLost):
@@ -169,12 +185,39 @@ class SimulatedWorker:
 
     # ── Celery ───────────────────────────────────────────────────────────────────────────────
 
-    def take(self, message: Message) -> None:
-        """A message is delivered: `EnginePool.on_apply`."""
+    def take_next(self, queue: str) -> None:
+        """The next message of a queue is delivered: `Consumer.on_message`."""
+        slot = self._next_slot()
+        message = self.channel.take(queue, slot)
+        if message.job_id is None:
+            self._world.note(Effect.GARBAGE)
+            self.channel.settled(slot)
+            self.post(Nameless())
+        elif message.job_id in self.revoked:  # Celery acknowledges it, and tells the pool
+            self._world.note(Effect.REVOKED_UNREAD)
+            self.channel.settled(slot)
+            self.post(Revoked(message.job_id))
+            self._world.must_have_row(message.job_id, self)
+        elif message.body is None or self.channel.keeps_here(message, slot):
+            self.take(message, slot)
+        else:
+            self._world.note(Effect.PASSED_ON)
+
+    def _next_slot(self) -> int:
         self._slots += 1
-        slot = self._slots
+        return self._slots
+
+    def take(self, message: Message, slot: int = 0) -> None:
+        """A message becomes a ticket: `EnginePool.on_apply`."""
+        slot = slot or self._next_slot()
+        assert message.job_id is not None
         self.unacked[slot] = message
-        request = request_of(message.body) if message.body is not None else None
+        with speaking(self.format):
+            is_readable = message.body is not None and bodies.readable(message.format)
+        request = request_of(message.body) if message.body is not None and is_readable else None
+        row = self._world.store.tables["jobs"].get(message.job_id)
+        if row is not None and row["format"] > self.format:
+            self._world.note(Effect.LATER_LEFT)
         ticket = Ticket(
             slot,
             Arrival(
@@ -185,10 +228,11 @@ class SimulatedWorker:
                 message.eta,
                 message.expires,
                 {UNSTORABLE: "yes"} if message.is_unstorable else {},
+                message.time_limit_s,
             ),
-            accept=lambda slot, _: self._told_start(slot),
-            end=lambda news: self._told_end(slot, *news),
-            time_out=lambda *_: self._told_time_out(slot),
+            accept=lambda slot, _: self._hear(self._told_start, slot),
+            end=lambda news: self._hear(self._told_end, slot, *news),
+            time_out=lambda *_: self._hear(self._told_time_out, slot),
             time_limit_s=message.time_limit_s,
             detach=lambda _: None,
             revoke=lambda job_id: self.post(Revoked(job_id)),
@@ -197,8 +241,7 @@ class SimulatedWorker:
 
     def refuse(self, job_id: UUID) -> None:
         """A message that cannot run: `EnginePool.refuse`."""
-        self._slots += 1
-        slot = self._slots
+        slot = self._next_slot()
         self.unacked[slot] = Message(job_id, None, self.models[0])
 
         def acknowledge() -> None:
@@ -206,6 +249,13 @@ class SimulatedWorker:
             self._ack(slot)
 
         self.post(Refusal(job_id, Kind.GENERATE, RequestError("Bad."), acknowledge))
+
+    def _hear(self, told: Callable[..., None], *news: Any) -> None:
+        """The ticket would only log that it was wrong."""
+        try:
+            told(*news)
+        except Broken as error:
+            self._wrong = error
 
     def _told_start(self, slot: int) -> None:
         message = self.unacked.get(slot)
@@ -220,6 +270,9 @@ class SimulatedWorker:
             self._told_final(slot, "completed" if not failed else None)
 
     def _told_time_out(self, slot: int) -> None:
+        if message := self.unacked.get(slot):
+            by_row = message.time_limit_s is None
+            self._world.note(Effect.TIMED_OUT_BY_ROW if by_row else Effect.TIMED_OUT)
         self._told_final(slot, "failed")
 
     def _told_final(self, slot: int, state: str | None) -> None:
@@ -234,7 +287,8 @@ class SimulatedWorker:
             self.acks_until_death -= 1
             if self.acks_until_death < 0:
                 raise Died
-        self.unacked.pop(slot, None)  # after a reconnect it is another's
+        if self.unacked.pop(slot, None):  # after a reconnect it is another's
+            self.channel.settled(slot)
 
 
 def _new_worker(worker_id: UUID, models: tuple[str, ...]) -> NewWorker:
@@ -254,8 +308,9 @@ def _new_worker(worker_id: UUID, models: tuple[str, ...]) -> NewWorker:
 class SimulatedRescue:
     """A rescue process: sweeps until it dies."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, format: int) -> None:
         self.database = ProcessDatabase(world)
+        self.format = format
         self.is_alive = True
         self.sweep_ns = 0
         self._rescue = Rescue(SETTINGS, self.database, world.queue, world.clock.now_s)
@@ -263,7 +318,7 @@ class SimulatedRescue:
 
     def sweep(self) -> None:
         try:
-            with suppress(Unavailable):
+            with suppress(Unavailable), speaking(self.format):
                 self._rescue.sweep()
         except Died:
             self.is_alive = False

@@ -17,7 +17,7 @@ from tests.simulation.engine import MAX_ROWS
 PROMPTS: Final = (
     "good 1", "good 2", "good 4", "good 9", "good 3", "good 30", "nan 2", "poison 1", "poison 3",
     "oom 2", "oom 0", "hang 2", "good 2 x2", "good 3 x3", "good 4 x4", "nan 2 x2", "poison 2 x3",
-    "good 1 x5", "good 1 m200", "good 2 unstorable",
+    "good 1 x5", "good 1 m200", "good 2 unstorable", "good 60",
 )  # fmt: skip
 """What the engine does with it and after how many steps; then, how many sequences it asks for, how
 many tokens at most, and whether the store refuses its answer."""
@@ -37,7 +37,9 @@ class Expected:
     """What a job may become, whatever happens to it."""
 
     prompt: str
+    model: str
     states: set[str] = field(default_factory=set)
+    limit_s: float | None = None  #: that its row must have
     kills_alone: int = 0  #: times that a fault killed the engine while it ran nothing else
 
     @property
@@ -48,9 +50,14 @@ class Expected:
 
 def outcome_of(words: str) -> str:
     """The state that a prompt ends in if nothing else happens."""
-    if num_sequences(words) > MAX_ROWS or "m200" in words or UNSTORABLE in words:
+    if is_doomed(words) or UNSTORABLE in words:
         return "failed"
     return OUTCOMES.get(words.split()[0]) or ("failed" if words == "oom 0" else "completed")
+
+
+def is_doomed(prompt: str) -> bool:
+    """Whether no worker can run it."""
+    return num_sequences(prompt) > MAX_ROWS or _option(prompt, "m") is not None
 
 
 def num_sequences(prompt: str) -> int:

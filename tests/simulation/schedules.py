@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 import time
+from collections import Counter
 from dataclasses import dataclass
 from typing import Final
 
+from tests.simulation.effects import Effect
 from tests.simulation.world import World
 
 Move = tuple[str, tuple[int, ...]]
@@ -20,6 +22,8 @@ ARGUMENTS: Final = {
     "kill_worker": 2, "kill_at_ack": 2, "pause_worker": 2, "miss_beats": 2, "drain": 2,
     "start_worker": 1, "kill_engine": 1, "freeze_engine": 2, "lose_reply": 3,
     "start_rescue": 1, "restart_rescue": 1, "go": 2, "stand_still": 1,
+    "submit_later": 3, "deploy": 2, "misplace_message": 2, "revoke_unread": 2, "babble": 2,
+    "flood": 2,
 }  # fmt: skip
 """How many numbers each move takes."""
 
@@ -28,6 +32,13 @@ FAULTS: Final = tuple(
     for name in ARGUMENTS
     if name not in ("submit", "go", "start_worker", "start_rescue", "stand_still")
 )
+COMPANIONS: Final = {
+    "submit_later": ("deploy", "misplace_message"),
+    "deploy": ("submit_later", "kill_worker"),
+    "babble": ("lose_message",),
+}
+"""Faults that come to nothing without others."""
+
 MAX_NUMBER: Final = 10_000
 CUT_DOWN_S: Final = 20.0
 
@@ -37,6 +48,7 @@ def drawn(seed: int) -> Schedule:
     they meet."""
     chance = random.Random(seed)
     faults = chance.sample(FAULTS, chance.randint(0, 5))
+    faults += [other for name in faults for other in COMPANIONS.get(name, ())]
     names = ["submit"] * 4 + ["go"] * 6 + ["start_worker", "start_rescue"] + faults * 2
     moves = chance.choices(names, k=chance.randint(10, 50))
     return [
@@ -64,11 +76,14 @@ def play(schedule: Schedule) -> World:
     return world
 
 
-def failure_of(schedule: Schedule) -> Failure | None:
+def failure_of(schedule: Schedule, seen: Counter[Effect] | None = None) -> Failure | None:
+    """What goes wrong, if anything; counts in `seen` what happened."""
     try:
-        play(schedule)
+        world = play(schedule)
     except Exception as error:
         return Failure(schedule, error)
+    if seen is not None:
+        seen.update(world.seen)
     return None
 
 

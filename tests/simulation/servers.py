@@ -6,13 +6,15 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID
 
 from app.broker.message import Message as WakeUp
-from app.broker.queues import Layout
+from app.broker.queues import Layout, queue_name, queues_of
 from app.errors import Unavailable
+from app.requests import bodies
 from tests.simulation.engine import MODELS
+from tests.simulation.versions import LATER, PRESENT
 
 if TYPE_CHECKING:
     from tests.simulation.world import World
@@ -100,7 +102,7 @@ class _Autocommit:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    job_id: UUID
+    job_id: UUID | None  #: None: it is none of ours
     body: str | None  #: the prompt, if the message brings the request
     model: str
     eta: datetime | None = None
@@ -108,47 +110,76 @@ class Message:
     time_limit_s: float | None = None
     priority: int = 0
     is_unstorable: bool = False  #: the store refuses what it would write of it
+    format: int = PRESENT  #: of the request
+    queue: str = ""  #: the one that it was sent to; its model's if left out
+
+    def __post_init__(self) -> None:
+        if not self.queue:
+            object.__setattr__(self, "queue", queue_name(self.model, self.format))
+
+
+DEFAULT: Final = "celery"
+"""The queue of messages that name none."""
 
 
 class Queue:
-    """Redis: a list a model. Also plays the product's publisher."""
+    """Redis: a list for each queue, with all priorities in it. Also plays the publisher of
+    whatever version asks."""
 
     def __init__(self, world: World) -> None:
         self._world = world
         self.layout = Layout()
-        self.lists: dict[str, list[Message]] = {name: [] for name in MODELS}
+        self.lists: dict[str, list[Message]] = {
+            **{queue_name(model, format): [] for format in (PRESENT, LATER) for model in MODELS},
+            DEFAULT: [],
+        }
 
     def put(self, message: Message) -> None:
-        self.lists[message.model].append(message)
+        self.lists[message.queue].append(message)
 
-    def pop(self, model: str) -> Message:
+    def most_urgent(self, queues: Iterable[str]) -> str | None:
+        """Of queues with messages the first of those with the most urgent ones."""
+        steps = {
+            name: min(_step(message.priority) for message in self.lists[name])
+            for name in queues
+            if self.lists[name]
+        }
+        return min(steps, key=steps.__getitem__, default=None)
+
+    def pop(self, queue: str) -> Message:
         """The first of the most urgent list that has any."""
-        messages = self.lists[model]
+        messages = self.lists[queue]
         return messages.pop(messages.index(min(messages, key=lambda each: _step(each.priority))))
 
     def send(self, message: WakeUp) -> None:
         self.send_many([message])
 
     def send_many(self, messages: Iterable[WakeUp]) -> None:
-        if self._world.clock.ns < self._world.redis_back_ns:
-            raise Unavailable("Redis is away.")
-        for message in messages:
-            self.put(Message(message.job_id, None, message.model, priority=message.priority))
+        self._reach()
+        for each in messages:
+            self.put(
+                Message(each.job_id, None, each.model, priority=each.priority, format=bodies.FORMAT)
+            )
 
     def list_lengths(self, models: Iterable[str]) -> dict[str, list[int]]:
-        if self._world.clock.ns < self._world.redis_back_ns:
-            raise Unavailable("Redis is away.")
-        steps = {model: [_step(each.priority) for each in self.lists[model]] for model in models}
+        self._reach()
+        steps = {
+            model: [_step(each.priority) for each in self.lists[queue_name(model, bodies.FORMAT)]]
+            for model in models
+        }
         return {model: list(map(found.count, _STEPS)) for model, found in steps.items()}
 
     def without_message(self, ids: Iterable[UUID], models: Iterable[str]) -> set[UUID]:
-        if self._world.clock.ns < self._world.redis_back_ns:
-            raise Unavailable("Redis is away.")
-        there = {message.job_id for model in models for message in self.lists[model]}
-        return set(ids) - there
+        self._reach()
+        queues = [*queues_of(models, bodies.FORMAT), DEFAULT]
+        return set(ids) - {message.job_id for name in queues for message in self.lists[name]}
 
     def queue_lengths(self, models: Iterable[str]) -> dict[str, int]:
         return {model: sum(lengths) for model, lengths in self.list_lengths(models).items()}
+
+    def _reach(self) -> None:
+        if self._world.clock.ns < self._world.redis_back_ns:
+            raise Unavailable("Redis is away.")
 
 
 _STEPS = Layout().steps

@@ -25,13 +25,19 @@ def _model(name: str, max_rows: int) -> ModelSettings:
     )
 
 
-SETTINGS: Final = Settings.model_validate(
+_SETTINGS: Final = Settings.model_validate(
     {
         "models": {name: _model(name, MAX_ROWS) for name in MODELS},
         "prices": {"cpu": PriceSettings(per_device_hour=Decimal("0.036"), currency="EUR")},
         "worker": {"lease_s": 10, "heartbeat_s": 3, "step_timeout_s": 4, "load_timeout_s": 20},
         "rescue": {"sweep_ms": 1000, "lost_after_s": 5, "page_size": 3},
     }
+)
+MAX_MESSAGES: Final = 12
+"""In a queue: fewer than anybody may set, so that few jobs fill it."""
+
+SETTINGS: Final = _SETTINGS.model_copy(
+    update={"broker": _SETTINGS.broker.model_copy(update={"max_messages": MAX_MESSAGES})}
 )
 LEAST_ROWS: Final = 2
 """Of the model `static` in the worker that has less room than whoever submits believes."""

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator
+from datetime import timedelta
 
 import pytest
 
+from app.broker.queues import queue_name
 from app.store import submissions
 from app.store.submissions import Incoming
+from tests.simulation.effects import Effect
 from tests.simulation.engine import answer_to
 from tests.simulation.prompts import PROMPTS
 from tests.simulation.schedules import cut_down, drawn, failure_of, play
@@ -16,6 +20,7 @@ from tests.simulation.servers import ROLLED_BACK, UNKNOWN, Message
 from tests.simulation.world import World
 
 SEEDS_EACH = 25
+STATIC = queue_name("static")
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +36,17 @@ def test_every_invariant_holds_on_random_schedules(first: int) -> None:
     for seed in range(first, first + SEEDS_EACH):
         if failure := failure_of(drawn(seed)):
             pytest.fail(f"seed {seed}: make simulate SEED={seed} SCHEDULES=1\n{cut_down(failure)}")
+
+
+def test_everything_that_the_simulation_is_for_happens_in_it() -> None:
+    seen = Counter[Effect]()
+
+    for seed in range(1_000, 1_400):
+        assert failure_of(drawn(seed), seen) is None
+        if seen.keys() == set(Effect):
+            break
+
+    assert not set(Effect) - seen.keys()
 
 
 def test_a_schedule_plays_the_same_way_each_time() -> None:
@@ -103,7 +119,7 @@ def test_a_bare_wake_up_and_the_message_with_the_request_may_come_together() -> 
     world.go(60, 0)  # the worker is registered
     world.submit(PROMPTS.index("good 3"), 0, 0)  # a bare message: there is no row yet
     [worker, _] = world.workers
-    message = world.queue.lists["static"].pop()
+    message = world.queue.lists[STATIC].pop()
     assert message.body is not None
     worker.take(Message(message.job_id, None, "static"))
     worker.take(message)
@@ -122,7 +138,7 @@ def test_messages_that_arrive_while_postgres_fails_a_revoke_are_not_forgotten() 
     world.submit(PROMPTS.index("good 3"), 1, 0)
     world.submit(PROMPTS.index("good 3"), 1, 0)
     [worker, _] = world.workers
-    for message in (world.queue.lists["static"].pop(0), world.queue.lists["static"].pop(0)):
+    for message in (world.queue.lists[STATIC].pop(0), world.queue.lists[STATIC].pop(0)):
         worker.take(message)
     world.revoke(0, 0)
     worker.database.fault, worker.database.fault_in = ROLLED_BACK, 1  # after the registration
@@ -139,7 +155,7 @@ def test_a_job_whose_message_is_lost_after_a_reconnect_is_sent_again() -> None:
     world.go(60, 0)  # the worker is registered
     world.submit(PROMPTS.index("good 3"), 1, 0)
     [worker, _] = world.workers
-    worker.take(world.queue.lists["static"].pop())
+    worker.take(world.queue.lists[STATIC].pop())
     worker.turn()
     world.disconnect(0)
     world.flush_redis()
@@ -156,7 +172,7 @@ def test_a_message_that_was_registered_and_forgotten_is_sent_again() -> None:
     world.go(60, 0)  # the worker is registered
     world.submit(PROMPTS.index("good 3"), 1, 0)
     [worker, _] = world.workers
-    worker.take(world.queue.lists["static"].pop())
+    worker.take(world.queue.lists[STATIC].pop())
     worker.database.fault, worker.database.fault_in = UNKNOWN, 0
     worker.turn()
     [row] = world.store.rows("jobs")
@@ -190,7 +206,7 @@ def test_a_job_that_is_revoked_before_its_message_is_read_is_cancelled() -> None
     world.workers[1].die(given_back=False)
     world.go(60, 0)
     world.submit(PROMPTS.index("good 3"), 0, 0)  # a bare message: there is no row yet
-    message = world.queue.lists["static"].pop()
+    message = world.queue.lists[STATIC].pop()
     world.revoke(0, 0)
     world.workers[0].turn()
 
@@ -210,3 +226,113 @@ def test_of_two_requests_under_one_new_id_the_stored_one_is_answered() -> None:
 
     [row], [result] = world.store.rows("jobs"), world.store.rows("results")
     assert result["response"]["choices"][0]["text"] == answer_to(row["request"]["prompt"])
+
+
+def test_a_row_of_a_later_version_waits_for_a_worker_that_reads_it() -> None:
+    # given workers of before, and a message that got into the list that they read
+    world = World()
+    world.go(60, 0)
+    world.submit_later(PROMPTS.index("good 3"), 2, 0)
+    world.go(79, 0)
+    [row] = world.store.rows("jobs")
+    assert world.seen[Effect.LATER_LEFT]
+    assert (row["state"], row["received_by"]) == ("queued", None)
+
+    # when one of the later version is started
+    world.heal()
+
+    [row] = world.store.rows("jobs")
+    assert (row["state"], row["attempt"]) == ("completed", 1)
+
+
+def test_a_later_version_reads_what_lies_in_the_lists_of_before() -> None:
+    world = World()
+    world.submit(PROMPTS.index("good 3"), 6, 0)  # for the model that one worker serves
+    world.deploy(0, 1)
+
+    world.heal()
+
+    assert [row["state"] for row in world.store.rows("jobs")] == ["completed"]
+
+
+def test_a_task_that_was_revoked_while_its_message_lay_in_redis_is_cancelled() -> None:
+    world = World()
+    world.submit(PROMPTS.index("good 3"), 0, 0)
+    world.revoke_unread(0, 3)
+
+    world.heal()
+
+    assert [row["state"] for row in world.store.rows("jobs")] == ["cancelled"]
+    assert world.seen[Effect.REVOKED_UNREAD]
+
+
+def test_a_time_limit_holds_although_the_message_that_brought_it_is_lost() -> None:
+    # given a job that is registered, with its limit, and lost with its worker
+    world = World()
+    world.workers[1].die(given_back=False)
+    world.go(60, 0)
+    world.submit(PROMPTS.index("good 60"), 0, 5)
+    while not world.store.rows("jobs"):
+        world.go(1, 0)
+    world.workers[0].die(given_back=False)
+
+    # when its message is sent again, without a limit
+    world.heal()
+
+    [row], [result] = world.store.rows("jobs"), world.store.rows("results")
+    assert (row["time_limit_s"], result["error_code"]) == (0.3, "time_limit")
+    assert world.seen[Effect.TIMED_OUT_BY_ROW]
+
+
+def test_messages_of_others_hide_no_lost_one() -> None:
+    # given a lost message, in a list with many that nobody takes
+    world = World()
+    for worker in world.workers:
+        worker.die(given_back=False)
+    world.submit(PROMPTS.index("good 3"), 1, 0)
+    world.lose_message(0, 0)
+    world.babble(list(world.queue.lists).index(STATIC), 49)
+    assert not any(message.job_id for message in world.queue.lists[STATIC])
+
+    # when rescue looks
+    while world.clock.now() < world.store.rows("jobs")[0]["created_at"] + timedelta(seconds=15):
+        world.go(1, 0)
+
+    assert [each.job_id for each in world.queue.lists[STATIC] if each.job_id]
+
+
+@pytest.mark.parametrize("way", range(4))
+@pytest.mark.parametrize("busy", [0, 1])
+def test_a_job_of_an_idle_model_does_not_wait_for_a_busy_one(way: int, busy: int) -> None:
+    world = World()
+    world.workers[1].die(given_back=False)
+    world.go(60, 0)
+    world.flood(16 + 4 * busy + way, 39)
+
+    world.heal()
+
+    *_, idle = world.expected
+    attempts = sorted(world.store.rows("attempts"), key=lambda attempt: attempt["claimed_at"])
+    place = [attempt["job_id"] for attempt in attempts].index(idle)
+    assert place < len(attempts) / 2
+
+
+def test_a_worker_does_not_go_in_circles_while_a_batch_that_is_due_has_no_room() -> None:
+    # given an engine with room for less than the job that waits
+    world = World()
+    world.workers[1].die(given_back=False)
+    host = world.workers[0].host
+    for _ in range(3):
+        world.submit(PROMPTS.index("good 60"), 7, 0)  # in the model whose engine lets others join
+    world.submit(PROMPTS.index("good 3 x3"), 7, 0)
+    turns = Counter[int]()
+    turn = world.workers[0].turn
+
+    def count() -> None:
+        turns[host.num_runs] += 1
+        turn()
+
+    world.workers[0].turn = count  # type: ignore[method-assign]
+    world.heal()
+
+    assert turns[1] < 30  # for three seconds, with 60 steps that end no job

@@ -9,36 +9,33 @@ every move the invariants are checked; `heal` ends all faults and waits for ever
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
-from datetime import timedelta
 from typing import Any, Final
 from uuid import UUID
 
-from app.errors import JobStateConflict
+from app.broker.queues import queue_name
 from app.jobs import JobState
-from app.store import cancellation, submissions
 from app.store.notices import CANCEL
-from app.store.submissions import NewJob
-from app.worker.commands import Drain, Flush, Revoked
+from app.worker.commands import Drain, Flush
 from tests.memory_store import MemoryDatabase, Row
-from tests.simulation.broken import Broken, expect
+from tests.simulation.broken import Broken
+from tests.simulation.effects import Effect
 from tests.simulation.engine import MODELS
-from tests.simulation.invariants import after_commit, when_all_have_ended
+from tests.simulation.invariants import after_commit, ends, when_all_have_ended
+from tests.simulation.patience import Patience
 from tests.simulation.processes import SimulatedRescue, SimulatedWorker
+from tests.simulation.producers import Producers
 from tests.simulation.prompts import (
-    PROMPTS,
     UNSTORABLE,
     Expected,
-    new_job,
-    num_sequences,
-    outcome_of,
-    with_key,
 )
-from tests.simulation.servers import UNKNOWN, Clock, Message, Queue
-from tests.simulation.settings import LEAST_ROWS, SERVED
+from tests.simulation.servers import DEFAULT, UNKNOWN, Clock, Message, Queue
+from tests.simulation.settings import SERVED
+from tests.simulation.versions import LATER, PRESENT
 
-MAX_JOBS: Final = 24
+BABBLE_NS: Final = 500_000_000
+MAX_BABBLE: Final = 60
 HEAL_S: Final = 300
 """Longest time from the end of all faults to the end of all jobs. Most of it is for messages that
 were lost several times: the wait for one doubles with each."""
@@ -47,7 +44,7 @@ HEAL_STEPS: Final = 50_000
 """A busy loop, in which no time passes, is no progress either."""
 
 
-class World:
+class World(Producers):
     """All processes, and what must be true of them."""
 
     def __init__(self) -> None:
@@ -60,79 +57,17 @@ class World:
         self.expected: dict[UUID, Expected] = {}
         self.deaf = False  #: notices of cancels are lost
         self._ids = random.Random(0)
-        self.workers = [SimulatedWorker(self, models) for models in SERVED]
-        self.rescuers = [SimulatedRescue(self), SimulatedRescue(self)]
+        self.seen: Counter[Effect] = Counter()
+        self._flooded, self._flood_size = "", 0  #: the model whose queue is so long, and how long
+        self.babble_ns: int | None = None  #: when somebody else writes into our lists next
+        self._noisy: str = DEFAULT  #: the list that he writes into
+        self._owed_rows: list[tuple[UUID, SimulatedWorker]] = []
+        self.formats = [PRESENT] * len(SERVED)  #: that the version of each worker knows
+        self.workers = [SimulatedWorker(self, models, PRESENT) for models in SERVED]
+        self.rescuers = [SimulatedRescue(self, PRESENT), SimulatedRescue(self, PRESENT)]
 
     def new_id(self) -> UUID:
         return UUID(int=self._ids.getrandbits(128), version=4)
-
-    # ── moves: producers ─────────────────────────────────────────────────────────────────────
-
-    def submit(self, prompt: int, way: int, times: int) -> None:
-        """A producer brings a job: a row and a message, or one of them."""
-        if len(self.expected) >= MAX_JOBS:
-            return None
-        words, model = PROMPTS[prompt % len(PROMPTS)], MODELS[way // 6 % 2]
-        job_id, now = self.new_id(), self.clock.now()
-        expected = Expected(f"{words} {len(self.expected)}")
-        expected.states.add(outcome_of(words))
-        if model == "static" and num_sequences(words) > LEAST_ROWS:
-            expected.states.add("failed")  # one of the workers cannot take it
-        priority = 9 if times % 13 > 8 else 0
-        eta = now + timedelta(seconds=4) if times % 5 == 1 else None
-        expires = now + timedelta(seconds=(1, 8)[times % 2]) if times % 7 in (2, 3) else None
-        limit_s = 1.0 if times % 11 == 4 else None
-        if expires:
-            expected.states.add("expired")
-        if limit_s:
-            expected.states.add("failed")
-        self.expected[job_id] = expected
-        message = Message(job_id, expected.prompt, model, eta, expires, limit_s, priority)
-        if way % 6 == 0:  # a bare message; the job is accepted once it has a row
-            return self.queue.put(message)
-        is_sent = way % 6 in (1, 2, 4)
-        job = new_job(job_id, expected.prompt, model, eta, expires, priority)
-        if not self._insert(job, is_sent):
-            del self.expected[job_id]
-            return None
-        if way % 6 in (1, 2, 3) and self.clock.ns >= self.redis_back_ns:
-            # 3: sent, though the row does not say so; 4: the other way round
-            wake_up = Message(job_id, None, model, priority=priority)
-            self.queue.put(message if way % 6 == 1 else wake_up)
-        return None
-
-    def submit_unstorable(self, way: int) -> None:
-        """A bare message with something that the store refuses, for all that come with it."""
-        job_id, model = self.new_id(), MODELS[way % 2]
-        self.queue.put(Message(job_id, "good 1 of many", model, is_unstorable=True))
-
-    def submit_again(self, job: int) -> None:
-        """The same idempotency key and request once more are the same job."""
-        if (job_id := self._some_job(job)) is None:
-            return
-        row = self.store.tables["jobs"].get(job_id)
-        if row is None or row["idempotency_key"] is None:
-            return
-        again = new_job(self.new_id(), self.expected[job_id].prompt, row["model"])
-        same = with_key(again, row["idempotency_key"])
-        with self.store.begin() as connection:
-            [inserted] = submissions.insert_jobs(connection, [same])
-        expect(inserted.id == job_id and not inserted.created, "one key made two jobs")
-
-    def cancel(self, job: int) -> None:
-        if (job_id := self._some_job(job)) not in self.store.tables["jobs"]:
-            return
-        assert job_id is not None
-        self.expected[job_id].states.add("cancelled")
-        with suppress(JobStateConflict), self.store.begin() as connection:
-            cancellation.cancel(connection, job_id)
-
-    def revoke(self, job: int, worker: int) -> None:
-        """Celery's revoke, which each worker hears."""
-        if (job_id := self._some_job(job)) is None:
-            return
-        self.expected[job_id].states.add("cancelled")
-        self._worker(worker).post(Revoked(job_id))
 
     # ── moves: the broker ────────────────────────────────────────────────────────────────────
 
@@ -165,6 +100,24 @@ class World:
                 self._worker(way).refuse(job_id)
             case 3:
                 self._worker(way).refuse(self.new_id())
+
+    def misplace_message(self, queue: int, to: int) -> None:
+        """A message lies in another list than its own, perhaps where other versions read."""
+        messages, lists = self._list(queue), list(self.queue.lists.values())
+        if messages:
+            lists[to % len(lists)].append(messages.pop())
+
+    def babble(self, queue: int, number: int) -> None:
+        """Somebody else's messages lie in a list, and more come until the end of days."""
+        names = list(self.queue.lists)
+        self._noisy, self.babble_ns = names[queue % len(names)], self.clock.ns
+        for _ in range(number % 50):
+            self._babble()
+
+    def _babble(self) -> None:
+        self.babble_ns = self.clock.ns + BABBLE_NS
+        if len(self.queue.lists[self._noisy]) < MAX_BABBLE:
+            self.queue.put(Message(None, None, MODELS[0], queue=self._noisy))
 
     def redeliver(self, worker: int) -> None:
         """The visibility timeout: what is being worked on comes again."""
@@ -229,7 +182,18 @@ class World:
     def start_worker(self, worker: int) -> None:
         place = worker % len(self.workers)
         if not self.workers[place].is_alive:
-            self.workers[place] = SimulatedWorker(self, SERVED[place])
+            self.workers[place] = SimulatedWorker(self, SERVED[place], self.formats[place])
+
+    def deploy(self, process: int, version: int) -> None:
+        """A process is replaced by one of another version, or of a version of before again."""
+        place, format = process // 2 % 2, (PRESENT, LATER)[version % 3 > 0]
+        if process % 2:
+            self.rescuers[place] = SimulatedRescue(self, format)
+            return
+        self.formats[place] = format
+        if self.workers[place].is_alive:
+            self.workers[place].end()
+        self.start_worker(place)
 
     def kill_engine(self, worker: int) -> None:
         """From outside, say by the kernel: nobody's fault, but it looks like that of one alone."""
@@ -246,12 +210,12 @@ class World:
             process.freeze(self.clock.ns + tenths % 300 * 100_000_000)
 
     def restart_rescue(self, rescuer: int) -> None:
-        self.rescuers[rescuer % len(self.rescuers)] = SimulatedRescue(self)
+        place = rescuer % len(self.rescuers)
+        self.rescuers[place] = SimulatedRescue(self, self.rescuers[place].format)
 
     def start_rescue(self, rescuer: int) -> None:
-        place = rescuer % len(self.rescuers)
-        if not self.rescuers[place].is_alive:
-            self.rescuers[place] = SimulatedRescue(self)
+        if not self.rescuers[rescuer % len(self.rescuers)].is_alive:
+            self.restart_rescue(rescuer)
 
     # ── moves: time ──────────────────────────────────────────────────────────────────────────
 
@@ -277,8 +241,24 @@ class World:
         for place, rescuer in enumerate(self.rescuers):
             rescuer.database.heal()
             self.start_rescue(place)
+        self._end_deploy()
+        patience = Patience(self.store, self.expected)
+        if self._flooded and patience.waits_beside(self._flooded):
+            self.note(Effect.BESIDE_FLOOD)
+        healed_at = self.store.now()
         self.run_until_quiet()
-        when_all_have_ended(self.store, self.expected)
+        patience.check()
+        when_all_have_ended(self.store, self.expected, healed_at)
+        self.seen.update(ends(self.store, self.expected))
+
+    def _end_deploy(self) -> None:
+        """Where there was anything of a later version, there is a worker for each model, and a
+        rescue process; beside them others of before may go on."""
+        versions = {*self.formats, *(rescuer.format for rescuer in self.rescuers)}
+        rows = {row["format"] for row in self.store.rows("jobs")}
+        if LATER in versions | rows:
+            for process in range(2):
+                self.deploy(process, 1)
 
     def run_until_quiet(self) -> None:
         chance, until_ns = random.Random(0), self.clock.ns + HEAL_S * 1_000_000_000
@@ -308,24 +288,15 @@ class World:
                 process = worker.host.process
                 if process is not None and process.next_ns is not None:
                     yield process.next_ns, process.run
-            if worker.wants_messages:
-                for model in worker.models:
-                    if self.queue.lists[model]:
-                        yield 0, lambda w=worker, m=model: w.take(self.queue.pop(m))
+            if worker.wants_messages and (queue := worker.channel.next_queue()):
+                yield 0, lambda w=worker, name=queue: w.take_next(name)
         for rescuer in self.rescuers:
             if rescuer.is_alive:
                 yield rescuer.sweep_ns, rescuer.sweep
+        if self.babble_ns is not None:
+            yield self.babble_ns, self._babble
 
     # ── helpers ──────────────────────────────────────────────────────────────────────────────
-
-    def _insert(self, job: NewJob, is_sent: bool) -> bool:
-        """Whether the job was accepted."""
-        if self.clock.ns < self.postgres_back_ns:
-            return False
-        with self.store.begin() as connection:
-            sent = [job.id] if is_sent else []
-            submissions.insert_jobs(connection, [with_key(job, str(job.id))], sent)
-        return True
 
     def _some_job(self, number: int) -> UUID | None:
         ids = list(self.expected)
@@ -335,7 +306,17 @@ class World:
         return self.workers[number % len(self.workers)]
 
     def _list(self, number: int) -> list[Message]:
-        return self.queue.lists[MODELS[number % len(MODELS)]]
+        """One with messages, if there is any."""
+        lists = [messages for messages in self.queue.lists.values() if messages] or [[]]
+        return lists[number % len(lists)]
+
+    def note(self, effect: Effect) -> None:
+        self.seen[effect] += 1
+
+    def given_up(self, prompts: set[str]) -> None:
+        """A frozen engine was given up with these inside."""
+        self.note(Effect.STOPPED_ENGINE)
+        self.killed_with(prompts)
 
     def killed_with(self, prompts: set[str]) -> None:
         """A fault ended an engine that held these."""
@@ -352,9 +333,23 @@ class World:
         is_over = all(JobState(row["state"]).is_final for row in self.store.rows("jobs"))
         return (
             is_over
-            and not any(self.queue.lists.values())
+            and not self._without_row()
+            and not any(map(self._has_ours, self._lists_to_read()))
             and not any(worker.unacked for worker in self.workers if worker.is_alive)
         )
+
+    def _without_row(self) -> list[UUID]:
+        """Jobs that were revoked and have no row yet, as far as who heard of it lives."""
+        rows = self.store.tables["jobs"]
+        return [id for id, worker in self._owed_rows if worker.is_alive and id not in rows]
+
+    def _lists_to_read(self) -> list[str]:
+        """All but those of a later version, if no worker is of it."""
+        formats = range(PRESENT, max(self.formats) + 1)
+        return [DEFAULT, *(queue_name(model, each) for model in MODELS for each in formats)]
+
+    def _has_ours(self, queue: str) -> bool:
+        return any(message.job_id for message in self.queue.lists[queue])
 
     def _open(self) -> dict[str, Any]:
         jobs = {
@@ -363,7 +358,12 @@ class World:
             if not JobState(row["state"]).is_final
         }
         unacked = [len(worker.unacked) for worker in self.workers]
-        return {"jobs": jobs, "unacked": unacked, "queue": self.queue.lists}
+        return {
+            "jobs": jobs,
+            "rowless": self._without_row(),
+            "unacked": unacked,
+            "queue": self.queue.lists,
+        }
 
     def _prompt(self, row: Row) -> str:
         expected = self.expected.get(row["id"])
