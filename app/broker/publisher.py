@@ -33,7 +33,6 @@ class Publisher:
 
     def __init__(self, settings: Settings) -> None:
         self.layout = Layout.of(settings)
-        self._inline_requests = settings.broker.inline_requests
         self._unread: dict[str, int] = {}
         self._look_again_at = 0.0
         self._default_queue = settings.broker.default_queue
@@ -80,7 +79,7 @@ class Publisher:
         return name
 
     def _kwargs(self, message: Message) -> dict[str, Any]:
-        if message.request is None or not self._inline_requests:
+        if message.request is None:
             return {}
         return message.request | ({"url": message.url} if message.url else {})
 

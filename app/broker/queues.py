@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final, Self
 
-from app.config.settings import Settings
+from app.config.settings import BrokerSettings, Settings
 from app.jobs import MAX_PRIORITY
 from app.requests.bodies import FORMAT
 
@@ -34,6 +34,19 @@ def queues_of(models: Iterable[str], format: int = FORMAT) -> list[str]:
 def served_models(settings: Settings) -> tuple[str, ...]:
     """The models that a worker with these settings takes messages for."""
     return settings.worker.models or tuple(settings.models)
+
+
+ENVELOPE_BYTES: Final = 2_000
+"""Of a message in Redis without its request, the server's own needs included."""
+
+
+def most_bytes(broker: BrokerSettings) -> int:
+    """What a model's queue takes of Redis at most, as far as the API and rescue fill it.
+
+    A request grows by a third as base64, and by up to a quarter in what the server rounds up.
+    """
+    message = ENVELOPE_BYTES + broker.max_inline_bytes * 5 // 3
+    return len(broker.priority_steps) * broker.max_messages * message
 
 
 @dataclass(frozen=True, slots=True)

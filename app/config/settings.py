@@ -74,8 +74,10 @@ class BrokerSettings(_Section):
     sentinel_password: str = Field(
         "", description="Password at the Sentinels themselves.", repr=False
     )
-    inline_requests: bool = Field(
-        True, description="Messages carry the request; false sends the job id alone."
+    max_inline_bytes: Annotated[int, Field(ge=0, le=256_000)] = Field(
+        4_000,
+        description="Largest request that its message carries; for others it is the job id alone, "
+        "and the worker reads the row. With 0 the API puts no prompt into Redis.",
     )
     max_messages: Annotated[int, Field(ge=100)] = Field(
         10_000,

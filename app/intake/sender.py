@@ -20,16 +20,13 @@ from uuid import UUID
 
 from app.broker.message import Message
 from app.broker.publisher import Publisher
+from app.config.settings import BrokerSettings
 from app.errors import GristmillError, Unavailable
 from app.store import delivery
 from app.store.database import Database
 from app.store.submissions import NewJob
 
 log = logging.getLogger(__name__)
-
-MAX_INLINE_BYTES: Final = 256_000
-"""Larger requests travel as a bare wake-up, so that Redis stays small and no message outgrows what
-a worker takes. The row has the request."""
 
 BREAK_S: Final = 5.0
 """After a failed send nobody tries again for this long: submissions do not wait for Redis."""
@@ -47,10 +44,11 @@ class Sender:
     A send that fails opens a pause in which nobody tries, and at its end one caller does.
     """
 
-    def __init__(self, database: Database, publisher: Publisher, max_messages: int) -> None:
+    def __init__(self, database: Database, publisher: Publisher, broker: BrokerSettings) -> None:
         self._database = database
         self._publisher = publisher
-        self._queues = Queues(publisher, max_messages)
+        self._queues = Queues(publisher, broker.max_messages)
+        self._max_inline_bytes = broker.max_inline_bytes
         self._lock = threading.Lock()
         self._try_again_at: float | None = None
         self.num_sent = 0
@@ -82,7 +80,7 @@ class Sender:
         try:
             for start in range(0, len(jobs), PAGE_SIZE):
                 page = jobs[start : start + PAGE_SIZE]
-                self._publisher.send_many(map(_message, page))
+                self._publisher.send_many(map(self._message, page))
                 num_sent += len(page)
         except Exception as error:  # the jobs are accepted, whatever it is
             self._pause(error)
@@ -90,6 +88,19 @@ class Sender:
         with self._lock:
             self.num_sent += num_sent
             self.num_left_to_rescue += len(jobs) - num_sent + num_left
+
+    def _message(self, job: NewJob) -> Message:
+        """With the request if that is small, so that Redis is; else the worker reads the row."""
+        size = len(json.dumps(job.request))  # in ASCII, as Celery writes it
+        is_inline = size <= self._max_inline_bytes
+        return Message(
+            job_id=job.id,
+            kind=job.kind,
+            model=job.model,
+            request=job.request if is_inline else None,
+            url=job.url if is_inline else None,
+            priority=job.priority,
+        )
 
     def _pause(self, error: Exception) -> None:
         self._try_again_at = time.monotonic() + BREAK_S
@@ -173,18 +184,6 @@ class Queues:
         queue.held.discard(step)
         queue.lengths[step] += 1
         return True
-
-
-def _message(job: NewJob) -> Message:
-    is_inline = num_bytes(job.request) <= MAX_INLINE_BYTES
-    return Message(
-        job_id=job.id,
-        kind=job.kind,
-        model=job.model,
-        request=job.request if is_inline else None,
-        url=job.url if is_inline else None,
-        priority=job.priority,
-    )
 
 
 def num_bytes(request: dict[str, Any]) -> int:

@@ -174,7 +174,7 @@ class Submitter:
         self.models = served
         most = Load(settings.api.max_queued_jobs, settings.api.max_queued_tokens)
         self._admission = Admission(database, most)
-        self.sender = Sender(database, publisher, settings.broker.max_messages)
+        self.sender = Sender(database, publisher, settings.broker)
 
     def store(self, submissions: Sequence[object], decision: Decision) -> Stored:
         """An outcome for each submission, in order; the good ones become jobs in one transaction.

@@ -145,7 +145,10 @@ def _redis(settings: Settings) -> Finding:
         detail = f"maxmemory-policy is {policy} and may drop messages; set it to noeviction"
         return Finding("Redis", False, detail)
     persistence = "with" if server.get("aof_enabled") else "without"
-    return Finding("Redis", True, f"{_dotted(version)}, {persistence} an append-only file")
+    detail = f"{_dotted(version)}, {persistence} an append-only file"
+    if not server.get("maxmemory"):
+        detail += "; maxmemory is not set, so producers may fill the machine: see docs/redis.md"
+    return Finding("Redis", True, detail)
 
 
 def _rights(settings: Settings) -> Finding:

@@ -292,6 +292,7 @@ class EmbeddedRedis(_Server):
             databases 128
             save ""
             appendonly yes
+            maxmemory 1280mb
             maxmemory-policy noeviction
         """.encode()
 

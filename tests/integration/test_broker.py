@@ -18,7 +18,7 @@ from kombu import Message as KombuMessage
 from app.broker.app import make_app
 from app.broker.message import Message, raw_message
 from app.broker.publisher import Publisher
-from app.broker.queues import Layout
+from app.broker.queues import Layout, most_bytes
 from app.config.settings import Settings
 from app.errors import RequestError, RequestTooLarge, Unavailable
 from app.jobs import Kind
@@ -127,6 +127,22 @@ def test_a_model_that_only_other_processes_know_has_its_queue_all_the_same(
 
     assert publisher.queue_lengths(["new-here"]) == {"new-here": 1}
     assert client.keys("_kombu.binding.*") == []
+
+
+@pytest.mark.parametrize("size", [0, 700, 4_000, 9_000])
+def test_a_queue_takes_no_more_of_redis_than_its_settings_say(
+    publisher: Publisher, client: redis.Redis, settings: Settings, size: int
+) -> None:
+    num = 200
+    broker = settings.broker.model_copy(update={"max_inline_bytes": size})
+    request = {"prompt": "x" * (size - len(json.dumps({"prompt": ""})))} if size else None
+    url = "/v1/completions" if size else None
+
+    publisher.send_many(Message(uuid4(), Kind.GENERATE, "stub", request, url) for _ in range(num))
+
+    used = client.memory_usage(Layout().key("gristmill.stub"), samples=0)
+    of_one = most_bytes(broker) / broker.max_messages / len(broker.priority_steps)
+    assert used <= num * of_one
 
 
 def test_flushall_leaves_nothing_to_repair(publisher: Publisher, client: redis.Redis) -> None:

@@ -67,6 +67,7 @@ def test_redis_starts_in_a_long_folder_with_a_space_and_keeps_its_keys(long_fold
         assert client.lrange("queue", 0, -1) == [b"message"]
         assert client.config_get("appendonly") == {"appendonly": "yes"}
         assert client.config_get("maxmemory-policy") == {"maxmemory-policy": "noeviction"}
+        assert client.config_get("maxmemory") == {"maxmemory": str(1280 << 20)}
 
 
 def test_redis_refuses_a_connection_without_the_password(tmp_path: Path):

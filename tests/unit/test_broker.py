@@ -178,12 +178,12 @@ def test_the_prompt_is_in_the_body_and_nowhere_else(sent: Callable[..., dict[str
     assert travelling["headers"]["id"] == str(message.job_id)
 
 
-def test_without_inline_requests_a_message_carries_the_id_alone(
+def test_a_message_without_a_request_carries_the_id_alone(
     sent: Callable[..., dict[str, Any]],
 ) -> None:
-    message = Message(uuid4(), Kind.GENERATE, "small", {"prompt": PROMPT}, "/v1/completions")
+    message = Message(uuid4(), Kind.GENERATE, "small")
 
-    travelling = sent(message, inline_requests=False)
+    travelling = sent(message)
 
     assert json.loads(base64.b64decode(travelling["body"]))[:2] == [[], {}]
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from app.broker.queues import most_bytes
 from app.config.file import load
 from tests.compose import ROOT, document, services
 
@@ -97,6 +98,17 @@ def test_the_environment_holds_valid_settings(name: str):
 
     assert settings.database.url == "postgresql://gristmill:p0@postgres:5432/gristmill"
     assert settings.broker.url == "redis://:r0@redis:6379/0"
+
+
+def test_redis_refuses_before_its_container_is_full_and_not_before_its_queues_are():
+    redis = services(SECRETS)["redis"]
+    [megabytes] = re.findall(r"--maxmemory (\d+)mb", redis["command"][-1])
+    settings = load(ROOT / "configs/default.toml", {}).settings
+
+    most = int(megabytes) << 20
+    assert redis["deploy"]["resources"]["limits"]["memory"] == "2g"
+    assert most <= 0.7 * (2 << 30)  # a rewrite of the append-only file takes some, too
+    assert len(settings.models) * most_bytes(settings.broker) <= 0.7 * most  # some is producers'
 
 
 def test_volumes_and_images_are_declared_and_pinned():

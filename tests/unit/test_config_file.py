@@ -157,7 +157,6 @@ def test_the_environment_wins_and_is_read_by_type(write):
         "GRISTMILL_API__HOST": "0",
         "GRISTMILL_WORKER__LEASE_S": "40.5",
         "GRISTMILL_WORKER__MODELS": "chat",
-        "GRISTMILL_BROKER__INLINE_REQUESTS": "False",
         "GRISTMILL_LOG_LEVEL": "DEBUG",
         "GRISTMILL_LOG_FORMAT": "json",
         "HOME": "/elsewhere",
@@ -169,7 +168,6 @@ def test_the_environment_wins_and_is_read_by_type(write):
     assert (settings.api.port, settings.api.host) == (9000, "0")
     assert settings.worker.lease_s == 40.5
     assert settings.worker.models == ("chat",)
-    assert settings.broker.inline_requests is False
     assert settings.log_level == "DEBUG"
     assert loaded.source(("api", "port")) == "environment variable GRISTMILL_API__PORT"
 

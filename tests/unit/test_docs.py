@@ -11,11 +11,11 @@ from typing import Any
 from pydantic import BaseModel
 
 from app.api import problems
+from app.broker.queues import most_bytes
 from app.broker.rights import Role, rules
 from app.cli import cli
 from app.config.settings import ModelSettings, PriceSettings, Settings
 from app.demo.prompts import prompts
-from app.intake.sender import MAX_INLINE_BYTES
 from app.jobs import TRANSITIONS
 from app.local.doctor import MIN_POSTGRES, MIN_REDIS
 from app.store.delivery import DELIVERY_TRANSITIONS
@@ -202,7 +202,8 @@ def test_the_numbers_in_the_text_are_those_of_the_code() -> None:
     told = Settings()
 
     for phrase in (
-        f"more than {MAX_INLINE_BYTES:,} bytes",
+        f"`broker.max_inline_bytes` ({told.broker.max_inline_bytes:,})",
+        f"that is {round(most_bytes(told.broker), -7) // 10**6} MB for each model",
         f"Up to {told.api.max_bulk_items:,} jobs",
         f"at most {told.api.max_wait_s:.0f} seconds",
         f"the last {told.flower.max_tasks:,} jobs",

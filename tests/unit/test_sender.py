@@ -12,12 +12,14 @@ import pytest
 
 from app.broker.message import Message
 from app.broker.queues import Layout
+from app.config.settings import BrokerSettings
 from app.errors import Unavailable
 from app.intake import sender as sending
 from app.intake.sender import Sender
 from app.jobs import Kind
 from app.store.submissions import NewJob
 
+MAX_INLINE_BYTES = 1_000
 BODY = {"prompt": "A grist mill is"}
 
 
@@ -76,7 +78,8 @@ def postgres(monkeypatch: pytest.MonkeyPatch) -> Postgres:
 
 @pytest.fixture
 def sender(redis: Redis, postgres: Postgres) -> Sender:
-    return Sender(postgres, redis, max_messages=100)  # type: ignore[arg-type]
+    broker = BrokerSettings(max_messages=100, max_inline_bytes=MAX_INLINE_BYTES)
+    return Sender(postgres, redis, broker)  # type: ignore[arg-type]
 
 
 def new_job(**given: Any) -> NewJob:
@@ -112,7 +115,20 @@ def test_a_message_is_sent(sender: Sender, redis: Redis, postgres: Postgres) -> 
 
 
 def test_a_large_request_stays_in_its_row(sender: Sender, redis: Redis) -> None:
-    submit(sender, [new_job(request={"prompt": "x" * sending.MAX_INLINE_BYTES})])
+    largest = {"prompt": "x" * (MAX_INLINE_BYTES - len('{"prompt": ""}'))}
+    larger = {"prompt": largest["prompt"] + "x"}
+    larger_as_sent = {"prompt": "é" * (MAX_INLINE_BYTES // 5)}  # two bytes here, six there
+
+    submit(sender, [new_job(request=each) for each in (largest, larger, larger_as_sent)])
+
+    assert [message.request for message in redis.sent] == [largest, None, None]
+    assert [message.url for message in redis.sent] == ["/v1/completions", None, None]
+
+
+def test_without_room_in_messages_no_prompt_is_in_redis(redis: Redis, postgres: Postgres) -> None:
+    sender = Sender(postgres, redis, BrokerSettings(max_inline_bytes=0))  # type: ignore[arg-type]
+
+    submit(sender, [new_job()])
 
     assert redis.sent[0].request is None
 
