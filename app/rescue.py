@@ -341,9 +341,10 @@ def _sweep_until(
         except Unavailable as error:
             pause_s = min(max(2 * pause_s, sweep_s), MAX_PAUSE_S)
             log.warning("%s Trying again.", error, extra={"action": "wait", "pause_s": pause_s})
+            _note_alive(settings, has_swept=False)
         else:
             pause_s = sweep_s
-            _note_alive(settings)
+            _note_alive(settings, has_swept=True)
 
 
 def _pause(stop: threading.Event, pause_s: float, settings: Settings, rescuer: Rescue) -> bool:
@@ -364,25 +365,40 @@ def _alive_file(settings: Settings) -> Path:
     return Path(settings.cache_dir) / "rescue.alive"
 
 
-def _note_alive(settings: Settings) -> None:
+def _tried_file(settings: Settings) -> Path:
+    return Path(settings.cache_dir) / "rescue.tried"
+
+
+def _note_alive(settings: Settings, *, has_swept: bool) -> None:
     """A folder that cannot be written makes rescue look dead, and does not end it."""
-    file = _alive_file(settings)
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch()
+        for file in [_tried_file(settings), *([_alive_file(settings)] if has_swept else [])]:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch()
     except OSError as error:
         extra = {"action": "not_noted_alive"}
         health_log.warning("That rescue is alive cannot be noted: %s", error, extra=extra)
 
 
 def _forget_alive(settings: Settings) -> None:
-    with suppress(OSError):
-        _alive_file(settings).unlink()
+    for file in (_alive_file(settings), _tried_file(settings)):
+        with suppress(OSError):
+            file.unlink()
 
 
 def is_alive(settings: Settings) -> bool:
     """Whether a rescue process with this cache folder has swept within the last `ALIVE_S`."""
+    return _is_young(_alive_file(settings))
+
+
+def has_tried(settings: Settings) -> bool:
+    """The same, or could not for what Postgres or Redis said."""
+    return _is_young(_tried_file(settings))
+
+
+def _is_young(file: Path) -> bool:
+    """By a clock that may have been set; one that is ahead of us is not trusted either."""
     try:
-        return time.time() - _alive_file(settings).stat().st_mtime < ALIVE_S
+        return abs(time.time() - file.stat().st_mtime) < ALIVE_S
     except OSError:
         return False

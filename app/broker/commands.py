@@ -85,16 +85,20 @@ READINESS: Final = "gristmill_readiness"
 """Name of the remote control command that asks a worker whether it makes progress."""
 
 
-def ready_workers(settings: Settings, timeout_s: float = 1.0) -> list[str]:
-    """Names, NAME@HOST, of the workers that answer within the time that they make progress.
+def workers(settings: Settings, timeout_s: float = 1.0) -> dict[str, bool]:
+    """Names, NAME@HOST, of the workers that answer within the time, and whether they make progress.
 
     Raises `Unavailable`.
     """
     with as_unavailable(), make_app(settings) as app:
         replies = app.control.broadcast(READINESS, reply=True, timeout=timeout_s)
-        return [
-            name
+        return {
+            name: isinstance(answer, dict) and bool(answer.get("ready"))
             for reply in replies
             for name, answer in reply.items()
-            if isinstance(answer, dict) and answer.get("ready")
-        ]
+        }
+
+
+def ready_workers(settings: Settings, timeout_s: float = 1.0) -> list[str]:
+    """Names of those that make progress. Raises `Unavailable`."""
+    return [name for name, is_ready in workers(settings, timeout_s).items() if is_ready]

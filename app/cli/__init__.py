@@ -14,7 +14,7 @@ from typing import NoReturn
 
 import click
 
-from app.cli import jobs, parts, settings
+from app.cli import jobs, machine, parts, settings
 from app.cli.terminal import FAILED, INTERRUPTED, JOB_FAILED, UNAVAILABLE, WRONG_SETTINGS, tell
 from app.client import JobFailed
 from app.errors import ConfigError, GristmillError, SchemaError, Unavailable
@@ -64,5 +64,5 @@ def cli(config: Path | None) -> None:
         os.environ["GRISTMILL_CONFIG"] = str(config.absolute())
 
 
-for command in (*parts.COMMANDS, *jobs.COMMANDS, *settings.COMMANDS):
+for command in (*machine.COMMANDS, *parts.COMMANDS, *jobs.COMMANDS, *settings.COMMANDS):
     cli.add_command(command)

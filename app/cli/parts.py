@@ -1,47 +1,20 @@
-"""Commands that run Gristmill: all of it, or one part."""
+"""Commands that run one part of Gristmill, or a demonstration of all."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import runpy
-import signal
 import sys
-from collections.abc import Iterator
-from typing import Any, Final, NoReturn
+from typing import TYPE_CHECKING, Final, NoReturn
 
 import click
 
+from app.cli.interrupts import signals_interrupt
 from app.cli.terminal import FAILED, load_settings, out, tell
 
-
-@click.command()
-def up() -> None:
-    """Run everything on this machine until Ctrl-C."""
-    from app.local.supervisor import System
-
-    with contextlib.suppress(KeyboardInterrupt), _signals_interrupt():
-        loaded = load_settings()
-        with System(loaded, tell) as system:
-            settings = system.settings
-            out.print(
-                f"[bold]API[/]     {settings.api.url}/docs\n[bold]Flower[/]  {settings.flower.url}",
-                markup=True,
-            )
-            if not settings.api.token:
-                out.print(
-                    "Every user of this machine can use the API; set GRISTMILL_API__TOKEN to a "
-                    "secret of 16 characters or more to keep it for yourself.",
-                    soft_wrap=True,
-                )
-            out.print(
-                f"Logs are in {settings.cache_dir}/logs. The servers' URLs, passwords "
-                "included: `gristmill config get database.url` and `… broker.url`.\n"
-                f"{_how_to_stop()} stops everything.",
-                soft_wrap=True,
-            )
-            system.watch()
-    tell("Everything is stopped.")
+if TYPE_CHECKING:
+    from app.local.upkeep import Answer
 
 
 @click.command()
@@ -49,7 +22,7 @@ def demo() -> None:
     """Run real prompts through the whole system, show each one's record, stop."""
     from app.demo.run import run
 
-    with _signals_interrupt():
+    with signals_interrupt(tell):
         run(load_settings(), out, tell)
 
 
@@ -63,9 +36,9 @@ check_option = click.option(
 def api(check: bool) -> None:
     """Serve the HTTP API."""
     if check:
-        from app.local.checks import api_answers
+        from app.local import checks
 
-        _answer(api_answers(load_settings().settings))
+        _answer(checks.api(load_settings().settings))
     from app.api.app import serve
 
     serve(load_settings().connected())
@@ -78,9 +51,9 @@ def api(check: bool) -> None:
 def worker(models: tuple[str, ...], device: str | None, check: bool) -> None:
     """Run models: a Celery worker with Gristmill's pool."""
     if check:
-        from app.local.checks import worker_answers
+        from app.local import checks
 
-        _answer(worker_answers(load_settings().connected()))
+        _answer(checks.worker(load_settings().connected()))
     from app.broker.commands import worker_command
 
     if models:
@@ -95,9 +68,9 @@ def worker(models: tuple[str, ...], device: str | None, check: bool) -> None:
 def rescue(check: bool) -> None:
     """Bring back what was lost: leases that ran out, messages that vanished, deadlines."""
     if check:
-        from app.local.checks import rescue_is_alive
+        from app.local import checks
 
-        _answer(rescue_is_alive(load_settings().settings))
+        _answer(checks.rescue(load_settings().settings))
     from app.rescue import serve
     from app.telemetry import setup_logging
 
@@ -111,9 +84,9 @@ def rescue(check: bool) -> None:
 def flower(check: bool) -> None:
     """Watch the queue in a browser."""
     if check:
-        from app.local.checks import flower_answers
+        from app.local import checks
 
-        _answer(flower_answers(load_settings().settings))
+        _answer(checks.flower(load_settings().settings))
     from app.broker.commands import flower_command
     from app.local.ports import require_port
 
@@ -155,8 +128,10 @@ def migrate(move: str, revision: str | None, yes: bool) -> None:
         out.print(f"The schema is at {database.downgrade(url, revision)}.")
 
 
-def _answer(is_well: bool) -> NoReturn:
-    sys.exit(0 if is_well else FAILED)
+def _answer(answer: Answer | None) -> NoReturn:
+    from app.local.upkeep import Answer
+
+    sys.exit(0 if answer is Answer.READY else FAILED)
 
 
 def _become(command: list[str], environment: dict[str, str]) -> NoReturn:
@@ -164,36 +139,4 @@ def _become(command: list[str], environment: dict[str, str]) -> NoReturn:
     os.execve(command[0], command, environment)
 
 
-def _how_to_stop() -> str:
-    """A shell's job in the background does not get Ctrl-C."""
-    return "Ctrl-C" if _is_heeded(signal.SIGINT) else f"`kill {os.getpid()}`"
-
-
-def _is_heeded(number: signal.Signals) -> bool:
-    """Whether whoever started us left this signal to us: nohup and shells ignore some for us."""
-    return signal.getsignal(number) is not signal.SIG_IGN
-
-
-@contextlib.contextmanager
-def _signals_interrupt() -> Iterator[None]:
-    """Take SIGTERM and a closed terminal as Ctrl-C, so that everything is stopped in order.
-
-    Under nohup a terminal may be closed.
-    """
-
-    def interrupt(number: int, _: object) -> NoReturn:
-        tell(f"{signal.Signals(number).name}: everything is being stopped.")
-        raise KeyboardInterrupt
-
-    numbers = filter(_is_heeded, (signal.SIGTERM, signal.SIGHUP))
-    before: dict[signal.Signals, Any] = {
-        number: signal.signal(number, interrupt) for number in numbers
-    }
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-COMMANDS: Final = (up, demo, api, worker, rescue, flower, bench, migrate)
+COMMANDS: Final = (demo, api, worker, rescue, flower, bench, migrate)

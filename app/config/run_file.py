@@ -50,12 +50,8 @@ def _take(cache_dir: Path) -> int:
         os.pwrite(lock, str(os.getpid()).encode(), 0)
         return lock
     except BlockingIOError:
-        written = _written(cache_dir)
         os.close(lock)
-        raise ConfigError(
-            f"Gristmill is already running here (process {written or 'unknown'}). `gristmill down` "
-            f"stops it; or set GRISTMILL_CACHE_DIR to another folder than {cache_dir}."
-        ) from None
+        raise _already(cache_dir) from None
     except OSError as error:
         if lock >= 0:
             os.close(lock)
@@ -63,6 +59,20 @@ def _take(cache_dir: Path) -> int:
             f"cache_dir cannot be used: {error.filename or cache_dir}: {error.strerror}. Make it "
             "a folder that you can write to, or set GRISTMILL_CACHE_DIR to another one."
         ) from None
+
+
+def require_free(cache_dir: Path) -> None:
+    """Raises `ConfigError` if a `gristmill up` runs here."""
+    if is_running(cache_dir):
+        raise _already(cache_dir)
+
+
+def _already(cache_dir: Path) -> ConfigError:
+    return ConfigError(
+        f"Gristmill is already running here (process {_written(cache_dir) or 'unknown'}). "
+        "`gristmill down` stops it; or set GRISTMILL_CACHE_DIR to another folder than "
+        f"{cache_dir}."
+    )
 
 
 def write(cache_dir: Path, chosen: Mapping[str, Any]) -> None:

@@ -1,45 +1,70 @@
-"""Whether each part is up and well on this machine: for `gristmill up` and for health checks."""
+"""Whether each part is up and well on this machine: for `gristmill up` and for health checks.
+
+An answer of None is none: what one asks through is away, and the part is not to blame.
+"""
 
 from __future__ import annotations
 
 import socket
+from typing import Final
 
 import httpx
 
 from app.config.settings import Settings
 from app.errors import Unavailable
+from app.local.upkeep import Answer
+
+ANSWER_S: Final = 5.0
+"""Longest wait for an answer over HTTP."""
 
 
-def api_answers(settings: Settings) -> bool:
-    """Whether the API can take jobs."""
-    return _is_success(f"{settings.api.url}/readyz")
+def api(settings: Settings) -> Answer:
+    """READY if it can take jobs."""
+    url = settings.api.url
+    with httpx.Client(timeout=ANSWER_S, trust_env=False) as http:
+        try:
+            answer = http.get(f"{url}/readyz")
+            is_ours = "status" in answer.json()
+        except (httpx.TransportError, ValueError, TypeError):
+            # It tries Postgres, and may wait for it.
+            return Answer.ALIVE if _text(http, f"{url}/healthz") == "ok\n" else Answer.SILENT
+    if not is_ours:  # another server has the port
+        return Answer.SILENT
+    return Answer.READY if answer.is_success else Answer.ALIVE
 
 
-def worker_answers(settings: Settings) -> bool:
-    """Whether a worker here makes progress: models, engine, Postgres and Redis are at hand."""
-    from app.broker.commands import ready_workers
+def worker(settings: Settings) -> Answer | None:
+    """READY if a worker here makes progress: models, engine, Postgres and Redis are at hand."""
+    from app.broker.commands import workers
 
     try:
-        names = ready_workers(settings)
+        found = workers(settings)
     except Unavailable:
-        return False
-    return any(name.endswith(f"@{socket.gethostname()}") for name in names)
+        return None
+    here = [ready for name, ready in found.items() if name.endswith(f"@{socket.gethostname()}")]
+    if not here:
+        return Answer.SILENT
+    return Answer.READY if any(here) else Answer.ALIVE
 
 
-def rescue_is_alive(settings: Settings) -> bool:
-    """Whether rescue has swept of late."""
-    from app.rescue import is_alive
+def rescue(settings: Settings) -> Answer:
+    """READY if it has swept of late."""
+    from app.rescue import has_tried, is_alive
 
-    return is_alive(settings)
-
-
-def flower_answers(settings: Settings) -> bool:
-    """Whether Flower serves its pages."""
-    return _is_success(f"{settings.flower.url}/healthcheck")
+    if is_alive(settings):
+        return Answer.READY
+    return Answer.ALIVE if has_tried(settings) else Answer.SILENT
 
 
-def _is_success(url: str) -> bool:
+def flower(settings: Settings) -> Answer:
+    """READY if it serves its pages."""
+    with httpx.Client(timeout=ANSWER_S, trust_env=False) as http:
+        is_well = _text(http, f"{settings.flower.url}/healthcheck") == "OK"
+    return Answer.READY if is_well else Answer.SILENT
+
+
+def _text(http: httpx.Client, url: str) -> str:
     try:
-        return httpx.get(url, timeout=2, trust_env=False).is_success
+        return http.get(url).text
     except httpx.TransportError:
-        return False
+        return ""

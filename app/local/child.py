@@ -79,6 +79,12 @@ class Child:
         with contextlib.suppress(BrokenPipeError), self._process.stdin as pipe:
             pipe.write(stdin)
 
+    def prepare(self) -> None:
+        """There is nothing to do before the start that takes long."""
+
+    def launch(self) -> None:
+        self.start()
+
     def wait_until(
         self,
         ready: Callable[[], bool],
@@ -103,9 +109,12 @@ class Child:
 
     def tail(self, lines: int = 8) -> str:
         """The last lines logged since the start, and where the rest is, each after a line break."""
-        with self.log.open("rb") as log:
-            log.seek(self._log_start)
-            text = log.read().decode(errors="replace")
+        try:
+            with self.log.open("rb") as log:
+                log.seek(self._log_start)
+                text = log.read().decode(errors="replace")
+        except OSError:
+            text = ""
         return "".join(
             f"\n  {line}" for line in [*text.splitlines()[-lines:], f"(log: {self.log})"]
         )

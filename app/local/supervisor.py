@@ -3,7 +3,9 @@
     Postgres, Redis ──▶ schema ──▶ models ──▶ api, worker, rescue, flower
 
 Servers whose URL is set are taken as they are. Every part logs to a file of its own in
-`cache_dir/logs`; a part that ends is started again; `run.json` tells other terminals where all is.
+`cache_dir/logs`; a part that ends, or hangs, is started again; `run.json` tells other terminals
+where all is. What cannot start at the first time keeps the whole from starting: somebody looks on.
+Later nothing does, and what cannot start is tried again.
 """
 
 from __future__ import annotations
@@ -11,13 +13,10 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -28,38 +27,34 @@ from app.engines.models import ensure_files
 from app.errors import ConfigError
 from app.local import checks
 from app.local.child import Child
+from app.local.logs import Log
 from app.local.ports import free_port
 from app.local.servers import EmbeddedPostgres, EmbeddedRedis
+from app.local.upkeep import Answer
+from app.local.watch import Watched
 from app.store.database import migrate
 
 START_TIMEOUT_S: Final = 60.0
-"""For api, rescue and flower; the worker has `worker.load_timeout_s`."""
+"""For a part; the worker has `worker.load_timeout_s`."""
+SERVER_HANG_S: Final = 30.0
+"""A server that is silent for so long is killed and started again. Its data are safe from that."""
+HANG_S: Final = 60.0
+"""The same for the other parts, whose own limits come first."""
+LOOK_S: Final = 0.2
 DRAIN_S: Final = 3.5
 """At the end, time for the worker to finish what it runs."""
 LEAVE_S: Final = 2.5
 """Then, time for it to give the rest back. All parts are gone within 10 s."""
-MIN_BACKOFF_S: Final = 0.5
-MAX_BACKOFF_S: Final = 30.0
-STEADY_S: Final = 60.0
-"""A part that ran for this long before it ended begins anew with the shortest backoff."""
 
-_CHECKS: Final[dict[str, Callable[[Settings], bool]]] = {
-    "api": checks.api_answers,
-    "worker": checks.worker_answers,
-    "rescue": checks.rescue_is_alive,
-    "flower": checks.flower_answers,
+_CHECKS: Final[dict[str, Callable[[Settings], Answer | None]]] = {
+    "api": checks.api,
+    "worker": checks.worker,
+    "rescue": checks.rescue,
+    "flower": checks.flower,
 }
-"""The children, each with the question whether it is ready."""
+"""The children, each with the question whether it is well."""
 
 Part = Child | EmbeddedPostgres | EmbeddedRedis
-
-
-@dataclass(slots=True)
-class _Watched:
-    part: Part
-    started_at: float
-    backoff_s: float = 0.0
-    again_at: float | None = None  #: set while it is down
 
 
 class System:
@@ -73,11 +68,12 @@ class System:
         self.settings = loaded.settings
         self._loaded = loaded
         self._config_path = loaded.path
-        self._tell = tell
+        self._say = tell
         self._cache_dir = Path(loaded.settings.cache_dir)
         self._held = contextlib.ExitStack()
-        self._watched: list[_Watched] = []
-        self._logs: list[_Log] = []
+        self.parts: list[Part] = []
+        self._watched: list[Watched] = []
+        self._logs: dict[str, Log] = {}
 
     def __enter__(self) -> Self:
         """Start everything and wait until it is ready.
@@ -98,11 +94,14 @@ class System:
         self.stop()
 
     def _start(self) -> None:
-        shutil.rmtree(self._cache_dir / "logs", ignore_errors=True)
+        self._watch_log("up")
         chosen = self._start_servers()
         for section in ("api", "flower"):
             wanted = getattr(self.settings, section)
-            chosen[section, "port"] = port = free_port(wanted.port, wanted.host)
+            try:
+                chosen[section, "port"] = port = free_port(wanted.port, wanted.host)
+            except ConfigError as error:
+                raise ConfigError(f"{section}.host: {error.message}") from None
             if wanted.port not in (0, port):
                 self._tell(f"Port {wanted.port} cannot be had: {section} takes {port}.")
         if self.settings.api.token:  # other terminals need it, too
@@ -117,28 +116,51 @@ class System:
     def _start_servers(self) -> dict[tuple[str, str], Any]:
         """Start those that no URL is set for; returns the URLs."""
         urls: dict[tuple[str, str], Any] = {}
-        postgres = EmbeddedPostgres(self._cache_dir / "postgres", log=self._log_file("postgres"))
-        redis = EmbeddedRedis(self._cache_dir / "redis", log=self._log_file("redis"))
+        postgres = EmbeddedPostgres(
+            self._cache_dir / "postgres", log=self._watch_log("postgres").file
+        )
+        redis = EmbeddedRedis(self._cache_dir / "redis", log=self._watch_log("redis").file)
         for section, server in (("database", postgres), ("broker", redis)):
             if not getattr(self.settings, section).url:
-                self._watched.append(_Watched(server, time.monotonic()))
+                self.parts.append(server)
                 urls[section, "url"] = server.start().url
+                self._watch(server, server.answer, START_TIMEOUT_S, SERVER_HANG_S)
                 self._tell(f"{server.name} is up.")
         return urls
 
     def _start_children(self, environment: dict[str, str]) -> None:
-        for name in _CHECKS:
-            command = [sys.executable, "-m", "app.cli", name]
-            child = Child(name, command, self._log_file(name), env=environment)
-            self._watched.append(_Watched(child, time.monotonic()))
-            self._logs.append(_Log(child))
+        children = [
+            Child(
+                name,
+                [sys.executable, "-m", "app.cli", name],
+                self._watch_log(name).file,
+                env=environment,
+            )
+            for name in _CHECKS
+        ]
+        for child in children:
+            self.parts.append(child)
             child.start()
-        for log in self._logs:
-            child = log.child
-            is_worker = child.name == "worker"
-            limit_s = self.settings.worker.load_timeout_s if is_worker else START_TIMEOUT_S
-            child.wait_until(partial(_CHECKS[child.name], self.settings), limit_s)
+        for child in children:
+            self._await(child)
             self._tell(f"{child.name} is ready.")
+
+    def _await(self, child: Child) -> None:
+        def ask() -> Answer | None:
+            return _CHECKS[child.name](self.settings)
+
+        is_worker = child.name == "worker"
+        limit_s = self.settings.worker.load_timeout_s if is_worker else START_TIMEOUT_S
+        child.wait_until(lambda: ask() is Answer.READY, limit_s)
+        self._watch(child, ask, limit_s, HANG_S)
+
+    def _watch(
+        self, part: Part, ask: Callable[[], Answer | None], start_s: float, hang_s: float
+    ) -> None:
+        """From now on, when it is ready for the first time."""
+        watched = Watched(part, ask, self._tell, start_s=start_s, hang_s=hang_s)
+        watched.has_started(time.monotonic())
+        self._watched.append(watched)
 
     def _write_run_file(self, chosen: dict[tuple[str, str], Any]) -> None:
         values = {".".join(key): value for key, value in chosen.items()}
@@ -154,49 +176,35 @@ class System:
             **{f"GRISTMILL_{'__'.join(key).upper()}": str(chosen[key]) for key in chosen},
         }
 
-    def _log_file(self, name: str) -> Path:
-        return self._cache_dir / "logs" / f"{name}.log"
+    def _watch_log(self, name: str) -> Log:
+        self._logs[name] = Log(self._cache_dir / "logs" / f"{name}.log")
+        return self._logs[name]
 
-    @property
-    def parts(self) -> list[Part]:
-        return [watched.part for watched in self._watched]
+    def _tell(self, line: str) -> None:
+        with contextlib.suppress(OSError):  # whoever reads it has gone, or its disk is full
+            self._say(line)
 
     def watch(self) -> None:
         """Look after the parts until interrupted."""
         while True:
             self.look()
-            time.sleep(0.2)
+            time.sleep(LOOK_S)
 
     def look(self) -> None:
-        """Tell new warnings, note who has ended, start again who has been down for long enough."""
-        for log in self._logs:
-            for line in log.new_warnings():
-                self._tell(f"{log.child.name}: {line}")
-        now = time.monotonic()
+        """Tell new warnings, keep logs small, and do for each part what it needs now."""
+        for name in _CHECKS:
+            for line in self._logs[name].new_lines():
+                if re.match(rb".{0,60}\b(WARNING|ERROR|CRITICAL)\b", line):
+                    self._tell(f"{name}: {line.decode(errors='replace').rstrip()}")
+        for log in self._logs.values():
+            log.keep_small()
         for watched in self._watched:
-            if watched.again_at is None:
-                if watched.part.exit_code is not None:
-                    self._note_end(watched, now)
-            elif now >= watched.again_at:
-                watched.again_at, watched.started_at = None, now
-                watched.part.start()
-
-    def _note_end(self, watched: _Watched, now: float) -> None:
-        was_steady = now - watched.started_at > STEADY_S
-        doubled_s = 0.0 if was_steady else 2 * watched.backoff_s
-        watched.backoff_s = min(max(doubled_s, MIN_BACKOFF_S), MAX_BACKOFF_S)
-        watched.again_at = now + watched.backoff_s
-        part = watched.part
-        self._tell(
-            f"{part.name} ended with exit code {part.exit_code} and starts again in "
-            f"{watched.backoff_s:g} s."
-        )
+            watched.look(time.monotonic())
 
     def stop(self) -> None:
         """The worker first, while it can still commit; the servers last. May be called twice."""
         with _uninterrupted():
-            parts = self.parts
-            children = {part.name: part for part in parts if isinstance(part, Child)}
+            children = {part.name: part for part in self.parts if isinstance(part, Child)}
             if worker := children.pop("worker", None):
                 worker.stop(DRAIN_S + LEAVE_S)
             for child in children.values():
@@ -204,28 +212,11 @@ class System:
             deadline = time.monotonic() + 2
             for child in children.values():
                 child.stop(deadline - time.monotonic())
-            for part in parts:
+            for part in self.parts:
                 part.stop(1)
+            self.parts.clear()
             self._watched.clear()
             self._held.close()
-
-
-class _Log:
-    """What a child logs, read as it grows."""
-
-    def __init__(self, child: Child) -> None:
-        self.child = child
-        self._read_to = 0
-
-    def new_warnings(self) -> Iterator[str]:
-        with contextlib.suppress(FileNotFoundError), self.child.log.open("rb") as log:
-            log.seek(self._read_to)
-            for line in log:
-                if not line.endswith(b"\n"):
-                    break
-                self._read_to += len(line)
-                if re.match(rb".{0,60}\b(WARNING|ERROR|CRITICAL)\b", line):
-                    yield line.decode(errors="replace").rstrip()
 
 
 def _with(settings: Settings, chosen: dict[tuple[str, str], Any]) -> Settings:

@@ -17,6 +17,8 @@ from celery import Celery
 from app.broker.commands import ready_workers
 from app.config.settings import Settings
 from app.jobs import Kind
+from app.local import checks
+from app.local.upkeep import Answer
 from app.store.database import Database
 from tests.own_redis import running_redis
 from tests.rescues import running_rescue
@@ -327,9 +329,8 @@ def test_redis_away_is_not_ready_and_ready_again_when_it_is_back(
         config = config.model_copy(update={"broker": broker})
 
         def is_ready() -> bool:
-            from app.local.checks import worker_answers
 
-            return worker_answers(config)
+            return checks.worker(config) is Answer.READY
 
         with running_worker(config, tmp_path / "worker"):
             eventually(is_ready, 30)

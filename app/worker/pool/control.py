@@ -59,6 +59,6 @@ def time_limit(
 
 @inspect_command(name=READINESS)  # type: ignore[untyped-decorator]
 def readiness(state: Any) -> dict[str, Any]:
-    """The answer to `app.broker.commands.ready_workers`: it shows that the hub turns, too."""
+    """The answer to `app.broker.commands.workers`: it shows that the hub turns, too."""
     answer: dict[str, Any] = state.consumer.pool.readiness()
     return answer
