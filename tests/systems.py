@@ -55,7 +55,12 @@ class Up:
     """A `gristmill up` process with files of its own; other commands find it through `config`."""
 
     def __init__(
-        self, folder: Path, more_settings: str = "", prefix: Sequence[str] = HEEDING_SIGNALS
+        self,
+        folder: Path,
+        more_settings: str = "",
+        prefix: Sequence[str] = HEEDING_SIGNALS,
+        *,
+        detach: bool = False,
     ) -> None:
         self.config = write_stub_config(folder)
         self.cache_dir = folder / "the cache"
@@ -64,7 +69,7 @@ class Up:
             settings.write(more_settings)
         with self._output.open("wb") as output:
             self.process = subprocess.Popen(
-                [*prefix, *self._command("up")],
+                [*prefix, *self._command("up", *(["--detach"] if detach else []))],
                 stdout=output,
                 stderr=output,
                 env=_environment(),
@@ -85,7 +90,7 @@ class Up:
 
         eventually(is_ready, timeout_s=90)
 
-    def gristmill(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def gristmill(self, *arguments: str, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
         """Another command, as from another terminal."""
         return subprocess.run(
             self._command(*arguments),
@@ -93,8 +98,22 @@ class Up:
             capture_output=True,
             text=True,
             env=_environment(),
-            timeout=60,
+            timeout=timeout_s,
         )
+
+    @contextlib.contextmanager
+    def following(self, part: str) -> Iterator[Path]:
+        """`gristmill logs --follow PART` in another terminal; the file of its output."""
+        file = self.config.with_name("followed")
+        with file.open("wb") as output:
+            process = subprocess.Popen(
+                self._command("logs", "--follow", part), stdout=output, env=_environment()
+            )
+        try:
+            yield file
+        finally:
+            process.kill()
+            process.wait()
 
     def processes(self) -> list[psutil.Process]:
         """Every process of the system, by the cache folder in its environment or command line."""

@@ -15,6 +15,7 @@ from typing import Final
 from app.broker.client import connected
 from app.broker.rights import Role, missing
 from app.broker.unread import unread
+from app.config import run_file
 from app.config.file import load
 from app.config.host import is_loopback
 from app.config.settings import Settings
@@ -49,6 +50,7 @@ def examine() -> Iterator[Finding]:
     settings = loaded.settings
     yield Finding("settings", True, str(loaded.path))
     checks: dict[str, Callable[[], Finding]] = {
+        "up": lambda: _up(Path(settings.cache_dir)),
         "disk": lambda: _disk(Path(settings.cache_dir)),
         "Postgres": lambda: _postgres(settings),
         **({"news": lambda: _news(settings)} if settings.database.listen_url else {}),
@@ -68,6 +70,12 @@ def examine() -> Iterator[Finding]:
             yield check()
         except (GristmillError, OSError) as error:
             yield Finding(name, False, str(error))
+
+
+def _up(cache_dir: Path) -> Finding:
+    process = run_file.process(cache_dir)
+    runs = f"process {process} runs" if process else "none runs"
+    return Finding("up", None, f"{runs} in {cache_dir}")
 
 
 def _disk(cache_dir: Path) -> Finding:

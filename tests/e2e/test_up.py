@@ -128,24 +128,51 @@ def test_a_part_that_hangs_does_not_keep_the_rest_from_stopping(tmp_path: Path):
         assert not system.processes()
 
 
-def test_a_killed_up_leaves_no_process_behind_and_can_start_again(tmp_path: Path):
+def test_a_killed_up_leaves_nothing_behind_and_one_in_the_background_goes_on_until_down(
+    tmp_path: Path,
+):
     with running_up(tmp_path) as system:
         system.process.kill()
-
         eventually(lambda: not system.processes(), timeout_s=20)
+    nothing = system.gristmill("down")
 
-    with running_up(tmp_path) as again:
-        done = again.gristmill("submit", "--as", "prompt", "still here", "--wait")
-        assert done.returncode == 0, done.stderr
+    started = system.gristmill("up", "--detach", timeout_s=180)
+    try:
+        twice = system.gristmill("up", "--detach")
+        done = system.gristmill("submit", "--as", "prompt", "still here", "--wait")
+        logged = system.gristmill("logs")
+        with system.following("redis") as followed:
+            eventually(lambda: "Ready to accept connections" in followed.read_text(), timeout_s=60)
+            stopped = system.gristmill("down")
+            eventually(lambda: "ready to exit" in followed.read_text())
+    finally:
+        again = system.gristmill("down")
+
+    assert (nothing.returncode, "Nothing runs in" in nothing.stderr) == (0, True)
+    assert started.returncode == 0, started.stderr
+    assert "flower is ready.\n" in started.stderr
+    assert "`gristmill down` stops everything." in started.stdout
+    assert (twice.returncode, "already running here" in twice.stderr) == (3, True)
+    assert done.returncode == 0, done.stderr
+    starts = [line for line in logged.stdout.splitlines() if "Listening on http" in line]
+    assert len(starts) == 2  # what the killed one logged is there
+    assert all(line.startswith("api      | ") for line in starts)
+    assert stopped.returncode == 0, stopped.stderr
+    assert "Everything is stopped (process" in stopped.stderr
+    assert not system.processes()
+    assert "Nothing runs in" in again.stderr
 
 
 def test_a_part_that_cannot_start_is_told_and_the_others_are_stopped(tmp_path: Path):
-    system = Up(tmp_path, '[flower]\nhost = "0.0.0.0"\n')  # refused without a password
+    system = Up(tmp_path, '[flower]\nhost = "0.0.0.0"\n', detach=True)  # refused without a password
 
-    assert system.process.wait(60) == 4
+    assert system.process.wait(120) == 4
     assert "flower ended with exit code 3:" in system.output
     assert "set FLOWER_BASIC_AUTH" in system.output
     assert not system.processes()
+    assert "set FLOWER_BASIC_AUTH" in system.gristmill("logs", "flower").stdout
+    unknown = system.gristmill("logs", "flour")
+    assert (unknown.returncode, "There is no log of flour in" in unknown.stderr) == (2, True)
 
 
 def test_in_the_background_and_under_nohup_a_closed_terminal_changes_nothing_and_sigterm_ends_it(
