@@ -65,6 +65,20 @@ def column(database: Database, job_id: UUID, name: str) -> Any:
         return connection.scalar(text(f"SELECT {name} FROM jobs WHERE id = :id"), {"id": job_id})
 
 
+def where_it_is(database: Database, words: str) -> set[str]:
+    """The tables with a row that holds these words in any column."""
+    tables = ("jobs", "attempts", "results", "batches", "workers")
+    with database.begin() as connection:
+        return {
+            table
+            for table in tables
+            if connection.scalar(
+                text(f"SELECT count(*) FROM {table} AS t WHERE strpos(t::text, :words) > 0"),
+                {"words": words},
+            )
+        }
+
+
 def rewrite(database: Database, assignment: str, job_id: UUID | None = None) -> None:
     """Change job rows behind the store's back, to let time pass for them."""
     where = "true" if job_id is None else "id = :id"

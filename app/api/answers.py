@@ -19,7 +19,8 @@ from app.intake.submit import Stored
 log = logging.getLogger(__name__)
 
 JSON: Final = "application/json"
-RETRY_AFTER_S: Final = 1
+LOOK_AGAIN: Final = {"Retry-After": "1"}
+"""Of an answer that tells of a job which is not final."""
 _PREFER_WAIT: Final = re.compile(r"(?:^|[,;])\s*wait\s*=\s*\"?(\d{1,9})\"?\s*(?:[,;]|$)", re.I)
 _TAG: Final = re.compile(r'(?:W/)?("[^"]*")')
 
@@ -59,16 +60,28 @@ class Hold:
         named = _PREFER_WAIT.search(prefer or "")
         return cls(min(float(named[1]), limit), True) if named else cls(0.0, False)
 
+    @property
+    def headers(self) -> dict[str, str]:
+        """What tells the caller that its preference was taken."""
+        return {"Preference-Applied": f"wait={self.seconds:g}"} if self.is_preferred else {}
+
+    def seconds_at(self, here: Services) -> float:
+        """How long the answer is held: not at all if too many are."""
+        is_full = here.waiters.num_waiting >= here.settings.api.max_long_polls
+        return 0.0 if is_full else self.seconds
+
 
 Held = Annotated[Hold, Depends(Hold.of)]
 
 
 async def look(here: Services, job_id: UUID, hold: Hold) -> Snapshot:
     """The job once it is final, or as it is at the end of the hold: now, if too many are held."""
-    is_full = here.waiters.num_waiting >= here.settings.api.max_long_polls
-    seconds = 0.0 if is_full else hold.seconds
+
+    def still_open(seen: Snapshot) -> list[UUID]:
+        return [] if seen.is_final else [job_id]
+
     read = partial(here.job, job_id)
-    return await here.waiters.until(lambda seen: seen.is_final, read, job_id, seconds)
+    return await here.waiters.until(read, still_open, [job_id], hold.seconds_at(here))
 
 
 async def look_at_new(here: Services, stored: Stored, hold: Hold) -> Snapshot:
@@ -82,7 +95,7 @@ async def look_at_new(here: Services, stored: Stored, hold: Hold) -> Snapshot:
         log.warning("A new job cannot be read: %s.", why, extra={"action": "new_job_not_read"})
         [job] = stored.new_jobs
         body = job_of(view_of_new(job, stored.at))
-        return Snapshot(False, body.model_dump_json().encode())
+        return Snapshot(body.state, body.model_dump_json().encode())
 
 
 def answer(
@@ -96,9 +109,9 @@ def answer(
     """The job, or 304 if the caller has it as it is."""
     told = {"ETag": job.etag, "Cache-Control": "private, no-cache"} | (headers or {})
     if not job.is_final:
-        told["Retry-After"] = str(RETRY_AFTER_S)
-    if hold and hold.is_preferred:
-        told["Preference-Applied"] = f"wait={hold.seconds:g}"
+        told |= LOOK_AGAIN
+    if hold:
+        told |= hold.headers
     if if_none_match is not None and _has_tag(if_none_match, job.etag):
         return Response(status_code=304, headers=told)
     return Response(job.body, status, told, media_type=JSON)

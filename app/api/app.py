@@ -12,14 +12,15 @@ from typing import Final
 
 import uvicorn
 from anyio import to_thread
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from fastapi_offline import FastAPIOffline
 
 from app import telemetry
-from app.api import connections, health, jobs, models, openapi, problems
+from app.api import connections, health, jobs, limits, many, models, openapi, problems, purge
 from app.api.callers import KnownCallers
 from app.api.metrics import Metrics, SystemCollector
 from app.api.middleware import RequestScope
+from app.api.query import only_declared
 from app.api.services import Services
 from app.api.waiting import Waiters
 from app.broker.publisher import Publisher
@@ -50,6 +51,7 @@ def create_app(settings: Settings) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,  # it would lead to whatever host the request names
         lifespan=_lifespan,
+        dependencies=[Depends(only_declared)],
     )
     app.state.services = services
     app.state.idle_connections = {}
@@ -57,7 +59,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(KnownCallers, settings=settings.api)
     app.add_middleware(RequestScope, metrics=services.metrics)  # around it: it counts refusals, too
     problems.install(app)
-    for surface in (jobs, models, health):
+    for surface in (jobs, many, purge, models, limits, health):
         app.include_router(surface.router)
     openapi.install(app)
     return app

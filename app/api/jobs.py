@@ -11,20 +11,30 @@ from typing import Annotated, Any, Final
 from uuid import UUID
 
 from anyio import to_thread
-from fastapi import APIRouter, Header, Path, Query, Request, Response
-from pydantic import BaseModel
+from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 
-from app.api import raw_bodies
-from app.api.answers import JSON, Held, Hold, answer, look, look_at_new
+from app.api import query, raw_bodies
+from app.api.answers import JSON, LOOK_AGAIN, Held, Hold, answer, look, look_at_new
+from app.api.openapi import json_body
 from app.api.problems import documented
-from app.api.schemas import BulkAnswer, BulkRequest, Job, JobList, JobSummary
+from app.api.schemas import (
+    MAX_PAGE,
+    BulkAnswer,
+    BulkRequest,
+    Job,
+    JobList,
+    JobSummary,
+    ModelName,
+)
 from app.api.services import Here, Services
 from app.api.views import bulk_item, summary_of, told
 from app.errors import GristmillError, JobUnreadable, RequestError
 from app.intake.decision import Decision
 from app.intake.submit import Stored, Submission, parse_submission
 from app.jobs import JobState, job_id_of
+from app.requests import bodies
 from app.store import cancellation, reads
+from app.store.lists import Filter
 from app.store.reads import JobView, Unreadable
 
 log = logging.getLogger(__name__)
@@ -58,12 +68,6 @@ _EXAMPLE: Final = {
 }
 
 
-def _json_body(schema: type[BaseModel], example: dict[str, Any]) -> dict[str, Any]:
-    """OpenAPI of a body that the handler reads itself, within a limit."""
-    told = {"schema": {"$ref": f"#/components/schemas/{schema.__name__}"}, "example": example}
-    return {"requestBody": {"required": True, "content": {JSON: told}}}
-
-
 SUBMISSION_ERRORS: Final = documented(
     HTTPStatus.BAD_REQUEST,
     HTTPStatus.NOT_FOUND,
@@ -89,7 +93,7 @@ _NONE_ACCEPTED: Final[dict[int | str, dict[str, Any]]] = {
     status_code=202,
     response_model=Job,
     responses=_ALREADY_FINAL | SUBMISSION_ERRORS,
-    openapi_extra=_json_body(Submission, _EXAMPLE),
+    openapi_extra=json_body(Submission, _EXAMPLE),
     summary="Submit a job",
     response_description="The job is accepted.",
 )
@@ -151,7 +155,7 @@ def _parse_key(header: str) -> str:
     status_code=202,
     response_model=BulkAnswer,
     responses=_NONE_ACCEPTED | SUBMISSION_ERRORS,
-    openapi_extra=_json_body(BulkRequest, {"jobs": [_EXAMPLE]}),
+    openapi_extra=json_body(BulkRequest, {"jobs": [_EXAMPLE]}),
     summary="Submit many jobs",
     response_description="At least one job is accepted.",
 )
@@ -188,9 +192,8 @@ def _bulk_answer(here: Services, stored: Stored) -> Response:
     here.metrics.count_submissions("replayed", replayed)
     here.metrics.count_submissions("refused", refused)
     bulk = BulkAnswer(accepted=accepted, refused=refused, items=items)
-    return Response(
-        bulk.model_dump_json(exclude_none=True), 202 if accepted else 200, media_type=JSON
-    )
+    body = bulk.model_dump_json(exclude_none=True)
+    return Response(body, 202 if accepted else 200, LOOK_AGAIN if accepted else {}, media_type=JSON)
 
 
 @router.get(
@@ -219,28 +222,12 @@ async def get_job(
     return answer(job, hold=hold, if_none_match=if_none_match)
 
 
-@router.get(
-    "",
-    responses=documented(
-        HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_FOUND, HTTPStatus.SERVICE_UNAVAILABLE
-    ),
-    summary="List jobs",
-    response_description="One page of jobs.",
-)
-async def list_jobs(
-    here: Here,
+async def filter_of(
+    request: Request,
     state: Annotated[JobState | None, Query(description="Only jobs in this state.")] = None,
     model: Annotated[
-        str | None,
-        Query(
-            pattern=r"^[\w.-]{1,100}$",
-            description="Only jobs of this model.",
-            examples=["all-minilm-l6-v2"],
-        ),
-    ] = None,
-    after: Annotated[
-        str | None,
-        Query(max_length=255, description="Begin after this job: `last_id` of the page before."),
+        ModelName | None,
+        Query(description="Only jobs of this model.", examples=["all-minilm-l6-v2"]),
     ] = None,
     error_code: Annotated[
         str | None,
@@ -250,6 +237,15 @@ async def list_jobs(
             examples=["engine_crash"],
         ),
     ] = None,
+    idempotency_key: Annotated[
+        str | None,
+        Query(
+            min_length=1,
+            max_length=255,
+            description="Only the job that was submitted with this key.",
+            examples=["order-42-summary"],
+        ),
+    ] = None,
     since: Annotated[
         datetime | None,
         Query(
@@ -257,20 +253,59 @@ async def list_jobs(
             examples=["2027-01-31T12:00:00Z"],
         ),
     ] = None,
-    limit: Annotated[int, Query(ge=1, le=100, description="Most jobs of a page.")] = 20,
-) -> JobList:
-    """Jobs without their answers, newest first. One whose row cannot be read is left out."""
-    if since is not None and since.tzinfo is None:
-        raise RequestError("since must name its zone, as in 2027-01-31T12:00:00Z.", param="since")
-    page = await here.read(
-        _list_jobs,
-        here,
-        state=state,
+    until: Annotated[
+        datetime | None,
+        Query(
+            description="Only jobs accepted before this time (RFC 3339, with its zone).",
+            examples=["2027-01-31T18:00:00Z"],
+        ),
+    ] = None,
+) -> Filter:
+    """Which jobs a list is of."""
+    for name, time in (("since", since), ("until", until)):
+        if time is not None and time.tzinfo is None:
+            example = f"{name} must name its zone, as in 2027-01-31T12:00:00Z."
+            raise RequestError(example, param=name)
+    bodies.refuse_unstorable(idempotency_key, "idempotency_key")
+    return Filter(
+        states=[state] if state else tuple(JobState),
         model=model,
         error_code=error_code,
+        metadata=bodies.parse_metadata(query.members_of("metadata", request)),
+        idempotency_key=idempotency_key,
         since=since,
-        after=job_id_of(after) if after else None,
-        limit=limit + 1,
+        until=until,
+    )
+
+
+_METADATA: Final = query.family(
+    "metadata",
+    "Only jobs with these pairs among their metadata: `metadata[KEY]=VALUE`.",
+    {"customer": "42"},
+)
+
+
+@router.get(
+    "",
+    responses=documented(
+        HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_FOUND, HTTPStatus.SERVICE_UNAVAILABLE
+    ),
+    openapi_extra={"parameters": [_METADATA]},
+    summary="List jobs",
+    response_description="One page of jobs.",
+)
+async def list_jobs(
+    here: Here,
+    wanted: Annotated[Filter, Depends(filter_of)],
+    after: Annotated[
+        str | None,
+        Query(max_length=255, description="Begin after this job: `last_id` of the page before."),
+    ] = None,
+    limit: Annotated[int, Query(ge=1, le=MAX_PAGE, description="Most jobs of a page.")] = 20,
+) -> JobList:
+    """Jobs without their answers, newest first. One whose row cannot be read is left out."""
+    page = await here.read(
+        _list_jobs, here, wanted, after=job_id_of(after) if after else None, limit=limit + 1
     )
     shown = page[:limit]
     return JobList(
@@ -289,9 +324,11 @@ def _summaries(views: Iterable[JobView | Unreadable]) -> Iterator[JobSummary]:
             log.warning("%s", error, extra={"job_id": view.id, "action": "job_unreadable"})
 
 
-def _list_jobs(here: Services, **asked: Any) -> list[JobView | Unreadable]:
+def _list_jobs(
+    here: Services, wanted: Filter, *, after: UUID | None, limit: int
+) -> list[JobView | Unreadable]:
     with here.database.begin() as connection:
-        return reads.list_jobs(connection, **asked)
+        return reads.list_jobs(connection, wanted, after=after, limit=limit)
 
 
 @router.post(

@@ -21,6 +21,8 @@ async def list_models(here: Here) -> ModelList:
                 default=model.settings.default,
                 context_tokens=model.tokenizer.context_tokens,
                 max_output_tokens=model.settings.max_output_tokens,
+                max_batch_size=model.settings.max_batch_size,
+                max_batch_tokens=model.settings.max_batch_tokens,
             )
             for name, model in here.submitter.models.items()
         ]

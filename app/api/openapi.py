@@ -7,14 +7,22 @@ from typing import Any, Final
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from app.api.problems import Problem, documented
 from app.api.schemas import BulkRequest
+from app.api.schemas_many import CancelRequest, StatusRequest
 from app.intake.submit import Submission
 from app.requests.bodies import BODIES
 
-_SCHEMAS: Final = (Problem, Submission, BulkRequest, *BODIES.values())
+_SCHEMAS: Final = (Problem, Submission, BulkRequest, StatusRequest, CancelRequest, *BODIES.values())
+
+
+def json_body(schema: type[BaseModel], example: dict[str, Any]) -> dict[str, Any]:
+    """OpenAPI of a body that the handler reads itself, within a limit."""
+    told = {"schema": {"$ref": f"#/components/schemas/{schema.__name__}"}, "example": example}
+    return {"requestBody": {"required": True, "content": {"application/json": told}}}
 
 _REFUSALS: Final = {
     str(status): answer

@@ -47,6 +47,11 @@ _TRY_AGAIN: Final = (
     "a second job. The operator finds more under /readyz."
 )
 _SEE_THE_LOG: Final = "Something went wrong here. The operator finds it in the log by request_id."
+_OURS: Final = {
+    HTTPStatus.SERVICE_UNAVAILABLE: _TRY_AGAIN,
+    HTTPStatus.INTERNAL_SERVER_ERROR: _SEE_THE_LOG,
+}
+_COME_BACK: Final = frozenset({HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE})
 
 
 class Problem(BaseModel):
@@ -83,12 +88,16 @@ class ProblemResponse(Response):
 
 
 def describe(error: errors.GristmillError, *, instance: str) -> Problem:
-    """The problem that tells of `error`, which came up at the path `instance`."""
+    """The problem that tells of `error`, which came up at the path `instance`.
+
+    What is no fault of the caller is told in general words: its own text names our servers.
+    """
+    status = _status(error)
     return Problem(
         type=f"urn:gristmill:problem:{error.code}",
         title=(type(error).__doc__ or "").split(".")[0],
-        status=_status(error),
-        detail=error.message,
+        status=status,
+        detail=_OURS.get(status, error.message),
         instance=instance,
         code=error.code,
         param=getattr(error, "param", None),
@@ -98,10 +107,13 @@ def describe(error: errors.GristmillError, *, instance: str) -> Problem:
 def respond(
     problem: Problem, request: Request, headers: dict[str, str] | None = None
 ) -> ProblemResponse:
-    """The answer that carries a problem."""
+    """The answer that carries a problem. One that may pass says when to come back."""
     told = problem.model_copy(update={"request_id": getattr(request.state, "request_id", None)})
+    pause = {"Retry-After": str(RETRY_AFTER_UNAVAILABLE_S)} if problem.status in _COME_BACK else {}
     return ProblemResponse(
-        told.model_dump_json(exclude_none=True), status_code=problem.status, headers=headers
+        told.model_dump_json(exclude_none=True),
+        status_code=problem.status,
+        headers=pause | (headers or {}),
     )
 
 
@@ -114,8 +126,7 @@ def install(app: FastAPI) -> None:
 
 def internal_error(request: Request) -> ProblemResponse:
     """The answer to a bug of ours; it tells nothing but the id to look for."""
-    error = errors.GristmillError(_SEE_THE_LOG)
-    return respond(describe(error, instance=request.url.path), request)
+    return respond(describe(errors.GristmillError(), instance=request.url.path), request)
 
 
 def too_many_fields(request: Request) -> Response:
@@ -138,13 +149,7 @@ def _on_gristmill_error(request: Request, error: Exception) -> Response:
     elif isinstance(error, errors.JobStateConflict):
         headers["x-should-retry"] = "false"  # the OpenAI and Anthropic clients retry every 409
     elif problem.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-        # Its text names our servers: that is for our log, not for the caller.
         log.warning("%s", error, extra={"action": "request_failed", "code": error.code})
-        if problem.status == HTTPStatus.SERVICE_UNAVAILABLE:
-            headers["Retry-After"] = str(RETRY_AFTER_UNAVAILABLE_S)
-            problem.detail = _TRY_AGAIN
-        else:
-            problem.detail = _SEE_THE_LOG
     return respond(problem, request, headers)
 
 

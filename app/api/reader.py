@@ -15,8 +15,10 @@ from itertools import islice
 from typing import Final
 from uuid import UUID
 
-from app.api.views import job_of, told
+from app.api.schemas import JobSummary
+from app.api.views import job_of, summary_of, told
 from app.errors import GristmillError, JobNotFound, JobUnreadable
+from app.jobs import JobState
 from app.store import reads
 from app.store.database import Database
 from app.store.reads import JobView, Unreadable
@@ -31,8 +33,12 @@ MOST_JOBS: Final = 100
 class Snapshot:
     """A job as it was read: the JSON that tells of it."""
 
-    is_final: bool
+    state: JobState
     body: bytes
+
+    @property
+    def is_final(self) -> bool:
+        return self.state.is_final
 
     @property
     def etag(self) -> str:
@@ -46,13 +52,20 @@ def snapshots(database: Database, ids: Sequence[UUID]) -> dict[UUID, Outcome]:
     """Those of the jobs that exist, or why one cannot be told of. Not for the event loop."""
     with database.autocommit() as connection:
         views = reads.find(connection, ids)
-    return {view.id: _snapshot(view) for view in views}
+    return {view.id: _snapshot(view, job_of) for view in views}
 
 
-def _snapshot(view: JobView | Unreadable) -> Outcome:
+def summaries(database: Database, ids: Sequence[UUID]) -> dict[UUID, Outcome]:
+    """The same without their answers."""
+    with database.autocommit() as connection:
+        views = reads.summaries(connection, ids)
+    return {view.id: _snapshot(view, summary_of) for view in views}
+
+
+def _snapshot(view: JobView | Unreadable, tell: Callable[[JobView], JobSummary]) -> Outcome:
     try:
-        job = told(job_of, view)
-        return Snapshot(job.state.is_final, job.model_dump_json().encode())
+        job = told(tell, view)
+        return Snapshot(job.state, job.model_dump_json().encode())
     except JobUnreadable as error:
         return error
     except ValueError:  # of the writer of JSON: nested too deep

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 from decimal import Decimal
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 from uuid import UUID
 
 from pydantic import BaseModel, Field, PlainSerializer
@@ -17,6 +17,12 @@ Money = Annotated[
     Decimal, PlainSerializer(lambda value: f"{value:f}", return_type=str, when_used="json")
 ]
 """An exact amount: a decimal number written as a string."""
+
+
+MAX_PAGE: Final = 100
+"""Jobs of a list's page."""
+
+ModelName = Annotated[str, Field(pattern=r"^[\w.-]{1,100}$")]
 
 
 class Attempt(BaseModel):
@@ -135,6 +141,10 @@ class JobSummary(BaseModel):
     cancel_requested_at: datetime | None = Field(
         description="When it was asked to be cancelled while it ran."
     )
+    purged_at: datetime | None = Field(
+        description="When what it says was removed at the caller's word: its request, response, "
+        "metadata and key."
+    )
     max_attempts: int = Field(description="Charged attempts after which it fails.", examples=[3])
     attempts: list[Attempt] = Field(description="Its tries, oldest first.")
     timing: Timing | None = Field(description="Where the time went; null until it is final.")
@@ -208,6 +218,11 @@ class Model(BaseModel):
     default: bool = Field(description="Whether it takes requests that name no model.")
     context_tokens: int = Field(description="Most tokens of prompt and output.", examples=[8192])
     max_output_tokens: int = Field(description="Largest max_tokens taken.", examples=[4096])
+    max_batch_size: int = Field(
+        description="Most sequences of a batch, and of one request: prompts times n.",
+        examples=[64],
+    )
+    max_batch_tokens: int = Field(description="Most tokens of a batch.", examples=[16384])
 
 
 class ModelList(BaseModel):
@@ -215,6 +230,33 @@ class ModelList(BaseModel):
 
     object: Literal["list"] = Field("list", description="Always `list`.")
     data: list[Model] = Field(description="The models.")
+
+
+class QueueLimits(BaseModel):
+    """How much may wait, and how much does."""
+
+    max_jobs: int = Field(description="Jobs beyond which submissions are answered with 429.")
+    max_tokens: int = Field(description="The same for their tokens: prompts and most output.")
+    jobs: int = Field(description="Jobs that wait, as last counted.", examples=[120])
+    tokens: int = Field(description="Their tokens.", examples=[48_000])
+
+
+class Limits(BaseModel):
+    """How much this API takes."""
+
+    object: Literal["limits"] = Field("limits", description="Always `limits`.")
+    max_body_bytes: int = Field(description="Largest body of one job.", examples=[2_000_000])
+    max_bulk_bytes: int = Field(
+        description="Largest body of a bulk submission.", examples=[64_000_000]
+    )
+    max_bulk_items: int = Field(description="Most jobs of a bulk submission.", examples=[10_000])
+    max_ids: int = Field(description="Most ids of a bulk status or cancel.", examples=[1_000])
+    max_ids_full: int = Field(description="Most ids of the view full.", examples=[100])
+    max_page: int = Field(description="Most jobs of a list's page.", examples=[100])
+    max_wait_s: float = Field(description="Longest long poll, in seconds.", examples=[60])
+    max_long_polls: int = Field(description="Long polls that are held at once.", examples=[500])
+    long_polls: int = Field(description="Long polls that are held now.", examples=[3])
+    queue: QueueLimits = Field(description="The queue's own limits, and how full it is.")
 
 
 class Check(BaseModel):

@@ -1,4 +1,4 @@
-"""Long polls: who waits for which job, woken by Postgres' word that it is done.
+"""Long polls: who waits for which jobs, woken by Postgres' word that they are done.
 
 Nobody holds a database connection or a thread while waiting. One listening thread serves all. A
 notice is a hint to look again, and so is a new connection of the listener, since notices sent while
@@ -10,12 +10,32 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from dataclasses import dataclass, field
+from typing import Final, TypeVar
 from uuid import UUID
 
 Seen = TypeVar("Seen")
+
+JOBS_OF_A_POLL: Final = 100
+"""One that waits for more jobs than this counts as several."""
+
+
+@dataclass(slots=True, eq=False)
+class _Watch:
+    """One who waits: for all of some jobs to end, or for any of them."""
+
+    for_all: bool
+    missing: set[UUID]  #: jobs that had not ended when they were read, and no notice came of since
+    noticed: set[UUID] = field(default_factory=set)  #: since the last look began
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def notice(self, job_id: UUID) -> None:
+        self.noticed.add(job_id)
+        self.missing.discard(job_id)
+        if not (self.for_all and self.missing):
+            self.wake.set()
 
 
 class Waiters:
@@ -24,7 +44,7 @@ class Waiters:
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._events: defaultdict[UUID, set[asyncio.Event]] = defaultdict(set)
+        self._watches: defaultdict[UUID, set[_Watch]] = defaultdict(set)
         self._is_closed = False
         self.num_waiting = 0
 
@@ -40,7 +60,7 @@ class Waiters:
     def job_is_done(self, job_id: UUID) -> None:
         """A result was committed."""
         assert self._loop is not None
-        self._loop.call_soon_threadsafe(self._wake, job_id)
+        self._loop.call_soon_threadsafe(self._notice, job_id)
 
     def look_again(self) -> None:
         """Notices may have been missed: everybody looks at their job once more."""
@@ -49,42 +69,57 @@ class Waiters:
 
     async def until(
         self,
-        is_done: Callable[[Seen], bool],
         read: Callable[[], Awaitable[Seen]],
-        job_id: UUID,
+        still_open: Callable[[Seen], Collection[UUID]],
+        job_ids: Collection[UUID],
         timeout_s: float,
+        *,
+        for_all: bool = True,
     ) -> Seen:
-        """What `read` saw of the job last: done, or as it was when `timeout_s` had passed."""
+        """What `read` saw of the jobs last: with none of those that are waited for `still_open`, or
+        as they were when `timeout_s` had passed.
+
+        Looks again when all that were open have ended; unless `for_all`, when any has.
+        """
         give_up_at = time.monotonic() + timeout_s
-        with self._event_of(job_id) as event:
+        with self._watching(job_ids, for_all) as watch:
             while True:
-                event.clear()  # before reading, so that what happens meanwhile is not missed
+                watch.wake.clear()  # before reading, so that what happens meanwhile is not missed
+                watch.noticed.clear()
                 seen = await read()
+                missing = set(still_open(seen))
                 remaining_s = give_up_at - time.monotonic()
-                if is_done(seen) or remaining_s <= 0 or self._is_closed:
+                if not missing or remaining_s <= 0 or self._is_closed:
                     return seen
+                watch.missing = missing - watch.noticed
+                if not watch.missing:
+                    continue
                 try:
-                    await asyncio.wait_for(event.wait(), remaining_s)
+                    await asyncio.wait_for(watch.wake.wait(), remaining_s)
                 except TimeoutError:
                     continue  # one last look: the listener may have been away
 
     @contextmanager
-    def _event_of(self, job_id: UUID) -> Iterator[asyncio.Event]:
-        event = asyncio.Event()
-        self._events[job_id].add(event)
-        self.num_waiting += 1
+    def _watching(self, job_ids: Collection[UUID], for_all: bool) -> Iterator[_Watch]:
+        watch = _Watch(for_all, set(job_ids))
+        weight = 1 + len(job_ids) // JOBS_OF_A_POLL
+        for job_id in job_ids:
+            self._watches[job_id].add(watch)
+        self.num_waiting += weight
         try:
-            yield event
+            yield watch
         finally:
-            self.num_waiting -= 1
-            self._events[job_id].discard(event)
-            if not self._events[job_id]:
-                del self._events[job_id]
+            self.num_waiting -= weight
+            for job_id in job_ids:
+                self._watches[job_id].discard(watch)
+                if not self._watches[job_id]:
+                    del self._watches[job_id]
 
-    def _wake(self, job_id: UUID) -> None:
-        for event in self._events.get(job_id, ()):
-            event.set()
+    def _notice(self, job_id: UUID) -> None:
+        for watch in self._watches.get(job_id, ()):
+            watch.notice(job_id)
 
     def _wake_all(self) -> None:
-        for job_id in self._events:
-            self._wake(job_id)
+        for watches in self._watches.values():
+            for watch in watches:
+                watch.wake.set()

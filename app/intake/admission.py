@@ -52,6 +52,12 @@ class Admission:
         self._rates = (0.0, 0.0)  #: jobs and tokens that end per second
         self._room_at = 0.0  #: when all who were told to come back will have
 
+    def queued(self) -> Load:
+        """What waits, as far as this process knows."""
+        self._count_if_older(COUNT_EVERY_S)
+        with self._lock:
+            return _sum(self._counted, _sum(self._let_in, self._entering))
+
     def expect_room(self, num_jobs: int) -> None:
         """Raises `QueueFull` if so many more are too many, whatever their tokens.
 

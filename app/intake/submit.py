@@ -218,6 +218,10 @@ class Submitter:
         job = replace(self._new_job(submission, now), replay_of=job_id)
         return self._insert([job], decision, now)
 
+    def queued(self) -> Load:
+        """What waits, as it is held against the limits of the queue."""
+        return self._admission.queued()
+
     def send(self, stored: Stored) -> None:
         """Send the messages of what was stored, as far as that can be done now."""
         self.sender.send(stored.to_send, num_left=len(stored.new_jobs) - len(stored.to_send))

@@ -186,7 +186,7 @@ _FINISH: Final = text(f"""
         ORDER BY job_id
     ), held AS MATERIALIZED (
         SELECT job.id AS job_id, job.tenant, job.model, job.kind, job.batch_id,
-            job.created_at, job.queued_at, job.claimed_at
+            job.created_at, job.queued_at, job.claimed_at, job.purged_at IS NULL AS is_kept
         FROM given {locked("given.job_id")}
         WHERE job.state = 'running' AND job.attempt_id = given.attempt_id
     ), moved AS (
@@ -204,7 +204,8 @@ _FINISH: Final = text(f"""
         )
         SELECT
             job_id, held.tenant, held.model, held.kind, state, attempt_id, held.batch_id,
-            batch_size, response, error_code, error_message, input_tokens, output_tokens,
+            batch_size, CASE WHEN is_kept THEN response END, error_code,
+            CASE WHEN is_kept THEN error_message END, input_tokens, output_tokens,
             held.created_at, held.queued_at, held.claimed_at, started_at, first_token_at, now(),
             {elapsed_ms("held.created_at", "held.claimed_at")}, batch_wait_ms,
             {elapsed_ms("held.created_at", "first_token_at")}, inference_ms,

@@ -23,8 +23,8 @@ from psycopg.abc import AdaptContext, Buffer
 from psycopg.adapt import Loader
 from psycopg.types.json import set_json_loads
 
-from app.errors import NotStorable
-from app.jobs import EARLIEST, LATEST
+from app.errors import JobUnreadable, NotStorable
+from app.jobs import EARLIEST, LATEST, JobState
 
 _ESCAPE = re.compile(r"\\(?:u0000|.)")
 
@@ -58,6 +58,14 @@ def _plain(value: object) -> str:
     if isinstance(value, UUID | Decimal):
         return str(value)
     raise TypeError
+
+
+def state_of(word: str) -> JobState | JobUnreadable:
+    """A job's state as its row has it; the error if the word is not known here."""
+    try:
+        return JobState(word)
+    except ValueError:
+        return JobUnreadable("The job's row cannot be read: its state is not known here.")
 
 
 class Unreadable:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
 from decimal import Decimal
@@ -16,22 +16,20 @@ from sqlalchemy import (
     Row,
     Select,
     Table,
-    Tuple,
     Uuid,
     any_,
     bindparam,
     func,
-    literal,
     select,
     text,
-    tuple_,
-    union_all,
 )
 
 from app.errors import JobNotFound, JobUnreadable
 from app.jobs import JobState
-from app.store.encoding import UNREADABLE
-from app.store.tables import DEFAULT_TENANT, Stamp, attempts, batches, jobs, results
+from app.store import lists
+from app.store.encoding import UNREADABLE, state_of
+from app.store.lists import ANY, Filter
+from app.store.tables import DEFAULT_TENANT, attempts, batches, jobs, results
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -124,6 +122,7 @@ class JobView:
     not_before: datetime
     deadline: datetime | None
     cancel_requested_at: datetime | None
+    purged_at: datetime | None
     created_at: datetime
     queued_at: datetime
     claimed_at: datetime | None
@@ -169,7 +168,9 @@ _LISTED: Final = (
 _WHOLE: Final = _LISTED.add_columns(results.c.response)
 
 # The states of some jobs.
-_STATES: Final = select(jobs.c.id, jobs.c.state).where(jobs.c.id == _IDS)
+_STATES: Final = select(jobs.c.id, jobs.c.state).where(
+    jobs.c.id == _IDS, jobs.c.tenant == bindparam("tenant")
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +187,13 @@ def find(
     """Jobs with their attempts, batch and result, in the order of `ids`; without those that this
     tenant does not have."""
     return _views(connection, _WHOLE, list(ids), tenant)
+
+
+def summaries(
+    connection: Connection, ids: Sequence[UUID], *, tenant: str = DEFAULT_TENANT
+) -> list[JobView | Unreadable]:
+    """The same without their responses."""
+    return _views(connection, _LISTED, list(ids), tenant)
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,60 +225,26 @@ def replayable(connection: Connection, job_id: UUID, *, tenant: str = DEFAULT_TE
     return Replayable(**{**row._mapping, "state": JobState(row.state)})
 
 
-def states(connection: Connection, ids: Sequence[UUID]) -> dict[UUID, JobState]:
-    """The states of those of the jobs that exist."""
-    rows = connection.execute(_STATES, {"ids": list(ids)})
-    return {id: JobState(state) for id, state in rows}
+def states(
+    connection: Connection, ids: Collection[UUID], *, tenant: str = DEFAULT_TENANT
+) -> dict[UUID, JobState | JobUnreadable]:
+    """The states of those of the jobs that this tenant has."""
+    rows = connection.execute(_STATES, {"ids": list(ids), "tenant": tenant})
+    return {id: state_of(state) for id, state in rows}
 
 
 def list_jobs(
     connection: Connection,
+    given: Filter = ANY,
     *,
-    state: JobState | None = None,
-    model: str | None = None,
-    error_code: str | None = None,
-    since: datetime | None = None,
     after: UUID | None = None,
     limit: int = 50,
     tenant: str = DEFAULT_TENANT,
 ) -> list[JobView | Unreadable]:
-    """A tenant's jobs without their responses, newest first, beginning after the job `after`.
-
-    `since` leaves out those accepted before. Raises `JobNotFound` if there is no job `after`. Takes
-    the newest of each state, or of the error, by its index and merges them, so a page costs the
-    same wherever it lies.
-    """
-    here = _place(connection, after, tenant) if after else None
-
-    def newest(wanted: JobState) -> Select[Any]:
-        table, id = (jobs, jobs.c.id) if error_code is None else (results, results.c.job_id)
-        query = select(id.label("id"), table.c.created_at).where(
-            table.c.tenant == tenant, table.c.state == wanted
-        )
-        if error_code is not None:
-            query = query.where(results.c.error_code == error_code)
-        if model is not None:
-            query = query.where(table.c.model == model)
-        if since is not None:
-            query = query.where(table.c.created_at >= since)
-        if here is not None:
-            query = query.where(tuple_(table.c.created_at, id) < here)
-        return query.order_by(table.c.created_at.desc(), id.desc()).limit(limit)
-
-    wanted = [state] if state else list(JobState)
-    merged = union_all(*(newest(each).subquery().select() for each in wanted)).subquery()
-    page = select(merged.c.id).order_by(merged.c.created_at.desc(), merged.c.id.desc()).limit(limit)
-    return _views(connection, _LISTED, list(connection.scalars(page)), tenant)
-
-
-def _place(connection: Connection, job_id: UUID, tenant: str) -> Tuple:
-    """Where a job stands in the list."""
-    created_at = connection.scalar(
-        select(jobs.c.created_at).where(jobs.c.id == job_id, jobs.c.tenant == tenant)
-    )
-    if created_at is None:
-        raise JobNotFound()
-    return tuple_(literal(created_at, Stamp), literal(job_id, Uuid))
+    """A tenant's jobs that pass the filter, without their responses, newest first, beginning after
+    the job `after`. Raises `JobNotFound` if there is no such one."""
+    ids = lists.newest(connection, given, after=after, limit=limit, tenant=tenant)
+    return summaries(connection, ids, tenant=tenant)
 
 
 def _views(

@@ -179,6 +179,9 @@ jobs = Table(
         comment="Times the message was sent again because it seemed lost.",
     ),
     Column("cancel_requested_at", Stamp, comment="Cancelled by the caller while running."),
+    Column(
+        "purged_at", Stamp, comment="What it says was removed by the caller; null if it was not."
+    ),
     Column("created_at", Stamp, nullable=False, comment="Row written: the job is accepted."),
     Column("queued_at", Stamp, nullable=False, comment="Last became queued."),
     Column("claimed_at", Stamp, comment="Last claimed."),
@@ -194,6 +197,7 @@ jobs = Table(
         "deadline",
         "enqueued_at",
         "cancel_requested_at",
+        "purged_at",
         "created_at",
         "queued_at",
         "claimed_at",
@@ -213,6 +217,11 @@ jobs = Table(
     ),
     CheckConstraint(
         "received_by IS NULL OR (state = 'queued' AND enqueued_at IS NOT NULL)", name="delivery"
+    ),
+    CheckConstraint(
+        "purged_at IS NULL OR (num_nonnulls(request, fingerprint, idempotency_key) = 0"
+        " AND metadata = '{}')",
+        name="purged",
     ),
     CheckConstraint("wake_count >= 0", name="wake_count"),
     CheckConstraint("time_limit_s > 0 AND time_limit_s < 'Infinity'", name="time_limit"),
@@ -235,6 +244,13 @@ jobs = Table(
     # Listing, with and without a model.
     Index("jobs_by_state", "tenant", "state", "created_at", "id"),
     Index("jobs_by_model", "tenant", "model", "state", "created_at", "id"),
+    # Listing by labels. Those without any are left out: they would all be one entry of it.
+    Index(
+        "jobs_by_metadata",
+        text("metadata jsonb_path_ops"),
+        postgresql_using="gin",
+        postgresql_where=text("metadata <> '{}'"),
+    ),
     # An ended job is replayed by one job.
     Index(
         "jobs_replay_of", "replay_of", unique=True, postgresql_where=text("replay_of IS NOT NULL")

@@ -200,6 +200,11 @@ def upgrade() -> None:
             comment="Times the message was sent again because it seemed lost.",
         ),
         Column("cancel_requested_at", Stamp, comment="Cancelled by the caller while running."),
+        Column(
+            "purged_at",
+            Stamp,
+            comment="What it says was removed by the caller; null if it was not.",
+        ),
         Column("created_at", Stamp, nullable=False, comment="Row written: the job is accepted."),
         Column("queued_at", Stamp, nullable=False, comment="Last became queued."),
         Column("claimed_at", Stamp, comment="Last claimed."),
@@ -230,6 +235,11 @@ def upgrade() -> None:
             "received_by IS NULL OR (state = 'queued' AND enqueued_at IS NOT NULL)",
             name=op.f("jobs_delivery_check"),
         ),
+        CheckConstraint(
+            "purged_at IS NULL OR (num_nonnulls(request, fingerprint, idempotency_key) = 0"
+            " AND metadata = '{}')",
+            name=op.f("jobs_purged_check"),
+        ),
         CheckConstraint("wake_count >= 0", name=op.f("jobs_wake_count_check")),
         CheckConstraint(
             "time_limit_s > 0 AND time_limit_s < 'Infinity'", name=op.f("jobs_time_limit_check")
@@ -240,6 +250,7 @@ def upgrade() -> None:
             "deadline",
             "enqueued_at",
             "cancel_requested_at",
+            "purged_at",
             "created_at",
             "queued_at",
             "claimed_at",
@@ -271,6 +282,13 @@ def upgrade() -> None:
     )
     op.create_index("jobs_by_model", "jobs", ["tenant", "model", "state", "created_at", "id"])
     op.create_index("jobs_by_state", "jobs", ["tenant", "state", "created_at", "id"])
+    op.create_index(
+        "jobs_by_metadata",
+        "jobs",
+        [text("metadata jsonb_path_ops")],
+        postgresql_using="gin",
+        postgresql_where=text("metadata <> '{}'"),
+    )
     op.create_index(
         "jobs_deadline",
         "jobs",

@@ -19,7 +19,16 @@ from sqlalchemy import DateTime, text
 
 from app.errors import GristmillError, JobNotFound, JobStateConflict, LeaseLost, Unavailable
 from app.jobs import FINAL_STATES, AttemptOutcome, CloseReason, Kind
-from app.store import cancellation, claims, delivery, retention, submissions, sweeps, workers
+from app.store import (
+    cancellation,
+    claims,
+    delivery,
+    purging,
+    retention,
+    submissions,
+    sweeps,
+    workers,
+)
 from app.store.claims import BatchStats, Finished, Member, NewBatch, Release
 from app.store.database import Database
 from app.store.delivery import DELIVERY_TRANSITIONS, Delivery, delivery_of
@@ -263,7 +272,13 @@ class Moves:
     def cancel(self) -> Move:
         members = self._some_members()[1] if self.chance.random() < 0.6 else []
         job_id = members[0].job_id if members else self.some_jobs()[0]
-        if self.chance.random() < 0.1:
+        chance = self.chance.random()
+        if chance < 0.2:
+            return lambda connection, _: purging.purge(connection, job_id)
+        if chance < 0.4:
+            ids = self.some_jobs()
+            return lambda connection, _: cancellation.cancel_free(connection, ids)
+        if chance < 0.5:
             return lambda connection, _: cancellation.cancel_or_record(
                 connection, job_id, Kind.GENERATE
             )

@@ -17,9 +17,21 @@ import pytest
 from sqlalchemy import Connection, event, text
 
 from app.jobs import AttemptOutcome, JobState
-from app.store import cancellation, claims, delivery, reads, retention, submissions, sweeps, workers
+from app.store import (
+    cancellation,
+    claims,
+    delivery,
+    lists,
+    purging,
+    reads,
+    retention,
+    submissions,
+    sweeps,
+    workers,
+)
 from app.store.claims import Member
 from app.store.database import Database
+from app.store.lists import Filter
 from app.store.submissions import Incoming
 from tests.rows import MODEL, Worker, completed, end_lease, new_job
 
@@ -28,12 +40,16 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 # A service with a history: 900,000 finished jobs of four models, and 100,000 open ones.
 _HISTORY = """
     INSERT INTO jobs (
-        id, model, kind, request, source, idempotency_key, state, not_before, deadline, created_at,
-        queued_at, finished_at, enqueued_at, attempt_id, worker_id, batch_id, received_by
+        id, model, kind, request, metadata, source, idempotency_key, state, not_before, deadline,
+        created_at, queued_at, finished_at, enqueued_at, attempt_id, worker_id, batch_id,
+        received_by
     )
     SELECT
         gen_random_uuid(), (ARRAY['smollm2', 'other', 'rare', 'embed'])[1 + n % 4], 'generate',
-        '{"prompt": "A mill"}', 'api', CASE WHEN n % 5 = 0 THEN 'key ' || n END, state, made,
+        '{"prompt": "A mill"}',
+        CASE WHEN n % 4 = 0 THEN jsonb_build_object('customer', n % 3000, 'source', 'crm')
+            ELSE '{}' END,
+        'api', CASE WHEN n % 5 = 0 THEN 'key ' || n END, state, made,
         CASE WHEN n % 10 = 0 THEN made + interval '30 days' END, made, made,
         CASE WHEN n > 100000 THEN made END,
         CASE WHEN n % 7 > 0 THEN made END,
@@ -69,6 +85,9 @@ _BATCHES = """
         claimed_at
     FROM attempts
 """
+
+
+OPEN = [JobState.QUEUED, JobState.RUNNING]
 
 
 @dataclass
@@ -205,6 +224,7 @@ def test_cancelling(service: Service) -> None:
     cancel = partial(cancellation.cancel, job_id=service.queued[0])
 
     assert service.explain(cancel) == {"jobs_pkey"}
+    assert service.explain(partial(cancellation.cancel_free, ids=service.queued)) == {"jobs_pkey"}
 
 
 @pytest.mark.parametrize(
@@ -258,7 +278,9 @@ def test_replays(service: Service) -> None:
 def test_lists_by_error(service: Service, model: str | None) -> None:
     def list_jobs(connection: Connection) -> None:
         reads.list_jobs(
-            connection, state=JobState.FAILED, model=model, error_code="engine_crash", limit=100
+            connection,
+            Filter(states=[JobState.FAILED], model=model, error_code="engine_crash"),
+            limit=100,
         )
 
     assert "results_by_error" in service.explain(list_jobs)
@@ -295,13 +317,47 @@ def test_the_status(service: Service) -> None:
 @pytest.mark.parametrize("model", [None, "rare", "unknown"])
 def test_lists(service: Service, state: JobState | None, model: str | None) -> None:
     def list_jobs(connection: Connection) -> None:
-        reads.list_jobs(connection, state=state, model=model, after=service.finished, limit=100)
+        wanted = Filter(states=[state] if state else list(JobState), model=model)
+        reads.list_jobs(connection, wanted, after=service.finished, limit=100)
 
     best = "jobs_by_model" if model else "jobs_by_state"
     indexes = {name for name in service.explain(list_jobs) if name.startswith("jobs")}
 
     assert best in indexes
     assert indexes <= {best, "jobs_pkey", "jobs_running", "jobs_replay_of"}
+
+
+@pytest.mark.parametrize(
+    ("labels", "best"),
+    [({"customer": "8"}, "jobs_by_metadata"), ({"source": "crm"}, "jobs_by_state")],
+)
+def test_lists_by_labels(service: Service, labels: dict[str, str], best: str) -> None:
+    def list_jobs(connection: Connection) -> None:
+        wanted = Filter(states=OPEN, metadata=labels, is_asked=False)
+        assert len(reads.list_jobs(connection, wanted, limit=100)) in (33, 34, 100)
+
+    indexes = service.explain(list_jobs)
+
+    assert best in indexes
+    assert {name for name in indexes if name.startswith("jobs")} <= {
+        "jobs_by_metadata", "jobs_by_state", "jobs_pkey", "jobs_running",
+    }  # fmt: skip
+
+
+def test_a_list_by_key(service: Service) -> None:
+    find = partial(lists.newest, given=Filter(idempotency_key="key 5"), limit=100)
+
+    assert service.explain(find) == {"jobs_idempotency_key"}
+
+
+def test_the_states_of_many(service: Service) -> None:
+    assert service.explain(partial(reads.states, ids=service.queued)) == {"jobs_pkey"}
+
+
+def test_purging(service: Service) -> None:
+    purge = partial(purging.purge, job_id=service.finished)
+
+    assert service.explain(purge) == {"jobs_pkey", "results_pkey"}
 
 
 def test_the_depths_and_ages_of_queues(service: Service) -> None:

@@ -22,9 +22,10 @@ from sqlalchemy import Connection, event, text
 from app.jobs import AttemptOutcome
 from app.local.ports import free_port
 from app.local.servers import EmbeddedPostgres
-from app.store import claims, delivery, submissions, sweeps
+from app.store import cancellation, claims, delivery, purging, reads, submissions, sweeps
 from app.store.claims import Member
 from app.store.database import Database, migrate
+from app.store.lists import Filter
 from app.store.submissions import Incoming
 from tests.rows import Worker, completed, end_lease, new_job
 
@@ -132,7 +133,7 @@ def bounded(connection: Connection) -> Iterator[None]:
 
 
 def test_statements_for_a_group_read_each_row_a_few_times(stale: Database) -> None:
-    jobs = [new_job() for _ in range(NUM_JOBS)]
+    jobs = [new_job(metadata={"customer": str(n % 99)}) for n in range(NUM_JOBS)]
     ids = [job.id for job in jobs]
     with stale.begin() as connection:
         submissions.insert_jobs(connection, jobs, sent=ids)
@@ -180,3 +181,7 @@ def _steps(
     with worker.database.begin() as connection:
         connection.execute(text("UPDATE jobs SET deadline = now() WHERE state = 'queued'"))
     yield lambda c: sweeps.expire_deadlines(c, sweeps.find_late(c, GROUP))
+    yield lambda c: reads.states(c, group)
+    yield lambda c: reads.list_jobs(c, Filter(metadata={"customer": "7"}), limit=100)
+    yield lambda c: cancellation.cancel_free(c, group)
+    yield lambda c: purging.purge(c, group[0])

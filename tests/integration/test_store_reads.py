@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
@@ -9,20 +10,21 @@ from sqlalchemy import text
 
 from app.errors import GristmillError, JobNotFound
 from app.jobs import EARLIEST, LATEST, JobState
-from app.store import cancellation, reads
+from app.store import cancellation, lists, reads
 from app.store.database import Database
+from app.store.lists import Filter
 from app.store.reads import JobView, QueueDepth, Unreadable
 from app.store.submissions import Incoming
 from tests.rows import MODEL, Worker, insert, insert_sent, new_job, rewrite, view
 
 
-def pages(database: Database, limit: int, **filters: object) -> list[UUID]:
+def pages(database: Database, limit: int, **filters: Any) -> list[UUID]:
     """All ids of a listing, page by page."""
     ids: list[UUID] = []
     while True:
         with database.begin() as connection:
             page = reads.list_jobs(
-                connection, limit=limit, after=ids[-1] if ids else None, **filters
+                connection, Filter(**filters), limit=limit, after=ids[-1] if ids else None
             )
         if not page:
             return ids
@@ -70,8 +72,51 @@ def test_a_list_can_be_of_one_state_and_one_model(database: Database) -> None:
             cancellation.cancel(connection, job_id)
 
     assert set(pages(database, 2, model="a")) == set(ids[:4])
-    assert set(pages(database, 2, state=JobState.CANCELLED)) == {ids[0], ids[4]}
-    assert pages(database, 2, state=JobState.CANCELLED, model="b") == [ids[4]]
+    assert set(pages(database, 2, states=[JobState.CANCELLED])) == {ids[0], ids[4]}
+    assert pages(database, 2, states=[JobState.CANCELLED], model="b") == [ids[4]]
+
+
+def test_a_list_can_be_of_labels_a_key_and_a_time(database: Database) -> None:
+    labels = [{"customer": "42", "line": str(n)} for n in range(5)] + [{"customer": "43"}, {}]
+    ids = insert(database, *(new_job(metadata=each) for each in labels))
+    [keyed] = insert(database, new_job(idempotency_key="order", metadata={"customer": "42"}))
+    rewrite(database, "created_at = now() - interval '1 h'", ids[0])
+    with database.begin() as connection:
+        cancellation.cancel(connection, ids[1])
+        then = connection.scalar(text("SELECT now() - interval '30 min'"))
+        assert reads.list_jobs(connection, Filter(metadata={"customer": "42"}), tenant="x") == []
+
+    assert set(pages(database, 2, metadata={"customer": "42"})) == {*ids[:5], keyed}
+    assert pages(database, 2, metadata={"customer": "42", "line": "3"}) == [ids[3]]
+    assert pages(database, 2, metadata={"customer": "42", "line": "9"}) == []
+    assert pages(database, 2, metadata={"customer": "42"}, until=then) == [ids[0]]
+    assert set(pages(database, 2, metadata={"customer": "43"}, since=then)) == {ids[5]}
+    cancelled = {"states": [JobState.CANCELLED], "error_code": "cancelled"}
+    assert pages(database, 2, metadata={"customer": "42"}, **cancelled) == [ids[1]]
+    assert pages(database, 2, idempotency_key="order") == [keyed]
+    assert pages(database, 2, idempotency_key="order", model="other") == []
+    assert pages(database, 2, idempotency_key="orders") == []
+
+
+def test_labels_that_many_jobs_have_are_listed_the_same(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = [{"customer": str(n % 3), "n": str(n)} for n in range(12)]
+    ids = insert(database, *(new_job(metadata=each) for each in labels))
+    with database.begin() as connection:
+        cancellation.cancel(connection, ids[3])
+    asked: list[dict[str, Any]] = [
+        {"metadata": {"customer": "0"}},
+        {"metadata": {"customer": "0"}, "states": [JobState.CANCELLED]},
+        {"metadata": {"customer": "0"}, "error_code": "cancelled"},
+        {"metadata": {"customer": "1"}, "model": MODEL},
+    ]
+    few = [pages(database, 2, **each) for each in asked]
+
+    monkeypatch.setattr(lists, "MANY", 1)
+
+    assert [pages(database, 2, **each) for each in asked] == few
+    assert [len(each) for each in few] == [4, 1, 1, 4]
 
 
 def test_a_list_leaves_responses_out(database: Database) -> None:

@@ -10,7 +10,7 @@ from sqlalchemy import Connection, text
 
 from app.store import retention
 from app.store.database import Database
-from tests.rows import Worker, column, completed, insert, new_job, view
+from tests.rows import Worker, column, completed, insert, new_job, view, where_it_is
 
 SECRET = "the miller has a secret"
 DAY_S = 86_400.0
@@ -48,20 +48,6 @@ def run(database: Database, step: Callable[..., int], page: int = 100) -> int:
 def count(database: Database, table: str) -> int:
     with database.begin() as connection:
         return connection.scalar(text(f"SELECT count(*) FROM {table}")) or 0
-
-
-def where_it_is(database: Database, words: str) -> set[str]:
-    """The tables with a row that holds these words in any column."""
-    tables = ("jobs", "attempts", "results", "batches", "workers")
-    with database.begin() as connection:
-        return {
-            table
-            for table in tables
-            if connection.scalar(
-                text(f"SELECT count(*) FROM {table} AS t WHERE strpos(t::text, :words) > 0"),
-                {"words": words},
-            )
-        }
 
 
 def test_a_request_is_removed_after_its_time_and_is_nowhere_else(database: Database) -> None:

@@ -132,6 +132,8 @@ def _record_finished(self: MemoryConnection, job: Row, record: Row) -> None:
         **_NOBODYS,
     )
     names = ("tenant", "model", "kind", "batch_id", "created_at", "queued_at", "claimed_at")
+    if job["purged_at"] is not None:
+        record = record | {"response": None, "error_message": None}
     self.insert(
         "results",
         record

@@ -1,10 +1,10 @@
-"""What the statements of `app.store.workers` and `cancellation` do."""
+"""What the statements of `app.store.workers`, `cancellation` and `purging` do."""
 
 from __future__ import annotations
 
 from datetime import timedelta
 
-from app.store import cancellation, workers
+from app.store import cancellation, purging, workers
 from app.store.notices import CANCEL
 from tests.memory_store.database import Answer, MemoryConnection, statement
 from tests.memory_store.rows import Params, records
@@ -53,29 +53,29 @@ def _stop(self: MemoryConnection, given: Params) -> Answer:
     return Answer([])
 
 
-@statement(cancellation._LOCK)
-def _lock(self: MemoryConnection, given: Params) -> Answer:
-    job = self.jobs.get(given["job_id"])
-    is_there = job is not None and job["tenant"] == given["tenant"]
-    return Answer([{"state": job["state"]}] if job is not None and is_there else [])
+@statement(cancellation._CANCEL)
+@statement(cancellation._CANCEL_FREE)
+def _cancel(self: MemoryConnection, given: Params) -> Answer:
+    found = [self.jobs[id] for id in given["ids"] if id in self.jobs]
+    found = [job for job in found if job["tenant"] == given["tenant"]]
+    for job in found:
+        if job["state"] == "queued":
+            ended = {"state": "cancelled", "finished_at": self.now, "received_by": None}
+            self.record_ended(
+                self.update("jobs", job["id"], **ended), "cancelled", "The job was cancelled."
+            )
+        elif job["state"] == "running":
+            asked_at = job["cancel_requested_at"] or self.now
+            self.update("jobs", job["id"], cancel_requested_at=asked_at)
+            self.notices.append((CANCEL, job["id"]))
+    return Answer([{"id": job["id"], "state": self.jobs[job["id"]]["state"]} for job in found])
 
 
-@statement(cancellation._END_QUEUED)
-def _end_queued(self: MemoryConnection, given: Params) -> Answer:
-    job = self.jobs.get(given["job_id"])
-    if job is None or job["state"] != "queued":
-        return Answer([])
-    row = self.update("jobs", job["id"], state="cancelled", finished_at=self.now, received_by=None)
-    self.record_ended(row, "cancelled", "The job was cancelled.")
-    return Answer([{"id": job["id"]}])
-
-
-@statement(cancellation._ASK_WORKER)
-def _ask_worker(self: MemoryConnection, given: Params) -> Answer:
-    job = self.jobs.get(given["job_id"])
-    if job is None or job["state"] != "running":
-        return Answer([])
-    asked_at = job["cancel_requested_at"] or self.now
-    self.update("jobs", job["id"], cancel_requested_at=asked_at)
-    self.notices.append((CANCEL, job["id"]))
-    return Answer([{"notified": ""}])
+@statement(purging._PURGE)
+def _purge(self: MemoryConnection, given: Params) -> Answer:
+    job = self.jobs[given["job_id"]]
+    said = {"request": None, "fingerprint": None, "idempotency_key": None, "metadata": {}}
+    self.update("jobs", job["id"], **said, purged_at=job["purged_at"] or self.now)
+    if job["id"] in self.results:
+        self.update("results", job["id"], response=None, error_message=None)
+    return Answer([])

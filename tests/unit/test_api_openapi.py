@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,10 +12,13 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
+from app.api import checked
 from app.api.app import create_app
+from app.api.schemas_many import CancelRequest, StatusRequest
 from app.config.settings import Settings
 from app.intake.submit import parse_submission
 from app.requests import bodies
+from tests.pages import ROOT
 
 
 @pytest.fixture
@@ -119,6 +123,26 @@ def test_the_examples_of_submissions_would_be_accepted(document: dict[str, Any])
 
     for submission in [example("/v1/jobs"), *example("/v1/jobs/bulk")["jobs"]]:
         bodies.parse(parse_submission(submission).body)
+
+
+def test_the_table_of_calls_is_that_of_the_api(document: dict[str, Any]) -> None:
+    page = (ROOT / "docs" / "jobs.md").read_text()
+    told = re.findall(r"^\| `([A-Z]+ /\S+)` \|", page, re.MULTILINE)
+
+    assert sorted(told) == sorted(name for name, _ in operations(document))
+
+
+def test_the_examples_of_bodies_would_be_accepted(document: dict[str, Any]) -> None:
+    for path, model in (("/v1/jobs/status", StatusRequest), ("/v1/jobs/cancel", CancelRequest)):
+        body = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+        checked.parse(json.dumps(body["example"]).encode(), model)
+
+
+def test_a_family_of_parameters_is_documented_as_one(document: dict[str, Any]) -> None:
+    parameters = document["paths"]["/v1/jobs"]["get"]["parameters"]
+    [metadata] = [each for each in parameters if each["name"] == "metadata"]
+
+    assert (metadata["style"], metadata["explode"]) == ("deepObject", True)
 
 
 def test_the_documentation_page_loads_nothing_from_elsewhere(app: FastAPI) -> None:

@@ -6,11 +6,13 @@ import asyncio
 import json
 import logging
 from collections.abc import Iterator
+from http import HTTPStatus
 
 import httpx
 import pytest
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
+from starlette.exceptions import HTTPException
 
 from app import errors
 from app.api import problems, raw_bodies
@@ -92,9 +94,18 @@ def test_the_wrong_field_is_named() -> None:
     assert answer.json()["param"] == "body.temperature"
 
 
-def test_what_may_pass_says_when_to_come_back() -> None:
+def test_what_may_pass_says_when_to_come_back_and_nothing_else_does() -> None:
     assert answer_to(errors.QueueFull(retry_after=7)).headers["retry-after"] == "7"
-    assert 1 <= int(answer_to(errors.Unavailable()).headers["retry-after"]) <= 60
+    kinds = [kind for kind in subclasses(errors.GristmillError) if "app.errors" in kind.__module__]
+    for error in (
+        *(kind() for kind in kinds),
+        *(HTTPException(status) for status in HTTPStatus if status >= 400),
+    ):
+        answer = answer_to(error)
+        if answer.status_code in (429, 503):
+            assert 1 <= int(answer.headers["retry-after"]) <= 60, error
+        else:
+            assert "retry-after" not in answer.headers, error
 
 
 def test_a_conflict_tells_clients_not_to_try_again() -> None:
@@ -114,6 +125,11 @@ def test_a_bug_is_answered_without_its_text_and_logged_without_it(
     logged = record.getMessage()
     assert "ValueError" in logged and "in fails" in logged and SECRET not in logged
     assert record.exc_info is None
+
+
+def test_the_text_of_what_is_no_fault_of_the_caller_is_told_nowhere() -> None:
+    for error in (errors.Unavailable(SECRET), errors.JobUnreadable(SECRET)):
+        assert SECRET not in problems.describe(error, instance="/").model_dump_json()
 
 
 def test_the_text_of_an_outage_goes_to_the_log_and_not_to_the_caller(

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from uuid import uuid4
+from uuid import UUID, uuid4
+
+from hypothesis import given
+from hypothesis import strategies as st
 
 from app.api.waiting import Waiters
 
@@ -30,7 +33,7 @@ class Row:
 
 
 def follow(waiters: Waiters, row: Row, timeout_s: float = LONG_S) -> Awaitable[bool]:
-    return waiters.until(lambda is_final: is_final, row.read, JOB, timeout_s)
+    return waiters.until(row.read, lambda final: [] if final else [JOB], [JOB], timeout_s)
 
 
 def run(scenario: Callable[[Waiters, Row], Awaitable[None]]) -> Waiters:
@@ -148,6 +151,91 @@ def test_nothing_is_kept_of_those_who_left() -> None:
         await asyncio.gather(waiting, return_exceptions=True)
 
         assert waiters.num_waiting == 0
-        assert not waiters._events
+        assert not waiters._watches
+
+    run(scenario)
+
+
+# ── for several jobs ────────────────────────────────────────────────────────────────────────────
+
+
+class Rows:
+    """Jobs that a test ends, and which count how often they are read."""
+
+    def __init__(self, number: int) -> None:
+        self.ids = [uuid4() for _ in range(number)]
+        self.open = set(self.ids)
+        self.num_reads = 0
+        self.was_read = asyncio.Event()
+
+    async def read(self) -> set[UUID]:
+        self.num_reads += 1
+        seen = set(self.open)
+        await asyncio.sleep(0)  # what happens from here on is not seen
+        self.was_read.set()
+        return seen
+
+    def end(self, waiters: Waiters, *ids: UUID) -> None:
+        self.open -= set(ids)
+        for job_id in ids:
+            waiters.job_is_done(job_id)
+
+    def follow(self, waiters: Waiters, for_all: bool) -> Awaitable[set[UUID]]:
+        def still_open(seen: set[UUID]) -> set[UUID]:
+            return seen if for_all or len(seen) == len(self.ids) else set()
+
+        return waiters.until(self.read, still_open, self.ids, LONG_S, for_all=for_all)
+
+
+def test_who_waits_for_all_looks_once_more_when_the_last_has_ended() -> None:
+    async def scenario(waiters: Waiters, _: Row) -> None:
+        rows = Rows(300)
+        waiting = asyncio.ensure_future(rows.follow(waiters, for_all=True))
+        await rows.was_read.wait()
+        assert waiters.num_waiting == 4  # one long poll, and one for each hundred jobs
+
+        for job_id in rows.ids:
+            rows.end(waiters, job_id)
+            await asyncio.sleep(0)
+
+        assert await waiting == set()
+        assert rows.num_reads == 2
+
+    assert run(scenario).num_waiting == 0
+
+
+def test_who_waits_for_any_looks_again_at_the_first() -> None:
+    async def scenario(waiters: Waiters, _: Row) -> None:
+        rows = Rows(3)
+        waiting = asyncio.ensure_future(rows.follow(waiters, for_all=False))
+        await rows.was_read.wait()
+
+        rows.end(waiters, rows.ids[1])
+
+        assert await waiting == {rows.ids[0], rows.ids[2]}
+        assert rows.num_reads == 2
+
+    assert not run(scenario)._watches
+
+
+@given(
+    ends=st.lists(st.tuples(st.lists(st.integers(0, 4)), st.integers(0, 3))), for_all=st.booleans()
+)
+def test_no_end_is_missed_whenever_it_comes(
+    ends: list[tuple[list[int], int]], for_all: bool
+) -> None:
+    """Jobs end before, between and during the reads, their notices come once or more."""
+
+    async def scenario(waiters: Waiters, _: Row) -> None:
+        rows = Rows(5)
+        waiting = asyncio.ensure_future(rows.follow(waiters, for_all=for_all))
+
+        for numbers, turns in [*ends, (list(range(5)), 0)]:
+            rows.end(waiters, *(rows.ids[n] for n in numbers))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+
+        seen = await waiting
+        assert not seen if for_all else len(seen) < 5
 
     run(scenario)

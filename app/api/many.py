@@ -1,0 +1,249 @@
+"""/v1/jobs/status and /v1/jobs/cancel: many jobs with one call."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from functools import partial
+from http import HTTPStatus
+from typing import Final
+from uuid import UUID
+
+from fastapi import APIRouter, Request, Response
+
+from app.api import checked, problems, reader
+from app.api.answers import JSON, LOOK_AGAIN, Held, Hold
+from app.api.openapi import json_body
+from app.api.problems import documented
+from app.api.reader import Snapshot
+from app.api.schemas_many import (
+    BulkCancel,
+    BulkStatus,
+    CancelFilter,
+    CancelItem,
+    CancelRequest,
+    StatusItem,
+    StatusRequest,
+    View,
+    WaitFor,
+)
+from app.api.services import Here, Services
+from app.errors import GristmillError, JobNotFound, JobStateConflict, Unavailable
+from app.intake.decision import Decision
+from app.jobs import JobState, job_id_of
+from app.store import cancellation, lists, reads
+from app.store.lists import Filter
+
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+
+PAGE: Final = 100
+"""Jobs that are read at once."""
+WHOLE_PAGE: Final = 10
+"""The same with their answers, which may be long."""
+MAX_ANSWERS_BYTES: Final = 16_000_000
+"""Once an answer is as long as this, further jobs come with their states alone."""
+
+Told = JobState | Snapshot | Exception
+"""What an item tells of a job."""
+
+_ERRORS: Final = documented(
+    HTTPStatus.BAD_REQUEST,
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+    HTTPStatus.SERVICE_UNAVAILABLE,
+)
+_IDS: Final = ["0b9f1c5e-6c8f-4d3a-9a3f-0d9b7f2f6a11", "5b1d3a52-3a3c-4c0f-8c9a-6c1f0c6e1c55"]
+
+
+@router.post(
+    "/status",
+    response_model=BulkStatus,
+    responses=_ERRORS,
+    openapi_extra=json_body(StatusRequest, {"ids": _IDS, "wait_for": "any"}),
+    summary="Follow many jobs",
+    response_description="One item for each id, in order.",
+)
+async def status(request: Request, here: Here, hold: Held) -> Response:
+    """The jobs as they are, or, with `wait`, as soon as all of them (or any) are final.
+
+    An id that is no job's is answered in its place, and is not waited for. With `wait_for` any,
+    leave out of the next call what is final. While not all are, `Retry-After` says when to look
+    again.
+    """
+    asked = await checked.read(request, here, StatusRequest)
+    ids = [job_id_of(text) for text in asked.ids]
+    states = await _states_in_time(here, dict.fromkeys(ids), asked.wait_for, hold)
+    told: Mapping[UUID, Told] = (
+        states if asked.view == "state" else await _jobs(here, states, asked.view)
+    )
+    items = [_status_item(index, id, told.get(id)) for index, id in enumerate(ids)]
+    is_final = all(_is_final(each) for each in told.values())
+    body = b'{"object":"bulk_status","is_final":%b,"items":[%b]}' % (
+        b"true" if is_final else b"false",
+        b",".join(items),
+    )
+    headers = {"Cache-Control": "private, no-cache"} | hold.headers
+    return Response(body, 200, headers if is_final else headers | LOOK_AGAIN, media_type=JSON)
+
+
+async def _states_in_time(
+    here: Services, ids: Collection[UUID], wait_for: WaitFor, hold: Hold
+) -> Mapping[UUID, JobState | GristmillError]:
+    """The states of those that exist, once all or any are final, or at the end of the hold."""
+
+    def still_open(seen: Mapping[UUID, Told]) -> list[UUID]:
+        are_open = [id for id, state in seen.items() if not _is_final(state)]
+        is_enough = wait_for == "any" and len(are_open) < len(seen)
+        return [] if is_enough else are_open
+
+    read = partial(here.read, _states, here, ids)
+    return await here.waiters.until(
+        read, still_open, ids, hold.seconds_at(here), for_all=wait_for == "all"
+    )
+
+
+def _states(here: Services, ids: Collection[UUID]) -> Mapping[UUID, JobState | GristmillError]:
+    with here.database.autocommit() as connection:
+        found = reads.states(connection, ids)
+    return {id: found[id] for id in ids if id in found}
+
+
+async def _jobs(
+    here: Services, states: Mapping[UUID, JobState | GristmillError], view: View
+) -> Mapping[UUID, Told]:
+    """The jobs, page by page; the states alone of those beyond `MAX_ANSWERS_BYTES`."""
+    read, size = (reader.snapshots, WHOLE_PAGE) if view == "full" else (reader.summaries, PAGE)
+    told: dict[UUID, Told] = dict(states)
+    ids = list(states)
+    num_bytes = 0
+    for start in range(0, len(ids), size):
+        if num_bytes >= MAX_ANSWERS_BYTES:
+            break
+        page = await here.read(read, here.database, ids[start : start + size])
+        told.update(page)
+        num_bytes += sum(len(each.body) for each in page.values() if isinstance(each, Snapshot))
+    return told
+
+
+def _is_final(told: Told) -> bool:
+    """Whether it is of no use to wait for it."""
+    match told:
+        case JobState() as state:
+            return state.is_final
+        case Snapshot() as job:
+            return job.is_final
+        case _:
+            return True
+
+
+def _status_item(index: int, id: UUID, told: Told | None) -> bytes:
+    match told:
+        case Snapshot(state=state, body=body):
+            return b'{"status":200,"id":"%b","state":"%b","job":%b}' % (
+                str(id).encode(),
+                state.encode(),
+                body,
+            )
+        case JobState() as state:
+            item = StatusItem(status=200, id=id, state=state)
+        case other:
+            error = other if isinstance(other, GristmillError) else JobNotFound()
+            problem = problems.describe(error, instance=f"/v1/jobs/status#/ids/{index}")
+            item = StatusItem(status=problem.status, id=id, error=problem)
+    return item.model_dump_json(exclude_none=True).encode()
+
+
+@router.post(
+    "/cancel",
+    response_model=BulkCancel,
+    responses=_ERRORS,
+    openapi_extra=json_body(CancelRequest, {"filter": {"metadata": {"customer": "42"}}}),
+    summary="Cancel many jobs",
+    response_description="One item for each job, in the order of the ids.",
+)
+async def cancel(request: Request, here: Here) -> Response:
+    """Cancel jobs by their ids, or up to `limit` of those that pass a filter, newest first.
+
+    Queued ones are cancelled at once; running ones are stopped by their workers, and do not pass
+    the filter again. Send the same filter until `has_more` is false. May be repeated.
+    """
+    asked = await checked.read(request, here, CancelRequest)
+    has_more = False
+    if asked.filter is None:
+        ids = [job_id_of(text) for text in asked.ids or ()]
+    else:
+        page = await here.read(_open_jobs, here, asked.filter, asked.limit + 1)
+        ids, has_more = page[: asked.limit], len(page) > asked.limit
+    told = await here.write(_cancel, here, set(ids))
+    items = [_cancel_item(index, id, told.get(id)) for index, id in enumerate(ids)]
+    counted = [item.status for item in items]
+    body = BulkCancel(
+        cancelled=counted.count(HTTPStatus.OK),
+        stopping=counted.count(HTTPStatus.ACCEPTED),
+        refused=sum(status >= HTTPStatus.BAD_REQUEST for status in counted),
+        has_more=has_more,
+        items=items,
+    )
+    return Response(body.model_dump_json(exclude_none=True), media_type=JSON)
+
+
+def _open_jobs(here: Services, given: CancelFilter, limit: int) -> list[UUID]:
+    states = [JobState(given.state)] if given.state else [JobState.QUEUED, JobState.RUNNING]
+    wanted = Filter(
+        states=states,
+        model=given.model,
+        metadata=given.metadata,
+        since=given.since,
+        until=given.until,
+        is_asked=False,
+    )
+    with here.database.begin() as connection:
+        return lists.newest(connection, wanted, limit=limit)
+
+
+def _cancel(
+    decision: Decision, here: Services, ids: Collection[UUID]
+) -> dict[UUID, JobState | GristmillError]:
+    """The states of those that exist. First those that nobody holds, in one transaction; then one
+    by one what somebody held: nobody waits for a row while he holds others."""
+    told: dict[UUID, JobState | GristmillError] = {}
+    with here.database.begin() as connection:
+        told |= cancellation.cancel_free(connection, ids)
+        held = reads.states(connection, [id for id in ids if id not in told])
+        decision.commit()
+    away: Unavailable | None = None
+    for id in sorted(held):
+        try:
+            if away is None:
+                told[id] = _cancel_one(decision, here, id)
+                continue
+        except Unavailable as error:
+            away = error
+        except GristmillError as error:
+            told[id] = error
+            continue
+        told[id] = away or Unavailable()
+    return told
+
+
+def _cancel_one(decision: Decision, here: Services, id: UUID) -> JobState:
+    with here.database.begin() as connection:
+        state = cancellation.end(connection, id)
+        decision.commit()
+    return state
+
+
+def _cancel_item(index: int, id: UUID, told: JobState | GristmillError | None) -> CancelItem:
+    state = told if isinstance(told, JobState) else None
+    match told:
+        case JobState.CANCELLED:
+            return CancelItem(status=HTTPStatus.OK, id=id, state=state)
+        case JobState.RUNNING:
+            return CancelItem(status=HTTPStatus.ACCEPTED, id=id, state=state)
+        case None:
+            error: GristmillError = JobNotFound()
+        case JobState():
+            error = JobStateConflict(f"The job is {told} already.")
+        case _:
+            error = told
+    problem = problems.describe(error, instance=f"/v1/jobs/cancel#/ids/{index}")
+    return CancelItem(status=problem.status, id=id, state=state, error=problem)

@@ -1,0 +1,155 @@
+"""Which jobs a list is of, newest first: ids found by index, whatever the filters.
+
+Without labels a page takes the newest of each state, or of the error, by its index and merges them,
+so it costs the same wherever it lies. With labels it depends on how many jobs have them: few are
+all looked at, found by the index of labels; where there are many, the newest are looked through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Final
+from uuid import UUID
+
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    FromClause,
+    Select,
+    Tuple,
+    Uuid,
+    func,
+    literal,
+    select,
+    text,
+    tuple_,
+    union_all,
+)
+
+from app.errors import JobNotFound
+from app.jobs import JobState
+from app.store.tables import DEFAULT_TENANT, Stamp, jobs, results
+
+MANY: Final = 10_000
+"""Jobs with the same labels that are still all looked at for a page."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Filter:
+    """What all jobs of a list have in common. Left out is any."""
+
+    states: Collection[JobState] = tuple(JobState)
+    model: str | None = None
+    error_code: str | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)  #: among others
+    idempotency_key: str | None = None
+    since: datetime | None = None  #: accepted then or later
+    until: datetime | None = None  #: accepted before
+    is_asked: bool | None = None  #: whether it was cancelled by its caller while it ran
+
+
+ANY: Final = Filter()
+
+
+def newest(
+    connection: Connection,
+    given: Filter,
+    *,
+    after: UUID | None = None,
+    limit: int,
+    tenant: str = DEFAULT_TENANT,
+) -> list[UUID]:
+    """The ids of a tenant's jobs that pass the filter, newest first, beginning after the job
+    `after`. Raises `JobNotFound` if there is none."""
+    here = _place(connection, after, tenant) if after else None
+    if given.idempotency_key is not None:
+        found = [_matching(given, here, tenant, _of_key(given, tenant))]
+    elif given.metadata and _are_few(connection, given.metadata):
+        found = [_matching(given, here, tenant, _labelled(given.metadata))]
+    else:
+        found = [_walk(given, here, tenant, state).limit(limit) for state in given.states]
+    merged = union_all(*(each.subquery().select() for each in found)).subquery()
+    page = select(merged.c.id).order_by(merged.c.created_at.desc(), merged.c.id.desc()).limit(limit)
+    return list(connection.scalars(page))
+
+
+def _place(connection: Connection, job_id: UUID, tenant: str) -> Tuple:
+    """Where a job stands in the list."""
+    created_at = connection.scalar(
+        select(jobs.c.created_at).where(jobs.c.id == job_id, jobs.c.tenant == tenant)
+    )
+    if created_at is None:
+        raise JobNotFound()
+    return tuple_(literal(created_at, Stamp), literal(job_id, Uuid))
+
+
+def _walk(given: Filter, here: Tuple | None, tenant: str, state: JobState) -> Select[Any]:
+    """The jobs of one state, in the order of an index of `jobs` or, with an error, of `results`."""
+    table, id = (jobs, jobs.c.id) if given.error_code is None else (results, results.c.job_id)
+    query = select(id.label("id"), table.c.created_at).where(
+        table.c.tenant == tenant, table.c.state == state, *_conditions(table, id, given, here)
+    )
+    if given.error_code is not None:
+        query = query.where(results.c.error_code == given.error_code)
+    if given.metadata:
+        job = jobs.alias()
+        is_labelled = select(job.c.id).where(
+            job.c.id == id, job.c.metadata.contains(given.metadata)
+        )
+        query = query.where(is_labelled.exists())
+    return query.order_by(table.c.created_at.desc(), id.desc())
+
+
+def _matching(given: Filter, here: Tuple | None, tenant: str, some: FromClause) -> Select[Any]:
+    """Those of some jobs that pass the filter."""
+    query = select(some.c.id, some.c.created_at).where(
+        some.c.tenant == tenant,
+        some.c.state.in_(given.states),
+        *_conditions(some, some.c.id, given, here),
+    )
+    if given.metadata:
+        query = query.where(some.c.metadata.contains(given.metadata))
+    if given.error_code is not None:
+        query = query.join(results, results.c.job_id == some.c.id).where(
+            results.c.error_code == given.error_code
+        )
+    return query
+
+
+def _conditions(
+    rows: FromClause, id: ColumnElement[UUID], given: Filter, here: Tuple | None
+) -> list[ColumnElement[bool]]:
+    """What is asked of the columns that `jobs` and `results` have in common, and of the mark."""
+    asked: list[ColumnElement[bool]] = []
+    if given.model is not None:
+        asked.append(rows.c.model == given.model)
+    if given.since is not None:
+        asked.append(rows.c.created_at >= given.since)
+    if given.until is not None:
+        asked.append(rows.c.created_at < given.until)
+    if given.is_asked is not None:
+        asked.append(rows.c.cancel_requested_at.is_not(None) == given.is_asked)
+    if here is not None:
+        asked.append(tuple_(rows.c.created_at, id) < here)
+    return asked
+
+
+def _of_key(given: Filter, tenant: str) -> FromClause:
+    """The job of an idempotency key."""
+    key = given.idempotency_key
+    return select(jobs).where(jobs.c.tenant == tenant, jobs.c.idempotency_key == key).subquery()
+
+
+def _labelled(metadata: Mapping[str, str]) -> FromClause:
+    """Jobs with these labels, of all tenants, by the index of labels. `OFFSET 0` keeps other
+    conditions out: they would tempt the planner to walk through an index of these."""
+    is_indexed = text("jobs.metadata <> '{}'")
+    query = select(jobs).where(jobs.c.metadata.contains(dict(metadata)), is_indexed)
+    return query.offset(0).subquery()
+
+
+def _are_few(connection: Connection, metadata: Mapping[str, str]) -> bool:
+    some = select(_labelled(metadata).c.id).limit(MANY + 1).subquery()
+    return (connection.scalar(select(func.count()).select_from(some)) or 0) <= MANY

@@ -1,0 +1,41 @@
+"""Purging a job: what it says leaves its rows at the caller's word, what it took stays.
+
+Content is the request, the response, the metadata, the idempotency key, the request's fingerprint
+and the error's text. State, times, tokens and cost are the books.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+from uuid import UUID
+
+from sqlalchemy import Connection, text
+
+from app.jobs import JobState
+from app.store import cancellation
+from app.store.tables import DEFAULT_TENANT
+
+# Remove what a job says from its row, and from that of its result if it has ended. `claims._FINISH`
+# writes no response of a job that was purged while it ran.
+_PURGE: Final = text("""
+    WITH purged AS (
+        UPDATE jobs SET
+            request = NULL, fingerprint = NULL, idempotency_key = NULL, metadata = '{}',
+            purged_at = coalesce(purged_at, now())
+        WHERE id = :job_id
+        RETURNING id
+    )
+    UPDATE results SET response = NULL, error_message = NULL
+    FROM purged WHERE results.job_id = purged.id
+""")
+
+
+def purge(connection: Connection, job_id: UUID, *, tenant: str = DEFAULT_TENANT) -> JobState:
+    """Remove what a job says, now and for good; its state. May be repeated.
+
+    A queued job is cancelled with it. A running one is asked to stop, and never gets a response.
+    Raises `JobNotFound`.
+    """
+    state = cancellation.end(connection, job_id, tenant=tenant)
+    connection.execute(_PURGE, {"job_id": job_id})
+    return state
