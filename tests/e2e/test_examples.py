@@ -6,6 +6,7 @@ engines, which are stubs.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -241,6 +242,17 @@ def test_an_etag_is_answered_with_304_while_nothing_changes(
     ended(job_id)
 
     assert terminal.run("etag", ID=job_id) == "304\n"
+
+
+def test_many_jobs_are_followed_listed_and_cancelled_and_one_is_purged(
+    terminal: Terminal, job_id: str
+) -> None:
+    status, cancelled = map(json.loads, terminal.run("many", ID=job_id).splitlines())
+
+    assert status["items"][0]["id"] == job_id and status["is_final"]
+    assert cancelled["refused"] == 0
+    assert json.loads(terminal.run("list by metadata"))["object"] == "list"
+    assert terminal.run("purge", ID=job_id) == "204\n"
 
 
 @pytest.fixture
