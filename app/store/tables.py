@@ -247,8 +247,9 @@ jobs = Table(
     # Listing by labels. Those without any are left out: they would all be one entry of it.
     Index(
         "jobs_by_metadata",
-        text("metadata jsonb_path_ops"),
+        "metadata",
         postgresql_using="gin",
+        postgresql_ops={"metadata": "jsonb_path_ops"},
         postgresql_where=text("metadata <> '{}'"),
     ),
     # An ended job is replayed by one job.

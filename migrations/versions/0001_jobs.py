@@ -285,8 +285,9 @@ def upgrade() -> None:
     op.create_index(
         "jobs_by_metadata",
         "jobs",
-        [text("metadata jsonb_path_ops")],
+        ["metadata"],
         postgresql_using="gin",
+        postgresql_ops={"metadata": "jsonb_path_ops"},
         postgresql_where=text("metadata <> '{}'"),
     )
     op.create_index(
