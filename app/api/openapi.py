@@ -24,6 +24,7 @@ def json_body(schema: type[BaseModel], example: dict[str, Any]) -> dict[str, Any
     told = {"schema": {"$ref": f"#/components/schemas/{schema.__name__}"}, "example": example}
     return {"requestBody": {"required": True, "content": {"application/json": told}}}
 
+
 _REFUSALS: Final = {
     str(status): answer
     for status, answer in documented(

@@ -19,31 +19,31 @@ from app.store.results import RECORD_ENDED
 from app.store.submissions import RejectedJob
 from app.store.tables import DEFAULT_TENANT
 
+# Lock jobs, to decide by their states. What follows are statements of their own: one that waited
+# for a row would check its constraints with the row as it was before.
+_LOCKING: Final = "SELECT job.id, job.state FROM unnest(CAST(:ids AS uuid[])) AS given(id) {} {}"
+_OF_TENANT: Final = "WHERE job.tenant = :tenant"
+_LOCK: Final = text(_LOCKING.format(locked("given.id"), _OF_TENANT))
+_LOCK_FREE: Final = text(_LOCKING.format(locked("given.id", skip=True), _OF_TENANT))
 
-def _cancelling(*, skip: bool) -> TextClause:
-    """End those that are queued, ask the workers of those that run, and tell how all were found."""
-    return text(f"""
-        WITH found AS MATERIALIZED (
-            SELECT job.id, job.state FROM unnest(CAST(:ids AS uuid[])) AS given(id)
-            {locked("given.id", skip=skip)}
-            WHERE tenant = :tenant
-        ), ended AS (
-            UPDATE jobs SET state = 'cancelled', finished_at = now(), {NOT_QUEUED}
-            FROM found WHERE jobs.id = found.id AND found.state = 'queued'
-            RETURNING jobs.*,
-                CAST(NULL AS uuid) AS last_attempt_id, CAST(NULL AS uuid) AS last_batch_id,
-                'cancelled' AS error_code, 'The job was cancelled.' AS error_message
-        ), asked AS (
-            UPDATE jobs SET cancel_requested_at = coalesce(cancel_requested_at, now())
-            FROM found WHERE jobs.id = found.id AND found.state = 'running'
-            RETURNING pg_notify('{CANCEL}', CAST(jobs.id AS text))
-        ), {RECORD_ENDED}
-        SELECT id, CASE state WHEN 'queued' THEN 'cancelled' ELSE state END AS state FROM found
-    """)
+# End queued jobs as cancelled.
+_END_QUEUED: Final = text(f"""
+    WITH ended AS (
+        UPDATE jobs SET state = 'cancelled', finished_at = now(), {NOT_QUEUED}
+        WHERE id = ANY(CAST(:ids AS uuid[]))
+        RETURNING *,
+            CAST(NULL AS uuid) AS last_attempt_id, CAST(NULL AS uuid) AS last_batch_id,
+            'cancelled' AS error_code, 'The job was cancelled.' AS error_message
+    ), {RECORD_ENDED}
+    SELECT id FROM ended
+""")
 
-
-_CANCEL: Final = _cancelling(skip=False)
-_CANCEL_FREE: Final = _cancelling(skip=True)
+# Ask the workers of running jobs to cut them short.
+_ASK_WORKERS: Final = text(f"""
+    UPDATE jobs SET cancel_requested_at = coalesce(cancel_requested_at, now())
+    WHERE id = ANY(CAST(:ids AS uuid[]))
+    RETURNING pg_notify('{CANCEL}', CAST(id AS text))
+""")
 
 
 def cancel(connection: Connection, job_id: UUID, *, tenant: str = DEFAULT_TENANT) -> JobState:
@@ -60,7 +60,7 @@ def cancel(connection: Connection, job_id: UUID, *, tenant: str = DEFAULT_TENANT
 def end(connection: Connection, job_id: UUID, *, tenant: str = DEFAULT_TENANT) -> JobState:
     """Cancel a job unless it has ended, and hold its row; its state. Raises `JobNotFound`
     and `JobUnreadable`."""
-    state = _states(connection, _CANCEL, [job_id], tenant).get(job_id) or JobNotFound()
+    state = _cancel(connection, _LOCK, [job_id], tenant).get(job_id) or JobNotFound()
     if isinstance(state, GristmillError):
         raise state
     return state
@@ -73,14 +73,19 @@ def cancel_free(
 
     Waits for no row, and so keeps nobody waiting who holds one.
     """
-    return _states(connection, _CANCEL_FREE, ids, tenant)
+    return _cancel(connection, _LOCK_FREE, ids, tenant)
 
 
-def _states(
-    connection: Connection, statement: TextClause, ids: Collection[UUID], tenant: str
+def _cancel(
+    connection: Connection, lock: TextClause, ids: Collection[UUID], tenant: str
 ) -> dict[UUID, JobState | JobUnreadable]:
-    rows = connection.execute(statement, {"ids": sorted(set(ids)), "tenant": tenant})
-    return {id: state_of(state) for id, state in rows}
+    rows = connection.execute(lock, {"ids": sorted(set(ids)), "tenant": tenant})
+    states = {id: state_of(state) for id, state in rows}
+    if queued := [id for id, state in states.items() if state == JobState.QUEUED]:
+        connection.execute(_END_QUEUED, {"ids": queued})
+    if running := [id for id, state in states.items() if state == JobState.RUNNING]:
+        connection.execute(_ASK_WORKERS, {"ids": running})
+    return states | dict.fromkeys(queued, JobState.CANCELLED)
 
 
 def cancel_or_record(connection: Connection, job_id: UUID, kind: Kind) -> JobState:

@@ -140,7 +140,7 @@ class Service:
 @pytest.fixture(scope="module")
 def service(empty_databases: Callable[[str], str], migrated_template: str) -> Iterator[Service]:
     url = empty_databases(migrated_template)
-    with closing(Database(url, statement_timeout_ms=110_000)) as database:
+    with closing(Database(url, statement_timeout_ms=200_000)) as database:
         worker = Worker.registered(database, lease_s=3600)
         with database.begin() as connection:
             for statement in (_HISTORY, _RESULTS, _ATTEMPTS, _BATCHES):

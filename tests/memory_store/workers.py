@@ -53,22 +53,35 @@ def _stop(self: MemoryConnection, given: Params) -> Answer:
     return Answer([])
 
 
-@statement(cancellation._CANCEL)
-@statement(cancellation._CANCEL_FREE)
-def _cancel(self: MemoryConnection, given: Params) -> Answer:
+@statement(cancellation._LOCK)
+@statement(cancellation._LOCK_FREE)
+def _lock(self: MemoryConnection, given: Params) -> Answer:
     found = [self.jobs[id] for id in given["ids"] if id in self.jobs]
-    found = [job for job in found if job["tenant"] == given["tenant"]]
-    for job in found:
-        if job["state"] == "queued":
-            ended = {"state": "cancelled", "finished_at": self.now, "received_by": None}
-            self.record_ended(
-                self.update("jobs", job["id"], **ended), "cancelled", "The job was cancelled."
-            )
-        elif job["state"] == "running":
-            asked_at = job["cancel_requested_at"] or self.now
-            self.update("jobs", job["id"], cancel_requested_at=asked_at)
-            self.notices.append((CANCEL, job["id"]))
-    return Answer([{"id": job["id"], "state": self.jobs[job["id"]]["state"]} for job in found])
+    return Answer(
+        [
+            {"id": job["id"], "state": job["state"]}
+            for job in found
+            if job["tenant"] == given["tenant"]
+        ]
+    )
+
+
+@statement(cancellation._END_QUEUED)
+def _end_queued(self: MemoryConnection, given: Params) -> Answer:
+    ended = {"state": "cancelled", "finished_at": self.now, "received_by": None}
+    for job_id in given["ids"]:
+        row = self.update("jobs", job_id, **ended)
+        self.record_ended(row, "cancelled", "The job was cancelled.")
+    return Answer([])
+
+
+@statement(cancellation._ASK_WORKERS)
+def _ask_workers(self: MemoryConnection, given: Params) -> Answer:
+    for job_id in given["ids"]:
+        asked_at = self.jobs[job_id]["cancel_requested_at"] or self.now
+        self.update("jobs", job_id, cancel_requested_at=asked_at)
+        self.notices.append((CANCEL, job_id))
+    return Answer([])
 
 
 @statement(purging._PURGE)
