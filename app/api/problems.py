@@ -93,11 +93,12 @@ def describe(error: errors.GristmillError, *, instance: str) -> Problem:
     What is no fault of the caller is told in general words: its own text names our servers.
     """
     status = _status(error)
+    is_told = isinstance(error, errors.Busy)
     return Problem(
         type=f"urn:gristmill:problem:{error.code}",
         title=(type(error).__doc__ or "").split(".")[0],
         status=status,
-        detail=_OURS.get(status, error.message),
+        detail=error.message if is_told else _OURS.get(status, error.message),
         instance=instance,
         code=error.code,
         param=getattr(error, "param", None),

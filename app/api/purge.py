@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from http import HTTPStatus
+from typing import Any, Final
 from uuid import UUID
 
 from fastapi import APIRouter, Response
@@ -19,18 +20,20 @@ from app.store import purging
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
 
+_STOPPING: Final[dict[int | str, dict[str, Any]]] = {
+    202: {
+        "model": Job,
+        "description": "It was running: its content is removed, and its worker is asked to stop. "
+        "Follow it until it is final.",
+    }
+}
+
+
 @router.delete(
     "/{job_id}",
     status_code=204,
     response_model=None,
-    responses={
-        202: {
-            "model": Job,
-            "description": "It was running: its content is removed, and its worker is asked to "
-            "stop. Follow it until it is final.",
-        }
-    }
-    | documented(HTTPStatus.NOT_FOUND, HTTPStatus.SERVICE_UNAVAILABLE),
+    responses=_STOPPING | documented(HTTPStatus.NOT_FOUND, HTTPStatus.SERVICE_UNAVAILABLE),
     summary="Purge a job",
     response_description="What the job says is removed.",
 )

@@ -190,7 +190,8 @@ def _follow(
                 raise GristmillError(f"Not all jobs ended within {TIMEOUT_S:g} s.")
             system.look()
             with database.begin() as connection:
-                states = Counter(reads.states(connection, ids).values())
+                told = reads.states(connection, ids).values()
+            states = Counter(state for state in told if isinstance(state, JobState))
             num_done = sum(count for state, count in states.items() if state.is_final)
             text = "  ".join(f"{state} {count}" for state, count in sorted(states.items()))
             progress.update(bar, completed=num_done, description=text)
