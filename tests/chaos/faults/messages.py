@@ -67,7 +67,8 @@ def malformed_messages(scene: Scene) -> None:
     scene.rng.shuffle(items)
     named = sorted({task_id for item in items if (task_id := task_id_in(item))})
     # Their ids are always the same, and they may have been sent into this world before.
-    scene.world.sql("DELETE FROM jobs WHERE id = ANY(CAST(%s AS uuid[]))", named)
+    for table, column in (("jobs", "id"), ("chaos.transitions", "job_id")):
+        scene.world.sql(f"DELETE FROM {table} WHERE {column} = ANY(CAST(%s AS uuid[]))", named)
     with expect_same_workers(scene), scene.world.redis_client() as client:
         for item in items:
             client.lpush(queue_name(scene.rng.choice(MODELS)), item)
