@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal, NoReturn
 
@@ -25,6 +26,7 @@ from tokenizers.decoders import ByteLevel
 
 from app.config.settings import ModelSettings
 from app.engines.models import read_json
+from app.engines.special_tokens import SpecialTokens
 from app.errors import ConfigError, RequestError
 
 SHORT: Final = 65_536
@@ -53,13 +55,16 @@ class Tokenizer(abc.ABC):
         return len(text.encode()) if self.length_unit == "bytes" else len(text)
 
     @abc.abstractmethod
-    def encode_text(self, text: str) -> tuple[int, ...]:
-        """With the special tokens that the model expects around a text."""
+    def encode_text(self, text: str, *, parse_special: bool = False) -> tuple[int, ...]:
+        """With the special tokens that the model expects around a text, and none within it unless
+        `parse_special` says that they are meant."""
 
     @abc.abstractmethod
-    def encode_chat(self, messages: Seq[Mapping[str, str]]) -> tuple[int, ...]:
+    def encode_chat(
+        self, messages: Seq[Mapping[str, str]], *, parse_special: bool = False
+    ) -> tuple[int, ...]:
         """Messages of `role` and `content` through the model's chat template, up to where the
-        assistant is to go on.
+        assistant is to go on. Contents become no special tokens unless `parse_special`.
 
         Raises `RequestError` if the model has no template or the template refuses the messages.
         """
@@ -94,11 +99,15 @@ class FileTokenizer(Tokenizer):
             for name, value in texts.items()
             if name.endswith("_token") and value is not None
         }
-        self._template = _compile(_chat_template(folder, texts))
+        template = _chat_template(folder, texts)
+        self._template = _compile(template)
         self.vocab_size = int(text_config.get("vocab_size") or self._file.get_vocab_size())
         self.separate_output = bool(config.get("is_encoder_decoder"))
         self.context_tokens = _context_tokens(folder, text_config, texts, settings)
         self.eos_token_ids = self._eos_token_ids(folder, text_config)
+        self._special = SpecialTokens(
+            self._file, template or "", self._special_texts.values(), self.context_tokens
+        )
         self.length_unit = "bytes" if isinstance(self._file.decoder, ByteLevel) else "characters"
         added = self._file.get_added_tokens_decoder().values()
         self.longest_token = max(
@@ -106,17 +115,30 @@ class FileTokenizer(Tokenizer):
             *(self.length(each.content) for each in added),
         )
 
-    def encode_text(self, text: str) -> tuple[int, ...]:
-        return self._encode(text)
+    def encode_text(self, text: str, *, parse_special: bool = False) -> tuple[int, ...]:
+        encoding = self._special.whole(text) if parse_special else self._special.encode(text)
+        return tuple(self._file.post_process(encoding, None, True).ids)
 
-    def encode_chat(self, messages: Seq[Mapping[str, str]]) -> tuple[int, ...]:
+    def encode_chat(
+        self, messages: Seq[Mapping[str, str]], *, parse_special: bool = False
+    ) -> tuple[int, ...]:
         if self._template is None:
             raise RequestError(
                 "This model has no chat template; send a prompt instead.", param="messages"
             )
+        contents = [each["content"] for each in messages]
+        render = partial(self._render, messages)
+        # The template writes the special tokens itself.
+        if parse_special:
+            return tuple(self._special.whole(render(contents)).ids)
+        return tuple(self._special.encode_chat(contents, render).ids)
+
+    def _render(self, messages: Seq[Mapping[str, str]], contents: Seq[str]) -> str:
+        assert self._template is not None
+        given = zip(messages, contents, strict=True)
         try:
-            text = self._template.render(
-                messages=list(messages),
+            return self._template.render(
+                messages=[{**each, "content": content} for each, content in given],
                 add_generation_prompt=True,
                 tools=None,
                 documents=None,
@@ -131,20 +153,12 @@ class FileTokenizer(Tokenizer):
                 f"The model's chat template failed on these messages ({type(error).__name__}).",
                 param="messages",
             ) from None
-        # The template writes the special tokens itself.
-        return self._encode(text, add_special_tokens=False)
 
     def decode(self, token_ids: Seq[int], *, skip_special_tokens: bool = True) -> str:
         return self._file.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
     def definition(self) -> str:
         return self._file.to_str()
-
-    def _encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
-        # Of the library's calls only those for a batch let other threads go on meanwhile, and the
-        # fast one keeps no offsets, which take most of the memory.
-        [encoding] = self._file.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-        return tuple(encoding.ids)
 
     def _eos_token_ids(self, folder: Path, config: dict[str, Any]) -> frozenset[int]:
         """generation_config.json decides, as in transformers, then config, then the tokenizer."""
@@ -169,10 +183,12 @@ class StubTokenizer(Tokenizer):
         self.eos_token_ids = frozenset({self.EOS})
         self.longest_token, self.length_unit = 1, "bytes"
 
-    def encode_text(self, text: str) -> tuple[int, ...]:
-        return tuple(text.encode())
+    def encode_text(self, text: str, *, parse_special: bool = False) -> tuple[int, ...]:
+        return tuple(text.encode())  # no text is a special token here
 
-    def encode_chat(self, messages: Seq[Mapping[str, str]]) -> tuple[int, ...]:
+    def encode_chat(
+        self, messages: Seq[Mapping[str, str]], *, parse_special: bool = False
+    ) -> tuple[int, ...]:
         return self.encode_text("\n".join(each["content"] for each in messages))
 
     def decode(self, token_ids: Seq[int], *, skip_special_tokens: bool = True) -> str:

@@ -53,6 +53,12 @@ class _Body(Part):
         description="Name of a configured model; the default model of this kind when left out.",
         examples=["smollm2-135m-instruct"],
     )
+    parse_special: bool = Field(
+        False,
+        description="Take what looks like the model's special tokens, as `<|im_end|>`, for these; "
+        "otherwise it is text like any other. For prompts that are rendered elsewhere.",
+        examples=[False],
+    )
     user: Annotated[str, Field(max_length=200)] | None = Field(
         None, description="Accepted for compatibility and not used.", examples=["user-42"]
     )

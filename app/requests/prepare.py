@@ -89,17 +89,20 @@ def _encoded(request: Request, tokenizer: Tokenizer) -> Iterator[tuple[tuple[int
     prompts = request.prompts
     for index, prompt in enumerate(prompts):
         place = f"{field}.{index}" if len(prompts) > 1 else field
-        yield _encode(tokenizer, prompt, place), place
+        yield _encode(tokenizer, prompt, place, request.body.parse_special), place
 
 
-def _encode(tokenizer: Tokenizer, prompt: Prompt, field: str) -> tuple[int, ...]:
+def _encode(
+    tokenizer: Tokenizer, prompt: Prompt, field: str, parse_special: bool
+) -> tuple[int, ...]:
     if isinstance(prompt, str):
         _refuse_long(tokenizer, [prompt], field)
-        tokens = tokenizer.encode_text(prompt)
+        tokens = tokenizer.encode_text(prompt, parse_special=parse_special)
     elif isinstance(prompt[0], ChatMessage):
         _refuse_long(tokenizer, [each.content for each in prompt], field)
         tokens = tokenizer.encode_chat(
-            [{"role": each.role, "content": each.content} for each in prompt]
+            [{"role": each.role, "content": each.content} for each in prompt],
+            parse_special=parse_special,
         )
     else:
         tokens = prompt

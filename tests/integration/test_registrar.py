@@ -28,7 +28,7 @@ MODEL = ModelSettings(source="stub", kind=Kind.GENERATE, engine="stub", max_batc
 
 
 class BrokenTokenizer(StubTokenizer):
-    def encode_text(self, text: str) -> tuple[int, ...]:
+    def encode_text(self, text: str, *, parse_special: bool = False) -> tuple[int, ...]:
         if "panic" in text:
             raise BaseException(text)  # as a panic in the tokenizer's own language is
         return super().encode_text(text)

@@ -64,7 +64,7 @@ def test_texts_encode_and_decode_as_in_transformers(
 ) -> None:
     reference = AutoTokenizer.from_pretrained(folder)
 
-    found = tokenizer.encode_text(text)
+    found = tokenizer.encode_text(text, parse_special=True)
 
     assert list(found) == reference(text)["input_ids"]
     assert found[0] == BOS
@@ -179,7 +179,7 @@ def test_prompt_and_answer_must_fit_the_context(tokenizer: Tokenizer, body: dict
 class Untouched(StubTokenizer):
     """Fails if a text is given to it."""
 
-    def encode_text(self, text: str) -> tuple[int, ...]:
+    def encode_text(self, text: str, *, parse_special: bool = False) -> tuple[int, ...]:
         raise AssertionError("It is not to be tokenised.")
 
 
@@ -210,7 +210,7 @@ def test_of_many_prompts_none_is_tokenised_after_one_that_does_not_fit() -> None
     class Counting(StubTokenizer):
         num_texts = 0
 
-        def encode_text(self, text: str) -> tuple[int, ...]:
+        def encode_text(self, text: str, *, parse_special: bool = False) -> tuple[int, ...]:
             self.num_texts += 1
             return super().encode_text(text)
 
