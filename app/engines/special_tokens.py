@@ -42,7 +42,7 @@ class SpecialTokens:
             for token_id, token in added
             if token.content in template and not _SPAN.fullmatch(token.content)
         }
-        texts |= {file.token_to_id(text): text for text in named}
+        texts |= {known: text for text in named if (known := file.token_to_id(text)) is not None}
         self._file = file
         self._context_tokens = context_tokens
         # What stands for any unknown character tells a model nothing that a user could not.
@@ -50,7 +50,7 @@ class SpecialTokens:
         self._texts = {
             token_id: text.strip()
             for token_id, text in texts.items()
-            if token_id is not None and re.search(r"[^\w\s]", text)
+            if re.search(r"[^\w\s]", text)
         }
         self._ids = {text: token_id for token_id, text in self._texts.items()}
         longest_first = sorted(self._ids, key=len, reverse=True)

@@ -47,7 +47,7 @@ def calls(app: FastAPI) -> Iterator[tuple[str, str, list[str]]]:
 def send(app: FastAPI, method: str, path: str, pairs: list[tuple[str, str]]) -> httpx.Response:
     async def go() -> httpx.Response:
         transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             return await client.request(method, path, params=pairs)
 
     return asyncio.run(go())
