@@ -63,7 +63,7 @@ def _part_problems(url: str, schemes: tuple[str, ...]) -> Iterator[str]:
     is_socket = parts.scheme in ("unix", "redis+socket")
     if parts.scheme not in schemes:
         yield f"must begin each of its parts with {schemes[0]}://."
-    elif parts.fragment or re.search(r"[\s\x00-\x1f]", url):
+    elif parts.fragment or "@" in parts.query or re.search(r"[\s\x00-\x1f]", url):
         yield f"has a character that ends a URL; {_QUOTE}."
     elif is_socket and not (parts.path.strip("/") and not parts.hostname):
         yield "must name a socket's path after three slashes, as in unix:///run/redis.sock."

@@ -25,6 +25,7 @@ from pydantic import BaseModel, ValidationError
 from app.config import run_file
 from app.config.broker_url import problem_in
 from app.config.environment import is_service_link
+from app.config.masking import shown
 from app.config.settings import ModelSettings, PriceSettings, Settings
 from app.errors import ConfigError
 from app.jobs import MAX_PRIORITY
@@ -334,9 +335,10 @@ class _Problems:
         if problem["type"] == "missing":
             return self._at(key, "is required.")
         given = problem["input"]
-        shown = f" (it is {given})" if isinstance(given, int | float) else ""
+        is_open = isinstance(given, int | float) and shown(key[-1], str(given)) == str(given)
+        it_is = f" (it is {given})" if is_open else ""
         text = re.sub(r"^.*?\bshould", "should", problem["msg"])
-        return self._at(key, f"{text}{shown}.")
+        return self._at(key, f"{text}{it_is}.")
 
     def _at(self, key: Key, sentence: str) -> str:
         """`configs/default.toml line 12: worker.lease_s …`; a neighbour's line if it has none."""
@@ -395,11 +397,6 @@ def _missing(source: str) -> str | None:
 
 
 def rows(loaded: Loaded) -> Iterator[tuple[str, Any, str]]:
-    """(name, value, where it was set) of every setting; passwords in URLs are masked."""
+    """(name, value, where it was set) of every setting, without passwords."""
     for key, value in _leaves(loaded.settings.model_dump(mode="json")):
-        shown = (
-            re.sub(r"(://[^/@]*:)[^/@]+@", r"\1***@", value) if isinstance(value, str) else value
-        )
-        if key[-1].endswith("password") and value:
-            shown = "***"
-        yield ".".join(key), shown, loaded.source(key)
+        yield ".".join(key), shown(key[-1], value), loaded.source(key)

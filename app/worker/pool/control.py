@@ -57,6 +57,16 @@ def time_limit(
     return {"ok": "time limit set"}
 
 
+@inspect_command()  # type: ignore[untyped-decorator]
+def stats(state: Any, **_: Any) -> dict[str, Any]:
+    """What Celery tells of a worker. Of its broker only where it is: among the options of a
+    connection are passwords, which Celery knows only some of, and Flower shows them all."""
+    told: dict[str, Any] = state.consumer.controller.stats()
+    with state.app.connection_for_read() as connection:
+        told["broker"] = {"transport": connection.transport_cls, "uri": connection.as_uri()}
+    return told
+
+
 @inspect_command(name=READINESS)  # type: ignore[untyped-decorator]
 def readiness(state: Any) -> dict[str, Any]:
     """The answer to `app.broker.commands.workers`: it shows that the hub turns, too."""
