@@ -16,7 +16,18 @@ from fastapi import Depends, FastAPI
 from fastapi_offline import FastAPIOffline
 
 from app import telemetry
-from app.api import connections, health, jobs, limits, many, models, openapi, problems, purge
+from app.api import (
+    connections,
+    health,
+    jobs,
+    memory,
+    limits,
+    many,
+    models,
+    openapi,
+    problems,
+    purge,
+)
 from app.api.callers import KnownCallers
 from app.api.metrics import Metrics, SystemCollector
 from app.api.middleware import RequestScope
@@ -148,6 +159,7 @@ def serve(settings: Settings) -> None:
     waited for: /readyz tells.
     """
     telemetry.setup_logging(settings.log_level)
+    memory.give_back()
     connections.allow(settings.api.max_connections)
     app = create_app(settings)
     _check_schema(app.state.services.database)
