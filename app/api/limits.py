@@ -7,6 +7,7 @@ from fastapi import APIRouter
 from app.api.schemas import MAX_PAGE, Limits, QueueLimits
 from app.api.schemas_many import MAX_IDS, MAX_IDS_FULL
 from app.api.services import Here
+from app.requests.json_text import MAX_PARTS
 
 router = APIRouter(prefix="/v1/limits", tags=["limits"])
 
@@ -21,6 +22,7 @@ async def limits(here: Here) -> Limits:
     queued = await here.read(here.submitter.queued)
     return Limits(
         max_body_bytes=api.max_body_bytes,
+        max_parts=MAX_PARTS,
         max_bulk_bytes=api.max_bulk_bytes,
         max_bulk_items=api.max_bulk_items,
         max_ids=MAX_IDS,

@@ -246,6 +246,9 @@ class Limits(BaseModel):
 
     object: Literal["limits"] = Field("limits", description="Always `limits`.")
     max_body_bytes: int = Field(description="Largest body of one job.", examples=[2_000_000])
+    max_parts: int = Field(
+        description="Most texts, objects and lists of one job.", examples=[50_000]
+    )
     max_bulk_bytes: int = Field(
         description="Largest body of a bulk submission.", examples=[64_000_000]
     )

@@ -10,6 +10,7 @@ from uuid import UUID
 
 from sqlalchemy import Connection, TextClause, text
 
+from app.errors import Unavailable
 from app.jobs import JobState, Kind
 from app.requests.bodies import FORMAT, readable
 from app.store import delivery
@@ -127,6 +128,10 @@ _FIND_EARLIER: Final = text("""
 """)
 
 
+MAX_TRIES: Final = 3
+"""An earlier job may be purged or deleted after its key was found taken, and before it is read."""
+
+
 def insert_jobs(
     connection: Connection, jobs: Sequence[NewJob], sent: Collection[UUID] = ()
 ) -> list[Inserted]:
@@ -137,18 +142,19 @@ def insert_jobs(
     A job whose id or idempotency key is taken, or that replays what another does, is not written:
     the answer names the earlier job and whether it was the same request.
     """
-    given = {"jobs": encode(jobs), "sent": list(sent)}
-    created = {row.id: row.is_sent for row in connection.execute(_INSERT_NEW, given)}
-    rest = [job for job in jobs if job.id not in created]
-    # A statement of its own: it also sees what another transaction committed during the first.
-    earlier = {}
-    if rest:
-        for row in connection.execute(_FIND_EARLIER, {"jobs": encode(rest)}):
-            earlier[row.asked] = Inserted(row.id, False, row.fingerprint_matches)
-    return [
-        Inserted(job.id, True, True, created[job.id]) if job.id in created else earlier[job.id]
-        for job in jobs
-    ]
+    found: dict[UUID, Inserted] = {}
+    for _ in range(MAX_TRIES):
+        rest = [job for job in jobs if job.id not in found]
+        given = {"jobs": encode(rest), "sent": list(sent)}
+        for row in connection.execute(_INSERT_NEW, given):
+            found[row.id] = Inserted(row.id, True, True, row.is_sent)
+        # A statement of its own: it also sees what another transaction committed during the first.
+        if rest := [job for job in rest if job.id not in found]:
+            for row in connection.execute(_FIND_EARLIER, {"jobs": encode(rest)}):
+                found[row.asked] = Inserted(row.id, False, row.fingerprint_matches)
+        if all(job.id in found for job in jobs):
+            return [found[job.id] for job in jobs]
+    raise Unavailable("Jobs with the same idempotency keys came and went.")
 
 
 # Register messages that reached a worker. Inserting on conflict locks the row and sees it as it

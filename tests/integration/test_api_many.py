@@ -58,7 +58,7 @@ def submit(api: httpx.Client, number: int = 1, **fields: Any) -> list[str]:
     """Ids of new jobs."""
     jobs = [{"body": {"prompt": f"A grist mill {n}"}} | fields for n in range(number)]
     answer = api.post("/v1/jobs/bulk", json={"jobs": jobs})
-    assert answer.status_code == 202, answer.text
+    assert answer.status_code == 202 and answer.headers["retry-after"], answer.text
     return [item["id"] for item in answer.json()["items"]]
 
 
@@ -268,6 +268,27 @@ def test_a_row_that_is_held_for_long_is_refused_alone(
 
     assert [item["status"] for item in told["items"]] == [503, 200, 503]
     assert told["items"][0]["error"]["code"] == "unavailable"
+
+
+# ── limits ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_limits_are_told_and_how_full_the_queue_is(
+    api: httpx.Client, settings: Settings
+) -> None:
+    waiting = submit(api, 3)
+
+    told = api.get("/v1/limits").json()
+    [stub, _] = api.get("/v1/models").json()["data"]
+
+    own = ("max_body_bytes", "max_bulk_bytes", "max_bulk_items", "max_wait_s", "max_long_polls")
+    assert {name: told[name] for name in own} == {name: getattr(settings.api, name) for name in own}
+    assert told["queue"]["max_jobs"] == settings.api.max_queued_jobs
+    assert told["queue"]["jobs"] >= len(waiting) and told["queue"]["tokens"] > 0
+    assert stub["max_batch_size"] == settings.models["stub"].max_batch_size
+    over = {"ids": [NOBODY] * (told["max_ids"] + 1)}
+    assert api.post("/v1/jobs/status", json=over).status_code == 400
+    assert api.get("/v1/jobs", params={"limit": told["max_page"] + 1}).status_code == 400
 
 
 # ── what is refused ─────────────────────────────────────────────────────────────────────────────

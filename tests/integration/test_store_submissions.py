@@ -6,10 +6,10 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from uuid import UUID, uuid4
 
-from sqlalchemy import text
+from sqlalchemy import event, text
 
 from app.jobs import JobState, Kind
-from app.store import submissions
+from app.store import purging, submissions
 from app.store.database import Database
 from app.store.submissions import Incoming, Inserted, NewJob, RejectedJob
 from tests.rows import MODEL, Worker, at_once, column, insert, new_job, view
@@ -49,6 +49,22 @@ def test_a_job_is_written_as_it_was_asked(database: Database) -> None:
     assert stored.created_at.utcoffset() == timedelta(0)
     assert column(database, job.id, "request") == {"prompt": "A mill"}
     assert column(database, job.id, "enqueued_at") is None
+
+
+def test_a_job_whose_key_is_purged_away_meanwhile_is_written(database: Database) -> None:
+    """Between the statement that finds the key taken and the one that looks for its job."""
+    [first] = inserted(database, new_job(idempotency_key="k"))
+    job = new_job(idempotency_key="k")
+    with database.begin() as connection:
+
+        def purge_first(_: object, __: object, statement: str, *___: object) -> None:
+            if "JOIN LATERAL" in statement:
+                with database.begin() as other:
+                    purging.purge(other, first.id)
+
+        event.listen(connection, "before_cursor_execute", purge_first)
+
+        assert submissions.insert_jobs(connection, [job]) == [Inserted(job.id, True, True)]
 
 
 def test_the_same_key_and_request_are_the_same_job(database: Database) -> None:
