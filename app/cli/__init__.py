@@ -1,7 +1,8 @@
 """The command `gristmill`. Thin: each command hands over to the module that does the work.
 
-Exit codes: 0 done · 1 failed · 2 wrong usage · 3 wrong settings or schema · 4 a service cannot be
-reached · 5 the job failed, expired or was cancelled · 130 interrupted.
+Exit codes: 0 done · 1 failed, or some of it was refused · 2 wrong usage · 3 wrong settings or
+schema · 4 a service cannot be reached or is full: come again · 5 a job has no answer: it failed,
+expired or was cancelled · 130 interrupted.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from typing import NoReturn
 
 import click
 
-from app.cli import jobs, machine, parts, settings
+from app.cli import jobs, machine, parts, results, settings, submit
 from app.cli.terminal import FAILED, INTERRUPTED, JOB_FAILED, UNAVAILABLE, WRONG_SETTINGS, tell
 from app.client import JobFailed
-from app.errors import ConfigError, GristmillError, SchemaError, Unavailable
+from app.errors import ConfigError, GristmillError, QueueFull, SchemaError, Unavailable
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -46,6 +47,7 @@ def _exit_code(error: Exception) -> int:
         ConfigError: WRONG_SETTINGS,
         SchemaError: WRONG_SETTINGS,
         Unavailable: UNAVAILABLE,
+        QueueFull: UNAVAILABLE,
         JobFailed: JOB_FAILED,
     }
     return next((code for kind, code in codes.items() if isinstance(error, kind)), FAILED)
@@ -64,5 +66,12 @@ def cli(config: Path | None) -> None:
         os.environ["GRISTMILL_CONFIG"] = str(config.absolute())
 
 
-for command in (*machine.COMMANDS, *parts.COMMANDS, *jobs.COMMANDS, *settings.COMMANDS):
+for command in (
+    *machine.COMMANDS,
+    *parts.COMMANDS,
+    submit.submit,
+    results.results,
+    *jobs.COMMANDS,
+    *settings.COMMANDS,
+):
     cli.add_command(command)

@@ -9,9 +9,8 @@ from typing import Any, Final
 
 import click
 from rich.markup import escape
-from rich.table import Table
 
-from app.cli.terminal import FAILED, as_json_option, load_settings, out, print_json
+from app.cli.terminal import FAILED, as_json_option, load_settings, out, print_json, print_table
 
 
 @click.group()
@@ -29,10 +28,7 @@ def config_show(as_json: bool) -> None:
     if as_json:
         print_json({name: {"value": value, "source": source} for name, value, source in found})
         return
-    table = Table("setting", "value", "set by", box=None, pad_edge=False)
-    for name, value, source in found:
-        table.add_row(name, str(value), source)
-    out.print(table)
+    print_table(("setting", "value", "set by"), found)
 
 
 @config.command("get")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import click
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from app.printable import printable
@@ -23,6 +25,11 @@ class PlainConsole(Console):
 
     def __init__(self, *, stderr: bool = False) -> None:
         super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False)
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whatever the environment says: a pipe is none, so nothing that goes there is coloured."""
+        return self.file.isatty()
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(printable(text), **options)
@@ -48,6 +55,44 @@ def tell(line: str) -> None:
 def say(text: str) -> None:
     """Print what a model said: as it is into a file or pipe, harmless to a terminal."""
     click.echo(printable(text) if out.is_terminal else text, color=True)  # True: left as it is
+
+
+def print_row(*cells: object) -> None:
+    """Print a line of cells between tabs, for people and programs."""
+    click.echo("\t".join(map(_cell, cells)))
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print a table to a terminal; to a file or pipe the rows alone, whole and one a line."""
+    if not out.is_terminal:
+        for row in rows:
+            print_row(*row)
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, no_wrap=column == "id", overflow="fold")
+    for row in rows:
+        table.add_row(*map(_cell, row))
+    out.print(table)
+
+
+def print_fields(fields: Iterable[tuple[str, object]]) -> None:
+    """Print names and values, one a line."""
+    if not out.is_terminal:
+        for name, value in fields:
+            print_row(name, value)
+        return
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in fields:
+        table.add_row(name, _cell(value))
+    out.print(table)
+
+
+def _cell(value: object) -> str:
+    """A value on one line and without tabs."""
+    return printable(str(value)).replace("\n", r"\n").replace("\t", r"\t")
 
 
 def print_json(value: Any) -> None:

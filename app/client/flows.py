@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, Final, Generic, TypeVar
 from urllib.parse import quote
 
@@ -26,6 +25,8 @@ MAX_IDS_FULL: Final = 25
 """The same where the answer holds responses: a hundredth part of the jobs may be megabytes each."""
 ROUND_S: Final = 0.2
 """Shortest time from one look at many jobs to the next, so that they come in handfuls."""
+
+END: Final = object()
 
 T = TypeVar("T")
 Accepted = str | GristmillError
@@ -114,13 +115,17 @@ class Flows:
             yield timer.pause_s(f"Job {job_id} is still {job.state}", shortest_round_s=1.0)
 
     def as_completed(
-        self, job_ids: Iterable[str], timeout_s: float | None
+        self, job_ids: Iterable[str | None], timeout_s: float | None
     ) -> Stream[tuple[str, Found]]:
         timer = Timer(timeout_s)
         coming = iter(job_ids)
         followed: dict[str, None] = {}
         while True:
-            followed |= dict.fromkeys(islice(coming, MAX_IDS - len(followed)))
+            while len(followed) < MAX_IDS and (job_id := next(coming, END)) is not END:
+                if job_id is not None:
+                    followed[str(job_id)] = None
+                elif followed:
+                    break
             if not followed:
                 return
             body = encode({"ids": list(followed), "view": "state", "wait_for": "any"})

@@ -83,12 +83,13 @@ class Client:
         return self._run(self._flows.wait(job_id, timeout_s))
 
     def as_completed(
-        self, job_ids: Iterable[str], timeout_s: float | None = None
+        self, job_ids: Iterable[str | None], timeout_s: float | None = None
     ) -> Iterator[tuple[str, Job | GristmillError]]:
         """Each id with its job once that has ended, in the order in which they do, or with why it
         cannot be told of. An id that is given twice comes once.
 
-        Follows 1,000 jobs at a time: further ids are taken as others end. Raises as `wait` does.
+        Follows 1,000 jobs at a time: further ids are taken as others end. None among them says
+        that nothing else may come for a while. Raises as `wait` does.
         """
         return self._stream(self._flows.as_completed(job_ids, timeout_s))
 

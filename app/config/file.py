@@ -35,7 +35,7 @@ PROJECT: Final = Path(__file__).resolve().parents[2]
 
 Key = tuple[str, ...]  # ("worker", "lease_s"), ("models", "smollm2-135m-instruct", "engine")
 
-_OTHER_VARIABLES: Final = {"GRISTMILL_CONFIG", "GRISTMILL_LOG_FORMAT"}
+_OTHER_VARIABLES: Final = {"GRISTMILL_CONFIG", "GRISTMILL_LOG_FORMAT", "GRISTMILL_API_URL"}
 _RUNNING: Final = "the running `gristmill up`"
 _SECTIONS: Final[dict[str, type[BaseModel]]] = {
     name: field.annotation

@@ -6,15 +6,18 @@ engines, which are stubs.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import httpx
 import psycopg
@@ -87,6 +90,26 @@ class Terminal:
         shell = {"sh": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-c"]}
         return self._run([*shell[language], code.replace(API, self._api_url) + then], **environ)
 
+    def write(self, name: str, text: str) -> Path:
+        file = self._folder / name
+        file.write_text(text)
+        return file
+
+    @contextmanager
+    def started(self, command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
+        """A program in a terminal of its own: what is sent to its group is as Ctrl-C there."""
+        with subprocess.Popen(
+            command, cwd=self._folder, env=self.environ, start_new_session=True
+        ) as running:
+            try:
+                yield running
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(running.pid, signal.SIGKILL)
+
+    def check(self, command: list[str]) -> str:
+        return self._run(command)
+
     def _run(self, command: list[str], **environ: str) -> str:
         done = subprocess.run(
             command,
@@ -122,7 +145,19 @@ def ended(system: System) -> Callable[[str], dict[str, Any]]:
     return wait
 
 
+@pytest.fixture
+def run_sql(system: System) -> Callable[[str], list[dict[str, Any]]]:
+    def run(statement: str) -> list[dict[str, Any]]:
+        url = system.settings.database.url
+        with psycopg.connect(url, row_factory=dict_row) as connection:
+            cursor = connection.execute(statement)
+            return cursor.fetchall() if cursor.description else []
+
+    return run
+
+
 Ended = Callable[[str], dict[str, Any]]
+Query = Callable[[str], list[dict[str, Any]]]
 
 
 # ── enqueue ─────────────────────────────────────────────────────────────────────────────────────
@@ -202,6 +237,71 @@ def test_the_async_client_gathers_answers(terminal: Terminal) -> None:
     assert terminal.run("async client").splitlines() == ["0 mills", "1 mills", "2 mills"]
 
 
+def test_the_client_hands_out_answers_as_jobs_end(terminal: Terminal) -> None:
+    assert sorted(terminal.run("client stream").splitlines()) == [
+        "0 0 mills",
+        "1 1 mills",
+        "2 2 mills",
+    ]
+
+
+def test_a_script_that_is_interrupted_goes_on_and_joins_answers_to_lines_by_id(
+    terminal: Terminal, run_sql: Query
+) -> None:
+    # given a file of two pages, one of whose lines is broken and one of whose jobs takes its time
+    prompts = [f"grain {n} {uuid4()}" for n in range(1_200)]
+    lines = [json.dumps({"prompt": prompt, "max_tokens": 100}) for prompt in prompts]
+    lines[3] = "nonsense"
+    lines[5] = json.dumps({"prompt": "sleep 5000", "max_tokens": 100})
+    file = terminal.write("prompts.jsonl", "\n".join(lines))
+    script = terminal.write("ask.sh", EXAMPLES["file script"][1])
+    ids = file.with_suffix(".jsonl.ids")
+
+    # when it is interrupted after the first ids, and once more while it waits for answers
+    for has_come_so_far in (
+        lambda: ids.exists() and ids.stat().st_size,
+        lambda: (
+            file.with_suffix(".jsonl.results").exists() and ids.read_text().count("\n") == 1_199
+        ),
+    ):
+        with terminal.started(["sh", str(script), str(file)]) as running:
+            eventually(has_come_so_far, timeout_s=60)
+            os.killpg(running.pid, signal.SIGINT)
+            assert running.wait(30) != 0
+
+    # and then runs to its end
+    terminal.check(["sh", str(script), str(file)])
+
+    # then each line that is none has no answer, each other one its own, and nothing ran twice
+    answers = [
+        line.split("\t") for line in file.with_suffix(".jsonl.answers").read_text().splitlines()
+    ]
+    assert [int(line) for _, line, _, _ in answers] == [n for n in range(1, 1_201) if n != 4]
+    assert {state for _, _, state, _ in answers} == {"completed"}
+    for _, line, _, answer in answers:
+        assert line == "6" or json.loads(answer) == prompts[int(line) - 1]
+    key = hashlib.sha256(file.read_bytes()).hexdigest()[:32]
+    [row] = run_sql(f"SELECT count(*) FROM jobs WHERE idempotency_key LIKE '{key}-%'")
+    assert row["count"] == 1_199
+
+
+def test_the_command_answers_a_pipe_line_by_line(terminal: Terminal) -> None:
+    rows = [line.split("\t") for line in terminal.run("command pipe").splitlines()]
+
+    assert [(line, state, answer) for line, _, state, answer in rows] == [
+        ("1", "completed", '"wheel"'),
+        ("2", "completed", '"stone"'),
+        ("3", "completed", '"race"'),
+    ]
+
+
+def test_the_command_chooses_jobs_by_their_metadata(terminal: Terminal) -> None:
+    text, shown = terminal.run("command choose").splitlines()
+
+    assert text == "A grist mill is"
+    assert shown.split("\t")[1:3] == ["completed", "smollm2-135m-instruct"]
+
+
 def test_a_raw_message_needs_nothing_but_a_redis_client(terminal: Terminal, ended: Ended) -> None:
     job = ended(terminal.run("raw redis", then=f"print(job_id){NO_PACKAGE}").strip())
 
@@ -256,17 +356,9 @@ def test_many_jobs_are_followed_listed_and_cancelled_and_one_is_purged(
 
 
 @pytest.fixture
-def query(system: System) -> Callable[[str], list[dict[str, Any]]]:
-    def run(name: str) -> list[dict[str, Any]]:
-        url = system.settings.database.url
-        with psycopg.connect(url, row_factory=dict_row) as connection:
-            cursor = connection.execute(EXAMPLES[name][1])
-            return cursor.fetchall() if cursor.description else []
-
-    return run
-
-
-Query = Callable[[str], list[dict[str, Any]]]
+def query(run_sql: Query) -> Query:
+    """`query(name)` runs an example."""
+    return lambda name: run_sql(EXAMPLES[name][1])
 
 
 def test_the_tables_tell_of_results_cost_batches_and_what_waits(

@@ -1,0 +1,178 @@
+"""What became of jobs: shown one by one, and as they end."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import click
+
+from app.cli.api import LASTING_S, Api, uses_api
+from app.cli.lines import Source, json_object, numbered_lines
+from app.cli.terminal import (
+    JOB_FAILED,
+    as_json_option,
+    out,
+    print_fields,
+    print_json,
+    print_row,
+    say,
+    tell,
+)
+from app.client import Client, Job, JobFailed
+from app.errors import GristmillError, RequestError
+from app.jobs import JobState
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A job that is asked for, and what was said beside its id: the number of its line."""
+
+    id: str
+    beside: dict[str, Any]
+
+
+@click.command()
+@click.argument("job_ids", nargs=-1, metavar="[ID]...")
+@click.option(
+    "--file",
+    type=click.File("rb"),
+    help="Ids, one a line, as `submit --file` prints them, with --json or without. - is stdin.",
+)
+@click.option("--text", "only_text", is_flag=True, help="Only what was answered, as it is.")
+@click.option(
+    "--timeout", type=click.FloatRange(0), metavar="SECONDS", help="Longest wait; else no end."
+)
+@as_json_option
+@uses_api
+def results(
+    api: Api,
+    job_ids: tuple[str, ...],
+    file: Any,
+    only_text: bool,
+    timeout: float | None,
+    as_json: bool,
+) -> None:
+    """Wait for jobs, and print each as it ends: line of the file, id, state and answer.
+
+    The answer is one line of JSON: its text, its vector, a list of several, or the error. With
+    --text it is the text itself, in the order of the ids. Exit code 5 if a job has no answer.
+    """
+    if bool(job_ids) == (file is not None):
+        raise click.UsageError("Give ids or --file, and not both.")
+    asked = _of_file(file) if file else (Asked(job_id, {}) for job_id in job_ids)
+    with api.client(LASTING_S) as client:
+        if only_text:
+            all_completed = _print_texts(client, asked, timeout)
+        else:
+            all_completed = show_as_they_end(client, asked, as_json, timeout)
+    sys.exit(0 if all_completed else JOB_FAILED)
+
+
+def _of_file(file: Source) -> Iterator[Asked | None]:
+    for line in numbered_lines(file):
+        if line is None:
+            yield None
+            continue
+        number, raw = line
+        if not raw.lstrip().startswith(b"{"):
+            *cells, job_id = raw.decode(errors="replace").split()
+            yield Asked(job_id, {"line": int(cells[0])} if cells and cells[0].isdecimal() else {})
+            continue
+        try:
+            told = json_object(raw)
+        except RequestError as error:
+            raise click.UsageError(f"Line {number}: {error}") from None
+        yield Asked(str(told.get("id", "")), told)
+
+
+def _print_texts(client: Client, asked: Iterable[Asked | None], timeout_s: float | None) -> bool:
+    all_completed = True
+    for each in filter(None, asked):
+        try:
+            response = client.result(each.id, timeout_s)
+        except JobFailed as error:
+            all_completed = False
+            tell(str(error))
+        else:
+            for answer in answers(response):
+                say(answer if isinstance(answer, str) else json.dumps(answer))
+    return all_completed
+
+
+def show_as_they_end(
+    client: Client, asked: Iterable[Asked | None], as_json: bool, timeout_s: float | None = None
+) -> bool:
+    """Show each job once it has ended; True if all completed. None: nothing more for a while."""
+    followed: dict[str, list[Asked]] = {}
+    all_completed = True
+
+    def ids() -> Iterator[str | None]:
+        nonlocal all_completed
+        for each in asked:
+            if each is None:
+                yield None
+            elif each.id:
+                followed.setdefault(each.id, []).append(each)
+                yield each.id
+            else:  # a line that was refused when it was submitted
+                all_completed = False
+                _show_result(each, None, as_json)
+
+    for job_id, job in client.as_completed(ids(), timeout_s):
+        all_completed &= isinstance(job, Job) and job.state is JobState.COMPLETED
+        for each in followed.pop(job_id):
+            _show_result(each, job, as_json)
+    return all_completed
+
+
+def _show_result(asked: Asked, job: Job | GristmillError | None, as_json: bool) -> None:
+    """A line of it; to a person at a terminal, the whole job."""
+    if isinstance(job, Job):
+        state, told = str(job.state), job.raw
+    elif job is not None:
+        state, told = "unknown", {"error": {"code": job.code, "message": job.message}}
+    else:
+        state, told = "refused", {"error": asked.beside.get("error")}
+    if as_json:
+        rest = {name: value for name, value in told.items() if name != "id"}
+        print_json(asked.beside | ({"id": asked.id} if asked.id else {}) | rest)
+    elif isinstance(job, Job) and out.is_terminal:
+        show(job, as_json=False)
+    else:
+        completed = isinstance(job, Job) and job.state is JobState.COMPLETED
+        answer = list(answers(told.get("response") or {})) if completed else told["error"]
+        if isinstance(answer, list) and len(answer) == 1:
+            [answer] = answer
+        line = [asked.beside["line"]] if "line" in asked.beside else []
+        print_row(*line, asked.id, state, json.dumps(answer))
+
+
+def show(job: Job, as_json: bool) -> None:
+    """The answer, and behind it the record."""
+    if as_json:
+        print_json(job.raw)
+        return
+    for answer in answers(job.response or {}):
+        say(answer if isinstance(answer, str) else f"a vector of {len(answer)} numbers")
+    print_fields(_fields(job.raw))
+
+
+def answers(response: dict[str, Any]) -> Iterator[Any]:
+    """What a response says: the text of each choice, or each vector."""
+    for choice in response.get("choices", ()):
+        yield choice["message"]["content"] if "message" in choice else choice["text"]
+    for item in response.get("data", ()):
+        yield item["embedding"]
+
+
+def _fields(raw: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for name in ("id", "state", "model", "metadata", "batch", "timing", "usage", "cost", "error"):
+        value = raw.get(name)
+        if isinstance(value, dict):
+            value = "  ".join(f"{key} {part}" for key, part in value.items() if part is not None)
+        if value:
+            yield name, str(value)
