@@ -7,12 +7,13 @@ import logging
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import httpx
 import pytest
 
-from app.client import AsyncClient, Client, JobFailed
+from app.client import AsyncClient, Client, Job, JobFailed
 from app.config.settings import Settings
 from app.errors import GristmillError, JobNotFound, JobStateConflict, ModelNotFound
 from app.jobs import JobState
@@ -104,6 +105,42 @@ def test_submissions_and_waits_go_through_a_restart_of_the_api(settings: Setting
             # then nothing is lost or doubled, and nobody gave up
             assert {each.result(60).state for each in waited} == {JobState.CANCELLED}
             assert sorted(job.id for job in gristmill.jobs()) == sorted(map(str, ids))
+
+
+def test_many_jobs_are_followed_cancelled_and_purged(url: str) -> None:
+    with Client(url) as gristmill:
+        # given jobs that end, and some that run for long or wait
+        quick = [
+            str(each) for each in gristmill.submit_many({"body": {"prompt": p}} for p in "abc")
+        ]
+        label, later = {"run": "long"}, datetime.now(UTC) + timedelta(hours=1)
+        long = [gristmill.submit({"prompt": "x"}, metadata=label, not_before=later) for _ in "ab"]
+
+        # then they come as they end, with their answers
+        ended = dict(gristmill.as_completed([*quick, "no-such-job"], timeout_s=60))
+        assert isinstance(ended.pop("no-such-job"), JobNotFound)
+        answers = [ended[each] for each in quick]
+        assert [job.response["choices"][0]["text"] for job in answers if isinstance(job, Job)] == [
+            "a",
+            "b",
+            "c",
+        ]
+        with pytest.raises(TimeoutError, match="2 jobs have not ended"):
+            list(gristmill.as_completed(long, timeout_s=0.5))
+
+        # and are looked at, listed, cancelled and purged, one by one or by what they are
+        shown = gristmill.jobs_status([*long, "no-such-job"])
+        assert [each.id if isinstance(each, Job) else each.code for each in shown] == [
+            *long,
+            "job_not_found",
+        ]
+        assert {job.id for job in gristmill.jobs(metadata=label, state="queued")} == set(long)
+        [refused] = gristmill.cancel_many(quick[:1])
+        assert isinstance(refused.error, JobStateConflict)
+        assert {each.id for each in gristmill.cancel_chosen(metadata=label)} == set(long)
+        gristmill.purge(quick[0])
+        assert gristmill.job(quick[0]).response is None
+        assert gristmill.limits()["max_ids"] == 1_000
 
 
 def test_an_unknown_job_is_an_error_of_its_own(url: str) -> None:
