@@ -49,7 +49,7 @@ class Api:
         try:
             return Client(url, token=token, patience_s=patience_s, on_pause=tell_why)
         except ValueError as error:
-            raise click.BadParameter(str(error), param_hint="--api-url") from None
+            raise click.UsageError(str(error)) from None
 
 
 def uses_api(command: Callable[..., T]) -> Callable[..., T]:

@@ -72,7 +72,10 @@ class Patience:
 
 
 class Exchange:
-    """The API at one address, as flows: nothing is sent here."""
+    """The API at one address, as flows: nothing is sent here.
+
+    Raises `ValueError` for an address or a token that is none.
+    """
 
     def __init__(
         self,
@@ -84,9 +87,9 @@ class Exchange:
         patience_s: float = PATIENCE_S,
         on_pause: Callable[[GristmillError, float], None] | None = None,
     ) -> None:
-        url = httpx.URL(base_url.rstrip("/"))
-        if url.scheme not in ("http", "https") or not url.host:
-            raise ValueError("The API's address must begin with http:// or https:// and a host.")
+        url = _url(base_url)
+        if token and not (token.isascii() and token.isprintable()):
+            raise ValueError("A token has visible ASCII characters alone.")
         self._base_url = str(url)
         self.shown_url = str(url.copy_with(userinfo=b""))  #: without a password
         self._host = url.host
@@ -171,6 +174,16 @@ class Exchange:
             return RequestTooLarge(what)
         kind = Unavailable if outcome.status_code in RETRIED else GristmillError
         return kind(what)
+
+
+def _url(address: str) -> httpx.URL:
+    try:
+        url = httpx.URL(address.rstrip("/"))
+    except httpx.InvalidURL:
+        url = httpx.URL()
+    if url.scheme not in ("http", "https") or not url.host:
+        raise ValueError("The API's address must begin with http:// or https:// and a host.")
+    return url
 
 
 def encode(value: object) -> bytes:

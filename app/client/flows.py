@@ -53,8 +53,8 @@ class Flows:
     # ── submit ──────────────────────────────────────────────────────────────────────────────────
 
     def submit(self, body: Mapping[str, Any], options: Options) -> Flow[str]:
-        job = yield from self._api.ask("POST", "/v1/jobs", submission_of(body, options))
-        return str(job["id"])
+        answer = yield from self._api.ask("POST", "/v1/jobs", submission_of(body, options))
+        return Job.of(answer).id
 
     def iter_submit(self, submissions: Iterable[Mapping[str, Any] | None]) -> Stream[Accepted]:
         patience = Patience(self._api.patience_s)  # of all pages: an API that is gone costs it once
@@ -183,9 +183,10 @@ class Flows:
         while limit is None or limit > 0:
             page = LIST_PAGE if limit is None else min(LIST_PAGE, limit)
             answer = yield from self._api.ask("GET", "/v1/jobs", params=query | {"limit": page})
-            for raw in answer["data"]:
-                yield Given(Job.of(raw))
-            if not answer["has_more"]:
+            jobs = [Job.of(raw) for raw in answer.get("data", ())]
+            for job in jobs:
+                yield Given(job)
+            if not answer.get("has_more"):
                 return
             query["after"] = answer["last_id"]
             limit = None if limit is None else limit - page
@@ -207,7 +208,7 @@ class Flows:
         for start in range(0, len(ids), MAX_IDS):
             part = ids[start : start + MAX_IDS]
             answer = yield from self._api.ask("POST", "/v1/jobs/cancel", encode({"ids": part}))
-            cancelled += map(Cancelled.of, answer["items"])
+            cancelled += map(Cancelled.of, answer.get("items", ()))
         return cancelled
 
     def cancel_chosen(self, chosen: Chosen) -> Stream[Cancelled]:
@@ -215,11 +216,11 @@ class Flows:
         body = encode({"filter": told, "limit": MAX_IDS})
         while True:
             answer = yield from self._api.ask("POST", "/v1/jobs/cancel", body)
-            items = [Cancelled.of(item) for item in answer["items"]]
+            items = [Cancelled.of(item) for item in answer.get("items", ())]
             for each in items:
                 yield Given(each)
             # A page of nothing but refusals would come again for ever.
-            if not answer["has_more"] or all(each.error for each in items):
+            if not answer.get("has_more") or all(each.error for each in items):
                 return
 
     def purge(self, job_id: str) -> Flow[None]:

@@ -22,13 +22,15 @@ class Job:
 
     @classmethod
     def of(cls, raw: dict[str, Any]) -> Self:
-        return cls(
-            id=raw["id"],
-            state=JobState(raw["state"]),
-            response=raw.get("response"),
-            error=raw.get("error"),
-            raw=raw,
-        )
+        """Raises `GristmillError` if it is no job that this version knows."""
+        try:
+            job_id, state = str(raw["id"]), JobState(raw["state"])
+        except (KeyError, ValueError):
+            raise GristmillError(
+                "The API told of a job as this client does not know it: is it Gristmill's, and of "
+                "the same version?"
+            ) from None
+        return cls(job_id, state, raw.get("response"), raw.get("error"), raw)
 
 
 class JobFailed(GristmillError):

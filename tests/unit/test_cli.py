@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -98,3 +101,15 @@ def test_migrating_down_asks_how_far(gristmill, monkeypatch: pytest.MonkeyPatch)
 
     assert code == 2
     assert "--to REVISION" in err
+
+
+def test_a_reader_that_goes_away_is_no_traceback():
+    code = "from app.cli import main; main(['config', 'show'])"
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer) as gone:
+        done = subprocess.run(
+            [sys.executable, "-c", code], stdout=gone, stderr=subprocess.PIPE, check=False
+        )
+
+    assert (done.returncode, done.stderr) == (1, b"")

@@ -591,9 +591,18 @@ def test_a_certificate_that_is_not_trusted_is_not_tried_again(call: Call) -> Non
 
 
 def test_an_address_that_is_none_is_refused_at_once() -> None:
-    for address in ("localhost:8000", "127.0.0.1", "ftp://host", "http://"):
+    for address in ("localhost:8000", "127.0.0.1", "ftp://host", "http://", "http://[::1", "x\0y"):
         with pytest.raises(ValueError, match="http://"):
             Client(address)
+    for token in ("a\nb", "é"):
+        with pytest.raises(ValueError, match="visible ASCII"):
+            AsyncClient("http://host", token=token)
+
+
+def test_what_is_no_job_is_said_to_be_none(call: Call) -> None:
+    for answer in ({}, {"id": "j1", "state": "brand new"}):
+        with pytest.raises(GristmillError, match="same version"):
+            call(Api(httpx.Response(200, json=answer)), "job", "j1")
 
 
 def test_a_password_in_the_address_is_in_no_error() -> None:
