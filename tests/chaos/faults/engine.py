@@ -49,11 +49,16 @@ def host_out_of_memory(scene: Scene) -> None:
 
 @contextlib.contextmanager
 def _memory_limit(scene: Scene, more_bytes: int) -> Iterator[None]:
-    """Both workers and what they start may take so much more: by a cgroup, else by prlimit."""
+    """Each worker and what it starts may take so much more: by a cgroup, else by prlimit.
+
+    One group for both would be another fault: while the kernel still ends both of their engine
+    processes, it takes a worker for the next.
+    """
     world = scene.world
-    group = Path(f"/sys/fs/cgroup/memory/chaos-{os.getpid()}")
+    groups = {part: Path(f"/sys/fs/cgroup/memory/chaos-{os.getpid()}-{part}") for part in WORKERS}
     try:
-        group.mkdir()
+        for group in groups.values():
+            group.mkdir()
     except OSError:
         scene.note("no memory cgroup here: prlimit --as in its place")
         for part in WORKERS:
@@ -62,20 +67,24 @@ def _memory_limit(scene: Scene, more_bytes: int) -> Iterator[None]:
                 psutil.Process(pid).rlimit(psutil.RLIMIT_AS, (limit, limit))
         yield
         return
-    (group / "memory.limit_in_bytes").write_text(str(more_bytes))
-    for part in WORKERS:
+    for part, group in groups.items():
+        (group / "memory.limit_in_bytes").write_text(str(more_bytes))
         for process in (psutil.Process(world.pid(part)), *_children(world.pid(part))):
             with contextlib.suppress(OSError):
                 (group / "cgroup.procs").write_text(str(process.pid))
     try:
         yield
     finally:
-        kills = (group / "memory.oom_control").read_text().split()[-1]
+        kills = sum(_num_killed(group) for group in groups.values())
         scene.note(f"the kernel killed {kills} engine processes")
-        for part in WORKERS:  # theirs are outside of it
+        for part, group in groups.items():  # the new ones are outside of it
             world.restart(part)
-        with contextlib.suppress(OSError):
-            group.rmdir()
+            with contextlib.suppress(OSError):
+                group.rmdir()
+
+
+def _num_killed(group: Path) -> int:
+    return int((group / "memory.oom_control").read_text().split()[-1])
 
 
 def _children(pid: int) -> list[psutil.Process]:
