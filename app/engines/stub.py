@@ -81,6 +81,8 @@ class _Row:
 
 
 class StubEngine:
+    kernels = "none"
+
     def __init__(
         self,
         folder: Path,

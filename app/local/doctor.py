@@ -19,6 +19,7 @@ from app.config import run_file
 from app.config.file import load
 from app.config.host import is_loopback
 from app.config.settings import Settings
+from app.engines import builds
 from app.engines.models import ensure_files
 from app.errors import ConfigError, GristmillError, Unavailable
 from app.local.servers import package_folder
@@ -56,6 +57,7 @@ def examine() -> Iterator[Finding]:
         **({"news": lambda: _news(settings)} if settings.database.listen_url else {}),
         "Redis": lambda: _redis(settings),
         "device": lambda: _device(settings),
+        "kernels": lambda: _kernels(settings),
         "API": lambda: _api(settings),
     }
     if settings.broker.url:
@@ -208,6 +210,24 @@ def _device(settings: Settings) -> Finding:
     threads = settings.worker.threads or len(os.sched_getaffinity(0))
     dtype = str(pick_dtype("auto", device)).removeprefix("torch.")
     return Finding("device", True, f"{device}, {threads} CPU threads; auto dtype is {dtype}")
+
+
+def _kernels(settings: Settings) -> Finding:
+    """Compiles them if nobody has; the worker then finds them."""
+    try:
+        from app.engines.device import pick_device
+        from app.engines.inflight import library
+    except ImportError as error:
+        return Finding("kernels", False, f"{error}; run `make setup`")
+    if all(model.engine != "inflight" for model in settings.models.values()):
+        return Finding("kernels", None, "torch's: no model has the engine inflight")
+    if pick_device(settings.worker.device).type != "cpu":
+        return Finding("kernels", True, "CUDA")
+    builds.keep_in(Path(settings.cache_dir) / "kernels")
+    found = library.built()
+    if found.trouble:
+        return Finding("kernels", None, found.trouble)
+    return Finding("kernels", True, f"{found.state}, in {builds.chosen()}")
 
 
 def _model(settings: Settings, name: str) -> Finding:

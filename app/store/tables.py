@@ -485,7 +485,7 @@ workers = Table(
         JSONB,
         nullable=False,
         server_default=text("'{}'::jsonb"),
-        comment="Engine facts: versions, dtype, memory.",
+        comment="Python's version, and the kernels that compute, by model.",
     ),
     Column("price_id", Text, nullable=False, comment="Entry of prices.toml in force."),
     Column("currency", Text, nullable=False, comment="ISO 4217 code of the price."),

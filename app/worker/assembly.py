@@ -57,7 +57,7 @@ class Assembly:
             raise EngineError(f"The models were not loaded within {self.load_timeout_s:.0f} s.")
         if self.runner.failure is not None:
             raise self.runner.failure
-        self.lease.start()
+        self.lease.start(self.runner.facts()["kernels"])
         self.watchdog.start()
         if self.xid_watch is not None:
             self.xid_watch.start()
@@ -177,7 +177,12 @@ def _engine_host(settings: Settings, catalog: dict[str, CatalogModel]) -> Engine
         ServedModel(name, model.folder, model.settings) for name, model in catalog.items()
     )
     return EngineHost(
-        LoadModels(models, settings.worker.device, settings.worker.threads),
+        LoadModels(
+            models,
+            settings.worker.device,
+            settings.worker.threads,
+            Path(settings.cache_dir) / "kernels",
+        ),
         load_timeout_s=settings.worker.load_timeout_s,
         step_timeout_s=settings.worker.step_timeout_s,
     )

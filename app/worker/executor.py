@@ -31,6 +31,7 @@ class Executor:
         self._running = Running()
         self._deaths = 0  #: of engine processes since the last answer
         self._starts_again = True
+        self._kernels: dict[str, str] = {}  #: what computes, by model
 
     @property
     def connection(self) -> WorkerEnd | None:
@@ -41,7 +42,12 @@ class Executor:
         return self._host.busy
 
     def facts(self) -> dict[str, object]:
-        return {"pid": self._host.pid, "ready": self._host.ready, "slow": self._host.is_slow}
+        return {
+            "pid": self._host.pid,
+            "ready": self._host.ready,
+            "slow": self._host.is_slow,
+            "kernels": self._kernels,
+        }
 
     def rooms(self) -> dict[str, Room]:
         """By model; none while the models are not loaded."""
@@ -90,8 +96,10 @@ class Executor:
         self._host.flush()
         for event in self._host.events():
             match event:
-                case Ready(load_ns=load_ns):
-                    log.info("The models were loaded in %.1f s.", load_ns / 1e9)
+                case Ready(engines=engines, load_ns=load_ns):
+                    self._kernels = {name: engine.kernels for name, engine in engines.items()}
+                    which = "; ".join(f"{name}: {each}" for name, each in self._kernels.items())
+                    log.info("The models were loaded in %.1f s (%s).", load_ns / 1e9, which)
                     self.loaded.set()
                 case Stepped():
                     over += self._answered(event)

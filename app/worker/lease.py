@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Final
 from uuid import UUID
 
@@ -57,8 +58,10 @@ class LeaseKeeper:
             Background("cancels", self._listen, self._stopping),
         ]
 
-    def start(self) -> None:
-        """Register the worker; raises `Unavailable`, and `SchemaError`."""
+    def start(self, kernels: object = None) -> None:
+        """Register the worker and what computes in it; raises `Unavailable`, and `SchemaError`."""
+        engine = {**self._worker.engine, "kernels": kernels}
+        self._worker = replace(self._worker, engine=engine)
         self.register()
         for thread in self._threads:
             thread.start()

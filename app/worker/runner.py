@@ -88,7 +88,7 @@ class Runner:
         self._commands.append(command)
 
     def facts(self) -> dict[str, object]:
-        """For `celery inspect stats`; only numbers."""
+        """For `celery inspect stats`; only numbers, and names of ours."""
         return {
             **self._executor.facts(),
             "jobs": len(self._jobs),

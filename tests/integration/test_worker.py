@@ -271,6 +271,7 @@ def test_sigterm_finishes_what_runs_acks_it_and_gives_back_the_rest(
         assert client.llen("celery") == 1  # the message of the job that never started
     [gone] = rows(config, "SELECT * FROM workers")
     assert gone["stopped_at"] is not None
+    assert set(gone["engine"]["kernels"].values()) == {"none"}  # of stub engines
 
 
 def test_sigterm_gives_back_uncharged_what_outlasts_the_grace_period(

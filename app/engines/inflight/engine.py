@@ -19,10 +19,11 @@ from app.costs import decode_weights, share
 from app.engines.base import NOT_FINITE, Generation, NewTokens, Progress, Sequence, StepStats
 from app.engines.device import pick_device, ran_out_of_memory, use_threads
 from app.engines.grammar import Compiling, Grammars, wait_any
-from app.engines.inflight import native
+from app.engines.inflight import library, native
 from app.engines.inflight.attention import Packed, PortableStep, Step, pack, run, upload
 from app.engines.inflight.budget import PromptBudget
 from app.engines.inflight.cache import BLOCK, KVCache, LayerShape, blocks_for
+from app.engines.inflight.fused import FusedLayer
 from app.engines.inflight.graphs import CudaRecorder
 from app.engines.inflight.launcher import Flight, Landed, Launcher
 from app.engines.inflight.loading import load_decoder
@@ -86,6 +87,16 @@ class InflightEngine:
     """Any decoder of transformers, run packed over a block cache. Implements `base.Engine`."""
 
     joins: Final = True
+
+    @property
+    def kernels(self) -> str:
+        """What computes, for people."""
+        if self._device.type != "cpu":
+            return "CUDA"
+        if self._kernel is None:
+            return "torch" if library.library() else library.built().state
+        fused = any(isinstance(each, FusedLayer) for each in self._model.modules())
+        return f"{library.built().state}: attention{', layers' if fused else ''}"
 
     def __init__(
         self, folder: Path, settings: ModelSettings, device: str, threads: int, progress: Progress

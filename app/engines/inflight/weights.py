@@ -82,13 +82,16 @@ def _panels(weight: Tensor) -> Tensor:
 
 def pack_linears(model: nn.Module) -> None:
     """Replace every bfloat16 linear layer on a CPU; others have nothing to gain."""
+    packs = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     for module in list(model.modules()):
         child: Any
         for name, child in module.named_children():
             if is_bfloat16_linear(child):
                 native = products() is not None and child.in_features % 2 == 0
-                packed = NativeLinear(child.weight, child.bias) if native else PackedLinear(child)
-                setattr(module, name, packed)
+                if native:
+                    setattr(module, name, NativeLinear(child.weight, child.bias))
+                elif packs:
+                    setattr(module, name, PackedLinear(child))
 
 
 def is_bfloat16_linear(module: nn.Module) -> bool:

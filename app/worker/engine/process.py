@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from app.engines import registry
+from app.engines import builds, registry
 from app.engines.base import Engine, StepStats
 from app.errors import GristmillError, OutOfMemory
 from app.threads import Background, place_of
@@ -72,6 +72,8 @@ class EngineProcess:
 
     def _load(self, command: LoadModels) -> None:
         began = time.monotonic_ns()
+        if command.builds is not None:
+            builds.keep_in(command.builds)
         for model in command.models:
             self._engines[model.name] = registry.create(
                 model.settings.engine,
@@ -82,7 +84,11 @@ class EngineProcess:
                 progress=self._made_progress,
             )
         facts = {
-            name: EngineFacts(max_rows=engine.free_rows, joins=engine.joins)
+            name: EngineFacts(
+                max_rows=engine.free_rows,
+                joins=engine.joins,
+                kernels=getattr(engine, "kernels", "torch"),
+            )
             for name, engine in self._engines.items()
         }
         self._steps = self._slowest_ns = 0

@@ -32,6 +32,7 @@ class LoadModels:
     models: tuple[ServedModel, ...]
     device: str
     threads: int
+    builds: Path | None = None  #: where engines keep what they compile
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,7 @@ class EngineFacts:
 
     max_rows: int
     joins: bool
+    kernels: str = "torch"  #: what computes, for people
 
 
 @dataclass(frozen=True, slots=True)
