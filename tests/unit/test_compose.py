@@ -32,6 +32,17 @@ def test_it_is_valid_by_the_compose_specification():
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.parametrize("name", ["worker", "worker-gpu"])
+def test_what_a_worker_compiles_is_kept_on_a_volume_and_not_in_a_tmpfs_without_exec(name: str):
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    [cache_dir] = re.findall(r"GRISTMILL_CACHE_DIR=(\S+)", dockerfile)
+    worker = services(SECRETS)[name]
+
+    assert f"models:{cache_dir}" in worker["volumes"]
+    assert not [each for each in worker["tmpfs"] if cache_dir.startswith(each)]
+    assert "GRISTMILL_CACHE_DIR" not in worker["environment"]
+
+
 def test_it_has_every_part():
     assert set(document()["services"]) == set(NAMES)
     profiles = {name: each.get("profiles") for name, each in services(SECRETS).items()}

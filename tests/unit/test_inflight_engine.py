@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import platform
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from app.config.settings import ModelSettings
 from app.engines.base import Generation, Sequence
-from app.engines.inflight import int8
+from app.engines.inflight import int8, library
 from app.engines.inflight.engine import InflightEngine
 from app.engines.inflight.int8 import Int8Linear
 from app.engines.inflight.scheduler import Schedule
@@ -45,6 +46,15 @@ def test_a_finished_row_leaves_at_once_and_the_next_takes_its_place() -> None:
     schedule = _next_schedule(engine)
 
     assert {segment.row.sequence.id for segment in schedule.segments} == {2, 3}
+
+
+def test_an_engine_says_which_kernels_compute() -> None:
+    compiled = library.library()
+
+    said = engine_of("llama", rows=2).kernels
+
+    kernels = f"compiled for {platform.machine()}: attention"
+    assert said == (kernels if compiled else library.built().state)  # float32: layers are torch's
 
 
 def test_a_long_prompt_shares_its_steps_with_those_who_decode() -> None:

@@ -115,7 +115,7 @@ def _run(command: Sequence[str]) -> None:
 
 def _kept(fresh: Path) -> Built:
     """The fresh file, from the first folder where it can be kept and loaded."""
-    troubles = []
+    troubles: list[str] = []
     for folder in _folders():
         try:
             file = folder / fresh.name
@@ -143,7 +143,7 @@ def _described(compiled: ctypes.CDLL, troubles: Sequence[str] = ()) -> Built:
     return Built(
         compiled,
         f"compiled for {platform.machine()}",
-        f"The CPU kernels cannot be kept and loaded there: {'; '.join(troubles)}. They may be "
+        f"The CPU kernels cannot be kept where they belong: {'; '.join(troubles)}. They may be "
         "compiled anew at each start: let cache_dir be a folder that programs may run from."
         if troubles
         else "",

@@ -82,7 +82,8 @@ def _panels(weight: Tensor) -> Tensor:
 
 def pack_linears(model: nn.Module) -> None:
     """Replace every bfloat16 linear layer on a CPU; others have nothing to gain."""
-    packs = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    packs = has_onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     for module in list(model.modules()):
         child: Any
         for name, child in module.named_children():
