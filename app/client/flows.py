@@ -18,6 +18,8 @@ from app.client.timer import Timer
 from app.errors import GristmillError, NotStorable, RequestError, RequestTooLarge, ResponseRemoved
 from app.jobs import JobState
 
+PAGE_S: Final = 60
+"""What a page may take beyond other requests: all of it is tokenised before it is answered."""
 LIST_PAGE: Final = 100
 MAX_IDS: Final = 1_000
 """Most ids of one request."""
@@ -77,13 +79,17 @@ class Flows:
             return []
         body = b'{"jobs":[' + b",".join(jobs) + b"]}"
         try:
-            answer = yield from self._api.ask("POST", "/v1/jobs/bulk", body, patience=patience)
+            answer = yield from self._api.ask(
+                "POST", "/v1/jobs/bulk", body, hold_s=PAGE_S, patience=patience
+            )
             return items_of(answer, len(jobs), lambda item: str(item["id"]))
         except (RequestError, NotStorable) as error:
             if len(jobs) == 1:
                 return [error]
             if isinstance(error, RequestTooLarge):
                 most.bytes = min(most.bytes, len(body) // 2)
+            elif getattr(error, "param", None) == "jobs":  # there are too many
+                most.jobs = min(most.jobs, len(jobs) // 2)
         except GristmillError as error:
             return [error] * len(jobs)
         middle = len(jobs) // 2

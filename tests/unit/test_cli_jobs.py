@@ -182,6 +182,16 @@ def test_byte_order_marks_and_windows_line_ends_are_no_part_of_a_line(
     assert [each["body"]["prompt"] for each in api.submitted] == ["one\u2028 two"]
 
 
+def test_what_every_line_would_meet_is_said_once(gristmill: Gristmill, api: FakeApi, prompts):
+    api.troubles = [httpx.Response(401, json={"code": "unauthorized", "detail": "Give a token."})]
+
+    code, out, err = gristmill("submit", "--file", prompts(*['{"prompt": "a"}'] * 1_500))
+
+    assert (code, out, len(api.requests)) == (1, "", 1)
+    assert err.splitlines()[0].startswith("Stopped before any job was accepted.")
+    assert err.splitlines()[1] == "gristmill: Give a token."
+
+
 def test_ids_are_printed_page_by_page_as_they_are_accepted(
     gristmill: Gristmill, api: FakeApi, prompts, capsys: pytest.CaptureFixture[str]
 ):

@@ -311,6 +311,21 @@ def test_a_proxy_that_takes_less_is_given_smaller_pages(call: Call) -> None:
     assert refused <= 3
 
 
+def test_an_api_that_takes_fewer_jobs_is_given_smaller_pages(call: Call) -> None:
+    def strict(request: httpx.Request) -> httpx.Response:
+        if len(json.loads(request.content)["jobs"]) > 300:
+            wrong = {"code": "invalid_request", "detail": "jobs must be a list.", "param": "jobs"}
+            return httpx.Response(400, json=wrong)
+        return bulk(request)
+
+    api = Api(strict)
+
+    assert call(api, "submit_many", submissions(5_000)) == [str(n) for n in range(5_000)]
+
+    refused = sum(len(api.body(n)["jobs"]) > 300 for n in range(len(api.requests)))
+    assert refused == 3
+
+
 def test_an_api_that_is_gone_costs_its_patience_once_and_not_once_a_page(call: Call) -> None:
     api = Api(httpx.ConnectError("refused"))
 
