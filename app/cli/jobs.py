@@ -21,7 +21,8 @@ from app.cli.terminal import (
     tell,
 )
 from app.client import Client, Job
-from app.errors import GristmillError, QueueFull, Unavailable
+from app.client.exchange import COME_BACK
+from app.errors import GristmillError
 from app.jobs import REPLAYED, JobState
 
 
@@ -115,7 +116,7 @@ def purge(api: Api, job_ids: tuple[str, ...], yes: bool) -> None:
         for job_id in job_ids:
             try:
                 client.purge(job_id)
-            except RETRIABLE:
+            except COME_BACK:
                 raise
             except GristmillError as error:
                 num_refused += 1
@@ -156,7 +157,7 @@ def replay(api: Api, job_ids: tuple[str, ...], as_json: bool, **filters: Any) ->
         for job_id in job_ids or _ended_badly(client, given):
             try:
                 new_id = client.replay(job_id).id
-            except RETRIABLE:
+            except COME_BACK:
                 raise
             except GristmillError as error:
                 refused += 1
@@ -167,10 +168,6 @@ def replay(api: Api, job_ids: tuple[str, ...], as_json: bool, **filters: Any) ->
                 else:
                     print_row(job_id, new_id)
     sys.exit(FAILED if refused else 0)
-
-
-RETRIABLE: Final = (Unavailable, QueueFull)
-"""Refusals of the service itself: the jobs behind would meet the same. Start again later."""
 
 
 def _ended_badly(client: Client, filters: dict[str, Any]) -> Iterator[str]:

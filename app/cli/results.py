@@ -23,7 +23,8 @@ from app.cli.terminal import (
     tell,
 )
 from app.client import Client, Job, JobFailed
-from app.errors import GristmillError, RequestError
+from app.client.exchange import COME_BACK
+from app.errors import GristmillError, RequestError, ResponseRemoved
 from app.jobs import JobState
 
 
@@ -66,10 +67,10 @@ def results(
     asked = _of_file(file) if file else (Asked(job_id, {}) for job_id in job_ids)
     with api.client(LASTING_S) as client:
         if only_text:
-            all_completed = _print_texts(client, asked, timeout)
+            all_answered = _print_texts(client, asked, timeout)
         else:
-            all_completed = show_as_they_end(client, asked, as_json, timeout)
-    sys.exit(0 if all_completed else JOB_FAILED)
+            all_answered = show_as_they_end(client, asked, as_json, timeout)
+    sys.exit(0 if all_answered else JOB_FAILED)
 
 
 def _of_file(file: Source) -> Iterator[Asked | None]:
@@ -90,63 +91,74 @@ def _of_file(file: Source) -> Iterator[Asked | None]:
 
 
 def _print_texts(client: Client, asked: Iterable[Asked | None], timeout_s: float | None) -> bool:
-    all_completed = True
+    all_answered = True
     for each in filter(None, asked):
         try:
             response = client.result(each.id, timeout_s)
-        except JobFailed as error:
-            all_completed = False
-            tell(str(error))
+        except COME_BACK:
+            raise
+        except GristmillError as error:
+            all_answered = False
+            tell(str(error) if isinstance(error, JobFailed) else f"{each.id}: {error}")
         else:
             for answer in answers(response):
                 say(answer if isinstance(answer, str) else json.dumps(answer))
-    return all_completed
+    return all_answered
 
 
 def show_as_they_end(
     client: Client, asked: Iterable[Asked | None], as_json: bool, timeout_s: float | None = None
 ) -> bool:
-    """Show each job once it has ended; True if all completed. None: nothing more for a while."""
+    """Show each job once it has ended; True if all have an answer. None: nothing more for a while.
+
+    One without an id is a line that was refused when it was submitted.
+    """
     followed: dict[str, list[Asked]] = {}
-    all_completed = True
+    all_answered = True
 
     def ids() -> Iterator[str | None]:
-        nonlocal all_completed
+        nonlocal all_answered
         for each in asked:
             if each is None:
                 yield None
             elif each.id:
                 followed.setdefault(each.id, []).append(each)
                 yield each.id
-            else:  # a line that was refused when it was submitted
-                all_completed = False
-                _show_result(each, None, as_json)
+            else:
+                all_answered = False
+                _show_line(each, "refused", each.beside.get("error"), {}, as_json)
 
     for job_id, job in client.as_completed(ids(), timeout_s):
-        all_completed &= isinstance(job, Job) and job.state is JobState.COMPLETED
+        answer, is_answered = _answer(job)
+        all_answered &= is_answered
         for each in followed.pop(job_id):
-            _show_result(each, job, as_json)
-    return all_completed
+            if isinstance(job, Job) and out.is_terminal and not as_json:
+                show(job, as_json=False)
+            elif isinstance(job, Job):
+                _show_line(each, job.state, answer, job.raw, as_json)
+            else:
+                _show_line(each, "unknown", answer, {"error": answer}, as_json)
+    return all_answered
 
 
-def _show_result(asked: Asked, job: Job | GristmillError | None, as_json: bool) -> None:
-    """A line of it; to a person at a terminal, the whole job."""
-    if isinstance(job, Job):
-        state, told = str(job.state), job.raw
-    elif job is not None:
-        state, told = "unknown", {"error": {"code": job.code, "message": job.message}}
-    else:
-        state, told = "refused", {"error": asked.beside.get("error")}
+def _answer(job: Job | GristmillError) -> tuple[Any, bool]:
+    """What a job says, or why it says nothing, and whether it is the former."""
+    if isinstance(job, Job) and job.state is not JobState.COMPLETED:
+        return job.error, False
+    if isinstance(job, Job) and job.response is not None:
+        found = list(answers(job.response))
+        return found[0] if len(found) == 1 else found, True
+    error = ResponseRemoved() if isinstance(job, Job) else job
+    return {"code": error.code, "message": error.message}, False
+
+
+def _show_line(
+    asked: Asked, state: str, answer: object, told: dict[str, Any], as_json: bool
+) -> None:
     if as_json:
         rest = {name: value for name, value in told.items() if name != "id"}
         print_json(asked.beside | ({"id": asked.id} if asked.id else {}) | rest)
-    elif isinstance(job, Job) and out.is_terminal:
-        show(job, as_json=False)
     else:
-        completed = isinstance(job, Job) and job.state is JobState.COMPLETED
-        answer = list(answers(told.get("response") or {})) if completed else told["error"]
-        if isinstance(answer, list) and len(answer) == 1:
-            [answer] = answer
         line = [asked.beside["line"]] if "line" in asked.beside else []
         print_row(*line, asked.id, state, json.dumps(answer))
 

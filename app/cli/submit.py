@@ -91,23 +91,30 @@ def submit(
         submissions = _of_file(file, form, ledger)
     _submit(api, submissions, ledger, form)
     ledger.sum_up()
-    all_completed = True
+    all_answered = True
     if wait:
         with api.client(LASTING_S) as client:
             if file is None and ledger.accepted:
                 job = client.wait(ledger.accepted[0].id)
-                all_completed = job.state is JobState.COMPLETED
+                all_answered = job.state is JobState.COMPLETED
                 show(job, as_json)
             else:
-                all_completed = show_as_they_end(client, ledger.accepted, as_json)
-    sys.exit(FAILED if ledger.num_refused else 0 if all_completed else JOB_FAILED)
+                all_answered = show_as_they_end(client, ledger.accepted, as_json)
+    sys.exit(FAILED if ledger.num_refused else 0 if all_answered else JOB_FAILED)
 
 
 def _check_usage(text: str | None, file: object) -> None:
     if (text is None) == (file is None):
         raise click.UsageError("Give a text or --file, and not both.")
-    if text == "-" or (text and len(text) < 256 and Path(text).is_file()):
+    if text == "-" or (text and _is_file(text)):
         raise click.UsageError(f"{text} is a file: submit its lines with --file {text}")
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except OSError:  # too long for a name
+        return False
 
 
 def _submit(api: Api, submissions: Iterator[Submission | None], ledger: Ledger, form: Form) -> None:

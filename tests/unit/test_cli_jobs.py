@@ -277,6 +277,12 @@ def test_an_interruption_does_not_wait_for_an_api_that_is_away(
     assert "does not answer (ConnectError). Trying again." in err
 
 
+@pytest.mark.parametrize("text", ["磨坊" * 1_000, "a/" * 5_000, "a\nb"])
+def test_a_text_may_be_what_no_file_is_called(gristmill: Gristmill, api: FakeApi, text: str):
+    assert gristmill("submit", "--as", "input", text)[0] == 0
+    assert api.submitted[0]["body"] == {"input": text}
+
+
 def test_the_name_of_a_file_is_not_taken_for_a_text(gristmill: Gristmill, prompts):
     file = prompts("{}")
 
@@ -329,8 +335,9 @@ def test_results_are_one_line_each(gristmill: Gristmill, api: FakeApi):
     api.add("one", "completed", response={"choices": [{"text": "a\tb\n\x1b[2J"}]})
     api.add("two", "completed", response={"data": [{"embedding": [0.5, 1.0]}]})
     api.add("three", "failed", error={"code": "engine_crash", "message": "It died."})
+    api.add("purged", "completed")
 
-    code, out, _ = gristmill("results", "one", "two", "three", "four")
+    code, out, _ = gristmill("results", "one", "two", "three", "purged", "four")
 
     assert code == 5
     assert sorted(out.splitlines()) == sorted(
@@ -338,6 +345,8 @@ def test_results_are_one_line_each(gristmill: Gristmill, api: FakeApi):
             'one\tcompleted\t"a\\tb\\n\\u001b[2J"',
             "two\tcompleted\t[0.5, 1.0]",
             'three\tfailed\t{"code": "engine_crash", "message": "It died."}',
+            'purged\tcompleted\t{"code": "response_removed", "message": "The job completed, and '
+            'its response was removed when its time was over."}',
             'four\tunknown\t{"code": "job_not_found", "message": "No such job."}',
         ]
     )
@@ -348,6 +357,8 @@ def test_results_as_text_are_the_answers_and_nothing_else(gristmill: Gristmill, 
     api.add("two", "completed", response={"choices": [{"message": {"content": "chat"}}]})
 
     assert gristmill("results", "--text", "one", "two") == (0, "two\nlines\nchat\n", "")
+    code, out, err = gristmill("results", "--text", "unknown", "two")
+    assert (code, out, err) == (5, "chat\n", "unknown: No such job.\n")
 
 
 # ── status, cancel, purge ───────────────────────────────────────────────────────────────────────
