@@ -58,6 +58,11 @@ class Admission:
         with self._lock:
             return _sum(self._counted, _sum(self._let_in, self._entering))
 
+    def has_room(self, num_jobs: int) -> bool:
+        """Whether there is room by a count that is fresh, so that nobody need be asked."""
+        with self._lock:
+            return self._is_fresh(COUNT_EVERY_S) and self._excess(Load(num_jobs, 0)) == Load(0, 0)
+
     def expect_room(self, num_jobs: int) -> None:
         """Raises `QueueFull` if so many more are too many, whatever their tokens.
 
@@ -106,14 +111,16 @@ class Admission:
 
     def _count_if_older(self, age_s: float) -> None:
         """One caller at a time counts: the others go on with the count there is."""
-        age_s = max(age_s, min(COUNT_SHARE * self._count_took_s, MAX_COUNT_AGE_S))
-        is_fresh = time.monotonic() < self._counted_at + age_s
-        if is_fresh or not self._counting.acquire(blocking=False):
+        if self._is_fresh(age_s) or not self._counting.acquire(blocking=False):
             return
         try:
             self._count()
         finally:
             self._counting.release()
+
+    def _is_fresh(self, age_s: float) -> bool:
+        age_s = max(age_s, min(COUNT_SHARE * self._count_took_s, MAX_COUNT_AGE_S))
+        return time.monotonic() < self._counted_at + age_s
 
     def _count(self) -> None:
         began = time.monotonic()

@@ -1,6 +1,6 @@
 """The one way in: check, row, commit, message.
 
-    parse_submission ─▶ Submitter: check ─▶ insert, commit ─▶ answer ─▶ send
+    parse_submission ─▶ Submitter: check ─▶ store: insert, commit ─▶ answer ─▶ send
 
 The commit is the promise, and none is made to whom a no was told. The message is only a wake-up:
 if it cannot be sent, the job stays `queued` and `unsent` and rescue sends it later.
@@ -9,12 +9,12 @@ if it cannot be sent, the job stays `queued` and `unsent` and rescue sends it la
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
-from typing import Annotated, Any, TypeGuard
+from typing import Annotated, Any, Final, TypeGuard
 from uuid import UUID, uuid4
 
 from pydantic import (
@@ -39,7 +39,6 @@ from app.errors import (
     NotStorable,
     RequestError,
     RequestRemoved,
-    RequestTooLarge,
 )
 from app.intake.admission import Admission
 from app.intake.decision import Decision
@@ -53,6 +52,10 @@ from app.store import reads, submissions
 from app.store.database import Database
 from app.store.isolation import Connection, Write, apart
 from app.store.submissions import Load, NewJob
+
+
+PAGE_BYTES: Final = 2_000_000
+"""Requests that are written in one statement."""
 
 
 def _only_text(value: object) -> object:
@@ -173,25 +176,29 @@ class Submitter:
         self._database = database
         self.models = served
         most = Load(settings.api.max_queued_jobs, settings.api.max_queued_tokens)
-        self._admission = Admission(database, most)
+        self.admission = Admission(database, most)
         self.sender = Sender(database, publisher, settings.broker)
 
-    def store(self, submissions: Sequence[object], decision: Decision) -> Stored:
-        """An outcome for each submission, in order; the good ones become jobs in one transaction.
+    def check(self, value: object) -> NewJob:
+        """The job of a submission, or of the JSON value of one. Asks nobody, and may compute for
+        some tenths of a second. Raises `RequestError`."""
+        return self._new_job(parse_submission(value))
 
-        Takes submissions, or the JSON values of some. Raises `QueueFull` or `Unavailable` if
-        nothing was stored. What is stored is then to be given to `send`.
+    def store(self, decision: Decision, checked: Sequence[NewJob | RequestError]) -> Stored:
+        """An outcome for each, in order; the good ones become jobs in one transaction.
+
+        Raises `QueueFull` or `Unavailable` if nothing was stored. What is stored is then to be
+        given to `send`.
         """
-        self._admission.expect_room(len(submissions))
         now = self._database.now()
-        checked = [self._check(submission, now) for submission in submissions]
+        checked = [_in_time(each, now) for each in checked]
         jobs = [job for job in checked if isinstance(job, NewJob)]
         stored = self._insert(jobs, decision, now) if jobs else Stored([], [], [], now)
         answers = iter(stored.outcomes)
         outcomes = [it if isinstance(it, RequestError) else next(answers) for it in checked]
         return replace(stored, outcomes=outcomes)
 
-    def store_replay(self, job_id: UUID, decision: Decision) -> Stored:
+    def store_replay(self, decision: Decision, job_id: UUID) -> Stored:
         """Run a job that failed, expired or was cancelled once more, as a new job.
 
         The new one has the request, priority and metadata of the old, and its deadline if that has
@@ -215,7 +222,7 @@ class Submitter:
             deadline=old.deadline if old.deadline and old.deadline > now else None,
             metadata=old.metadata,
         )
-        job = replace(self._new_job(submission, now), replay_of=job_id)
+        job = replace(self._new_job(submission), replay_of=job_id)
         return self._insert([job], decision, now)
 
     def queued(self) -> Load:
@@ -250,7 +257,7 @@ class Submitter:
         def insert(connection: Connection, part: Sequence[NewJob]) -> Sequence[Outcome]:
             return submissions.insert_jobs(connection, part, wanted)
 
-        with self._admission.admitted(Load(len(jobs), tokens)):
+        with self.admission.admitted(Load(len(jobs), tokens)):
             try:
                 rows = self._commit(jobs, decision, insert)
             except NotStorable:
@@ -266,20 +273,19 @@ class Submitter:
     def _commit(
         self, jobs: Sequence[NewJob], decision: Decision, insert: Write[NewJob, Outcome]
     ) -> Sequence[Outcome]:
+        """By pages: one statement for 64 MB would take too long, here and in Postgres."""
+        outcomes: dict[UUID, Outcome] = {}
         with self._database.begin() as connection:
-            inserted = insert(connection, jobs)
+            for page in _pages(jobs):
+                decision.step()
+                inserted = insert(connection, page)
+                outcomes |= zip((job.id for job in page), inserted, strict=True)
             decision.commit()
-        return inserted
+        return [outcomes[job.id] for job in jobs]
 
-    def _check(self, submission: object, now: datetime) -> NewJob | RequestError:
+    def _new_job(self, submission: Submission) -> NewJob:
         try:
-            return self._new_job(parse_submission(submission), now)
-        except RequestError as error:
-            return error
-
-    def _new_job(self, submission: Submission, now: datetime) -> NewJob:
-        try:
-            request = self._request(submission)
+            request = bodies.parse(submission.body, submission.url)
             model = self._settings.model_name(request.kind, request.body.model)
             served = self.models[model]
             prepared = prepare(request, served.tokenizer, served.settings)
@@ -288,7 +294,6 @@ class Submitter:
             if error.param not in (None, "url", "body"):
                 error.param = f"body.{error.param}"
             raise
-        _check_times(submission, now)
         return NewJob(
             id=uuid4(),
             url=request.url,
@@ -307,11 +312,18 @@ class Submitter:
             max_attempts=self._settings.worker.max_attempts,
         )
 
-    def _request(self, submission: Submission) -> bodies.Request:
-        limit = self._settings.api.max_body_bytes
-        if num_bytes(submission.body) > limit:
-            raise RequestTooLarge(f"The request is larger than {limit} bytes.", param="body")
-        return bodies.parse(submission.body, submission.url)
+
+def _pages(jobs: Sequence[NewJob]) -> Iterator[list[NewJob]]:
+    """In the order of their keys: see `_INSERT` in `app.store.submissions`, which orders a page."""
+    page: list[NewJob] = []
+    size = 0
+    for job in sorted(jobs, key=lambda job: (job.idempotency_key is None, job.idempotency_key)):
+        size += num_bytes(job.request)
+        if page and size > PAGE_BYTES:
+            yield page
+            page, size = [], num_bytes(job.request)
+        page.append(job)
+    yield page
 
 
 def _check_grammar(request: bodies.Request) -> None:
@@ -324,14 +336,15 @@ def _check_grammar(request: bodies.Request) -> None:
         raise
 
 
-def _check_times(submission: Submission, now: datetime) -> None:
-    deadline = submission.deadline
-    if deadline is None:
-        return
-    if deadline <= now:  # by the database's clock
-        raise DeadlinePassed("The deadline lies in the past.", param="deadline")
-    if submission.not_before and deadline <= submission.not_before:
-        raise DeadlinePassed("The deadline must be later than not_before.", param="deadline")
+def _in_time(job: NewJob | RequestError, now: datetime) -> NewJob | RequestError:
+    """The job, or what is wrong with its times by the database's clock."""
+    if isinstance(job, RequestError) or job.deadline is None:
+        return job
+    if job.deadline <= now:
+        return DeadlinePassed("The deadline lies in the past.", param="deadline")
+    if job.not_before and job.deadline <= job.not_before:
+        return DeadlinePassed("The deadline must be later than not_before.", param="deadline")
+    return job
 
 
 Outcome = submissions.Inserted | NotStorable

@@ -85,8 +85,8 @@ class Received:
     request: dict[str, Any] | None  #: only if the message brought none, or another one
 
 
-# In the order of the keys, and with equal keys as given: transactions that share keys meet at the
-# same one first and never deadlock.
+# In the order of the keys' code points, and with equal keys as given: transactions that share keys
+# meet at the same one first and never deadlock, also where they write in several such statements.
 _INSERT: Final = """
     INSERT INTO jobs (
         id, tenant, model, kind, url, request, fingerprint, source, idempotency_key, replay_of,
@@ -100,7 +100,7 @@ _INSERT: Final = """
         time_limit_s, format, max_attempts, 'queued', now(), now(),
         {delivery}
     FROM jsonb_populate_recordset(NULL::jobs, CAST(:jobs AS jsonb)) WITH ORDINALITY
-    ORDER BY idempotency_key, ordinality
+    ORDER BY idempotency_key COLLATE "C", ordinality
 """
 
 # Write jobs that are not there yet.
