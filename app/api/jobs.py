@@ -28,18 +28,22 @@ from app.api.schemas import (
 )
 from app.api.services import Here, Services
 from app.api.views import bulk_item, summary_of, told
-from app.errors import GristmillError, JobUnreadable, RequestError
+from app.errors import GristmillError, JobUnreadable, RequestError, RequestTooLarge
 from app.intake.decision import Decision
-from app.intake.submit import Stored, Submission, parse_submission
+from app.intake.submit import Stored, Submission
 from app.jobs import JobState, job_id_of
-from app.requests import bodies
+from app.requests import bodies, json_text
 from app.store import cancellation, reads
 from app.store.lists import Filter
 from app.store.reads import JobView, Unreadable
+from app.store.submissions import NewJob
 
 log = logging.getLogger(__name__)
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+
+PIECE_BYTES: Final = 64_000
+"""Of a bulk: jobs that are checked in one turn, so that small submissions never wait for long."""
 
 _KEY: Final = re.compile(r'"(?P<quoted>[ !#-\[\]-~]{1,255})"|(?P<bare>[!#-~]{1,255})')
 
@@ -116,12 +120,21 @@ async def submit(
 
 
 async def _store_one(request: Request, here: Services, key: str | None) -> Stored:
-    most = here.settings.api.max_body_bytes
-    async with raw_bodies.body_of(request, most, here.room) as raw:
-        return await here.write(_submit, here, raw, key)
+    try:
+        most = here.settings.api.max_body_bytes
+        async with raw_bodies.body_of(request, most, here.room) as raw:
+            await here.expect_room(1)
+            job = await here.work.run(len(raw), _check, here, raw, key)
+        stored = await here.write(here.submitter.store, [job])
+        created = stored.only.created
+    except GristmillError:
+        here.metrics.count_submissions("refused")
+        raise
+    here.metrics.count_submissions("accepted" if created else "replayed")
+    return stored
 
 
-def _submit(decision: Decision, here: Services, raw: bytearray, header: str | None) -> Stored:
+def _check(here: Services, raw: bytearray, header: str | None) -> NewJob:
     value = raw_bodies.parse_json(raw)
     if header is not None and isinstance(value, dict):
         key = _parse_key(header)
@@ -130,14 +143,7 @@ def _submit(decision: Decision, here: Services, raw: bytearray, header: str | No
                 "The header Idempotency-Key and the field idempotency_key differ.",
                 param="idempotency_key",
             )
-    try:
-        stored = here.submitter.store([parse_submission(value)], decision)
-        created = stored.only.created
-    except GristmillError:
-        here.metrics.count_submissions("refused")
-        raise
-    here.metrics.count_submissions("accepted" if created else "replayed")
-    return stored
+    return here.submitter.check(value)
 
 
 def _parse_key(header: str) -> str:
@@ -167,20 +173,57 @@ async def submit_bulk(request: Request, here: Here) -> Response:
     """
     most = here.settings.api.max_bulk_bytes
     async with raw_bodies.body_of(request, most, here.room) as raw, here.bulk_turn():
-        stored = await here.write(_submit_bulk, here, raw)
+        checked = await _check_bulk(here, raw)
+        stored = await here.write(here.submitter.store, checked)
         await here.send(stored)
         return await to_thread.run_sync(_bulk_answer, here, stored, limiter=here.bulk_answers)
 
 
-def _submit_bulk(decision: Decision, here: Services, raw: bytearray) -> Stored:
-    value = raw_bodies.parse_json(raw)
-    if not (isinstance(value, dict) and value.keys() == {"jobs"}):
-        raise RequestError('The body must be {"jobs": [...]} and nothing else.', param="jobs")
-    submissions = value["jobs"]
+async def _check_bulk(here: Services, raw: bytearray) -> list[NewJob | RequestError]:
+    """Piece by piece, so that others have their turns, and of the values few are there at once."""
     limit = here.settings.api.max_bulk_items
-    if not (isinstance(submissions, list) and 1 <= len(submissions) <= limit):
-        raise RequestError(f"jobs must be a list of 1 to {limit} jobs.", param="jobs")
-    return here.submitter.store(submissions, decision)
+    items = await here.work.run(0, json_text.items_of, raw, "jobs", limit)
+    if not items:
+        raise RequestError(
+            f'The body must be {{"jobs": [...]}} with 1 to {limit} jobs and nothing else.',
+            param="jobs",
+        )
+    await here.expect_room(len(items))
+    checked: list[NewJob | RequestError] = []
+    for piece in _pieces(items):
+        size = piece[-1].stop - piece[0].start
+        checked += await here.work.run(size, _check_piece, here, raw, piece, len(checked))
+    return checked
+
+
+def _pieces(items: list[slice]) -> Iterator[list[slice]]:
+    piece: list[slice] = []
+    for item in items:
+        if piece and item.stop - piece[0].start > PIECE_BYTES:
+            yield piece
+            piece = []
+        piece.append(item)
+    yield piece
+
+
+def _check_piece(
+    here: Services, raw: bytearray, piece: list[slice], index: int
+) -> list[NewJob | RequestError]:
+    checked: list[NewJob | RequestError] = []
+    for place, item in enumerate(piece, index):
+        checked.append(_check_item(here, raw[item], place))
+    return checked
+
+
+def _check_item(here: Services, raw: bytearray, index: int) -> NewJob | RequestError:
+    most = here.settings.api.max_body_bytes
+    if len(raw) > most:
+        return RequestTooLarge(f"The job is larger than {most} bytes.", param="body")
+    value = raw_bodies.parse_json(raw, f"jobs.{index}")
+    try:
+        return here.submitter.check(value)
+    except RequestError as error:
+        return error
 
 
 def _bulk_answer(here: Services, stored: Stored) -> Response:
@@ -374,15 +417,10 @@ def _cancel(decision: Decision, here: Services, job_id: UUID) -> None:
 async def replay(here: Here, job_id: JobId) -> Response:
     """Run a job that failed, expired or was cancelled once more: as a new job, which says so in
     `replay_of`. May be repeated: one job is replayed once, and the same new job is answered."""
-    stored = await here.write(_replay, here, job_id_of(job_id))
+    stored = await here.write(here.submitter.store_replay, job_id_of(job_id))
+    here.metrics.count_submissions("accepted" if stored.only.created else "replayed")
     await here.send(stored)
     submitted = stored.only
     job = await look_at_new(here, stored, Hold(0.0, False))
     headers = {"Location": f"/v1/jobs/{submitted.job_id}"}
     return answer(job, status=202 if submitted.created else 200, headers=headers)
-
-
-def _replay(decision: Decision, here: Services, job_id: UUID) -> Stored:
-    stored = here.submitter.store_replay(job_id, decision)
-    here.metrics.count_submissions("accepted" if stored.only.created else "replayed")
-    return stored

@@ -81,8 +81,8 @@ def _refused_unread(request: Request) -> HTTPException | None:
     return None
 
 
-def parse_json(raw: bytes | bytearray) -> object:
-    """The value that a body spells.
+def parse_json(raw: bytes | bytearray, param: str = "body") -> object:
+    """The value that a body, or the part of one at `param`, spells.
 
     NaN and Infinity are read here, and refused by the field that holds them: its name helps more
     than a column. Raises `RequestError` for anything that is not one JSON value, or that has far
@@ -92,4 +92,5 @@ def parse_json(raw: bytes | bytearray) -> object:
     try:
         return from_json(raw)
     except ValueError as error:  # its text holds a reason and a place, never the input
-        raise RequestError(f"The body is not valid JSON: {error}.", param="body") from None
+        what = "The body" if param == "body" else param
+        raise RequestError(f"{what} is not valid JSON: {error}.", param=param) from None

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Annotated, Concatenate, Final, ParamSpec, TypeVar
+from typing import Annotated, Any, Concatenate, Final, ParamSpec, TypeVar
 from uuid import UUID
 
 from anyio import CapacityLimiter, fail_after, to_thread
@@ -19,6 +19,7 @@ from app.api.probe import Probe
 from app.api.reader import Reader, Snapshot, snapshots
 from app.api.room import Room
 from app.api.waiting import Waiters
+from app.api.work import Work
 from app.broker.publisher import Publisher
 from app.config.settings import Settings
 from app.errors import Busy, Unavailable
@@ -56,11 +57,12 @@ class Services:
     waiters: Waiters
     metrics: Metrics
     room: Room = field(init=False)  #: for bodies, arriving and worked on
+    work: Work = field(init=False)  #: on what has arrived
     bulk_turns: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_BULKS))
     read_slots: CapacityLimiter = field(init=False)  #: threads that reads may take
     bulk_answers: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(MAX_BULKS))
     send_slots: CapacityLimiter = field(init=False)  #: the same for what follows an answer
-    behind: set[asyncio.Task[None]] = field(default_factory=set)  #: it, on its way
+    behind: set[asyncio.Task[Any]] = field(default_factory=set)  #: what nobody waits for any more
     reader: Reader = field(init=False)
     postgres: Probe[None] = field(init=False)
     redis: Probe[None] = field(init=False)
@@ -70,6 +72,7 @@ class Services:
         api = self.settings.api
         room = Room(api.max_held_bytes, max(api.max_body_bytes, api.max_bulk_bytes))
         object.__setattr__(self, "room", room)
+        object.__setattr__(self, "work", Work(api.max_body_bytes))
         # Half of the connections, so that no storm of polls keeps a submission waiting.
         slots = CapacityLimiter(self.settings.database.pool_size // 2)
         object.__setattr__(self, "read_slots", slots)
@@ -116,18 +119,41 @@ class Services:
         self, call: Callable[Concatenate[Decision, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
         """The same for what is committed under a decision: raises `Unavailable` only if it never
-        will be, or if the commit itself is not answered for as long again."""
+        will be, or if the commit itself is not answered for as long again. Postgres has the whole
+        time for each step of the decision."""
         decision = Decision()
-        work = asyncio.create_task(
-            to_thread.run_sync(partial(call, decision, *args, **kwargs), abandon_on_cancel=True)
-        )
-        await asyncio.wait({work}, timeout=self._limit_s)
+        has_begun = False
+
+        def write() -> T:
+            nonlocal has_begun
+            has_begun = True
+            return call(decision, *args, **kwargs)
+
+        work = asyncio.create_task(to_thread.run_sync(write))
+        self.behind.add(work)  # it keeps its thread until it has ended
+        work.add_done_callback(self._written)
+        num_steps = -1
+        while not work.done() and num_steps < decision.num_steps:
+            num_steps = decision.num_steps
+            await asyncio.wait({work}, timeout=self._limit_s)
         if not work.done() and not decision.refuse():
             await asyncio.wait({work}, timeout=self._limit_s)
         if not work.done():
-            work.cancel()
+            if not has_begun:
+                work.cancel()
             raise Unavailable("Postgres does not answer.")
         return work.result()
+
+    def _written(self, work: asyncio.Task[Any]) -> None:
+        self.behind.discard(work)
+        if not work.cancelled():
+            work.exception()  # whoever waited for it was told, or was told no
+
+    async def expect_room(self, num_jobs: int) -> None:
+        """Raises `QueueFull` if so many more jobs are too many, before they are looked at, and
+        `Unavailable`."""
+        if not self.submitter.admission.has_room(num_jobs):
+            await self.read(self.submitter.admission.expect_room, num_jobs)
 
     async def send(self, stored: Stored) -> None:
         """Send messages. The answer waits a moment for that, and does not depend on it."""

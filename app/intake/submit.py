@@ -53,7 +53,6 @@ from app.store.database import Database
 from app.store.isolation import Connection, Write, apart
 from app.store.submissions import Load, NewJob
 
-
 PAGE_BYTES: Final = 2_000_000
 """Requests that are written in one statement."""
 

@@ -16,8 +16,38 @@ MAX_PARTS: Final = 50_000
 """Most texts, objects and lists of one job: a thousand messages are 7,000, the largest schema is
 some 20,000. Numbers do not count: prompts may be lists of them, and they are cheap."""
 
+_SPACE: Final = rb"[ \t\n\r]*"
+_STEP: Final = re.compile(rb'["\[\]{},]')
 _PART: Final = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[\]{}]', re.DOTALL)
 _TEXT, _OPENING, _CLOSING = ord('"'), b"[{", b"]}"
+
+
+def items_of(raw: bytes | bytearray, name: str, most: int) -> list[slice] | None:
+    """Where the items are of the list that is the one field, `name`, of an object.
+
+    None if it is no such object, or the list is longer than `most`. What lies between two commas
+    may be no JSON. Raises `RequestError` if more than `MAX_PARTS` are in one item.
+    """
+    opening = re.compile(_SPACE.join([b"", rb"\{", f'"{name}"'.encode(), b":", rb"\["]))
+    closing = re.compile(_SPACE.join([rb"\]", rb"\}", rb"\Z"]))
+    begin = opening.match(raw)
+    if begin is None:
+        return None
+    found: list[slice] = []
+    start = at = begin.end()
+    while (step := _STEP.search(raw, at)) and len(found) < most:
+        at = step.end()
+        match step[0]:
+            case b"[" | b"{" | b'"':
+                at = end_of_part(raw, step.start())
+            case b",":
+                found.append(slice(start, step.start()))
+                start = at
+            case _:
+                if found or raw[start : step.start()].strip():
+                    found.append(slice(start, step.start()))
+                return found if closing.match(raw, step.start()) else None
+    return None
 
 
 def refuse_crowded(raw: bytes | bytearray) -> None:
