@@ -190,13 +190,13 @@ async def _check_bulk(here: Services, raw: bytearray) -> list[NewJob | RequestEr
         )
     await here.expect_room(len(items))
     checked: list[NewJob | RequestError] = []
-    for piece in _pieces(items):
+    for piece in pieces_of(items):
         size = piece[-1].stop - piece[0].start
         checked += await here.work.run(size, _check_piece, here, raw, piece, len(checked))
     return checked
 
 
-def _pieces(items: list[slice]) -> Iterator[list[slice]]:
+def pieces_of(items: list[slice]) -> Iterator[list[slice]]:
     piece: list[slice] = []
     for item in items:
         if piece and item.stop - piece[0].start > PIECE_BYTES:

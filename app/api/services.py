@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Annotated, Any, Concatenate, Final, ParamSpec, TypeVar
+from typing import Annotated, Concatenate, Final, ParamSpec, TypeVar
 from uuid import UUID
 
 from anyio import CapacityLimiter, fail_after, to_thread
@@ -19,7 +19,7 @@ from app.api.probe import Probe
 from app.api.reader import Reader, Snapshot, snapshots
 from app.api.room import Room
 from app.api.waiting import Waiters
-from app.api.work import Work
+from app.api.work import Call, Work
 from app.broker.publisher import Publisher
 from app.config.settings import Settings
 from app.errors import Busy, Unavailable
@@ -62,7 +62,7 @@ class Services:
     read_slots: CapacityLimiter = field(init=False)  #: threads that reads may take
     bulk_answers: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(MAX_BULKS))
     send_slots: CapacityLimiter = field(init=False)  #: the same for what follows an answer
-    behind: set[asyncio.Task[Any]] = field(default_factory=set)  #: what nobody waits for any more
+    behind: set[asyncio.Task[None]] = field(default_factory=set)  #: it, on its way
     reader: Reader = field(init=False)
     postgres: Probe[None] = field(init=False)
     redis: Probe[None] = field(init=False)
@@ -111,9 +111,11 @@ class Services:
     async def read(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run what only reads in a thread, no more at once than `read_slots`. Raises `Unavailable`
         if Postgres keeps it for too long."""
-        with self._in_time():
-            work = partial(call, *args, **kwargs)
-            return await to_thread.run_sync(work, abandon_on_cancel=True, limiter=self.read_slots)
+        work = Call(partial(call, *args, **kwargs), self.read_slots)
+        if not await work.ends(self._limit_s):
+            work.leave()
+            raise Unavailable("Postgres does not answer.")
+        return work.result()
 
     async def write(
         self, call: Callable[Concatenate[Decision, P], T], *args: P.args, **kwargs: P.kwargs
@@ -122,32 +124,17 @@ class Services:
         will be, or if the commit itself is not answered for as long again. Postgres has the whole
         time for each step of the decision."""
         decision = Decision()
-        has_begun = False
-
-        def write() -> T:
-            nonlocal has_begun
-            has_begun = True
-            return call(decision, *args, **kwargs)
-
-        work = asyncio.create_task(to_thread.run_sync(write))
-        self.behind.add(work)  # it keeps its thread until it has ended
-        work.add_done_callback(self._written)
-        num_steps = -1
-        while not work.done() and num_steps < decision.num_steps:
+        work = Call(partial(call, decision, *args, **kwargs))
+        is_over, num_steps = False, -1
+        while not is_over and num_steps < decision.num_steps:  # it goes on
             num_steps = decision.num_steps
-            await asyncio.wait({work}, timeout=self._limit_s)
-        if not work.done() and not decision.refuse():
-            await asyncio.wait({work}, timeout=self._limit_s)
-        if not work.done():
-            if not has_begun:
-                work.cancel()
+            is_over = await work.ends(self._limit_s)
+        if not is_over and not decision.refuse():
+            is_over = await work.ends(self._limit_s)
+        if not is_over:
+            work.leave()
             raise Unavailable("Postgres does not answer.")
         return work.result()
-
-    def _written(self, work: asyncio.Task[Any]) -> None:
-        self.behind.discard(work)
-        if not work.cancelled():
-            work.exception()  # whoever waited for it was told, or was told no
 
     async def expect_room(self, num_jobs: int) -> None:
         """Raises `QueueFull` if so many more jobs are too many, before they are looked at, and

@@ -1,11 +1,11 @@
-"""What this process computes for submissions: parsing, checking and turning text into tokens."""
+"""What blocks or computes, in threads: each keeps its thread until it has ended."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Final, ParamSpec, TypeVar
+from typing import Any, Final, Generic, ParamSpec, TypeVar
 
 from anyio import CapacityLimiter, to_thread
 
@@ -25,9 +25,45 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Work:
-    """Bounds the bytes that are worked on at once; belongs to the event loop's thread.
+class Call(Generic[T]):
+    """A call that blocks, in one of some threads.
 
+    Whoever waits for it may leave. It keeps its thread all the same until it ends, so that there
+    are never more at work than there are threads; it does not begin if it has not by then.
+    """
+
+    def __init__(self, call: Callable[[], T], threads: CapacityLimiter | None = None) -> None:
+        self._call = call
+        self._has_begun = False
+        self._task = asyncio.create_task(to_thread.run_sync(self._run, limiter=threads))
+        self._task.add_done_callback(_forget)
+
+    async def ends(self, within_s: float) -> bool:
+        await asyncio.wait({self._task}, timeout=within_s)
+        return self._task.done()
+
+    def leave(self) -> None:
+        if not self._has_begun:
+            self._task.cancel()
+
+    def result(self) -> T:
+        return self._task.result()
+
+    def _run(self) -> T:
+        self._has_begun = True
+        return self._call()
+
+
+def _forget(task: asyncio.Task[Any]) -> None:
+    """Whoever left does not ask how it ended."""
+    if not task.cancelled():
+        task.exception()
+
+
+class Work:
+    """Bounds the bytes of submissions that are parsed, checked and turned into tokens at once.
+
+    Belongs to the event loop's thread.
     Whoever waits is served in order, but what has room does not wait for what has none. A turn ends
     with its work, whatever becomes of the caller: memory and threads are in use until then.
     """

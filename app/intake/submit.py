@@ -276,7 +276,8 @@ class Submitter:
         outcomes: dict[UUID, Outcome] = {}
         with self._database.begin() as connection:
             for page in _pages(jobs):
-                decision.step()
+                if outcomes:
+                    decision.step()
                 inserted = insert(connection, page)
                 outcomes |= zip((job.id for job in page), inserted, strict=True)
             decision.commit()

@@ -17,6 +17,7 @@ import redis
 from app.api import room
 from app.broker.queues import queue_name
 from app.config.settings import ModelSettings, Settings
+from app.engines.tokenizer import StubTokenizer
 from app.jobs import Grammar
 from app.local.servers import EmbeddedRedis
 from app.requests import bodies
@@ -258,6 +259,33 @@ def test_what_is_not_good_json_is_refused(
 
     assert answer.status_code == 400
     assert answer.json().get("param") == param
+
+
+LONG = "the water wheel turns " * 80_000
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"prompt": LONG}, "body.prompt"),
+        ({"prompt": ["a", LONG]}, "body.prompt.1"),
+        ({"messages": [{"role": "user", "content": LONG}]}, "body.messages"),
+        ({"model": "stub-embed", "input": LONG}, "body.input"),
+    ],
+)
+def test_a_prompt_of_nearly_2_mb_is_refused_and_never_tokenised(
+    refusing: httpx.Client, monkeypatch: pytest.MonkeyPatch, body: Any, param: str
+) -> None:
+    def encode(tokenizer: StubTokenizer, text: str) -> tuple[int, ...]:
+        assert len(text) < 10
+        return tuple(text.encode())
+
+    monkeypatch.setattr(StubTokenizer, "encode_text", encode)
+    answer = refusing.post("/v1/jobs", json={"body": body})
+    bulk = refusing.post("/v1/jobs/bulk", json={"jobs": [{"body": body}]})
+
+    for told in (answer.json(), bulk.json()["items"][0]["error"]):
+        assert (told["code"], told["param"]) == ("context_length_exceeded", param)
 
 
 def test_a_body_of_3_mb_is_refused(refusing: httpx.Client) -> None:

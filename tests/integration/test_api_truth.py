@@ -22,11 +22,14 @@ import redis
 from app.api import services
 from app.config.settings import Settings
 from app.errors import SchemaError, Unavailable
+from app.intake import submit
+from app.intake.decision import Decision
 from app.intake.sender import Sender
 from app.intake.submit import Submitter
 from app.local.servers import EmbeddedPostgres, EmbeddedRedis
 from app.store import reads, submissions
 from app.store.database import migrate
+from app.store.submissions import NewJob
 from tests.apis import running_api
 from tests.integration.test_api_outages import address_of
 from tests.integration.test_postgres_failover import read_only
@@ -113,6 +116,74 @@ def test_whoever_was_told_no_stays_without_a_job(
         )
         eventually(lambda: not rows(settings, open_transactions))
         assert rows(settings, "SELECT id FROM jobs") == []
+
+
+@pytest.mark.parametrize("path", ["/v1/jobs", "/v1/jobs/bulk"])
+def test_the_time_of_a_write_begins_when_all_is_checked(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    # given submissions whose checks may take any time
+    happened: list[str] = []
+    check = Submitter.check
+
+    def note_check(submitter: Submitter, value: object) -> NewJob:
+        happened.append("checked")
+        return check(submitter, value)
+
+    class NotedDecision(Decision):
+        def __init__(self) -> None:
+            super().__init__()
+            happened.append("asked the store")
+
+    monkeypatch.setattr(Submitter, "check", note_check)
+    monkeypatch.setattr(services, "Decision", NotedDecision)
+
+    # when some are submitted, in several pieces
+    monkeypatch.setattr("app.api.jobs.PIECE_BYTES", 100)
+    with running_api(settings) as api:
+        answer = api.post(path, json={"jobs": [JOB] * 5} if path.endswith("bulk") else JOB)
+
+    # then nothing of that counts towards the time of the store
+    assert answer.status_code == 202
+    assert happened == ["checked"] * (5 if path.endswith("bulk") else 1) + ["asked the store"]
+
+
+def test_a_bulk_of_several_pages_is_one_transaction_and_one_key_is_one_job(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submit, "PAGE_BYTES", 100)
+    jobs = [
+        {"body": {"prompt": f"wheel {n}"}, "idempotency_key": key}
+        for n, key in enumerate(["b", "a", None, "é", "B", None, "c"])
+    ]
+    with running_api(settings) as api:
+        # when a bulk of several pages holds some jobs twice
+        bulk = api.post("/v1/jobs/bulk", json={"jobs": [*jobs, *jobs]}).json()
+
+        # then each has its answer in its place, and its row
+        ids = [item["id"] for item in bulk["items"]]
+        prompts = {
+            str(row["id"]): row["request"]["prompt"]
+            for row in rows(settings, "SELECT id, request FROM jobs")
+        }
+        assert [prompts[id_] for id_ in ids] == [f"wheel {n}" for n in range(7)] * 2
+        assert len(prompts) == 9  # those without a key are two jobs each
+
+        # and if a later page fails nothing of it is stored
+        insert = submissions.insert_jobs
+        num_pages = 0
+
+        def fail(*given: Any) -> Sequence[submissions.Inserted]:
+            nonlocal num_pages
+            num_pages += 1
+            if num_pages == 3:
+                raise Unavailable
+            return insert(*given)
+
+        monkeypatch.setattr(submissions, "insert_jobs", fail)
+        more = [{"body": {"prompt": f"rye {n} " + "x" * 60}} for n in range(5)]
+        assert api.post("/v1/jobs/bulk", json={"jobs": more}).status_code == 503
+        assert len(rows(settings, "SELECT id FROM jobs")) == 9
 
 
 def test_a_job_that_the_store_refuses_is_refused_alone(settings: Settings) -> None:

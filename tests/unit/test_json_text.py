@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from itertools import accumulate
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from app.api import jobs
 from app.api.raw_bodies import parse_json
 from app.errors import RequestError
 from app.requests import json_text
-from app.requests.json_text import MAX_PARTS, end_of_part, refuse_crowded
+from app.requests.json_text import MAX_PARTS, end_of_part, items_of, refuse_crowded
 
 VALUES = st.recursive(
     st.none()
@@ -70,3 +72,81 @@ def test_parts_are_counted_to_the_last_that_is_taken(monkeypatch: pytest.MonkeyP
     refuse_crowded(b'{"a":[1,2,"b"]}')
     with pytest.raises(RequestError):
         refuse_crowded(b'{"a":[1,[],"b"]}')
+
+
+# ── the items of a bulk ─────────────────────────────────────────────────────────────────────────
+
+
+@given(st.lists(VALUES, max_size=6), st.sampled_from([None, 1]))
+def test_the_items_of_a_list_are_those_that_a_parser_makes(values: list[Any], indent: int) -> None:
+    raw = bytearray(json.dumps({"jobs": values}, indent=indent).encode())
+
+    items = items_of(raw, "jobs", 10)
+
+    assert items is not None
+    assert [json.loads(raw[item]) for item in items] == values
+
+
+@given(
+    st.lists(
+        st.sampled_from(['{"jobs":[', "]}", '{"a":', '"', "\\", "[", "]", "{", "}", ",", " 1", ":"])
+    )
+)
+def test_whatever_has_items_all_of_which_are_json_is_json_with_these_items(
+    parts: list[str],
+) -> None:
+    raw = "".join(parts).encode()
+
+    items = items_of(raw, "jobs", 10)
+
+    if items is not None and all(map(is_json, (raw[item] for item in items))):
+        assert json.loads(raw) == {"jobs": [json.loads(raw[item]) for item in items]}
+    elif is_json(raw) and isinstance(json.loads(raw), dict):
+        assert not isinstance(json.loads(raw).get("jobs"), list) or len(json.loads(raw)) > 1
+
+
+def is_json(raw: bytes) -> bool:
+    try:
+        json.loads(raw)
+    except ValueError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"[]",
+        b'{"jobs":[',
+        b'{"jobs":[{}',
+        b'{"jobs":[{}}]',
+        b'{"jobs":[{}],"more":1}',
+        b'{"jobs":[{}]} x',
+        b'{"more":1,"jobs":[{}]}',
+        b'{"jobs":{}}',
+        b'{"jobs":[' + b"{}," * 10 + b"{}]}",
+    ],
+)
+def test_what_is_no_object_of_one_list_has_no_items(raw: bytes) -> None:
+    assert items_of(raw, "jobs", 10) is None
+
+
+def test_one_job_too_crowded_ends_the_look_at_a_bulk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_text, "MAX_PARTS", 4)
+
+    assert items_of(b'{"jobs":[' + b"[[[[]]]]," * 5 + b"1]}", "jobs", 10)
+    with pytest.raises(RequestError):
+        items_of(b'{"jobs":[' + b"[[[[]]]]," * 5 + b"[[[[[]]]]]]}", "jobs", 10)
+
+
+@given(st.lists(st.integers(1, 100_000), min_size=1, max_size=40))
+def test_a_bulk_is_checked_in_pieces_that_keep_nobody_waiting(sizes: list[int]) -> None:
+    ends = list(accumulate(size + 1 for size in sizes))
+    items = [slice(end - size - 1, end - 1) for end, size in zip(ends, sizes, strict=True)]
+
+    pieces = list(jobs.pieces_of(items))
+
+    assert [item for piece in pieces for item in piece] == items
+    for piece in pieces:
+        assert len(piece) == 1 or piece[-1].stop - piece[0].start <= jobs.PIECE_BYTES

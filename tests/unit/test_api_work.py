@@ -1,0 +1,225 @@
+"""What is worked on for submissions: bounded, and given back when it has ended."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable, Coroutine
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from anyio import CapacityLimiter
+
+from app.api import services, work
+from app.api.services import Services
+from app.api.work import THREADS, Call, Work
+from app.errors import Busy, Unavailable
+from app.intake.decision import Decision
+
+
+def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    asyncio.run(asyncio.wait_for(test(), 60))
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    while not holds():  # noqa: ASYNC110  (threads set it)
+        await asyncio.sleep(0.001)
+
+
+class Bench:
+    """Work for bodies of 100 bytes: 200 at once. Each piece lasts until it is told to end."""
+
+    def __init__(self) -> None:
+        self.work = Work(100)
+        self.begun: list[str] = []
+        self._ends: dict[str, threading.Event] = {}
+
+    def start(self, name: str, num_bytes: int) -> asyncio.Task[str]:
+        self._ends[name] = threading.Event()
+        return asyncio.create_task(self.work.run(num_bytes, self._piece, name))
+
+    def _piece(self, name: str) -> str:
+        self.begun.append(name)
+        assert self._ends[name].wait(60)
+        return name
+
+    def end(self, *names: str) -> None:
+        for name in names:
+            self._ends[name].set()
+
+
+def test_as_many_bytes_are_worked_on_as_two_bodies_have_and_small_ones_pass_by() -> None:
+    async def test() -> None:
+        # given work that is nearly all the bytes there may be
+        bench = Bench()
+        first, second = bench.start("first", 100), bench.start("second", 90)
+        await until(lambda: len(bench.begun) == 2)
+
+        # when a large one comes, and then a small one
+        large, small = bench.start("large", 100), bench.start("small", 10)
+        await until(lambda: "small" in bench.begun)
+
+        # then the large one waits until there is room for it
+        assert "large" not in bench.begun
+        bench.end("first", "small")
+        await until(lambda: "large" in bench.begun)
+        bench.end("second", "large")
+        assert await asyncio.gather(first, second, large, small) == [
+            "first",
+            "second",
+            "large",
+            "small",
+        ]
+
+    run(test)
+
+
+def test_work_that_its_caller_has_left_counts_until_it_has_ended() -> None:
+    async def test() -> None:
+        bench = Bench()
+        left = bench.start("left", 200)
+        await until(lambda: bench.begun == ["left"])
+        left.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await left
+
+        following = bench.start("following", 1)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert bench.begun == ["left"]
+
+        bench.end("left", "following")
+        assert await following == "following"
+
+    run(test)
+
+
+def test_who_waits_for_too_long_is_told_that_there_is_too_much_in_hand(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(work, "PATIENCE_S", 0.01)
+
+    async def test() -> None:
+        bench = Bench()
+        first = bench.start("first", 150)
+        await until(lambda: bench.begun == ["first"])
+        with pytest.raises(Busy):
+            await bench.start("second", 60)
+
+        # then nothing is kept of it, and room is as it was
+        bench.end("first")
+        await first
+        whole = bench.start("whole", 10_000)  # larger than all: alone
+        bench.end("whole")
+        assert await whole == "whole"
+        assert bench.begun == ["first", "whole"]
+
+    run(test)
+
+
+def test_small_pieces_are_bounded_in_number_and_an_error_gives_back_its_room() -> None:
+    async def test() -> None:
+        bench = Bench()
+        many = [bench.start(str(place), 0) for place in range(THREADS + 3)]
+        await until(lambda: len(bench.begun) == THREADS)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert len(bench.begun) == THREADS
+        bench.end(*map(str, range(THREADS + 3)))
+        await asyncio.gather(*many)
+
+        for _ in range(3):
+            with pytest.raises(ZeroDivisionError):
+                await bench.work.run(200, lambda: 1 / 0)
+
+    run(test)
+
+
+def test_a_call_keeps_its_thread_until_it_has_ended_and_none_begins_that_was_left() -> None:
+    async def test() -> None:
+        # given the only thread, taken by a call whose caller has left
+        threads, ended, begun = CapacityLimiter(1), threading.Event(), []
+        first = Call(lambda: ended.wait(60), threads)
+        await until(lambda: threads.borrowed_tokens == 1)
+        assert not await first.ends(0)
+        first.leave()
+
+        # when another one is left, too, before it had a thread
+        second = Call(lambda: begun.append("second"), threads)
+        assert not await second.ends(0)
+        second.leave()
+        assert threads.borrowed_tokens == 1
+
+        # then the thread is free when the first has ended, and the second never began
+        third = Call(lambda: "third", threads)
+        ended.set()
+        assert await third.ends(60)
+        assert (third.result(), begun) == ("third", [])
+
+    run(test)
+
+
+# ── the time of a write ─────────────────────────────────────────────────────────────────────────
+
+
+def writing(ends: Callable[[Decision], bool]) -> type:
+    """In place of a call that is committed: `ends` says each time whether it has ended."""
+
+    class Writing:
+        def __init__(self, call: Any) -> None:
+            self._decision = call.args[0]
+
+        async def ends(self, within_s: float) -> bool:
+            return ends(self._decision)
+
+        def leave(self) -> None: ...
+
+        def result(self) -> str:
+            return "stored"
+
+    return Writing
+
+
+def write() -> Awaitable[str]:
+    here: Any = SimpleNamespace(_limit_s=1.0)
+    return Services.write(here, lambda _: "")
+
+
+def test_a_write_has_the_whole_time_for_each_of_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ends(decision: Decision) -> bool:
+        if decision.num_steps == 10:
+            return True
+        decision.step()
+        return False
+
+    monkeypatch.setattr(services, "Call", writing(ends))
+
+    async def test() -> None:
+        assert await write() == "stored"
+
+    run(test)
+
+
+def test_a_write_that_makes_no_step_is_refused_and_none_of_it_is_committed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    decisions = []
+
+    def ends(decision: Decision) -> bool:
+        decisions.append(decision)
+        if len(decisions) == 1:
+            decision.step()
+        return False
+
+    monkeypatch.setattr(services, "Call", writing(ends))
+
+    async def test() -> None:
+        with pytest.raises(Unavailable):
+            await write()
+
+    run(test)
+    assert len(decisions) == 2
+    for further in (decisions[0].step, decisions[0].commit):
+        with pytest.raises(Unavailable):
+            further()
