@@ -226,7 +226,7 @@ class Submitter:
 
     def queued(self) -> Load:
         """What waits, as it is held against the limits of the queue."""
-        return self._admission.queued()
+        return self.admission.queued()
 
     def send(self, stored: Stored) -> None:
         """Send the messages of what was stored, as far as that can be done now."""
