@@ -69,7 +69,7 @@ class FakeApi:
         raise AssertionError(path)
 
     def _submit(self, submission: dict[str, Any]) -> dict[str, Any]:
-        key, body = submission["idempotency_key"], submission["body"]
+        key, body = json.dumps(submission["idempotency_key"]), submission["body"]
         if body.get("model") == "gpt-9":
             error = {
                 "code": "model_not_found",

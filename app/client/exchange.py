@@ -9,6 +9,7 @@ import random
 import ssl
 import time
 from collections.abc import Callable, Generator, Mapping
+from email.utils import parsedate_to_datetime
 from typing import Any, Final, TypedDict, TypeVar
 
 import httpx
@@ -167,7 +168,10 @@ class Exchange:
                 f"The API at {self.shown_url} does not answer ({why or type(outcome).__name__})."
             )
         try:
-            return error_of(outcome.json())
+            error = error_of(outcome.json())
+            if isinstance(error, QueueFull):
+                error.retry_after = math.ceil(_pause_s(outcome, 1))
+            return error
         except (ValueError, TypeError, KeyError):
             what = f"{self.shown_url} answered {outcome.status_code} without a reason."
         if outcome.status_code == 413:  # of a proxy on the way
@@ -219,6 +223,18 @@ def _is_untrusted(error: BaseException | None) -> bool:
 
 def _pause_s(outcome: Outcome, tries: int) -> float:
     """Until the next try: what the server says, or longer each time and never in step."""
-    if isinstance(outcome, httpx.Response) and outcome.headers.get("retry-after", "").isdigit():
-        return min(float(outcome.headers["retry-after"]), MAX_PAUSE_S)
+    if isinstance(outcome, httpx.Response):
+        told_s = _retry_after_s(outcome.headers.get("retry-after", ""))
+        if told_s is not None:
+            return min(told_s, MAX_PAUSE_S)
     return min(0.25 * 2.0 ** min(tries, 10), 8.0) * random.uniform(0.75, 1.0)
+
+
+def _retry_after_s(text: str) -> float | None:
+    """Seconds, or a date (RFC 9110, 10.2.3)."""
+    if text.isdigit():
+        return float(text)
+    try:
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    except (ValueError, OverflowError):
+        return None

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 
 import httpx
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from app import cli
 from app.cli import api as api_module
@@ -151,6 +154,40 @@ def test_a_broken_line_is_refused_with_its_number_and_costs_no_other(
         "7 of 9 lines were refused.",
     ]
     assert "secret" not in err
+
+
+odd = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(), st.lists(st.text())
+)
+fields = st.sampled_from(["body", "prompt", "model", "idempotency_key", "metadata", "deadline"])
+objects_of_any_kind = st.dictionaries(fields, st.one_of(odd, st.dictionaries(fields, odd)))
+any_line = st.one_of(
+    objects_of_any_kind.map(json.dumps).map(str.encode),
+    odd.map(json.dumps).map(str.encode),
+    st.binary(max_size=20).map(lambda line: line.replace(b"\n", b"")),
+)
+
+
+@given(given_=st.lists(any_line), command=st.sampled_from([(), ("--idempotency-key", "k")]))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_every_line_of_any_file_has_its_outcome_in_its_place(
+    api: FakeApi, given_: list[bytes], command: tuple[str, ...]
+):
+    source = io.TextIOWrapper(io.BytesIO(b"\n".join(given_)))
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr("sys.stdin", source)
+        with pytest.raises(SystemExit) as end:
+            cli.main(["submit", "--file", "-", "--json", *command])
+
+    told = objects(out.getvalue())
+    numbered = enumerate(given_, 1)
+    bom = b"\xef\xbb\xbf"
+    expected = [n for n, line in numbered if (line.removeprefix(bom) if n == 1 else line).strip()]
+    assert [each["line"] for each in told] == expected
+    refused = [each for each in told if "error" in each]
+    assert all(("id" in each) != ("error" in each) for each in told)
+    assert end.value.code == (1 if refused else 0)
 
 
 def test_refused_lines_have_their_number_in_json_too(gristmill: Gristmill, prompts):
@@ -517,15 +554,15 @@ def test_the_token_of_the_settings_goes_to_the_api_of_the_settings_alone(
     gristmill: Gristmill, api: FakeApi, monkeypatch: pytest.MonkeyPatch
 ):
     api.add("one")
-    settings = Settings(api=ApiSettings(token="0123456789abcdef"))
-    loaded = Loaded(settings, {}, Path("my.toml"))
+    ours = Settings(api=ApiSettings(token="0123456789abcdef"))
+    loaded = Loaded(ours, {}, Path("my.toml"))
     monkeypatch.setattr(api_module, "load_settings", lambda: loaded)
 
     gristmill("status", "one")
     gristmill("status", "one", "--api-url", "http://gristmill.example")
 
-    ours, another = (request.headers for request in api.requests)
-    assert ours["authorization"] == "Bearer 0123456789abcdef"
+    here, another = (request.headers for request in api.requests)
+    assert here["authorization"] == "Bearer 0123456789abcdef"
     assert "authorization" not in another
 
 

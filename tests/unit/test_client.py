@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import UTC, datetime
+from email.utils import format_datetime
 from types import SimpleNamespace
 from typing import Any
 
@@ -65,6 +66,8 @@ class Clock:
 
     def monotonic(self) -> float:
         return self._now + self.api.held_s
+
+    time = monotonic
 
     def sleep(self, seconds: float) -> None:
         self.api.pauses.append(seconds)
@@ -160,11 +163,25 @@ def test_what_may_pass_is_tried_again_as_the_same_job(call: Call, trouble: Answe
 
 
 def test_the_server_says_how_long_to_pause(call: Call) -> None:
-    api = Api(problem(503, "unavailable", {"Retry-After": "7"}), job("queued"))
+    date = format_datetime(datetime(1970, 1, 1, 0, 0, 9, tzinfo=UTC), usegmt=True)
+    api = Api(
+        problem(503, "unavailable", {"Retry-After": "7"}),
+        problem(429, "queue_full", {"Retry-After": date}),  # two seconds later, by its clock
+        job("queued"),
+    )
 
     call(api, "submit", BODY)
 
-    assert api.pauses == [7.0]
+    assert api.pauses == [7.0, 2.0]
+
+
+def test_who_does_not_wait_is_told_when_there_is_room(call: Call) -> None:
+    api = Api(problem(429, "queue_full", {"Retry-After": "17"}))
+
+    with pytest.raises(QueueFull) as raised:
+        call(api, "submit", BODY, made={"patience_s": 0})
+
+    assert raised.value.retry_after == 17
 
 
 def test_patience_is_a_time_and_the_last_error_tells_why(call: Call) -> None:
@@ -425,6 +442,9 @@ def test_a_wait_goes_through_a_restart_of_the_api_of_a_minute(
     api = away_for(60, job("completed", response={"choices": []}))
 
     assert call(api, "result", "j1", timeout_s=timeout_s) == {"choices": []}
+
+    [(job_id, ended)] = call(away_for(60, Jobs(1)), "as_completed", ["j1"], timeout_s=timeout_s)
+    assert (job_id, ended.state) == ("j1", "completed")
 
 
 @pytest.mark.parametrize("method", ["wait", "as_completed"])
