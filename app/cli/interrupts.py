@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 def how_to_stop() -> str:
     """A shell's job in the background does not get Ctrl-C."""
-    return "Ctrl-C" if _is_heeded(signal.SIGINT) else f"`kill {os.getpid()}`"
+    return "Ctrl-C" if is_heeded(signal.SIGINT) else f"`kill {os.getpid()}`"
 
 
 @contextmanager
@@ -25,7 +25,7 @@ def signals_interrupt(tell: Callable[[str], None]) -> Iterator[None]:
         tell(f"{signal.Signals(number).name}: everything is being stopped.")
         raise KeyboardInterrupt
 
-    numbers = filter(_is_heeded, (signal.SIGTERM, signal.SIGHUP))
+    numbers = filter(is_heeded, (signal.SIGTERM, signal.SIGHUP))
     before: dict[signal.Signals, Any] = {
         number: signal.signal(number, interrupt) for number in numbers
     }
@@ -36,6 +36,6 @@ def signals_interrupt(tell: Callable[[str], None]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _is_heeded(number: signal.Signals) -> bool:
+def is_heeded(number: signal.Signals) -> bool:
     """Whether whoever started us left this signal to us: nohup and shells ignore some for us."""
     return signal.getsignal(number) is not signal.SIG_IGN

@@ -13,10 +13,10 @@ from typing import Any, Final, cast
 import click
 
 from app.cli.api import LASTING_S, Api, uses_api
-from app.cli.interrupt import Interrupt
 from app.cli.lines import Source, json_object, numbered_lines
 from app.cli.options import Time, metadata_option, setting
 from app.cli.results import Asked, show, show_as_they_end
+from app.cli.soft_stop import SoftStop
 from app.cli.terminal import FAILED, JOB_FAILED, as_json_option, print_json, print_row, tell
 from app.client import Submission
 from app.errors import GristmillError, IdempotencyConflict, NotStorable, RequestError
@@ -118,12 +118,12 @@ def _is_file(text: str) -> bool:
 
 
 def _submit(api: Api, submissions: Iterator[Submission | None], ledger: Ledger, form: Form) -> None:
-    interrupt = Interrupt()
-    with api.client(LASTING_S, interrupt.pausing) as client:
+    stop = SoftStop()
+    with api.client(LASTING_S, stop.pausing) as client:
         try:
-            with interrupt.heeded():
-                for outcome in client.iter_submit(interrupt.reading(submissions)):
-                    interrupt.answered()
+            with stop.heeded():
+                for outcome in client.iter_submit(stop.reading(submissions)):
+                    stop.answered()
                     ledger.answer(outcome)
         except (KeyboardInterrupt, GristmillError):
             ledger.tell_where_it_stopped(form.key is not None)

@@ -287,7 +287,7 @@ def test_a_file_is_read_no_further_than_it_is_submitted(gristmill: Gristmill, ap
     assert Endless.num_bytes <= 2_000_000
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interruption_loses_no_id_of_a_job_that_was_accepted(
     gristmill: Gristmill, api: FakeApi, prompts, number: signal.Signals
 ):

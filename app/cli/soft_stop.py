@@ -1,4 +1,4 @@
-"""Ctrl-C while jobs are submitted."""
+"""Ctrl-C, SIGTERM and a closed terminal while jobs are submitted."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Final, TypeVar
 
+from app.cli.interrupts import is_heeded
 from app.cli.terminal import tell
 
 T = TypeVar("T")
 
-SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-class Interrupt:
+class SoftStop:
     """Ends the work between two pages: what is under way is answered first, so that the ids of
     jobs that were accepted are known. A second Ctrl-C ends it at once."""
 
@@ -25,10 +26,8 @@ class Interrupt:
     @contextmanager
     def heeded(self) -> Iterator[None]:
         """Within this, signals go by the rules of this class."""
-        before = {number: signal.getsignal(number) for number in SIGNALS}
-        for number, handler in before.items():
-            if handler is not signal.SIG_IGN:  # as nohup and shells' background jobs have it
-                signal.signal(number, self._on_signal)
+        numbers = filter(is_heeded, SIGNALS)
+        before = {number: signal.signal(number, self._on_signal) for number in numbers}
         try:
             yield
             self.end_if_asked()
