@@ -21,6 +21,7 @@ from app.api import (
     health,
     jobs,
     limits,
+    lists,
     many,
     memory,
     models,
@@ -70,7 +71,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(KnownCallers, settings=settings.api)
     app.add_middleware(RequestScope, metrics=services.metrics)  # around it: it counts refusals, too
     problems.install(app)
-    for surface in (jobs, many, purge, models, limits, health):
+    for surface in (jobs, lists, many, purge, models, limits, health):
         app.include_router(surface.router)
     openapi.install(app)
     return app

@@ -1,44 +1,30 @@
-"""/v1/jobs: submit, follow, list, cancel."""
+"""/v1/jobs: submit, follow, cancel, replay."""
 
 from __future__ import annotations
 
-import logging
 import re
-from collections.abc import Iterable, Iterator
-from datetime import datetime
+from collections.abc import Iterator
 from http import HTTPStatus
 from typing import Annotated, Any, Final
 from uuid import UUID
 
 from anyio import to_thread
-from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
+from fastapi import APIRouter, Header, Path, Request, Response
 
-from app.api import query, raw_bodies
+from app.api import raw_bodies
 from app.api.answers import JSON, LOOK_AGAIN, Held, Hold, answer, look, look_at_new
 from app.api.openapi import json_body
 from app.api.problems import documented
-from app.api.schemas import (
-    MAX_PAGE,
-    BulkAnswer,
-    BulkRequest,
-    Job,
-    JobList,
-    JobSummary,
-    ModelName,
-)
+from app.api.schemas import BulkAnswer, BulkRequest, Job
 from app.api.services import Here, Services
-from app.api.views import bulk_item, summary_of, told
-from app.errors import GristmillError, JobUnreadable, RequestError, RequestTooLarge
+from app.api.views import bulk_item
+from app.errors import GristmillError, RequestError, RequestTooLarge
 from app.intake.decision import Decision
 from app.intake.submit import Stored, Submission
-from app.jobs import JobState, job_id_of
-from app.requests import bodies, json_text
-from app.store import cancellation, reads
-from app.store.lists import Filter
-from app.store.reads import JobView, Unreadable
+from app.jobs import job_id_of
+from app.requests import json_text
+from app.store import cancellation
 from app.store.submissions import NewJob
-
-log = logging.getLogger(__name__)
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
@@ -263,115 +249,6 @@ async def get_job(
     """
     job = await look(here, job_id_of(job_id), hold)
     return answer(job, hold=hold, if_none_match=if_none_match)
-
-
-async def filter_of(
-    request: Request,
-    state: Annotated[JobState | None, Query(description="Only jobs in this state.")] = None,
-    model: Annotated[
-        ModelName | None,
-        Query(description="Only jobs of this model.", examples=["all-minilm-l6-v2"]),
-    ] = None,
-    error_code: Annotated[
-        str | None,
-        Query(
-            pattern=r"^[a-z_]{1,100}$",
-            description="Only jobs that ended with this error.",
-            examples=["engine_crash"],
-        ),
-    ] = None,
-    idempotency_key: Annotated[
-        str | None,
-        Query(
-            min_length=1,
-            max_length=255,
-            description="Only the job that was submitted with this key.",
-            examples=["order-42-summary"],
-        ),
-    ] = None,
-    since: Annotated[
-        datetime | None,
-        Query(
-            description="Only jobs accepted at or after this time (RFC 3339, with its zone).",
-            examples=["2027-01-31T12:00:00Z"],
-        ),
-    ] = None,
-    until: Annotated[
-        datetime | None,
-        Query(
-            description="Only jobs accepted before this time (RFC 3339, with its zone).",
-            examples=["2027-01-31T18:00:00Z"],
-        ),
-    ] = None,
-) -> Filter:
-    """Which jobs a list is of."""
-    for name, time in (("since", since), ("until", until)):
-        if time is not None and time.tzinfo is None:
-            example = f"{name} must name its zone, as in 2027-01-31T12:00:00Z."
-            raise RequestError(example, param=name)
-    bodies.refuse_unstorable(idempotency_key, "idempotency_key")
-    return Filter(
-        states=[state] if state else tuple(JobState),
-        model=model,
-        error_code=error_code,
-        metadata=bodies.parse_metadata(query.members_of("metadata", request)),
-        idempotency_key=idempotency_key,
-        since=since,
-        until=until,
-    )
-
-
-_METADATA: Final = query.family(
-    "metadata",
-    "Only jobs with these pairs among their metadata: `metadata[KEY]=VALUE`.",
-    {"customer": "42"},
-)
-
-
-@router.get(
-    "",
-    responses=documented(
-        HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_FOUND, HTTPStatus.SERVICE_UNAVAILABLE
-    ),
-    openapi_extra={"parameters": [_METADATA]},
-    summary="List jobs",
-    response_description="One page of jobs.",
-)
-async def list_jobs(
-    here: Here,
-    wanted: Annotated[Filter, Depends(filter_of)],
-    after: Annotated[
-        str | None,
-        Query(max_length=255, description="Begin after this job: `last_id` of the page before."),
-    ] = None,
-    limit: Annotated[int, Query(ge=1, le=MAX_PAGE, description="Most jobs of a page.")] = 20,
-) -> JobList:
-    """Jobs without their answers, newest first. One whose row cannot be read is left out."""
-    page = await here.read(
-        _list_jobs, here, wanted, after=job_id_of(after) if after else None, limit=limit + 1
-    )
-    shown = page[:limit]
-    return JobList(
-        data=list(_summaries(shown)),
-        first_id=shown[0].id if shown else None,
-        last_id=shown[-1].id if shown else None,
-        has_more=len(page) > limit,
-    )
-
-
-def _summaries(views: Iterable[JobView | Unreadable]) -> Iterator[JobSummary]:
-    for view in views:
-        try:
-            yield told(summary_of, view)
-        except JobUnreadable as error:
-            log.warning("%s", error, extra={"job_id": view.id, "action": "job_unreadable"})
-
-
-def _list_jobs(
-    here: Services, wanted: Filter, *, after: UUID | None, limit: int
-) -> list[JobView | Unreadable]:
-    with here.database.begin() as connection:
-        return reads.list_jobs(connection, wanted, after=after, limit=limit)
 
 
 @router.post(

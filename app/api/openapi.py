@@ -28,10 +28,13 @@ def json_body(schema: type[BaseModel], example: dict[str, Any]) -> dict[str, Any
 _REFUSALS: Final = {
     str(status): answer
     for status, answer in documented(
-        HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.MISDIRECTED_REQUEST
+        HTTPStatus.BAD_REQUEST,
+        HTTPStatus.UNAUTHORIZED,
+        HTTPStatus.FORBIDDEN,
+        HTTPStatus.MISDIRECTED_REQUEST,
     ).items()
 }
-"""Of every operation: see `app.api.callers`."""
+"""Of every operation: see `app.api.query` and `app.api.callers`."""
 _TOKEN: Final = {
     "type": "http",
     "scheme": "bearer",
@@ -62,8 +65,7 @@ def _document(app: FastAPI) -> dict[str, Any]:
         for operations in document["paths"].values():
             for operation in operations.values():
                 # FastAPI documents its own 422 for parameters; here that is a 400.
-                answers = operation["responses"]
-                answers.update(_REFUSALS)
+                answers = operation["responses"] = _REFUSALS | operation["responses"]
                 if "HTTPValidationError" in str(answers.get("422", "")):
                     del answers["422"]
         app.openapi_schema = document

@@ -194,7 +194,8 @@ def _status(error: errors.GristmillError) -> HTTPStatus:
 
 
 RESPONSES: Final[dict[HTTPStatus, str]] = {
-    HTTPStatus.BAD_REQUEST: "Broken JSON, an unknown field, a wrong type or a value out of range.",
+    HTTPStatus.BAD_REQUEST: "Broken JSON, an unknown field or parameter, a wrong type or a value "
+    "out of range.",
     HTTPStatus.UNAUTHORIZED: "A token is set, and it is not sent.",
     HTTPStatus.FORBIDDEN: "The request is made by a web page of another origin.",
     HTTPStatus.NOT_FOUND: "No such job, model or url.",

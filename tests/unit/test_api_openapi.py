@@ -103,6 +103,7 @@ def test_every_error_is_documented_as_a_problem(document: dict[str, Any]) -> Non
         for status, answer in operation["responses"].items():
             if int(status) >= 400 and not name.endswith("/readyz"):
                 assert list(answer["content"]) == ["application/problem+json"], f"{name} {status}"
+        assert "400" in operation["responses"], name  # of a parameter that it does not know
     submit = document["paths"]["/v1/jobs"]["post"]["responses"]
     assert {"202", "400", "404", "413", "415", "422", "429", "503"} <= set(submit)
 
