@@ -140,7 +140,7 @@ MUTANTS: Final = (
         STORE,
         "ON CONFLICT (id) DO NOTHING  -- opened",
         "-- opened",
-        "tests/integration/test_store_contract.py",
+        CLAIMS,
     ),
     Mutant(
         "conditions go into the lookup by id",

@@ -14,7 +14,7 @@ from sqlalchemy import event, text
 
 from app.errors import GristmillError, JobStateConflict, Unavailable
 from app.jobs import AttemptOutcome, JobState
-from app.store import cancellation, claims, sweeps
+from app.store import cancellation, claims, sweeps, workers
 from app.store.claims import BatchStats, Member
 from app.store.database import Database
 from app.store.reads import JobView
@@ -114,6 +114,29 @@ def test_a_repeated_claim_is_the_same_claim(database: Database) -> None:
     assert sorted(map(repr, first)) == sorted(map(repr, second))
     assert count(database, "attempts") == 2
     assert count(database, "batches") == 1
+
+
+def test_a_repeated_claim_of_an_attempt_that_was_lost_meanwhile_gets_nothing(
+    database: Database,
+) -> None:
+    # given a claim whose answer was lost, and an outage longer than the lease
+    [job_id] = insert(database, new_job())
+    worker = Worker.registered(database)
+    batch, members = worker.batch(), [Member(job_id, uuid4())]
+    with database.begin() as connection:
+        claims.claim(connection, batch, members)
+    end_lease(database, worker.id)
+    with database.begin() as connection:
+        sweeps.expire_leases(connection, sweeps.find_lost(connection, 10))
+    with database.begin() as connection:
+        workers.heartbeat(connection, worker.id, 30)
+
+    # when it is tried again
+    with database.begin() as connection:
+        claimed = claims.claim(connection, batch, members)
+
+    assert claimed == []
+    assert view(database, job_id).state is JobState.QUEUED
 
 
 def test_a_repeated_claim_may_get_more_than_the_first(database: Database) -> None:

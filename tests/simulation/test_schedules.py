@@ -157,11 +157,14 @@ def test_a_job_whose_message_is_lost_after_a_reconnect_is_sent_again() -> None:
     [worker, _] = world.workers
     worker.take(world.queue.lists[STATIC].pop())
     worker.turn()
+    assert [row["received_by"] for row in world.store.rows("jobs")] == [worker.id]
     world.disconnect(0)
     world.flush_redis()
 
-    world.heal()
+    worker.turn()  # it lets go at once, and not with its next heartbeat
 
+    assert [row["received_by"] for row in world.store.rows("jobs")] == [None]
+    world.heal()
     assert [row["state"] for row in world.store.rows("jobs")] == ["completed"]
 
 
