@@ -160,6 +160,7 @@ async def submit_bulk(request: Request, here: Here) -> Response:
     most = here.settings.api.max_bulk_bytes
     async with raw_bodies.body_of(request, most, here.room) as raw, here.bulk_turn():
         checked = await _check_bulk(here, raw)
+        raw.clear()  # Postgres may take as long again
         stored = await here.write(here.submitter.store, checked)
         await here.send(stored)
         return await to_thread.run_sync(_bulk_answer, here, stored, limiter=here.bulk_answers)
@@ -195,10 +196,7 @@ def pieces_of(items: list[slice]) -> Iterator[list[slice]]:
 def _check_piece(
     here: Services, raw: bytearray, piece: list[slice], index: int
 ) -> list[NewJob | RequestError]:
-    checked: list[NewJob | RequestError] = []
-    for place, item in enumerate(piece, index):
-        checked.append(_check_item(here, raw[item], place))
-    return checked
+    return [_check_item(here, raw[item], place) for place, item in enumerate(piece, index)]
 
 
 def _check_item(here: Services, raw: bytearray, index: int) -> NewJob | RequestError:

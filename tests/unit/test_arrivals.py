@@ -16,6 +16,7 @@ from app.config.settings import Settings
 from app.errors import GristmillError, RequestError
 from app.jobs import EARLIEST, LATEST, job_id_of
 from app.requests.bodies import FORMAT
+from app.worker.pool import arrivals
 from app.worker.pool.arrivals import ARRIVAL_HEADER, identify, read, scrub
 
 TASK_ID = str(uuid.uuid4())
@@ -269,3 +270,16 @@ def test_celery_sees_neither_prompt_nor_foreign_headers(config: Settings) -> Non
     assert SECRET not in json.dumps(shown)
     assert SECRET not in str(sent.payload)
     assert shown["kwargsrepr"] == "(model=stub)"
+
+
+@pytest.mark.parametrize("item", [{"a": []}, "", []])
+@pytest.mark.parametrize("kind", [str, str.encode])
+def test_a_message_crowded_with_parts_is_refused_before_values_are_made_of_it(
+    config: Settings, monkeypatch: pytest.MonkeyPatch, item: Any, kind: Callable[[str], Any]
+) -> None:
+    monkeypatch.setattr(arrivals, "loads", lambda *_, **__: pytest.fail("Values were made."))
+    sent = message()
+    sent.body = kind(json.dumps([[], {"prompt": [item] * 60_000}, {}]))
+
+    with pytest.raises(RequestError, match="more than 50000 texts, objects and lists"):
+        arrive(sent, config)
