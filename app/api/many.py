@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Mapping
 from functools import partial
 from http import HTTPStatus
@@ -41,6 +42,9 @@ WHOLE_PAGE: Final = 10
 """The same with their answers, which may be long."""
 MAX_ANSWERS_BYTES: Final = 16_000_000
 """Once an answer is as long as this, further jobs come with their states alone."""
+
+HELD_S: Final = 5.0
+"""How long a bulk cancel waits for rows that others hold, one by one; the rest is refused."""
 
 Told = JobState | Snapshot | Exception
 """What an item tells of a job."""
@@ -210,25 +214,20 @@ def _cancel(
         told |= cancellation.cancel_free(connection, ids)
         held = reads.states(connection, [id for id in ids if id not in told])
         decision.commit()
-    away: Unavailable | None = None
+    give_up_at = time.monotonic() + HELD_S
     for id in sorted(held):
-        try:
-            if away is None:
-                told[id] = _cancel_one(decision, here, id)
-                continue
-        except Unavailable as error:
-            away = error
-        except GristmillError as error:
-            told[id] = error
-            continue
-        told[id] = away or Unavailable()
+        is_late = time.monotonic() > give_up_at
+        told[id] = Unavailable() if is_late else _cancel_held(decision, here, id)
     return told
 
 
-def _cancel_one(decision: Decision, here: Services, id: UUID) -> JobState:
-    with here.database.begin() as connection:
-        state = cancellation.end(connection, id)
-        decision.commit()
+def _cancel_held(decision: Decision, here: Services, id: UUID) -> JobState | GristmillError:
+    try:
+        with here.database.begin() as connection:
+            state = cancellation.end(connection, id)
+            decision.commit()
+    except GristmillError as error:
+        return error
     return state
 
 
