@@ -121,6 +121,7 @@ _STANDARD_FIELDS: Final = frozenset(vars(logging.makeLogRecord({})))
 _NOT_SHOWN: Final = _STANDARD_FIELDS | {
     "message", "asctime",
     "data",  # Celery's own extra: the arguments of a task
+    "color_message",  # uvicorn's: the message once more
 }  # fmt: skip
 
 

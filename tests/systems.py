@@ -88,7 +88,7 @@ class Up:
             assert self.process.poll() is None, self.output
             return "stops everything." in self.output
 
-        eventually(is_ready, timeout_s=90)
+        eventually(is_ready, timeout_s=240)
 
     def gristmill(self, *arguments: str, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
         """Another command, as from another terminal."""
