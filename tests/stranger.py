@@ -23,13 +23,12 @@ OF_A_PROCESS = ("cmdline", "environ", "comm", "status", "maps", "stack", "wchan"
 CAN_BE_ONE = os.geteuid() == 0 and shutil.which("setpriv") is not None
 
 
-def look(
-    needles: Sequence[str], folders: Sequence[Path], ports: Mapping[int, list[str]]
-) -> set[str]:
-    """`needle in place` of each that `nobody` finds. `ports`: what to send to each."""
+def look(needles: Sequence[str], since: float, ports: Mapping[int, list[str]]) -> set[str]:
+    """`needle in place` of each that `nobody` finds: in files that were written `since`, and in
+    what ports answer; `ports` has what to send to each."""
     given = {
         "needles": list(needles),
-        "folders": [*FOLDERS, *map(str, folders)],
+        "since": since,
         "ports": {str(port): list(sent) for port, sent in ports.items()},
     }
     nobody = ["setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups", "--no-new-privs"]
@@ -49,11 +48,12 @@ def look(
 
 
 def _everything(given: dict[str, Any]) -> Iterator[tuple[str, bytes | mmap.mmap]]:
-    for folder in given["folders"]:
+    for folder in FOLDERS:
         for root, _, names in os.walk(folder):
             for name in names:
                 yield f"file {root}/{name}", os.fsencode(name)
-                yield from _file(f"{root}/{name}")
+                if _changed(f"{root}/{name}") >= given["since"]:
+                    yield from _file(f"{root}/{name}")
     for process in Path("/proc").glob("[0-9]*"):
         for name in OF_A_PROCESS:
             yield from _small(f"{process}/{name}")
@@ -70,6 +70,13 @@ def _everything(given: dict[str, Any]) -> Iterator[tuple[str, bytes | mmap.mmap]
         for text in texts:
             said = _said(socket.AF_INET, ("127.0.0.1", int(port)), text.encode("latin-1"))
             yield f"port {port}: {text[:60]!r}", said
+
+
+def _changed(place: str) -> float:
+    try:
+        return Path(place).lstat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _file(place: str) -> Iterator[tuple[str, mmap.mmap]]:

@@ -137,7 +137,7 @@ class Up:
     def end(self) -> None:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
-            assert self.process.wait(15) == 0, self.output
+            assert self.process.wait(60) == 0, self.output
 
     def _command(self, *arguments: str) -> list[str]:
         return [sys.executable, "-m", "app.cli", "--config", str(self.config), *arguments]
