@@ -63,9 +63,8 @@ def _forget(task: asyncio.Task[Any]) -> None:
 class Work:
     """Bounds the bytes of submissions that are parsed, checked and turned into tokens at once.
 
-    Belongs to the event loop's thread.
-    Whoever waits is served in order, but what has room does not wait for what has none. A turn ends
-    with its work, whatever becomes of the caller: memory and threads are in use until then.
+    What has room does not wait for what has none. A turn ends with its work, whatever becomes of
+    the caller: memory and threads are in use until then. Belongs to the event loop's thread.
     """
 
     def __init__(self, max_body_bytes: int) -> None:
