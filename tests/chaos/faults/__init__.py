@@ -7,12 +7,13 @@ from tests.chaos.faults import (
     database,
     deploy,
     engine,
+    front_door,
     messages,
     surroundings,
     worker,
 )
 
 __all__ = [
-    "broker", "clients", "data", "database", "deploy", "engine", "messages", "surroundings",
-    "worker",
+    "broker", "clients", "data", "database", "deploy", "engine", "front_door", "messages",
+    "surroundings", "worker",
 ]  # fmt: skip

@@ -17,6 +17,7 @@ from typing import Any, Final
 import httpx
 
 from app.local.ports import LOOPBACK
+from tests.chaos.burden import compare, p99
 from tests.chaos.checker import Evidence
 from tests.chaos.load import Spec
 from tests.chaos.scene import Scene, fault
@@ -142,18 +143,13 @@ def bad_clients(scene: Scene) -> None:
     with _slow_bodies(scene, number // 10):
         _vanish(scene, 50)
         _check_bombs(scene)
-        quiet_ms = _p99_ms(scene, lasts_s)
-        with _poll_storm(scene, number):
-            arrival_ms = _request_ms(scene)  # it waits until all of the storm has been taken in
-            noisy_ms = _p99_ms(scene, lasts_s)
-        quiet_ms = max(quiet_ms, _p99_ms(scene, lasts_s))
-    scene.note(
-        f"{number // 10} slow bodies were open: p99 of another client's requests {quiet_ms:.0f} ms "
-        f"without {number} long polls and {noisy_ms:.0f} ms with them; {arrival_ms:.0f} ms as they "
-        "all arrived at once."
-    )
-    unmoved = noisy_ms < 2 * quiet_ms + 250
-    scene.expect(unmoved, "I8", f"The p99 of others went from {quiet_ms:.0f} to {noisy_ms:.0f} ms.")
+        compare(
+            scene,
+            f"{number} long polls beside {number // 10} slow bodies",
+            lambda: _p99_ms(scene, lasts_s),
+            lambda: _poll_storm(scene, number),
+            is_well=lambda quiet_ms, noisy_ms: noisy_ms < 2 * quiet_ms + 250,
+        )
 
 
 def _p99_ms(scene: Scene, lasts_s: float) -> float:
@@ -163,7 +159,7 @@ def _p99_ms(scene: Scene, lasts_s: float) -> float:
     while time.monotonic() < until:
         took_ms.append(_request_ms(scene))
         time.sleep(0.05)
-    return sorted(took_ms)[int(0.99 * len(took_ms))]
+    return p99(took_ms)
 
 
 def _request_ms(scene: Scene) -> float:
@@ -187,19 +183,26 @@ _HEAD: Final = (
 
 @contextmanager
 def _slow_bodies(scene: Scene, number: int) -> Iterator[None]:
-    """Requests whose headers or body come at a byte a second."""
-    with ExitStack() as held:
-        sockets = [held.enter_context(_connect(scene)) for _ in range(number)]
-        for index, each in enumerate(sockets):
-            each.sendall(_HEAD if index % 2 else _HEAD[:20])
-        ended = threading.Event()
+    """Requests whose headers or body come at a byte a second. One that is given up comes again."""
 
-        def drip() -> None:
-            while not ended.wait(1.0):
-                for each in sockets:
+    def begin(index: int) -> socket.socket:
+        client = held.enter_context(_connect(scene))
+        client.sendall(_HEAD if index % 2 else _HEAD[:20])
+        return client
+
+    def drip() -> None:
+        while not ended.wait(1.0):
+            for index, each in enumerate(sockets):
+                try:
+                    each.sendall(b"x")
+                except OSError:
+                    each.close()
                     with contextlib.suppress(OSError):
-                        each.sendall(b"x")
+                        sockets[index] = begin(index)
 
+    with ExitStack() as held:
+        sockets = [begin(index) for index in range(number)]
+        ended = threading.Event()
         thread = threading.Thread(target=drip)
         thread.start()
         try:
@@ -218,6 +221,7 @@ def _poll_storm(scene: Scene, number: int) -> Iterator[None]:
         request = f"GET /v1/jobs/{made}?wait=60 HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
         for _ in range(number):
             held.enter_context(_connect(scene)).sendall(request)
+        scene.note(f"{_request_ms(scene):.0f} ms as {number} long polls arrived at once.")
         try:
             yield
         finally:
