@@ -6,13 +6,16 @@ An answer of None is none: what one asks through is away, and the part is not to
 from __future__ import annotations
 
 import socket
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import httpx
 
 from app.config.settings import Settings
 from app.errors import Unavailable
 from app.local.upkeep import Answer
+
+if TYPE_CHECKING:
+    from app.broker.commands import Asking
 
 ANSWER_S: Final = 5.0
 """Longest wait for an answer over HTTP."""
@@ -33,12 +36,12 @@ def api(settings: Settings) -> Answer:
     return Answer.READY if answer.is_success else Answer.ALIVE
 
 
-def worker(settings: Settings) -> Answer | None:
+def worker(settings: Settings, asking: Asking | None = None) -> Answer | None:
     """READY if a worker here makes progress: models, engine, Postgres and Redis are at hand."""
     from app.broker.commands import workers
 
     try:
-        found = workers(settings)
+        found = asking.workers() if asking else workers(settings)
     except Unavailable:
         return None
     here = [ready for name, ready in found.items() if name.endswith(f"@{socket.gethostname()}")]

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final, Self
 
+from app.broker.commands import Asking
 from app.config import run_file
 from app.config.file import Loaded
 from app.config.settings import Settings
@@ -146,10 +147,14 @@ class System:
             self._tell(f"{child.name} is ready.")
 
     def _await(self, child: Child) -> None:
+        is_worker = child.name == "worker"
+        asking = self._held.enter_context(contextlib.closing(Asking(self.settings)))
+
         def ask() -> Answer | None:
+            if is_worker:
+                return checks.worker(self.settings, asking)
             return _CHECKS[child.name](self.settings)
 
-        is_worker = child.name == "worker"
         limit_s = self.settings.worker.load_timeout_s if is_worker else START_TIMEOUT_S
         child.wait_until(lambda: ask() is Answer.READY, limit_s)
         self._watch(child, ask, limit_s, HANG_S)

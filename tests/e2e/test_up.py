@@ -166,7 +166,11 @@ def test_a_killed_up_leaves_nothing_behind_and_one_in_the_background_goes_on_unt
 def test_a_part_that_cannot_start_is_told_and_the_others_are_stopped(tmp_path: Path):
     system = Up(tmp_path, '[flower]\nhost = "0.0.0.0"\n', detach=True)  # refused without a password
 
-    assert system.process.wait(120) == 4
+    exit_code = system.process.wait(120)
+    left = system.gristmill("down")
+
+    assert exit_code == 4, system.output
+    assert "Nothing runs in" in left.stderr
     assert "flower ended with exit code 3:" in system.output
     assert "set FLOWER_BASIC_AUTH" in system.output
     assert not system.processes()
