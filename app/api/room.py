@@ -66,18 +66,23 @@ class Room:
 
     async def take(self, share: Share, num: int) -> None:
         """Returns when `num` further bytes of this body may be held."""
-        if share is not self._favoured and (self._turn.locked() or self.held + num > self._most):
+        if share is not self._favoured and (self._turn.locked() or not self._admits(share, num)):
             await self._wait(share, num)
         self.held += num
 
     async def _wait(self, share: Share, num: int) -> None:
         with self._hurry():
             async with self._turn:
-                while self._favoured is not None and self.held + num > self._most:
+                while not self._admits(share, num):
                     self._freed.clear()
                     await self._freed.wait()
-                if self.held + num > self._most:
-                    self._favoured = share
+
+    def _admits(self, share: Share, num: int) -> bool:
+        if self.held + num <= self._most:
+            return True
+        if self._favoured is None:
+            self._favoured = share
+        return share is self._favoured
 
     def give_back(self, share: Share, num: int) -> None:
         self.held -= num
