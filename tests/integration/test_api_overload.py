@@ -243,11 +243,11 @@ UNFINISHED = HEAD.replace(b"1000000", b"199000") + b" " * 150_000
 
 @pytest.fixture
 def narrow(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    """An API with room for two bodies, which gives those who stand still no time once it is short
+    """An API with room for three bodies, which gives those who stand still no time once it is short
     of room, and all the time until then."""
     monkeypatch.setattr(room, "HURRIED_S", 0.2)
     monkeypatch.setattr(room, "PATIENT_S", 1_000.0)
-    few = {"max_body_bytes": 200_000, "max_bulk_bytes": 200_000, "max_held_bytes": 400_000}
+    few = {"max_body_bytes": 200_000, "max_bulk_bytes": 200_000, "max_held_bytes": 460_000}
     return settings.model_copy(update={"api": settings.api.model_copy(update=few)})
 
 
