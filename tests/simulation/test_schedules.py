@@ -10,7 +10,7 @@ from datetime import timedelta
 import pytest
 
 from app.broker.queues import queue_name
-from app.store import submissions
+from app.store import submissions, sweeps
 from app.store.submissions import Incoming
 from tests.simulation.effects import Effect
 from tests.simulation.engine import answer_to
@@ -185,6 +185,33 @@ def test_a_message_that_was_registered_and_forgotten_is_sent_again() -> None:
     world.disconnect(0)
     world.flush_redis()
 
+    world.heal()
+    assert [row["state"] for row in world.store.rows("jobs")] == ["completed"]
+
+
+def test_a_job_that_was_taken_from_its_worker_is_free_while_the_late_run_goes_on() -> None:
+    # given a job that a worker runs, and that was taken from it
+    world = World()
+    world.workers[1].die(given_back=False)
+    world.submit(PROMPTS.index("good 60"), 1, 0)
+    while not world.store.rows("attempts"):
+        world.go(1, 0)
+    [worker, _], [job_id] = world.workers, world.store.tables["jobs"]
+    lease = world.store.tables["workers"][worker.id]
+    with world.store.begin() as connection:
+        connection.update("workers", worker.id, lease_expires_at=world.clock.now())
+        sweeps.expire_leases(connection, [job_id])
+        connection.update("workers", worker.id, lease_expires_at=lease["lease_expires_at"])
+
+    # when its next message comes to the same worker
+    worker.take(Message(job_id, None, "static"))
+    worker.turn()
+    worker.turn()
+
+    # then others may have it at once
+    [row] = world.store.rows("jobs")
+    assert (row["state"], row["received_by"]) == ("queued", None)
+    assert worker.host.busy
     world.heal()
     assert [row["state"] for row in world.store.rows("jobs")] == ["completed"]
 
