@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC
 from functools import partial
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def test_any_item_becomes_an_arrival_in_range_or_a_refusal(item: bytes) -> None:
         assert type(arrival.priority) is int
         assert 0 <= arrival.priority <= 9
         for stamp in (arrival.not_before, arrival.deadline):
-            assert stamp is None or EARLIEST <= stamp <= LATEST
+            assert stamp is None or (EARLIEST <= stamp <= LATEST and stamp.tzinfo is UTC)
         assert arrival.time_limit_s is None or 0 < arrival.time_limit_s <= 1e9
 
 
