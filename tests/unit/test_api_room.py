@@ -162,3 +162,34 @@ def test_who_is_cancelled_while_it_waits_leaves_the_room_to_others() -> None:
         assert (room.held, room.is_short) == (0, False)
 
     asyncio.run(arrive())
+
+
+def test_a_storm_of_large_bodies_takes_a_few_pieces_in_each_turn_of_the_loop() -> None:
+    async def arrive() -> None:
+        # given
+        room = Room(100 * LARGEST, LARGEST)
+        num_taken = 0
+
+        async def come() -> None:
+            nonlocal num_taken
+            with room.share() as share:
+                async with share.arriving():
+                    share.came(2 * FREE_BYTES)
+                    await share.keep()
+                num_taken += 1
+
+        # when
+        bodies = [asyncio.create_task(come()) for _ in range(100)]
+        gone = bodies.pop(50)
+        in_each_turn = []
+        while not all(body.done() for body in bodies):
+            before = num_taken
+            await asyncio.sleep(0)
+            in_each_turn.append(num_taken - before)
+            gone.cancel()
+
+        # then
+        assert num_taken == 99
+        assert max(in_each_turn) <= rooms.PIECES_A_TURN
+
+    asyncio.run(arrive())
