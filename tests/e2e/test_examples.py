@@ -29,6 +29,7 @@ from app.config.file import load
 from app.local.servers import EmbeddedPostgres
 from app.local.supervisor import System
 from tests.pages import EXAMPLES, ROOT
+from tests.signals import HEEDING_SIGNALS
 from tests.waiting import eventually
 
 API = "http://127.0.0.1:8000"  # in the examples; the tests' own port takes its place
@@ -99,7 +100,10 @@ class Terminal:
     def started(self, command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
         """A program in a terminal of its own: what is sent to its group is as Ctrl-C there."""
         with subprocess.Popen(
-            command, cwd=self._folder, env=self.environ, start_new_session=True
+            [*HEEDING_SIGNALS, *command],
+            cwd=self._folder,
+            env=self.environ,
+            start_new_session=True,
         ) as running:
             try:
                 yield running

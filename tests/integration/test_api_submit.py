@@ -276,7 +276,7 @@ LONG = "the water wheel turns " * 80_000
 def test_a_prompt_of_nearly_2_mb_is_refused_and_never_tokenised(
     refusing: httpx.Client, monkeypatch: pytest.MonkeyPatch, body: Any, param: str
 ) -> None:
-    def encode(tokenizer: StubTokenizer, text: str) -> tuple[int, ...]:
+    def encode(tokenizer: StubTokenizer, text: str, **_: bool) -> tuple[int, ...]:
         assert len(text) < 10
         return tuple(text.encode())
 

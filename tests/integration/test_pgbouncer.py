@@ -136,7 +136,7 @@ def test_the_doctor_says_what_is_between(
     monkeypatch.setenv("GRISTMILL_DATABASE__URL", pgbouncer.url)
     monkeypatch.setenv("GRISTMILL_DATABASE__LISTEN_URL", database_url)
 
-    findings = {finding.name: finding for finding in islice(examine(), 5)}
+    findings = {finding.name: finding for finding in islice(examine(), 6)}
 
     assert findings["Postgres"].ok
     assert "behind a pooler" in findings["Postgres"].detail

@@ -7,6 +7,7 @@ reads a table through once at the most, but never once for each of its rows.
 
 from __future__ import annotations
 
+import os
 import secrets
 import subprocess
 from collections.abc import Callable, Iterator
@@ -55,14 +56,15 @@ STATES = {
 
 @contextmanager
 def postgres_15(folder: Path) -> Iterator[str]:
-    """The URL of a Debian server, which runs as a user of its own."""
+    """The URL of a Debian server, which does not run as root."""
     folder.mkdir(mode=0o777)
     folder.chmod(0o777)
     port, data = free_port(), folder / "data"
 
     def run(program: str, *options: str) -> None:
-        as_postgres = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
-        command = [*as_postgres, str(DEBIAN_15 / program), "-D", str(data), *options]
+        postgres = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
+        user = postgres if os.geteuid() == 0 else []
+        command = [*user, str(DEBIAN_15 / program), "-D", str(data), *options]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd="/")
 
     run("initdb", "--auth=trust", "--username=postgres", "--no-sync")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from hypothesis import given
@@ -131,4 +132,4 @@ def test_every_sentinel_is_asked_with_the_same_user_database_and_encryption() ->
 def test_certificates_that_are_there_are_taken(tmp_path: Path) -> None:
     (tmp_path / "ca.pem").touch()
 
-    assert problem_in(f"rediss://host/0?ssl_ca_certs={tmp_path}/ca.pem", "") is None
+    assert problem_in(f"rediss://host/0?ssl_ca_certs={quote(str(tmp_path))}/ca.pem", "") is None

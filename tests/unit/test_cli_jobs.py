@@ -24,6 +24,7 @@ from app.client import Client
 from app.config.file import Loaded
 from app.config.settings import ApiSettings, Settings
 from tests.fake_api import FakeApi
+from tests.signals import heeding_signals
 
 Gristmill = Callable[..., tuple[int, str, str]]
 
@@ -41,7 +42,7 @@ def gristmill(api: FakeApi, capsys: pytest.CaptureFixture[str]) -> Gristmill:
     """Run a command in this process; (exit code, standard output, standard error)."""
 
     def run(*arguments: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as end:
+        with heeding_signals(), pytest.raises(SystemExit) as end:
             cli.main(arguments)
         captured = capsys.readouterr()
         return int(end.value.code or 0), captured.out, captured.err
