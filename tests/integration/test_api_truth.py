@@ -353,6 +353,7 @@ def test_deadlines_are_judged_by_the_database_s_clock(
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"FAKETIME_DONT_FAKE_MONOTONIC": "1"},
+        start_new_session=True,  # faketime starts another process, and stays
     ) as process:
         try:
             url = address_of(process)
@@ -364,4 +365,4 @@ def test_deadlines_are_judged_by_the_database_s_clock(
 
             assert (deadline_in(30), deadline_in(-30)) == (202, 422)
         finally:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
