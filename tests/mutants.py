@@ -438,7 +438,7 @@ MUTANTS: Final = (
         "app/worker/pool/envelope.py",
         "case str(tag) if tag and is_unicode(tag):",
         "case _ if True:",
-        ODD_MESSAGES,
+        "tests/unit/test_envelope.py",
     ),
     Mutant(
         "properties may be anything",
