@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Final, Literal, Self
 from uuid import UUID
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from app.api.problems import Problem
 from app.api.schemas import Job, JobSummary, ModelName
@@ -13,6 +13,7 @@ from app.errors import RequestError
 from app.intake.submit import Moment
 from app.jobs import JobState
 from app.requests.bodies import parse_metadata
+from app.requests.part import Part
 
 MAX_IDS: Final = 1_000
 """Of one call."""
@@ -25,17 +26,14 @@ Ids = Annotated[
     Field(
         min_length=1,
         max_length=MAX_IDS,
+        fail_fast=True,
         description="Ids of jobs; any other text is taken for the id of a Celery task.",
         examples=[["0b9f1c5e-6c8f-4d3a-9a3f-0d9b7f2f6a11"]],
     ),
 ]
 
 
-class _Asked(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class StatusRequest(_Asked):
+class StatusRequest(Part):
     """Which jobs to follow, and how much of each."""
 
     ids: Ids
@@ -80,7 +78,7 @@ class BulkStatus(BaseModel):
     items: list[StatusItem] = Field(description="The jobs.")
 
 
-class CancelFilter(_Asked):
+class CancelFilter(Part):
     """Which open jobs to cancel: those that pass all that is given."""
 
     state: Literal["queued", "running"] | None = Field(
@@ -115,7 +113,7 @@ class CancelFilter(_Asked):
         return self
 
 
-class CancelRequest(_Asked):
+class CancelRequest(Part):
     """Which jobs to cancel: `ids` or a `filter`."""
 
     ids: Ids | None = Field(None, description="Cancel these, in place of a filter.")

@@ -21,7 +21,7 @@ from pydantic import Field, ValidationError
 from app.errors import LaterFormat, RequestError, UrlNotFound
 from app.jobs import Grammar, Kind, SamplingParams, int64
 from app.requests import output_format
-from app.requests.output_format import JsonSchema, ResponseFormat, StructuredOutputs
+from app.requests.output_format import ResponseFormat, StructuredOutputs
 from app.requests.part import UNKNOWN_FIELD, Part
 
 FORMAT: Final = 1
@@ -419,11 +419,11 @@ def _url(raw: dict[str, Any], url: str | None) -> Url:
 def first_problem(error: ValidationError, raw: dict[str, Any]) -> RequestError:
     """The first problem as a sentence; unions report once per branch, so the top field decides."""
     problem = error.errors(include_url=False, include_input=False)[0]
-    path = [str(part) for part in problem["loc"] if _is_in_body(part, raw)]
+    path = _path_in(raw, problem["loc"], is_missing=problem["type"] == "missing")
     if problem["type"] == UNKNOWN_FIELD:
         param = _printable(".".join([*path, problem["ctx"]["name"]]))
         return RequestError(f"Unknown field {param}.", param=param)
-    param = _printable(".".join(path) or str(problem["loc"][0]))
+    param = _printable(".".join(path) or "body")
     if problem["type"] == "missing":
         return RequestError(f"The field {param} is required.", param=param)
     reason = problem["msg"].removeprefix("Value error, ")
@@ -435,21 +435,25 @@ def _printable(name: str) -> str:
     return json.dumps(name)[1:-1][:200]
 
 
-def _is_in_body(part: int | str, raw: dict[str, Any]) -> bool:
-    """Whether a part of an error's path is a field or an index, not the name of a union branch."""
-    if isinstance(part, int):
-        return True
-    return part in _FIELDS or part in raw
+def _path_in(value: Any, place: tuple[int | str, ...], *, is_missing: bool) -> list[str]:
+    """What of an error's place is in the value: fields and indices, not names of union branches.
+
+    Of one that `is_missing` the last is not there, and named all the same.
+    """
+    path = []
+    for part in place:
+        match value:
+            case dict() if part in value:
+                value = value[part]
+            case list() if isinstance(part, int):
+                value = value[part]
+            case _:
+                continue
+        path.append(str(part))
+    return [*path, str(place[-1])] if is_missing else path
 
 
 _TOP_FIELDS: Final = frozenset(name for body in BODIES.values() for name in body.model_fields)
-_FIELDS: Final = frozenset(
-    {
-        field.alias or name
-        for part in (*BODIES.values(), ChatMessage, ResponseFormat, JsonSchema, StructuredOutputs)
-        for name, field in part.model_fields.items()
-    }
-)
 
 
 def _split(given: Any) -> list[Prompt]:
