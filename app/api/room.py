@@ -87,8 +87,8 @@ class Room:
         await passed
 
     def _let_pass(self, loop: asyncio.AbstractEventLoop) -> None:
-        for passed in list(self._in_line)[:PIECES_A_TURN]:
-            self._in_line.popleft()
+        for _ in range(min(PIECES_A_TURN, len(self._in_line))):
+            passed = self._in_line.popleft()
             if not passed.done():  # whoever went away has cancelled it
                 passed.set_result(None)
         if self._in_line:
