@@ -6,7 +6,9 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import NoReturn
+
+from app.local.signals import handled
 
 
 def how_to_stop() -> str:
@@ -25,15 +27,8 @@ def signals_interrupt(tell: Callable[[str], None]) -> Iterator[None]:
         tell(f"{signal.Signals(number).name}: everything is being stopped.")
         raise KeyboardInterrupt
 
-    numbers = filter(is_heeded, (signal.SIGTERM, signal.SIGHUP))
-    before: dict[signal.Signals, Any] = {
-        number: signal.signal(number, interrupt) for number in numbers
-    }
-    try:
+    with handled(filter(is_heeded, (signal.SIGTERM, signal.SIGHUP)), interrupt):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def is_heeded(number: signal.Signals) -> bool:

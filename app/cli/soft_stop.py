@@ -9,6 +9,7 @@ from typing import Final, TypeVar
 
 from app.cli.interrupts import is_heeded
 from app.cli.terminal import tell
+from app.local.signals import handled
 
 T = TypeVar("T")
 
@@ -26,14 +27,9 @@ class SoftStop:
     @contextmanager
     def heeded(self) -> Iterator[None]:
         """Within this, signals go by the rules of this class."""
-        numbers = filter(is_heeded, SIGNALS)
-        before = {number: signal.signal(number, self._on_signal) for number in numbers}
-        try:
+        with handled(filter(is_heeded, SIGNALS), self._on_signal):
             yield
             self.end_if_asked()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def reading(self, items: Iterable[T]) -> Iterator[T]:
         """The items: between two of them may be the end, and while one is waited for."""

@@ -31,6 +31,7 @@ from app.local.child import Child
 from app.local.logs import Log
 from app.local.ports import free_port
 from app.local.servers import EmbeddedPostgres, EmbeddedRedis
+from app.local.signals import handled
 from app.local.upkeep import Answer
 from app.local.watch import Watched
 from app.store.database import migrate
@@ -235,10 +236,5 @@ def _with(settings: Settings, chosen: dict[tuple[str, str], Any]) -> Settings:
 @contextlib.contextmanager
 def _uninterrupted() -> Iterator[None]:
     """Ctrl-C a second time does not leave half of it running; stopping is bounded anyway."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, lambda *_: None) for number in numbers}
-    try:
+    with handled((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), lambda *_: None):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -19,6 +19,7 @@ from app.broker.queues import Layout, queue_name
 from app.config.settings import ModelSettings, Settings
 from app.jobs import Kind
 from tests.own_redis import OwnRedis, running_redis
+from tests.pushed import push
 
 STUB = {"source": "stub", "kind": "generate", "engine": "stub", "max_batch_size": 2}
 BUDGET = 4
@@ -85,15 +86,6 @@ class Taker:
 def taker(settings: Settings) -> Iterator[Taker]:
     with make_app(settings) as app, app.connection_for_read() as connection:
         yield Taker(settings, connection)
-
-
-def push(client: redis.Redis, queue: str, model: str, number: int, priority: int = 0) -> list[str]:
-    ids = [str(uuid4()) for _ in range(number)]
-    for job_id in ids:
-        body = {"prompt": "x", "model": model}
-        item = raw_message(job_id, Kind.GENERATE, body, queue=queue, priority=priority)
-        client.lpush(Layout().key(queue, priority), item)
-    return ids
 
 
 def test_a_flood_of_plain_messages_for_one_model_does_not_hold_up_those_for_another(

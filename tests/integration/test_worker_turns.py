@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from uuid import uuid4
 
 import redis
 
-from app.broker.message import raw_message
-from app.broker.queues import Layout
 from app.config.settings import ModelSettings, Settings
-from app.jobs import Kind
+from tests.pushed import push
 from tests.waiting import eventually
 from tests.workers import rows, running_worker
 
@@ -20,15 +17,6 @@ def stub(**given: object) -> ModelSettings:
     return ModelSettings.model_validate(
         {"source": "stub", "kind": "generate", "engine": "stub", "max_batch_size": 2, **given}
     )
-
-
-def push(client: redis.Redis, queue: str, model: str, number: int, priority: int = 0) -> list[str]:
-    ids = [str(uuid4()) for _ in range(number)]
-    for job_id in ids:
-        body = {"prompt": "x\nsleep 50", "model": model}
-        item = raw_message(job_id, Kind.GENERATE, body, queue=queue, priority=priority)
-        client.lpush(Layout().key(queue, priority), item)
-    return ids
 
 
 def test_jobs_of_an_idle_model_and_of_plain_send_task_do_not_wait_behind_a_backlog(
