@@ -173,7 +173,11 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  #: (token id, what its logit is raised by)
+    bad_words: tuple[tuple[int, ...], ...] = ()  #: token ids that never follow each other
+    min_tokens: int = 0  #: nothing but `max_tokens` or the grammar ends it before it has so many
     stop: tuple[str, ...] = ()  #: the text ends before the first of these
+    stop_token_ids: tuple[int, ...] = ()  #: each of these ends the output, `ignore_eos` or not
     seed: int | None = None  #: same seed, prompt and model: same text, whatever the company
     logprobs: int | None = None  #: None = off; k = the chosen token and the k most likely ones
     ignore_eos: bool = False
