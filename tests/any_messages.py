@@ -11,7 +11,7 @@ from uuid import uuid4
 
 from hypothesis import strategies as st
 
-from app.requests.bodies import ChatBody, CompletionBody, EmbeddingBody
+from app.requests.bodies import BODIES
 
 WITHOUT_END: Final = st.sampled_from([10**400, -(10**400), math.inf, -math.inf, math.nan])
 NUMBERS: Final = (
@@ -56,9 +56,7 @@ ANYTHING: Final = st.recursive(
 )
 
 
-FIELDS: Final = sorted(
-    {*ChatBody.model_fields, *CompletionBody.model_fields, *EmbeddingBody.model_fields}
-)
+FIELDS: Final = sorted({name for body in BODIES.values() for name in body.model_fields})
 _FORMS: Final = st.sampled_from(
     [
         {"response_format": {"type": "json_object"}},

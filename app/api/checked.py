@@ -10,8 +10,8 @@ from pydantic import ValidationError
 from app.api import raw_bodies
 from app.api.services import Services
 from app.errors import RequestError
-from app.requests.bodies import first_problem
 from app.requests.part import Part
+from app.requests.problems import first_problem
 
 MAX_BYTES: Final = 300_000
 """A thousand ids of 255 characters, and some more: little enough for the event loop to look at."""

@@ -18,7 +18,7 @@ from app.api.services import Here, Services
 from app.api.views import summary_of, told
 from app.errors import JobUnreadable, RequestError
 from app.jobs import JobState, job_id_of
-from app.requests import bodies
+from app.requests.storable import parse_metadata, refuse_unstorable
 from app.store import reads
 from app.store.lists import Filter
 from app.store.reads import JobView, Unreadable
@@ -72,12 +72,12 @@ async def filter_of(
         if time is not None and time.tzinfo is None:
             example = f"{name} must name its zone, as in 2027-01-31T12:00:00Z."
             raise RequestError(example, param=name)
-    bodies.refuse_unstorable(idempotency_key, "idempotency_key")
+    refuse_unstorable(idempotency_key, "idempotency_key")
     return Filter(
         states=[state] if state else tuple(JobState),
         model=model,
         error_code=error_code,
-        metadata=bodies.parse_metadata(query.members_of("metadata", request)),
+        metadata=parse_metadata(query.members_of("metadata", request)),
         idempotency_key=idempotency_key,
         since=since,
         until=until,

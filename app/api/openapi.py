@@ -16,7 +16,14 @@ from app.api.schemas_many import CancelRequest, StatusRequest
 from app.intake.submit import Submission
 from app.requests.bodies import BODIES
 
-_SCHEMAS: Final = (Problem, Submission, BulkRequest, StatusRequest, CancelRequest, *BODIES.values())
+_SCHEMAS: Final[tuple[type[BaseModel], ...]] = (
+    Problem,
+    Submission,
+    BulkRequest,
+    StatusRequest,
+    CancelRequest,
+    *BODIES.values(),
+)
 
 
 def json_body(schema: type[BaseModel], example: dict[str, Any]) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from app.api.schemas import Job, JobSummary, ModelName
 from app.errors import RequestError
 from app.intake.submit import Moment
 from app.jobs import JobState
-from app.requests.bodies import parse_metadata
 from app.requests.part import Part
+from app.requests.storable import parse_metadata
 
 MAX_IDS: Final = 1_000
 """Of one call."""

@@ -48,6 +48,8 @@ from app.requests import bodies
 from app.requests.output_format import field_of
 from app.requests.part import Part
 from app.requests.prepare import prepare
+from app.requests.problems import first_problem
+from app.requests.storable import parse_metadata, refuse_unstorable
 from app.store import reads, submissions
 from app.store.database import Database
 from app.store.isolation import Connection, Write, apart
@@ -103,7 +105,7 @@ class Submission(Part):
         description="The job expires if it is not finished by then (RFC 3339).",
         examples=["2027-01-31T18:00:00Z"],
     )
-    metadata: Annotated[dict[str, str], BeforeValidator(bodies.parse_metadata)] = Field(
+    metadata: Annotated[dict[str, str], BeforeValidator(parse_metadata)] = Field(
         default_factory=dict,
         description="Up to 16 texts of your own, given back with the job. Keys have up to 64 "
         "characters, values up to 512.",
@@ -129,8 +131,8 @@ def parse_submission(value: object) -> Submission:
     try:
         submission = Submission.model_validate(value)
     except ValidationError as error:
-        raise bodies.first_problem(error, value) from None
-    bodies.refuse_unstorable(submission.idempotency_key, "idempotency_key")
+        raise first_problem(error, value) from None
+    refuse_unstorable(submission.idempotency_key, "idempotency_key")
     return submission
 
 

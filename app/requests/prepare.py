@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Final
 
 from app.config.settings import ModelSettings
 from app.engines.tokenizer import Tokenizer
 from app.errors import ContextLengthExceeded, RequestError
 from app.jobs import Kind
-from app.requests.bodies import ChatBody, ChatMessage, Prompt, Request, Url
-
-PROMPT_FIELDS: Final = {
-    Url.CHAT: "messages",
-    Url.COMPLETIONS: "prompt",
-    Url.EMBEDDINGS: "input",
-}
+from app.requests.bodies import Request
+from app.requests.conversation import ChatMessage
+from app.requests.prompts import Prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +31,7 @@ def prepare(request: Request, tokenizer: Tokenizer, settings: ModelSettings) -> 
 
     Raises `ContextLengthExceeded` or another `RequestError` whose `param` names the field.
     """
-    field = PROMPT_FIELDS[request.url]
+    field = request.body.PROMPT_FIELD
     if request.num_sequences > settings.max_batch_size:
         raise RequestError(
             f"The request asks for {request.num_sequences} sequences (prompts times n); this "
@@ -47,7 +42,7 @@ def prepare(request: Request, tokenizer: Tokenizer, settings: ModelSettings) -> 
     if least > settings.max_output_tokens:
         raise RequestError(
             f"This model gives at most {settings.max_output_tokens} tokens.",
-            param=_max_tokens_field(request),
+            param=request.body.most_tokens_field,
         )
     most = settings.max_batch_tokens // request.num_sequences
     prompts = []
@@ -85,7 +80,7 @@ def encode(request: Request, tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...
 
 def _encoded(request: Request, tokenizer: Tokenizer) -> Iterator[tuple[tuple[int, ...], str]]:
     """Token ids of each distinct prompt, and the field that it is in."""
-    field = PROMPT_FIELDS[request.url]
+    field = request.body.PROMPT_FIELD
     prompts = request.prompts
     for index, prompt in enumerate(prompts):
         place = f"{field}.{index}" if len(prompts) > 1 else field
@@ -125,8 +120,3 @@ def _refuse_long(tokenizer: Tokenizer, texts: Iterable[str], field: str) -> None
             f"{tokenizer.context_tokens} tokens takes at most {tokenizer.max_length}.",
             param=field,
         )
-
-
-def _max_tokens_field(request: Request) -> str:
-    newer = isinstance(request.body, ChatBody) and request.body.max_completion_tokens
-    return "max_completion_tokens" if newer else "max_tokens"

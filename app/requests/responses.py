@@ -13,7 +13,10 @@ from typing import Any, Final
 
 from app.engines.base import Generation, TokenLogprob
 from app.jobs import FinishReason, Usage
-from app.requests.bodies import ChatBody, CompletionBody, EmbeddingBody, Request
+from app.requests.bodies import Request
+from app.requests.chat import ChatBody
+from app.requests.completion import CompletionBody
+from app.requests.embedding import EmbeddingBody
 
 TokenText = Callable[[int], str]
 """The text of one token id."""
@@ -79,6 +82,8 @@ def body(
                     "total_tokens": counted.total_tokens,
                 },
             }
+        case _:
+            raise NotImplementedError(request.url)
 
 
 def _usage(counted: Usage) -> dict[str, int]:

@@ -13,9 +13,10 @@ from pydantic import ValidationError
 
 from app.engines.base import Generation, Sequence, TokenLogprob
 from app.errors import InvalidSchema, LaterFormat, RequestError
+from app.intake import submit
 from app.intake.submit import parse_submission
 from app.jobs import FinishReason, SamplingParams
-from app.requests import bodies, responses
+from app.requests import bodies, problems, responses
 from app.requests.bodies import BODIES, FORMAT, Url, parse, parse_stored, readable
 from tests.any_messages import FIELDS, requests
 from tests.unit.inflight_tiny import engine_of, run_all
@@ -181,7 +182,7 @@ def test_whatever_is_submitted_costs_as_much_as_there_is_of_it_and_only_one_thin
     # given a submission that is large in some place
     value, number = given
     errors: list[int] = []
-    told = bodies.first_problem
+    told = problems.first_problem
     calls = 0
 
     def count(_: object, event: str, __: object) -> None:
@@ -194,7 +195,8 @@ def test_whatever_is_submitted_costs_as_much_as_there_is_of_it_and_only_one_thin
 
     # when it is checked
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("app.intake.submit.bodies.first_problem", first_problem)
+        for module in (bodies, submit):
+            patched.setattr(module, "first_problem", first_problem)
         before = sys.getprofile()
         sys.setprofile(count)
         try:

@@ -27,7 +27,8 @@ from app.config.settings import Settings
 from app.errors import GristmillError, RequestError, RequestTooLarge
 from app.jobs import MAX_PRIORITY, Kind, bounded, job_id_of
 from app.requests import bodies, json_text
-from app.requests.bodies import Request, is_unicode
+from app.requests.bodies import Request
+from app.requests.storable import is_unicode, parse_metadata
 
 TASKS: Final = {"inference.generate": Kind.GENERATE, "inference.embed": Kind.EMBED}
 ARRIVAL_HEADER: Final = "gristmill"
@@ -174,7 +175,7 @@ def _request(kwargs: dict[str, Any], kind: Kind) -> tuple[Request, dict[str, str
     url = body.pop("url", None)
     if url is not None and not isinstance(url, str):
         raise RequestError("url must be a string.", param="url")
-    metadata = bodies.parse_metadata(body.pop("metadata", None))
+    metadata = parse_metadata(body.pop("metadata", None))
     request = bodies.parse(body, url)
     if request.kind is not kind:
         wanted = next(name for name, of in TASKS.items() if of is request.kind)

@@ -25,7 +25,7 @@ from kombu.utils.json import dumps, object_hook
 
 from app.broker.queues import Layout
 from app.errors import RequestError, RequestTooLarge
-from app.requests.bodies import is_unicode
+from app.requests.storable import is_unicode
 
 _TASK_ID: Final = re.compile(rb'"id"\s*:\s*"([^"\\\x00-\x1f\x80-\xff]{1,255})"')
 _MOST_GROWTH: Final = 4

@@ -1,0 +1,51 @@
+"""What is wrong with a value that somebody sent, as one sentence that names the field.
+
+No sentence quotes the value: it may be a prompt.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from pydantic import ValidationError
+
+from app.errors import RequestError
+from app.requests.part import UNKNOWN_FIELD
+
+
+def first_problem(error: ValidationError, raw: dict[str, Any]) -> RequestError:
+    """The first problem as a sentence; unions report once per branch, so the top field decides."""
+    problem = error.errors(include_url=False, include_input=False)[0]
+    path = _path_in(raw, problem["loc"], is_missing=problem["type"] == "missing")
+    if problem["type"] == UNKNOWN_FIELD:
+        param = _printable(".".join([*path, problem["ctx"]["name"]]))
+        return RequestError(f"Unknown field {param}.", param=param)
+    param = _printable(".".join(path) or "body")
+    if problem["type"] == "missing":
+        return RequestError(f"The field {param} is required.", param=param)
+    reason = problem["msg"].removeprefix("Value error, ")
+    return RequestError(f"{param}: {reason}.", param=param)
+
+
+def _printable(name: str) -> str:
+    """A field's name as somebody sent it, fit for one line of an error."""
+    return json.dumps(name)[1:-1][:200]
+
+
+def _path_in(value: Any, place: tuple[int | str, ...], *, is_missing: bool) -> list[str]:
+    """What of an error's place is in the value: fields and indices, not names of union branches.
+
+    Of one that `is_missing` the last is not there, and named all the same.
+    """
+    path = []
+    for part in place:
+        match value:
+            case dict() if part in value:
+                value = value[part]
+            case list() if isinstance(part, int):
+                value = value[part]
+            case _:
+                continue
+        path.append(str(part))
+    return [*path, str(place[-1])] if is_missing else path

@@ -1,0 +1,36 @@
+"""Prompts as they stand in a body: text, several texts, or token ids of one or several."""
+
+from __future__ import annotations
+
+from typing import Annotated, Final
+
+from pydantic import Field
+
+from app.requests.conversation import ChatMessage
+
+MAX_TOKEN_ID: Final = 2**31 - 1
+
+# Without `fail_fast` two megabytes of wrong items are half a million errors, which take half a
+# gigabyte, to tell the first.
+TokenIds = Annotated[
+    list[Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]], Field(min_length=1, fail_fast=True)
+]
+Text = Annotated[str, Field(min_length=1)]
+Prompts = (
+    Text
+    | TokenIds
+    | Annotated[list[Text], Field(min_length=1, max_length=2048, fail_fast=True)]
+    | Annotated[list[TokenIds], Field(min_length=1, max_length=2048, fail_fast=True)]
+)
+
+Prompt = str | tuple[int, ...] | tuple[ChatMessage, ...]
+"""One prompt: text, token ids, or a conversation still to be put through the chat template."""
+
+
+def split(given: Prompts) -> list[Prompt]:
+    """One prompt or several, as a list."""
+    if isinstance(given, str):
+        return [given]
+    if isinstance(given[0], int):
+        return [tuple(given)]
+    return [item if isinstance(item, str) else tuple(item) for item in given]
