@@ -12,7 +12,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 MASK: Final = "***"
 
-_SECRETS: Final = ("password", "token")
+_SECRETS: Final = ("password", "token", "key", "secret")
 _HOSTS: Final = re.compile(r"[\w.,:%\[\]-]*")
 _PATH: Final = re.compile(r"[\w./-]*")
 _SHOWN: Final = frozenset(
@@ -28,6 +28,11 @@ _SHOWN: Final = frozenset(
 
 def shown(name: str, value: Any) -> Any:
     """The value of a setting as it may be shown; `name` is the last part of its name."""
+    match value:
+        case dict():
+            return {key: shown(key, each) for key, each in value.items()}
+        case list() | tuple():
+            return [shown(name, each) for each in value]
     if not value or not isinstance(value, str):
         return value
     if name.endswith(_SECRETS):

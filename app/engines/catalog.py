@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from app.config.settings import ModelSettings, Settings
+from app.engines import registry
 from app.engines.models import ensure_files
 from app.engines.tokenizer import Tokenizer, load_tokenizer
+from app.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +25,15 @@ class CatalogModel:
 def load_catalog(settings: Settings, names: Iterable[str] | None = None) -> dict[str, CatalogModel]:
     """The named models, or all; converts or fetches what is not there yet.
 
-    Raises `ConfigError` if a model's files are missing or unfit.
+    Raises `ConfigError` if a model's engine or options are unknown, or its files missing or unfit.
     """
     catalog = {}
     for name in settings.models if names is None else names:
         model = settings.models[name]
+        try:
+            registry.check(model)
+        except ConfigError as error:
+            raise ConfigError(f"Model {name}: {error}") from error
         folder = ensure_files(name, model, Path(settings.cache_dir))
         catalog[name] = CatalogModel(model, folder, load_tokenizer(folder, model))
     return catalog

@@ -27,6 +27,8 @@ from filelock import FileLock
 from huggingface_hub import snapshot_download
 
 from app.config.settings import ModelSettings
+from app.engines import registry
+from app.engines.spec import Files
 from app.errors import ConfigError
 
 Progress = Callable[[str], None]
@@ -55,7 +57,10 @@ PACKAGES: Final = {
 CONVERSION: Final = 1
 """Part of a converted folder's name; raise it when `app.engines.gguf_file` writes other bytes."""
 
-_HUB_FILES: Final = ("*.safetensors", "*.json", "*.jinja")
+_HUB_FILES: Final = {
+    Files.MODEL: ["*.safetensors", "*.json", "*.jinja"],
+    Files.TOKENIZER: ["*.json", "*.jinja"],
+}
 
 
 def ensure_files(
@@ -65,17 +70,18 @@ def ensure_files(
 
     Safe to call from several processes at once. Raises `ConfigError` that says what to do.
     """
-    if settings.engine == "stub":
-        return cache_dir  # its tokenizer and engine read no files
     try:
-        folder = _locate(settings, cache_dir, progress)
-        check_folder(folder)
+        needed = registry.find(settings.engine).files(settings)
+        if needed is Files.NONE:
+            return cache_dir
+        folder = _locate(settings, cache_dir, needed, progress)
+        check_folder(folder, needed)
     except ConfigError as error:
         raise ConfigError(f"Model {name}: {error}") from error
     return folder
 
 
-def _locate(settings: ModelSettings, cache_dir: Path, progress: Progress) -> Path:
+def _locate(settings: ModelSettings, cache_dir: Path, needed: Files, progress: Progress) -> Path:
     source = settings.source
     if source.startswith("package:"):
         return _from_package(source.removeprefix("package:"), cache_dir, progress)
@@ -84,7 +90,7 @@ def _locate(settings: ModelSettings, cache_dir: Path, progress: Progress) -> Pat
         return folder.resolve()
     if folder.is_absolute() or source.startswith((".", "~")):
         raise ConfigError(f"there is no folder {source}.")
-    return _from_hub(source, settings.revision, cache_dir, progress)
+    return _from_hub(source, settings.revision, cache_dir, _HUB_FILES[needed], progress)
 
 
 def _from_package(package: str, cache_dir: Path, progress: Progress) -> Path:
@@ -138,13 +144,15 @@ def _verify(weights: Path, sha256: str) -> None:
         )
 
 
-def _from_hub(source: str, revision: str | None, cache_dir: Path, progress: Progress) -> Path:
+def _from_hub(
+    source: str, revision: str | None, cache_dir: Path, files: list[str], progress: Progress
+) -> Path:
     """Download what is missing. The hub's own cache is used where the environment names one."""
     own_cache = None if os.environ.keys() & {"HF_HOME", "HF_HUB_CACHE"} else cache_dir / "hub"
     progress(f"looking for {source} on the Hugging Face hub")
     try:
         folder = snapshot_download(
-            source, revision=revision, cache_dir=own_cache, allow_patterns=list(_HUB_FILES)
+            source, revision=revision, cache_dir=own_cache, allow_patterns=files
         )
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().partition("\n")[0]
@@ -154,7 +162,7 @@ def _from_hub(source: str, revision: str | None, cache_dir: Path, progress: Prog
     return Path(folder)
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: Path, needed: Files = Files.MODEL) -> None:
     """Raise `ConfigError` unless the folder holds a model that is loaded without foreign code."""
     for name in ("config.json", "tokenizer_config.json"):
         unsafe = read_json(folder / name).keys() & {"auto_map", "trust_remote_code"}
@@ -166,6 +174,8 @@ def check_folder(folder: Path) -> None:
     for name in ("config.json", "tokenizer.json"):
         if not (folder / name).is_file():
             raise ConfigError(f"{folder} has no {name}; save the model with save_pretrained.")
+    if needed is Files.TOKENIZER:
+        return
     index = read_json(folder / "model.safetensors.index.json").get("weight_map", {})
     missing = [name for name in set(index.values()) if not (folder / name).is_file()]
     if missing or not any(folder.glob("*.safetensors")):

@@ -1,21 +1,57 @@
-"""Engines by name, each imported only when it is chosen."""
+"""Engines by name: ours and those of other packages, each imported only when it is chosen."""
 
 from __future__ import annotations
 
+import functools
+import sys
 from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Final, cast
+from typing import Any, cast
 
 from app.config.settings import ModelSettings
 from app.engines.base import Engine, Progress
+from app.engines.spec import GROUP, EngineSpec
 from app.errors import ConfigError
 
-ENGINES: Final = {
-    "stub": "app.engines.stub:StubEngine",
-    "generate": "app.engines.generate:GenerateEngine",
-    "encoder": "app.engines.encoder:EncoderEngine",
-    "inflight": "app.engines.inflight:InflightEngine",
-}
+
+def names() -> list[str]:
+    return sorted(_installed())
+
+
+def find(name: str) -> EngineSpec:
+    """Raises `ConfigError` for a name that no installed package brings, or whose package fails."""
+    point = _installed().get(name)
+    if point is None:
+        known = ", ".join(names()) or "none, since Gristmill itself is not installed"
+        raise ConfigError(f"Unknown engine {name}; known are {known}.")
+    try:
+        spec = point.load()
+    except Exception as error:  # whatever a foreign package does
+        raise ConfigError(
+            f"The engine {name} cannot be found in {point.value}: {type(error).__name__}: {error}."
+        ) from error
+    if not isinstance(spec, EngineSpec):
+        raise ConfigError(f"The engine {name} is no EngineSpec in {point.value}.")
+    return spec
+
+
+@functools.cache
+def _installed() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=GROUP)}
+
+
+def check(settings: ModelSettings) -> None:
+    """Raises `ConfigError` for an unknown engine, or options that it does not take."""
+    if checks := find(settings.engine).check:
+        attribute(checks)(settings)
+
+
+def python_of(settings: ModelSettings) -> str:
+    """The interpreter that is to run the engine."""
+    if find(settings.engine).chooses_python:
+        return str(settings.options.get("python") or sys.executable)
+    return sys.executable
 
 
 def create(
@@ -31,12 +67,29 @@ def create(
 
     Raises `ConfigError` for an unknown name, or a model or device that the engine cannot use.
     """
-    if name not in ENGINES:
-        raise ConfigError(f"Unknown engine {name}; known are {', '.join(ENGINES)}.")
-    module, _, factory = ENGINES[name].partition(":")
+    return make(find(name).factory, folder, settings, device, threads, progress)
+
+
+def make(
+    factory: str,
+    folder: Path,
+    settings: ModelSettings,
+    device: str,
+    threads: int,
+    progress: Progress,
+) -> Engine:
+    """The same for who knows the factory: another interpreter has not this one's packages."""
     try:
-        found = import_module(module)
+        found = attribute(factory)
     except ImportError as error:
-        raise ConfigError(f"The engine {name} needs the module {error.name}.") from error
-    engine = getattr(found, factory)(folder, settings, device, threads, progress)
-    return cast(Engine, engine)
+        raise ConfigError(
+            f"The engine {settings.engine} needs the module {error.name}, which {sys.executable} "
+            "does not have."
+        ) from error
+    return cast(Engine, found(folder, settings, device, threads, progress))
+
+
+def attribute(target: str) -> Any:
+    """What "module:attribute" names."""
+    module, _, name = target.partition(":")
+    return getattr(import_module(module), name)

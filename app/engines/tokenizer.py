@@ -14,7 +14,7 @@ from collections.abc import Sequence as Seq
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Literal, NoReturn
+from typing import Any, Final, Literal, NoReturn, cast
 
 import jinja2
 from jinja2.ext import Extension, loopcontrols
@@ -25,6 +25,7 @@ from tokenizers import Tokenizer as TokenizerFile
 from tokenizers.decoders import ByteLevel
 
 from app.config.settings import ModelSettings
+from app.engines import registry
 from app.engines.models import read_json
 from app.engines.special_tokens import SpecialTokens
 from app.errors import ConfigError, RequestError
@@ -199,12 +200,17 @@ class StubTokenizer(Tokenizer):
         return "byte"
 
 
+def stub_tokenizer(folder: Path, settings: ModelSettings) -> Tokenizer:
+    return StubTokenizer(settings)
+
+
 def load_tokenizer(folder: Path, settings: ModelSettings) -> Tokenizer:
     """The tokenizer of a model that `app.engines.models.ensure_files` made ready.
 
     Raises `ConfigError` if its files are wrong or `context_tokens` is beyond the model.
     """
-    return StubTokenizer(settings) if settings.engine == "stub" else FileTokenizer(folder, settings)
+    make = registry.attribute(registry.find(settings.engine).tokenizer)
+    return cast(Tokenizer, make(folder, settings))
 
 
 def _context_tokens(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import signal
 import socket
 import time
@@ -16,8 +17,9 @@ from uuid import UUID, uuid4
 from app.broker.publisher import Publisher
 from app.broker.queues import served_models
 from app.config.settings import Settings
+from app.engines import registry
 from app.engines.catalog import CatalogModel, load_catalog
-from app.errors import EngineError
+from app.errors import ConfigError, EngineError
 from app.store.database import Database
 from app.store.workers import NewWorker
 from app.worker.batcher import Batcher, Limits
@@ -174,7 +176,10 @@ def assemble(
 
 def _engine_host(settings: Settings, catalog: dict[str, CatalogModel]) -> EngineHost:
     models = tuple(
-        ServedModel(name, model.folder, model.settings) for name, model in catalog.items()
+        ServedModel(
+            name, model.folder, model.settings, registry.find(model.settings.engine).factory
+        )
+        for name, model in catalog.items()
     )
     return EngineHost(
         LoadModels(
@@ -185,7 +190,25 @@ def _engine_host(settings: Settings, catalog: dict[str, CatalogModel]) -> Engine
         ),
         load_timeout_s=settings.worker.load_timeout_s,
         step_timeout_s=settings.worker.step_timeout_s,
+        python=_python(catalog),
     )
+
+
+def _python(catalog: dict[str, CatalogModel]) -> str:
+    """The interpreter of the one engine process; raises `ConfigError` if there is none such."""
+    wanted = {name: registry.python_of(model.settings) for name, model in catalog.items()}
+    for name, python in wanted.items():
+        if shutil.which(python) is None:
+            raise ConfigError(
+                f"Model {name}: options.python names no program that can be run: {python}."
+            )
+    if len(set(wanted.values())) > 1:
+        told = "; ".join(f"{name}: {python}" for name, python in wanted.items())
+        raise ConfigError(
+            "The models of one worker run in one interpreter; give each of these a worker of its "
+            f"own (worker.models): {told}."
+        )
+    return next(iter(wanted.values()))
 
 
 def _this_worker(worker_id: UUID, settings: Settings) -> NewWorker:

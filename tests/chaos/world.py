@@ -32,6 +32,7 @@ from app.config.file import load
 from app.errors import Unavailable
 from app.local.child import Child
 from app.local.ports import LOOPBACK, free_port
+from app.worker.engine.host import LAUNCH
 from tests.chaos.proxy import Proxy
 from tests.chaos.servers import Servers
 
@@ -251,7 +252,7 @@ class World(Servers):
         with contextlib.suppress(psutil.Error):
             for child in psutil.Process(self.pid(part)).children():
                 with contextlib.suppress(psutil.Error):
-                    if "app.worker.engine.process" in child.cmdline():
+                    if str(LAUNCH) in child.cmdline():
                         return child.pid
         return None
 

@@ -55,7 +55,7 @@ class SimulatedWorker:
         self.paused_until_ns = self.turn_ns = self.beat_ns = 0
         self.acks_until_death: int | None = None
         self.host = SimulatedHost(
-            LoadModels(tuple(ServedModel(n, Path(), settings[n]) for n in models), "cpu", 1),
+            LoadModels(tuple(ServedModel(n, Path(), settings[n], "") for n in models), "cpu", 1),
             load_timeout_s=SETTINGS.worker.load_timeout_s,
             step_timeout_s=SETTINGS.worker.step_timeout_s,
             now_ns=now_ns,

@@ -41,7 +41,7 @@ class Host(EngineHost):
 
     def __init__(self) -> None:
         self.now_s = 0.0
-        model = ServedModel("stub", Path("stub"), STUB_MODELS["stub"])
+        model = ServedModel("stub", Path("stub"), STUB_MODELS["stub"], "")
         super().__init__(
             LoadModels((model,), "cpu", 1),
             load_timeout_s=600,

@@ -16,10 +16,11 @@ import pytest
 
 from app.config.settings import ModelSettings
 from app.engines.base import Sequence
+from app.engines.spec import STUB
 from app.errors import EngineError
 from app.jobs import SamplingParams
 from app.worker.engine import host as host_module
-from app.worker.engine.host import EngineHost
+from app.worker.engine.host import LAUNCH, EngineHost
 from app.worker.engine.wire import Event, LoadModels, Ready, ServedModel, Stepped
 from tests.waiting import eventually
 
@@ -30,7 +31,7 @@ def engine_host(**options: object) -> EngineHost:
     settings = ModelSettings(
         source="stub", kind="generate", engine="stub", max_batch_size=ROWS, options=options
     )
-    load = LoadModels((ServedModel("stub", Path(), settings),), "cpu", 1)
+    load = LoadModels((ServedModel("stub", Path(), settings, STUB.factory),), "cpu", 1)
     return EngineHost(load, load_timeout_s=60, step_timeout_s=60)
 
 
@@ -125,7 +126,7 @@ def test_an_engine_process_that_still_loads_does_not_outlive_its_worker(is_held_
     with subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE) as parent:
         assert parent.stdout is not None
         engine = psutil.Process(int(parent.stdout.readline()))
-        eventually(lambda: "app.worker.engine.process" in engine.cmdline())
+        eventually(lambda: str(LAUNCH) in engine.cmdline())
         eventually(lambda: _is_mapped(engine))
         if is_held_up:
             engine.suspend()

@@ -172,3 +172,10 @@ class Controller:
     def stats(self) -> dict[str, Any]:
         with self._app.connection_for_read() as connection:
             return {"pid": 1, "broker": connection.info()}
+
+
+def test_secrets_inside_lists_and_tables_are_not_shown_either() -> None:
+    given = [{"url": "http://u:hush@host/v1", "api_key": "hush"}, "http://u:hush@host/v1"]
+
+    assert "hush" not in str(shown("upstreams", given))
+    assert shown("upstreams", [{"weight": 2}]) == [{"weight": 2}]

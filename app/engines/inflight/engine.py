@@ -76,11 +76,11 @@ class Options:
                     raise ConfigError(
                         f"The option weights of the engine inflight is {' or '.join(WEIGHTS)}."
                     )
-            elif isinstance(value, str) or value < 0:
+            elif not isinstance(value, int | float) or value < 0:
                 raise ConfigError(
                     f"The option {name} of the engine inflight is a number from 0 on."
                 )
-        return cls(**settings.options)  # type: ignore[arg-type]
+        return cls(**settings.options)
 
 
 class InflightEngine:

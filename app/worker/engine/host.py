@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Final
 
 from app.engines.base import Sequence
@@ -37,6 +38,8 @@ from app.worker.engine.wire import (
 )
 
 log = logging.getLogger(__name__)
+
+LAUNCH: Final = Path(__file__).with_name("launch.py")
 
 LEARNED_AFTER: Final = 32
 """Steps after which their pace is known; the first ones compile and warm up."""
@@ -66,9 +69,12 @@ class EngineHost:
         *,
         load_timeout_s: float,
         step_timeout_s: float,
+        python: str = sys.executable,
         now_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
+        """`python` is the interpreter of the engine process."""
         self._load = load
+        self._python = python
         self._now_ns = now_ns
         self._load_timeout_ns = int(load_timeout_s * 1e9)
         self._step_timeout_ns = int(step_timeout_s * 1e9)
@@ -97,7 +103,7 @@ class EngineHost:
             self._progress = mmap.mmap(page, PROGRESS.size)
             fds = (theirs.fileno(), page)
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "app.worker.engine.process", *map(str, fds)],
+                [self._python, str(LAUNCH), *map(str, fds)],
                 stdin=subprocess.DEVNULL,
                 pass_fds=fds,
                 # Ctrl-C in a terminal goes to the worker, which decides what becomes of the batch.

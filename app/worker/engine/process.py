@@ -75,13 +75,13 @@ class EngineProcess:
         if command.builds is not None:
             builds.keep_in(command.builds)
         for model in command.models:
-            self._engines[model.name] = registry.create(
-                model.settings.engine,
+            self._engines[model.name] = registry.make(
+                model.factory,
                 model.folder,
                 model.settings,
-                device=command.device,
-                threads=command.threads,
-                progress=self._made_progress,
+                command.device,
+                command.threads,
+                self._made_progress,
             )
         facts = {
             name: EngineFacts(
@@ -139,7 +139,7 @@ class EngineProcess:
 
 
 def main() -> None:
-    """`python -m app.worker.engine.process SOCKET_FD PROGRESS_FD`, by the engine host alone."""
+    """Called by `launch` with SOCKET_FD and PROGRESS_FD."""
     socket_fd, progress_fd = int(sys.argv[1]), int(sys.argv[2])
     _die_with_parent()
     _be_killed_first()
@@ -180,7 +180,3 @@ def _say_why(parent: EngineEnd, error: BaseException, *, will_not_load: bool) ->
         parent.send(Broken(reason, will_not_load))
     except OSError:
         pass
-
-
-if __name__ == "__main__":
-    main()

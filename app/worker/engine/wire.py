@@ -1,6 +1,7 @@
 """What the worker and its engine process say to each other, over a socket, pickled.
 
-Both ends are one program on one machine; nobody else can reach the socket.
+Both ends are one program on one machine, though their interpreters may differ; nobody else can
+reach the socket.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ class ServedModel:
     name: str
     folder: Path
     settings: ModelSettings
+    factory: str  #: of its engine, "module:attribute"
 
 
 @dataclass(frozen=True, slots=True)

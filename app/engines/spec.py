@@ -1,0 +1,55 @@
+"""What Gristmill has to know of an engine before it is loaded.
+
+A package that brings an engine names one of these in its entry-point group `gristmill.engines`:
+
+    [project.entry-points."gristmill.engines"]
+    echo = "gristmill_echo:ENGINE"
+
+    ENGINE = EngineSpec("gristmill_echo.engine:EchoEngine")
+
+It is read wherever models are: in the API as well as in workers. So it names what is heavy, as
+"module:attribute", and imports nothing.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from app.config.settings import ModelSettings
+
+GROUP: Final = "gristmill.engines"
+
+
+class Files(enum.Enum):
+    """What of a model's folder has to be there."""
+
+    MODEL = enum.auto()  #: weights, configuration and tokenizer
+    TOKENIZER = enum.auto()  #: all but the weights
+    NONE = enum.auto()
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    factory: str
+    """Called with (folder, settings, device, threads, progress), in the engine process alone;
+    makes a `base.Engine`."""
+    files: Callable[[ModelSettings], Files] = lambda _: Files.MODEL
+    tokenizer: str = "app.engines.tokenizer:FileTokenizer"
+    """Called with (folder, settings); makes an `app.engines.tokenizer.Tokenizer`."""
+    check: str = ""
+    """Called with the settings at start, if named; raises `ConfigError` for wrong options."""
+    chooses_python: bool = False
+    """Whether the engine process runs in the interpreter that the option `python` names."""
+
+
+STUB: Final = EngineSpec(
+    "app.engines.stub:StubEngine",
+    files=lambda _: Files.NONE,
+    tokenizer="app.engines.tokenizer:stub_tokenizer",
+)
+GENERATE: Final = EngineSpec("app.engines.generate:GenerateEngine")
+INFLIGHT: Final = EngineSpec("app.engines.inflight:InflightEngine")
+ENCODER: Final = EngineSpec("app.engines.encoder:EncoderEngine")
