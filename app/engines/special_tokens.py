@@ -25,8 +25,8 @@ _SPAN: Final = re.compile(r"</?\w+>")
 _PRIVATE: Final = 0xF0000
 """From here on characters have no meaning."""
 
-Render = Callable[[Sequence[str]], str]
-"""The chat template's text, of the contents of all messages."""
+Render = Callable[[Callable[[str], str]], str]
+"""The chat template's text, given what stands in the place of each text of users."""
 
 
 class SpecialTokens:
@@ -66,25 +66,23 @@ class SpecialTokens:
 
     def encode_chat(self, contents: Sequence[str], render: Render) -> Encoding:
         """What a template makes of contents that are users'."""
-        text = shadow = render(contents)
+        text = shadow = render(lambda content: content)
         encoding = self.whole(text)
         if self._is_too_long(encoding):
             return encoding
         if any(edge in content for edge in self._edges for content in contents):
             hidden = _StandIns(self._edges, [text, *contents])
-            shadow = render([hidden.put(content) for content in contents])
+            shadow = render(hidden.put)
             if hidden.taken_back(shadow) != text:
-                return self._encode_heeded(contents, render, hidden, shadow)
+                return self._encode_heeded(render, hidden, shadow)
         if self._of(encoding) == self._written(shadow):
             return encoding
         return self._cut(text, shadow)
 
-    def _encode_heeded(
-        self, contents: Sequence[str], render: Render, hidden: _StandIns, neutral: str
-    ) -> Encoding:
+    def _encode_heeded(self, render: Render, hidden: _StandIns, neutral: str) -> Encoding:
         """The same for a template that goes by what contents say, as it does to leave out what an
         assistant thought: only whole markers are hidden from it."""
-        shadow = render([self._marker.sub(lambda it: hidden.put(it[0]), each) for each in contents])
+        shadow = render(lambda text: self._marker.sub(lambda it: hidden.put(it[0]), text))
         encoding = self._cut(hidden.taken_back(shadow), shadow)
         if self._of(encoding) != self._written(neutral):
             _refuse("what the chat template makes of it would have other turns than the messages")

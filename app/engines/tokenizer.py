@@ -8,24 +8,16 @@ each process a few hundred megabytes and seconds of start-up).
 from __future__ import annotations
 
 import abc
-import json
-from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
-from typing import Any, Final, Literal, NoReturn, cast
+from typing import Any, Final, Literal, cast
 
-import jinja2
-from jinja2.ext import Extension, loopcontrols
-from jinja2.nodes import Node
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as TokenizerFile
 from tokenizers.decoders import ByteLevel
 
 from app.config.settings import ModelSettings
 from app.engines import registry
+from app.engines.chat_template import Chat, ChatTemplate, find_template
 from app.engines.models import read_json
 from app.engines.special_tokens import SpecialTokens
 from app.errors import ConfigError, RequestError
@@ -42,6 +34,7 @@ class Tokenizer(abc.ABC):
     context_tokens: int  #: prompt and output together; each alone for an encoder-decoder
     separate_output: bool = False  #: an encoder-decoder, whose output has a context of its own
     eos_token_ids: frozenset[int]  #: each of these ends an output
+    template: ChatTemplate | None = None
     longest_token: int  #: as `length` counts
     length_unit: Literal["bytes", "characters"]  #: of what the vocabulary is made
 
@@ -61,11 +54,9 @@ class Tokenizer(abc.ABC):
         `parse_special` says that they are meant."""
 
     @abc.abstractmethod
-    def encode_chat(
-        self, messages: Seq[Mapping[str, str]], *, parse_special: bool = False
-    ) -> tuple[int, ...]:
-        """Messages of `role` and `content` through the model's chat template, up to where the
-        assistant is to go on. Contents become no special tokens unless `parse_special`.
+    def encode_chat(self, chat: Chat, *, parse_special: bool = False) -> tuple[int, ...]:
+        """A conversation through the model's chat template, up to where the assistant is to go on.
+        What users wrote becomes no special token unless `parse_special`.
 
         Raises `RequestError` if the model has no template or the template refuses the messages.
         """
@@ -100,14 +91,16 @@ class FileTokenizer(Tokenizer):
             for name, value in texts.items()
             if name.endswith("_token") and value is not None
         }
-        template = _chat_template(folder, texts)
-        self._template = _compile(template)
+        self.template = find_template(folder, texts, self._special_texts)
         self.vocab_size = int(text_config.get("vocab_size") or self._file.get_vocab_size())
         self.separate_output = bool(config.get("is_encoder_decoder"))
         self.context_tokens = _context_tokens(folder, text_config, texts, settings)
         self.eos_token_ids = self._eos_token_ids(folder, text_config)
         self._special = SpecialTokens(
-            self._file, template or "", self._special_texts.values(), self.context_tokens
+            self._file,
+            self.template.source if self.template else "",
+            self._special_texts.values(),
+            self.context_tokens,
         )
         self.length_unit = "bytes" if isinstance(self._file.decoder, ByteLevel) else "characters"
         added = self._file.get_added_tokens_decoder().values()
@@ -120,40 +113,19 @@ class FileTokenizer(Tokenizer):
         encoding = self._special.whole(text) if parse_special else self._special.encode(text)
         return tuple(self._file.post_process(encoding, None, True).ids)
 
-    def encode_chat(
-        self, messages: Seq[Mapping[str, str]], *, parse_special: bool = False
-    ) -> tuple[int, ...]:
-        if self._template is None:
+    def encode_chat(self, chat: Chat, *, parse_special: bool = False) -> tuple[int, ...]:
+        template = self.template
+        if template is None:
             raise RequestError(
                 "This model has no chat template; send a prompt instead.", param="messages"
             )
-        contents = [each["content"] for each in messages]
-        render = partial(self._render, messages)
         # The template writes the special tokens itself.
         if parse_special:
-            return tuple(self._special.whole(render(contents)).ids)
-        return tuple(self._special.encode_chat(contents, render).ids)
-
-    def _render(self, messages: Seq[Mapping[str, str]], contents: Seq[str]) -> str:
-        assert self._template is not None
-        given = zip(messages, contents, strict=True)
-        try:
-            return self._template.render(
-                messages=[{**each, "content": content} for each, content in given],
-                add_generation_prompt=True,
-                tools=None,
-                documents=None,
-                **self._special_texts,
-            )
-        except TemplateRefusal as error:
-            raise RequestError(
-                f"The model's chat template refuses these messages: {error}.", param="messages"
-            ) from None
-        except Exception as error:  # a template is a program; what it says may quote the prompt
-            raise RequestError(
-                f"The model's chat template failed on these messages ({type(error).__name__}).",
-                param="messages",
-            ) from None
+            return tuple(self._special.whole(template.render(chat)).ids)
+        texts = list(chat.texts())
+        return tuple(
+            self._special.encode_chat(texts, lambda put: template.render(chat.with_texts(put))).ids
+        )
 
     def decode(self, token_ids: Seq[int], *, skip_special_tokens: bool = True) -> str:
         return self._file.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
@@ -187,10 +159,8 @@ class StubTokenizer(Tokenizer):
     def encode_text(self, text: str, *, parse_special: bool = False) -> tuple[int, ...]:
         return tuple(text.encode())  # no text is a special token here
 
-    def encode_chat(
-        self, messages: Seq[Mapping[str, str]], *, parse_special: bool = False
-    ) -> tuple[int, ...]:
-        return self.encode_text("\n".join(each["content"] for each in messages))
+    def encode_chat(self, chat: Chat, *, parse_special: bool = False) -> tuple[int, ...]:
+        return self.encode_text("\n".join(each["content"] or "" for each in chat.messages))
 
     def decode(self, token_ids: Seq[int], *, skip_special_tokens: bool = True) -> str:
         text = bytes(token for token in token_ids if token < self.EOS).decode(errors="replace")
@@ -234,54 +204,3 @@ def _context_tokens(
 
 UNLIMITED: Final = 10**9
 """transformers writes a model_max_length far beyond this where there is no limit."""
-
-
-class TemplateRefusal(Exception):
-    """The template itself says that it cannot render these messages."""
-
-
-class GenerationTag(Extension):
-    """Templates for training mark the assistant's words with this tag; here it only encloses."""
-
-    tags = {"generation"}  # noqa: RUF012  (as Jinja declares it)
-
-    def parse(self, parser: Parser) -> list[Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _chat_template(folder: Path, texts: dict[str, Any]) -> str | None:
-    """From chat_template.jinja, else from tokenizer_config.json, where it may be one of several."""
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    template = texts.get("chat_template")
-    if isinstance(template, list):
-        named = {each["name"]: each["template"] for each in template}
-        template = named.get("default")
-    return template
-
-
-def _compile(template: str | None) -> jinja2.Template | None:
-    """With the same environment as in transformers, for which templates are written."""
-    if template is None:
-        return None
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = lambda form: datetime.now(UTC).strftime(form)
-    try:
-        return environment.from_string(template)
-    except jinja2.TemplateSyntaxError as error:
-        raise ConfigError(f"The chat template is wrong in line {error.lineno}: {error}") from None
-
-
-def _to_json(value: object, ensure_ascii: bool = False, indent: int | None = None) -> str:
-    """Jinja's own filter would escape HTML characters."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
-
-
-def _refuse(reason: str) -> NoReturn:
-    raise TemplateRefusal(reason)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from app.config.settings import ModelSettings
+from app.engines.chat_template import Chat
 from app.engines.tokenizer import Tokenizer
 from app.errors import ContextLengthExceeded, RequestError
 from app.jobs import Kind
@@ -96,7 +97,7 @@ def _encode(
     elif isinstance(prompt[0], ChatMessage):
         _refuse_long(tokenizer, [each.content for each in prompt], field)
         tokens = tokenizer.encode_chat(
-            [{"role": each.role, "content": each.content} for each in prompt],
+            Chat([{"role": each.role, "content": each.content} for each in prompt]),
             parse_special=parse_special,
         )
     else:

@@ -15,6 +15,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as TokenizerFile
 
 from app.config.settings import ModelSettings
+from app.engines.chat_template import Chat
 from app.engines.tokenizer import FileTokenizer
 from app.errors import RequestError
 from app.requests.bodies import parse
@@ -109,7 +110,7 @@ def special(tokenizer: FileTokenizer, ids: tuple[int, ...]) -> list[str]:
 def chat(tokenizer: FileTokenizer, *contents: str, **options: Any) -> tuple[int, ...]:
     roles = ("user", "assistant", "user", "assistant")
     messages = [{"role": role, "content": it} for role, it in zip(roles, contents, strict=False)]
-    return tokenizer.encode_chat(messages, **options)
+    return tokenizer.encode_chat(Chat(messages), **options)
 
 
 PARTS: Final = (
