@@ -160,7 +160,9 @@ void attend(const Step& step, const Attention& layer) {
 }
 
 template void attend<float>(const Step&, const Attention&);
+#ifndef __AVX512BF16__     // else attention_bfloat16.cpp does it
 template void attend<bf16>(const Step&, const Attention&);
+#endif
 
 extern "C" void attend_float32(const Step* step, const Attention* layer) {
 #pragma omp parallel

@@ -28,8 +28,9 @@ class LayerShape:
 class KVCache:
     """Keys [block, head, dim, place] and values [block, head, place, dim] of every layer.
 
-    Keys lie transposed, so that both products of attention run along contiguous memory. With
-    `paged` both are [block, place, head, dim] instead: what the kernels of `paged` read.
+    Keys lie transposed, so that both products of attention run along contiguous memory; inside a
+    block, the kernel for bfloat16 has an order of its own (attention_bfloat16.cpp). With `paged`
+    both are [block, place, head, dim] instead: what the kernels of `paged` read.
     """
 
     def __init__(

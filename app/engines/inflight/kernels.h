@@ -107,3 +107,6 @@ struct Attention {
 // All runs and heads of a step, shared out among the threads of the parallel region it is called
 // in. Waits for nobody at its end. T is float or bf16.
 template <class T> void attend(const Step& step, const Attention& layer);
+#ifdef __AVX512BF16__
+template <> void attend<bf16>(const Step& step, const Attention& layer);
+#endif

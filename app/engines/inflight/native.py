@@ -122,14 +122,20 @@ class NativeStep:
 
 
 def _runs(segments: np.ndarray) -> np.ndarray:
-    """Segments cut into runs of at most _RUN tokens: [runs, 4] int32."""
+    """Segments cut into runs: [runs, 4] int32.
+
+    They are cut at positions that are multiples of _RUN, so that neighbours in memory that is
+    written in pairs are in one run.
+    """
     if segments[:, 2].max() <= _RUN:
         return segments
-    cut = [
-        (row, first + done, min(_RUN, count - done), position + done)
-        for row, first, count, position in segments.tolist()
-        for done in range(0, count, _RUN)
-    ]
+    cut = []
+    for row, first, count, position in segments.tolist():
+        done = 0
+        while done < count:
+            part = min(_RUN - (position + done) % _RUN, count - done)
+            cut.append((row, first + done, part, position + done))
+            done += part
     return np.array(cut, np.int32)
 
 

@@ -1,0 +1,237 @@
+// Attention of packed tokens over a paged KV cache, for CPUs that multiply pairs of bfloat16.
+//
+// Within a block keys lie as [head, dim / 2, place, 2] and values as [head, place / 2, dim, 2]: in
+// pairs, as the instruction takes them. Sums are float32; weights are rounded to bfloat16. Which
+// places are weighed together depends on their positions alone, so that a token's numbers are the
+// same however its prompt was cut.
+
+#include "kernels.h"
+
+#ifdef __AVX512BF16__
+namespace {
+
+constexpr int SPAN_BLOCKS = 4, SPAN = SPAN_BLOCKS * BLOCK;  // places that are weighed together
+constexpr int TILE = 12;        // rows with all their sums in registers: 24 of 32, for one block
+constexpr float LOG2_E = 1.44269504f;
+
+struct Span {                   // some blocks of one head, and what of them a run may see
+    const uint32_t *keys[SPAN_BLOCKS], *values[SPAN_BLOCKS];
+    int first, places;          // the position of the first place; places that are filled
+    int blocks() const { return (places + BLOCK - 1) / BLOCK; }
+};
+
+inline __m512bh pairs_at(const uint32_t* from) { return (__m512bh)_mm512_loadu_si512(from); }
+inline __m512bh both(uint32_t pair) { return (__m512bh)_mm512_set1_epi32(pair); }
+
+// 2^x within 3 millionths; 0 from -200 down. NaN stays NaN.
+inline f32 exp2_(f32 x) {
+    x = (f32)_mm512_max_ps(_mm512_set1_ps(-200.0f), (__m512)x);
+    const __m512 n = _mm512_roundscale_ps((__m512)x, 0);
+    const f32 r = x - (f32)n;
+    f32 p = f32{} + 9.5700876e-3f;
+    p = p * r + 5.5917859e-2f;
+    p = p * r + 2.4024745e-1f;
+    p = p * r + 6.9312181e-1f;
+    p = p * r + 9.9999926e-1f;
+    return (f32)_mm512_scalef_ps((__m512)p, n);
+}
+inline f32 tanh_(f32 x) { return 1.0f - 2.0f / (1.0f + exp2_(x * (2.0f * LOG2_E))); }
+
+// scores[ROWS][SPAN] of NUM blocks = query[ROWS][pairs] x keys
+template <int ROWS, int NUM>
+void score(const uint32_t* query, int pairs, const uint32_t* const* keys, float* scores) {
+    __m512 sums[ROWS][NUM * VECS];
+    for (int r = 0; r < ROWS; ++r)
+        for (int v = 0; v < NUM * VECS; ++v) sums[r][v] = _mm512_setzero_ps();
+    for (int d = 0; d < pairs; ++d)
+#pragma GCC unroll 8
+        for (int v = 0; v < NUM * VECS; ++v) {
+            const __m512bh key = pairs_at(keys[v / VECS] + d * BLOCK + v % VECS * LANES);
+#pragma GCC unroll 12
+            for (int r = 0; r < ROWS; ++r)
+                sums[r][v] = _mm512_dpbf16_ps(sums[r][v], key, both(query[r * pairs + d]));
+        }
+    for (int r = 0; r < ROWS; ++r)
+        for (int v = 0; v < NUM * VECS; ++v) store(scores + r * SPAN + v * LANES, (f32)sums[r][v]);
+}
+
+template <int ROWS>
+void score_all(const uint32_t* query, int pairs, const Span& span, float* scores) {
+    constexpr int NUM = ROWS <= 3 ? 4 : ROWS <= 6 ? 2 : 1;  // few rows: more blocks at once
+    int b = 0;
+    for (; b + NUM <= span.blocks(); b += NUM)
+        score<ROWS, NUM>(query, pairs, span.keys + b, scores + b * BLOCK);
+    for (; b < span.blocks(); ++b) score<ROWS, 1>(query, pairs, span.keys + b, scores + b * BLOCK);
+}
+
+// One row's scores become weights; returns by how much what was summed up before shrinks. The row
+// sees the places up to its own.
+float weigh(const Attention& layer, const Span& span, int own, float* scores, bf16* weights,
+            float& most, float& total) {
+    const f32 none = f32{} - INFINITY;
+    const int from = layer.window ? own - layer.window + 1 : 0;
+    const bool all = from <= span.first && own >= span.first + span.places - 1;
+    f32 high = none;
+    for (int v = 0; v < span.blocks() * VECS; ++v) {
+        f32 x = load(scores + v * LANES);
+        if (layer.softcap > 0)
+            x = tanh_(x * (layer.scale / layer.softcap)) * (layer.softcap * LOG2_E);
+        else
+            x *= layer.scale * LOG2_E;
+        const i32 place = COUNT + (span.first + v * LANES);
+        if (!all || span.places % BLOCK) x = (place < from) | (place > own) ? none : x;
+        store(scores + v * LANES, x);
+        high = x > high ? x : high;
+    }
+    const float top = std::max(most, _mm512_reduce_max_ps((__m512)high));
+    const float base = top == -INFINITY ? 0.0f : top;  // nothing is seen yet
+    f32 sum = {};
+    for (int v = 0; v < span.blocks() * VECS; ++v) {
+        const f32 weight = exp2_(load(scores + v * LANES) - base);
+        store(weights + v * LANES, weight);
+        sum += weight;
+    }
+    const float shrink = top == most ? 1.0f : std::exp2(most - top);
+    total = total * shrink + _mm512_reduce_add_ps((__m512)sum);
+    most = top;
+    return shrink;
+}
+
+// out[ROWS][dim] = out * shrink + weights[ROWS][SPAN] x values, WIDE vectors of dims from `at` on
+template <int ROWS, int WIDE>
+void mix(const uint32_t* weights, const float* shrink, const Span& span, int dim, int at,
+         float* out) {
+    __m512 sums[ROWS][WIDE];
+    for (int r = 0; r < ROWS; ++r)
+        for (int v = 0; v < WIDE; ++v)
+            sums[r][v] = (__m512)(load(out + r * dim + at + v * LANES) * shrink[r]);
+    for (int t = 0; t < (span.places + 1) / 2; ++t) {
+        const uint32_t* value = span.values[t / (BLOCK / 2)] + t % (BLOCK / 2) * dim + at;
+#pragma GCC unroll 4
+        for (int v = 0; v < WIDE; ++v) {
+            const __m512bh pair = pairs_at(value + v * LANES);
+#pragma GCC unroll 6
+            for (int r = 0; r < ROWS; ++r)
+                sums[r][v] = _mm512_dpbf16_ps(sums[r][v], pair, both(weights[r * SPAN / 2 + t]));
+        }
+    }
+    for (int r = 0; r < ROWS; ++r)
+        for (int v = 0; v < WIDE; ++v) store(out + r * dim + at + v * LANES, (f32)sums[r][v]);
+}
+
+template <int ROWS>
+void mix_all(const uint32_t* weights, const float* shrink, const Span& span, int dim, float* out) {
+    int at = 0;
+    for (; at + 4 * LANES <= dim; at += 4 * LANES)
+        mix<ROWS, 4>(weights, shrink, span, dim, at, out);
+    for (; at < dim; at += LANES) mix<ROWS, 1>(weights, shrink, span, dim, at, out);
+}
+
+// Rows of one tile against one span. `own` is the position of each row's token.
+void attend_tile(const Attention& layer, const Span& span, int rows, const int* own,
+                 const bf16* query, float* out, float* most, float* total) {
+    alignas(64) float scores[TILE * SPAN];
+    alignas(64) bf16 weights[TILE * SPAN];
+    float shrink[TILE];
+    const int dim = layer.dim;
+#define SCORE(N) case N: score_all<N>((const uint32_t*)query, dim / 2, span, scores); break;
+    switch (rows) {
+        SCORE(1) SCORE(2) SCORE(3) SCORE(4) SCORE(5) SCORE(6)
+        SCORE(7) SCORE(8) SCORE(9) SCORE(10) SCORE(11) SCORE(12)
+    }
+    for (int r = 0; r < rows; ++r)
+        shrink[r] = weigh(layer, span, own[r], scores + r * SPAN, weights + r * SPAN, most[r], total[r]);
+    for (int r = 0; r < rows; r += 6) {
+        const uint32_t* from = (const uint32_t*)(weights + r * SPAN);
+#define MIX(N) case N: mix_all<N>(from, shrink + r, span, dim, out + r * dim); break;
+        switch (std::min(6, rows - r)) { MIX(1) MIX(2) MIX(3) MIX(4) MIX(5) MIX(6) }
+    }
+}
+
+// The keys and values of a run's tokens, of one head, go to their places in the cache. A pair of
+// places is never in two runs of one step.
+void keep(const Step& step, const Attention& layer, int run, int head) {
+    const int32_t* entry = step.runs + run * 4;
+    const int dim = layer.dim;
+    for (int token = entry[1]; token < entry[1] + entry[2]; ++token) {
+        const int64_t block = step.slots[token] / BLOCK, place = step.slots[token] % BLOCK;
+        const int64_t base = (block * layer.kv_heads + head) * (dim / 2) * BLOCK;
+        const auto* key = (const uint32_t*)((const bf16*)layer.key + token * layer.key_token +
+                                            head * layer.key_head);
+        uint32_t* column = (uint32_t*)layer.keys + base + place;
+        for (int d = 0; d < dim / 2; ++d) column[d * BLOCK] = key[d];
+        const bf16* value =
+            (const bf16*)layer.value + token * layer.value_token + head * layer.value_head;
+        uint32_t* pair = (uint32_t*)layer.values + base + place / 2 * dim;
+        for (int d = 0; d < dim; ++d)
+            pair[d] = place % 2 ? (pair[d] & 0xffff) | (uint32_t)value[d].bits << 16 : value[d].bits;
+    }
+}
+
+struct alignas(64) Line { float numbers[LANES]; };
+
+// One run of tokens of one sequence, one key head and the query heads that share it. Row r is token
+// r / group.
+void attend_run(const Step& step, const Attention& layer, int run, int head, float* scratch) {
+    const int32_t *entry = step.runs + run * 4, *table = step.tables + entry[0] * step.table_width;
+    const int first_token = entry[1], tokens = entry[2], position = entry[3];
+    const int dim = layer.dim, group = layer.heads / layer.kv_heads, rows = tokens * group;
+    float *out = scratch, *most = out + rows * dim, *total = most + rows;
+    int* own = (int*)(total + rows);
+    bf16* query = (bf16*)(own + rows);
+    for (int r = 0; r < rows; ++r) {
+        std::memcpy(query + r * dim,
+                    (const bf16*)layer.query + (first_token + r / group) * layer.query_token +
+                        (head * group + r % group) * layer.query_head,
+                    dim * sizeof(bf16));
+        own[r] = position + r / group;
+        most[r] = -INFINITY;
+        total[r] = 0.0f;
+    }
+    std::fill(out, out + rows * dim, 0.0f);
+    const int end = position + tokens, tiles = (rows + TILE - 1) / TILE;
+    Span span;
+    span.first = layer.window ? std::max(0, position - layer.window + 1) / SPAN * SPAN : 0;
+    for (; span.first < end; span.first += SPAN) {
+        span.places = std::min(SPAN, end - span.first);
+        for (int b = 0; b < span.blocks(); ++b) {
+            const int64_t block = table[span.first / BLOCK + b];
+            const int64_t base = (block * layer.kv_heads + head) * (dim / 2) * BLOCK;
+            span.keys[b] = (const uint32_t*)layer.keys + base;
+            span.values[b] = (const uint32_t*)layer.values + base;
+        }
+        for (int tile = 0; tile < tiles; ++tile) {
+            const int row = rows * tile / tiles, count = rows * (tile + 1) / tiles - row;
+            attend_tile(layer, span, count, own + row, query + row * dim, out + row * dim,
+                        most + row, total + row);
+        }
+    }
+    for (int r = 0; r < rows; ++r) {
+        bf16* to = (bf16*)layer.out +
+                   ((int64_t)(first_token + r / group) * layer.heads + head * group + r % group) * dim;
+        for (int d = 0; d < dim; d += LANES)
+            store(to + d, load(out + r * dim + d) * (1.0f / total[r]));
+    }
+}
+
+}  // namespace
+
+template <> void attend<bf16>(const Step& step, const Attention& layer) {
+    const size_t rows = RUN * (layer.heads / layer.kv_heads);
+    static thread_local std::vector<Line> scratch;
+    const size_t lines = rows * (layer.dim * 3 / 2 + 3) / LANES + 1;
+    if (scratch.size() < lines) scratch.resize(lines);
+    const bool one_each = step.num_runs == step.num_segments;
+    if (!one_each) {            // a run may need what another keeps: wait
+#pragma omp for collapse(2)
+        for (int run = 0; run < step.num_runs; ++run)
+            for (int head = 0; head < layer.kv_heads; ++head) keep(step, layer, run, head);
+    }
+#pragma omp for collapse(2) schedule(dynamic, 2) nowait
+    for (int run = 0; run < step.num_runs; ++run)
+        for (int head = 0; head < layer.kv_heads; ++head) {
+            if (one_each) keep(step, layer, run, head);
+            attend_run(step, layer, run, head, scratch[0].numbers);
+        }
+}
+#endif
