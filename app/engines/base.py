@@ -17,7 +17,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
-from app.jobs import FinishReason, SamplingParams
+from app.jobs import WHOLE, FinishReason, PoolingParams, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +26,12 @@ class Sequence:
 
     id: int
     prompt_token_ids: tuple[int, ...]
-    params: SamplingParams | None = None  #: None for an embedding
+    params: SamplingParams | None = None  #: None where no text is generated
     tenant: str = "default"  #: prefix caches never cross it
     priority: int = 0
     stream: bool = False  #: its tokens leave through `take_tokens` as they come
+    pooling: PoolingParams = WHOLE  #: of a text that gets one answer
+    token_type_ids: tuple[int, ...] = ()  #: of a pair: which of both each token is of; () is all 0
 
     @property
     def max_total_tokens(self) -> int:
@@ -58,6 +60,7 @@ class Generation:
     text: str = ""
     logprobs: list[TokenLogprob] | None = None
     embedding: list[float] | None = None
+    scores: list[float] | None = None  #: a number for each class; one of a pair
     input_tokens: int = 0
     device_ns: int = 0
     started_ns: int = 0
@@ -95,7 +98,7 @@ NOT_FINITE: Final = (
     "not_finite",
     "The model computed something that is not a number for this prompt.",
 )
-"""error_code and error_message of a row whose logits or embedding are NaN or infinite."""
+"""error_code and error_message of a row whose logits, scores or embedding are NaN or infinite."""
 
 
 class Engine(Protocol):

@@ -67,12 +67,14 @@ def load_model(
     dtype: str,
     device: torch.device,
     shrink: Callable[[PreTrainedModel], None] | None = None,
+    unused: str | None = None,
 ) -> PreTrainedModel:
     """A model from a folder that `app.engines.models.ensure_files` made ready, for inference.
 
     `auto_class` is one of transformers' Auto classes; `shrink` changes the model before it takes
     room on the device. Raises `ConfigError` if transformers does not
-    know the model or the folder lacks some of its weights, which would be random otherwise.
+    know the model or the folder lacks some of its weights, which would be random otherwise; those
+    whose names begin with `unused` may be.
     """
     if device.type == "cuda":
         # Streams and pinned memory are made on the current device, wherever their tensors are.
@@ -90,7 +92,10 @@ def load_model(
         )
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"The model in {folder} cannot be loaded: {error}") from error
-    if missing := sorted(report["missing_keys"]):
+    missing = sorted(report["missing_keys"])
+    if unused is not None:
+        missing = [name for name in missing if not name.startswith(unused)]
+    if missing:
         raise ConfigError(f"The model in {folder} lacks weights: {', '.join(missing[:5])}.")
     # Weights keep requires_grad: torch folds a strided batch into one matrix product only for
     # those, and otherwise repeats the output layer for each row of a prefill, 200 times slower.

@@ -1,14 +1,17 @@
-"""Embeddings from an encoder such as BERT: pooled token vectors, scaled to length 1.
+"""Texts in, one answer each: an embedder's vector, a classifier's or cross-encoder's scores.
 
-How tokens are pooled is read from the files of sentence-transformers in the model's folder (mean
-where there are none). Vectors always come back normalized, as in the OpenAI API, so that the dot
-product of two is their cosine.
+A batch is run in passes of like length. When the model is loaded it is tried at the longest text it
+allows, and in company: a model whose answer depends on the padding beside it runs texts of one
+length together, or each alone.
 """
 
 from __future__ import annotations
 
+import enum
+import inspect
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from itertools import groupby
 from pathlib import Path
@@ -16,20 +19,34 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
-from transformers import AutoModel
 
 from app.config.settings import ModelSettings
 from app.costs import prefill_weights, share
 from app.engines.base import NOT_FINITE, Generation, Progress, Sequence, StepStats
-from app.engines.device import load_model
-from app.engines.models import load_json, read_json
+from app.engines.classifier import Classifier
+from app.engines.device import ran_out_of_memory
+from app.engines.embedder import Embedder
 from app.engines.static import StaticEngine
-from app.engines.tokenizer import load_tokenizer
+from app.engines.tokenizer import Tokenizer, load_tokenizer
 from app.errors import ConfigError, RequestError
-from app.jobs import FinishReason
+from app.jobs import FinishReason, Kind
 
-Pool = Callable[[Tensor, Tensor], Tensor]
-"""(token vectors [rows, width, size], mask [rows, width, 1] of 0 and 1) → [rows, size]."""
+log = logging.getLogger(__name__)
+
+_TRIED: Final = 7, 41
+"""Tokens of two texts that are tried alone and together: odd, so that no block of them is full."""
+_ALIKE: Final = {torch.float32: 1e-3}
+_ROUGHLY_ALIKE: Final = 0.05
+"""How far an answer may move in company, relative to its size, by the precision of the weights:
+what padding does to a model that minds it is a multiple of this."""
+
+
+class Company(enum.Enum):
+    """With which texts one may share a pass. The value tells people."""
+
+    LIKE = "torch"
+    SAME_LENGTH = "torch; only texts of one length together, as padding would change the answers"
+    ALONE = "torch; each text alone, as company would change the answers"
 
 
 class EncoderEngine(StaticEngine):
@@ -37,110 +54,160 @@ class EncoderEngine(StaticEngine):
         self, folder: Path, settings: ModelSettings, device: str, threads: int, progress: Progress
     ) -> None:
         super().__init__(load_tokenizer(folder, settings), settings, device, threads, progress)
-        if self._tokenizer.separate_output:
-            raise ConfigError("The engine encoder cannot run an encoder-decoder.")
-        self._pool = _pooling(folder)
-        self._model: Any = load_model(AutoModel, folder, settings.dtype, self._device)
+        if unknown := settings.options.keys() - {"matryoshka"}:
+            raise ConfigError(f"The engine encoder has no option {', '.join(sorted(unknown))}.")
+        if settings.kind is Kind.GENERATE:
+            raise ConfigError("The engine encoder does not generate; its kinds are the others.")
+        self._kind = settings.kind
+        task = Embedder if settings.kind is Kind.EMBED else Classifier
+        self._task: Embedder | Classifier = task(folder, settings, self._device)
+        config = self._task.model.config
+        self._pad = _pad_token(config)
+        self._takes_types = _takes_types(self._task.model)
+        with torch.inference_mode():
+            self._company = self._try_model()
+
+    @property
+    def kernels(self) -> str:
+        """What computes, for people."""
+        return self._company.value
 
     def _check(self, sequence: Sequence) -> None:
         if sequence.params is not None:
-            raise RequestError("This model gives embeddings; it does not generate text.")
+            raise RequestError("This model answers with vectors or scores; it generates no text.")
 
     def _run(self, sequences: Seq[Sequence], stats: StepStats) -> list[Generation]:
-        """In passes of like length, so that padding stays below the half of each."""
         answers: list[Generation] = []
-        ordered = sorted(sequences, key=_length)
-        for _, rows in groupby(ordered, key=lambda each: _length(each).bit_length()):
-            answers += self._embed(list(rows), stats)
+        for rows in _passes(sequences, self._company):
+            answers += self._pass(rows, stats)
             self._progress()
         return answers
 
-    def _embed(self, rows: list[Sequence], stats: StepStats) -> list[Generation]:
+    def _pass(self, rows: list[Sequence], stats: StepStats) -> list[Generation]:
         """One pass of the model. Rows that were cancelled meanwhile are answered all the same."""
         began = time.monotonic_ns()
-        ids, mask = self._padded(rows)
-        tokens = self._model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
-        pooled = self._pool(tokens, mask[:, :, None])
-        vectors = torch.nn.functional.normalize(pooled, dim=-1)
-        finite = vectors.isfinite().all(-1).tolist()  # waits for the device
+        raw = self._forward(rows)
+        finite = raw.isfinite().all(-1).tolist()  # waits for the device
+        values = self._task.finish(raw, [each.pooling for each in rows])
         ended = time.monotonic_ns()
-        stats.useful_tokens += int(sum(map(_length, rows)))
-        stats.padded_tokens += ids.numel()
+        stats.useful_tokens += sum(map(_length, rows))
+        stats.padded_tokens += len(rows) * max(map(_length, rows))
         shares = share(ended - began, prefill_weights([_length(each) for each in rows]))
         answers = [
             Generation(
                 each.id,
                 FinishReason.STOP,
-                embedding=vector,
                 input_tokens=_length(each),
                 device_ns=device_ns,
                 started_ns=began,
                 first_token_ns=ended,
                 finished_ns=ended,
             )
-            for each, vector, device_ns in zip(rows, vectors.tolist(), shares, strict=True)
+            for each, device_ns in zip(rows, shares, strict=True)
         ]
-        for answer, is_finite in zip(answers, finite, strict=True):
+        for answer, value, is_finite in zip(answers, values, finite, strict=True):
             if not is_finite:
-                answer.finish_reason, answer.embedding = FinishReason.ERROR, None
+                answer.finish_reason = FinishReason.ERROR
                 answer.error_code, answer.error_message = NOT_FINITE
+            elif self._kind is Kind.EMBED:
+                answer.embedding = value
+            else:
+                answer.scores = value
         return answers
 
-    def _padded(self, rows: Seq[Sequence]) -> tuple[Tensor, Tensor]:
-        """Token ids and mask, [rows, width] each."""
+    def _forward(self, rows: Seq[Sequence]) -> Tensor:
+        """Vectors or logits, [rows, size]."""
         shape = len(rows), max(map(_length, rows))
-        ids = torch.full(shape, self._model.config.pad_token_id or 0, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
+        ids = torch.full(shape, self._pad, dtype=torch.int64)
+        mask, pooled, types = (torch.zeros_like(ids) for _ in range(3))
         for place, row in enumerate(rows):
-            ids[place, : _length(row)] = torch.tensor(row.prompt_token_ids)
-            mask[place, : _length(row)] = 1
-        return ids.to(self._device), mask.to(self._device)
+            length, skip = _length(row), row.pooling.skip
+            ids[place, :length] = torch.tensor(row.prompt_token_ids)
+            mask[place, :length] = 1
+            pooled[place, skip if skip < length else 0 : length] = 1
+            if row.token_type_ids:
+                types[place, :length] = torch.tensor(row.token_type_ids)
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        if self._takes_types:
+            inputs["token_type_ids"] = types
+        on_device = {name: each.to(self._device) for name, each in inputs.items()}
+        return self._task.run(on_device, pooled.to(self._device))
+
+    def _try_model(self) -> Company:
+        """Run what nobody asked for, so that nobody is the first to find out.
+
+        Raises `ConfigError` if the longest text that the model's files allow does not run.
+        """
+        tokenizer, context = self._tokenizer, self._tokenizer.context_tokens
+        try:
+            self._forward([_text(tokenizer, context)])
+        except (IndexError, RuntimeError, ValueError) as error:
+            if ran_out_of_memory(error):
+                why = "there is no memory for it"
+            else:
+                why = str(error).strip().partition("\n")[0]
+            raise ConfigError(
+                f"The model does not run a text of {context} tokens, which its files allow "
+                f"({why}); set context_tokens to less."
+            ) from error
+        self._progress()
+        texts = [_text(tokenizer, min(tried, context)) for tried in _TRIED]
+        company = _company_of(self._forward, texts, self._task.model.dtype)
+        if company is not Company.LIKE:
+            log.warning("The model runs with less company: %s.", company.value)
+        return company
+
+
+def _company_of(
+    forward: Callable[[Seq[Sequence]], Tensor], texts: Seq[Sequence], dtype: torch.dtype
+) -> Company:
+    """The most company in which the first, shorter text has the answer that it has alone."""
+    [alone] = forward(texts[:1])
+    tries = {Company.LIKE: texts, Company.SAME_LENGTH: [texts[0], texts[0]]}
+    for company, rows in tries.items():
+        try:
+            beside = forward(rows)[0]
+        except (IndexError, RuntimeError, ValueError):  # as of a decoder without a padding token
+            continue
+        if (beside - alone).norm() <= _ALIKE.get(dtype, _ROUGHLY_ALIKE) * alone.norm():
+            return company
+    return Company.ALONE
+
+
+def _passes(sequences: Seq[Sequence], company: Company) -> Iterator[list[Sequence]]:
+    """In passes of like length, so that padding stays below the half of each."""
+    if company is Company.ALONE:
+        yield from ([each] for each in sequences)
+        return
+    same = company is Company.SAME_LENGTH
+    ordered = sorted(sequences, key=_length)
+    for _, rows in groupby(ordered, lambda it: _length(it) if same else _length(it).bit_length()):
+        yield list(rows)
+
+
+def _text(tokenizer: Tokenizer, length: int) -> Sequence:
+    """A text of so many tokens, with what the model expects around one."""
+    ids = list(tokenizer.encode("a b " * length, max_tokens=length).ids)
+    while 0 < len(ids) < length:  # blanks may be no tokens, and words one
+        ids[len(ids) // 2 : len(ids) // 2] = [ids[len(ids) // 2]] * (length - len(ids))
+    return Sequence(0, tuple(ids[:length]) or (0,) * length)
+
+
+def _takes_types(model: Any) -> bool:
+    """Whether the model tells the two texts of a pair apart by more than their places. (That of
+    GPT-2 has the parameter, too, for something else.)"""
+    has_types = (
+        getattr(model.config, "type_vocab_size", 0) > 1 or model.config.model_type == "xlnet"
+    )
+    return has_types and "token_type_ids" in inspect.signature(model.forward).parameters
+
+
+def _pad_token(config: Any) -> int:
+    for each in (config, config.get_text_config()):
+        if isinstance(each.pad_token_id, int):
+            return each.pad_token_id
+    return 0
 
 
 def _length(sequence: Sequence) -> int:
     return len(sequence.prompt_token_ids)
-
-
-def _mean(tokens: Tensor, mask: Tensor) -> Tensor:
-    return (tokens * mask).sum(1) / mask.sum(1)
-
-
-def _first(tokens: Tensor, mask: Tensor) -> Tensor:
-    return tokens[:, 0]
-
-
-def _last(tokens: Tensor, mask: Tensor) -> Tensor:
-    return tokens[torch.arange(len(tokens)), mask.sum(1)[:, 0] - 1]
-
-
-def _largest(tokens: Tensor, mask: Tensor) -> Tensor:
-    return tokens.masked_fill(mask == 0, float("-inf")).amax(1)
-
-
-POOLING: Final[dict[str, Pool]] = {
-    "mean": _mean,
-    "cls": _first,
-    "lasttoken": _last,
-    "max": _largest,
-}
-
-
-def _pooling(folder: Path) -> Pool:
-    """As sentence-transformers' files say, mean where there are none.
-
-    Raises `ConfigError` for anything else that they would do to the vectors.
-    """
-    modules = load_json(folder / "modules.json", missing=[])
-    paths = {module["type"].rpartition(".")[2]: module["path"] for module in modules}
-    if unknown := paths.keys() - {"Transformer", "Pooling", "Normalize"}:
-        raise ConfigError(f"The engine encoder has no module {', '.join(sorted(unknown))}.")
-    if "Pooling" not in paths:
-        return _mean
-    config = read_json(folder / paths["Pooling"] / "config.json")
-    # Older files have a flag for each mode, as in pooling_mode_mean_tokens.
-    flags = [name for name, value in config.items() if value is True and "pooling_mode" in name]
-    modes = [flag.removeprefix("pooling_mode_").partition("_token")[0] for flag in flags]
-    mode = config.get("pooling_mode") or "+".join(modes)
-    if mode not in POOLING:
-        raise ConfigError(f"The engine encoder pools by {', '.join(POOLING)}, not by {mode}.")
-    return POOLING[mode]

@@ -1,7 +1,7 @@
 """An engine without a model, for tests and for benchmarks of everything around the engine.
 
-It echoes the prompt, one byte a step, or a hash of it as an embedding. The last line of a prompt
-may ask for trouble instead:
+It echoes the prompt, one byte a step, or gives a hash of it as an embedding or scores. The last
+line of a prompt may ask for trouble instead:
 
     sleep MS      takes so many milliseconds longer
     nan           fails alone, as a row with NaN logits does
@@ -44,7 +44,7 @@ from app.engines.base import (
 from app.engines.stopping import Output
 from app.engines.tokenizer import StubTokenizer
 from app.errors import OutOfMemory
-from app.jobs import FinishReason, SamplingParams
+from app.jobs import FinishReason, Kind, SamplingParams
 
 CRASHED: Final = 70  #: exit status
 EMBEDDING_SIZE: Final = 8
@@ -95,6 +95,7 @@ class StubEngine:
         self._step_ns = int(float(settings.options.get("step_ms", 0)) * 1e6)
         self._row_ns = int(float(settings.options.get("row_ms", 0)) * 1e6)
         self._max_rows = settings.max_batch_size
+        self._kind = settings.kind
         self._tokenizer = StubTokenizer(settings)
         self._progress = progress
         self._rows: list[_Row] = []
@@ -169,7 +170,7 @@ class StubEngine:
         if now_ns < row.awake_ns:
             return None
         if row.sequence.params is None:
-            row.generation.embedding = _embedding(row.sequence.prompt_token_ids)
+            self._answer_at_once(row)
             return FinishReason.STOP
         token = row.left.pop() if row.left else StubTokenizer.EOS
         reason = row.output.append(token)
@@ -180,6 +181,18 @@ class StubEngine:
         stats.useful_tokens += 1
         stats.padded_tokens += 1
         return reason
+
+    def _answer_at_once(self, row: _Row) -> None:
+        vector = _embedding(row.sequence.prompt_token_ids)
+        match self._kind:
+            case Kind.CLASSIFY:
+                likely = (1 + vector[0]) / 2
+                row.generation.scores = [likely, 1 - likely]
+            case Kind.RERANK:
+                row.generation.scores = [(1 + vector[0]) / 2]
+            case _:
+                asked = row.sequence.pooling
+                row.generation.embedding = vector[: asked.dimensions]
 
     def _take_time(self, began_ns: int) -> None:
         """Let the step last as long as it is set to, and share its time over the rows in it."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, cast
 
@@ -18,6 +19,7 @@ from tokenizers.decoders import ByteLevel
 from app.config.settings import ModelSettings
 from app.engines import registry
 from app.engines.chat_template import Chat, ChatTemplate, find_template
+from app.engines.context import context_tokens
 from app.engines.models import read_json
 from app.engines.special_tokens import SpecialTokens
 from app.errors import ConfigError, RequestError
@@ -25,6 +27,14 @@ from app.errors import ConfigError, RequestError
 SHORT: Final = 65_536
 """A text that is no longer is always turned into tokens: that takes milliseconds. Where whitespace
 is dropped, or a word of any length is one unknown token, the length says little of a short text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A text, or a pair of them, in tokens."""
+
+    ids: tuple[int, ...]
+    type_ids: tuple[int, ...] = ()  #: which of the pair each token is of; () is all 0
 
 
 class Tokenizer(abc.ABC):
@@ -52,6 +62,25 @@ class Tokenizer(abc.ABC):
     def encode_text(self, text: str, *, parse_special: bool = False) -> tuple[int, ...]:
         """With the special tokens that the model expects around a text, and none within it unless
         `parse_special` says that they are meant."""
+
+    def encode(
+        self,
+        text: str,
+        pair: str | None = None,
+        *,
+        parse_special: bool = False,
+        max_tokens: int | None = None,
+        max_pair_tokens: int | None = None,
+    ) -> Encoded:
+        """A text, or two as a pair, with all that the model expects around and between them.
+
+        Beyond `max_tokens` the text is cut, of a pair the longer one first, and what is around them
+        stays; the second alone is cut to `max_pair_tokens` before. Raises `RequestError` if nothing
+        of the text would be left, or the model takes no pairs.
+        """
+        if pair is not None:
+            raise RequestError("This model takes no pairs of texts.")
+        return Encoded(self.encode_text(text, parse_special=parse_special)[:max_tokens])
 
     @abc.abstractmethod
     def encode_chat(self, chat: Chat, *, parse_special: bool = False) -> tuple[int, ...]:
@@ -91,10 +120,11 @@ class FileTokenizer(Tokenizer):
             for name, value in texts.items()
             if name.endswith("_token") and value is not None
         }
+        self._cut_side = "left" if texts.get("truncation_side") == "left" else "right"
         self.template = find_template(folder, texts, self._special_texts)
         self.vocab_size = int(text_config.get("vocab_size") or self._file.get_vocab_size())
         self.separate_output = bool(config.get("is_encoder_decoder"))
-        self.context_tokens = _context_tokens(folder, text_config, texts, settings)
+        self.context_tokens = context_tokens(folder, text_config, texts, settings)
         self.eos_token_ids = self._eos_token_ids(folder, text_config)
         self._special = SpecialTokens(
             self._file,
@@ -112,6 +142,37 @@ class FileTokenizer(Tokenizer):
     def encode_text(self, text: str, *, parse_special: bool = False) -> tuple[int, ...]:
         encoding = self._special.whole(text) if parse_special else self._special.encode(text)
         return tuple(self._file.post_process(encoding, None, True).ids)
+
+    def encode(
+        self,
+        text: str,
+        pair: str | None = None,
+        *,
+        parse_special: bool = False,
+        max_tokens: int | None = None,
+        max_pair_tokens: int | None = None,
+    ) -> Encoded:
+        encode = self._special.whole if parse_special else self._special.encode
+        if max_tokens is not None:  # no work is done for what is cut anyway
+            text, pair = self._start(text), None if pair is None else self._start(pair)
+        first, second = encode(text), None if pair is None else encode(pair)
+        if second is not None and max_pair_tokens is not None:
+            second.truncate(max_pair_tokens, direction=self._cut_side)
+        if max_tokens is not None:
+            room = max_tokens - self._file.num_special_tokens_to_add(second is not None)
+            if room < (1 if second is None else 2):
+                raise RequestError(
+                    f"{max_tokens} tokens leave no room for a text.", param="truncate_prompt_tokens"
+                )
+            most, most_second = _room(len(first), len(second or ()), room)
+            first.truncate(most, direction=self._cut_side)
+            if second is not None:
+                second.truncate(most_second, direction=self._cut_side)
+        done = self._file.post_process(first, second, True)
+        return Encoded(tuple(done.ids), tuple(done.type_ids) if any(done.type_ids) else ())
+
+    def _start(self, text: str) -> str:
+        return text[-self.max_length :] if self._cut_side == "left" else text[: self.max_length]
 
     def encode_chat(self, chat: Chat, *, parse_special: bool = False) -> tuple[int, ...]:
         template = self.template
@@ -159,6 +220,21 @@ class StubTokenizer(Tokenizer):
     def encode_text(self, text: str, *, parse_special: bool = False) -> tuple[int, ...]:
         return tuple(text.encode())  # no text is a special token here
 
+    def encode(
+        self,
+        text: str,
+        pair: str | None = None,
+        *,
+        parse_special: bool = False,
+        max_tokens: int | None = None,
+        max_pair_tokens: int | None = None,
+    ) -> Encoded:
+        if pair is None:
+            return Encoded(self.encode_text(text)[:max_tokens])
+        first, second = self.encode_text(f"{text}\n"), self.encode_text(pair)[:max_pair_tokens]
+        ids = (first + second)[:max_tokens]
+        return Encoded(ids, tuple(int(place >= len(first)) for place in range(len(ids))))
+
     def encode_chat(self, chat: Chat, *, parse_special: bool = False) -> tuple[int, ...]:
         return self.encode_text("\n".join(each["content"] or "" for each in chat.messages))
 
@@ -183,24 +259,10 @@ def load_tokenizer(folder: Path, settings: ModelSettings) -> Tokenizer:
     return cast(Tokenizer, make(folder, settings))
 
 
-def _context_tokens(
-    folder: Path, config: dict[str, Any], texts: dict[str, Any], settings: ModelSettings
-) -> int:
-    """The smallest limit that the model's files name, or the one that is set."""
-    unbound = "relative_attention_num_buckets" in config  # T5 knows distances, not places
-    named = [
-        *(config.get(key) for key in ("max_position_embeddings", "n_positions")),
-        read_json(folder / "sentence_bert_config.json").get("max_seq_length"),
-        texts.get("model_max_length"),
-    ]
-    own = min((limit for limit in named if limit and limit < UNLIMITED), default=None)
-    wanted = settings.context_tokens or own
-    if wanted is None:
-        raise ConfigError("The model's files name no context length; set context_tokens.")
-    if own is not None and wanted > own and not unbound:
-        raise ConfigError(f"context_tokens is {wanted}, but the model's context is {own} tokens.")
-    return wanted
-
-
-UNLIMITED: Final = 10**9
-"""transformers writes a model_max_length far beyond this where there is no limit."""
+def _room(first: int, second: int, room: int) -> tuple[int, int]:
+    """Tokens to keep of two texts: the longer is cut first, then both (`longest_first`, as
+    transformers names it)."""
+    if first + second <= room:
+        return first, second
+    shorter = min(first, second, room // 2)
+    return (shorter, room - shorter) if first <= second else (room - shorter, shorter)

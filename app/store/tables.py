@@ -104,7 +104,12 @@ jobs = Table(
     Column(
         "model", Text, nullable=False, comment="Name of a configured model; empty if unreadable."
     ),
-    Column("kind", Text, nullable=False, comment="What the model does: generate or embed."),
+    Column(
+        "kind",
+        Text,
+        nullable=False,
+        comment="What the model does: generate, embed, classify or rerank.",
+    ),
     Column("url", Text, comment="OpenAI-style path of the request; null if it was never readable."),
     Column("request", JSONB, comment="Body as sent, prompt included; null once redacted."),
     Column(
@@ -376,7 +381,7 @@ results = Table(
     Column("queued_at", Stamp, nullable=False, comment="Last became queued."),
     Column("claimed_at", Stamp, comment="Claimed by the attempt that ended it."),
     Column("started_at", Stamp, comment="The engine began its prompt."),
-    Column("first_token_at", Stamp, comment="First token; for an embedding, its vector."),
+    Column("first_token_at", Stamp, comment="First token; for an embedding or scores, these."),
     Column("finished_at", Stamp, nullable=False, comment="Result written."),
     Column("queue_ms", Double, comment="created_at to claimed_at, in ms."),
     Column("batch_wait_ms", Double, comment="Part of queue_ms in the worker's batcher, in ms."),

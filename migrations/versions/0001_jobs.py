@@ -83,7 +83,10 @@ def upgrade() -> None:
             "close_reason IN ('join', 'size', 'tokens', 'wait')",
             name=op.f("batches_close_reason_check"),
         ),
-        CheckConstraint("kind IN ('embed', 'generate')", name=op.f("batches_kind_check")),
+        CheckConstraint(
+            "kind IN ('classify', 'embed', 'generate', 'rerank')",
+            name=op.f("batches_kind_check"),
+        ),
         in_range("batches", "opened_at", "claimed_at", "finished_at"),
         not_negative(
             "batches",
@@ -114,7 +117,12 @@ def upgrade() -> None:
             nullable=False,
             comment="Name of a configured model; empty if unreadable.",
         ),
-        Column("kind", Text, nullable=False, comment="What the model does: generate or embed."),
+        Column(
+            "kind",
+            Text,
+            nullable=False,
+            comment="What the model does: generate, embed, classify or rerank.",
+        ),
         Column(
             "url", Text, comment="OpenAI-style path of the request; null if it was never readable."
         ),
@@ -213,7 +221,10 @@ def upgrade() -> None:
             "(state IN ('queued', 'running')) = (finished_at IS NULL)",
             name=op.f("jobs_finished_at_check"),
         ),
-        CheckConstraint("kind IN ('embed', 'generate')", name=op.f("jobs_kind_check")),
+        CheckConstraint(
+            "kind IN ('classify', 'embed', 'generate', 'rerank')",
+            name=op.f("jobs_kind_check"),
+        ),
         CheckConstraint(
             "num_nulls(attempt_id, worker_id, batch_id)"
             " = CASE state WHEN 'running' THEN 0 ELSE 3 END",
@@ -443,7 +454,7 @@ def upgrade() -> None:
         Column("queued_at", Stamp, nullable=False, comment="Last became queued."),
         Column("claimed_at", Stamp, comment="Claimed by the attempt that ended it."),
         Column("started_at", Stamp, comment="The engine began its prompt."),
-        Column("first_token_at", Stamp, comment="First token; for an embedding, its vector."),
+        Column("first_token_at", Stamp, comment="First token; for an embedding or scores, these."),
         Column("finished_at", Stamp, nullable=False, comment="Result written."),
         Column("queue_ms", Double, comment="created_at to claimed_at, in ms."),
         Column("batch_wait_ms", Double, comment="Part of queue_ms in the worker's batcher, in ms."),
@@ -466,7 +477,10 @@ def upgrade() -> None:
         ),
         Column("currency", Text, comment="ISO 4217 code; null if the job never ran."),
         Column("price_id", Text, comment="Entry of prices.toml that was charged."),
-        CheckConstraint("kind IN ('embed', 'generate')", name=op.f("results_kind_check")),
+        CheckConstraint(
+            "kind IN ('classify', 'embed', 'generate', 'rerank')",
+            name=op.f("results_kind_check"),
+        ),
         CheckConstraint(
             "state IN ('cancelled', 'completed', 'expired', 'failed')",
             name=op.f("results_state_check"),

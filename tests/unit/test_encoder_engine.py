@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModel
 
@@ -16,7 +17,7 @@ from app.config.settings import ModelSettings
 from app.engines.base import Engine, Generation, Progress, Sequence
 from app.engines.registry import create
 from app.errors import ConfigError
-from app.jobs import FinishReason, Kind, SamplingParams
+from app.jobs import FinishReason, Kind, PoolingParams, SamplingParams
 from tests.unit import tiny_models
 from tests.unit.tiny_models import CONTEXT, VOCAB
 
@@ -49,25 +50,108 @@ def tokens_of(folder: Path, text: str) -> Tensor:
     return hidden
 
 
-@pytest.mark.parametrize(
-    ("pooling", "pool"),
-    [
-        ("mean_tokens", lambda tokens: tokens.mean(0)),
-        ("cls_token", lambda tokens: tokens[0]),
-        ("lasttoken", lambda tokens: tokens[-1]),
-        ("max_tokens", lambda tokens: tokens.amax(0)),
-    ],
-)
+POOLS: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean_tokens": lambda tokens: tokens.mean(0),
+    "cls_token": lambda tokens: tokens[0],
+    "lasttoken": lambda tokens: tokens[-1],
+    "max_tokens": lambda tokens: tokens.amax(0),
+    "mean_sqrt_len_tokens": lambda tokens: tokens.sum(0) / len(tokens) ** 0.5,
+    "weightedmean_tokens": lambda tokens: (
+        (tokens * torch.arange(1, len(tokens) + 1)[:, None]).sum(0)
+        / (len(tokens) * (len(tokens) + 1) / 2)
+    ),
+}
+
+
+def unit(vectors: Tensor) -> Tensor:
+    return vectors / vectors.norm(dim=-1, keepdim=True)
+
+
+@pytest.mark.parametrize("pooling", POOLS)
 def test_vectors_are_pooled_as_the_folder_says_and_have_length_one(
-    tmp_path: Path, pooling: str, pool: Callable[[Tensor], Tensor]
+    tmp_path: Path, pooling: str
 ) -> None:
     folder = tiny_models.save_bert(tmp_path / "bert", pooling=pooling)
 
     found = vectors(run(load(folder), *(sequence(i, text) for i, text in enumerate(TEXTS))))
 
-    expected = torch.stack([pool(tokens_of(folder, text)) for text in TEXTS])
-    expected = expected / expected.norm(dim=1, keepdim=True)
+    expected = torch.stack([POOLS[pooling](tokens_of(folder, text)) for text in TEXTS])
+    torch.testing.assert_close(found, unit(expected), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True},
+        {"pooling_mode": "mean+cls"},
+        {"pooling_mode": ["cls", "mean"]},
+    ],
+)
+def test_several_poolings_are_put_one_behind_the_other_in_their_own_order(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
+    folder = tiny_models.save_bert(tmp_path / "bert")
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(config))
+
+    [found] = vectors(run(load(folder), sequence(1, "water")))
+
+    tokens = tokens_of(folder, "water")
+    expected = unit(torch.cat([tokens[0], tokens.mean(0)]))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def add_module(
+    folder: Path, name: str, config: dict[str, Any], weights: dict[str, Tensor] | None = None
+) -> None:
+    """A module behind the pooling, before Normalize."""
+    modules = json.loads((folder / "modules.json").read_text())
+    path = f"{len(modules)}_{name}"
+    modules.insert(-1, {"idx": 9, "path": path, "type": f"sentence_transformers.models.{name}"})
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / path).mkdir()
+    (folder / path / "config.json").write_text(json.dumps(config))
+    if weights is not None:
+        save_file(weights, folder / path / "model.safetensors")
+
+
+DENSE = {"in_features": 32, "out_features": 12, "bias": True}
+
+
+def test_layers_behind_the_pooling_are_run(tmp_path: Path) -> None:
+    folder = tiny_models.save_bert(tmp_path / "bert")
+    tanh = "torch.nn.modules.activation.Tanh"
+    weight, bias, scale = torch.randn(12, 32), torch.randn(12), torch.rand(12)
+    dense = {"linear.weight": weight, "linear.bias": bias}
+    add_module(folder, "Dropout", {"dropout": 0.5})
+    add_module(folder, "Dense", DENSE | {"activation_function": tanh}, dense)
+    norm = {"norm.weight": scale, "norm.bias": bias}
+    add_module(folder, "LayerNorm", {"dimension": 12}, norm)
+
+    [found] = vectors(run(load(folder), sequence(1, "water")))
+
+    layer = torch.tanh(weight @ tokens_of(folder, "water").mean(0) + bias)
+    expected = torch.nn.functional.layer_norm(layer, [12], scale, bias)
+    torch.testing.assert_close(found, unit(expected), atol=1e-5, rtol=0)
+
+
+def test_a_vector_is_given_as_it_was_asked_for(tmp_path: Path) -> None:
+    engine = load(tiny_models.save_bert(tmp_path / "bert"))
+    asked = [
+        PoolingParams(),
+        PoolingParams(use_activation=False),
+        PoolingParams(dimensions=8),
+        PoolingParams(dimensions=8, use_activation=False),
+        PoolingParams(skip=2),
+    ]
+    sequences = [Sequence(i, tuple(b"water"), pooling=each) for i, each in enumerate(asked)]
+
+    found = [torch.tensor(answer.embedding) for answer in run(engine, *sequences)]
+
+    tokens = tokens_of(tmp_path / "bert", "water")
+    whole = tokens.mean(0)
+    expected = [unit(whole), whole, unit(whole[:8]), whole[:8], unit(tokens[2:].mean(0))]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 
 
 def test_company_does_not_change_a_vector(tmp_path: Path) -> None:
@@ -94,19 +178,25 @@ def test_a_plain_bert_is_pooled_by_the_mean(tmp_path: Path) -> None:
 
     found = vectors(run(load(folder), sequence(1, "water")))[0]
 
-    expected = tokens_of(folder, "water").mean(0)
-    torch.testing.assert_close(found, expected / expected.norm(), atol=1e-5, rtol=0)
+    expected = unit(tokens_of(folder, "water").mean(0))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"modules.json": [{"type": "st.models.Dense", "path": "2_Dense"}]}, "no module Dense"),
-        ({"1_Pooling/config.json": {"pooling_mode": "weightedmean"}}, "not by weightedmean"),
         (
-            {"1_Pooling/config.json": {"pooling_mode_cls_token": True, "pooling_mode_max": True}},
-            r"not by cls\+max",
+            {"modules.json": [{"type": "st.models.WordWeights", "path": ""}]},
+            "no module WordWeights",
         ),
+        ({"modules.json": [{"type": "st.models.Pooling", "path": "1_Pooling"}]}, "does not begin"),
+        ({"modules.json": [{"type": "st.Transformer", "path": "0_Transformer"}]}, "move its files"),
+        ({"1_Pooling/config.json": {"pooling_mode": "median"}}, "not by median"),
+        ({"1_Pooling/config.json": {"pooling_mode_mean_tokens": False}}, "names no mode"),
+        ({"sentence_bert_config.json": {"model_args": {"x": 1}}}, "asks for model_args"),
+        ({"sentence_roberta_config.json": {"tokens": 1}}, "asks for tokens"),
+        ({"config_sentence_transformers.json": {"model_type": "SparseEncoder"}}, "model_type"),
+        ({"config_sentence_transformers.json": {"default_prompt_name": "q"}}, "default prompt q"),
     ],
 )
 def test_what_would_change_the_vectors_is_refused(
@@ -115,6 +205,27 @@ def test_what_would_change_the_vectors_is_refused(
     folder = tiny_models.save_bert(tmp_path / "bert")
     for name, content in change.items():
         (folder / name).write_text(json.dumps(content))
+
+    with pytest.raises(ConfigError, match=reason):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "weights", "reason"),
+    [
+        (DENSE | {"activation_function": "torch.nn.modules.linear.Bilinear"}, {}, "no activation"),
+        (DENSE | {"activation_function": "os.Tanh"}, {}, "no activation os.Tanh"),
+        (DENSE | {"module_input_name": "token_embeddings"}, {}, "module_input_name"),
+        (DENSE | {"in_features": None}, {}, "no usable in_features"),
+        (DENSE, None, "pickled weights are not loaded"),
+        (DENSE, {"linear.weight": torch.zeros(3, 3)}, "do not fit"),
+    ],
+)
+def test_a_layer_that_cannot_be_run_as_it_is_meant_is_refused(
+    tmp_path: Path, config: dict[str, Any], weights: dict[str, Tensor] | None, reason: str
+) -> None:
+    folder = tiny_models.save_bert(tmp_path / "bert")
+    add_module(folder, "Dense", config, weights)
 
     with pytest.raises(ConfigError, match=reason):
         load(folder)

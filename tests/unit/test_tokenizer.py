@@ -33,7 +33,7 @@ TEXTS = ["water wheel", "naïve 漢字 🙂", "  two  spaces\n\n", "<eos> inside
 
 
 def settings(**given: Any) -> ModelSettings:
-    return ModelSettings(source="x", kind=Kind.GENERATE, engine="generate", **given)
+    return ModelSettings(**{"source": "x", "kind": Kind.GENERATE, "engine": "generate"} | given)
 
 
 @pytest.fixture(scope="module")
@@ -321,14 +321,15 @@ def test_an_embedding_may_fill_the_whole_context(tmp_path: Path) -> None:
 
 
 def test_the_context_is_the_smallest_that_the_files_name(folder: Path, tmp_path: Path) -> None:
-    def context(name: str, **changes: dict[str, Any]) -> int:
+    def context(name: str, kind: Kind = Kind.GENERATE, **changes: dict[str, Any]) -> int:
         changed = copy_of(folder, tmp_path / name, **changes)
-        return load_tokenizer(changed, settings()).context_tokens
+        return load_tokenizer(changed, settings(kind=kind)).context_tokens
 
     assert context("as-it-is") == CONTEXT
     assert context("tokenizer", tokenizer_config={"model_max_length": 40}) == 40
     assert context("unlimited", tokenizer_config={"model_max_length": 10**30}) == CONTEXT
-    assert context("sentence", sentence_bert_config={"max_seq_length": 30}) == 30
+    embeds = {"sentence_bert_config": {"max_seq_length": 30}}
+    assert context("sentence", Kind.EMBED, **embeds) == 30
     assert load_tokenizer(folder, settings(context_tokens=50)).context_tokens == 50
     with pytest.raises(ConfigError, match=f"context is {CONTEXT} tokens"):
         load_tokenizer(folder, settings(context_tokens=CONTEXT + 1))

@@ -32,9 +32,12 @@ TEMPLATE = "{% for m in messages %}{{ bos_token }}{{ m.role }}: {{ m.content }}\
 
 
 def save_tokenizer(
-    folder: Path, *, adds_eos: bool = False, template: str | None = TEMPLATE
+    folder: Path, *, adds_eos: bool = False, pairs: bool = False, template: str | None = TEMPLATE
 ) -> None:
-    """One token a byte, then <eos>, <bos> and <pad>; with <bos> before or <eos> after a text."""
+    """One token a byte, then <eos>, <bos> and <pad>; with <bos> before or <eos> after a text.
+
+    With `pairs` a text and a pair of them are between these, as BERT has it.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {letter: place for place, letter in enumerate(alphabet)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
@@ -45,6 +48,12 @@ def save_tokenizer(
         single="$A <eos>" if adds_eos else "<bos> $A",
         special_tokens=[("<eos>", EOS), ("<bos>", BOS)],
     )
+    if pairs:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<bos> $A <eos>",
+            pair="<bos> $A <eos> $B:1 <eos>:1",
+            special_tokens=[("<eos>", EOS), ("<bos>", BOS)],
+        )
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     eos = {"__type": "AddedToken", "content": "<eos>", "special": True}  # an older way to write it

@@ -10,12 +10,14 @@ from io import BytesIO
 from pathlib import Path
 from typing import Final
 
+from app.jobs import Kind
 from app.store.database import MIGRATIONS
 from tests.chaos.faults.broker import expect_both_consume, submit_for
 from tests.chaos.scene import Scene, fault
 from tests.chaos.world import WORKERS
 
-NEW_KIND: Final = "rerank"
+NEW_KIND: Final = "translate"
+_KINDS: Final = ", ".join(f"'{kind}'" for kind in Kind)
 
 # What a next version's migration does: it adds, and takes nothing away.
 _EXPAND: Final = f"""
@@ -23,7 +25,7 @@ _EXPAND: Final = f"""
     ALTER TABLE jobs ADD COLUMN next_version text;
     ALTER TABLE jobs DROP CONSTRAINT jobs_kind_check;
     ALTER TABLE jobs ADD CONSTRAINT jobs_kind_check
-        CHECK (kind IN ('embed', 'generate', '{NEW_KIND}')) NOT VALID;
+        CHECK (kind IN ({_KINDS}, '{NEW_KIND}')) NOT VALID;
     CREATE TABLE next_versions (id uuid PRIMARY KEY);
     UPDATE alembic_version SET version_num = 'next';
 """
@@ -31,7 +33,7 @@ _CONTRACT: Final = f"""
     DELETE FROM jobs WHERE kind = '{NEW_KIND}';
     DROP TABLE next_versions;
     ALTER TABLE jobs DROP CONSTRAINT jobs_kind_check;
-    ALTER TABLE jobs ADD CONSTRAINT jobs_kind_check CHECK (kind IN ('embed', 'generate')) NOT VALID;
+    ALTER TABLE jobs ADD CONSTRAINT jobs_kind_check CHECK (kind IN ({_KINDS})) NOT VALID;
     ALTER TABLE jobs DROP COLUMN next_version;
 """
 
