@@ -122,7 +122,7 @@ class _Rows:
         self._cancelled = cancelled
         self._progress = progress
         self._outputs = [
-            Output(each.params, tokenizer.decode, tokenizer.eos_token_ids)
+            Output(each.params, tokenizer, each.prompt_token_ids)
             for each in sequences
             if each.params
         ]

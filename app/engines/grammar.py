@@ -13,21 +13,28 @@ to a second, so it happens in threads beside the engine's loop:
 from __future__ import annotations
 
 import functools
+import json
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 import numpy as np
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
+from llguidance import (
+    LLMatcher,
+    LLParserLimits,
+    LLTokenizer,
+    TokenizerWrapper,
+    regex_to_lark,
+)
 from numpy.typing import NDArray
 
 from app.engines.tokenizer import Tokenizer
-from app.errors import InvalidSchema
+from app.errors import InvalidSchema, RequestError
 from app.jobs import Grammar
 
 COMPILE_TIMEOUT_S: Final = 5.0
@@ -52,6 +59,8 @@ _JSON: Final[Any] = {
     "lenient": False,
 }
 _ALL_ALLOWED: Final = -1
+_START: Final = "start:"
+_PRINTABLE: Final = range(ord(" "), ord("~") + 1)
 
 
 class Matcher:
@@ -89,10 +98,10 @@ class Compiling:
         self._began_ns = 0  # waiting for a thread does not count
         self.future: Future[LLMatcher] = Future()
 
-    def run(self, tokenizer: LLTokenizer) -> None:
+    def run(self, vocabulary: Vocabulary) -> None:
         self._began_ns = time.monotonic_ns()
         try:
-            self.future.set_result(_compile(self._grammar, tokenizer))
+            self.future.set_result(_compile(self._grammar, vocabulary))
         except Exception as error:
             self.future.set_exception(error)
 
@@ -127,7 +136,7 @@ class Grammars:
         self._cache: OrderedDict[Grammar, Compiling] = OrderedDict()
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="grammar")
         self._lock = threading.Lock()
-        self._ll_tokenizer: LLTokenizer | None = None
+        self._vocabulary: Vocabulary | None = None
 
     def compile(self, grammar: Grammar) -> Compiling:
         """Begin to compile, or find what is compiled. For one thread."""
@@ -146,13 +155,59 @@ class Grammars:
     def _run(self, compiling: Compiling) -> None:
         try:
             with self._lock:  # made for the first grammar: it takes half a second and some memory
-                if self._ll_tokenizer is None:
-                    self._ll_tokenizer = _wrap(self._tokenizer)
+                if self._vocabulary is None:
+                    self._vocabulary = Vocabulary(self._tokenizer)
         except Exception:
             reason = "This model's tokenizer cannot be held to a schema or regular expression."
             compiling.future.set_exception(InvalidSchema(reason))
         else:
-            compiling.run(self._ll_tokenizer)
+            compiling.run(self._vocabulary)
+
+
+class Vocabulary:
+    """A tokenizer as llguidance takes it, where a token's bytes are what it adds to a text: so what
+    matches a grammar is the text itself."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        """Takes about a second, and meanwhile some memory."""
+        if not tokenizer.is_context_free:
+            raise ValueError("What a token adds to a text depends on the token before it.")
+        ends = sorted(each for each in tokenizer.eos_token_ids if each < tokenizer.vocab_size)
+        self._tokenizer = tokenizer
+        # What the library looks at:
+        self.eos_token_id = ends[0]
+        self.bos_token_id = None
+        self.special_token_ids = [*tokenizer.special]
+        self.tokens = [_bytes(tokenizer, each) for each in range(tokenizer.vocab_size)]
+        self.preamble = _preamble(tokenizer, set(self.tokens))
+        with _panics_are_errors():
+            self.library = LLTokenizer(TokenizerWrapper(self), eos_token=ends)
+        self.tokens = []
+
+    def __call__(self, text: str) -> list[int]:
+        """The tokens in which a model would most likely write a text that is sure to come: those of
+        its tokenizer, unless that adds something to it, else the longest that there are."""
+        with suppress(RequestError):
+            token_ids = self._tokenizer.encode_within(text)
+            pieces = (self._tokenizer.token_bytes(each, each) for each in token_ids)
+            if b"".join(pieces) == text.encode():
+                return token_ids
+        return self.library.greedy_tokenize(text)
+
+
+def _preamble(tokenizer: Tokenizer, pieces: set[bytes]) -> str:
+    """What a grammar for this vocabulary begins with."""
+    # Where only one text can come the library takes it for granted that there are tokens for it.
+    is_complete = all(bytes([code]) in pieces for code in _PRINTABLE)
+    forcing = "" if is_complete else '%llguidance {"no_forcing": true}\n'
+    # The blank at the very beginning is the vocabulary's, and not in the text.
+    blank = ' " "' if tokenizer.separate_output and tokenizer.drops_blank else ""
+    return f"{forcing}{_START}{blank}"
+
+
+def _bytes(tokenizer: Tokenizer, token_id: int) -> bytes:
+    special = tokenizer.special.get(token_id)
+    return tokenizer.token_bytes(token_id, token_id) if special is None else special.encode()
 
 
 def check(grammar: Grammar) -> None:
@@ -170,10 +225,11 @@ def _problem(grammar: Grammar) -> str:
         return str(error)
 
 
-def _compile(grammar: Grammar, tokenizer: LLTokenizer) -> LLMatcher:
+def _compile(grammar: Grammar, vocabulary: Vocabulary) -> LLMatcher:
     try:
         with _panics_are_errors():
-            matcher = LLMatcher(tokenizer, _source(grammar), log_level=0, limits=_LIMITS)
+            source = _source(grammar, vocabulary.preamble)
+            matcher = LLMatcher(vocabulary.library, source, log_level=0, limits=_LIMITS)
             if not matcher.is_error():
                 matcher.compute_bitmask()  # takes longest, and finds out if nothing can match
     except ValueError as error:
@@ -197,21 +253,18 @@ def _panics_are_errors() -> Iterator[None]:
         raise ValueError("the library that reads it failed") from None
 
 
-def _source(grammar: Grammar) -> str:
+def _source(grammar: Grammar, preamble: str = _START) -> str:
     """In llguidance's own notation."""
     if grammar.kind == "regex":
         # \d and \w as in JSON schemas: a date has no Tibetan digits.
         pattern = regex_to_lark(grammar.text, use_ascii="dw")
-        return LLMatcher.grammar_from_lark(f"start: /{pattern}/")
-    return LLMatcher.grammar_from_json_schema(grammar.text, overrides=_JSON)
-
-
-def _wrap(tokenizer: Tokenizer) -> LLTokenizer:
-    return LLTokenizer(
-        tokenizer.definition(),
-        n_vocab=tokenizer.vocab_size,
-        eos_token=sorted(tokenizer.eos_token_ids),
-    )
+        return LLMatcher.grammar_from_lark(f"{preamble} /{pattern}/")
+    source = LLMatcher.grammar_from_json_schema(grammar.text, overrides=_JSON)
+    if preamble == _START:
+        return source
+    whole = json.loads(source)
+    begin = {"name": "begin", "lark_grammar": f"{preamble} @{whole['grammars'][0]['name']}"}
+    return json.dumps({**whole, "grammars": [begin, *whole["grammars"]]})
 
 
 def _refusal(grammar: Grammar, reason: str) -> InvalidSchema:

@@ -68,8 +68,8 @@ class _Row:
         self.left = [tokenizer.EOS, *reversed(sequence.prompt_token_ids)]
         self.output = Output(
             sequence.params or SamplingParams(max_tokens=1),
-            tokenizer.decode,
-            tokenizer.eos_token_ids,
+            tokenizer,
+            sequence.prompt_token_ids,
             stream=sequence.stream,
         )
         self.generation = Generation(

@@ -8,6 +8,7 @@ each process a few hundred megabytes and seconds of start-up).
 from __future__ import annotations
 
 import abc
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from app.engines import registry
 from app.engines.chat_template import Chat, ChatTemplate, find_template
 from app.engines.context import context_tokens
 from app.engines.models import read_json
+from app.engines.pieces import Pieces
 from app.engines.special_tokens import SpecialTokens
 from app.errors import ConfigError, RequestError
 
@@ -45,6 +47,9 @@ class Tokenizer(abc.ABC):
     separate_output: bool = False  #: an encoder-decoder, whose output has a context of its own
     eos_token_ids: frozenset[int]  #: each of these ends an output
     template: ChatTemplate | None = None
+    special: Mapping[int, str]  #: tokens that are no part of a text, and how they are written
+    is_context_free: bool = True  #: a token within a text is the same bytes wherever it is
+    drops_blank: bool = False  #: a text begins with a blank that is the vocabulary's, not its own
     longest_token: int  #: as `length` counts
     length_unit: Literal["bytes", "characters"]  #: of what the vocabulary is made
 
@@ -91,15 +96,16 @@ class Tokenizer(abc.ABC):
         """
 
     @abc.abstractmethod
+    def encode_within(self, text: str) -> list[int]:
+        """A stretch of a longer text, without special tokens around it or in it."""
+
+    @abc.abstractmethod
     def decode(self, token_ids: Seq[int], *, skip_special_tokens: bool = True) -> str: ...
 
     @abc.abstractmethod
-    def definition(self) -> str:
-        """For libraries that read it themselves: tokenizer.json, or a name that they know."""
-
-    def token_text(self, token_id: int) -> str:
-        """One token as text, special ones too; U+FFFD for a part of a character."""
-        return self.decode((token_id,), skip_special_tokens=False)
+    def token_bytes(self, token_id: int, before: int | None) -> bytes:
+        """What a token adds to a text behind the token `before`, None at the text's beginning:
+        UTF-8, or a part of a character. Nothing for special tokens and ids without a token."""
 
 
 class FileTokenizer(Tokenizer):
@@ -125,11 +131,15 @@ class FileTokenizer(Tokenizer):
         self.vocab_size = int(text_config.get("vocab_size") or self._file.get_vocab_size())
         self.separate_output = bool(config.get("is_encoder_decoder"))
         self.context_tokens = context_tokens(folder, text_config, texts, settings)
+        self._pieces = Pieces(self._file)
+        self.is_context_free = self._pieces.are_context_free
+        self.drops_blank = self._pieces.drops_blank
         self.eos_token_ids = self._eos_token_ids(folder, text_config)
+        self.special = self._special_tokens()
         self._special = SpecialTokens(
             self._file,
             self.template.source if self.template else "",
-            self._special_texts.values(),
+            self._named(),
             self.context_tokens,
         )
         self.length_unit = "bytes" if isinstance(self._file.decoder, ByteLevel) else "characters"
@@ -188,22 +198,54 @@ class FileTokenizer(Tokenizer):
             self._special.encode_chat(texts, lambda put: template.render(chat.with_texts(put))).ids
         )
 
+    def encode_within(self, text: str) -> list[int]:
+        return self._special.encode(text).ids
+
     def decode(self, token_ids: Seq[int], *, skip_special_tokens: bool = True) -> str:
         return self._file.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
-    def definition(self) -> str:
-        return self._file.to_str()
+    def token_bytes(self, token_id: int, before: int | None) -> bytes:
+        return b"" if token_id in self.special else self._pieces.of(token_id, before)
 
     def _eos_token_ids(self, folder: Path, config: dict[str, Any]) -> frozenset[int]:
-        """generation_config.json decides, as in transformers, then config, then the tokenizer."""
+        """What generation_config.json, or else config.json, says ends an output; what the tokenizer
+        says; and what the chat template ends an answer with."""
+        ends: set[int | None] = set()
         for source in (read_json(folder / "generation_config.json"), config):
             match source.get("eos_token_id"):
                 case int(token):
-                    return frozenset({token})
+                    ends = {token}
+                    break
                 case [*tokens] if tokens:
-                    return frozenset(tokens)
-        named = self._file.token_to_id(self._special_texts.get("eos_token", ""))
-        return frozenset() if named is None else frozenset({named})
+                    ends = {*tokens}
+                    break
+        ends |= {self._file.token_to_id(self._special_texts.get("eos_token", "")), self._turn_end()}
+        return frozenset(each for each in ends if each is not None)
+
+    def _turn_end(self) -> int | None:
+        """The token that the chat template writes behind what an assistant has said."""
+        said = "quern"
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": said}]
+        try:
+            text = self.template.render(Chat(messages, ending="closed")) if self.template else ""
+        except RequestError:  # it takes no such messages
+            return None
+        _, found, behind = text.rpartition(said)
+        added = self._file.get_added_tokens_decoder().items()
+        ends = (each for each in added if found and behind.lstrip().startswith(each[1].content))
+        return max(ends, key=lambda each: len(each[1].content), default=(None,))[0]
+
+    def _special_tokens(self) -> dict[int, str]:
+        """What the file, the other files or the end of an output make special."""
+        added = self._file.get_added_tokens_decoder().items()
+        ids = {token_id for token_id, token in added if token.special} | self.eos_token_ids
+        ids |= {known for it in self._named() if (known := self._file.token_to_id(it)) is not None}
+        return {token_id: self._file.id_to_token(token_id) or "" for token_id in ids}
+
+    def _named(self) -> list[str]:
+        """Special tokens by the other files. A single letter, as the "!" that some pad with, is
+        text all the same."""
+        return [text for text in self._special_texts.values() if len(text) > 1]
 
 
 class StubTokenizer(Tokenizer):
@@ -215,6 +257,7 @@ class StubTokenizer(Tokenizer):
         self.vocab_size = self.EOS + 1
         self.context_tokens = settings.context_tokens or 8192
         self.eos_token_ids = frozenset({self.EOS})
+        self.special = {self.EOS: "<eos>"}
         self.longest_token, self.length_unit = 1, "bytes"
 
     def encode_text(self, text: str, *, parse_special: bool = False) -> tuple[int, ...]:
@@ -238,12 +281,15 @@ class StubTokenizer(Tokenizer):
     def encode_chat(self, chat: Chat, *, parse_special: bool = False) -> tuple[int, ...]:
         return self.encode_text("\n".join(each["content"] or "" for each in chat.messages))
 
+    def encode_within(self, text: str) -> list[int]:
+        return [*text.encode()]
+
     def decode(self, token_ids: Seq[int], *, skip_special_tokens: bool = True) -> str:
         text = bytes(token for token in token_ids if token < self.EOS).decode(errors="replace")
         return text if skip_special_tokens else text + "<eos>" * list(token_ids).count(self.EOS)
 
-    def definition(self) -> str:
-        return "byte"
+    def token_bytes(self, token_id: int, before: int | None) -> bytes:
+        return bytes((token_id,)) if token_id < self.EOS else b""
 
 
 def stub_tokenizer(folder: Path, settings: ModelSettings) -> Tokenizer:

@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import base64
 import struct
-from collections.abc import Callable, Sequence
-from itertools import accumulate
+from collections.abc import Sequence
 from typing import Any, Final
 
-from app.engines.base import Generation, TokenLogprob
+from app.engines.base import Generation
+from app.engines.tokenizer import Tokenizer
 from app.jobs import FinishReason, Usage
+from app.requests import logprobs
 from app.requests.bodies import Request
 from app.requests.chat import ChatBody
 from app.requests.completion import CompletionBody
 from app.requests.embedding import EmbeddingBody
-
-TokenText = Callable[[int], str]
-"""The text of one token id."""
+from app.requests.logprobs import Spelling
 
 _FINISH_REASON: Final = {
     FinishReason.STOP: "stop",
@@ -45,11 +44,16 @@ def body(
     job_id: str,
     model: str,
     created: int,
-    token_text: TokenText,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
 ) -> dict[str, Any]:
-    """The response body. `generations` are in the order of the request's sequences; `created` is
-    in UNIX seconds."""
+    """The response body. `generations` are in the order of the request's sequences, `prompts` are
+    the distinct ones in tokens; `created` is in UNIX seconds."""
     counted = usage(request, generations)
+    answers = [
+        (i, each, Spelling(tokenizer, prompts[i // request.num_answers]))
+        for i, each in enumerate(generations)
+    ]
     match request.body:
         case ChatBody():
             return {
@@ -57,7 +61,7 @@ def body(
                 "object": "chat.completion",
                 "created": created,
                 "model": model,
-                "choices": [_chat(i, each, token_text) for i, each in enumerate(generations)],
+                "choices": [_chat(*each) for each in answers],
                 "usage": _usage(counted),
             }
         case CompletionBody():
@@ -66,7 +70,7 @@ def body(
                 "object": "text_completion",
                 "created": created,
                 "model": model,
-                "choices": [_completion(i, each, token_text) for i, each in enumerate(generations)],
+                "choices": [_completion(*each) for each in answers],
                 "usage": _usage(counted),
             }
         case EmbeddingBody(encoding_format=encoding):
@@ -94,50 +98,23 @@ def _usage(counted: Usage) -> dict[str, int]:
     }
 
 
-def _chat(index: int, answer: Generation, token_text: TokenText) -> dict[str, Any]:
-    content = [_chat_logprob(each, token_text) for each in answer.logprobs or ()]
+def _chat(index: int, answer: Generation, spelling: Spelling) -> dict[str, Any]:
+    scored = answer.logprobs
     return {
         "index": index,
         "message": {"role": "assistant", "content": _storable(answer.text), "refusal": None},
-        "logprobs": None if answer.logprobs is None else {"content": content, "refusal": None},
+        "logprobs": None if scored is None else logprobs.of_chat(scored, spelling),
         "finish_reason": _FINISH_REASON[answer.finish_reason],
     }
 
 
-def _chat_logprob(each: TokenLogprob, token_text: TokenText) -> dict[str, Any]:
-    return {
-        **_named(each.token_id, each.logprob, token_text),
-        "top_logprobs": [_named(token, logprob, token_text) for token, logprob in each.top],
-    }
-
-
-def _named(token_id: int, logprob: float, token_text: TokenText) -> dict[str, Any]:
-    text = token_text(token_id)
-    return {"token": _storable(text), "bytes": list(text.encode()), "logprob": logprob}
-
-
-def _completion(index: int, answer: Generation, token_text: TokenText) -> dict[str, Any]:
+def _completion(index: int, answer: Generation, spelling: Spelling) -> dict[str, Any]:
+    text, scored = _storable(answer.text), answer.logprobs
     return {
         "index": index,
-        "text": _storable(answer.text),
-        "logprobs": _completion_logprobs(answer, token_text),
+        "text": text,
+        "logprobs": None if scored is None else logprobs.of_completion(scored, spelling, text),
         "finish_reason": _FINISH_REASON[answer.finish_reason],
-    }
-
-
-def _completion_logprobs(answer: Generation, token_text: TokenText) -> dict[str, Any] | None:
-    if answer.logprobs is None:
-        return None
-    tokens = [_storable(token_text(each.token_id)) for each in answer.logprobs]
-    offsets = list(accumulate(map(len, tokens), initial=0))[:-1]
-    return {
-        "tokens": tokens,
-        "token_logprobs": [each.logprob for each in answer.logprobs],
-        "top_logprobs": [
-            {_storable(token_text(token)): logprob for token, logprob in each.top}
-            for each in answer.logprobs
-        ],
-        "text_offset": offsets,
     }
 
 

@@ -69,14 +69,14 @@ class Settlement:
         )
 
     def _body(self, job: Job, answers: list[Generation]) -> dict[str, Any]:
-        tokenizer = self._catalog[job.model].tokenizer
         return responses.body(
             job.request,
             answers,
             job_id=str(job.id),
             model=job.model,
             created=int(time.time()),
-            token_text=tokenizer.token_text,
+            tokenizer=self._catalog[job.model].tokenizer,
+            prompts=job.prepared.prompts,
         )
 
 

@@ -19,10 +19,12 @@ from app.engines.inflight.engine import InflightEngine
 from app.engines.inflight.graphs import Record, Work
 from app.engines.inflight.scheduler import Row, Segment
 from app.engines.stopping import Output
+from app.engines.tokenizer import StubTokenizer
 from app.jobs import FinishReason, Kind, SamplingParams
 
 VOCAB = 97
 CONTEXT = 192
+BYTES = StubTokenizer(ModelSettings(source="stub", kind=Kind.GENERATE, engine="stub"))
 
 _SMALL = {
     "vocab_size": VOCAB,
@@ -172,7 +174,7 @@ def segments_of(parts: Seq[tuple[int, int]]) -> list[Segment]:
             batch_id="batch",
             arrival=slot,
             generation=Generation(slot, FinishReason.ERROR),
-            output=Output(params, str, ()),
+            output=Output(params, BYTES, ()),
             tokens=list(sequence.prompt_token_ids),
             slot=slot,
         )

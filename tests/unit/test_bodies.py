@@ -11,11 +11,13 @@ from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from app.config.settings import ModelSettings
 from app.engines.base import Generation, Sequence, TokenLogprob
+from app.engines.tokenizer import StubTokenizer
 from app.errors import InvalidSchema, LaterFormat, RequestError
 from app.intake import submit
 from app.intake.submit import parse_submission
-from app.jobs import FinishReason, SamplingParams
+from app.jobs import FinishReason, Kind, SamplingParams
 from app.requests import bodies, problems, responses
 from app.requests.bodies import BODIES, FORMAT, Url, parse, parse_stored, readable
 from tests.any_messages import FIELDS, requests
@@ -219,16 +221,23 @@ def test_the_log_probabilities_of_a_long_answer_are_written_at_once() -> None:
     # given an answer as long as the longest contexts; the runner stands still while it is written
     tokens = 200_000
     request = parse({"prompt": "flour", "logprobs": 0})
-    scores = [TokenLogprob(1, -1.0, ())] * tokens
-    answer = Generation(1, FinishReason.LENGTH, logprobs=scores)
+    scores = [TokenLogprob(ord("a"), -1.0, ())] * tokens
+    tokenizer = StubTokenizer(ModelSettings(source="stub", kind=Kind.GENERATE, engine="stub"))
+    answer = Generation(1, FinishReason.LENGTH, text="a" * tokens, logprobs=scores)
 
     # when it is told
     body = responses.body(
-        request, [answer], job_id="1", model="stub", created=0, token_text=lambda _: "ab"
+        request,
+        [answer],
+        job_id="1",
+        model="stub",
+        created=0,
+        tokenizer=tokenizer,
+        prompts=[[1]],
     )
 
     # then each token has its place in the text
-    assert body["choices"][0]["logprobs"]["text_offset"] == list(range(0, 2 * tokens, 2))
+    assert body["choices"][0]["logprobs"]["text_offset"] == list(range(tokens))
 
 
 def _patterns(number: int) -> list[dict[str, Any]]:

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from app.engines.base import Engine, Generation, NewTokens, Sequence
 from app.engines.inflight.engine import InflightEngine
-from app.engines.stopping import UNFINISHED, Output
+from app.engines.stopping import Output
 from app.jobs import FinishReason, Grammar, SamplingParams
 from tests.unit import tiny_models
-from tests.unit.test_stopping import EOS, decode
+from tests.unit.test_stopping import BYTES, EOS
 from tests.unit.tiny_models import load
 
 WORDS = Grammar("regex", "(é|漢|🙂|the|mill| ){40}")
@@ -37,20 +37,18 @@ def pieces_of(output: Output, token_ids: list[int]) -> tuple[list[str], FinishRe
 @example(b"\x80?", ["?"], 2)  # the stop string makes the broken character before it certain
 def test_the_pieces_add_up_to_the_text(data: bytes, stop: list[str], max_tokens: int) -> None:
     params = SamplingParams(max_tokens, stop=tuple(stop))
-    output, plain = Output(params, decode, {EOS}, stream=True), Output(params, decode, {EOS})
+    output, plain = Output(params, BYTES, (), stream=True), Output(params, BYTES, ())
 
     pieces, reason = pieces_of(output, [*data, EOS])
 
     assert next((r for token in [*data, EOS] if (r := plain.append(token))), None) is reason
     assert "".join(pieces) == output.text == plain.text
     assert output.token_ids == plain.token_ids
-    before_the_end = pieces[:-2] if reason else pieces[:-1]
-    assert not any(piece.endswith(UNFINISHED) for piece in before_the_end)
 
 
 @given(st.text("abc", max_size=30), st.lists(st.text("abc", min_size=1, max_size=4), min_size=1))
 def test_no_more_is_held_back_than_may_begin_a_stop_string(text: str, stop: list[str]) -> None:
-    output = Output(SamplingParams(100, stop=tuple(stop)), decode, {EOS}, stream=True)
+    output = Output(SamplingParams(100, stop=tuple(stop)), BYTES, (), stream=True)
 
     for place, token in enumerate(text.encode(), start=1):
         if output.append(token):
@@ -63,7 +61,7 @@ def test_no_more_is_held_back_than_may_begin_a_stop_string(text: str, stop: list
 
 
 def test_a_character_comes_when_its_last_token_does() -> None:
-    output = Output(SamplingParams(100), decode, {EOS}, stream=True)
+    output = Output(SamplingParams(100), BYTES, (), stream=True)
 
     pieces, _ = pieces_of(output, [*"a🙂é".encode(), EOS])
 

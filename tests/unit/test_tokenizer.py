@@ -335,7 +335,7 @@ def test_the_context_is_the_smallest_that_the_files_name(folder: Path, tmp_path:
         load_tokenizer(folder, settings(context_tokens=CONTEXT + 1))
 
 
-def test_the_end_tokens_come_from_the_generation_settings_first(
+def test_an_output_ends_where_generation_settings_or_tokenizer_say(
     folder: Path, tmp_path: Path
 ) -> None:
     def ends(name: str, **changes: dict[str, Any]) -> set[int]:
@@ -343,15 +343,55 @@ def test_the_end_tokens_come_from_the_generation_settings_first(
         return set(load_tokenizer(changed, settings()).eos_token_ids)
 
     assert ends("as-it-is") == {EOS}
-    assert ends("several", generation_config={"eos_token_id": [3, 4]}) == {3, 4}
-    unset = {"eos_token_id": None}
-    assert ends("config", generation_config=unset, config={"eos_token_id": 5}) == {5}
+    assert ends("several", generation_config={"eos_token_id": [3, 4]}) == {3, 4, EOS}
+    unset: dict[str, Any] = {"eos_token_id": None}
+    assert ends("config", generation_config=unset, config={"eos_token_id": 5}) == {5, EOS}
     assert ends("tokenizer", generation_config=unset, config=unset) == {EOS}
+    nothing = {"eos_token": None}
+    assert ends("none", generation_config=unset, config=unset, tokenizer_config=nothing) == set()
 
 
-def test_one_token_as_text_shows_special_tokens(tokenizer: Tokenizer) -> None:
-    assert tokenizer.token_text(EOS) == "<eos>"
-    assert tokenizer.decode([EOS]) == ""
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        ("{% for m in messages %}<|turn|>{{ m.content }}<|end|>\n{% endfor %}", "<|end|>"),
+        ("{% for m in messages %}[{{ m.content | trim }}] <|end|>{% endfor %}", None),
+        ("{% for m in messages %}{{ m.content }} <|end|>{% endfor %}<|turn|>", "<|end|>"),
+        ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", None),
+        ("{{ raise_exception('no') if messages | length > 1 }}{{ messages[0].content }}", None),
+        # how gpt-oss tells the end of a message from the end of an answer
+        (
+            "{% for m in messages %}{{ m.content }}"
+            "{{ '<|end|>' if loop.last and not add_generation_prompt else '<|turn|>' }}"
+            "{% endfor %}",
+            "<|end|>",
+        ),
+    ],
+)
+def test_an_output_ends_where_the_chat_template_ends_an_answer(
+    folder: Path, tmp_path: Path, template: str, end: str | None
+) -> None:
+    changed = copy_of(folder, tmp_path, tokenizer_config={"chat_template": template})
+    file = TokenizerFile.from_file(str(changed / "tokenizer.json"))
+    file.add_tokens([AddedToken("<|turn|>", normalized=False), AddedToken("<|end|>")])
+    file.save(str(changed / "tokenizer.json"))
+
+    tokenizer = load_tokenizer(changed, settings())
+
+    added = file.token_to_id("<|end|>")
+    assert tokenizer.eos_token_ids == ({EOS} if end is None else {EOS, added})
+    # and it is in no text, though the file does not call it special
+    assert tokenizer.token_bytes(added, 9) == (b"<|end|>" if end is None else b"")
+
+
+def test_a_letter_that_some_pad_with_is_text(folder: Path, tmp_path: Path) -> None:
+    named = {"pad_token": "!", "unk_token": "<unk>"}
+    changed = copy_of(folder, tmp_path, tokenizer_config=named)
+
+    tokenizer = load_tokenizer(changed, settings())
+
+    [exclamation] = tokenizer.encode_within("!")
+    assert tokenizer.token_bytes(exclamation, 9) == b"!"
 
 
 def test_a_limit_left_in_the_tokenizer_file_does_not_cut_texts(

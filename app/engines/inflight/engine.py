@@ -225,15 +225,15 @@ class InflightEngine:
 
     def _row(self, batch_id: str, sequence: Sequence, generation: Generation) -> Row:
         assert sequence.params is not None
-        decode, eos = self._tokenizer.decode, self._tokenizer.eos_token_ids
+        prompt = sequence.prompt_token_ids
         return Row(
             sequence=sequence,
             params=sequence.params,
             batch_id=batch_id,
             arrival=next(self._arrivals),
             generation=generation,
-            output=Output(sequence.params, decode, eos, stream=sequence.stream),
-            tokens=list(sequence.prompt_token_ids),
+            output=Output(sequence.params, self._tokenizer, prompt, stream=sequence.stream),
+            tokens=list(prompt),
         )
 
     def _take_ended(self) -> list[Generation]:

@@ -1,0 +1,109 @@
+"""Log-probabilities of an answer's tokens in the shapes of OpenAI's API. Pure."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from app.engines.base import TokenLogprob
+from app.engines.detokenizer import last_token
+from app.engines.tokenizer import Tokenizer
+
+_UTF8: Final = codecs.getincrementaldecoder("utf-8")
+
+
+def of_chat(scored: Sequence[TokenLogprob], spelling: Spelling) -> dict[str, Any]:
+    """`logprobs` of a choice of a chat completion."""
+    content = [
+        {
+            **_entry(each.token_id, each.logprob, spelling, before),
+            "top_logprobs": [_entry(*top, spelling, before) for top in each.top],
+        }
+        for each, before in spelling.in_order(scored)
+    ]
+    return {"content": content, "refusal": None}
+
+
+def of_completion(scored: Sequence[TokenLogprob], spelling: Spelling, text: str) -> dict[str, Any]:
+    """`logprobs` of a choice of a completion, whose text may end before the last token does."""
+    places = list(spelling.in_order(scored))
+    offsets = _offsets([spelling.bytes_of(each.token_id, before) for each, before in places])
+    return {
+        "tokens": [spelling.name(each.token_id, before, "bytes:") for each, before in places],
+        "token_logprobs": [each.logprob for each in scored],
+        "top_logprobs": [_by_name(each, spelling, before) for each, before in places],
+        "text_offset": [min(offset, len(text)) for offset in offsets],
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Spelling:
+    """How the tokens of an answer are written."""
+
+    tokenizer: Tokenizer
+    prompt_token_ids: Sequence[int]
+
+    def in_order(self, scored: Sequence[TokenLogprob]) -> Iterator[tuple[TokenLogprob, int | None]]:
+        """Each token with the one whose text it follows."""
+        before = last_token(self.tokenizer, self.prompt_token_ids)
+        for each in scored:
+            yield each, before
+            before = each.token_id if self.bytes_of(each.token_id, before) else before
+
+    def bytes_of(self, token_id: int, before: int | None) -> bytes:
+        return self.tokenizer.token_bytes(token_id, before)
+
+    def name(self, token_id: int, before: int | None, prefix: str = "") -> str:
+        r"""A special token as it is written, any other as its text; what is no text by itself, or
+        cannot be stored, as OpenAI writes it: `\xe2\x82`, with a prefix."""
+        if (special := self.tokenizer.special.get(token_id)) is not None:
+            return special
+        piece = self.bytes_of(token_id, before)
+        try:
+            text = piece.decode()
+        except UnicodeDecodeError:
+            text = "\0"
+        if "\0" not in text:
+            return text
+        return prefix + "".join(f"\\x{byte:02x}" for byte in piece)
+
+
+def _entry(token_id: int, logprob: float, spelling: Spelling, before: int | None) -> dict[str, Any]:
+    special = token_id in spelling.tokenizer.special
+    return {
+        "token": spelling.name(token_id, before),
+        "bytes": None if special else [*spelling.bytes_of(token_id, before)],
+        "logprob": logprob,
+    }
+
+
+def _by_name(each: TokenLogprob, spelling: Spelling, before: int | None) -> dict[str, float]:
+    """The likeliest tokens, and the one that came. Of tokens that look the same the likelier has
+    the name, and the others their ids."""
+    found: dict[str, float] = {}
+    ids = [token_id for token_id, _ in each.top]
+    came = [] if not ids or each.token_id in ids else [(each.token_id, each.logprob)]
+    for token_id, logprob in (*each.top, *came):
+        name = spelling.name(token_id, before, "bytes:")
+        found[f"token_id:{token_id}" if name in found else name] = logprob
+    return found
+
+
+def _offsets(pieces: Sequence[bytes]) -> Iterator[int]:
+    """Where in the text each begins, in characters; within a character, where that begins."""
+    utf8, length = _UTF8(errors="replace"), 0
+    for piece in pieces:
+        pending, _ = utf8.getstate()
+        yield length + (1 if pending and piece and not _goes_on(pending, piece) else 0)
+        length += len(utf8.decode(piece))
+
+
+def _goes_on(pending: bytes, piece: bytes) -> bool:
+    """Whether a character that has begun is not broken off."""
+    try:
+        _UTF8().decode(pending + piece[:1])
+    except UnicodeDecodeError:
+        return False
+    return True
