@@ -1,6 +1,7 @@
-"""Static padded batches through transformers' own `generate`: any decoder or encoder-decoder.
+"""Static batches through transformers' own `generate`: any decoder or encoder-decoder.
 
-The batch is padded once and runs until its last row is done. Tokens are chosen row by row by our
+A part of the batch, mostly all of it, is padded and runs until its last row is done. What may share
+one is tried at load: nobody's tokens may depend on his company. Tokens are chosen row by row by our
 sampler, in the place of a logits processor: it hands `generate` scores of which each row's token is
 the only one left. So all of transformers' models and caches work, and each row has its own
 parameters, length, stop strings and end.
@@ -8,6 +9,7 @@ parameters, length, stop strings and end.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence as Seq
 from itertools import pairwise
@@ -29,6 +31,7 @@ from transformers import (
 from app.config.settings import ModelSettings
 from app.costs import prefill_weights, share
 from app.engines.base import NOT_FINITE, Generation, Progress, Sequence, StepStats, TokenLogprob
+from app.engines.company import AFFORDABLE, Company, Memory, Told, thresholds, try_company
 from app.engines.device import load_model
 from app.engines.grammar import Grammars, Matcher
 from app.engines.sampling import BAD_ROW, Plan, RowSampler, Sampled
@@ -48,7 +51,10 @@ class GenerateEngine(StaticEngine):
         self._matchers: dict[int, Matcher] = {}  #: by sequence, of the batch inside
         kind = AutoModelForSeq2SeqLM if self._tokenizer.separate_output else AutoModelForCausalLM
         self._model: Any = load_model(kind, folder, settings.dtype, self._device)
-        self._model.generation_config = _plain(self._model.generation_config)
+        self._model.generation_config = _plain(self._model)
+        self._memory = Memory(self._model)
+        self._company = self._tried_company()
+        self.kernels = f"torch, {self._company}"
 
     def _check(self, sequence: Sequence) -> None:
         if sequence.params is None:
@@ -60,41 +66,45 @@ class GenerateEngine(StaticEngine):
         super().close()
         self._grammars.close()
 
-    def _run(self, sequences: Seq[Sequence], stats: StepStats) -> list[Generation]:
-        answers = []
-        for part in self._fitting(sequences):
-            matchers = [self._matchers.pop(each.id, None) for each in part]
-            rows = _Rows(part, matchers, self._tokenizer, self._cancelled, self._progress)
-            self._model.generate(
-                **self._padded(part),
-                max_new_tokens=_longest_output(part),
-                logits_processor=LogitsProcessorList([_Choose(rows)]),
-                stopping_criteria=StoppingCriteriaList([_Ended(rows)]),
-            )
-            answers += rows.answers(stats)
-        return answers
-
-    def _fitting(self, sequences: Seq[Sequence]) -> list[list[Sequence]]:
-        """Parts, nearly always one, of which the longest prompt and output fit the context.
+    def _split(self, sequences: Seq[Sequence]) -> list[list[Sequence]]:
+        """Parts, nearly always one, in which nobody changes another's tokens, and of which the
+        longest prompt and output fit the context.
 
         `generate` goes on computing rows that are done, at places after their last; a short answer
         to a long prompt must not be carried beyond the context by a long answer to a short one.
         """
         parts: list[list[Sequence]] = []
         for sequence in sorted(sequences, key=lambda each: len(each.prompt_token_ids)):
-            grown = [*parts[-1], sequence] if parts else [sequence]
-            longest = len(sequence.prompt_token_ids) + _longest_output(grown)
-            if parts and (
-                self._tokenizer.separate_output or longest <= self._tokenizer.context_tokens
-            ):
-                parts[-1] = grown
+            if parts and self._share([*parts[-1], sequence]):
+                parts[-1].append(sequence)
             else:
                 parts.append([sequence])
         return parts
 
-    def _padded(self, sequences: Seq[Sequence]) -> dict[str, Tensor]:
+    def _share(self, sequences: Seq[Sequence]) -> bool:
+        lengths = [len(each.prompt_token_ids) for each in sequences]
+        longest, output = max(lengths), _longest_output(sequences)
+        span = max(longest, output) if self._tokenizer.separate_output else longest + output
+        return span <= self._tokenizer.context_tokens and self._company.allows(lengths, span)
+
+    def _run(self, sequences: Seq[Sequence], stats: StepStats) -> list[Generation]:
+        matchers = [self._matchers.pop(each.id, None) for each in sequences]
+        rows = _Rows(sequences, matchers, self._tokenizer, self._cancelled, self._progress)
+        self._generate(
+            [each.prompt_token_ids for each in sequences],
+            max_new_tokens=_longest_output(sequences),
+            logits_processor=LogitsProcessorList([_Choose(rows)]),
+            stopping_criteria=StoppingCriteriaList([_Ended(rows)]),
+        )
+        return rows.answers(stats)
+
+    def _generate(self, prompts: Seq[Seq[int]], **how: Any) -> Tensor:
+        self._memory.forget()
+        ids: Tensor = self._model.generate(**self._padded(prompts), **how)
+        return ids
+
+    def _padded(self, prompts: Seq[Seq[int]]) -> dict[str, Tensor]:
         """Prompts side by side: a decoder goes on at the right, so its padding is on the left."""
-        prompts = [each.prompt_token_ids for each in sequences]
         width = max(map(len, prompts))
         pad = self._model.generation_config.pad_token_id
         ids = torch.full((len(prompts), width), pad, dtype=torch.int64)
@@ -104,6 +114,27 @@ class GenerateEngine(StaticEngine):
             ids[row, left : left + len(prompt)] = torch.tensor(prompt)
             mask[row, left : left + len(prompt)] = 1
         return {"input_ids": ids.to(self._device), "attention_mask": mask.to(self._device)}
+
+    def _tried_company(self) -> Company:
+        """What a trial with this model on this device, in its own precision, says of company."""
+
+        def scores(prompts: Seq[Seq[int]], steps: int) -> Tensor:
+            told = Told()
+            chosen = LogitsProcessorList([told])
+            self._generate(prompts, max_new_tokens=steps, logits_processor=chosen)
+            return torch.stack(told.scores, dim=1)
+
+        tokenizer, model = self._tokenizer, self._model
+        most = AFFORDABLE / model.num_parameters() if self._device.type == "cpu" else math.inf
+        beyond = {
+            each: each <= most
+            for each in thresholds(model.config)
+            if each < tokenizer.context_tokens
+        }
+        with torch.inference_mode():
+            return try_company(
+                scores, tokenizer.vocab_size, model.dtype, tokenizer.context_tokens, beyond
+            )
 
 
 class _Rows:
@@ -242,8 +273,9 @@ def _longest_output(sequences: Seq[Sequence]) -> int:
     return max(each.params.max_tokens for each in sequences if each.params)
 
 
-def _plain(given: GenerationConfig) -> GenerationConfig:
+def _plain(model: Any) -> GenerationConfig:
     """What belongs to the model; how to sample and when to stop is each request's own matter."""
+    given = model.generation_config
     own = (
         "bos_token_id",
         "decoder_start_token_id",
@@ -253,5 +285,7 @@ def _plain(given: GenerationConfig) -> GenerationConfig:
         "bad_words_ids",
     )
     kept = {name: getattr(given, name, None) for name in own}
-    kept["pad_token_id"] = given.pad_token_id or 0  # any id will do: padding is masked
+    # Any id will do where there is none: padding is masked. Some count places by the one there is.
+    pads = (given.pad_token_id, getattr(model.config, "pad_token_id", None), 0)
+    kept["pad_token_id"] = next(pad for pad in pads if pad is not None and pad >= 0)
     return GenerationConfig(**kept)  # type: ignore[no-untyped-call]

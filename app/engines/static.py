@@ -1,4 +1,8 @@
-"""What engines share that run one batch from its first token to its last."""
+"""What engines share that run a batch from its first token to its last, or one part after another.
+
+A batch has parts where its sequences must not keep each other company. Each step runs one, and its
+answers leave at once; the next batch comes in after the last.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +38,8 @@ class StaticEngine(abc.ABC):
         self._device = pick_device(device)
         self._progress = progress
         self._max_rows = settings.max_batch_size
-        self._batch: tuple[str, Seq[Sequence]] | None = None
+        self._batch_id = ""
+        self._parts: list[list[Sequence]] = []  #: of the batch inside, that are still to be run
         self._cancelled: set[int] = set()  # filled from another thread, also before admission
         self._new_tokens: list[NewTokens] = []
         self._stats: list[StepStats] = []
@@ -44,26 +49,30 @@ class StaticEngine(abc.ABC):
     def _check(self, sequence: Sequence) -> None:
         """Raise `RequestError` if this engine cannot run the sequence at all."""
 
+    def _split(self, sequences: Seq[Sequence]) -> list[list[Sequence]]:
+        """The parts of a batch, whose sequences may be of any kind and length."""
+        return [[*sequences]]
+
     @abc.abstractmethod
     def _run(self, sequences: Seq[Sequence], stats: StepStats) -> list[Generation]:
-        """Run a batch of at least one sequence to its end, and count what it computed.
+        """Run a part of at least one sequence to its end, and count what it computed.
 
         The sum of the generations' `device_ns` is what it took.
         """
 
     def admit(self, batch_id: str, sequences: Seq[Sequence]) -> None:
-        if self._batch is not None:
+        if self.has_work:
             raise RuntimeError("A static engine takes one batch at a time.")
-        self._batch = batch_id, sequences
+        self._batch_id, self._parts = batch_id, self._split(sequences)
 
     def step(self) -> list[Generation]:
-        """Run the batch inside; all of its sequences come back."""
-        if self._batch is None:
+        """Run the next part of the batch inside; all of its sequences come back."""
+        if not self.has_work:
             return []
-        (batch_id, sequences), self._batch = self._batch, None
+        sequences = self._parts.pop(0)
         ended = {each.id: found for each in sequences if (found := self._refusal(each))}
         good = [each for each in sequences if each.id not in ended]
-        stats = StepStats(batch_id, rows=len(good))
+        stats = StepStats(self._batch_id, rows=len(good))
         out_of_memory = False
         try:
             with torch.inference_mode():
@@ -74,6 +83,7 @@ class StaticEngine(abc.ABC):
             out_of_memory = True
         self._cancelled.difference_update(each.id for each in sequences)
         if out_of_memory:  # here, where the error no longer holds on to the batch's tensors
+            self.close()
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
             raise OutOfMemory
@@ -91,11 +101,11 @@ class StaticEngine(abc.ABC):
 
     @property
     def has_work(self) -> bool:
-        return self._batch is not None
+        return bool(self._parts)
 
     @property
     def free_rows(self) -> int:
-        return 0 if self._batch else self._max_rows
+        return 0 if self.has_work else self._max_rows
 
     def take_tokens(self) -> list[NewTokens]:
         taken, self._new_tokens = self._new_tokens, []
@@ -106,7 +116,7 @@ class StaticEngine(abc.ABC):
         return stats
 
     def close(self) -> None:
-        self._batch = None
+        self._parts = []
 
     def _refusal(self, sequence: Sequence) -> Generation | None:
         """The answer to a sequence that is not worth running."""

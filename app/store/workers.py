@@ -55,6 +55,20 @@ def register_worker(connection: Connection, worker: NewWorker, lease_s: float) -
     connection.execute(_REGISTER, {"workers": encode([worker]), "lease_s": lease_s})
 
 
+# Tell what the engines of the workers that are up run on, by model.
+_COMPUTES: Final = text("""
+    SELECT DISTINCT model, computes
+    FROM workers, jsonb_each_text(engine -> 'kernels') AS each(model, computes)
+    WHERE stopped_at IS NULL AND lease_expires_at > now()
+    ORDER BY model, computes
+""")
+
+
+def what_computes(connection: Connection) -> list[tuple[str, str]]:
+    """Pairs of a model and how a worker that is up runs it, in its own words."""
+    return [(row.model, row.computes) for row in connection.execute(_COMPUTES)]
+
+
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
     """What is true of a worker's attempts at a heartbeat."""

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
+from decimal import Decimal
+from uuid import uuid4
 
 import pytest
 
 from app import cli
 from app.local.doctor import Finding, examine
+from app.store.database import Database
+from app.store.workers import NewWorker, register_worker
 
 
 @pytest.fixture
@@ -55,6 +60,32 @@ def test_a_doctor_says_what_to_do_about_a_missing_schema(gristmill):
     assert found["Postgres"]["ok"] is False
     assert found["Postgres"]["detail"].endswith("Run: gristmill migrate")
     assert found["Redis"]["ok"] is True
+
+
+@pytest.mark.usefixtures("environment")
+def test_a_doctor_says_how_the_workers_run_their_models(gristmill, empty_database_url: str):
+    # given a worker that found padding to change its model's answers
+    gristmill("migrate")
+    worker = NewWorker(
+        id=uuid4(),
+        name="worker@here",
+        host="here",
+        pid=1,
+        models=["rwkv"],
+        device="cpu",
+        price_id="cpu",
+        currency="EUR",
+        price_per_device_hour=Decimal(1),
+        engine={"kernels": {"rwkv": "torch, by equal length"}},
+    )
+    with closing(Database(empty_database_url)) as database, database.begin() as connection:
+        register_worker(connection, worker, lease_s=60)
+
+    # when
+    said = findings()["engines"]
+
+    # then
+    assert (said.ok, said.detail) == (None, "rwkv: torch, by equal length")
 
 
 def test_a_doctor_names_servers_that_do_not_answer(monkeypatch: pytest.MonkeyPatch):

@@ -51,10 +51,11 @@ def sequence(id_: int, prompt: str, **params: Any) -> Sequence:
 
 def run(engine: Engine, *sequences: Sequence) -> list[Generation]:
     engine.admit("batch", sequences)
-    answers = engine.step()
-    assert [answer.sequence_id for answer in answers] == [each.id for each in sequences]
-    assert not engine.has_work
-    return answers
+    answers: dict[int, Generation] = {}
+    while engine.has_work:
+        answers |= {answer.sequence_id: answer for answer in engine.step()}
+    assert answers.keys() == {each.id for each in sequences}
+    return [answers[each.id] for each in sequences]
 
 
 def alone(folder: Path, prompt: str, max_tokens: int) -> list[int]:
@@ -294,7 +295,7 @@ def test_a_model_that_lacks_weights_is_refused(llama: Path, tmp_path: Path) -> N
 def test_an_unknown_engine_is_refused_by_name(llama: Path) -> None:
     settings = ModelSettings(source="x", kind=Kind.GENERATE, engine="generate")
 
-    with pytest.raises(ConfigError, match="Unknown engine millstone; known are stub, generate"):
+    with pytest.raises(ConfigError, match="Unknown engine millstone; known are encoder, generate"):
         create("millstone", llama, settings, device="cpu", threads=1, progress=lambda: None)
 
 
