@@ -15,6 +15,7 @@ from app.config.settings import ModelSettings
 from app.engines.base import Engine, Generation, Sequence
 from app.engines.models import ensure_files
 from app.engines.registry import create
+from app.engines.stopping import Output
 from app.engines.tokenizer import Tokenizer, load_tokenizer
 from app.jobs import FinishReason, Kind, SamplingParams
 from app.requests.bodies import parse
@@ -127,6 +128,21 @@ def test_tokens_are_those_of_transformers(smollm2: Path, tokenizer: Tokenizer, t
     expected = reference.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
     assert list(found) == expected
     assert tokenizer.decode(tokenizer.encode_text(text)) == text
+
+
+@pytest.mark.parametrize("of", ["smollm2", "minilm"])
+def test_a_text_that_is_cut_between_any_two_tokens_reads_as_one(
+    of: str, request: pytest.FixtureRequest
+) -> None:
+    tokenizer = load_tokenizer(request.getfixturevalue(of), CHAT_MODEL)
+    ids = tokenizer.encode_within("\n".join([*CHATS, *PROMPTS, "naïve 漢字 🙂 3.14159, isn't it"]))
+
+    for cut in range(1, len(ids)):
+        output = Output(SamplingParams(1_000), tokenizer, ids[:cut])
+        for token in ids[cut:]:
+            output.append(token)
+        if "\ufffd" not in tokenizer.decode(ids[:cut]):
+            assert tokenizer.decode(ids[:cut]) + output.text == tokenizer.decode(ids)
 
 
 def test_every_digit_is_a_token_of_its_own(tokenizer: Tokenizer) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import re
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from app.engines.inflight.engine import InflightEngine
 from app.engines.tokenizer import load_tokenizer
 from app.errors import InvalidSchema
 from app.jobs import FinishReason, Grammar, Kind, SamplingParams
-from tests.unit import tiny_models
+from tests.unit import tiny_models, tiny_tokenizers
 from tests.unit.tiny_models import EOS, load
 
 PROMPT = tuple(b"the mill")
@@ -266,6 +267,38 @@ def test_log_probabilities_are_the_models_own_before_the_grammar(inflight: Infli
     assert ids == free_ids
     assert values == pytest.approx(free_values, abs=1e-5)  # float32 rounds by the company
     assert answer.logprobs[0].logprob < free.logprobs[0].logprob
+
+
+@pytest.mark.parametrize(
+    ("name", "save"),
+    [
+        ("inflight", tiny_models.save_llama),
+        ("generate", tiny_models.save_llama),
+        ("generate", tiny_models.save_t5),
+    ],
+    ids=["inflight", "generate", "encoder-decoder"],
+)
+def test_an_answer_in_words_that_begin_with_their_blank_matches(
+    tmp_path: Path, name: str, save: Callable[[Path], Path]
+) -> None:
+    # given a vocabulary in which nearly all words bring the blank before them
+    folder = save(tmp_path / "model")
+    (folder / "tokenizer_config.json").unlink()
+    config = json.loads((folder / "config.json").read_text()) | {"eos_token_id": 2}
+    tiny_tokenizers.save(tiny_tokenizers.unigram(), folder, config)
+    engine = load(folder, name)
+    pattern = "(the|yes) (mill|wheel)[a-z ]{3}"
+
+    # when
+    answers = run(
+        engine,
+        *(sequence(i, Grammar("regex", pattern), temperature=1.5) for i in range(6)),
+        sequence(9, None, temperature=1.5, stop=(" the", " mill")),
+    )
+
+    # then
+    assert all(re.fullmatch(pattern, answers[i].text) for i in range(6))
+    assert " the" not in answers[9].text
 
 
 # ── what cannot be matched ──────────────────────────────────────────────────────────────────────
