@@ -270,6 +270,11 @@ class ModelSettings(_Section):
     max_output_tokens: Annotated[int, Field(ge=1)] = Field(
         4_096, description="Largest max_tokens taken."
     )
+    adapters: dict[Name, str] = Field(
+        default_factory=dict,
+        description="Folders of LoRA adapters by name, for requests with `model = "
+        '"NAME:ADAPTER"`.',
+    )
     options: dict[str, Any] = Field(
         default_factory=dict, description="Settings of the engine itself, by its documentation."
     )
@@ -305,14 +310,19 @@ class Settings(_Section):
     prices: dict[Name, PriceSettings] = Field(default_factory=dict)
 
     def model_name(self, kind: Kind, asked: str | None) -> str:
-        """The configured model that a request of this kind means; raises `ModelNotFound`."""
+        """The configured model that a request of this kind means, be it of one of its adapters;
+        raises `ModelNotFound`."""
         fitting = {name: model for name, model in self.models.items() if model.kind is kind}
         if asked is None:
             for name, model in fitting.items():
                 if model.default:
                     return name
             raise ModelNotFound(f"No default model of kind {kind} is set.", param="model")
-        if asked not in fitting:
+        name, _, adapter = asked.partition(":")
+        if name not in fitting:
             known = ", ".join(fitting) or "none"
             raise ModelNotFound(f"No such model for this url; there is {known}.", param="model")
-        return asked
+        if name != asked and adapter not in fitting[name].adapters:
+            known = ", ".join(fitting[name].adapters) or "none"
+            raise ModelNotFound(f"The model has no such adapter; there is {known}.", param="model")
+        return name

@@ -29,6 +29,7 @@ class Sequence:
     params: SamplingParams | None = None  #: None where no text is generated
     tenant: str = "default"  #: prefix caches never cross it
     priority: int = 0
+    adapter: str = ""  #: the model's LoRA adapter to run it with
     stream: bool = False  #: its tokens leave through `take_tokens` as they come
     pooling: PoolingParams = WHOLE  #: of a text that gets one answer
     token_type_ids: tuple[int, ...] = ()  #: of a pair: which of both each token is of; () is all 0

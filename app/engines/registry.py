@@ -42,9 +42,12 @@ def _installed() -> dict[str, EntryPoint]:
 
 
 def check(settings: ModelSettings) -> None:
-    """Raises `ConfigError` for an unknown engine, or options that it does not take."""
-    if checks := find(settings.engine).check:
-        attribute(checks)(settings)
+    """Raises `ConfigError` for an unknown engine, or what it does not take."""
+    spec = find(settings.engine)
+    if settings.adapters and not spec.takes_adapters:
+        raise ConfigError(f"The engine {settings.engine} runs no LoRA adapters; vllm does.")
+    if spec.check:
+        attribute(spec.check)(settings)
 
 
 def python_of(settings: ModelSettings) -> str:

@@ -41,6 +41,8 @@ class EngineSpec:
     """Called with (folder, settings); makes an `app.engines.tokenizer.Tokenizer`."""
     check: str = ""
     """Called with the settings at start, if named; raises `ConfigError` for wrong options."""
+    takes_adapters: bool = False
+    """Whether it runs the LoRA adapters that a model's settings name."""
     chooses_python: bool = False
     """Whether the engine process runs in the interpreter that the option `python` names."""
 
@@ -53,3 +55,9 @@ STUB: Final = EngineSpec(
 GENERATE: Final = EngineSpec("app.engines.generate:GenerateEngine")
 INFLIGHT: Final = EngineSpec("app.engines.inflight:InflightEngine")
 ENCODER: Final = EngineSpec("app.engines.encoder:EncoderEngine")
+VLLM: Final = EngineSpec(
+    "app.engines.vllm.engine:VllmEngine",
+    check="app.engines.vllm.options:check",
+    takes_adapters=True,
+    chooses_python=True,
+)

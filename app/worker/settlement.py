@@ -73,7 +73,7 @@ class Settlement:
             job.request,
             answers,
             job_id=str(job.id),
-            model=job.model,
+            model=f"{job.model}:{adapter}" if (adapter := job.request.adapter) else job.model,
             created=int(time.time()),
             tokenizer=self._catalog[job.model].tokenizer,
             prompts=job.prepared.prompts,

@@ -169,6 +169,7 @@ class Job:
                 params=self.request.sampling(self.prepared.max_tokens, place % answers),
                 tenant=self.tenant,
                 priority=self.priority,
+                adapter=self.request.adapter,
             )
             for place in range(self.num_sequences)
         ]

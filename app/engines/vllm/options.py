@@ -1,0 +1,61 @@
+"""`[models.NAME.options]` of the engine `vllm`, as far as they can be judged without vLLM.
+
+`python` names the interpreter that has vLLM. All others are vLLM's own engine arguments, by its
+names (`tensor_parallel_size`, `quantization`, `gpu_memory_utilization`, …), but for those that
+follow from the model's settings.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Final
+
+from app.config.settings import ModelSettings
+from app.engines.models import read_json
+from app.errors import ConfigError
+from app.jobs import Kind
+
+OURS: Final = {
+    "model": "source",
+    "tokenizer": "source",
+    "revision": "revision",
+    "dtype": "dtype",
+    "max_model_len": "context_tokens",
+    "max_num_seqs": "max_batch_size",
+    "enable_lora": "adapters",
+    "lora_modules": "adapters",
+}
+"""Engine arguments that have another name in a model's settings."""
+
+FIXED: Final = frozenset({"trust_remote_code", "scheduling_policy", "disable_log_stats"})
+"""Engine arguments that are not anybody's to choose."""
+
+
+def check(settings: ModelSettings) -> None:
+    """Raises `ConfigError` for what cannot be right, whatever the version of vLLM."""
+    if settings.kind is not Kind.GENERATE:
+        raise ConfigError(f"The engine vllm generates text; it has no kind {settings.kind}.")
+    for name in settings.options:
+        if name in OURS:
+            raise ConfigError(f"The option {name} is set by the model's own key {OURS[name]}.")
+        if name in FIXED:
+            raise ConfigError(f"The option {name} of the engine vllm cannot be chosen.")
+    python = settings.options.get("python")
+    if python is not None and not (isinstance(python, str) and shutil.which(python)):
+        raise ConfigError(
+            f"The option python names no program that can be run: {python}. It is the interpreter "
+            "of an environment that has vLLM, as in /opt/vllm/bin/python."
+        )
+    for name, folder in settings.adapters.items():
+        if not (Path(folder).expanduser() / "adapter_config.json").is_file():
+            raise ConfigError(f"The adapter {name}: {folder} has no adapter_config.json.")
+
+
+def largest_rank(settings: ModelSettings) -> int:
+    """Of the model's adapters, as vLLM has to make room for."""
+    configs = [
+        read_json(Path(folder).expanduser() / "adapter_config.json")
+        for folder in settings.adapters.values()
+    ]
+    return max(int(config.get("r", 8)) for config in configs)
