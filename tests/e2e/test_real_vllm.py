@@ -59,7 +59,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "task_type": "CAUSAL_LM",
                 "bias": "none",
             }
-        )  # fmt: skip
+        )
     )
     torch.manual_seed(0)
     weights = {}

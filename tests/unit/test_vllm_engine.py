@@ -17,13 +17,14 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from app.config.settings import ModelSettings
+from app.config.settings import ModelSettings, Settings
 from app.engines import registry
 from app.engines.base import Generation, NewTokens, Sequence
 from app.engines.vllm import sampling
 from app.engines.vllm.engine import VllmEngine
-from app.errors import ConfigError
+from app.errors import ConfigError, ModelNotFound
 from app.jobs import FinishReason, Grammar, SamplingParams
+from app.requests.bodies import parse
 from tests import fake_vllm
 from tests.fake_vllm import LLMEngine
 from tests.unit import tiny_models
@@ -312,3 +313,16 @@ def test_an_interpreter_without_vllm_is_named(
         registry.create(
             "vllm", folder, model(folder), device="cpu", threads=0, progress=lambda: None
         )
+
+
+def test_a_request_names_an_adapter_behind_its_model(folder: Path) -> None:
+    adapted = model(folder, adapters={"miller": "/srv/miller"})
+    known = Settings(models={"base": adapted})
+    request = parse({"prompt": "x", "model": "base:miller"})
+
+    assert known.model_name(request.kind, request.body.model) == "base"
+    assert request.adapter == "miller"
+    assert parse({"prompt": "x", "model": "base"}).adapter == ""
+    for wrong in ("base:baker", "base:", ":miller", "base:miller:miller"):
+        with pytest.raises(ModelNotFound):
+            known.model_name(request.kind, wrong)
