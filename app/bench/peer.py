@@ -19,7 +19,7 @@ os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
 
 
 def main() -> None:
-    from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
+    from vllm import LLM, SamplingParams
 
     folder, dtype = sys.argv[1:]
     llm = LLM(model=folder, dtype=dtype, max_num_seqs=ROWS, max_model_len=8192, seed=0)

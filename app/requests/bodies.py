@@ -46,11 +46,6 @@ class Url(enum.StrEnum):
     EMBEDDINGS = "/v1/embeddings"
 
     @property
-    def adapter(self) -> str:
-        """The LoRA adapter that the request names behind its model, if it does."""
-        return (self.body.model or "").partition(":")[2]
-
-    @property
     def kind(self) -> Kind:
         return BODIES[self].KIND
 
@@ -75,6 +70,11 @@ class Request:
     url: Url
     body: Body
     raw: dict[str, Any]
+
+    @property
+    def adapter(self) -> str:
+        """The LoRA adapter that the request names behind its model, if it does."""
+        return (self.body.model or "").partition(":")[2]
 
     @property
     def kind(self) -> Kind:
