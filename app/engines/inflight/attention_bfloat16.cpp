@@ -5,6 +5,8 @@
 // places are weighed together depends on their positions alone, so that a token's numbers are the
 // same however its prompt was cut.
 
+#include <omp.h>
+
 #include "kernels.h"
 
 #ifdef __AVX512BF16__
@@ -20,6 +22,7 @@ struct Span {                   // some blocks of one head, and what of them a r
     int blocks() const { return (places + BLOCK - 1) / BLOCK; }
 };
 
+inline void fetch(const uint32_t* from) { _mm_prefetch((const char*)from, _MM_HINT_T1); }
 inline __m512bh pairs_at(const uint32_t* from) { return (__m512bh)_mm512_loadu_si512(from); }
 inline __m512bh both(uint32_t pair) { return (__m512bh)_mm512_set1_epi32(pair); }
 
@@ -37,16 +40,19 @@ inline f32 exp2_(f32 x) {
 }
 inline f32 tanh_(f32 x) { return 1.0f - 2.0f / (1.0f + exp2_(x * (2.0f * LOG2_E))); }
 
-// scores[ROWS][SPAN] of NUM blocks = query[ROWS][pairs] x keys
+// scores[ROWS][SPAN] of NUM blocks = query[ROWS][pairs] x keys; the values are fetched meanwhile.
 template <int ROWS, int NUM>
-void score(const uint32_t* query, int pairs, const uint32_t* const* keys, float* scores) {
+void score(const uint32_t* query, int pairs, const uint32_t* const* keys,
+           const uint32_t* const* values, float* scores) {
     __m512 sums[ROWS][NUM * VECS];
     for (int r = 0; r < ROWS; ++r)
         for (int v = 0; v < NUM * VECS; ++v) sums[r][v] = _mm512_setzero_ps();
     for (int d = 0; d < pairs; ++d)
 #pragma GCC unroll 8
         for (int v = 0; v < NUM * VECS; ++v) {
-            const __m512bh key = pairs_at(keys[v / VECS] + d * BLOCK + v % VECS * LANES);
+            const int at = d * BLOCK + v % VECS * LANES;
+            const __m512bh key = pairs_at(keys[v / VECS] + at);
+            fetch(values[v / VECS] + at);
 #pragma GCC unroll 12
             for (int r = 0; r < ROWS; ++r)
                 sums[r][v] = _mm512_dpbf16_ps(sums[r][v], key, both(query[r * pairs + d]));
@@ -60,8 +66,9 @@ void score_all(const uint32_t* query, int pairs, const Span& span, float* scores
     constexpr int NUM = ROWS <= 3 ? 4 : ROWS <= 6 ? 2 : 1;  // few rows: more blocks at once
     int b = 0;
     for (; b + NUM <= span.blocks(); b += NUM)
-        score<ROWS, NUM>(query, pairs, span.keys + b, scores + b * BLOCK);
-    for (; b < span.blocks(); ++b) score<ROWS, 1>(query, pairs, span.keys + b, scores + b * BLOCK);
+        score<ROWS, NUM>(query, pairs, span.keys + b, span.values + b, scores + b * BLOCK);
+    for (; b < span.blocks(); ++b)
+        score<ROWS, 1>(query, pairs, span.keys + b, span.values + b, scores + b * BLOCK);
 }
 
 // One row's scores become weights; returns by how much what was summed up before shrinks. The row
@@ -97,19 +104,22 @@ float weigh(const Attention& layer, const Span& span, int own, float* scores, bf
     return shrink;
 }
 
-// out[ROWS][dim] = out * shrink + weights[ROWS][SPAN] x values, WIDE vectors of dims from `at` on
+// out[ROWS][dim] = out * shrink + weights[ROWS][SPAN] x values, WIDE vectors of dims from `at` on.
+// The keys of `next`, if given, are fetched meanwhile.
 template <int ROWS, int WIDE>
-void mix(const uint32_t* weights, const float* shrink, const Span& span, int dim, int at,
-         float* out) {
+void mix(const uint32_t* weights, const float* shrink, const Span& span, const Span* next, int dim,
+         int at, float* out) {
     __m512 sums[ROWS][WIDE];
     for (int r = 0; r < ROWS; ++r)
         for (int v = 0; v < WIDE; ++v)
             sums[r][v] = (__m512)(load(out + r * dim + at + v * LANES) * shrink[r]);
     for (int t = 0; t < (span.places + 1) / 2; ++t) {
-        const uint32_t* value = span.values[t / (BLOCK / 2)] + t % (BLOCK / 2) * dim + at;
+        const int block = t / (BLOCK / 2), place = t % (BLOCK / 2) * dim + at;
+        const uint32_t* value = span.values[block] + place;
 #pragma GCC unroll 4
         for (int v = 0; v < WIDE; ++v) {
             const __m512bh pair = pairs_at(value + v * LANES);
+            if (next) fetch(next->keys[block] + place + v * LANES);
 #pragma GCC unroll 6
             for (int r = 0; r < ROWS; ++r)
                 sums[r][v] = _mm512_dpbf16_ps(sums[r][v], pair, both(weights[r * SPAN / 2 + t]));
@@ -120,31 +130,39 @@ void mix(const uint32_t* weights, const float* shrink, const Span& span, int dim
 }
 
 template <int ROWS>
-void mix_all(const uint32_t* weights, const float* shrink, const Span& span, int dim, float* out) {
+void mix_all(const uint32_t* weights, const float* shrink, const Span& span, const Span* next,
+             int dim, float* out) {
     int at = 0;
     for (; at + 4 * LANES <= dim; at += 4 * LANES)
-        mix<ROWS, 4>(weights, shrink, span, dim, at, out);
-    for (; at < dim; at += LANES) mix<ROWS, 1>(weights, shrink, span, dim, at, out);
+        mix<ROWS, 4>(weights, shrink, span, next, dim, at, out);
+    for (; at < dim; at += LANES) mix<ROWS, 1>(weights, shrink, span, next, dim, at, out);
 }
 
-// Rows of one tile against one span. `own` is the position of each row's token.
-void attend_tile(const Attention& layer, const Span& span, int rows, const int* own,
-                 const bf16* query, float* out, float* most, float* total) {
+struct Rows {                   // query rows of one key head, and what they have summed up so far
+    const bf16* query;          // [count][dim]
+    float *out, *most, *total;  // [count][dim], [count], [count]
+    const int* own;             // the position of each row's token
+    int count;
+};
+
+// Some rows of a tile against one span.
+void attend_tile(const Attention& layer, const Span& span, const Span* next, const Rows& rows) {
     alignas(64) float scores[TILE * SPAN];
     alignas(64) bf16 weights[TILE * SPAN];
     float shrink[TILE];
     const int dim = layer.dim;
-#define SCORE(N) case N: score_all<N>((const uint32_t*)query, dim / 2, span, scores); break;
-    switch (rows) {
+#define SCORE(N) case N: score_all<N>((const uint32_t*)rows.query, dim / 2, span, scores); break;
+    switch (rows.count) {
         SCORE(1) SCORE(2) SCORE(3) SCORE(4) SCORE(5) SCORE(6)
         SCORE(7) SCORE(8) SCORE(9) SCORE(10) SCORE(11) SCORE(12)
     }
-    for (int r = 0; r < rows; ++r)
-        shrink[r] = weigh(layer, span, own[r], scores + r * SPAN, weights + r * SPAN, most[r], total[r]);
-    for (int r = 0; r < rows; r += 6) {
+    for (int r = 0; r < rows.count; ++r)
+        shrink[r] = weigh(layer, span, rows.own[r], scores + r * SPAN, weights + r * SPAN,
+                          rows.most[r], rows.total[r]);
+    for (int r = 0; r < rows.count; r += 6, next = nullptr) {
         const uint32_t* from = (const uint32_t*)(weights + r * SPAN);
-#define MIX(N) case N: mix_all<N>(from, shrink + r, span, dim, out + r * dim); break;
-        switch (std::min(6, rows - r)) { MIX(1) MIX(2) MIX(3) MIX(4) MIX(5) MIX(6) }
+#define MIX(N) case N: mix_all<N>(from, shrink + r, span, next, dim, rows.out + r * dim); break;
+        switch (std::min(6, rows.count - r)) { MIX(1) MIX(2) MIX(3) MIX(4) MIX(5) MIX(6) }
     }
 }
 
@@ -170,45 +188,66 @@ void keep(const Step& step, const Attention& layer, int run, int head) {
 
 struct alignas(64) Line { float numbers[LANES]; };
 
-// One run of tokens of one sequence, one key head and the query heads that share it. Row r is token
-// r / group.
-void attend_run(const Step& step, const Attention& layer, int run, int head, float* scratch) {
+// The first position whose span a run looks at.
+inline int begin(const Attention& layer, const int32_t* entry) {
+    return layer.window ? std::max(0, entry[3] - layer.window + 1) / SPAN * SPAN : 0;
+}
+
+Span span_of(const Step& step, const Attention& layer, int run, int head, int first) {
     const int32_t *entry = step.runs + run * 4, *table = step.tables + entry[0] * step.table_width;
-    const int first_token = entry[1], tokens = entry[2], position = entry[3];
-    const int dim = layer.dim, group = layer.heads / layer.kv_heads, rows = tokens * group;
-    float *out = scratch, *most = out + rows * dim, *total = most + rows;
-    int* own = (int*)(total + rows);
-    bf16* query = (bf16*)(own + rows);
-    for (int r = 0; r < rows; ++r) {
+    Span span;
+    span.first = first;
+    span.places = std::min(SPAN, entry[3] + entry[2] - first);
+    for (int b = 0; b < SPAN_BLOCKS; ++b) {
+        const int64_t block = table[first / BLOCK + std::min(b, span.blocks() - 1)];
+        const int64_t base = (block * layer.kv_heads + head) * (layer.dim / 2) * BLOCK;
+        span.keys[b] = (const uint32_t*)layer.keys + base;
+        span.values[b] = (const uint32_t*)layer.values + base;
+    }
+    return span;
+}
+
+// A run of tokens of one sequence, `num` of its key heads from `head` on and the query heads that
+// share them. Row r of a head is token r / group. What comes next in memory is fetched ahead: the
+// next head's keys, behind the last head those of the next span or run.
+void attend_run(const Step& step, const Attention& layer, int run, int head, int num,
+                float* scratch) {
+    const int32_t* entry = step.runs + run * 4;
+    const int first_token = entry[1], end = entry[3] + entry[2], dim = layer.dim;
+    const int group = layer.heads / layer.kv_heads, count = entry[2] * group, all = num * count;
+    float *out = scratch, *most = out + all * dim, *total = most + all;
+    int* own = (int*)(total + all);
+    bf16* query = (bf16*)(own + count);
+    for (int r = 0; r < all; ++r) {
+        const int token = first_token + r % count / group;
+        const int at = (head + r / count) * group + r % group;
         std::memcpy(query + r * dim,
-                    (const bf16*)layer.query + (first_token + r / group) * layer.query_token +
-                        (head * group + r % group) * layer.query_head,
+                    (const bf16*)layer.query + token * layer.query_token + at * layer.query_head,
                     dim * sizeof(bf16));
-        own[r] = position + r / group;
         most[r] = -INFINITY;
         total[r] = 0.0f;
     }
-    std::fill(out, out + rows * dim, 0.0f);
-    const int end = position + tokens, tiles = (rows + TILE - 1) / TILE;
-    Span span;
-    span.first = layer.window ? std::max(0, position - layer.window + 1) / SPAN * SPAN : 0;
-    for (; span.first < end; span.first += SPAN) {
-        span.places = std::min(SPAN, end - span.first);
-        for (int b = 0; b < span.blocks(); ++b) {
-            const int64_t block = table[span.first / BLOCK + b];
-            const int64_t base = (block * layer.kv_heads + head) * (dim / 2) * BLOCK;
-            span.keys[b] = (const uint32_t*)layer.keys + base;
-            span.values[b] = (const uint32_t*)layer.values + base;
+    for (int r = 0; r < count; ++r) own[r] = entry[3] + r / group;
+    std::fill(out, out + all * dim, 0.0f);
+    const int tiles = (count + TILE - 1) / TILE, after = std::min(run + 1, step.num_runs - 1);
+    for (int first = begin(layer, entry); first < end; first += SPAN)
+        for (int h = 0; h < num; ++h) {
+            const Span span = span_of(step, layer, run, head + h, first);
+            const Span next = h + 1 < num         ? span_of(step, layer, run, head + h + 1, first)
+                              : first + SPAN < end ? span_of(step, layer, run, head, first + SPAN)
+                                                   : span_of(step, layer, after, head,
+                                                             begin(layer, step.runs + after * 4));
+            for (int tile = 0; tile < tiles; ++tile) {
+                const int row = count * tile / tiles, r = h * count + row;
+                attend_tile(layer, span, tile ? nullptr : &next,
+                            {query + r * dim, out + r * dim, most + r, total + r, own + row,
+                             count * (tile + 1) / tiles - row});
+            }
         }
-        for (int tile = 0; tile < tiles; ++tile) {
-            const int row = rows * tile / tiles, count = rows * (tile + 1) / tiles - row;
-            attend_tile(layer, span, count, own + row, query + row * dim, out + row * dim,
-                        most + row, total + row);
-        }
-    }
-    for (int r = 0; r < rows; ++r) {
+    for (int r = 0; r < all; ++r) {
+        const int64_t token = first_token + r % count / group;
         bf16* to = (bf16*)layer.out +
-                   ((int64_t)(first_token + r / group) * layer.heads + head * group + r % group) * dim;
+                   (token * layer.heads + (head + r / count) * group + r % group) * dim;
         for (int d = 0; d < dim; d += LANES)
             store(to + d, load(out + r * dim + d) * (1.0f / total[r]));
     }
@@ -217,11 +256,14 @@ void attend_run(const Step& step, const Attention& layer, int run, int head, flo
 }  // namespace
 
 template <> void attend<bf16>(const Step& step, const Attention& layer) {
-    const size_t rows = RUN * (layer.heads / layer.kv_heads);
+    const bool one_each = step.num_runs == step.num_segments;
+    // Many rows that decode: each with all heads, which lie one after the other.
+    const bool whole = one_each && step.num_runs >= 4 * omp_get_num_threads();
+    const int num = whole ? layer.kv_heads : 1, parts = layer.kv_heads / num;
     static thread_local std::vector<Line> scratch;
+    const size_t rows = (size_t)RUN * num * (layer.heads / layer.kv_heads);
     const size_t lines = rows * (layer.dim * 3 / 2 + 3) / LANES + 1;
     if (scratch.size() < lines) scratch.resize(lines);
-    const bool one_each = step.num_runs == step.num_segments;
     if (!one_each) {            // a run may need what another keeps: wait
 #pragma omp for collapse(2)
         for (int run = 0; run < step.num_runs; ++run)
@@ -229,9 +271,10 @@ template <> void attend<bf16>(const Step& step, const Attention& layer) {
     }
 #pragma omp for collapse(2) schedule(dynamic, 2) nowait
     for (int run = 0; run < step.num_runs; ++run)
-        for (int head = 0; head < layer.kv_heads; ++head) {
-            if (one_each) keep(step, layer, run, head);
-            attend_run(step, layer, run, head, scratch[0].numbers);
+        for (int part = 0; part < parts; ++part) {
+            const int head = part * num;
+            for (int h = head; one_each && h < head + num; ++h) keep(step, layer, run, h);
+            attend_run(step, layer, run, head, num, scratch[0].numbers);
         }
 }
 #endif
