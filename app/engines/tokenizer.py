@@ -14,17 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, cast
 
-from tokenizers import Tokenizer as TokenizerFile
 from tokenizers.decoders import ByteLevel
 
 from app.config.settings import ModelSettings
-from app.engines import registry
+from app.engines import registry, tokenizer_file
 from app.engines.chat_template import Chat, ChatTemplate, find_template
 from app.engines.context import context_tokens
 from app.engines.models import read_json
 from app.engines.pieces import Pieces
 from app.engines.special_tokens import SpecialTokens
-from app.errors import ConfigError, RequestError
+from app.errors import RequestError
 
 SHORT: Final = 65_536
 """A text that is no longer is always turned into tokens: that takes milliseconds. Where whitespace
@@ -115,17 +114,7 @@ class FileTokenizer(Tokenizer):
         config = read_json(folder / "config.json")
         text_config = config.get("text_config", config)
         texts = read_json(folder / "tokenizer_config.json")
-        try:
-            self._file = TokenizerFile.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # the library raises nothing more precise
-            raise ConfigError(f"{folder / 'tokenizer.json'} cannot be read: {error}") from None
-        self._file.no_truncation()  # what a training run wrote into the file is not for us
-        self._file.no_padding()
-        self._special_texts = {
-            name: value["content"] if isinstance(value, dict) else value
-            for name, value in texts.items()
-            if name.endswith("_token") and value is not None
-        }
+        self._file, self._special_texts = tokenizer_file.load(folder)
         self._cut_side = "left" if texts.get("truncation_side") == "left" else "right"
         self.template = find_template(folder, texts, self._special_texts)
         self.vocab_size = int(text_config.get("vocab_size") or self._file.get_vocab_size())

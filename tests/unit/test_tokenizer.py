@@ -25,7 +25,7 @@ from app.errors import ConfigError, ContextLengthExceeded, RequestError
 from app.jobs import Kind
 from app.requests.bodies import parse
 from app.requests.prepare import encode, prepare
-from tests.unit import tiny_models
+from tests.unit import tiny_models, tiny_tokenizers
 from tests.unit.tiny_models import BOS, CONTEXT, EOS, VOCAB
 from tests.waiting import eventually
 
@@ -382,6 +382,50 @@ def test_an_output_ends_where_the_chat_template_ends_an_answer(
     assert tokenizer.eos_token_ids == ({EOS} if end is None else {EOS, added})
     # and it is in no text, though the file does not call it special
     assert tokenizer.token_bytes(added, 9) == (b"<|end|>" if end is None else b"")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"add_bos_token": False, "add_eos_token": True},
+        {"added_tokens_decoder": {str(VOCAB - 1): {"content": "<|end|>", "special": True}}},
+        {
+            "added_tokens_decoder": {
+                str(VOCAB): {"content": "<|b|>", "special": False, "lstrip": True},
+                str(VOCAB - 1): {"content": "<|end|>", "special": True, "normalized": False},
+            }
+        },
+    ],
+)
+def test_what_the_tokenizers_settings_add_is_added_as_in_transformers(
+    folder: Path, tmp_path: Path, given: dict[str, Any]
+) -> None:
+    changed = copy_of(folder, tmp_path, tokenizer_config=given)
+    reference = AutoTokenizer.from_pretrained(changed)
+
+    tokenizer = load_tokenizer(changed, settings())
+
+    for text in ("a mill", "a<|end|> <|b|>mill<eos>"):
+        found = tokenizer.encode_text(text, parse_special=True)
+        assert list(found) == reference(text)["input_ids"]
+        assert tokenizer.decode(found) == reference.decode(found, skip_special_tokens=True)
+
+
+def test_the_end_may_be_named_in_an_older_file_and_be_an_ordinary_word_of_the_vocabulary(
+    tmp_path: Path,
+) -> None:
+    # given a file that has "</s>" as a token, and does not say that it is special
+    file = tiny_tokenizers.llama()
+    state = json.loads(file.to_str()) | {"added_tokens": []}
+    folder = tiny_tokenizers.save(TokenizerFile.from_str(json.dumps(state)), tmp_path)
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": "</s>"}))
+
+    tokenizer = load_tokenizer(folder, settings())
+
+    assert tokenizer.eos_token_ids == {tiny_tokenizers.EOS}
+    assert tokenizer.encode_text("</s>", parse_special=True) == (tiny_tokenizers.EOS,)
+    assert tiny_tokenizers.EOS not in tokenizer.encode_text("</s>")
 
 
 def test_a_letter_that_some_pad_with_is_text(folder: Path, tmp_path: Path) -> None:
