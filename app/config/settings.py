@@ -300,6 +300,11 @@ class Settings(_Section):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         "INFO", description="Log level."
     )
+    unknown_fields: Literal["refuse", "ignore"] = Field(
+        "refuse",
+        description="What becomes of a request with a field that is not known: refused by name, or "
+        "taken without it.",
+    )
     database: DatabaseSettings = DatabaseSettings()
     broker: BrokerSettings = BrokerSettings()
     worker: WorkerSettings = WorkerSettings()

@@ -240,9 +240,8 @@ def _plain_tokens_per_s(settings: Settings, sent: Sequence[Sent], out: Console) 
     for place, body in enumerate(_sample(sent)):
         request = bodies.parse(body)
         prepared = prepare(request, model.tokenizer, model.settings)
-        params = request.sampling(prepared.max_tokens, 0)
         began = time.monotonic()
-        engine.admit("plain", [Tokens(place, prepared.prompts[0], params)])
+        engine.admit("plain", [Tokens(place, prepared.prompts[0], prepared.sampling())])
         while engine.has_work:
             tokens += sum(len(each.token_ids) for each in engine.step())
         seconds += time.monotonic() - began

@@ -225,8 +225,7 @@ def _cut_behind_last_message(text: str) -> str:
 def _texts(value: Any) -> Iterator[str]:
     match value:
         case str():
-            if not value.isidentifier():
-                yield value
+            yield value
         case Mapping():
             yield from _texts([*value, *value.values()])
         case list() | tuple():

@@ -87,6 +87,10 @@ class Tokenizer(abc.ABC):
         return Encoded(self.encode_text(text, parse_special=parse_special)[:max_tokens])
 
     @abc.abstractmethod
+    def encode_plain(self, text: str) -> tuple[int, ...]:
+        """The tokens of a text alone, as they may be drawn one after the other."""
+
+    @abc.abstractmethod
     def encode_chat(self, chat: Chat, *, parse_special: bool = False) -> tuple[int, ...]:
         """A conversation through the model's chat template, up to where the assistant is to go on.
         What users wrote becomes no special token unless `parse_special`.
@@ -172,6 +176,9 @@ class FileTokenizer(Tokenizer):
 
     def _start(self, text: str) -> str:
         return text[-self.max_length :] if self._cut_side == "left" else text[: self.max_length]
+
+    def encode_plain(self, text: str) -> tuple[int, ...]:
+        return tuple(self._special.encode(text).ids)
 
     def encode_chat(self, chat: Chat, *, parse_special: bool = False) -> tuple[int, ...]:
         template = self.template
@@ -266,6 +273,9 @@ class StubTokenizer(Tokenizer):
         first, second = self.encode_text(f"{text}\n"), self.encode_text(pair)[:max_pair_tokens]
         ids = (first + second)[:max_tokens]
         return Encoded(ids, tuple(int(place >= len(first)) for place in range(len(ids))))
+
+    def encode_plain(self, text: str) -> tuple[int, ...]:
+        return self.encode_text(text)
 
     def encode_chat(self, chat: Chat, *, parse_special: bool = False) -> tuple[int, ...]:
         return self.encode_text("\n".join(each["content"] or "" for each in chat.messages))

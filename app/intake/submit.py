@@ -45,9 +45,8 @@ from app.intake.decision import Decision
 from app.intake.sender import Sender, num_bytes
 from app.jobs import MAX_PRIORITY, REPLAYED, bounded
 from app.requests import bodies
-from app.requests.output_format import field_of
 from app.requests.part import Part
-from app.requests.prepare import prepare
+from app.requests.prepare import Prepared, prepare
 from app.requests.problems import first_problem
 from app.requests.storable import parse_metadata, refuse_unstorable
 from app.store import reads, submissions
@@ -287,11 +286,13 @@ class Submitter:
 
     def _new_job(self, submission: Submission) -> NewJob:
         try:
-            request = bodies.parse(submission.body, submission.url)
+            request = bodies.parse(
+                submission.body, submission.url, unknown_fields=self._settings.unknown_fields
+            )
             model = self._settings.model_name(request.kind, request.body.model)
             served = self.models[model]
             prepared = prepare(request, served.tokenizer, served.settings)
-            _check_grammar(request)
+            _check_grammar(request, prepared)
         except RequestError as error:
             if error.param not in (None, "url", "body"):
                 error.param = f"body.{error.param}"
@@ -306,7 +307,7 @@ class Submitter:
             priority=submission.priority,
             not_before=submission.not_before,
             deadline=submission.deadline,
-            metadata=submission.metadata,
+            metadata=request.body.metadata | submission.metadata,
             idempotency_key=submission.idempotency_key,
             source="api",
             input_tokens=prepared.num_input_tokens,
@@ -328,13 +329,13 @@ def _pages(jobs: Sequence[NewJob]) -> Iterator[list[NewJob]]:
     yield page
 
 
-def _check_grammar(request: bodies.Request) -> None:
-    if request.grammar is None:
+def _check_grammar(request: bodies.Request, prepared: Prepared) -> None:
+    if prepared.params is None or prepared.params.grammar is None:
         return
     try:
-        grammar.check(request.grammar)
+        grammar.check(prepared.params.grammar)
     except InvalidSchema as error:
-        error.param = field_of(request.grammar)
+        error.param = request.body.grammar_field
         raise
 
 

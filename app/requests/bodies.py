@@ -3,7 +3,8 @@
 A request is `(url, body)`. The url follows from the field present when it is left out:
 `messages` → /v1/chat/completions, `prompt` → /v1/completions, `input` → /v1/embeddings. Field
 names and meanings are those of the OpenAI API, with vLLM's names for the sampling parameters it
-lacks (top_k, min_p, repetition_penalty, ignore_eos).
+lacks (top_k, min_p, repetition_penalty, ignore_eos …); `app.requests.handling` says what is not
+obeyed.
 
 Pure: limits that depend on a model's tokenizer are checked by `app.engines.tokenizer`.
 """
@@ -14,20 +15,19 @@ import enum
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from pydantic import ValidationError
 
 from app.errors import LaterFormat, RequestError, UrlNotFound
-from app.jobs import Grammar, Kind, SamplingParams
-from app.requests import output_format
+from app.jobs import Kind
 from app.requests.body import Body
 from app.requests.chat import ChatBody
 from app.requests.completion import CompletionBody
 from app.requests.embedding import EmbeddingBody
+from app.requests.part import DROP_UNKNOWN
 from app.requests.problems import first_problem
 from app.requests.prompts import Prompt
-from app.requests.sampled import SampledBody
 from app.requests.storable import refuse_unstorable
 
 FORMAT: Final = 1
@@ -64,8 +64,8 @@ _URL_BY_FIELD: Final = {
 
 @dataclass(frozen=True)
 class Request:
-    """A checked request. `raw` is the body as it was sent, without nulls and with a schema as
-    JSON text: what is stored and fingerprinted."""
+    """A checked request. `raw` is the body in its one form, without nulls, unknown fields and
+    metadata, and with schemas as JSON text: what is stored and fingerprinted."""
 
     url: Url
     body: Body
@@ -105,19 +105,11 @@ class Request:
         """The output limit the caller asked for, if any."""
         return self.body.most_tokens
 
-    @property
-    def grammar(self) -> Grammar | None:
-        """What each answer has to match, if anything."""
-        return self.body.grammar
 
-    def sampling(self, max_tokens: int, answer: int = 0) -> SamplingParams | None:
-        """Sampling of answer number `answer`, or None if none is drawn."""
-        return self.body.sampling(max_tokens, answer)
-
-
-def parse(raw: object, url: str | None = None) -> Request:
-    """Check a body and return the request. A known field that is null counts as left out: many
-    clients write all that they know.
+def parse(
+    raw: object, url: str | None = None, *, unknown_fields: Literal["refuse", "ignore"] = "refuse"
+) -> Request:
+    """Check a body and return the request. A known field that is null counts as left out.
 
     Raises `RequestError` whose `param` names the first wrong field and whose message never quotes
     the value: it may be a prompt.
@@ -126,15 +118,17 @@ def parse(raw: object, url: str | None = None) -> Request:
         raise RequestError("The request body must be a JSON object.", param="body")
     raw = {name: it for name, it in raw.items() if it is not None or name not in _TOP_FIELDS}
     known_url = _url(raw, url)
+    context = DROP_UNKNOWN if unknown_fields == "ignore" else None
     try:
-        body = BODIES[known_url].model_validate(raw)
+        body = BODIES[known_url].model_validate(raw, context=context)
     except ValidationError as error:
         raise first_problem(error, raw) from None
-    if isinstance(body, SampledBody):
-        raw = output_format.checked(raw, body.response_format, body.structured_outputs)
     body.check()
-    refuse_unstorable(raw)
-    return Request(known_url, body, raw)
+    kept = body.model_dump(
+        mode="json", by_alias=True, exclude_unset=True, exclude_none=True, exclude={"metadata"}
+    )
+    refuse_unstorable(kept)
+    return Request(known_url, body, kept)
 
 
 def parse_stored(raw: object, url: str | None, format: int) -> Request:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from app.jobs import Grammar, Kind, SamplingParams
+from app.jobs import Kind
+from app.requests.handling import Ignored, Refused
 from app.requests.part import Part
 from app.requests.prompts import Prompt
+from app.requests.storable import parse_metadata
 
 
 class Body(Part):
@@ -26,10 +28,24 @@ class Body(Part):
         False,
         description="Take what looks like the model's special tokens, as `<|im_end|>`, for these; "
         "otherwise it is text like any other. For prompts that are rendered elsewhere.",
-        examples=[False],
+        examples=[True],
     )
-    user: Annotated[str, Field(max_length=200)] | None = Field(
-        None, description="Accepted for compatibility and not used.", examples=["user-42"]
+    metadata: Annotated[dict[str, str], BeforeValidator(parse_metadata)] = Field(
+        default_factory=dict,
+        description="The job's `metadata`: up to 16 texts of your own, given back with the job.",
+        examples=[{"order": "17"}],
+    )
+    user: Annotated[str | None, Ignored("a job has no user"), Field(max_length=200)] = Field(
+        None, examples=["user-42"]
+    )
+    safety_identifier: Annotated[str | None, Ignored("as `user`"), Field(max_length=200)] = Field(
+        None, examples=["user-42"]
+    )
+    request_id: Annotated[str | None, Ignored("the job's id names it"), Field(max_length=200)] = (
+        Field(None, examples=["request-42"])
+    )
+    priority: Annotated[Any, Refused("the job's own priority, beside the body, says it", (0,))] = (
+        Field(None, examples=[5])
     )
 
     @property
@@ -52,13 +68,9 @@ class Body(Part):
         return "max_tokens"
 
     @property
-    def grammar(self) -> Grammar | None:
-        """What each answer has to match, if anything."""
-        return None
-
-    def sampling(self, max_tokens: int, answer: int) -> SamplingParams | None:
-        """Sampling of answer number `answer` of a prompt, or None if none is drawn."""
-        return None
+    def grammar_field(self) -> str:
+        """Where it is said what an answer has to match, for errors."""
+        return "body"
 
     def check(self) -> None:
         """Raises `RequestError` for fields that do not go together."""

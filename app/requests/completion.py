@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
+from app.requests.handling import Refused, whole
 from app.requests.prompts import Prompt, Prompts, split
 from app.requests.sampled import SampledBody
 
@@ -19,10 +20,16 @@ class CompletionBody(SampledBody):
         description="Text, several texts, or the model's token ids of one or several.",
         examples=["A grist mill is"],
     )
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = Field(
+    logprobs: Annotated[int, BeforeValidator(whole), Field(ge=0, le=20)] | None = Field(
         None,
         description="Return log probabilities with this many likeliest tokens.",
         examples=[0],
+    )
+    suffix: Annotated[Any, Refused("a model goes on, it does not fill in", ("",))] = Field(
+        None, examples=["The end."]
+    )
+    add_special_tokens: Annotated[Any, Refused("send token ids instead", (True,))] = Field(
+        None, examples=[False]
     )
 
     @property

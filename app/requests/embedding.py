@@ -24,7 +24,7 @@ class EmbeddingBody(Body):
     encoding_format: Literal["float", "base64"] = Field(
         "float",
         description="How vectors are written: numbers, or base64 of little-endian float32.",
-        examples=["float"],
+        examples=["base64"],
     )
 
     @property

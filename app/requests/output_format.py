@@ -2,114 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from typing import Annotated, Any, Final, Literal
-from urllib.parse import unquote
+import re
+from typing import Annotated, Final, Literal
 
-from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic import AfterValidator, Field
 
-from app.errors import InvalidSchema, RequestError
+from app.errors import RequestError
 from app.jobs import Grammar
 from app.requests.part import Part
-
-MAX_CHARACTERS: Final = 64_000
-"""Of a schema or regular expression."""
-
-MAX_DEPTH: Final = 64
-"""Of the objects and lists in a schema."""
-
-MAX_PATTERNS: Final = 10
-"""That one text has to match at once. The grammar library looks whether any text can, and takes
-three times as long and as much memory for each more: a gigabyte for 14."""
+from app.requests.schemas import MAX_CHARACTERS, SchemaText, invalid
 
 SCHEMA_FIELD: Final = "response_format.json_schema.schema"
-REGEX_FIELD: Final = "structured_outputs.regex"
 _ANY_OBJECT: Final = '{"type":"object"}'
-
-
-def _as_text(value: object) -> str:
-    """A schema as JSON text: Postgres' jsonb would forget the order of its keys, which is that of
-    the answer's."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise InvalidSchema("The schema is not JSON.", param=SCHEMA_FIELD) from None
-    if not isinstance(value, dict):
-        raise ValueError("Input should be a JSON object, or the text of one")
-    if _is_deep(value):
-        raise InvalidSchema(f"The schema is nested more than {MAX_DEPTH} deep.", param=SCHEMA_FIELD)
-    if _most_patterns(value) > MAX_PATTERNS:
-        raise InvalidSchema(
-            f"More than {MAX_PATTERNS} patterns meet in one text.", param=SCHEMA_FIELD
-        )
-    try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    except (TypeError, ValueError):  # a number without end, or what a message's decoder made
-        raise InvalidSchema("The schema is not JSON.", param=SCHEMA_FIELD) from None
-    return _bounded(text, SCHEMA_FIELD)
-
-
-def _is_deep(value: object) -> bool:
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        level = [
-            inner
-            for each in level
-            if isinstance(each, dict | list)
-            for inner in (each.values() if isinstance(each, dict) else each)
-        ]
-    return bool(level)
-
-
-def _most_patterns(schema: dict[str, Any]) -> int:
-    """How many patterns one text of a schema has to match at most; rather too many than too few."""
-    found: dict[str, int] = {}  # by reference
-
-    def most(node: object) -> int:
-        if isinstance(node, list):
-            return max(map(most, node), default=0)
-        if not isinstance(node, dict):
-            return 0
-        every = node.get("allOf")
-        rest = [inner for name, inner in node.items() if name != "allOf"]
-        return (
-            isinstance(node.get("pattern"), str)
-            + (sum(map(most, every)) if isinstance(every, list) else most(every))
-            + referred(node.get("$ref"))
-            + most(rest)
-        )
-
-    def referred(ref: object) -> int:
-        if not isinstance(ref, str):
-            return 0
-        if ref not in found:
-            found[ref] = 0  # in a circle it adds nothing
-            found[ref] = most(_at(schema, ref))
-        return found[ref]
-
-    try:
-        return most(schema)
-    except RecursionError:
-        raise InvalidSchema("Its references lead too far.", param=SCHEMA_FIELD) from None
-
-
-def _at(schema: dict[str, Any], ref: str) -> object:
-    """What a reference leads to (a JSON pointer, RFC 6901), or all, if that cannot be told."""
-    node: Any = schema
-    for step in unquote(ref).removeprefix("#").split("/")[1:]:
-        name = step.replace("~1", "/").replace("~0", "~")
-        try:
-            node = node[int(name)] if isinstance(node, list) else node[name]
-        except (KeyError, TypeError, ValueError, IndexError):
-            return schema
-    return node
-
-
-def _bounded(text: str, field: str) -> str:
-    if len(text) > MAX_CHARACTERS:
-        raise InvalidSchema(f"It has more than {MAX_CHARACTERS} characters.", param=field)
-    return text
+MAX_CHOICES: Final = 200
 
 
 class JsonSchema(Part):
@@ -121,9 +26,8 @@ class JsonSchema(Part):
     description: str | None = Field(
         None, description="Accepted for compatibility and not used.", examples=["A mill."]
     )
-    text: Annotated[
-        str, BeforeValidator(_as_text), WithJsonSchema({"type": ["object", "string"]})
-    ] = Field(
+    text: SchemaText = Field(
+        _ANY_OBJECT,
         alias="schema",
         description="The JSON schema, or its text. Keys are written in its order.",
         examples=[{"type": "object", "properties": {"name": {"type": "string"}}}],
@@ -147,13 +51,59 @@ class ResponseFormat(Part):
     )
 
 
-class StructuredOutputs(Part):
-    """vLLM's name for other forms."""
+def _bounded(pattern: str) -> str:
+    if len(pattern) > MAX_CHARACTERS:
+        raise invalid(f"It has more than {MAX_CHARACTERS} characters.")
+    return pattern
 
-    regex: Annotated[str, Field(min_length=1)] = Field(
+
+class StructuredOutputs(Part):
+    """vLLM's name for other forms: one of them."""
+
+    regex: Annotated[str, Field(min_length=1), AfterValidator(_bounded)] | None = Field(
+        None,
         description="A regular expression, in Rust's syntax, that the whole output matches.",
         examples=["(yes|no)"],
     )
+    choice: (
+        Annotated[
+            list[Annotated[str, Field(min_length=1, max_length=1_000)]],
+            Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True),
+        ]
+        | None
+    ) = Field(
+        None, description="Texts, one of which is the whole output.", examples=[["yes", "no"]]
+    )
+    json_text: SchemaText | None = Field(
+        None,
+        alias="json",
+        description="A JSON schema, or its text, as in `response_format`.",
+        examples=[{"type": "object"}],
+    )
+    json_object: Literal[True] | None = Field(None, description="Any JSON object.", examples=[True])
+
+    @property
+    def form(self) -> str:
+        """The name of the field that is given. Raises `RequestError` unless it is one."""
+        forms = {
+            "regex": self.regex,
+            "choice": self.choice,
+            "json": self.json_text,
+            "json_object": self.json_object,
+        }
+        given = [name for name, value in forms.items() if value is not None]
+        if len(given) != 1:
+            raise RequestError(f"Give one of {', '.join(forms)}.", param="structured_outputs")
+        return given[0]
+
+    @property
+    def grammar(self) -> Grammar:
+        match self.form:
+            case "regex":
+                return Grammar("regex", self.regex or "")
+            case "choice":
+                return Grammar("regex", "|".join(map(_escaped, self.choice or ())))
+        return Grammar("json_schema", self.json_text or _ANY_OBJECT)
 
 
 def grammar_of(form: ResponseFormat | None, other: StructuredOutputs | None) -> Grammar | None:
@@ -173,24 +123,17 @@ def grammar_of(form: ResponseFormat | None, other: StructuredOutputs | None) -> 
             raise RequestError(
                 "Give response_format or structured_outputs, not both.", param="structured_outputs"
             )
-        return Grammar("regex", _bounded(other.regex, REGEX_FIELD))
+        return other.grammar
     if kind == "text":
         return None
     return Grammar("json_schema", _ANY_OBJECT if schema is None else schema.text)
 
 
-def field_of(grammar: Grammar) -> str:
-    """The field of a request that a grammar is in."""
-    return REGEX_FIELD if grammar.kind == "regex" else SCHEMA_FIELD
+def field_of(other: StructuredOutputs | None) -> str:
+    """The field of a request that its grammar is in."""
+    return SCHEMA_FIELD if other is None else f"structured_outputs.{other.form}"
 
 
-def checked(
-    raw: dict[str, Any], form: ResponseFormat | None, other: StructuredOutputs | None
-) -> dict[str, Any]:
-    """The body as it is kept: a schema in it is text. Raises as `grammar_of` does."""
-    grammar_of(form, other)
-    if form is None or form.json_schema is None:
-        return raw
-    given = raw["response_format"]
-    schema = given["json_schema"] | {"schema": form.json_schema.text}
-    return raw | {"response_format": given | {"json_schema": schema}}
+def _escaped(text: str) -> str:
+    """A text as a regular expression in Rust's syntax that matches it alone."""
+    return re.sub(r"[\\.+*?()|\[\]{}^$#&~-]", r"\\\g<0>", text)

@@ -1,17 +1,21 @@
-"""What all objects of a request have in common: nothing unknown is in them."""
+"""What all objects of a request have in common: null is nothing, and nothing unknown is in them."""
 
 from __future__ import annotations
 
 from typing import Any, Final
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 
 UNKNOWN_FIELD: Final = "unknown_field"
 
+DROP_UNKNOWN: Final = {"drop_unknown": True}
+"""As the context of a validation: what is not known is left out, at any depth."""
+
 
 class Part(BaseModel):
-    """An object of a request. Of its unknown fields the first is told.
+    """An object of a request. A field that is null counts as left out: many clients write all that
+    they know. Of its unknown fields the first is told.
 
     Pydantic's own check makes an error of each, which takes seconds and hundreds of megabytes for
     those that two megabytes hold. For the same reason every list in a part has `fail_fast`.
@@ -21,11 +25,13 @@ class Part(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _know_all(cls, given: Any) -> Any:
-        if isinstance(given, dict):
-            fields = cls.__pydantic_fields__
-            known = {field.alias or name for name, field in fields.items()}
+    def _know_all(cls, given: Any, info: ValidationInfo) -> Any:
+        if not isinstance(given, dict):
+            return given
+        fields = cls.__pydantic_fields__
+        known = {field.alias or name for name, field in fields.items()}
+        if info.context is not DROP_UNKNOWN:
             for name in given:
                 if name not in known:
                     raise PydanticCustomError(UNKNOWN_FIELD, "Unknown field", {"name": name})
-        return given
+        return {name: it for name, it in given.items() if it is not None and name in known}

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from app.config.settings import ModelSettings
-from app.engines.chat_template import Chat
 from app.engines.tokenizer import Tokenizer
 from app.errors import ContextLengthExceeded, RequestError
-from app.jobs import Kind
+from app.jobs import SamplingParams, int64
 from app.requests.bodies import Request
-from app.requests.conversation import ChatMessage
+from app.requests.conversation import Conversation
 from app.requests.prompts import Prompt
+from app.requests.sampled import SampledBody
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +21,14 @@ class Prepared:
 
     prompts: tuple[tuple[int, ...], ...]  #: of the distinct prompts; each is answered n times
     max_tokens: int  #: of each answer; 0 for embeddings
+    params: SamplingParams | None = None  #: of the first answer; None if none is drawn
+
+    def sampling(self, answer: int = 0) -> SamplingParams | None:
+        """Sampling of answer number `answer`. With a seed each of the answers to a prompt gets a
+        seed of its own, so that they differ."""
+        if self.params is None or self.params.seed is None or not answer:
+            return self.params
+        return replace(self.params, seed=int64(self.params.seed + answer))
 
     @property
     def num_input_tokens(self) -> int:
@@ -64,14 +72,44 @@ def prepare(request: Request, tokenizer: Tokenizer, settings: ModelSettings) -> 
         prompts.append(tokens)
     longest = max(map(len, prompts))
     room = tokenizer.context_tokens - (0 if tokenizer.separate_output else longest)
-    return Prepared(tuple(prompts), min(wanted, room, most - longest, settings.max_output_tokens))
+    max_tokens = min(wanted, room, most - longest, settings.max_output_tokens)
+    return Prepared(tuple(prompts), max_tokens, _params(request, max_tokens, tokenizer))
 
 
 def _output(request: Request, settings: ModelSettings) -> tuple[int, int]:
     """Tokens that an answer must have room for, and that it is to have if there is more."""
-    if request.kind is Kind.EMBED:
+    body = request.body
+    if not isinstance(body, SampledBody):
         return 0, 0
-    return request.max_tokens or 1, request.max_tokens or settings.default_max_tokens
+    least = body.most_tokens or max(1, body.min_tokens)
+    return least, body.most_tokens or max(least, settings.default_max_tokens)
+
+
+def _params(request: Request, max_tokens: int, tokenizer: Tokenizer) -> SamplingParams | None:
+    body = request.body
+    if not isinstance(body, SampledBody):
+        return None
+    for field, ids in (
+        ("logit_bias", map(int, body.logit_bias)),
+        ("stop_token_ids", body.stop_token_ids),
+    ):
+        if max(ids, default=0) >= tokenizer.vocab_size:
+            raise _out_of_range(tokenizer, field)
+    words = [variant for word in body.bad_words for variant in _variants(word, tokenizer)]
+    return body.sampling(max_tokens, tuple(words), body.grammar)
+
+
+def _variants(word: str, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
+    """The tokens of a word at the beginning of a text, and of the same behind a blank."""
+    word = word.lstrip() or word
+    found = (tokenizer.encode_plain(each) for each in (word, f" {word}"))
+    return [each for each in dict.fromkeys(found) if each]
+
+
+def _out_of_range(tokenizer: Tokenizer, field: str) -> RequestError:
+    return RequestError(
+        f"A token id is out of range; this model's run to {tokenizer.vocab_size - 1}.", param=field
+    )
 
 
 def encode(request: Request, tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
@@ -94,19 +132,14 @@ def _encode(
     if isinstance(prompt, str):
         _refuse_long(tokenizer, [prompt], field)
         tokens = tokenizer.encode_text(prompt, parse_special=parse_special)
-    elif isinstance(prompt[0], ChatMessage):
-        _refuse_long(tokenizer, [each.content for each in prompt], field)
-        tokens = tokenizer.encode_chat(
-            Chat([{"role": each.role, "content": each.content} for each in prompt]),
-            parse_special=parse_special,
-        )
+    elif isinstance(prompt, Conversation):
+        chat = prompt.chat
+        _refuse_long(tokenizer, chat.texts(), field)
+        tokens = tokenizer.encode_chat(chat, parse_special=parse_special)
     else:
         tokens = prompt
         if max(tokens) >= tokenizer.vocab_size:
-            raise RequestError(
-                f"A token id is out of range; this model's run to {tokenizer.vocab_size - 1}.",
-                param=field,
-            )
+            raise _out_of_range(tokenizer, field)
     if not tokens:
         raise RequestError("The prompt has no tokens.", param=field)
     return tokens

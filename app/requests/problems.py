@@ -10,8 +10,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from app.errors import RequestError
+from app.errors import InvalidSchema, RequestError
 from app.requests.part import UNKNOWN_FIELD
+from app.requests.schemas import INVALID_SCHEMA
 
 
 def first_problem(error: ValidationError, raw: dict[str, Any]) -> RequestError:
@@ -24,6 +25,8 @@ def first_problem(error: ValidationError, raw: dict[str, Any]) -> RequestError:
     param = _printable(".".join(path) or "body")
     if problem["type"] == "missing":
         return RequestError(f"The field {param} is required.", param=param)
+    if problem["type"] == INVALID_SCHEMA:
+        return InvalidSchema(problem["msg"], param=param)
     reason = problem["msg"].removeprefix("Value error, ")
     return RequestError(f"{param}: {reason}.", param=param)
 
@@ -39,7 +42,7 @@ def _path_in(value: Any, place: tuple[int | str, ...], *, is_missing: bool) -> l
     Of one that `is_missing` the last is not there, and named all the same.
     """
     path = []
-    for part in place:
+    for part in place[:-1] if is_missing else place:
         match value:
             case dict() if part in value:
                 value = value[part]

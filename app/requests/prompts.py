@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated, Final
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from app.requests.conversation import ChatMessage
+from app.requests.conversation import Conversation
+from app.requests.handling import all_whole
 
 MAX_TOKEN_ID: Final = 2**31 - 1
 
 # Without `fail_fast` two megabytes of wrong items are half a million errors, which take half a
 # gigabyte, to tell the first.
+TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
 TokenIds = Annotated[
-    list[Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]], Field(min_length=1, fail_fast=True)
+    list[TokenId],
+    Field(min_length=1, fail_fast=True),
+    BeforeValidator(all_whole),
 ]
 Text = Annotated[str, Field(min_length=1)]
 Prompts = (
@@ -23,7 +27,7 @@ Prompts = (
     | Annotated[list[TokenIds], Field(min_length=1, max_length=2048, fail_fast=True)]
 )
 
-Prompt = str | tuple[int, ...] | tuple[ChatMessage, ...]
+Prompt = str | tuple[int, ...] | Conversation
 """One prompt: text, token ids, or a conversation still to be put through the chat template."""
 
 

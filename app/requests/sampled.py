@@ -2,38 +2,68 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from app.errors import RequestError
-from app.jobs import Grammar, Kind, SamplingParams, int64
+from app.jobs import Grammar, Kind, SamplingParams
 from app.requests import output_format
 from app.requests.body import Body
+from app.requests.handling import Ignored, Refused, all_whole, whole
 from app.requests.output_format import ResponseFormat, StructuredOutputs
+from app.requests.prompts import MAX_TOKEN_ID, TokenId
 
 MAX_COUNT: Final = 2**31 - 1
 """No count is larger."""
+
+MAX_WORDS: Final = 128
+"""Of token ids and words that are favoured, forbidden or end an output."""
+
+Count = Annotated[int, BeforeValidator(whole), Field(ge=1, le=MAX_COUNT)]
+
+
+def _biases(given: Any) -> Any:
+    """What is added to the logits of token ids, checked as a whole: of many wrong ones a single
+    error is told."""
+    if not isinstance(given, dict):
+        raise ValueError("Input should be an object of numbers by token id")
+    if len(given) > 1024:
+        raise ValueError("It should have at most 1024 token ids")
+    for token, bias in given.items():
+        if not (isinstance(token, str) and token.isascii() and token.isdigit()):
+            raise ValueError("Its keys should be token ids")
+        if len(token) > 10 or int(token) > MAX_TOKEN_ID:
+            raise ValueError("Its keys should be token ids of this model")
+        is_number = isinstance(bias, int | float) and not isinstance(bias, bool)
+        if not (is_number and -100 <= bias <= 100):
+            raise ValueError("Its values should be numbers from -100 to 100")
+    return {token: float(bias) for token, bias in given.items()}
 
 
 class SampledBody(Body):
     KIND: ClassVar = Kind.GENERATE
 
-    max_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = Field(
+    max_tokens: Count | None = Field(
         None,
         description="Most tokens to generate; the model's `default_max_tokens` when left out.",
         examples=[64],
     )
+    min_tokens: Annotated[int, BeforeValidator(whole), Field(ge=0, le=MAX_COUNT)] = Field(
+        0,
+        description="Fewest tokens: neither the model nor `stop` ends an answer before.",
+        examples=[8],
+    )
     temperature: Annotated[float, Field(ge=0, le=2)] = Field(
         1.0, description="0 is greedy: always the most likely token.", examples=[0.0]
     )
-    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+    top_p: Annotated[float, Field(ge=0, le=1)] = Field(
         1.0,
         description="Sample from the smallest set of tokens with this probability.",
         examples=[0.9],
     )
-    top_k: Annotated[int, Field(ge=0, le=MAX_COUNT)] = Field(
-        0, description="Sample from this many most likely tokens; 0 is off.", examples=[40]
+    top_k: Annotated[int, BeforeValidator(whole), Field(ge=-1, le=MAX_COUNT)] = Field(
+        0, description="Sample from this many most likely tokens; 0 or -1 is off.", examples=[40]
     )
     min_p: Annotated[float, Field(ge=0, le=1)] = Field(
         0.0,
@@ -42,34 +72,56 @@ class SampledBody(Body):
     )
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = Field(
         0.0,
-        description="Taken from the logit of every token already in the output.",
-        examples=[0.0],
+        description="Lowers the logit of every token already in the output.",
+        examples=[0.5],
     )
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = Field(
         0.0,
-        description="Taken from a token's logit once per occurrence in the output.",
-        examples=[0.0],
+        description="Lowers a token's logit once per occurrence in the output.",
+        examples=[0.5],
     )
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] = Field(
         1.0,
         description="Divides the logits of tokens in prompt or output; 1 is off.",
-        examples=[1.0],
+        examples=[1.1],
+    )
+    logit_bias: Annotated[dict[str, float], BeforeValidator(_biases)] = Field(
+        default_factory=dict,
+        description="Added to the logits of up to 1024 token ids, from -100 to 100.",
+        examples=[{"17": -100}],
+    )
+    bad_words: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=200)]],
+        Field(max_length=MAX_WORDS, fail_fast=True),
+    ] = Field(
+        default_factory=list,
+        description="Up to 128 texts whose tokens are not drawn one after the other.",
+        examples=[["chaff"]],
     )
     stop: str | Annotated[list[str], Field(max_length=4, fail_fast=True)] | None = Field(
         None,
         description="Up to 4 strings; the text ends before the first one met.",
         examples=[["\n\n"]],
     )
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = Field(
+    stop_token_ids: Annotated[
+        list[TokenId],
+        Field(max_length=MAX_WORDS, fail_fast=True),
+        BeforeValidator(all_whole),
+    ] = Field(
+        default_factory=list,
+        description="Up to 128 token ids that end an answer.",
+        examples=[[13]],
+    )
+    seed: Annotated[int, BeforeValidator(whole), Field(ge=-(2**63), lt=2**63)] | None = Field(
         None, description="Same seed, same text, whatever else is in the batch.", examples=[7]
     )
-    n: Annotated[int, Field(ge=1, le=128)] = Field(
-        1, description="How many answers; at most the model's `max_batch_size`.", examples=[1]
+    n: Annotated[int, BeforeValidator(whole), Field(ge=1, le=128)] = Field(
+        1, description="How many answers; at most the model's `max_batch_size`.", examples=[2]
     )
     ignore_eos: bool = Field(
         False,
         description="Generate `max_tokens` tokens even if the model ends before.",
-        examples=[False],
+        examples=[True],
     )
     response_format: ResponseFormat | None = Field(
         None,
@@ -78,13 +130,60 @@ class SampledBody(Body):
     )
     structured_outputs: StructuredOutputs | None = Field(
         None,
-        description="Let the output match a regular expression.",
+        description="Let the output match a regular expression, or be one of several texts.",
         examples=[{"regex": "(yes|no)"}],
     )
-    stream: Literal[False] | None = Field(
-        None,
-        description="Queued jobs are polled, not streamed: only false is accepted.",
-        examples=[False],
+    store: Annotated[bool | None, Ignored("answers are kept as `retention` is set")] = Field(
+        None, examples=[True]
+    )
+    service_tier: Annotated[
+        Literal["auto", "default", "flex", "scale", "priority", "fast"] | None,
+        Ignored("a job has a priority"),
+    ] = Field(None, examples=["flex"])
+    stream_options: Annotated[
+        dict[str, bool] | None, Ignored("nothing is streamed"), Field(max_length=16)
+    ] = Field(None, examples=[{"include_usage": True}])
+    prompt_cache_key: Annotated[
+        str | None, Ignored("prompts share what they have in common by themselves")
+    ] = Field(None, examples=["mill"])
+    stream: Annotated[Any, Refused("jobs are polled, not streamed", (False,))] = Field(
+        None, examples=[True]
+    )
+    echo: Annotated[Any, Refused("an answer does not repeat its prompt", (False,))] = Field(
+        None, examples=[True]
+    )
+    prompt_logprobs: Annotated[Any, Refused("only what is drawn has log probabilities")] = Field(
+        None, examples=[1]
+    )
+    best_of: Annotated[Any, Refused("every answer drawn is given; use n", (1,))] = Field(
+        None, examples=[3]
+    )
+    use_beam_search: Annotated[Any, Refused("answers are drawn token by token", (False,))] = Field(
+        None, examples=[True]
+    )
+    length_penalty: Annotated[Any, Refused("it is for beam search", (1,))] = Field(
+        None, examples=[0.5]
+    )
+    allowed_token_ids: Annotated[
+        Any, Refused("use structured_outputs, or logit_bias with 100", ([],))
+    ] = Field(None, examples=[[1, 2]])
+    include_stop_str_in_output: Annotated[
+        Any, Refused("a text ends before a stop string", (False,))
+    ] = Field(None, examples=[True])
+    skip_special_tokens: Annotated[Any, Refused("a text has no special tokens", (True,))] = Field(
+        None, examples=[False]
+    )
+    spaces_between_special_tokens: Annotated[
+        Any, Refused("a text has no special tokens", (True,))
+    ] = Field(None, examples=[False])
+    truncate_prompt_tokens: Annotated[Any, Refused("a prompt is never cut")] = Field(
+        None, examples=[100]
+    )
+    return_token_ids: Annotated[Any, Refused("answers are text", (False,))] = Field(
+        None, examples=[True]
+    )
+    return_tokens_as_token_ids: Annotated[Any, Refused("answers are text", (False,))] = Field(
+        None, examples=[True]
     )
 
     @property
@@ -97,7 +196,12 @@ class SampledBody(Body):
 
     @property
     def grammar(self) -> Grammar | None:
+        """What each answer has to match, if anything."""
         return output_format.grammar_of(self.response_format, self.structured_outputs)
+
+    @property
+    def grammar_field(self) -> str:
+        return output_format.field_of(self.structured_outputs)
 
     @property
     def num_logprobs(self) -> int | None:
@@ -108,24 +212,36 @@ class SampledBody(Body):
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
-    def sampling(self, max_tokens: int, answer: int) -> SamplingParams:
-        """With a seed, each of the n answers gets a seed of its own, so that they differ."""
+    def sampling(
+        self, max_tokens: int, bad_words: tuple[tuple[int, ...], ...], grammar: Grammar | None
+    ) -> SamplingParams:
+        """Of the first answer, with what depends on the model: words in its tokens, and what the
+        answer has to match there."""
         return SamplingParams(
             max_tokens=max_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
-            top_k=self.top_k,
+            top_k=max(self.top_k, 0),
             min_p=self.min_p,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
             repetition_penalty=self.repetition_penalty,
+            logit_bias=tuple((int(token), bias) for token, bias in self.logit_bias.items()),
+            bad_words=bad_words,
+            min_tokens=self.min_tokens,
             stop=self.stops,
-            seed=None if self.seed is None else int64(self.seed + answer),
+            stop_token_ids=tuple(self.stop_token_ids),
+            seed=self.seed,
             logprobs=self.num_logprobs,
             ignore_eos=self.ignore_eos,
-            grammar=self.grammar,
+            grammar=grammar,
         )
 
     def check(self) -> None:
         if not all(self.stops):
             raise RequestError("A stop string must not be empty.", param="stop")
+        if self.most_tokens is not None and self.min_tokens > self.most_tokens:
+            raise RequestError(
+                f"min_tokens is more than {self.most_tokens_field}.", param="min_tokens"
+            )
+        output_format.grammar_of(self.response_format, self.structured_outputs)

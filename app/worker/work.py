@@ -166,7 +166,7 @@ class Job:
             Sequence(
                 id=first_id + place,
                 prompt_token_ids=self.prepared.prompts[place // answers],
-                params=self.request.sampling(self.prepared.max_tokens, place % answers),
+                params=self.prepared.sampling(place % answers),
                 tenant=self.tenant,
                 priority=self.priority,
                 adapter=self.request.adapter,

@@ -17,7 +17,7 @@ from app.engines.models import ensure_files
 from app.engines.tokenizer import load_tokenizer
 from app.jobs import FinishReason, Kind
 from app.requests.bodies import parse
-from app.requests.prepare import encode
+from app.requests.prepare import prepare
 
 CACHE = Path(__file__).resolve().parents[2] / ".cache"
 SETTINGS = ModelSettings(
@@ -64,9 +64,9 @@ def ask(engine: InflightEngine, *bodies: dict[str, Any]) -> list[Generation]:
     tokenizer = load_tokenizer(ensure_files("smollm2", SETTINGS, CACHE), SETTINGS)
     sequences = []
     for id_, body in enumerate(bodies):
-        request = parse({"messages": [{"role": "user", "content": MAIL}]} | body)
-        [tokens] = encode(request, tokenizer)
-        sequences.append(Sequence(id_, tokens, request.sampling(200)))
+        request = parse({"messages": [{"role": "user", "content": MAIL}], "max_tokens": 200} | body)
+        prepared = prepare(request, tokenizer, SETTINGS)
+        sequences.append(Sequence(id_, prepared.prompts[0], prepared.sampling()))
     engine.admit("b", sequences)
     found: dict[int, Generation] = {}
     while engine.has_work:

@@ -139,7 +139,7 @@ def test_a_schema_is_kept_with_the_order_of_its_keys(api: httpx.Client, settings
     assert len({answer.json()["id"] for answer in answers}) == 1
     [row] = stored(settings)
     kept = bodies.parse(row["request"], row["url"])
-    assert kept.grammar == Grammar("json_schema", json.dumps(schema, separators=(",", ":")))
+    assert kept.body.grammar == Grammar("json_schema", json.dumps(schema, separators=(",", ":")))
     assert kept.fingerprint == row["fingerprint"]
 
 

@@ -92,7 +92,7 @@ def test_any_request_that_is_accepted_is_sampled(raw: dict[str, object]) -> None
 
     # when each of its answers is sampled
     for answer in range(request.num_answers):
-        params = request.sampling(prepared.max_tokens, answer)
+        params = prepared.sampling(answer)
         if params is None:
             return
         sampler = RowSampler(1, tokenizer.vocab_size, "cpu")

@@ -20,12 +20,16 @@ from app.intake.submit import parse_submission
 from app.jobs import FinishReason, Kind, SamplingParams
 from app.requests import bodies, problems, responses
 from app.requests.bodies import BODIES, FORMAT, Url, parse, parse_stored, readable
+from app.requests.prepare import prepare
 from tests.any_messages import FIELDS, requests
 from tests.unit.inflight_tiny import engine_of, run_all
 
+STUB = ModelSettings(source="stub", kind=Kind.GENERATE, engine="stub")
+
 
 def sampling(answer: int = 0, **fields: Any) -> SamplingParams:
-    params = parse({"prompt": "flour"} | fields).sampling(8, answer)
+    request = parse({"prompt": "flour", "max_tokens": 8} | fields)
+    params = prepare(request, StubTokenizer(STUB), STUB).sampling(answer)
     assert params is not None
     return params
 

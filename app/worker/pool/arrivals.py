@@ -28,7 +28,7 @@ from app.errors import GristmillError, RequestError, RequestTooLarge
 from app.jobs import MAX_PRIORITY, Kind, bounded, job_id_of
 from app.requests import bodies, json_text
 from app.requests.bodies import Request
-from app.requests.storable import is_unicode, parse_metadata
+from app.requests.storable import is_unicode
 
 TASKS: Final = {"inference.generate": Kind.GENERATE, "inference.embed": Kind.EMBED}
 ARRIVAL_HEADER: Final = "gristmill"
@@ -102,9 +102,8 @@ def read(message: Message, task_id: str, name: str, settings: Settings) -> Arriv
         raise RequestError("Callbacks, chains and chords are not taken.", param="embed")
     options = message.headers if _is_protocol_2(message) else decoded
     request: Request | None = None
-    metadata: dict[str, str] = {}
     if kwargs and _is_readable(options):
-        request, metadata = _request(kwargs, TASKS[name])
+        request = _request(kwargs, TASKS[name], settings)
     return Arrival(
         job_id=job_id_of(task_id),
         request=request,
@@ -112,7 +111,7 @@ def read(message: Message, task_id: str, name: str, settings: Settings) -> Arriv
         priority=_priority(message),
         not_before=_stamp(options, "eta"),
         deadline=_stamp(options, "expires"),
-        metadata=metadata,
+        metadata=request.body.metadata if request else {},
         time_limit_s=_time_limit(options),
     )
 
@@ -170,17 +169,16 @@ def _or_empty(given: Any, empty: Any) -> Any:
     return empty if given is None or given in ([], {}) else given
 
 
-def _request(kwargs: dict[str, Any], kind: Kind) -> tuple[Request, dict[str, str]]:
+def _request(kwargs: dict[str, Any], kind: Kind, settings: Settings) -> Request:
     body = dict(kwargs)
     url = body.pop("url", None)
     if url is not None and not isinstance(url, str):
         raise RequestError("url must be a string.", param="url")
-    metadata = parse_metadata(body.pop("metadata", None))
-    request = bodies.parse(body, url)
+    request = bodies.parse(body, url, unknown_fields=settings.unknown_fields)
     if request.kind is not kind:
         wanted = next(name for name, of in TASKS.items() if of is request.kind)
         raise RequestError(f"This request belongs to the task {wanted}.", param="task")
-    return request, metadata
+    return request
 
 
 def _priority(message: Message) -> int:

@@ -1,0 +1,106 @@
+"""Each field that a request may have, and the table that tells of it."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import pytest
+
+from app.config.settings import ModelSettings
+from app.engines.base import Generation, TokenLogprob
+from app.engines.tokenizer import StubTokenizer
+from app.errors import RequestError
+from app.jobs import FinishReason, Kind
+from app.requests import responses
+from app.requests.bodies import BODIES, Request, Url, parse
+from app.requests.handling import Ignored, Refused, handling_of
+from app.requests.prepare import prepare
+from tests import request_table
+
+STUB: Final = ModelSettings(source="stub", kind=Kind.GENERATE, engine="stub")
+TOOLS: Final = [{"type": "function", "function": {"name": "grind"}}]
+BASES: Final[dict[Url, dict[str, Any]]] = {
+    Url.CHAT: {
+        "messages": [
+            {"role": "user", "content": "What is flour?"},
+            {"role": "assistant", "content": "Flour is"},
+        ]
+    },
+    Url.COMPLETIONS: {"prompt": "flour"},
+    Url.EMBEDDINGS: {"input": "flour"},
+}
+COMPANIONS: Final[dict[str, dict[str, Any]]] = {
+    "top_logprobs": {"logprobs": True},
+    "tool_choice": {"tools": TOOLS},
+}
+"""Fields that mean something beside others alone."""
+
+ROWS: Final = [
+    pytest.param(url, name, id=f"{url.rpartition('/')[2]}-{name}")
+    for name, urls in request_table.fields().items()
+    for url in urls
+]
+
+
+def test_the_page_tells_of_the_fields_that_the_code_knows() -> None:
+    page = request_table.PAGE.read_text()
+    told = page.partition(request_table.BEGIN)[2].partition(request_table.END)[0]
+
+    assert told.strip() == request_table.table(), "run python -m tests.request_table"
+
+
+@pytest.mark.parametrize(("url", "name"), ROWS)
+def test_a_field_is_treated_as_the_table_says(url: Url, name: str) -> None:
+    # given a request with the field, and the same without
+    field = BODIES[url].model_fields[name]
+    value = (field.examples or [None])[0]
+    bare = BASES[url] | COMPANIONS.get(name, {})
+    asked = bare if field.is_required() else bare | {name: value}
+
+    # when it is taken, then it means something else; when ignored, the same; else it is refused
+    match handling_of(field):
+        case Ignored():
+            assert value is not None
+            assert meaning(parse(asked, url)) == meaning(parse(bare, url))
+        case Refused(why, neutral):
+            with pytest.raises(RequestError) as refused:
+                parse(asked, url)
+            assert refused.value.param == name
+            assert why in refused.value.message
+            for each in neutral:
+                given = parse(bare | {name: each}, url)
+                assert given.raw == parse(bare, url).raw
+        case _:
+            assert field.is_required() or meaning(parse(asked, url)) != meaning(parse(bare, url))
+    # and null is as good as nothing
+    if field.is_required():
+        with pytest.raises(RequestError, match=f"The field {name} is required"):
+            parse(bare | {name: None}, url)
+    else:
+        assert parse(bare | {name: None}, url).raw == parse(bare, url).raw
+
+
+def meaning(request: Request) -> object:
+    """All that a request changes."""
+    tokenizer, sampled = StubTokenizer(STUB), None
+    if request.kind is Kind.GENERATE:
+        sampled = prepare(request, tokenizer, STUB)
+    score = TokenLogprob(65, -1.0, ((65, -1.0), (66, -2.0)))
+    answer = Generation(1, FinishReason.STOP, [65], "A", [score], embedding=[0.5])
+    response = responses.body(
+        request,
+        [answer],
+        job_id="1",
+        model="stub",
+        created=0,
+        tokenizer=tokenizer,
+        prompts=sampled.prompts if sampled else [(1,)],
+    )
+    body = request.body
+    return (
+        request.prompts,
+        request.num_answers,
+        sampled and sampled.params,
+        response,
+        (body.model, body.parse_special, body.metadata, getattr(body, "offer", None)),
+    )
