@@ -1,34 +1,49 @@
-"""Decoder layers of the Llama kind as one call of our kernels each.
+"""Decoder layers as one call of our kernels each.
 
-A layer is replaced if it is built of the modules named below and nothing else, and if the call
-gives what the layer gave on the same tokens. What differs stays transformers' own.
+Layers are replaced by their class: what those named below compute has been read, at every position
+and in every branch. What else may differ (a hook, a later version of the class) is tried: the call
+has to give what the layer gave on the same tokens. Other layers stay transformers' own.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from app.engines.inflight.attention import STEP, Packed, PortableStep, run
 from app.engines.inflight.cache import BLOCK, KVCache, LayerShape
 from app.engines.inflight.library import LANES, products
-from app.engines.inflight.native import Attention, Decoder, NativeKernel, NativeStep
+from app.engines.inflight.native import Attention, Decoder, NativeKernel, NativeStep, Norm
 from app.engines.inflight.weights import NativeLinear, is_bfloat16_linear
 
 log = logging.getLogger(__name__)
 
-_PARTS: Final = {
-    "": {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"},
-    "self_attn": {"q_proj", "k_proj", "v_proj", "o_proj"},
-    "mlp": {"gate_proj", "up_proj", "down_proj", "act_fn"},
+_KNOWN: Final = {
+    f"transformers.models.{module}.modeling_{module}.{name}DecoderLayer"
+    for name, module in {
+        **{name: name.lower() for name in ("Llama", "Mistral", "Ministral", "Qwen2", "Qwen3")},
+        **{name: name.lower() for name in ("Gemma", "Gemma2", "Gemma3", "Olmo", "Olmo2", "Olmo3")},
+        **{name: name.lower() for name in ("Granite", "Phi3", "SmolLM3", "Starcoder2")},
+        "SeedOss": "seed_oss",
+    }.items()
 }
-"""The children of such a layer, and theirs."""
+"""Each of them: norms before, behind or around attention and the feed-forward part; rotation by
+cosines and sines that the model hands in, the first half of a head against the second; plain
+residuals."""
+
+_ACTIVATIONS: Final[dict[int, Callable[[Tensor], Tensor]]] = {
+    1: functional.silu,
+    2: lambda x: functional.gelu(x, approximate="tanh"),
+}
+"""By their numbers in layer.cpp."""
 
 _TOLERANCE: Final = 0.02
 """Of what a layer adds to its input, in the Euclidean norm: bfloat16 has 8 bits."""
@@ -47,31 +62,88 @@ class _Seen:
     attention: dict[str, float] | None = None
 
 
-class FusedLayer(nn.Module):
-    """Holds the layer's weights in the kernel's layout. Raises `ValueError` if it cannot."""
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What a layer of a known class is made of, by its role; None for what it does not have."""
 
-    def __init__(self, layer: Any, shape: LayerShape, how: dict[str, float]) -> None:
-        super().__init__()
+    projections: list[nn.Linear]  #: queries, keys, values, or all in one
+    mixed: nn.Linear
+    gates: list[nn.Linear]  #: gate and up, or both in one; one alone if nothing is gated
+    down: nn.Linear
+    activation: int
+    is_gated: bool
+    norms: dict[str, Any]  #: by the names in `Decoder`
+
+    @classmethod
+    def of(cls, layer: Any) -> _Parts:
+        """Raises `AttributeError` for what is missing, `ValueError` for what the kernel cannot."""
         attn, mlp = layer.self_attn, layer.mlp
-        query, key, value = attn.q_proj, attn.k_proj, attn.v_proj
+        act = next(getattr(mlp, name) for name in _ACTS if hasattr(mlp, name))
+        return cls(
+            projections=_linears(attn, "qkv_proj") or _linears(attn, "q_proj", "k_proj", "v_proj"),
+            mixed=attn.o_proj,
+            gates=_linears(mlp, "gate_up_proj")
+            or _linears(mlp, "gate_proj", "up_proj")
+            or [mlp.c_fc],
+            down=mlp.down_proj if hasattr(mlp, "down_proj") else mlp.c_proj,
+            activation=_activation(act),
+            is_gated=not hasattr(mlp, "c_fc"),
+            norms={
+                **_norms_around(layer),
+                "query": getattr(attn, "q_norm", None),
+                "key": getattr(attn, "k_norm", None),
+            },
+        )
+
+    @property
+    def fits(self) -> bool:
+        """Whether the kernel has these types and sizes."""
+        linears = [*self.projections, self.mixed, *self.gates, self.down]
+        return (
+            all(is_bfloat16_linear(each) for each in linears)
+            and all(each.in_features % LANES == 0 for each in linears)
+            and self.down.in_features % (2 * LANES) == 0
+        )
+
+
+_ACTS: Final = ("act_fn", "activation_fn", "act")
+
+
+class FusedLayer(nn.Module):
+    """Holds the layer's weights in the kernel's layout."""
+
+    def __init__(
+        self, layer: Any, parts: _Parts, shape: LayerShape, how: dict[str, float], rotated: int
+    ) -> None:
+        super().__init__()
+        attn = layer.self_attn
         self._layer = int(attn.layer_idx)
-        self.qkv = _stacked([query, key, value])
-        self.mixed = NativeLinear(attn.o_proj.weight, attn.o_proj.bias)
-        self.gated = _interleaved(mlp.gate_proj, mlp.up_proj)
-        self.down = NativeLinear(mlp.down_proj.weight, mlp.down_proj.bias)
-        self._norms = [
-            norm.weight.detach().contiguous()
-            for norm in (layer.input_layernorm, layer.post_attention_layernorm)
-        ]
+        self.qkv = NativeLinear(*_stacked(parts.projections))
+        self.mixed = NativeLinear(parts.mixed.weight, parts.mixed.bias)
+        gates = _stacked(parts.gates)
+        self.gated = NativeLinear(*(_interleaved(*gates) if parts.is_gated else gates))
+        self.down = NativeLinear(parts.down.weight, parts.down.bias)
+        heads = self.qkv.out_features // shape.dim - 2 * shape.kv_heads
+        widths = {"query": shape.dim, "key": shape.dim}
+        if across := parts.norms["query"] is not None and _width(parts.norms["query"]) > shape.dim:
+            widths = {"query": heads * shape.dim, "key": shape.kv_heads * shape.dim}
+        self._held: list[Tensor] = []
         self._decoder = Decoder(
             *(part.product for part in (self.qkv, self.mixed, self.gated, self.down)),
-            *(weight.data_ptr() for weight in self._norms),
-            layer.input_layernorm.variance_epsilon,
-            layer.post_attention_layernorm.variance_epsilon,
-            query.in_features,
-            mlp.down_proj.in_features,
-            Attention(
-                heads=query.out_features // shape.dim,
+            **{
+                role: self._norm(norm, widths.get(role, self.qkv.in_features))
+                for role, norm in parts.norms.items()
+                if norm is not None
+            },
+            width=self.qkv.in_features,
+            inner=self.down.in_features,
+            rotated=rotated if getattr(attn, "use_rope", True) else 0,
+            across=across,
+            activation=parts.activation,
+            gates=parts.is_gated,
+            times=getattr(layer, "residual_multiplier", 1.0),
+            attention=Attention(
+                heads=heads,
                 kv_heads=shape.kv_heads,
                 dim=shape.dim,
                 window=int(how["window"]),
@@ -85,6 +157,25 @@ class FusedLayer(nn.Module):
         cos, sin = others["position_embeddings"]
         return step.decode(self._layer, self._decoder, hidden_states, cos, sin)
 
+    def _norm(self, norm: Any, width: int) -> Norm:
+        """As the kernel takes it; the class says where numbers are rounded, and what is a gain."""
+        kind = type(norm).__name__
+        weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+        gain = torch.ones(width) if weight is None else weight.detach().float().clone()
+        if kind.startswith("Gemma"):
+            gain += 1
+        self._held.append(gain)
+        if bias is not None:
+            self._held.append(bias := bias.detach().float())
+        centred = "LayerNorm" in kind
+        return Norm(
+            gain=gain.data_ptr(),
+            bias=None if bias is None else bias.data_ptr(),
+            eps=getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", 1e-5),
+            centred=centred,
+            rounds=not (centred or kind.startswith(("Gemma", "Olmo"))),
+        )
+
 
 def fuse_layers(model: PreTrainedModel, shapes: list[LayerShape]) -> None:
     """Replace the layers for which that is the same, and faster; `shapes` as the probe found."""
@@ -93,7 +184,7 @@ def fuse_layers(model: PreTrainedModel, shapes: list[LayerShape]) -> None:
         return
     if any(shape.dim % LANES for shape in shapes):  # then nothing attends through the kernel
         return
-    layers = {name: each for name, each in model.named_modules() if _is_known(each, shapes)}
+    layers = {name: each for name, each in model.named_modules() if _is_known(each)}
     if not layers:
         return
     cache = KVCache(shapes, len(_COUNTS), model.dtype, model.device)
@@ -109,27 +200,11 @@ def fuse_layers(model: PreTrainedModel, shapes: list[LayerShape]) -> None:
             model.set_submodule(name, fused)
 
 
-def _is_known(layer: Any, shapes: list[LayerShape]) -> bool:
-    """Whether a module is such a layer by its parts, and of sizes that the kernel can."""
-    for path, names in _PARTS.items():
-        part = getattr(layer, path, None) if path else layer
-        if part is None or {name for name, _ in part.named_children()} != names:
-            return False
-        if any(True for _ in part.parameters(recurse=False)):
-            return False
-    attn, mlp = layer.self_attn, layer.mlp
-    linears = [attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj]
-    linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-    norms = layer.input_layernorm, layer.post_attention_layernorm
-    dim = shapes[attn.layer_idx].dim
-    return (
-        all(is_bfloat16_linear(each) for each in linears)
-        and all(hasattr(norm, "variance_epsilon") and norm.weight.ndim == 1 for norm in norms)
-        and (mlp.gate_proj.bias is None and mlp.up_proj.bias is None)
-        and all(each.in_features % LANES == 0 for each in linears)
-        and mlp.gate_proj.out_features % LANES == 0
-        and dim % (2 * LANES) == 0
-    )
+def _is_known(layer: Any) -> bool:
+    kind = type(layer)
+    if f"{kind.__module__}.{kind.__qualname__}" not in _KNOWN:
+        return False
+    return getattr(layer.self_attn.config, "clip_qkv", None) is None  # OLMo may bound them
 
 
 def _trial() -> tuple[Packed, np.ndarray]:
@@ -184,9 +259,16 @@ def _fused(layer: Any, shape: LayerShape, seen: _Seen, step: NativeStep) -> Fuse
     if len(seen.inputs) != 1 or "position_embeddings" not in seen.others:
         return None
     cos = seen.others["position_embeddings"][0]
-    if cos.dtype is not torch.bfloat16 or cos.shape != (1, sum(_COUNTS), shape.dim):
+    rotated = int(cos.shape[-1])
+    if cos.shape[:-1] != (1, sum(_COUNTS)) or rotated % (2 * LANES) or rotated > shape.dim:
         return None
-    fused = FusedLayer(layer, shape, seen.attention)
+    try:
+        parts = _Parts.of(layer)
+    except (AttributeError, StopIteration, ValueError):
+        return None
+    if not parts.fits:
+        return None
+    fused = FusedLayer(layer, parts, shape, seen.attention, rotated)
     with torch.inference_mode():
         given, wanted = seen.inputs[0].float(), seen.output.float()
         got = fused(*seen.inputs, **{**seen.others, STEP: step}).float()
@@ -194,23 +276,58 @@ def _fused(layer: Any, shape: LayerShape, seen: _Seen, step: NativeStep) -> Fuse
     return fused if off < _TOLERANCE else None  # NaN is not
 
 
-def _stacked(linears: list[nn.Linear]) -> NativeLinear:
-    """The outputs of all, one after the other."""
+def _linears(module: Any, *names: str) -> list[nn.Linear]:
+    """All of them, or none."""
+    return [getattr(module, name) for name in names] if hasattr(module, names[0]) else []
+
+
+def _norms_around(layer: Any) -> dict[str, Any]:
+    """`post_attention_layernorm` is behind attention, or before what comes then."""
+    before = getattr(layer, "input_layernorm", None)
+    between, behind = layer.post_attention_layernorm, getattr(layer, _BEHIND, None)
+    if behind is None:
+        return {"before_attention": before, "before_mlp": between}
+    return {
+        "before_attention": before,
+        "after_attention": between,
+        "before_mlp": getattr(layer, "pre_feedforward_layernorm", None),
+        "after_mlp": behind,
+    }
+
+
+_BEHIND: Final = "post_feedforward_layernorm"
+
+
+def _activation(act: Any) -> int:
+    """Its number in the kernel, by what it does."""
+    x = torch.linspace(-8, 8, 101)
+    for number, known in _ACTIVATIONS.items():
+        if torch.allclose(act(x), known(x), atol=1e-5):
+            return number
+    raise ValueError("the kernel has no such activation")
+
+
+def _width(norm: Any) -> int:
+    return int(norm.weight.numel())
+
+
+def _stacked(linears: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the outputs of all, one after the other."""
     weight = torch.cat([each.weight.detach() for each in linears])
     if all(each.bias is None for each in linears):
-        return NativeLinear(weight, None)
-    return NativeLinear(
-        weight,
-        torch.cat(
-            [
-                each.weight.new_zeros(each.out_features) if each.bias is None else each.bias
-                for each in linears
-            ]
-        ),
-    )
+        return weight, None
+    biases = [
+        each.weight.new_zeros(each.out_features) if each.bias is None else each.bias.detach()
+        for each in linears
+    ]
+    return weight, torch.cat(biases)
 
 
-def _interleaved(gate: nn.Linear, up: nn.Linear) -> NativeLinear:
+def _interleaved(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Half a panel of gates, then half a panel of the numbers they are for."""
-    parts = [each.weight.detach().view(-1, LANES, each.in_features) for each in (gate, up)]
-    return NativeLinear(torch.stack(parts, dim=1).flatten(0, 2), None)
+
+    def mixed(rows: Tensor) -> Tensor:
+        parts = [part.reshape(-1, LANES, *rows.shape[1:]) for part in rows.chunk(2)]
+        return torch.stack(parts, dim=1).flatten(0, 2)
+
+    return mixed(weight), None if bias is None else mixed(bias)

@@ -1,4 +1,5 @@
-// One decoder layer of the Llama kind over packed tokens, in bfloat16, for CPUs that multiply it.
+// One decoder layer over packed tokens, in bfloat16, for CPUs that multiply it: attention and a
+// feed-forward part, each behind a norm, before one, or both, and added to what came in.
 //
 // Sums are float32. Between the operations numbers are rounded to bfloat16 where transformers'
 // own code does so. A weight is laid out in panels of WIDE outputs, [panel][input / 2][WIDE][2]:
@@ -47,31 +48,54 @@ inline f32 exp_any(f32 x) {
     return (f32)_mm512_scalef_ps((__m512)p, n);
 }
 
+enum Activation { SILU = 1, GELU = 2 };     // fused.py says the same; GELU by its tanh formula
+
+inline f32 activate(f32 x, int activation) {
+    // both are x times a logistic function
+    const f32 at = activation == SILU ? x : x * (1.59576912f + 0.0713548163f * x * x);
+    return round_(x / (1.0f + exp_any(-at)));
+}
+
 // What becomes of the WIDE sums of a row, at its outputs from `first` on.
+inline void add_bias(const bf16* bias, int first, int count, f32& low, f32& high) {
+    if (!bias) return;
+    low += get(bias + first, count);
+    high += get(bias + first + LANES, count - LANES);
+}
 struct Plain {
     bf16* out; int64_t stride; const bf16* bias; int outputs;
     void operator()(int row, int first, f32 low, f32 high) const {
         const int count = outputs - first;
-        if (bias) { low += get(bias + first, count); high += get(bias + first + LANES, count - LANES); }
+        add_bias(bias, first, count, low, high);
         put(out + row * stride + first, low, count);
         put(out + row * stride + first + LANES, high, count - LANES);
     }
 };
-struct Added {              // to a residual
-    bf16* out; const bf16* residual; int64_t stride; const bf16* bias; int outputs;
+struct Added {              // to a residual, after a multiplication
+    bf16* out; const bf16* residual; int64_t stride; const bf16* bias; int outputs; float times;
     void operator()(int row, int first, f32 low, f32 high) const {
         const int count = outputs - first;
         const int64_t at = row * stride + first;
-        if (bias) { low += get(bias + first, count); high += get(bias + first + LANES, count - LANES); }
-        put(out + at, round_(low) + get(residual + at, count), count);
-        put(out + at + LANES, round_(high) + get(residual + at + LANES, count - LANES), count - LANES);
+        add_bias(bias, first, count, low, high);
+        low = round_(round_(low) * times) + get(residual + at, count);
+        high = round_(round_(high) * times) + get(residual + at + LANES, count - LANES);
+        put(out + at, low, count);
+        put(out + at + LANES, high, count - LANES);
     }
 };
 struct Gated {              // a panel has LANES gates, then the LANES numbers they are for
-    bf16* out; int64_t stride;
+    bf16* out; int64_t stride; const bf16* bias; int activation;
     void operator()(int row, int first, f32 gate, f32 up) const {
-        gate = round_(gate);
-        put(out + row * stride + first / 2, round_(gate / (1.0f + exp_any(-gate))) * round_(up), LANES);
+        add_bias(bias, first, WIDE, gate, up);
+        put(out + row * stride + first / 2, activate(round_(gate), activation) * round_(up), LANES);
+    }
+};
+struct Activated {
+    bf16* out; int64_t stride; const bf16* bias; int activation;
+    void operator()(int row, int first, f32 low, f32 high) const {
+        add_bias(bias, first, WIDE, low, high);
+        put(out + row * stride + first, activate(round_(low), activation), LANES);
+        put(out + row * stride + first + LANES, activate(round_(high), activation), LANES);
     }
 };
 
@@ -120,31 +144,49 @@ void multiply(const Product& product, const bf16* x, int64_t stride, int rows,
     }
 }
 
-void normalise(const bf16* x, const bf16* weight, float eps, int rows, int width, bf16* out) {
-#pragma omp for schedule(static)
-    for (int row = 0; row < rows; ++row) {
-        const bf16* from = x + (int64_t)row * width;
-        f32 squares = {};
-        for (int i = 0; i < width; i += LANES) { const f32 y = load(from + i); squares += y * y; }
-        const float scale = 1.0f / std::sqrt(_mm512_reduce_add_ps((__m512)squares) / width + eps);
-        for (int i = 0; i < width; i += LANES)
-            put(out + (int64_t)row * width + i, round_(load(from + i) * scale) * load(weight + i), LANES);
+struct Norm {               // fused.py mirrors it
+    const float *gain, *bias;  // no gain: no norm; bias or null
+    float eps;
+    int32_t centred, rounds;   // whether the mean is taken away; bfloat16 before the gain?
+};
+
+// One row; `to` may be `from`. Added to a residual, if there is one, after a multiplication.
+void normalise_row(const bf16* from, const Norm& norm, int width, bf16* to,
+                   const bf16* residual = nullptr, float times = 1.0f) {
+    f32 sum = {}, squares = {};
+    if (norm.centred) for (int i = 0; i < width; i += LANES) sum += load(from + i);
+    const float mean = _mm512_reduce_add_ps((__m512)sum) / width;
+    for (int i = 0; i < width; i += LANES) { const f32 y = load(from + i) - mean; squares += y * y; }
+    const float scale =
+        1.0f / std::sqrt(_mm512_reduce_add_ps((__m512)squares) / width + norm.eps);
+    for (int i = 0; i < width; i += LANES) {
+        f32 y = (load(from + i) - mean) * scale;
+        if (norm.rounds) y = round_(y);
+        y *= load(norm.gain + i);
+        if (norm.bias) y += load(norm.bias + i);
+        if (residual) y = round_(round_(y) * times) + load(residual + i);
+        put(to + i, y, LANES);
     }
 }
 
-// Rotates the heads of each row in place, first half against second half.
-void rotate(bf16* x, int64_t stride, int rows, int heads, int dim, const bf16* cos, const bf16* sin) {
-    const int half = dim / 2;
+void normalise(const bf16* x, const Norm& norm, int rows, int width, bf16* out,
+               const bf16* residual = nullptr, float times = 1.0f) {
 #pragma omp for schedule(static)
-    for (int row = 0; row < rows; ++row)
-        for (int head = 0; head < heads; ++head)
-            for (int d = 0; d < half; d += LANES) {
-                bf16 *left = x + row * stride + head * dim + d, *right = left + half;
-                const bf16 *c = cos + (int64_t)row * dim + d, *s = sin + (int64_t)row * dim + d;
-                const f32 a = load(left), b = load(right);
-                put(left, round_(a * load(c)) - round_(b * load(s)), LANES);
-                put(right, round_(b * load(c + half)) + round_(a * load(s + half)), LANES);
-            }
+    for (int row = 0; row < rows; ++row) {
+        const int64_t at = (int64_t)row * width;
+        normalise_row(x + at, norm, width, out + at, residual ? residual + at : nullptr, times);
+    }
+}
+
+// Rotates the first dims of a head in place, their first half against their second.
+inline void rotate(bf16* head, int rotated, const bf16* cos, const bf16* sin) {
+    const int half = rotated / 2;
+    for (int d = 0; d < half; d += LANES) {
+        bf16 *left = head + d, *right = left + half;
+        const f32 a = load(left), b = load(right);
+        put(left, round_(a * load(cos + d)) - round_(b * load(sin + d)), LANES);
+        put(right, round_(b * load(cos + d + half)) + round_(a * load(sin + d + half)), LANES);
+    }
 }
 
 }  // namespace
@@ -153,9 +195,12 @@ extern "C" {
 
 struct Decoder {            // a layer; fused.py mirrors it
     Product qkv, mixed, gated, down;
-    const bf16 *attention_norm, *mlp_norm;
-    float attention_eps, mlp_eps;
+    Norm before_attention, after_attention, before_mlp, after_mlp, query, key;
     int32_t width, inner;
+    int32_t rotated;        // dims of each head, from the first on; cos and sin are as wide
+    int32_t across;         // whether queries and keys are normalised across all their heads
+    int32_t activation, gates;  // gates: the activated numbers are for others
+    float times;            // of what is added to a residual
     Attention attention;    // but for query, key, value, out and their strides
 };
 
@@ -166,7 +211,40 @@ void multiply_bfloat16(const Product* product, const bf16* x, bf16* out, int32_t
     multiply(*product, x, product->inputs, rows, finish);
 }
 
-// x and out [rows][width], not the same; cos and sin [rows][dim].
+// Queries and keys are made ready: normalised, if the layer does that, and rotated.
+static void turn(const Decoder& layer, bf16* qkv, int rows, const bf16* cos, const bf16* sin) {
+    const int dim = layer.attention.dim, heads = layer.attention.heads;
+    const int kv_heads = layer.attention.kv_heads, together = layer.across ? heads : 1;
+    const int keys = layer.across ? kv_heads : 1;
+#pragma omp for schedule(static)
+    for (int row = 0; row < rows; ++row) {
+        bf16 *query = qkv + (int64_t)row * layer.qkv.outputs, *key = query + heads * dim;
+        const int64_t at = (int64_t)row * layer.rotated;
+        for (int h = 0; layer.query.gain && h < heads; h += together)
+            normalise_row(query + h * dim, layer.query, together * dim, query + h * dim);
+        for (int h = 0; layer.key.gain && h < kv_heads; h += keys)
+            normalise_row(key + h * dim, layer.key, keys * dim, key + h * dim);
+        for (int h = 0; h < heads + kv_heads; ++h)
+            rotate(query + h * dim, layer.rotated, cos + at, sin + at);
+    }
+}
+
+// out = residual + times * norm(x W (+ bias)): x [rows][inputs], out and residual [rows][width]
+static void add(const Product& product, const Norm& norm, const bf16* x, const bf16* residual,
+                bf16* room, bf16* out, int rows, float times) {
+    const int width = product.outputs;
+    if (norm.gain) {
+        multiply(product, x, product.inputs, rows, Plain{room, width, product.bias, width});
+#pragma omp barrier
+        normalise(room, norm, rows, width, out, residual, times);
+    } else {
+        multiply(product, x, product.inputs, rows,
+                 Added{out, residual, width, product.bias, width, times});
+#pragma omp barrier
+    }
+}
+
+// x and out [rows][width], not the same; cos and sin [rows][rotated].
 void decode_bfloat16(const Step* step, const Decoder* layer, const bf16* x, const bf16* cos,
                      const bf16* sin, bf16* out, int32_t rows) {
     Attention attention = layer->attention;
@@ -183,22 +261,28 @@ void decode_bfloat16(const Step* step, const Decoder* layer, const bf16* x, cons
     attention.out = mixed;
     attention.query_token = attention.key_token = attention.value_token = qkv_width;
     attention.query_head = attention.key_head = attention.value_head = dim;
-    const int heads = attention.heads + attention.kv_heads;
+    const auto prepared = [&](const Norm& norm, const bf16* from) {
+        if (norm.gain) normalise(from, norm, rows, width, normed);
+        return norm.gain ? normed : from;
+    };
 #pragma omp parallel
     {
-        normalise(x, layer->attention_norm, layer->attention_eps, rows, width, normed);
-        multiply(layer->qkv, normed, width, rows, Plain{qkv, qkv_width, layer->qkv.bias, qkv_width});
+        multiply(layer->qkv, prepared(layer->before_attention, x), width, rows,
+                 Plain{qkv, qkv_width, layer->qkv.bias, qkv_width});
 #pragma omp barrier
-        rotate(qkv, qkv_width, rows, heads, dim, cos, sin);
+        turn(*layer, qkv, rows, cos, sin);
         attend<bf16>(*step, attention);
 #pragma omp barrier
-        multiply(layer->mixed, mixed, mixed_width, rows,
-                 Added{out, x, width, layer->mixed.bias, width});
+        add(layer->mixed, layer->after_attention, mixed, x, normed, out, rows, layer->times);
+        const bf16* from = prepared(layer->before_mlp, out);
+        const bf16* bias = layer->gated.bias;
+        if (layer->gates)
+            multiply(layer->gated, from, width, rows, Gated{gated, inner, bias, layer->activation});
+        else
+            multiply(layer->gated, from, width, rows,
+                     Activated{gated, inner, bias, layer->activation});
 #pragma omp barrier
-        normalise(out, layer->mlp_norm, layer->mlp_eps, rows, width, normed);
-        multiply(layer->gated, normed, width, rows, Gated{gated, inner});
-#pragma omp barrier
-        multiply(layer->down, gated, inner, rows, Added{out, out, width, layer->down.bias, width});
+        add(layer->down, layer->after_mlp, gated, out, normed, out, rows, layer->times);
     }
 }
 }

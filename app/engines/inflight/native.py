@@ -43,14 +43,26 @@ class Attention(ctypes.Structure):
     )
 
 
+class Norm(ctypes.Structure):
+    """`Norm` of layer.cpp; all zero for none."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("gain", "bias")),
+        ("eps", ctypes.c_float),
+        *((name, ctypes.c_int32) for name in ("centred", "rounds")),
+    )
+
+
 class Decoder(ctypes.Structure):
     """`Decoder` of layer.cpp."""
 
     _fields_ = (
         *((name, Product) for name in ("qkv", "mixed", "gated", "down")),
-        *((name, ctypes.c_void_p) for name in ("attention_norm", "mlp_norm")),
-        *((name, ctypes.c_float) for name in ("attention_eps", "mlp_eps")),
-        *((name, ctypes.c_int32) for name in ("width", "inner")),
+        *((name, Norm) for name in ("before_attention", "after_attention")),
+        *((name, Norm) for name in ("before_mlp", "after_mlp", "query", "key")),
+        *((name, ctypes.c_int32) for name in ("width", "inner", "rotated", "across")),
+        *((name, ctypes.c_int32) for name in ("activation", "gates")),
+        ("times", ctypes.c_float),
         ("attention", Attention),
     )
 
@@ -107,8 +119,8 @@ class NativeStep:
         return out
 
     def decode(self, layer: int, decoder: Decoder, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """A whole layer: x [1, tokens, width] → the same, cos and sin [1, tokens, dim]."""
-        x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
+        """A whole layer: x [1, tokens, width] → the same, cos and sin [1, tokens, rotated]."""
+        x, cos, sin = (part.to(x.dtype).contiguous() for part in (x, cos, sin))
         out = torch.empty_like(x)
         kept = self._kernel.layers[layer]
         decoder.attention.keys, decoder.attention.values = kept.keys, kept.values
