@@ -1,4 +1,4 @@
-"""Text that others wrote, made harmless for a terminal."""
+"""Text that others wrote, made harmless for a terminal, and short."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ _ACTS: Final = re.compile(
     "\ud800-\udfff]"  # halves of characters, which no terminal can be sent
 )
 
+_LONGEST: Final = 300
+"""Characters of what an error of a library says; some print whole tables."""
+
 
 def printable(text: str) -> str:
     r"""The text with each character that acts, and does not show, written as in `\x1b`.
@@ -19,3 +22,10 @@ def printable(text: str) -> str:
     the clipboard, or let text read otherwise than it is.
     """
     return _ACTS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def in_a_line(error: BaseException) -> str:
+    """What a library's error says, with its name and without a full stop."""
+    words = " ".join(str(error).split()).rstrip(".") or "no reason given"
+    short = words if len(words) <= _LONGEST else f"{words[:_LONGEST]} .."
+    return printable(f"{type(error).__name__}: {short}")

@@ -30,10 +30,10 @@ def load_catalog(settings: Settings, names: Iterable[str] | None = None) -> dict
     catalog = {}
     for name in settings.models if names is None else names:
         model = settings.models[name]
+        folder = ensure_files(name, model, Path(settings.cache_dir))
         try:
             registry.check(model)
+            catalog[name] = CatalogModel(model, folder, load_tokenizer(folder, model))
         except ConfigError as error:
             raise ConfigError(f"Model {name}: {error}") from error
-        folder = ensure_files(name, model, Path(settings.cache_dir))
-        catalog[name] = CatalogModel(model, folder, load_tokenizer(folder, model))
     return catalog

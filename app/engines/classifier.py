@@ -13,8 +13,8 @@ from transformers import AutoModelForSequenceClassification
 
 from app.config.settings import ModelSettings
 from app.engines import sentence_files
-from app.engines.device import load_model
-from app.engines.models import read_json
+from app.engines.json_files import read_json
+from app.engines.loading import load_model
 from app.errors import ConfigError
 from app.jobs import Kind, PoolingParams
 
@@ -57,15 +57,17 @@ class Classifier:
         if (files := sentence_files.read(folder)) and (files.layers or files.prompts):
             raise ConfigError("The engine encoder puts no modules or prompts around a classifier.")
         self._activation = _activation(config)
-        self.model: Any = load_model(
-            AutoModelForSequenceClassification, folder, settings.dtype, device
-        )
+        self.model: Any = load_model(self.auto_class(config), folder, settings.dtype, device)
         classes = self.model.config.num_labels
         if settings.kind is Kind.RERANK and classes != 1:
             raise ConfigError(
                 f"kind is rerank, but the model has {classes} classes: a cross-encoder gives one "
                 "score. Set kind classify."
             )
+
+    @staticmethod
+    def auto_class(config: dict[str, Any]) -> Any:
+        return AutoModelForSequenceClassification
 
     def run(self, inputs: dict[str, Tensor], pooled: Tensor) -> Tensor:
         """(inputs, not used) → logits [rows, classes]."""

@@ -1,16 +1,12 @@
-"""The device under an engine: which one, in which precision, with how many threads; and loading."""
+"""The device under an engine: which one, in which precision, with how many threads."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from app.errors import ConfigError
 
@@ -59,50 +55,6 @@ def given_cores(quota_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
     except OSError:
         return cores
     return cores if quota == "max" else min(cores, math.ceil(int(quota) / int(period)))
-
-
-def load_model(
-    auto_class: Any,
-    folder: Path,
-    dtype: str,
-    device: torch.device,
-    shrink: Callable[[PreTrainedModel], None] | None = None,
-    unused: str | None = None,
-) -> PreTrainedModel:
-    """A model from a folder that `app.engines.models.ensure_files` made ready, for inference.
-
-    `auto_class` is one of transformers' Auto classes; `shrink` changes the model before it takes
-    room on the device. Raises `ConfigError` if transformers does not
-    know the model or the folder lacks some of its weights, which would be random otherwise; those
-    whose names begin with `unused` may be.
-    """
-    if device.type == "cuda":
-        # Streams and pinned memory are made on the current device, wherever their tensors are.
-        torch.cuda.set_device(device.index or 0)
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        model, report = auto_class.from_pretrained(
-            folder,
-            dtype=pick_dtype(dtype, device),
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"The model in {folder} cannot be loaded: {error}") from error
-    missing = sorted(report["missing_keys"])
-    if unused is not None:
-        missing = [name for name in missing if not name.startswith(unused)]
-    if missing:
-        raise ConfigError(f"The model in {folder} lacks weights: {', '.join(missing[:5])}.")
-    # Weights keep requires_grad: torch folds a strided batch into one matrix product only for
-    # those, and otherwise repeats the output layer for each row of a prefill, 200 times slower.
-    if shrink is not None:
-        shrink(model)
-    loaded: PreTrainedModel = model.eval().to(device)
-    return loaded
 
 
 def ran_out_of_memory(error: BaseException) -> bool:

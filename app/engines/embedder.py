@@ -13,8 +13,8 @@ from transformers import AutoModel, AutoModelForTextEncoding
 
 from app.config.settings import ModelSettings
 from app.engines import sentence_files
-from app.engines.device import load_model
-from app.engines.models import read_json
+from app.engines.json_files import read_json
+from app.engines.loading import load_model
 from app.engines.pooling import Head
 from app.engines.sentence_files import SentenceFiles
 from app.errors import ConfigError
@@ -41,10 +41,15 @@ class Embedder:
         config = read_json(folder / "config.json")
         if files is None:
             _refuse_heads(config)
-        auto = AutoModelForTextEncoding if config.get("model_type") in _WITH_DECODER else AutoModel
         # Poolers are for tasks of pretraining: checkpoints of masked language models have none.
-        self.model: Any = load_model(auto, folder, settings.dtype, device, unused="pooler.")
+        self.model: Any = load_model(
+            self.auto_class(config), folder, settings.dtype, device, unused="pooler."
+        )
         self._head = Head(files or SentenceFiles()).eval().to(device)
+
+    @staticmethod
+    def auto_class(config: dict[str, Any]) -> Any:
+        return AutoModelForTextEncoding if config.get("model_type") in _WITH_DECODER else AutoModel
 
     def run(self, inputs: dict[str, Tensor], pooled: Tensor) -> Tensor:
         """(inputs, mask [rows, width] of the tokens to pool) → vectors [rows, size]."""

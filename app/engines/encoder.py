@@ -26,6 +26,8 @@ from app.engines.base import NOT_FINITE, Generation, Progress, Sequence, StepSta
 from app.engines.classifier import Classifier
 from app.engines.device import ran_out_of_memory
 from app.engines.embedder import Embedder
+from app.engines.json_files import read_json
+from app.engines.loading import check_fits
 from app.engines.static import StaticEngine
 from app.engines.tokenizer import Tokenizer, load_tokenizer
 from app.errors import ConfigError, RequestError
@@ -156,6 +158,12 @@ class EncoderEngine(StaticEngine):
         if company is not Company.LIKE:
             log.warning("The model runs with less company: %s.", company.value)
         return company
+
+
+def encoder_fits(folder: Path, settings: ModelSettings) -> None:
+    """Raises `ConfigError` for what can be seen without the weights."""
+    task = Embedder if settings.kind is Kind.EMBED else Classifier
+    check_fits(task.auto_class(read_json(folder / "config.json")), folder)
 
 
 def _company_of(

@@ -32,8 +32,8 @@ from app.config.settings import ModelSettings
 from app.costs import prefill_weights, share
 from app.engines.base import NOT_FINITE, Generation, Progress, Sequence, StepStats, TokenLogprob
 from app.engines.company import AFFORDABLE, Company, Memory, Told, thresholds, try_company
-from app.engines.device import load_model
 from app.engines.grammar import Grammars, Matcher
+from app.engines.loading import load_model
 from app.engines.sampling import BAD_ROW, Plan, RowSampler, Sampled
 from app.engines.static import StaticEngine
 from app.engines.stopping import Output

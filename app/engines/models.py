@@ -5,14 +5,12 @@ A source is one of
   a local folder  taken as it is
   a hub id        downloaded by huggingface_hub; HF_HUB_OFFLINE=1 takes only what is there
 
-Weights are safetensors and code is transformers' own: a folder that brings pickled weights alone,
-or Python code of its own, is refused.
+Weights are safetensors and code is transformers' own: `app.engines.folder` says what is refused.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import subprocess
@@ -21,13 +19,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from filelock import FileLock
 from huggingface_hub import snapshot_download
 
 from app.config.settings import ModelSettings
 from app.engines import registry
+from app.engines.folder import check_config, check_tokenizer, check_weights, weight_patterns
 from app.engines.spec import Files
 from app.errors import ConfigError
 
@@ -57,10 +56,8 @@ PACKAGES: Final = {
 CONVERSION: Final = 1
 """Part of a converted folder's name; raise it when `app.engines.gguf_file` writes other bytes."""
 
-_HUB_FILES: Final = {
-    Files.MODEL: ["*.safetensors", "*.json", "*.jinja"],
-    Files.TOKENIZER: ["*.json", "*.jinja"],
-}
+_TEXT_FILES: Final = ["*.json", "*.jinja"]
+_WITH_WEIGHTS: Final = {Files.MODEL, Files.ANY_MODEL}
 
 
 def ensure_files(
@@ -90,7 +87,7 @@ def _locate(settings: ModelSettings, cache_dir: Path, needed: Files, progress: P
         return folder.resolve()
     if folder.is_absolute() or source.startswith((".", "~")):
         raise ConfigError(f"there is no folder {source}.")
-    return _from_hub(source, settings.revision, cache_dir, _HUB_FILES[needed], progress)
+    return _from_hub(source, settings.revision, cache_dir, needed, progress)
 
 
 def _from_package(package: str, cache_dir: Path, progress: Progress) -> Path:
@@ -145,59 +142,42 @@ def _verify(weights: Path, sha256: str) -> None:
 
 
 def _from_hub(
-    source: str, revision: str | None, cache_dir: Path, files: list[str], progress: Progress
+    source: str, revision: str | None, cache_dir: Path, needed: Files, progress: Progress
 ) -> Path:
-    """Download what is missing. The hub's own cache is used where the environment names one."""
+    """Download what is missing: weights only after the files that say what they are were looked at.
+
+    The hub's own cache is used where the environment names one.
+    """
     own_cache = None if os.environ.keys() & {"HF_HOME", "HF_HUB_CACHE"} else cache_dir / "hub"
+
+    def fetch(files: list[str]) -> Path:
+        try:
+            found = snapshot_download(
+                source, revision=revision, cache_dir=own_cache, allow_patterns=files
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise ConfigError(
+                f"{source} is neither a local folder nor to be had from the Hugging Face hub: "
+                f"{reason}"
+            ) from error
+        return Path(found)
+
     progress(f"looking for {source} on the Hugging Face hub")
-    try:
-        folder = snapshot_download(
-            source, revision=revision, cache_dir=own_cache, allow_patterns=files
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(
-            f"{source} is neither a local folder nor to be had from the Hugging Face hub: {reason}"
-        ) from error
-    return Path(folder)
+    folder = fetch(_TEXT_FILES)
+    if needed in _WITH_WEIGHTS:
+        check_config(folder, full=needed is Files.MODEL)
+        check_tokenizer(folder)
+        progress(f"fetching the weights of {source}, if they are not here")
+        fetch([*_TEXT_FILES, *weight_patterns(folder)])
+    return folder
 
 
 def check_folder(folder: Path, needed: Files = Files.MODEL) -> None:
-    """Raise `ConfigError` unless the folder holds a model that is loaded without foreign code."""
-    for name in ("config.json", "tokenizer_config.json"):
-        unsafe = read_json(folder / name).keys() & {"auto_map", "trust_remote_code"}
-        if unsafe:
-            raise ConfigError(
-                f"its {name} asks to run code of its own ({', '.join(sorted(unsafe))}), which "
-                "Gristmill never does; take a model that transformers knows."
-            )
-    for name in ("config.json", "tokenizer.json"):
-        if not (folder / name).is_file():
-            raise ConfigError(f"{folder} has no {name}; save the model with save_pretrained.")
-    if needed is Files.TOKENIZER:
-        return
-    index = read_json(folder / "model.safetensors.index.json").get("weight_map", {})
-    missing = [name for name in set(index.values()) if not (folder / name).is_file()]
-    if missing or not any(folder.glob("*.safetensors")):
-        raise ConfigError(
-            f"{folder} lacks {', '.join(sorted(missing)) or 'weights in *.safetensors files'}; "
-            "pickled weights are not loaded."
-        )
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a model's folder; empty if there is no such file."""
-    content = load_json(file, missing={})
-    if not isinstance(content, dict):
-        raise ConfigError(f"{file} does not hold a JSON object.")
-    return content
-
-
-def load_json(file: Path, missing: Any) -> Any:
-    """What a JSON file holds, or `missing` if there is no such file."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return missing
-    except ValueError as error:
-        raise ConfigError(f"{file} is not JSON: {error}") from None
+    """Raise `ConfigError` unless the folder holds what is needed, whole, and to be loaded without
+    foreign code."""
+    if needed in _WITH_WEIGHTS:
+        check_config(folder, full=needed is Files.MODEL)
+    check_tokenizer(folder)
+    if needed in _WITH_WEIGHTS:
+        check_weights(folder, full=needed is Files.MODEL)

@@ -12,7 +12,8 @@ from typing import Any, cast
 from app.config.settings import ModelSettings
 from app.engines.base import Engine, Progress
 from app.engines.spec import GROUP, EngineSpec
-from app.errors import ConfigError
+from app.errors import ConfigError, GristmillError
+from app.printable import in_a_line
 
 
 def names() -> list[str]:
@@ -50,6 +51,12 @@ def check(settings: ModelSettings) -> None:
         attribute(spec.check)(settings)
 
 
+def check_folder(folder: Path, settings: ModelSettings) -> None:
+    """Raises `ConfigError` if the engine would refuse the model in the folder. Reads no weights."""
+    if fits := find(settings.engine).fits:
+        attribute(fits)(folder, settings)
+
+
 def python_of(settings: ModelSettings) -> str:
     """The interpreter that is to run the engine."""
     if find(settings.engine).chooses_python:
@@ -84,10 +91,16 @@ def make(
     """The same for who knows the factory: another interpreter has not this one's packages."""
     try:
         return cast(Engine, attribute(factory)(folder, settings, device, threads, progress))
-    except ImportError as error:
+    except GristmillError:
+        raise
+    except ModuleNotFoundError as error:
         raise ConfigError(
             f"The engine {settings.engine} needs the module {error.name}, which {sys.executable} "
             "does not have."
+        ) from error
+    except Exception as error:  # nobody's prompt is in here yet: what it says may be told
+        raise ConfigError(
+            f"The engine {settings.engine} cannot load the model in {folder}: {in_a_line(error)}."
         ) from error
 
 

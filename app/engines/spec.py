@@ -26,7 +26,8 @@ GROUP: Final = "gristmill.engines"
 class Files(enum.Enum):
     """What of a model's folder has to be there."""
 
-    MODEL = enum.auto()  #: weights, configuration and tokenizer
+    MODEL = enum.auto()  #: full weights, configuration and tokenizer
+    ANY_MODEL = enum.auto()  #: the same, quantized or not, of architectures known here or not
     TOKENIZER = enum.auto()  #: all but the weights
     NONE = enum.auto()
 
@@ -43,6 +44,9 @@ class EngineSpec:
     """Called with the settings at start, if named; raises `ConfigError` for wrong options."""
     takes_adapters: bool = False
     """Whether it runs the LoRA adapters that a model's settings name."""
+    fits: str = ""
+    """Called with (folder, settings) by who has time for it, if named: raises `ConfigError` if the
+    engine would refuse the model. Reads no weights."""
     chooses_python: bool = False
     """Whether the engine process runs in the interpreter that the option `python` names."""
 
@@ -52,11 +56,18 @@ STUB: Final = EngineSpec(
     files=lambda _: Files.NONE,
     tokenizer="app.engines.tokenizer:stub_tokenizer",
 )
-GENERATE: Final = EngineSpec("app.engines.generate:GenerateEngine")
-INFLIGHT: Final = EngineSpec("app.engines.inflight:InflightEngine")
-ENCODER: Final = EngineSpec("app.engines.encoder:EncoderEngine")
+GENERATE: Final = EngineSpec(
+    "app.engines.generate:GenerateEngine", fits="app.engines.loading:writer_fits"
+)
+INFLIGHT: Final = EngineSpec(
+    "app.engines.inflight:InflightEngine", fits="app.engines.inflight.loading:decoder_fits"
+)
+ENCODER: Final = EngineSpec(
+    "app.engines.encoder:EncoderEngine", fits="app.engines.encoder:encoder_fits"
+)
 VLLM: Final = EngineSpec(
     "app.engines.vllm.engine:VllmEngine",
+    files=lambda _: Files.ANY_MODEL,
     check="app.engines.vllm.options:check",
     takes_adapters=True,
     chooses_python=True,

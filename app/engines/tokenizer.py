@@ -20,10 +20,11 @@ from app.config.settings import ModelSettings
 from app.engines import registry, tokenizer_file
 from app.engines.chat_template import Chat, ChatTemplate, find_template
 from app.engines.context import context_tokens
-from app.engines.models import read_json
+from app.engines.json_files import read_json
 from app.engines.pieces import Pieces
 from app.engines.special_tokens import SpecialTokens
-from app.errors import RequestError
+from app.errors import ConfigError, RequestError
+from app.printable import in_a_line
 
 SHORT: Final = 65_536
 """A text that is no longer is always turned into tokens: that takes milliseconds. Where whitespace
@@ -301,7 +302,14 @@ def load_tokenizer(folder: Path, settings: ModelSettings) -> Tokenizer:
     Raises `ConfigError` if its files are wrong or `context_tokens` is beyond the model.
     """
     make = registry.attribute(registry.find(settings.engine).tokenizer)
-    return cast(Tokenizer, make(folder, settings))
+    try:
+        return cast(Tokenizer, make(folder, settings))
+    except ConfigError:
+        raise
+    except Exception as error:  # files that hold anything, read by libraries
+        raise ConfigError(
+            f"the tokenizer in {folder} cannot be used: {in_a_line(error)}."
+        ) from error
 
 
 def _room(first: int, second: int, room: int) -> tuple[int, int]:

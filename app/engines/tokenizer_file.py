@@ -9,7 +9,7 @@ from typing import Any, Final
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as TokenizerFile
 
-from app.engines.models import read_json
+from app.engines.json_files import read_json
 from app.errors import ConfigError
 
 _FLAGS: Final = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -21,7 +21,7 @@ def load(folder: Path) -> tuple[TokenizerFile, dict[str, str]]:
     try:
         file = TokenizerFile.from_file(str(path))
     except Exception as error:  # the library raises nothing more precise
-        raise ConfigError(f"{path} cannot be read: {error}") from None
+        raise ConfigError(f"{path} cannot be read: {error}.") from None
     file.no_truncation()  # what a training run wrote into the file is not for us
     file.no_padding()
     config = read_json(folder / "tokenizer_config.json")

@@ -19,8 +19,8 @@ from app.config import run_file
 from app.config.file import load
 from app.config.host import is_loopback
 from app.config.settings import Settings
-from app.engines import builds
-from app.engines.models import ensure_files
+from app.engines import builds, registry
+from app.engines.catalog import load_catalog
 from app.errors import ConfigError, GristmillError, Unavailable
 from app.local.servers import package_folder
 from app.store.database import Database
@@ -254,7 +254,8 @@ def _model(settings: Settings, name: str) -> Finding:
     if not is_here and model.engine != "stub":
         detail = f"{model.source} is downloaded by the first worker, or found in its cache"
         return Finding(f"model {name}", None, detail)
-    folder = ensure_files(name, model, Path(settings.cache_dir))
+    folder = load_catalog(settings, [name])[name].folder
+    registry.check_folder(folder, model)
     return Finding(f"model {name}", True, f"{model.source} in {folder}")
 
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 from contextlib import closing
 from decimal import Decimal
+from pathlib import Path
 from uuid import uuid4
 
 import pytest
 
 from app import cli
+from app.config.file import PROJECT
 from app.local.doctor import Finding, examine
 from app.store.database import Database
 from app.store.workers import NewWorker, register_worker
+from tests.families.broken import configure
+from tests.unit.tiny_models import save_llama
 
 
 @pytest.fixture
@@ -96,6 +100,24 @@ def test_a_doctor_names_servers_that_do_not_answer(monkeypatch: pytest.MonkeyPat
 
     assert "cannot be reached" in found["Postgres"].detail
     assert "check broker.url" in found["Redis"].detail
+
+
+def test_a_doctor_says_what_is_wrong_with_a_models_folder(tmp_path: Path, monkeypatch):
+    # given a model whose weights are those of another configuration
+    folder = save_llama(tmp_path / "llama")
+    configure(intermediate_size=48)(folder)
+    (tmp_path / "settings.toml").touch()
+    (tmp_path / "models.toml").write_text(
+        f'[models.bad]\nsource = "{folder}"\nkind = "generate"\nengine = "inflight"\n'
+        "default = true\n"
+    )
+    (tmp_path / "prices.toml").write_text((PROJECT / "configs" / "prices.toml").read_text())
+    monkeypatch.setenv("GRISTMILL_CONFIG", str(tmp_path / "settings.toml"))
+
+    found = findings()["model bad"]
+
+    assert found.ok is False
+    assert "do not belong together" in found.detail
 
 
 def test_a_doctor_reports_wrong_settings_and_stops(monkeypatch: pytest.MonkeyPatch):

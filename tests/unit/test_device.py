@@ -10,7 +10,6 @@ import torch
 
 from app.engines.device import (
     given_cores,
-    load_model,
     pick_device,
     pick_dtype,
     ran_out_of_memory,
@@ -68,20 +67,6 @@ def test_a_device_beyond_those_there_are_is_refused(monkeypatch: pytest.MonkeyPa
     assert pick_device("cuda:1") == torch.device("cuda:1")
     with pytest.raises(ConfigError, match="torch sees 2 CUDA devices"):
         pick_device("cuda:2")
-
-
-def test_the_device_of_a_model_becomes_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen: list[int] = []
-
-    class Loader:
-        @staticmethod
-        def from_pretrained(*_: object, **__: object) -> None:
-            raise OSError(f"the current device is {chosen}")
-
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-
-    with pytest.raises(ConfigError, match=r"current device is \[3\]"):
-        load_model(Loader, Path(), "bfloat16", torch.device("cuda:3"))
 
 
 def test_only_a_lack_of_memory_counts_as_one() -> None:

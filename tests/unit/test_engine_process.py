@@ -21,7 +21,7 @@ from app.errors import EngineError
 from app.jobs import SamplingParams
 from app.worker.engine import host as host_module
 from app.worker.engine.host import LAUNCH, EngineHost
-from app.worker.engine.wire import Event, LoadModels, Ready, ServedModel, Stepped
+from app.worker.engine.wire import Broken, Event, LoadModels, Ready, ServedModel, Stepped
 from tests.waiting import eventually
 
 ROWS = 64
@@ -60,6 +60,27 @@ def prompts_of(num_bytes: int) -> list[Sequence]:
     return [
         Sequence(n, (65,) * num_bytes, SamplingParams(max_tokens=1)) for n in range(1, ROWS + 1)
     ]
+
+
+def test_a_model_that_cannot_be_loaded_is_named_in_a_sentence_and_not_tried_again(
+    tmp_path: Path,
+) -> None:
+    # given a second model behind one that loads, with a folder of nothing
+    settings = ModelSettings(source="stub", kind="generate", engine="stub")
+    served = (
+        ServedModel("good", Path(), settings, STUB.factory),
+        ServedModel("bad", tmp_path, settings, "app.engines.generate:GenerateEngine"),
+    )
+    host = EngineHost(LoadModels(served, "cpu", 1), load_timeout_s=60, step_timeout_s=60)
+
+    host.start()
+    broken = heard(host, Broken, 60)[-1]
+    host.kill()
+
+    assert isinstance(broken, Broken)
+    assert broken.will_not_load
+    assert broken.reason.startswith(f"Model bad: {tmp_path}")
+    assert "Traceback" not in broken.reason and broken.reason.endswith(".")
 
 
 def test_whoever_sends_to_a_stopped_engine_process_does_not_wait_for_it(host: EngineHost) -> None:

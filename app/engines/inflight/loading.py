@@ -6,15 +6,17 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from app.engines.device import load_model
+from app.config.settings import ModelSettings
 from app.engines.inflight import fused_cuda
 from app.engines.inflight.attention import NAME, ProbeStep, run
 from app.engines.inflight.cache import LayerShape
 from app.engines.inflight.fused import fuse_layers
 from app.engines.inflight.int8 import to_int8
 from app.engines.inflight.weights import pack_linears
+from app.engines.loading import check_fits, load_model, read_config
+from app.engines.tokenizer import load_tokenizer
 from app.errors import ConfigError
 
 _LAYER_TYPES: Final = {"full_attention", "sliding_attention"}
@@ -29,7 +31,7 @@ def load_decoder(
 
     Raises `ConfigError` that names what the engine cannot do.
     """
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = read_config(folder)
     _check(config.get_text_config(decoder=True), context_tokens)
     shrink = to_int8 if weights == "int8" else None
     model = load_model(AutoModelForCausalLM, folder, dtype, device, shrink)
@@ -41,6 +43,13 @@ def load_decoder(
         fused_cuda.fuse_layers(model, layers, probe.how, context_tokens)
         pack_linears(model)
     return model, layers
+
+
+def decoder_fits(folder: Path, settings: ModelSettings) -> None:
+    """Raises `ConfigError` for what can be seen without the weights."""
+    context_tokens = load_tokenizer(folder, settings).context_tokens
+    _check(read_config(folder).get_text_config(decoder=True), context_tokens)
+    check_fits(AutoModelForCausalLM, folder)
 
 
 def _check(config: Any, context_tokens: int) -> None:

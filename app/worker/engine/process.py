@@ -23,7 +23,7 @@ from typing import Final
 
 from app.engines import builds, registry
 from app.engines.base import Engine, StepStats
-from app.errors import GristmillError, OutOfMemory
+from app.errors import ConfigError, GristmillError, OutOfMemory
 from app.threads import Background, place_of
 from app.worker.engine.pipe import EngineEnd
 from app.worker.engine.wire import (
@@ -59,6 +59,7 @@ class EngineProcess:
         self._loads: queue.SimpleQueue[LoadModels] = queue.SimpleQueue()
         self._inbox: queue.SimpleQueue[Admit] = queue.SimpleQueue()
         self._engines: dict[str, Engine] = {}
+        self.is_ready = False
 
     def run(self) -> None:
         # From the first on: to load takes long, and a parent that is gone must be noticed.
@@ -75,14 +76,17 @@ class EngineProcess:
         if command.builds is not None:
             builds.keep_in(command.builds)
         for model in command.models:
-            self._engines[model.name] = registry.make(
-                model.factory,
-                model.folder,
-                model.settings,
-                command.device,
-                command.threads,
-                self._made_progress,
-            )
+            try:
+                self._engines[model.name] = registry.make(
+                    model.factory,
+                    model.folder,
+                    model.settings,
+                    command.device,
+                    command.threads,
+                    self._made_progress,
+                )
+            except ConfigError as error:
+                raise ConfigError(f"Model {model.name}: {error}") from error
         facts = {
             name: EngineFacts(
                 max_rows=engine.free_rows,
@@ -93,6 +97,7 @@ class EngineProcess:
         }
         self._steps = self._slowest_ns = 0
         self._parent.send(Ready(facts, time.monotonic_ns() - began))
+        self.is_ready = True
 
     def _listen(self) -> None:
         """Take commands while a step runs: a cancel must not wait for the end of a batch."""
@@ -150,9 +155,8 @@ def main() -> None:
     except (BrokenPipeError, ConnectionResetError, KeyboardInterrupt):
         os._exit(0)
     except BaseException as error:
-        loaded = bool(process._engines)
-        _say_why(parent, error, will_not_load=not loaded)
-        os._exit(ENGINE_FAILED if loaded else FAILED_TO_LOAD)
+        _say_why(parent, error, will_not_load=not process.is_ready)
+        os._exit(ENGINE_FAILED if process.is_ready else FAILED_TO_LOAD)
 
 
 def _die_with_parent() -> None:

@@ -1,0 +1,29 @@
+"""The JSON files of a model's folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from app.errors import ConfigError
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a model's folder; empty if there is no such file."""
+    content = load_json(file, missing={})
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file} does not hold a JSON object.")
+    return content
+
+
+def load_json(file: Path, missing: Any) -> Any:
+    """What a JSON file holds, or `missing` if there is no such file."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return missing
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{file} is not JSON: {error}.") from None
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}.") from None
