@@ -142,7 +142,7 @@ def check_tokenizer(folder: Path) -> None:
 
 
 def check_weights(folder: Path, *, full: bool) -> None:
-    """Raise `ConfigError` unless every safetensors file is whole and, if asked, of `full` weights."""
+    """Raise `ConfigError` unless every safetensors file is whole and, if `full`, not quantized."""
     tensors = stored_tensors(folder)
     for name, tensor in tensors.items() if full else ():
         packed = _PACKED_NAME.search(name)

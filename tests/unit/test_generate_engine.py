@@ -288,7 +288,7 @@ def test_a_model_that_lacks_weights_is_refused(llama: Path, tmp_path: Path) -> N
     model.save_pretrained(tmp_path, state_dict=kept)
     tiny_models.save_tokenizer(tmp_path)
 
-    with pytest.raises(ConfigError, match=r"lacks weights: .*q_proj"):
+    with pytest.raises(ConfigError, match=r"lacks weights .*q_proj"):
         load(tmp_path)
 
 
