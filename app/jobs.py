@@ -183,6 +183,7 @@ class SamplingParams:
     seed: int | None = None  #: same seed, prompt and model: same text, whatever the company
     logprobs: int | None = None  #: None = off; k = the chosen token and the k most likely ones
     ignore_eos: bool = False
+    unset: frozenset[str] = frozenset()  #: fields here that the request leaves to the model
     grammar: Grammar | None = None  #: its end ends the output, `ignore_eos` or not
 
 

@@ -276,6 +276,11 @@ class ModelSettings(_Section):
         default_factory=dict,
         description='Folders of LoRA adapters by name, for requests with `model = "NAME:ADAPTER"`.',
     )
+    generation_config: Literal["model", "none"] = Field(
+        "model",
+        description="model obeys the model's own generation_config.json, also for how to sample "
+        "where a request does not say; none leaves it aside.",
+    )
     options: dict[str, Any] = Field(
         default_factory=dict, description="Settings of the engine itself, by its documentation."
     )

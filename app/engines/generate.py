@@ -9,6 +9,7 @@ parameters, length, stop strings and end.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Sequence as Seq
@@ -32,9 +33,10 @@ from app.config.settings import ModelSettings
 from app.costs import prefill_weights, share
 from app.engines.base import NOT_FINITE, Generation, Progress, Sequence, StepStats, TokenLogprob
 from app.engines.company import AFFORDABLE, Company, Memory, Told, thresholds, try_company
+from app.engines.generation_config import GenerationRules, load_rules
 from app.engines.grammar import Grammars, Matcher
 from app.engines.loading import load_model
-from app.engines.sampling import BAD_ROW, Plan, RowSampler, Sampled
+from app.engines.sampling import BAD_ROW, RowSampler, Sampled
 from app.engines.static import StaticEngine
 from app.engines.stopping import Output
 from app.engines.tokenizer import Tokenizer, load_tokenizer
@@ -51,6 +53,7 @@ class GenerateEngine(StaticEngine):
         self._matchers: dict[int, Matcher] = {}  #: by sequence, of the batch inside
         kind = AutoModelForSeq2SeqLM if self._tokenizer.separate_output else AutoModelForCausalLM
         self._model: Any = load_model(kind, folder, settings.dtype, self._device)
+        self._rules = load_rules(folder, settings)
         self._model.generation_config = _plain(self._model)
         self._memory = Memory(self._model)
         self._company = self._tried_company()
@@ -89,7 +92,14 @@ class GenerateEngine(StaticEngine):
 
     def _run(self, sequences: Seq[Sequence], stats: StepStats) -> list[Generation]:
         matchers = [self._matchers.pop(each.id, None) for each in sequences]
-        rows = _Rows(sequences, matchers, self._tokenizer, self._cancelled, self._progress)
+        sequences = [
+            dataclasses.replace(each, params=self._rules.merged(each.params))
+            for each in sequences
+            if each.params
+        ]
+        rows = _Rows(
+            sequences, matchers, self._tokenizer, self._rules, self._cancelled, self._progress
+        )
         self._generate(
             [each.prompt_token_ids for each in sequences],
             max_new_tokens=_longest_output(sequences),
@@ -145,6 +155,7 @@ class _Rows:
         sequences: Seq[Sequence],
         matchers: Seq[Matcher | None],
         tokenizer: Tokenizer,
+        rules: GenerationRules,
         cancelled: set[int],
         progress: Progress,
     ) -> None:
@@ -152,6 +163,8 @@ class _Rows:
         self._sequences = sequences
         self._cancelled = cancelled
         self._progress = progress
+        self._tokenizer = tokenizer
+        self._rules = rules
         self._outputs = [
             Output(each.params, tokenizer, each.prompt_token_ids)
             for each in sequences
@@ -171,9 +184,8 @@ class _Rows:
         self._steps = [0] * len(sequences)  # that each row was in
         self._stamps = [time.monotonic_ns()]  # of the start, then of the end of each step
         self._sampler: RowSampler | None = None  # made for the first logits: they tell its size
-        self._plan: Plan | None = None  # of the last step, while no row leaves
 
-    def step(self, logits: Tensor) -> Tensor:
+    def step(self, logits: Tensor, input_ids: Tensor) -> Tensor:
         """A token for each row, [rows]; 0 for those that are done. Waits for the device."""
         for row, sequence in enumerate(self._sequences):
             if sequence.id in self._cancelled and not self.is_done[row]:
@@ -181,25 +193,30 @@ class _Rows:
         chosen = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
         live = [row for row, done in enumerate(self.is_done) if not done]
         if live:
-            sampled = self._sample(logits, live)
+            sampled = self._sample(logits, input_ids, live)
             self._take(live, sampled.tokens.tolist(), sampled.logprobs())
             chosen[live] = sampled.tokens.clamp(min=0)
         self._stamps.append(time.monotonic_ns())
         self._progress()
         return chosen
 
-    def _sample(self, logits: Tensor, live: list[int]) -> Sampled:
+    def _sample(self, logits: Tensor, input_ids: Tensor, live: list[int]) -> Sampled:
         if self._sampler is None:
-            self._sampler = RowSampler(len(logits), logits.shape[1], logits.device)
-            for row, sequence in enumerate(self._sequences):
-                if sequence.params:
-                    matcher = self._outputs[row].matcher
-                    self._sampler.put(
-                        row, sequence.params, sequence.prompt_token_ids, matcher=matcher
-                    )
-        if self._plan is None:
-            self._plan = self._sampler.plan(live)
-        return self._sampler.sample(logits[live], self._plan)
+            self._sampler = self._filled(logits, input_ids)
+        return self._sampler.sample(logits[live], self._sampler.plan(live))
+
+    def _filled(self, logits: Tensor, input_ids: Tensor) -> RowSampler:
+        """A sampler that knows what the decoder was given of each row."""
+        ends, (num_rows, width) = self._tokenizer.eos_token_ids, logits.shape
+        sampler = RowSampler(num_rows, width, logits.device, self._rules, ends)
+        for row, sequence in enumerate(self._sequences):
+            prompt: Seq[int] = sequence.prompt_token_ids
+            if self._tokenizer.separate_output:
+                prompt = input_ids[row].tolist()
+            if sequence.params:
+                output = self._outputs[row]
+                sampler.put(row, sequence.params, prompt, output.token_ids, output.matcher)
+        return sampler
 
     def _take(self, live: list[int], tokens: list[int], logprobs: dict[int, TokenLogprob]) -> None:
         for place, (row, token) in enumerate(zip(live, tokens, strict=True)):
@@ -214,7 +231,6 @@ class _Rows:
 
     def _end(self, row: int, reason: FinishReason, error: tuple[str, str] | None = None) -> None:
         self.is_done[row] = True
-        self._plan = None
         answer = self._answers[row]
         answer.finish_reason = reason
         answer.finished_ns = time.monotonic_ns()
@@ -255,7 +271,7 @@ class _Choose(LogitsProcessor):
         self._rows = rows
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        chosen = self._rows.step(scores)
+        chosen = self._rows.step(scores, input_ids)
         return torch.full_like(scores, float("-inf")).scatter_(1, chosen[:, None], 0.0)
 
 
@@ -274,17 +290,9 @@ def _longest_output(sequences: Seq[Sequence]) -> int:
 
 
 def _plain(model: Any) -> GenerationConfig:
-    """What belongs to the model; how to sample and when to stop is each request's own matter."""
+    """What a model starts from; how to choose and when to stop is the sampler's matter."""
     given = model.generation_config
-    own = (
-        "bos_token_id",
-        "decoder_start_token_id",
-        "forced_bos_token_id",
-        "suppress_tokens",
-        "begin_suppress_tokens",
-        "bad_words_ids",
-    )
-    kept = {name: getattr(given, name, None) for name in own}
+    kept = {name: getattr(given, name, None) for name in ("bos_token_id", "decoder_start_token_id")}
     # Any id will do where there is none: padding is masked. Some count places by the one there is.
     pads = (given.pad_token_id, getattr(model.config, "pad_token_id", None), 0)
     kept["pad_token_id"] = next(pad for pad in pads if pad is not None and pad >= 0)

@@ -66,19 +66,26 @@ _PRINTABLE: Final = range(ord(" "), ord("~") + 1)
 class Matcher:
     """How far one output has come in its grammar."""
 
-    def __init__(self, grammar: Grammar, compiled: LLMatcher) -> None:
+    def __init__(self, grammar: Grammar, compiled: LLMatcher, vocab_size: int) -> None:
+        """`vocab_size` is the tokenizer's, which logits may be wider or narrower than."""
         self._grammar = grammar
         self._matcher = compiled.deep_copy()
+        self._own = np.zeros(-(-vocab_size // 32), np.int32)
 
     def fill(self, mask: NDArray[np.int32]) -> None:
-        """Write which tokens may come next: a bit each, the lowest first, [vocab / 32] words.
+        """Write which tokens may come next: a bit each, the lowest first, for as many tokens as
+        there is room for; none that the tokenizer does not know.
 
         If that is beyond the limits all bits are set, and `take` will say so.
         """
+        own = self._own
         if not self._matcher.is_error():
-            self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+            self._matcher.unsafe_compute_mask_ptr(own.ctypes.data, own.nbytes)
         if self._matcher.is_error():
             mask[:] = _ALL_ALLOWED
+            return
+        mask[: len(own)] = own[: len(mask)]
+        mask[len(own) :] = 0
 
     def take(self, token_id: int) -> bool:
         """Go on by a token; whether the output is whole and nothing may follow.
@@ -96,12 +103,13 @@ class Compiling:
     def __init__(self, grammar: Grammar) -> None:
         self._grammar = grammar
         self._began_ns = 0  # waiting for a thread does not count
-        self.future: Future[LLMatcher] = Future()
+        self.future: Future[tuple[LLMatcher, int]] = Future()  #: with its tokenizer's vocabulary
 
     def run(self, vocabulary: Vocabulary) -> None:
         self._began_ns = time.monotonic_ns()
         try:
-            self.future.set_result(_compile(self._grammar, vocabulary))
+            found = _compile(self._grammar, vocabulary)
+            self.future.set_result((found, vocabulary.library.vocab_size))
         except Exception as error:
             self.future.set_exception(error)
 
@@ -111,7 +119,7 @@ class Compiling:
         Raises `InvalidSchema` if it cannot be, or takes too long.
         """
         if self.future.done():
-            return Matcher(self._grammar, self.future.result())
+            return Matcher(self._grammar, *self.future.result())
         if self._began_ns and time.monotonic_ns() - self._began_ns > COMPILE_TIMEOUT_S * 1e9:
             raise _refusal(self._grammar, f"it takes over {COMPILE_TIMEOUT_S:g} seconds to compile")
         return None

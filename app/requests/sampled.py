@@ -17,6 +17,11 @@ from app.requests.prompts import MAX_TOKEN_ID, TokenId
 MAX_COUNT: Final = 2**31 - 1
 """No count is larger."""
 
+_LEFT_TO_THE_MODEL: Final = frozenset(
+    {"temperature", "top_p", "top_k", "min_p", "repetition_penalty"}
+)
+"""Fields for which a model's own generation_config.json may have another default."""
+
 MAX_WORDS: Final = 128
 """Of token ids and words that are favoured, forbidden or end an output."""
 
@@ -235,6 +240,7 @@ class SampledBody(Body):
             logprobs=self.num_logprobs,
             ignore_eos=self.ignore_eos,
             grammar=grammar,
+            unset=_LEFT_TO_THE_MODEL - self.model_fields_set,
         )
 
     def check(self) -> None:

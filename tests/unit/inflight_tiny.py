@@ -120,16 +120,20 @@ def engine_of(
     engine = InflightEngine(folder_of(family), settings, "cpu", 1, lambda: None)
     if portable:
         engine._kernel = None
-    if ahead is not None:
-        shapes = [
-            LayerShape(keys.shape[1], keys.shape[2], heads_of(engine) // keys.shape[1])
-            for keys in engine._cache.keys
-        ]
-        engine._cache = KVCache(
-            shapes, engine._scheduler.num_blocks, torch.float32, torch.device("cpu"), paged=True
-        )
-        engine._launcher = engine._launcher_for(shapes, engine._cache, engine._scheduler.tables)
-        engine._launcher.record(engine._budget.most, ahead)
+    return engine if ahead is None else run_ahead(engine, ahead)
+
+
+def run_ahead(engine: InflightEngine, record: Record) -> InflightEngine:
+    """Launches steps as on a CUDA device, but on the CPU."""
+    shapes = [
+        LayerShape(keys.shape[1], keys.shape[2], heads_of(engine) // keys.shape[1])
+        for keys in engine._cache.keys
+    ]
+    engine._cache = KVCache(
+        shapes, engine._scheduler.num_blocks, torch.float32, torch.device("cpu"), paged=True
+    )
+    engine._launcher = engine._launcher_for(shapes, engine._cache, engine._scheduler.tables)
+    engine._launcher.record(engine._budget.most, record)
     return engine
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from app.engines.base import TokenLogprob
-from app.engines.sampling import BAD_ROW, RowSampler, Sampled, uniform
+from app.engines.draws import uniform
+from app.engines.sampling import BAD_ROW, RowSampler, Sampled
 from app.jobs import SamplingParams
 
 VOCAB = 1000  # not a multiple of the blocks that rows are searched in
@@ -352,17 +355,24 @@ tiny = st.sampled_from([5e-324, 1e-300, 1e-50, 1e-46, 1e-40, 1e-38, 1e-5, 1e-4])
     presence_penalty=st.floats(-2, 2) | tiny,
     top_k=st.integers(0, 2**31 - 1) | st.integers(0, 3),
     seed=st.integers() | st.none(),
+    logit_bias=st.lists(st.tuples(st.integers(0, 2 * VOCAB), st.floats(-100, 100)), max_size=9).map(
+        tuple
+    ),
+    bad_words=st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=3).map(tuple)).map(tuple)
+    | st.just(tuple((token,) for token in range(VOCAB))),
+    min_tokens=st.integers(0, 5),
+    stop_token_ids=st.lists(st.integers(0, 2 * VOCAB), max_size=3).map(tuple),
     spread=st.sampled_from([0.0, 1e-6, 3.0, 1e4]),
 )
 def test_whatever_a_request_may_say_a_token_comes(spread: float, **given: Any) -> None:
     # given a row with the strangest parameters, among ordinary ones
     rows = [params(temperature=0.0), params(**given), params(seed=1)]
     made = sampler(*rows)
-    plan = made.plan(range(3))
 
     # when it is sampled for a while
     for step in range(3):
-        tokens = made.sample(random_logits(3, seed=step, spread=spread), plan).tokens
+        logits = random_logits(3, seed=step, spread=spread)
+        tokens = made.sample(logits, made.plan(range(3))).tokens
 
         # then every row has a token
         assert ((tokens >= 0) & (tokens < VOCAB)).all()
@@ -376,3 +386,132 @@ def test_a_token_that_cannot_come_has_a_log_probability_that_json_can_hold() -> 
 
     assert len(found.top) == 20
     assert all(math.isfinite(logprob) for _, logprob in found.top)
+
+
+def test_a_bias_raises_or_lowers_a_tokens_logit_before_penalties() -> None:
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 7] = 3.0
+    row = params(temperature=0, logit_bias=((8, 2.0), (9, 3.5), (7, -1.0)))
+    bent = params(temperature=0, logit_bias=((8, 2.0), (9, 3.5)), repetition_penalty=2.0)
+
+    assert sample(logits, row).tokens.tolist() == [9]
+    assert sample(logits, bent, prompt=(9,)).tokens.tolist() == [7]  # 3.5 / 2 is less than 3
+
+
+def test_a_bias_of_minus_a_hundred_is_as_good_as_a_ban_and_leaves_its_mates_alone() -> None:
+    logits = random_logits(2)
+    likeliest = logits.argmax(-1).tolist()
+
+    banned = params(temperature=0, logit_bias=tuple((token, -100.0) for token in range(900)))
+    tokens = sample(logits, banned, params(temperature=0)).tokens.tolist()
+
+    assert tokens == [900 + int(logits[0, 900:].argmax()), likeliest[1]]
+
+
+def test_bad_words_never_come_whatever_of_them_came_before_or_in_the_prompt() -> None:
+    # given a model that would say 5 6 7 for ever, after a prompt that ends in 4
+    logits = torch.zeros(1, VOCAB)
+    logits[0, [5, 6, 7]] = torch.tensor([3.0, 2.0, 1.0])
+    output: list[int] = []
+    made = RowSampler(1, VOCAB, "cpu")
+    words = ((4, 5), (5, 5), (6, 5, 6), (7,))
+    made.put(0, params(temperature=0, bad_words=words), (1, 4), output)
+
+    # when
+    for _ in range(5):
+        token = int(made.sample(logits, made.plan([0])).tokens)
+        output.append(token)
+
+    # then 5 is not first, nor twice running; 6 5 is not followed by 6; 7 never comes
+    assert output == [6, 5, 0, 5, 6]
+
+
+def test_an_output_does_not_end_before_it_has_its_least_tokens() -> None:
+    logits = torch.zeros(1, VOCAB)
+    logits[0, [5, 6, 7]] = torch.tensor([3.0, 2.0, 1.0])
+    made = RowSampler(2, VOCAB, "cpu", eos_token_ids={5})
+    made.put(0, params(temperature=0, min_tokens=3, stop_token_ids=(6,)), (1,))
+    made.put(1, params(temperature=0, min_tokens=2, ignore_eos=True), (1,))
+
+    steps = [made.sample(logits.expand(2, -1), made.plan([0, 1])).tokens.tolist() for _ in range(5)]
+
+    assert [token for token, _ in steps] == [7, 7, 7, 5, 5]
+    assert [token for _, token in steps] == [5] * 5  # what ends nothing is not held back
+
+
+def test_a_row_with_a_least_length_goes_on_where_it_was_interrupted() -> None:
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 5] = 1.0
+    made = RowSampler(1, VOCAB, "cpu", eos_token_ids={5})
+    made.put(0, params(temperature=0, min_tokens=3), (1,), [8, 8])
+
+    tokens = [int(made.sample(logits, made.plan([0])).tokens) for _ in range(3)]
+
+    assert tokens == [0, 5, 5]
+
+
+class Only:
+    """Allows two tokens; stands for a compiled grammar."""
+
+    def fill(self, mask: Any) -> None:
+        mask[:] = 0
+        mask[0] = 1 << 3 | 1 << 4
+
+    def take(self, token_id: int) -> bool:
+        return False
+
+
+def test_where_a_grammar_allows_nothing_but_what_is_forbidden_the_grammar_holds() -> None:
+    made = RowSampler(1, VOCAB, "cpu")
+    matcher: Any = Only()
+    made.put(0, params(temperature=0, bad_words=((3,), (4,))), (1,), matcher=matcher)
+    logits = random_logits(1)
+    logits[0, 4] = 1 + logits[0, 3]
+
+    assert made.sample(logits, made.plan([0])).tokens.tolist() == [4]
+
+
+def test_a_mask_of_fewer_tokens_than_there_are_logits_forbids_the_others() -> None:
+    made = RowSampler(1, VOCAB, "cpu")
+    matcher: Any = Only()
+    made.put(0, params(temperature=0), (1,), matcher=matcher)
+    logits = torch.zeros(1, VOCAB)
+    logits[0, -1] = 9.0
+
+    assert made.sample(logits, made.plan([0])).tokens.tolist() == [3]
+
+
+def test_what_penalties_cost_is_bounded_by_the_rows_that_are_present() -> None:
+    # given a row with a long prompt that has left, and its mates
+    made = RowSampler(3, VOCAB, "cpu")
+    row = params(temperature=0, frequency_penalty=0.5)
+    made.put(0, row, range(900))
+    made.put(1, row, (1, 2))
+    made.put(2, row, (3,))
+    for _ in range(3):
+        made.sample(random_logits(3), made.plan([0, 1, 2]))
+
+    # when those who stay are looked at
+    _, tokens, _ = made._seen.of(np.array([1, 2]))
+
+    # then it is no more than they have seen
+    assert len(tokens) == 2 + 1 + 2 * 3
+
+
+def test_a_step_without_memory_for_its_penalties_can_be_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = RowSampler(1, VOCAB, "cpu")
+    row = params(temperature=0, presence_penalty=1.0)
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("no room")
+
+    for name in ("zeros", "cat", "tensor"):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, name, refuse)
+            with contextlib.suppress(torch.OutOfMemoryError):
+                made.put(0, row, range(200))
+
+    made.put(0, row, (1, 2))
+    assert made.sample(random_logits(1), made.plan([0])).tokens.tolist() != [BAD_ROW]

@@ -76,10 +76,10 @@ def save(model: PreTrainedModel, folder: Path, **tokenizer: Any) -> Path:
     return folder
 
 
-def save_llama(folder: Path) -> Path:
+def save_llama(folder: Path, vocab_size: int = VOCAB) -> Path:
     torch.manual_seed(1)
     config = LlamaConfig(
-        vocab_size=VOCAB,
+        vocab_size=vocab_size,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,

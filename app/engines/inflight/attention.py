@@ -254,6 +254,7 @@ class ProbeStep:
     def __init__(self) -> None:
         self.layers: dict[int, LayerShape] = {}
         self.how: dict[int, dict[str, float]] = {}  #: scale, window and softcap of each layer
+        self.width = 0  #: of the logits
 
     def check(self, module: nn.Module, mask: Tensor | None, others: dict[str, Any]) -> None:
         """Raise `ValueError` for what `attend` would silently leave out."""

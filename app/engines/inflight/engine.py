@@ -18,6 +18,7 @@ from app.config.settings import ModelSettings
 from app.costs import decode_weights, share
 from app.engines.base import NOT_FINITE, Generation, NewTokens, Progress, Sequence, StepStats
 from app.engines.device import pick_device, ran_out_of_memory, use_threads
+from app.engines.generation_config import load_rules
 from app.engines.grammar import Compiling, Grammars, wait_any
 from app.engines.inflight import library, native
 from app.engines.inflight.attention import Packed, PortableStep, Step, pack, run, upload
@@ -30,7 +31,7 @@ from app.engines.inflight.loading import load_decoder
 from app.engines.inflight.memory import blocks_within
 from app.engines.inflight.scheduler import Row, Scheduler, Segment
 from app.engines.inflight.staging import PENDING
-from app.engines.sampling import BAD_ROW, Plan, RowSampler, Sampled
+from app.engines.sampling import BAD_ROW, RowSampler, Sampled
 from app.engines.stopping import Output
 from app.engines.tokenizer import load_tokenizer
 from app.errors import (
@@ -106,17 +107,18 @@ class InflightEngine:
         use_threads(threads)
         self._tokenizer = load_tokenizer(folder, settings)
         self._context_tokens = self._tokenizer.context_tokens
-        self._model, layers = load_decoder(
+        self._rules = load_rules(folder, settings)
+        self._model, layers, vocab_size = load_decoder(
             folder, settings.dtype, options.weights, self._device, self._context_tokens
         )
         self._budget = PromptBudget(options.stall_ms, options.prefill_tokens)
         num_rows = settings.max_batch_size
-        self._sampler = RowSampler(num_rows, self._tokenizer.vocab_size, self._device)
+        ends = self._tokenizer.eos_token_ids
+        self._sampler = RowSampler(num_rows, vocab_size, self._device, self._rules, ends)
         enough = num_rows * blocks_for(self._context_tokens)
         num_blocks = min(self._num_blocks(options, layers, num_rows), enough)
         least_copied = LEAST_COPIED[self._device.type]
         self._scheduler = Scheduler(num_rows, num_blocks, self._context_tokens, least_copied)
-        self._sampling: tuple[list[Row], Plan] | None = None  # of the last step, while rows last
         paged = self._device.type == "cuda"
         self._cache = KVCache(layers, num_blocks, self._model.dtype, self._device, paged=paged)
         self._kernel = native.load(self._cache)
@@ -164,7 +166,7 @@ class InflightEngine:
         self._drop_cancelled()
         if self._compiling:
             self._take_compiled()
-        if self._flight is not None and any(row.output.matcher for row in self._flight.due):
+        if self._flight is not None and any(map(self._looks_back, self._flight.due)):
             self._land()  # which tokens may come next follows from the last ones
         began = time.monotonic_ns()
         schedule = self._scheduler.schedule(self._budget.tokens(len(self._scheduler.running)))
@@ -225,14 +227,14 @@ class InflightEngine:
 
     def _row(self, batch_id: str, sequence: Sequence, generation: Generation) -> Row:
         assert sequence.params is not None
-        prompt = sequence.prompt_token_ids
+        params, prompt = self._rules.merged(sequence.params), sequence.prompt_token_ids
         return Row(
             sequence=sequence,
-            params=sequence.params,
+            params=params,
             batch_id=batch_id,
             arrival=next(self._arrivals),
             generation=generation,
-            output=Output(sequence.params, self._tokenizer, prompt, stream=sequence.stream),
+            output=Output(params, self._tokenizer, prompt, stream=sequence.stream),
             tokens=list(prompt),
         )
 
@@ -267,7 +269,6 @@ class InflightEngine:
         self._sampler.put(row.slot, row.params, prompt, output.token_ids, output.matcher)
         # Whatever seed was drawn stays with the row, should it lose its slot.
         row.params = dataclasses.replace(row.params, seed=self._sampler.seed_of(row.slot))
-        self._sampling = None
         if self._launcher is not None:
             self._launcher.put(row, self._sampler.seed_of(row.slot))
 
@@ -311,9 +312,12 @@ class InflightEngine:
         with torch.inference_mode():
             logits = self._logits(pack(segments, self._scheduler.tables))
             # A step of unfinished prompts alone has nothing to sample.
-            sampled = self._sampler.sample(logits, self._plan(due)) if due else _NOTHING
+            sampled = self._sample(logits, due) if due else _NOTHING
         landed = Landed(sampled.tokens.tolist(), sampled, time.monotonic_ns() - began_ns)
         return Flight(segments, due, began_ns, lambda: landed)
+
+    def _sample(self, logits: Tensor, due: list[Row]) -> Sampled:
+        return self._sampler.sample(logits, self._sampler.plan([row.slot for row in due]))
 
     def _logits(self, packed: Packed) -> Tensor:
         """[ends, vocab]"""
@@ -328,12 +332,6 @@ class InflightEngine:
         if self._kernel is not None:
             return native.NativeStep(self._kernel, packed, tables)
         return PortableStep.of(self._cache, packed, tables)
-
-    def _plan(self, due: list[Row]) -> Plan:
-        """How to sample; the last step's plan as long as nobody came or went."""
-        if self._sampling is None or self._sampling[0] != due:
-            self._sampling = due, self._sampler.plan([row.slot for row in due])
-        return self._sampling[1]
 
     def _give(self, due: list[Row], tokens: list[int], sampled: Sampled) -> None:
         """Give each row its token; those that end with it leave."""
@@ -360,6 +358,9 @@ class InflightEngine:
                 self._new_tokens.append(new)
             if reason is not None:
                 self._leave(row, reason, row.output.error)
+
+    def _looks_back(self, row: Row) -> bool:
+        return bool(row.output.matcher) or self._sampler.looks_back(row.slot)
 
     def _is_inside(self, row: Row) -> bool:
         return self._rows.get(row.sequence.id) is row

@@ -30,7 +30,7 @@ from app.engines.inflight.graphs import Graphs, Record, Work, exact_room, record
 from app.engines.inflight.paged import PagedStep, Scratch, queries_of, taken
 from app.engines.inflight.scheduler import Row, Segment
 from app.engines.inflight.staging import END, ROW, SAMPLE_ROW, SLOT, Order, Room, Samplers
-from app.engines.sampling import Plan, RowSampler, Sampled
+from app.engines.sampling import RowSampler, Sampled
 
 _SETS: Final = 2
 """Of pinned memory: a step is staged while the one before it may be under way."""
@@ -93,7 +93,6 @@ class Launcher:
         self._last = torch.zeros(num_rows + 1, dtype=torch.int64, device=self._device)
         self._clock = _cuda_clock if on_cuda else _host_clock
         self._turn = 0
-        self._planned: tuple[list[int], Plan] | None = None
         self.graphs = Graphs({})
 
     def record(self, max_tokens: int, record: Record) -> None:
@@ -116,7 +115,6 @@ class Launcher:
 
     def put(self, row: Row, seed: int) -> None:
         """The row has a slot."""
-        self._planned = None
         self._draws.put(row.slot, row.params, seed)
 
     def launch(self, segments: Seq[Segment], began_ns: int) -> Flight:
@@ -192,15 +190,9 @@ class Launcher:
         samples = room.views(self._numbers).samples
         return self._sampler.sample(
             logits[: len(due)],
-            self._plan(slots),
+            self._sampler.plan(slots),
             lambda adjusted: draw(adjusted, samples, self._last),
         )
-
-    def _plan(self, slots: list[int]) -> Plan:
-        """The last one as long as nobody came or went: to make one waits for the device."""
-        if self._planned is None or self._planned[0] != slots:
-            self._planned = slots, self._sampler.plan(slots)
-        return self._planned[1]
 
 
 def _cuda_clock() -> Callable[[], Callable[[], int]]:

@@ -26,8 +26,9 @@ _ROPE_TYPES_BY_LENGTH: Final = {"dynamic", "longrope"}
 
 def load_decoder(
     folder: Path, dtype: str, weights: str, device: torch.device, context_tokens: int
-) -> tuple[PreTrainedModel, list[LayerShape]]:
-    """The model, ready to run packed, and what each of its layers keeps of a token.
+) -> tuple[PreTrainedModel, list[LayerShape], int]:
+    """The model, ready to run packed; what each of its layers keeps of a token; how wide its logits
+    are, which may be more than the tokens that it knows.
 
     Raises `ConfigError` that names what the engine cannot do.
     """
@@ -42,7 +43,7 @@ def load_decoder(
         fuse_layers(model, layers)
         fused_cuda.fuse_layers(model, layers, probe.how, context_tokens)
         pack_linears(model)
-    return model, layers
+    return model, layers, probe.width
 
 
 def decoder_fits(folder: Path, settings: ModelSettings) -> None:
@@ -77,7 +78,8 @@ def _probe(model: PreTrainedModel, num_layers: int) -> ProbeStep:
     step = ProbeStep()
     tokens = torch.zeros(2, dtype=torch.int64, device=model.device)
     try:
-        run(model, step, tokens, torch.arange(2, device=model.device), tokens[:1])
+        positions = torch.arange(2, device=model.device)
+        step.width = run(model, step, tokens, positions, tokens[:1]).shape[-1]
     except (TypeError, KeyError, ValueError, NotImplementedError, RuntimeError) as error:
         raise _refusal(f"{model.config.model_type} does not run packed: {error}") from error
     if sorted(step.layers) != list(range(num_layers)):
