@@ -193,13 +193,11 @@ class Vocabulary:
         self.tokens = []
 
     def __call__(self, text: str) -> list[int]:
-        """The tokens in which a model would most likely write a text that is sure to come: those of
-        its tokenizer, unless that adds something to it, else the longest that there are."""
+        """The tokens in which a model would most likely write a text that is sure to come; the
+        longest that there are, if its tokenizer does not say."""
         with suppress(RequestError):
-            token_ids = self._tokenizer.encode_within(text)
-            pieces = (self._tokenizer.token_bytes(each, each) for each in token_ids)
-            if b"".join(pieces) == text.encode():
-                return token_ids
+            if token_ids := self._tokenizer.encode_within(text):
+                return [*token_ids]
         return self.library.greedy_tokenize(text)
 
 

@@ -88,10 +88,6 @@ class Tokenizer(abc.ABC):
         return Encoded(self.encode_text(text, parse_special=parse_special)[:max_tokens])
 
     @abc.abstractmethod
-    def encode_plain(self, text: str) -> tuple[int, ...]:
-        """The tokens of a text alone, as they may be drawn one after the other."""
-
-    @abc.abstractmethod
     def encode_chat(self, chat: Chat, *, parse_special: bool = False) -> tuple[int, ...]:
         """A conversation through the model's chat template, up to where the assistant is to go on.
         What users wrote becomes no special token unless `parse_special`.
@@ -100,8 +96,9 @@ class Tokenizer(abc.ABC):
         """
 
     @abc.abstractmethod
-    def encode_within(self, text: str) -> list[int]:
-        """A stretch of a longer text, without special tokens around it or in it."""
+    def encode_within(self, text: str) -> tuple[int, ...]:
+        """A stretch of a longer text, as a model most likely writes it, without special tokens;
+        none if the vocabulary cannot write it so."""
 
     @abc.abstractmethod
     def decode(self, token_ids: Seq[int], *, skip_special_tokens: bool = True) -> str: ...
@@ -110,6 +107,10 @@ class Tokenizer(abc.ABC):
     def token_bytes(self, token_id: int, before: int | None) -> bytes:
         """What a token adds to a text behind the token `before`, None at the text's beginning:
         UTF-8, or a part of a character. Nothing for special tokens and ids without a token."""
+
+
+_LEADS: Final = ("\n", "\2", ".")
+"""With which hardly any token goes on."""
 
 
 class FileTokenizer(Tokenizer):
@@ -178,9 +179,6 @@ class FileTokenizer(Tokenizer):
     def _start(self, text: str) -> str:
         return text[-self.max_length :] if self._cut_side == "left" else text[: self.max_length]
 
-    def encode_plain(self, text: str) -> tuple[int, ...]:
-        return tuple(self._special.encode(text).ids)
-
     def encode_chat(self, chat: Chat, *, parse_special: bool = False) -> tuple[int, ...]:
         template = self.template
         if template is None:
@@ -195,8 +193,19 @@ class FileTokenizer(Tokenizer):
             self._special.encode_chat(texts, lambda put: template.render(chat.with_texts(put))).ids
         )
 
-    def encode_within(self, text: str) -> list[int]:
-        return self._special.encode(text).ids
+    def encode_within(self, text: str) -> tuple[int, ...]:
+        wanted = text.encode()
+        # A vocabulary may put a blank before a text: it is asked with something else before it.
+        for whole in (text, text.removeprefix(" "), *(f"{lead}{text}" for lead in _LEADS)):
+            token_ids, joined = self._special.encode(whole).ids, b""
+            for place in range(len(token_ids) - 1, -1, -1):
+                before = token_ids[place - 1] if place else token_ids[place]
+                joined = self.token_bytes(token_ids[place], before) + joined
+                if joined == wanted:
+                    return tuple(token_ids[place:])
+                if not wanted.endswith(joined):
+                    break
+        return ()
 
     def decode(self, token_ids: Seq[int], *, skip_special_tokens: bool = True) -> str:
         return self._file.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
@@ -275,14 +284,11 @@ class StubTokenizer(Tokenizer):
         ids = (first + second)[:max_tokens]
         return Encoded(ids, tuple(int(place >= len(first)) for place in range(len(ids))))
 
-    def encode_plain(self, text: str) -> tuple[int, ...]:
-        return self.encode_text(text)
-
     def encode_chat(self, chat: Chat, *, parse_special: bool = False) -> tuple[int, ...]:
         return self.encode_text("\n".join(each["content"] or "" for each in chat.messages))
 
-    def encode_within(self, text: str) -> list[int]:
-        return [*text.encode()]
+    def encode_within(self, text: str) -> tuple[int, ...]:
+        return self.encode_text(text)
 
     def decode(self, token_ids: Seq[int], *, skip_special_tokens: bool = True) -> str:
         text = bytes(token for token in token_ids if token < self.EOS).decode(errors="replace")

@@ -102,7 +102,7 @@ def _params(request: Request, max_tokens: int, tokenizer: Tokenizer) -> Sampling
 def _variants(word: str, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
     """The tokens of a word at the beginning of a text, and of the same behind a blank."""
     word = word.lstrip() or word
-    found = (tokenizer.encode_plain(each) for each in (word, f" {word}"))
+    found = (tokenizer.encode_within(each) for each in (word, f" {word}"))
     return [each for each in dict.fromkeys(found) if each]
 
 

@@ -175,6 +175,26 @@ def test_a_stop_string_that_is_a_special_token_stops(kind: str) -> None:
         assert stop[-1] not in found.text
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("text", [" mill", "mill", " the wheel", "漢é", " "])
+def test_a_stretch_of_a_text_has_the_tokens_that_write_it_there(kind: str, text: str) -> None:
+    within = tokenizer(kind).encode_within(text)
+
+    found = output(kind, library(kind).encode("the stone").ids)
+    pieces(found, [*within])
+    assert found.text == (text if within else "")
+    assert within or kind not in COMPLETE
+
+
+def test_a_word_behind_a_blank_is_the_token_that_a_model_would_draw() -> None:
+    of = tokenizer("llama")
+
+    behind_a_blank, going_on = of.encode_within(" mill"), of.encode_within("mill")
+
+    assert list(map(library("llama").id_to_token, behind_a_blank)) == ["▁mill"]
+    assert "▁" not in "".join(map(library("llama").id_to_token, going_on))
+
+
 # ── log-probabilities ───────────────────────────────────────────────────────────────────────────
 
 
