@@ -185,6 +185,12 @@ class SamplingParams:
     ignore_eos: bool = False
     unset: frozenset[str] = frozenset()  #: fields here that the request leaves to the model
     grammar: Grammar | None = None  #: its end ends the output, `ignore_eos` or not
+    num_beams: int | None = None  #: of a search instead of draws; 1 = none, None = the model's own
+    length_penalty: float | None = None  #: of a search: above 0 favours long answers
+    early_stopping: bool | Literal["never"] | None = None  #: of a search: when it is over
+    beam: int = 0  #: which answer of a search, from the best on
+    decoder_start_token_id: int | None = None  #: an encoder-decoder's; None = the model's own
+    forced_bos_token_id: int | None = None  #: the only first token; None = the model's own
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,7 +86,7 @@ def _fixed(
             yield ids[0], bias, 0, _FOREVER
     for token in rules.suppress_tokens:
         yield token, FORBIDDEN, 0, _FOREVER
-    begin = int(num_prompt <= 1 and rules.forced_bos_token_id is not None)
+    begin = int(num_prompt <= 1 and _first(params, rules) is not None)
     for token in rules.begin_suppress_tokens:
         yield token, FORBIDDEN, begin, begin + 1
     least = max(params.min_tokens, rules.min_new_tokens, rules.min_length - num_prompt)
@@ -101,10 +101,16 @@ def _forced(
     """Positions and the only token that may come there. A grammar says so itself."""
     if params.grammar is not None:
         return
-    if rules.forced_bos_token_id is not None and num_prompt == 1:
-        yield 0, rules.forced_bos_token_id
+    if (first := _first(params, rules)) is not None and num_prompt == 1:
+        yield 0, first
     if rules.forced_eos_token_id is not None and not params.ignore_eos:
         yield params.max_tokens - 1, rules.forced_eos_token_id
+
+
+def _first(params: SamplingParams, rules: GenerationRules) -> int | None:
+    """The only token that may begin an output."""
+    own = rules.forced_bos_token_id
+    return own if params.forced_bos_token_id is None else params.forced_bos_token_id
 
 
 class _Past:

@@ -13,7 +13,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Sequence as Seq
-from itertools import pairwise
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +30,20 @@ from transformers import (
 )
 
 from app.config.settings import ModelSettings
-from app.costs import prefill_weights, share
 from app.engines.base import NOT_FINITE, Generation, Progress, Sequence, StepStats, TokenLogprob
+from app.engines.beams import BeamRows, search_config
 from app.engines.company import AFFORDABLE, Company, Memory, Told, thresholds, try_company
-from app.engines.generation_config import GenerationRules, load_rules
+from app.engines.generation_config import BEAMS, GenerationRules, load_rules
 from app.engines.grammar import Grammars, Matcher
 from app.engines.loading import load_model
 from app.engines.sampling import BAD_ROW, RowSampler, Sampled
+from app.engines.search import Search, search_of
+from app.engines.shares import shares_of
 from app.engines.static import StaticEngine
 from app.engines.stopping import Output
 from app.engines.tokenizer import Tokenizer, load_tokenizer
 from app.errors import RequestError
-from app.jobs import FinishReason
+from app.jobs import FinishReason, SamplingParams
 
 
 class GenerateEngine(StaticEngine):
@@ -53,7 +55,7 @@ class GenerateEngine(StaticEngine):
         self._matchers: dict[int, Matcher] = {}  #: by sequence, of the batch inside
         kind = AutoModelForSeq2SeqLM if self._tokenizer.separate_output else AutoModelForCausalLM
         self._model: Any = load_model(kind, folder, settings.dtype, self._device)
-        self._rules = load_rules(folder, settings)
+        self._rules = load_rules(folder, settings, obeyed=BEAMS)
         self._model.generation_config = _plain(self._model)
         self._memory = Memory(self._model)
         self._company = self._tried_company()
@@ -62,6 +64,13 @@ class GenerateEngine(StaticEngine):
     def _check(self, sequence: Sequence) -> None:
         if sequence.params is None:
             raise RequestError("This model generates text; it gives no embeddings.")
+        if (
+            search := search_of(sequence.params, self._rules)
+        ) and search.num_beams > self._max_rows:
+            raise RequestError(
+                f"num_beams is at most this model's max_batch_size, {self._max_rows}.",
+                param="num_beams",
+            )
         if sequence.params.grammar:
             self._matchers[sequence.id] = self._grammars.compile(sequence.params.grammar).wait()
 
@@ -70,48 +79,82 @@ class GenerateEngine(StaticEngine):
         self._grammars.close()
 
     def _split(self, sequences: Seq[Sequence]) -> list[list[Sequence]]:
-        """Parts, nearly always one, in which nobody changes another's tokens, and of which the
-        longest prompt and output fit the context.
+        """Parts, nearly always one, in which nobody changes another's tokens, that are searched for
+        alike, and of which the longest prompt and output fit the context.
 
         `generate` goes on computing rows that are done, at places after their last; a short answer
         to a long prompt must not be carried beyond the context by a long answer to a short one.
         """
         parts: list[list[Sequence]] = []
-        for sequence in sorted(sequences, key=lambda each: len(each.prompt_token_ids)):
-            if parts and self._share([*parts[-1], sequence]):
-                parts[-1].append(sequence)
-            else:
-                parts.append([sequence])
+        for _, alike in groupby(sorted(sequences, key=self._order), key=self._search):
+            grown: list[Sequence] = []
+            for sequence in alike:
+                if grown and self._share([*grown, sequence]):
+                    grown.append(sequence)
+                else:
+                    grown = [sequence]
+                    parts.append(grown)
         return parts
+
+    def _order(self, sequence: Sequence) -> tuple[str, int, tuple[int, ...]]:
+        prompt = sequence.prompt_token_ids
+        return str(self._search(sequence)), len(prompt), prompt
+
+    def _search(self, sequence: Sequence) -> Search | None:
+        """None also for what will be refused."""
+        try:
+            return search_of(sequence.params, self._rules) if sequence.params else None
+        except RequestError:
+            return None
 
     def _share(self, sequences: Seq[Sequence]) -> bool:
         lengths = [len(each.prompt_token_ids) for each in sequences]
         longest, output = max(lengths), _longest_output(sequences)
         span = max(longest, output) if self._tokenizer.separate_output else longest + output
+        if search := self._search(sequences[0]):
+            if (
+                len({each.prompt_token_ids for each in sequences}) * search.num_beams
+                > self._max_rows
+            ):
+                return False
+            if not self._tokenizer.separate_output and lengths[0] < longest:
+                return False  # what the model says of an output's length counts the padding
         return span <= self._tokenizer.context_tokens and self._company.allows(lengths, span)
 
     def _run(self, sequences: Seq[Sequence], stats: StepStats) -> list[Generation]:
+        if search := self._search(sequences[0]):
+            rows = BeamRows(search, sequences, self._tokenizer, self._cancelled, self._progress)
+            plain = self._model.generation_config
+            config = search_config(search, self._rules, plain, self._tokenizer)
+            return rows.run(self._generate, config, stats)
         matchers = [self._matchers.pop(each.id, None) for each in sequences]
         sequences = [
             dataclasses.replace(each, params=self._rules.merged(each.params))
             for each in sequences
             if each.params
         ]
-        rows = _Rows(
+        drawn = _Rows(
             sequences, matchers, self._tokenizer, self._rules, self._cancelled, self._progress
         )
         self._generate(
             [each.prompt_token_ids for each in sequences],
+            [each.params for each in sequences],
             max_new_tokens=_longest_output(sequences),
-            logits_processor=LogitsProcessorList([_Choose(rows)]),
-            stopping_criteria=StoppingCriteriaList([_Ended(rows)]),
+            logits_processor=LogitsProcessorList([_Choose(drawn)]),
+            stopping_criteria=StoppingCriteriaList([_Ended(drawn)]),
         )
-        return rows.answers(stats)
+        return drawn.answers(stats)
 
-    def _generate(self, prompts: Seq[Seq[int]], **how: Any) -> Tensor:
+    def _generate(
+        self, prompts: Seq[Seq[int]], params: Seq[SamplingParams | None] = (), **how: Any
+    ) -> Any:
+        """What transformers' `generate` gives; `params` say what each output starts from."""
+        starts = [each.decoder_start_token_id if each else None for each in params]
+        if any(start is not None for start in starts):
+            own = self._model.generation_config.decoder_start_token_id
+            how["decoder_start_token_id"] = [own if it is None else it for it in starts]
         self._memory.forget()
-        ids: Tensor = self._model.generate(**self._padded(prompts), **how)
-        return ids
+        return self._model.generate(**self._padded(prompts), **how)
 
     def _padded(self, prompts: Seq[Seq[int]]) -> dict[str, Tensor]:
         """Prompts side by side: a decoder goes on at the right, so its padding is on the left."""
@@ -243,7 +286,7 @@ class _Rows:
         lengths = [len(each.prompt_token_ids) for each in self._sequences]
         stats.useful_tokens += sum(lengths) + sum(self._steps)
         stats.padded_tokens += len(lengths) * (max(lengths) + max(self._steps))
-        for row, device_ns in enumerate(self._device_ns(lengths)):
+        for row, device_ns in enumerate(shares_of(self._stamps, lengths, self._steps)):
             answer = self._answers[row]
             answer.device_ns = device_ns
             answer.started_ns = self._stamps[0]
@@ -253,15 +296,6 @@ class _Rows:
             if params and params.logprobs is not None:
                 answer.logprobs = self._logprobs[row]
         return self._answers
-
-    def _device_ns(self, lengths: list[int]) -> list[int]:
-        """Each row's share: of the first step by its prompt, of the others while it was in them."""
-        ends = sorted({1, *self._steps} - {0})
-        shares = [share(self._stamps[1] - self._stamps[0], prefill_weights(lengths))]
-        for begin, end in pairwise(ends):
-            present = [int(steps >= end) for steps in self._steps]
-            shares.append(share(self._stamps[end] - self._stamps[begin], present))
-        return [sum(parts) for parts in zip(*shares, strict=True)]
 
 
 class _Choose(LogitsProcessor):

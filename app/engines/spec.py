@@ -47,6 +47,8 @@ class EngineSpec:
     fits: str = ""
     """Called with (folder, settings) by who has time for it, if named: raises `ConfigError` if the
     engine would refuse the model. Reads no weights."""
+    searches: bool = False
+    """Whether it finds answers with beams (`num_beams`), too."""
     chooses_python: bool = False
     """Whether the engine process runs in the interpreter that the option `python` names."""
 
@@ -55,9 +57,12 @@ STUB: Final = EngineSpec(
     "app.engines.stub:StubEngine",
     files=lambda _: Files.NONE,
     tokenizer="app.engines.tokenizer:stub_tokenizer",
+    searches=True,  # its answers are the same either way
 )
 GENERATE: Final = EngineSpec(
-    "app.engines.generate:GenerateEngine", fits="app.engines.loading:writer_fits"
+    "app.engines.generate:GenerateEngine",
+    fits="app.engines.loading:writer_fits",
+    searches=True,
 )
 INFLIGHT: Final = EngineSpec(
     "app.engines.inflight:InflightEngine", fits="app.engines.inflight.loading:decoder_fits"

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from app.config.settings import ModelSettings
+from app.engines import registry
 from app.engines.tokenizer import Tokenizer
 from app.errors import ContextLengthExceeded, RequestError
 from app.jobs import SamplingParams, int64
@@ -25,10 +26,11 @@ class Prepared:
 
     def sampling(self, answer: int = 0) -> SamplingParams | None:
         """Sampling of answer number `answer`. With a seed each of the answers to a prompt gets a
-        seed of its own, so that they differ."""
-        if self.params is None or self.params.seed is None or not answer:
+        seed of its own, so that they differ; of a search it is another end."""
+        if self.params is None or not answer:
             return self.params
-        return replace(self.params, seed=int64(self.params.seed + answer))
+        seed = None if self.params.seed is None else int64(self.params.seed + answer)
+        return replace(self.params, seed=seed, beam=answer)
 
     @property
     def num_input_tokens(self) -> int:
@@ -73,7 +75,7 @@ def prepare(request: Request, tokenizer: Tokenizer, settings: ModelSettings) -> 
     longest = max(map(len, prompts))
     room = tokenizer.context_tokens - (0 if tokenizer.separate_output else longest)
     max_tokens = min(wanted, room, most - longest, settings.max_output_tokens)
-    return Prepared(tuple(prompts), max_tokens, _params(request, max_tokens, tokenizer))
+    return Prepared(tuple(prompts), max_tokens, _params(request, max_tokens, tokenizer, settings))
 
 
 def _output(request: Request, settings: ModelSettings) -> tuple[int, int]:
@@ -85,10 +87,17 @@ def _output(request: Request, settings: ModelSettings) -> tuple[int, int]:
     return least, body.most_tokens or max(least, settings.default_max_tokens)
 
 
-def _params(request: Request, max_tokens: int, tokenizer: Tokenizer) -> SamplingParams | None:
+def _params(
+    request: Request, max_tokens: int, tokenizer: Tokenizer, settings: ModelSettings
+) -> SamplingParams | None:
     body = request.body
     if not isinstance(body, SampledBody):
         return None
+    if (body.num_beams or 1) > 1 and not registry.find(settings.engine).searches:
+        raise RequestError(
+            f"This model's engine, {settings.engine}, does not search with beams; generate does.",
+            param="num_beams",
+        )
     for field, ids in (
         ("logit_bias", map(int, body.logit_bias)),
         ("stop_token_ids", body.stop_token_ids),

@@ -6,6 +6,8 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import BeforeValidator, Field
 
+from app.engines.generation_config import GenerationRules
+from app.engines.search import search_of
 from app.errors import RequestError
 from app.jobs import Grammar, Kind, SamplingParams
 from app.requests import output_format
@@ -123,6 +125,24 @@ class SampledBody(Body):
     n: Annotated[int, BeforeValidator(whole), Field(ge=1, le=128)] = Field(
         1, description="How many answers; at most the model's `max_batch_size`.", examples=[2]
     )
+    num_beams: Annotated[int, BeforeValidator(whole), Field(ge=1, le=128)] | None = Field(
+        None,
+        description="Search with so many beams in place of draws, with the engine `generate`; 1 is "
+        "none. Left out, the model's own settings say it where the request asks for no draws.",
+        examples=[4],
+    )
+    length_penalty: Annotated[float, Field(ge=-10, le=10)] | None = Field(
+        None,
+        description="With beams: above 0 favours long answers, below 0 short ones; left out, the "
+        "model's own, or 1.",
+        examples=[0.5],
+    )
+    early_stopping: bool | Literal["never"] | None = Field(
+        None,
+        description="With beams: true ends a search as soon as it has so many answers, `never` "
+        "when none can be better, false when none is likely to be.",
+        examples=[True],
+    )
     ignore_eos: bool = Field(
         False,
         description="Generate `max_tokens` tokens even if the model ends before.",
@@ -163,11 +183,8 @@ class SampledBody(Body):
     best_of: Annotated[Any, Refused("every answer drawn is given; use n", (1,))] = Field(
         None, examples=[3]
     )
-    use_beam_search: Annotated[Any, Refused("answers are drawn token by token", (False,))] = Field(
+    use_beam_search: Annotated[Any, Refused("num_beams says it", (False,))] = Field(
         None, examples=[True]
-    )
-    length_penalty: Annotated[Any, Refused("it is for beam search", (1,))] = Field(
-        None, examples=[0.5]
     )
     allowed_token_ids: Annotated[
         Any, Refused("use structured_outputs, or logit_bias with 100", ([],))
@@ -241,7 +258,38 @@ class SampledBody(Body):
             ignore_eos=self.ignore_eos,
             grammar=grammar,
             unset=_LEFT_TO_THE_MODEL - self.model_fields_set,
+            num_beams=self._num_beams,
+            length_penalty=self.length_penalty,
+            early_stopping=self.early_stopping,
         )
+
+    @property
+    def _num_beams(self) -> int | None:
+        """None leaves it to the model."""
+        if self.num_beams is None and (self.n > 1 or self._draw_fields):
+            return 1
+        return self.num_beams
+
+    @property
+    def _draw_fields(self) -> set[str]:
+        """Fields that ask for draws. A temperature of 0 asks for none, whatever goes with it."""
+        if "temperature" in self.model_fields_set and self.temperature == 0:
+            return set()
+        return self.model_fields_set & {"temperature", "top_p", "top_k", "min_p", "seed"}
+
+    def _check_search(self) -> None:
+        if (self.num_beams or 1) == 1:
+            return
+        if self._draw_fields:
+            field = min(self._draw_fields)
+            raise RequestError(f"{field} does not go with num_beams.", param=field)
+        if self.grammar:
+            raise RequestError(
+                f"{self.grammar_field} does not go with num_beams.", param=self.grammar_field
+            )
+        search_of(self.sampling(1, (), None), GenerationRules())
+        if self.n > (self.num_beams or 1):
+            raise RequestError("n is at most num_beams.", param="n")
 
     def check(self) -> None:
         if not all(self.stops):
@@ -251,3 +299,4 @@ class SampledBody(Body):
                 f"min_tokens is more than {self.most_tokens_field}.", param="min_tokens"
             )
         output_format.grammar_of(self.response_format, self.structured_outputs)
+        self._check_search()

@@ -294,3 +294,53 @@ def test_a_schema_that_the_grammar_library_would_take_for_ever_for_is_refused(
 )
 def test_a_schema_of_many_patterns_for_many_texts_is_taken(schema: dict[str, Any]) -> None:
     parse(_asking_for(schema))
+
+
+@pytest.mark.parametrize(
+    ("fields", "beams"),
+    [
+        ({}, None),
+        ({"temperature": 0}, None),
+        ({"temperature": 0, "top_p": 1.0}, None),
+        ({"temperature": 0.7}, 1),
+        ({"seed": 1}, 1),
+        ({"n": 2}, 1),
+        ({"num_beams": 4, "n": 2}, 4),
+        ({"num_beams": 1}, 1),
+    ],
+)
+def test_a_request_leaves_beams_to_the_model_unless_it_asks_for_draws(
+    fields: dict[str, Any], beams: int | None
+) -> None:
+    request = parse({"prompt": "a mill"} | fields)
+
+    params = prepare(request, StubTokenizer(STUB), STUB).params
+
+    assert params is not None
+    assert params.num_beams == beams
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"temperature": 0.5}, "temperature"),
+        ({"top_p": 0.5}, "top_p"),
+        ({"n": 4}, "n"),
+        ({"stop": "x"}, "stop"),
+        ({"logprobs": 1}, "logprobs"),
+        ({"structured_outputs": {"regex": "a"}}, "structured_outputs.regex"),
+    ],
+)
+def test_what_does_not_go_with_beams_is_refused_by_name(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(RequestError) as refused:
+        parse({"prompt": "a mill", "num_beams": 3} | fields)
+
+    assert refused.value.param == param
+
+
+def test_beams_are_refused_where_the_models_engine_has_none() -> None:
+    request = parse({"prompt": "a mill", "num_beams": 3})
+    settings = ModelSettings(source="x", kind=Kind.GENERATE, engine="inflight")
+
+    with pytest.raises(RequestError, match="engine, inflight, does not search with beams"):
+        prepare(request, StubTokenizer(STUB), settings)

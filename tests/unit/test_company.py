@@ -34,6 +34,7 @@ from app.config.settings import ModelSettings
 from app.engines.base import Engine, Sequence
 from app.engines.company import Company, try_company
 from app.engines.generate import GenerateEngine
+from app.engines.generation_config import GenerationRules
 from app.engines.registry import create
 from app.jobs import FinishReason, Kind, SamplingParams
 from tests.unit import tiny_models
@@ -229,6 +230,7 @@ def test_parts_of_any_batch_hold_everybody_once_and_only_who_may_share(
 ) -> None:
     engine = object.__new__(GenerateEngine)
     engine._company = company
+    engine._rules = GenerationRules()
     engine._tokenizer = SimpleNamespace(separate_output=False, context_tokens=90)  # type: ignore
     crowd = [sequence(place, *each) for place, each in enumerate(lengths)]
 
