@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, cast
 
+import psutil
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -44,6 +45,7 @@ class Outcome:
     seconds: float
     efficiency: float | None = None  #: useful / computed row-steps; None if it cannot be seen
     longest_step_ms: float = 0.0
+    cpu_seconds: float = 0.0  #: of all threads, those that wait by spinning included; 0: not known
 
     @property
     def tokens_per_second(self) -> float:
@@ -195,18 +197,19 @@ class Inflight:
     def __call__(self, requests: Seq[Request]) -> Outcome:
         sequences = list(self._sequences(requests))
         self.engine.take_stats()
-        began, longest = time.perf_counter(), 0.0
+        began, longest, cpu_began = time.perf_counter(), 0.0, time.process_time()
         self.engine.admit("bench", sequences)
         tokens = 0
         while self.engine.has_work:
             step_began = time.perf_counter()
             tokens += sum(len(each.token_ids) for each in self.engine.step())
             longest = max(longest, time.perf_counter() - step_began)
-        seconds = time.perf_counter() - began
+        seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
         stats = self.engine.take_stats()
         useful = sum(each.useful_tokens for each in stats)
         computed = sum(each.padded_tokens for each in stats)
-        return Outcome(len(sequences), tokens, seconds, useful / computed, 1e3 * longest)
+        efficiency = useful / computed
+        return Outcome(len(sequences), tokens, seconds, efficiency, 1e3 * longest, cpu_seconds)
 
     def _sequences(self, requests: Seq[Request]) -> Iterator[Sequence]:
         tenant = f"round-{next(self._rounds)}"
@@ -239,10 +242,21 @@ class Peer:
         assert process.stdin is not None
         assert process.stdout is not None
         work = [[list(request.prompt), request.num_tokens] for request in requests]
+        cpu_began = _cpu_seconds(process.pid)
         process.stdin.write(json.dumps(work) + "\n")
         process.stdin.flush()
         for line in process.stdout:  # libraries print here too
             if line.startswith('{"peer"'):
                 result = json.loads(line)
-                return Outcome(len(requests), result["tokens"], result["seconds"])
+                cpu_seconds = _cpu_seconds(process.pid) - cpu_began
+                return Outcome(
+                    len(requests), result["tokens"], result["seconds"], cpu_seconds=cpu_seconds
+                )
         raise RuntimeError(f"The peer ended with exit code {process.wait()}.")
+
+
+def _cpu_seconds(pid: int) -> float:
+    """Of a process and what it has started."""
+    first = psutil.Process(pid)
+    times = [each.cpu_times() for each in (first, *first.children(recursive=True))]
+    return sum(each.user + each.system for each in times)

@@ -16,7 +16,7 @@ from statistics import median
 from typing import Final
 
 from app.bench import random_models
-from app.bench.contestants import Arena, Outcome, contestants
+from app.bench.contestants import Arena, Contestant, Outcome, contestants
 from app.bench.report import machine, print_json, print_table, spread
 from app.bench.workloads import WORKLOADS, Request, make
 from app.config.settings import ModelSettings
@@ -43,18 +43,28 @@ def _run(options: argparse.Namespace, scratch: Path) -> None:
     settings = _settings(source)
     folder = ensure_files("bench", settings, Path(options.cache_dir))
     encode = load_tokenizer(folder, settings).encode_text
-    requests = make(options.workload, encode, options.requests)
     arena = Arena(folder, options.device, options.dtype, options.cache_tokens)
     entries = contestants(arena, options.peer_python, options.int8)
-    chosen = options.only or list(entries)
-    _print_work(options.workload, requests)
+    chosen = {name: entries[name] for name in options.only or entries}
+    print(machine())
+    for workload in options.workload:
+        _compare(workload, make(workload, encode, options.requests), chosen, options)
 
-    for name in chosen:  # load and warm up
-        entries[name]([Request(request.prompt, _WARM_UP_TOKENS) for request in requests[:2]])
+
+def _compare(
+    workload: str,
+    requests: Seq[Request],
+    chosen: Mapping[str, Contestant],
+    options: argparse.Namespace,
+) -> None:
+    """All contestants on one workload."""
+    _print_work(workload, requests)
+    for run in chosen.values():  # load and warm up
+        run([Request(request.prompt, _WARM_UP_TOKENS) for request in requests[:2]])
     results: Results = {name: [] for name in chosen}
     for number in range(options.rounds):
-        for name in chosen:
-            results[name].append(outcome := entries[name](requests))
+        for name, run in chosen.items():
+            results[name].append(outcome := run(requests))
             print(f"round {number + 1}: {name}: {outcome.tokens_per_second:.0f}", flush=True)
 
     _print_results(results)
@@ -65,7 +75,7 @@ def _run(options: argparse.Namespace, scratch: Path) -> None:
     print_json(
         "engine",
         _ratios(results),
-        workload=options.workload,
+        workload=workload,
         requests=len(requests),
         model=options.model,
     )
@@ -77,7 +87,7 @@ def _settings(source: str) -> ModelSettings:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m app.bench engine", description=__doc__)
-    parser.add_argument("--workload", choices=WORKLOADS, default="mixed")
+    parser.add_argument("--workload", choices=WORKLOADS, default=["mixed"], nargs="+")
     parser.add_argument("--requests", type=int, default=160)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", action="append", help="a contestant; may be given several times")
@@ -103,9 +113,8 @@ def _parser() -> argparse.ArgumentParser:
 def _print_work(name: str, requests: Seq[Request]) -> None:
     prompts = [len(request.prompt) for request in requests]
     answers = [request.num_tokens for request in requests]
-    print(machine())
     print(
-        f"{name}: {len(requests)} requests, prompts of {min(prompts)}–{max(prompts)} tokens "
+        f"\n{name}: {len(requests)} requests, prompts of {min(prompts)}–{max(prompts)} tokens "
         f"({sum(prompts) / len(prompts):.0f} on average), answers of {min(answers)}–{max(answers)} "
         f"({sum(answers) / len(answers):.0f}), greedy\n"
     )
@@ -123,6 +132,7 @@ def _print_results(results: Results) -> None:
             "of the best",
             "slot efficiency",
             "longest step ms",
+            "CPU s",
         ],
         [
             [
@@ -135,6 +145,7 @@ def _print_results(results: Results) -> None:
                 f"{median(each.longest_step_ms for each in found):.0f}"
                 if found[0].longest_step_ms
                 else "",
+                f"{median(each.cpu_seconds for each in found):.1f}" if found[0].cpu_seconds else "",
             ]
             for name, found in results.items()
             for rates in [_rates(found)]

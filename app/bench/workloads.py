@@ -60,22 +60,37 @@ def short(encode: Encode, count: int, rng: random.Random) -> list[Request]:
 
 
 def long_prompt(encode: Encode, count: int, rng: random.Random) -> list[Request]:
-    """As of summaries: prompts of 400 to 1,200 tokens, answers of 32; a quarter as many."""
+    """As of extraction from documents: prompts of 1,500 tokens, answers of 8; a tenth as many."""
+    return [Request(_text(encode, 1500, rng), 8) for _ in range(max(1, count // 10))]
+
+
+def long_answer(encode: Encode, count: int, rng: random.Random) -> list[Request]:
+    """As of stories: prompts of 8 tokens, answers of 400; half as many."""
+    return [Request(_text(encode, 8, rng), 400) for _ in range(max(1, count // 2))]
+
+
+def chat(encode: Encode, count: int, rng: random.Random) -> list[Request]:
+    """As people chat: lengths spread log-normally, prompts about 70 and answers about 160 tokens;
+    half as many."""
     return [
-        Request(_text(encode, rng.randint(400, 1200), rng), 32) for _ in range(max(1, count // 4))
+        Request(
+            _text(encode, int(min(2000, max(8, rng.lognormvariate(4.2, 1.1)))), rng),
+            int(min(800, max(4, rng.lognormvariate(5.1, 0.8)))),
+        )
+        for _ in range(max(1, count // 2))
     ]
 
 
 def shared_prefix(encode: Encode, count: int, rng: random.Random) -> list[Request]:
-    """The same 170 tokens of instructions before each prompt, about 80 % of it; answers of 32."""
-    system = _text(encode, 170, rng)
+    """The same 500 tokens of instructions before each prompt; answers of 32."""
+    system = _text(encode, 500, rng)
     return [Request(system + encode(_prompt(place, rng)), 32) for place in range(count)]
 
 
 def one_giant(encode: Encode, count: int, rng: random.Random) -> list[Request]:
-    """Mixed work, and in the midst of it one prompt of 4,000 tokens."""
-    requests = mixed(encode, count, rng)
-    requests[count // 3] = Request(_text(encode, 4000, rng), 64)
+    """Short work, and in the midst of it one prompt of 7,000 tokens."""
+    requests = short(encode, count, rng)
+    requests[count // 3] = Request(_text(encode, 7000, rng), 64)
     return requests
 
 
@@ -83,13 +98,15 @@ WORKLOADS: Final = {
     "mixed": mixed,
     "short": short,
     "long-prompt": long_prompt,
+    "long-answer": long_answer,
+    "chat": chat,
     "shared-prefix": shared_prefix,
     "one-giant": one_giant,
 }
 
 
 def make(name: str, encode: Encode, count: int, seed: int = 0) -> list[Request]:
-    """`count` requests (a quarter of them for long prompts), in order of arrival."""
+    """`count` requests, fewer where each is much work, in order of arrival."""
     return WORKLOADS[name](encode, count, random.Random(seed))
 
 
