@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import gc
 import math
 import os
 from pathlib import Path
+from typing import Final
 
 import torch
 
@@ -61,4 +65,29 @@ def ran_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that the device, or the host under a CPU engine, has no room."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    said = str(error).lower() if isinstance(error, RuntimeError) else ""
+    return any(words in said for words in _NO_MEMORY)
+
+
+_NO_MEMORY: Final = (
+    "out of memory",  # CUDA, HIP, Triton and the allocators over them
+    "allocate memory",  # torch on the host: can't, cannot, failed to
+    "not enough memory",
+    "status_alloc_failed",  # cuBLAS, cuDNN, cuSPARSE, cuFFT
+    "cudaerrormemoryallocation",
+    "bad_alloc",
+    "unable to allocate",
+)
+"""How allocators say that there is no room, where torch has no exception of its own for it."""
+
+
+def give_back_memory(device: torch.device) -> None:
+    """Let the device, or the host, have what torch keeps for later. Call it when no error holds on
+    to the tensors that did not fit."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's
+        trim(0)

@@ -15,7 +15,7 @@ import torch
 
 from app.config.settings import ModelSettings
 from app.engines.base import Generation, NewTokens, Progress, Sequence, StepStats
-from app.engines.device import pick_device, ran_out_of_memory, use_threads
+from app.engines.device import give_back_memory, pick_device, ran_out_of_memory, use_threads
 from app.engines.tokenizer import Tokenizer
 from app.errors import ContextLengthExceeded, OutOfMemory, RequestError
 from app.jobs import FinishReason
@@ -70,22 +70,17 @@ class StaticEngine(abc.ABC):
         if not self.has_work:
             return []
         sequences = self._parts.pop(0)
-        ended = {each.id: found for each in sequences if (found := self._refusal(each))}
-        good = [each for each in sequences if each.id not in ended]
-        stats = StepStats(self._batch_id, rows=len(good))
-        out_of_memory = False
+        stats = StepStats(self._batch_id)
         try:
-            with torch.inference_mode():
-                ended |= {each.sequence_id: each for each in self._run(good, stats)} if good else {}
+            ended = self._answers(sequences, stats)
         except Exception as error:
             if not ran_out_of_memory(error):
                 raise
-            out_of_memory = True
+            ended = None
         self._cancelled.difference_update(each.id for each in sequences)
-        if out_of_memory:  # here, where the error no longer holds on to the batch's tensors
-            self.close()
-            if self._device.type == "cuda":
-                torch.cuda.empty_cache()
+        if ended is None:  # here, where the error no longer holds on to the batch's tensors
+            self._parts = []
+            give_back_memory(self._device)
             raise OutOfMemory
         stats.device_ns = sum(each.device_ns for each in ended.values())
         self._stats.append(stats)
@@ -95,6 +90,15 @@ class StaticEngine(abc.ABC):
             if each.stream
         ]
         return [ended[each.id] for each in sequences]
+
+    def _answers(self, sequences: Seq[Sequence], stats: StepStats) -> dict[int, Generation]:
+        """By sequence: refused, or run together with the others."""
+        ended = {each.id: found for each in sequences if (found := self._refusal(each))}
+        good = [each for each in sequences if each.id not in ended]
+        stats.rows = len(good)
+        with torch.inference_mode():
+            ended |= {each.sequence_id: each for each in self._run(good, stats)} if good else {}
+        return ended
 
     def cancel(self, sequence_id: int) -> None:
         self._cancelled.add(sequence_id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Iterable
 from typing import Final
 
 from app.errors import EngineError, OutOfMemory
@@ -103,8 +104,8 @@ class Executor:
                     self.loaded.set()
                 case Stepped():
                     over += self._answered(event)
-                case DidNotFit(model):
-                    self._halve(model)
+                case DidNotFit(sequence_ids=dropped):
+                    self._halve(dropped)
                 case Broken() as broken:
                     self._lose(broken)
         if self._host.is_stuck():
@@ -117,9 +118,9 @@ class Executor:
             self._dispatcher.note_fitted(job)
         return answered
 
-    def _halve(self, model: str) -> None:
+    def _halve(self, sequence_ids: Iterable[int]) -> None:
         """The device ran out of memory: smaller batches follow, and nobody is charged."""
-        dropped, solo = self._running.leave(model), self._running.solo
+        dropped, solo = self._running.leave(sequence_ids), self._running.solo
         self._dispatcher.note_overflow(dropped)
         if dropped == [solo]:
             run = dropped[0].claimed_run

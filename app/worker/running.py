@@ -59,13 +59,10 @@ class Running:
     def sequence_ids(self, job: Job) -> list[int]:
         return [id_ for id_, (owner, _) in self._owners.items() if owner is job]
 
-    def leave(self, model: str | None = None) -> list[Job]:
-        """Take out the unanswered jobs of one model, or of all: the engine dropped them."""
-        gone = {
-            id_: job
-            for id_, (job, _) in self._owners.items()
-            if model is None or job.model == model
-        }
+    def leave(self, sequence_ids: Iterable[int] | None = None) -> list[Job]:
+        """Take out the jobs of these sequences, or of all: the engine dropped them."""
+        dropped = self._owners if sequence_ids is None else sequence_ids
+        gone = {id_: self._owners[id_][0] for id_ in dropped}
         for id_, job in gone.items():
             del self._owners[id_]
             job.claimed_run.forget_answers()

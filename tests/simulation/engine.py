@@ -198,7 +198,7 @@ class SimulatedProcess:
             return
         if any(row.verb == "oom" and len(rows) > row.number for row in rows):
             self._rows = [row for row in self._rows if row not in rows]
-            self._said.append(DidNotFit(model))
+            self._said.append(DidNotFit(model, tuple(row.sequence.id for row in rows)))
             return
         shares = share(STEP_NS, [1] * len(rows))
         for row, device_ns in zip(rows, shares, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from app.engines.device import (
+    give_back_memory,
     given_cores,
     pick_device,
     pick_dtype,
@@ -69,11 +71,36 @@ def test_a_device_beyond_those_there_are_is_refused(monkeypatch: pytest.MonkeyPa
         pick_device("cuda:2")
 
 
-def test_only_a_lack_of_memory_counts_as_one() -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
+        torch.AcceleratorError("CUDA error: out of memory", 2),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("HIP out of memory"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),
+        RuntimeError("std::bad_alloc"),
+        MemoryError(),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+    ],
+    ids=str,
+)
+def test_however_an_allocator_says_it_a_lack_of_memory_is_one(error: Exception) -> None:
+    assert ran_out_of_memory(error)
+
+
+def test_nothing_else_counts_as_a_lack_of_memory() -> None:
     with pytest.raises(RuntimeError) as too_big:
         torch.empty(2**60)
 
     assert ran_out_of_memory(too_big.value)
-    assert ran_out_of_memory(torch.OutOfMemoryError())
-    assert ran_out_of_memory(MemoryError())
     assert not ran_out_of_memory(RuntimeError("shapes do not match"))
+    assert not ran_out_of_memory(OSError(errno.ENOENT, "No such file"))
+    assert not ran_out_of_memory(RuntimeError("CUDA error: an illegal memory access"))
+
+
+def test_memory_is_given_back_on_any_device() -> None:
+    give_back_memory(torch.device("cpu"))

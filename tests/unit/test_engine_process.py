@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import signal
 import subprocess
@@ -10,18 +11,31 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
 
 from app.config.settings import ModelSettings
-from app.engines.base import Sequence
+from app.engines.base import Generation, Sequence, StepStats
 from app.engines.spec import STUB
-from app.errors import EngineError
-from app.jobs import SamplingParams
+from app.errors import EngineError, OutOfMemory
+from app.jobs import FinishReason, SamplingParams
 from app.worker.engine import host as host_module
 from app.worker.engine.host import LAUNCH, EngineHost
-from app.worker.engine.wire import Broken, Event, LoadModels, Ready, ServedModel, Stepped
+from app.worker.engine.process import EngineProcess
+from app.worker.engine.wire import (
+    PROGRESS,
+    Admit,
+    Broken,
+    DidNotFit,
+    Event,
+    LoadModels,
+    Ready,
+    ServedModel,
+    Stepped,
+)
 from tests.waiting import eventually
 
 ROWS = 64
@@ -213,3 +227,50 @@ def test_an_engine_process_that_cannot_be_killed_ends_its_worker(
             host.kill()
     finally:
         monkeypatch.undo()
+
+
+class Scarce:
+    """An engine that has no memory for its first step, during which more is sent to it."""
+
+    def __init__(self, inbox: Any) -> None:
+        self._inbox = inbox
+        self._sequences: list[Sequence] = []
+        self._did_not_fit = False
+
+    def admit(self, batch_id: str, sequences: list[Sequence]) -> None:
+        self._sequences += sequences
+
+    def step(self) -> list[Generation]:
+        sequences, self._sequences = self._sequences, []
+        if not self._did_not_fit:
+            self._did_not_fit = True
+            self._inbox.put(Admit("m", "late", (Sequence(3, (65,)),)))
+            raise OutOfMemory
+        return [Generation(each.id, FinishReason.STOP) for each in sequences]
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._sequences)
+
+    def take_stats(self) -> list[StepStats]:
+        return []
+
+
+def test_what_is_sent_while_memory_runs_out_is_not_among_what_was_dropped() -> None:
+    # given an engine process whose engine will have no memory
+    said: list[Any] = []
+    parent: Any = SimpleNamespace(send=said.append)
+    process = EngineProcess(parent, mmap.mmap(-1, PROGRESS.size))
+    engine: Any = Scarce(process._inbox)
+    process._engines["m"] = engine
+    process._inbox.put(Admit("m", "early", (Sequence(1, (65,)), Sequence(2, (65,)))))
+
+    # when it steps twice
+    for _ in range(2):
+        process._admit()
+        process._step("m", engine)
+
+    # then the worker is told of those that were inside, and of the other's answer
+    dropped, stepped = said
+    assert dropped == DidNotFit("m", (1, 2))
+    assert [each.sequence_id for each in stepped.generations] == [3]

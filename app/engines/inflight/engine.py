@@ -17,7 +17,7 @@ from torch import Tensor
 from app.config.settings import ModelSettings
 from app.costs import decode_weights, share
 from app.engines.base import NOT_FINITE, Generation, NewTokens, Progress, Sequence, StepStats
-from app.engines.device import pick_device, ran_out_of_memory, use_threads
+from app.engines.device import give_back_memory, pick_device, ran_out_of_memory, use_threads
 from app.engines.generation_config import load_rules
 from app.engines.grammar import Compiling, Grammars, wait_any
 from app.engines.inflight import library, native
@@ -163,6 +163,17 @@ class InflightEngine:
         With a launcher this is one step ahead of what it returns: it launches a step, then waits
         for the one before.
         """
+        try:
+            return self._step()
+        except Exception as error:
+            if not ran_out_of_memory(error):
+                raise
+        # Here, where the error no longer holds on to the step's tensors.
+        self._drop_all()
+        give_back_memory(self._device)
+        raise OutOfMemory
+
+    def _step(self) -> list[Generation]:
         self._drop_cancelled()
         if self._compiling:
             self._take_compiled()
@@ -274,16 +285,10 @@ class InflightEngine:
 
     def _launch(self, segments: list[Segment], began_ns: int) -> Flight:
         """Begin a step; from then on its tokens count as computed, and one more of each due row."""
-        try:
-            if self._launcher is not None:
-                flight = self._launcher.launch(segments, began_ns)
-            else:
-                flight = self._compute(segments, began_ns)
-        except (RuntimeError, MemoryError) as error:
-            if not ran_out_of_memory(error):
-                raise
-            self._drop_all()
-            raise OutOfMemory from error
+        if self._launcher is not None:
+            flight = self._launcher.launch(segments, began_ns)
+        else:
+            flight = self._compute(segments, began_ns)
         self._scheduler.advance(segments)
         for segment in segments:
             segment.row.flights += 1
@@ -386,16 +391,20 @@ class InflightEngine:
         _finish(generation, reason, error)
 
     def _drop_all(self) -> None:
+        """Forget every sequence, wherever the step was when it broke off."""
         flight, self._flight = self._flight, None
         if flight is not None:
-            flight.land()
-        self._ended += [row.generation for row in self._leaving]
-        self._leaving.clear()
-        for row in self._rows.values():
-            if row.sequence.id not in self._compiling:
-                self._scheduler.remove(row)
+            try:
+                flight.land()  # what it writes to is given away
+            except Exception as error:
+                if not ran_out_of_memory(error):
+                    raise
+        self._scheduler.clear()
         self._rows.clear()
         self._compiling.clear()
+        self._leaving.clear()
+        self._ended.clear()
+        self._new_tokens.clear()
 
     def _charge(self, segments: list[Segment], device_ns: int) -> None:
         """Share the step's time: fetching the weights equally, a row's own tokens to the row."""

@@ -76,12 +76,17 @@ class Scheduler:
         else they are computed again."""
         self.num_rows = num_rows
         self.num_blocks = num_blocks
+        self.tables = np.zeros((num_rows, blocks_for(context_tokens)), np.int32)
+        self._least_copied = least_copied
+        self.clear()
+
+    def clear(self) -> None:
+        """No rows, and nothing kept of any."""
         self.waiting: list[Row] = []  # by rank
         self.running: list[Row] = []  # by rank
-        self.tables = np.zeros((num_rows, blocks_for(context_tokens)), np.int32)
-        self._slots = list(reversed(range(num_rows)))
-        self._free = list(reversed(range(num_blocks)))
-        self._prefixes = PrefixCache(least_copied)
+        self._slots = list(reversed(range(self.num_rows)))
+        self._free = list(reversed(range(self.num_blocks)))
+        self._prefixes = PrefixCache(self._least_copied)
 
     def add(self, row: Row) -> None:
         insort(self.waiting, row, key=_rank)

@@ -222,8 +222,8 @@ class EngineHost:
                 self._engines, self._load_ns = engines, load_ns
             case Stepped(model=model, generations=generations):
                 self._rows[model] -= len(generations)
-            case DidNotFit(model=model):
-                self._rows[model] = 0
+            case DidNotFit(model=model, sequence_ids=dropped):
+                self._rows[model] -= len(dropped)
         return event
 
     def flush(self) -> None:

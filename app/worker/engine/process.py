@@ -59,6 +59,7 @@ class EngineProcess:
         self._loads: queue.SimpleQueue[LoadModels] = queue.SimpleQueue()
         self._inbox: queue.SimpleQueue[Admit] = queue.SimpleQueue()
         self._engines: dict[str, Engine] = {}
+        self._inside: dict[str, set[int]] = {}  #: by model, the sequences that have no answer yet
         self.is_ready = False
 
     def run(self) -> None:
@@ -120,6 +121,8 @@ class EngineProcess:
             command = self._inbox.get()
             if idle:
                 self._since_ns = time.monotonic_ns()
+            inside = self._inside.setdefault(command.model, set())
+            inside.update(each.id for each in command.sequences)
             self._engines[command.model].admit(command.batch_id, command.sequences)
             idle = False
 
@@ -127,10 +130,12 @@ class EngineProcess:
         try:
             generations = engine.step()
         except OutOfMemory:
-            self._parent.send(DidNotFit(model))
+            dropped = tuple(self._inside.pop(model, ()))
+            self._parent.send(DidNotFit(model, dropped))
             return
         finally:
             self._made_progress()
+        self._inside[model].difference_update(each.sequence_id for each in generations)
         stats: Seq[StepStats] = engine.take_stats() if generations else ()
         if generations or stats:
             self._parent.send(Stepped(model, generations, list(stats)))

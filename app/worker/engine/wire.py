@@ -79,9 +79,11 @@ class Stepped:
 
 @dataclass(frozen=True, slots=True)
 class DidNotFit:
-    """Out of memory: everything inside this engine was dropped unharmed."""
+    """Out of memory: everything inside this engine was dropped unharmed. What was sent to it
+    meanwhile was not inside yet, and runs."""
 
     model: str
+    sequence_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
