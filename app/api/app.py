@@ -49,6 +49,15 @@ log = logging.getLogger(__name__)
 GRACE_S: Final = 5
 """At shutdown: time for requests to end. Long polls are answered at once."""
 
+WAITING_CONNECTIONS: Final = 2_048
+ACCEPTED_A_TURN: Final = 4
+"""Connections that the system keeps until they are accepted, and how many are in a turn of the
+loop: those who come by the hundred at once wait for each other, not the rest for them."""
+
+SYSTEM_BUFFER_BYTES: Final = 262_144
+"""What the system holds of a connection for us, each way. By itself it takes megabytes for each
+that sends without end or does not read, and they count as memory of the container."""
+
 
 def create_app(settings: Settings) -> FastAPI:
     """The application. Loads tokenizers, and connects to nothing before it is started.
@@ -103,7 +112,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     # One thread a connection: requests then queue for a thread, not with a thread for a connection.
     to_thread.current_default_thread_limiter().total_tokens = settings.database.pool_size
     services.waiters.open()
-    with _listening(settings.database.news_url, services.waiters):
+    with memory.kept_small(), _listening(settings.database.news_url, services.waiters):
         yield
     await services.close()
 
@@ -142,10 +151,16 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=GRACE_S,
                 http=connections.Connection,
                 ws="none",
+                backlog=ACCEPTED_A_TURN,  # to asyncio it means this, too
                 loop="asyncio",  # whose transports can be told how much to read at once
             )
         )
         self._app = app
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for sock in sockets or ():
+            sock.listen(WAITING_CONNECTIONS)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._app.state.services.waiters.close()
@@ -164,6 +179,7 @@ def serve(settings: Settings) -> None:
     connections.allow(settings.api.max_connections)
     app = create_app(settings)
     _check_schema(app.state.services.database)
+    memory.settle()
     with listen_on(settings.api.host, settings.api.port) as sock:
         port = sock.getsockname()[1]
         host = f"[{settings.api.host}]" if ":" in settings.api.host else settings.api.host
@@ -182,7 +198,7 @@ def listen_on(host: str, port: int) -> socket.socket:
     """A listening socket. Raises `ConfigError` if the address cannot be had."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        sock = socket.create_server((host, port), family=family, backlog=2048)
+        sock = socket.create_server((host, port), family=family, backlog=WAITING_CONNECTIONS)
     except OSError as error:
         raise ConfigError(
             f"api.host {host} and api.port {port}: cannot listen there ({error.strerror})."
@@ -190,4 +206,6 @@ def listen_on(host: str, port: int) -> socket.socket:
     # Connections inherit it. Without it an answer in two writes waits 40 ms for the caller's ACK,
     # and asyncio only sets it on sockets that name their protocol, which this one does not.
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    for buffer in (socket.SO_RCVBUF, socket.SO_SNDBUF):
+        sock.setsockopt(socket.SOL_SOCKET, buffer, SYSTEM_BUFFER_BYTES)
     return sock

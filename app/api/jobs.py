@@ -207,7 +207,8 @@ def _check_item(here: Services, raw: bytearray, index: int) -> NewJob | RequestE
     try:
         return here.submitter.check(value)
     except RequestError as error:
-        return error
+        error.__context__ = None  # what led to it holds the values, and so do its frames
+        return error.with_traceback(None)
 
 
 def _bulk_answer(here: Services, stored: Stored) -> Response:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from http import HTTPStatus
 from typing import Any, Final
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
+from starlette.routing import Route
 
 from app.api.problems import Problem, documented
 from app.api.schemas import BulkRequest
@@ -50,8 +53,28 @@ _TOKEN: Final = {
 
 
 def install(app: FastAPI) -> None:
-    """Serve the completed document, made once."""
+    """Serve the completed document, made and written down once: it is large, and anybody may ask.
+
+    FastAPI's own route would write it down for each caller.
+    """
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
+    assert app.openapi_url
+    routes = app.router.routes
+    (own,) = [route for route in routes if getattr(route, "path", None) == app.openapi_url]
+    routes[routes.index(own)] = Route(
+        app.openapi_url, partial(_serve, app), include_in_schema=False
+    )
+
+
+async def _serve(app: FastAPI, _: Request) -> Response:
+    return Response(_text(app), media_type="application/json")
+
+
+def _text(app: FastAPI) -> bytes:
+    if not hasattr(app.state, "openapi_text"):
+        app.state.openapi_text = JSONResponse(app.openapi()).body
+    text: bytes = app.state.openapi_text
+    return text
 
 
 def _document(app: FastAPI) -> dict[str, Any]:

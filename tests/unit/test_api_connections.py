@@ -1,13 +1,20 @@
-"""Connections need files: as many as the settings say, or a clear refusal at the start."""
+"""Connections: a file each, or a clear refusal at the start; accepted a few at a time."""
 
 from __future__ import annotations
 
+import asyncio
 import resource
+import socket
+from collections.abc import Callable
+from contextlib import ExitStack
+from itertools import pairwise
 
 import pytest
 
 from app.api import connections
+from app.api.app import ACCEPTED_A_TURN, Server, create_app, listen_on
 from app.api.connections import SPARE_FILES
+from app.config.settings import Settings
 from app.errors import ConfigError
 
 
@@ -36,3 +43,34 @@ def test_more_connections_than_the_hard_limit_allows_are_refused(limits: list[in
     with pytest.raises(ConfigError, match="lower it to 4000"):
         connections.allow(10_000)
     assert limits == [1_024, 4_096]
+
+
+def test_those_who_come_at_once_are_accepted_a_few_in_each_turn_of_the_loop(
+    make_settings: Callable[..., Settings],
+) -> None:
+    settings = make_settings(
+        database={"url": "postgresql://nobody@127.0.0.1:1/none"},
+        broker={"url": "redis://127.0.0.1:1/0"},
+    )
+    num, accepted = 40, [0]
+
+    async def watch() -> None:
+        with ExitStack() as open_ones:
+            sock = listen_on("127.0.0.1", 0)
+            server = Server(create_app(settings))
+            server.config.load()
+            server.lifespan = server.config.lifespan_class(server.config)
+            await server.startup([sock])
+            for _ in range(num):  # the system takes them all
+                client = socket.create_connection(sock.getsockname(), timeout=10)
+                open_ones.enter_context(client)
+            async with asyncio.timeout(30):
+                while accepted[-1] < num:
+                    await asyncio.sleep(0)
+                    accepted.append(len(server.server_state.connections))
+            await server.shutdown([sock])
+
+    asyncio.run(watch())
+
+    steps = [now - before for before, now in pairwise(accepted)]
+    assert 0 < max(steps) <= ACCEPTED_A_TURN

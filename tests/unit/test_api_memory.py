@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
+
+from app.api import jobs
+from app.api.app import create_app
+from app.config.settings import Settings
+from app.errors import RequestError
 
 BODIES = """
 from app.api import memory
@@ -34,3 +41,64 @@ def test_what_a_hundred_and_sixty_megabytes_of_bodies_took_is_given_back() -> No
     )
 
     assert int(done.stdout) < 20_000_000
+
+
+SCATTERED = """
+import time
+from app.api import memory
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+memory.TRIM_S = 0.01
+memory.give_back()
+with memory.kept_small():
+    before = resident()
+    blocks = [bytearray(4_000) for _ in range(40_000)]
+    kept = blocks[::400]  # the last of the heap among them: its end cannot go back
+    grown = resident() - before
+    del blocks
+    deadline = time.monotonic() + 30
+    while resident() - before > grown / 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+print((resident() - before) / grown)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
+def test_free_memory_between_blocks_in_use_is_given_back_as_well() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SCATTERED], capture_output=True, text=True, check=True
+    )
+
+    assert float(done.stdout) < 0.5
+
+
+def test_what_was_there_at_the_start_is_not_looked_through_by_the_collector() -> None:
+    settled = (
+        "import gc; from app.api import memory; import app.api.app; memory.settle();"
+        "print(gc.get_freeze_count(), len(gc.get_objects()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", settled], capture_output=True, text=True, check=True
+    )
+
+    frozen, looked_through = map(int, done.stdout.split())
+    assert frozen > 100_000 and looked_through < frozen / 100
+
+
+def test_what_is_refused_of_a_bulk_keeps_nothing_of_what_was_sent(
+    make_settings: Callable[..., Settings],
+) -> None:
+    app = create_app(
+        make_settings(
+            database={"url": "postgresql://nobody@127.0.0.1:1/none"},
+            broker={"url": "redis://127.0.0.1:1/0"},
+        )
+    )
+    raw = bytearray(json.dumps({"body": {"prompt": "mill", "max_tokens": -1}}), "ascii")
+
+    refused = jobs._check_item(app.state.services, raw, 0)
+
+    assert isinstance(refused, RequestError)
+    assert (refused.__traceback__, refused.__context__, refused.__cause__) == (None, None, None)

@@ -46,6 +46,18 @@ def get(app: FastAPI, path: str) -> httpx.Response:
     return asyncio.run(send())
 
 
+def test_the_document_is_written_down_once_however_often_it_is_asked_for(
+    app: FastAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = get(app, "/openapi.json")
+
+    monkeypatch.setattr(json, "dumps", lambda *args, **kwargs: pytest.fail("written again"))
+    second = get(app, "/openapi.json")
+
+    assert first.headers["content-type"] == "application/json"
+    assert second.content == first.content
+
+
 def operations(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
