@@ -72,6 +72,12 @@ _FORMS: Final = st.sampled_from(
         {"prompt": [[1, 2], [3]]},
         {"prompt": ["a", "b"]},
         {"input": [1, 2**31]},
+        {"truncate_prompt_tokens": -1},
+        {"truncate_prompt_tokens": 2**31 - 1},
+        {"dimensions": 3},
+        {"input_type": "query"},
+        {"use_activation": False},
+        {"top_n": 2**31 - 1, "return_documents": True},
     ]
 )
 _UNIT: Final = st.floats(0, 1) | st.sampled_from([1e-50, 5e-324, 1e-300, 0, 1])
@@ -105,11 +111,14 @@ def requests(draw: st.DrawFn) -> dict[str, Any]:
             [
                 {"prompt": "flour"},
                 {"input": ["flour", "water"]},
+                {"input": [["flour", "water"]], "url": "/v1/classify"},
+                {"query": "flour", "documents": ["water", {"text": "meal"}]},
+                {"text_1": "flour", "text_2": ["water", "meal"]},
                 {"messages": [{"role": "user", "content": "flour"}]},
             ]
         )
     )
-    if "input" not in base:
+    if base.keys() & {"prompt", "messages"}:
         base = base | draw(_SAMPLING)
     match draw(st.sampled_from(["good", "good", "form", "spoiled"])):
         case "form":
@@ -138,6 +147,15 @@ _OPTIONS: Final = {
 }
 
 
+def _tasks(request: dict[str, Any]) -> list[str]:
+    """The tasks that a request may be sent as."""
+    if "input" in request:
+        return ["inference.embed", "inference.classify"]
+    if request.keys() & {"query", "text_1"}:
+        return ["inference.rerank", "inference.score"]
+    return ["inference.generate"]
+
+
 _TASK_IDS: Final = (
     st.builds(lambda: str(uuid4())) | st.text(min_size=1, max_size=9) | st.just("mill-\ud800")
 )
@@ -156,7 +174,7 @@ def items(draw: st.DrawFn) -> bytes:
         return draw(ANYTHING) if place == spoilt else good
 
     request = draw(requests())
-    task = "inference.embed" if "input" in request else "inference.generate"
+    task = draw(st.sampled_from(_tasks(request)))
     named = {"task": put("task", task), "id": put("id", draw(_TASK_IDS))}
     options = draw(st.fixed_dictionaries({}, optional=_OPTIONS))
     options |= {spoilt: draw(ANYTHING)} if spoilt in _OPTIONS else {}

@@ -141,6 +141,8 @@ def redis_url(redis_server: EmbeddedRedis) -> str:
 STUB_MODELS = {
     "stub": ModelSettings(source="stub", kind="generate", engine="stub", default=True),
     "stub-embed": ModelSettings(source="stub", kind="embed", engine="stub", default=True),
+    "stub-classify": ModelSettings(source="stub", kind="classify", engine="stub", default=True),
+    "stub-rerank": ModelSettings(source="stub", kind="rerank", engine="stub", default=True),
 }
 
 

@@ -19,6 +19,8 @@ async def list_models(here: Here) -> ModelList:
                 id=name,
                 kind=model.settings.kind,
                 default=model.settings.default,
+                labels=list(model.card.labels),
+                prompts=list(model.card.prompts),
                 context_tokens=model.tokenizer.context_tokens,
                 max_output_tokens=model.settings.max_output_tokens,
                 max_batch_size=model.settings.max_batch_size,

@@ -135,7 +135,7 @@ class JobSummary(BaseModel):
     claimed_at: datetime | None = Field(description="When a worker last claimed it.")
     started_at: datetime | None = Field(description="When the engine began the prompt.")
     first_token_at: datetime | None = Field(
-        description="When the first token was there; for an embedding, the vector."
+        description="When the first token was there; for an embedding or scores, these."
     )
     finished_at: datetime | None = Field(description="When it reached its final state.")
     cancel_requested_at: datetime | None = Field(
@@ -216,6 +216,13 @@ class Model(BaseModel):
     owned_by: Literal["gristmill"] = Field("gristmill", description="Always `gristmill`.")
     kind: Kind = Field(description="What it does.")
     default: bool = Field(description="Whether it takes requests that name no model.")
+    labels: list[str] = Field(
+        description="Names of a classifier's classes, in the order of its scores.",
+        examples=[["negative", "positive"]],
+    )
+    prompts: list[str] = Field(
+        description="Names of an embedder's prompts, for `prompt_name`.", examples=[["query"]]
+    )
     context_tokens: int = Field(description="Most tokens of prompt and output.", examples=[8192])
     max_output_tokens: int = Field(description="Largest max_tokens taken.", examples=[4096])
     max_batch_size: int = Field(

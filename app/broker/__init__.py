@@ -27,7 +27,7 @@ Message. Celery protocol 2 as JSON, one element of the list:
                       arguments, nothing embedded. {} as request: it is in the row, under the id
     content-type      "application/json"
     content-encoding  "utf-8"
-    headers           {"lang": any text, "task": "inference.generate" or "inference.embed",
+    headers           {"lang": any text, "task": one of `message.TASKS`, as inference.generate,
                       "id": the job's UUID}; Celery's optional ones are honoured (eta, expires,
                       timelimit), and "request_format" is that of the request, 1 if left out
     properties        {"delivery_tag": a new UUID every time, "body_encoding": "base64",

@@ -9,7 +9,7 @@ from celery import Celery, signals
 from kombu.transport import TRANSPORT_ALIASES
 
 from app import telemetry
-from app.broker.message import TASK_NAMES
+from app.broker.message import TASKS
 from app.broker.queues import queues_of, served_models
 from app.config.broker_url import for_kombu, tls_of
 from app.config.settings import BrokerSettings, Settings
@@ -37,7 +37,7 @@ def make_app(settings: Settings) -> Celery:
     app.settings = settings
     app.events.dispatcher_cls = "app.worker.pool.events:EventDispatcher"
     app.conf.update(_celery_settings(settings))
-    for name in TASK_NAMES.values():
+    for name in TASKS:
         app.task(_never_run, name=name, lazy=False)
     app.amqp.queues.select([*queues_of(served_models(settings)), settings.broker.default_queue])
     signals.setup_logging.connect(_setup_logging, weak=False)

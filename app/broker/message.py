@@ -11,6 +11,8 @@ from uuid import UUID, uuid4
 from app.jobs import Kind
 
 TASK_NAMES: Final = {kind: f"inference.{kind}" for kind in Kind}
+TASKS: Final = {name: kind for kind, name in TASK_NAMES.items()} | {"inference.score": Kind.RERANK}
+"""The tasks that a message may name, and the kind of each."""
 
 FORMAT_HEADER: Final = "request_format"
 """Header with the version of the format of the request inside; the first one when left out."""

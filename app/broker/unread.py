@@ -11,7 +11,7 @@ from typing import Final
 
 import redis
 
-from app.broker.message import TASK_NAMES
+from app.broker.message import TASKS
 from app.broker.queues import Layout, queues_of
 from app.config.settings import Settings
 
@@ -57,6 +57,6 @@ def _lists(client: redis.Redis) -> list[bytes]:
 
 def _is_ours(item: bytes) -> bool:
     """Whether one of our tasks is named, in the open or, in protocol 1, in the body's base64."""
-    names = [name.encode() for name in TASK_NAMES.values()]
+    names = [name.encode() for name in TASKS]
     coded = [base64.b64encode(name[shift:])[:-4] for name in names for shift in range(3)]
     return any(text in item for text in (*names, *coded))

@@ -169,16 +169,20 @@ def show(job: Job, as_json: bool) -> None:
         print_json(job.raw)
         return
     for answer in answers(job.response or {}):
-        say(answer if isinstance(answer, str) else f"a vector of {len(answer)} numbers")
+        if isinstance(answer, list):
+            say(f"a vector of {len(answer)} numbers")
+        else:
+            say(answer if isinstance(answer, str) else json.dumps(answer))
     print_fields(_fields(job.raw))
 
 
 def answers(response: dict[str, Any]) -> Iterator[Any]:
-    """What a response says: the text of each choice, or each vector."""
+    """What a response says: the text of each choice, each vector, or the score of each text."""
     for choice in response.get("choices", ()):
         yield choice["message"]["content"] if "message" in choice else choice["text"]
     for item in response.get("data", ()):
-        yield item["embedding"]
+        yield item.get("embedding", item.get("score", item.get("scores")))
+    yield from response.get("results", ())
 
 
 def _fields(raw: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -34,9 +34,9 @@ OF_THE_LINE: Final = (RequestError, IdempotencyConflict, NotStorable)
 @click.option(
     "--as",
     "field",
-    type=click.Choice(["messages", "prompt", "input"]),
+    type=click.Choice(["messages", "prompt", "input", "classify"]),
     default="messages",
-    help="A chat, a text to go on with, or a text to embed.",
+    help="A chat, a text to go on with, to embed (input), or to classify.",
 )
 @click.option("--model", help="A configured model; else the default one.")
 @click.option("--set", "given", multiple=True, metavar="NAME=VALUE", help="As in max_tokens=64.")
@@ -84,8 +84,7 @@ def submit(
     )
     ledger = Ledger(as_json, keeps_ids=wait)
     if file is None:
-        asked = [{"role": "user", "content": text}] if field == "messages" else text
-        submissions: Iterator[Submission | None] = iter([form.submission({field: asked})])
+        submissions: Iterator[Submission | None] = iter([form.submission(_asked(text, field))])
         ledger.expect(None)
     else:
         submissions = _of_file(file, form, ledger)
@@ -101,6 +100,16 @@ def submit(
             else:
                 all_answered = show_as_they_end(client, ledger.accepted, as_json)
     sys.exit(FAILED if ledger.num_refused else 0 if all_answered else JOB_FAILED)
+
+
+def _asked(text: str | None, field: str) -> dict[str, Any]:
+    match field:
+        case "messages":
+            return {"messages": [{"role": "user", "content": text}]}
+        case "classify":
+            return {"url": "/v1/classify", "body": {"input": text}}
+        case _:
+            return {field: text}
 
 
 def _check_usage(text: str | None, file: object) -> None:

@@ -320,6 +320,11 @@ class Settings(_Section):
     models: dict[Name, ModelSettings] = Field(default_factory=dict)
     prices: dict[Name, PriceSettings] = Field(default_factory=dict)
 
+    def kind_of(self, model: str) -> Kind | None:
+        """What a model of this name does; None if none is configured."""
+        found = self.models.get(model)
+        return found.kind if found else None
+
     def model_name(self, kind: Kind, asked: str | None) -> str:
         """The configured model that a request of this kind means, be it of one of its adapters;
         raises `ModelNotFound`."""

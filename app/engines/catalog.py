@@ -8,6 +8,7 @@ from pathlib import Path
 
 from app.config.settings import ModelSettings, Settings
 from app.engines import registry
+from app.engines.card import NO_CARD, Card, load_card
 from app.engines.models import ensure_files
 from app.engines.tokenizer import Tokenizer, load_tokenizer
 from app.errors import ConfigError
@@ -20,6 +21,7 @@ class CatalogModel:
     settings: ModelSettings
     folder: Path
     tokenizer: Tokenizer
+    card: Card = NO_CARD
 
 
 def load_catalog(settings: Settings, names: Iterable[str] | None = None) -> dict[str, CatalogModel]:
@@ -33,7 +35,8 @@ def load_catalog(settings: Settings, names: Iterable[str] | None = None) -> dict
         folder = ensure_files(name, model, Path(settings.cache_dir))
         try:
             registry.check(model)
-            catalog[name] = CatalogModel(model, folder, load_tokenizer(folder, model))
+            tokenizer, card = load_tokenizer(folder, model), load_card(folder, model)
         except ConfigError as error:
             raise ConfigError(f"Model {name}: {error}") from error
+        catalog[name] = CatalogModel(model, folder, tokenizer, card)
     return catalog

@@ -40,6 +40,8 @@ class EngineSpec:
     files: Callable[[ModelSettings], Files] = lambda _: Files.MODEL
     tokenizer: str = "app.engines.tokenizer:FileTokenizer"
     """Called with (folder, settings); makes an `app.engines.tokenizer.Tokenizer`."""
+    card: str = "app.engines.card:plain_card"
+    """Called with (folder, settings); makes an `app.engines.card.Card`."""
     check: str = ""
     """Called with the settings at start, if named; raises `ConfigError` for wrong options."""
     takes_adapters: bool = False
@@ -58,6 +60,7 @@ STUB: Final = EngineSpec(
     files=lambda _: Files.NONE,
     tokenizer="app.engines.tokenizer:stub_tokenizer",
     searches=True,  # its answers are the same either way
+    card="app.engines.card:stub_card",
 )
 GENERATE: Final = EngineSpec(
     "app.engines.generate:GenerateEngine",
@@ -68,7 +71,9 @@ INFLIGHT: Final = EngineSpec(
     "app.engines.inflight:InflightEngine", fits="app.engines.inflight.loading:decoder_fits"
 )
 ENCODER: Final = EngineSpec(
-    "app.engines.encoder:EncoderEngine", fits="app.engines.encoder:encoder_fits"
+    "app.engines.encoder:EncoderEngine",
+    card="app.engines.card:read_card",
+    fits="app.engines.encoder:encoder_fits",
 )
 VLLM: Final = EngineSpec(
     "app.engines.vllm.engine:VllmEngine",

@@ -287,11 +287,14 @@ class Submitter:
     def _new_job(self, submission: Submission) -> NewJob:
         try:
             request = bodies.parse(
-                submission.body, submission.url, unknown_fields=self._settings.unknown_fields
+                submission.body,
+                submission.url,
+                unknown_fields=self._settings.unknown_fields,
+                kind_of=self._settings.kind_of,
             )
             model = self._settings.model_name(request.kind, request.body.model)
             served = self.models[model]
-            prepared = prepare(request, served.tokenizer, served.settings)
+            prepared = prepare(request, served.tokenizer, served.settings, served.card)
             _check_grammar(request, prepared)
         except RequestError as error:
             if error.param not in (None, "url", "body"):

@@ -1,10 +1,11 @@
 """What a producer asks: the body of an OpenAI-style call, checked, and what it means to an engine.
 
 A request is `(url, body)`. The url follows from the field present when it is left out:
-`messages` → /v1/chat/completions, `prompt` → /v1/completions, `input` → /v1/embeddings. Field
-names and meanings are those of the OpenAI API, with vLLM's names for the sampling parameters it
-lacks (top_k, min_p, repetition_penalty, ignore_eos …); `app.requests.handling` says what is not
-obeyed.
+`messages` → /v1/chat/completions, `prompt` → /v1/completions, `input` → /v1/embeddings, or
+/v1/classify if the model named is a classifier, `query` → /v1/rerank, `text_1` → /v1/score. Field
+names and meanings are those of the OpenAI API, with vLLM's names for the calls and the sampling
+parameters it lacks (top_k, min_p, repetition_penalty, ignore_eos …); `app.requests.handling` says
+what is not obeyed.
 
 Pure: limits that depend on a model's tokenizer are checked by `app.engines.tokenizer`.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import enum
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -23,11 +25,13 @@ from app.errors import LaterFormat, RequestError, UrlNotFound
 from app.jobs import Kind
 from app.requests.body import Body
 from app.requests.chat import ChatBody
+from app.requests.classification import ClassifyBody
 from app.requests.completion import CompletionBody
 from app.requests.embedding import EmbeddingBody
 from app.requests.part import DROP_UNKNOWN
 from app.requests.problems import first_problem
 from app.requests.prompts import Prompt
+from app.requests.scoring import RerankBody, ScoreBody
 from app.requests.storable import refuse_unstorable
 
 FORMAT: Final = 1
@@ -44,6 +48,14 @@ class Url(enum.StrEnum):
     CHAT = "/v1/chat/completions"
     COMPLETIONS = "/v1/completions"
     EMBEDDINGS = "/v1/embeddings"
+    CLASSIFY = "/v1/classify"
+    RERANK = "/v1/rerank"
+    SCORE = "/v1/score"
+
+    @classmethod
+    def _missing_(cls, value: object) -> Url | None:
+        """Other paths that servers have for the same call."""
+        return _ALIASES.get(str(value))
 
     @property
     def kind(self) -> Kind:
@@ -54,12 +66,25 @@ BODIES: Final[dict[Url, type[Body]]] = {
     Url.CHAT: ChatBody,
     Url.COMPLETIONS: CompletionBody,
     Url.EMBEDDINGS: EmbeddingBody,
+    Url.CLASSIFY: ClassifyBody,
+    Url.RERANK: RerankBody,
+    Url.SCORE: ScoreBody,
+}
+_ALIASES: Final = {
+    "/classify": Url.CLASSIFY,
+    "/rerank": Url.RERANK,
+    "/v2/rerank": Url.RERANK,
+    "/score": Url.SCORE,
 }
 _URL_BY_FIELD: Final = {
     "messages": Url.CHAT,
     "prompt": Url.COMPLETIONS,
     "input": Url.EMBEDDINGS,
+    "query": Url.RERANK,
+    "text_1": Url.SCORE,
 }
+KindOf = Callable[[str], Kind | None]
+"""What a model of this name does; None if there is none."""
 
 
 @dataclass(frozen=True)
@@ -107,9 +132,14 @@ class Request:
 
 
 def parse(
-    raw: object, url: str | None = None, *, unknown_fields: Literal["refuse", "ignore"] = "refuse"
+    raw: object,
+    url: str | None = None,
+    *,
+    unknown_fields: Literal["refuse", "ignore"] = "refuse",
+    kind_of: KindOf = lambda name: None,
 ) -> Request:
-    """Check a body and return the request. A known field that is null counts as left out.
+    """Check a body and return the request. A known field that is null counts as left out. `kind_of`
+    says what the models do that it may name.
 
     Raises `RequestError` whose `param` names the first wrong field and whose message never quotes
     the value: it may be a prompt.
@@ -117,7 +147,7 @@ def parse(
     if not isinstance(raw, dict):
         raise RequestError("The request body must be a JSON object.", param="body")
     raw = {name: it for name, it in raw.items() if it is not None or name not in _TOP_FIELDS}
-    known_url = _url(raw, url)
+    known_url = _url(raw, url, kind_of)
     context = DROP_UNKNOWN if unknown_fields == "ignore" else None
     try:
         body = BODIES[known_url].model_validate(raw, context=context)
@@ -141,7 +171,7 @@ def parse_stored(raw: object, url: str | None, format: int) -> Request:
     return parse(raw, url)
 
 
-def _url(raw: dict[str, Any], url: str | None) -> Url:
+def _url(raw: dict[str, Any], url: str | None, kind_of: KindOf) -> Url:
     if url is not None:
         try:
             return Url(url)
@@ -152,10 +182,14 @@ def _url(raw: dict[str, Any], url: str | None) -> Url:
     if len(present) != 1:
         problem = "none of them" if not present else " and ".join(present)
         raise RequestError(
-            f"Give exactly one of messages, prompt or input; the request has {problem}.",
+            f"Give exactly one of {', '.join(_URL_BY_FIELD)}; the request has {problem}.",
             param=present[1] if present else "prompt",
         )
-    return _URL_BY_FIELD[present[0]]
+    [field] = present
+    model = raw.get("model")
+    if field == "input" and isinstance(model, str) and kind_of(model) is Kind.CLASSIFY:
+        return Url.CLASSIFY
+    return _URL_BY_FIELD[field]
 
 
 _TOP_FIELDS: Final = frozenset(name for body in BODIES.values() for name in body.model_fields)

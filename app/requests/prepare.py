@@ -7,12 +7,15 @@ from dataclasses import dataclass, replace
 
 from app.config.settings import ModelSettings
 from app.engines import registry
-from app.engines.tokenizer import Tokenizer
+from app.engines.card import NO_CARD, Card
+from app.engines.tokenizer import Encoded, Tokenizer
 from app.errors import ContextLengthExceeded, RequestError
-from app.jobs import SamplingParams, int64
+from app.jobs import WHOLE, PoolingParams, SamplingParams, int64
 from app.requests.bodies import Request
+from app.requests.body import Body
 from app.requests.conversation import Conversation
-from app.requests.prompts import Prompt
+from app.requests.pooled import PooledBody
+from app.requests.prompts import Pair, Prompt
 from app.requests.sampled import SampledBody
 
 
@@ -21,8 +24,10 @@ class Prepared:
     """A request in tokens, within the model's limits."""
 
     prompts: tuple[tuple[int, ...], ...]  #: of the distinct prompts; each is answered n times
-    max_tokens: int  #: of each answer; 0 for embeddings
+    max_tokens: int  #: of each answer; 0 where none is generated
     params: SamplingParams | None = None  #: of the first answer; None if none is drawn
+    type_ids: tuple[tuple[int, ...], ...] = ()  #: of each prompt; () if all are 0
+    pooling: PoolingParams = WHOLE  #: how the answers are given where none is generated
 
     def sampling(self, answer: int = 0) -> SamplingParams | None:
         """Sampling of answer number `answer`. With a seed each of the answers to a prompt gets a
@@ -37,7 +42,9 @@ class Prepared:
         return sum(map(len, self.prompts))
 
 
-def prepare(request: Request, tokenizer: Tokenizer, settings: ModelSettings) -> Prepared:
+def prepare(
+    request: Request, tokenizer: Tokenizer, settings: ModelSettings, card: Card = NO_CARD
+) -> Prepared:
     """The request in tokens, or the reason why the model cannot take it.
 
     Raises `ContextLengthExceeded` or another `RequestError` whose `param` names the field.
@@ -56,8 +63,11 @@ def prepare(request: Request, tokenizer: Tokenizer, settings: ModelSettings) -> 
             param=request.body.most_tokens_field,
         )
     most = settings.max_batch_tokens // request.num_sequences
-    prompts = []
-    for tokens, place in _encoded(request, tokenizer):  # the first that is too long is the last
+    pooling = _pooling(request.body, tokenizer, card)
+    prompts, type_ids = [], []
+    # The first that is too long is the last.
+    for encoded, place in _encoded(request, tokenizer, card):
+        tokens = encoded.ids
         room = tokenizer.context_tokens - (0 if tokenizer.separate_output else len(tokens))
         if len(tokens) > tokenizer.context_tokens or least > room:
             raise ContextLengthExceeded(
@@ -72,10 +82,17 @@ def prepare(request: Request, tokenizer: Tokenizer, settings: ModelSettings) -> 
                 param=field,
             )
         prompts.append(tokens)
+        type_ids.append(encoded.type_ids)
     longest = max(map(len, prompts))
     room = tokenizer.context_tokens - (0 if tokenizer.separate_output else longest)
     max_tokens = min(wanted, room, most - longest, settings.max_output_tokens)
-    return Prepared(tuple(prompts), max_tokens, _params(request, max_tokens, tokenizer, settings))
+    return Prepared(
+        tuple(prompts),
+        max_tokens,
+        _params(request, max_tokens, tokenizer, settings),
+        tuple(type_ids) if any(type_ids) else (),
+        pooling,
+    )
 
 
 def _output(request: Request, settings: ModelSettings) -> tuple[int, int]:
@@ -123,21 +140,66 @@ def _out_of_range(tokenizer: Tokenizer, field: str) -> RequestError:
 
 def encode(request: Request, tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
     """Token ids of each distinct prompt of a request."""
-    return tuple(tokens for tokens, _ in _encoded(request, tokenizer))
+    return tuple(encoded.ids for encoded, _ in _encoded(request, tokenizer, NO_CARD))
 
 
-def _encoded(request: Request, tokenizer: Tokenizer) -> Iterator[tuple[tuple[int, ...], str]]:
-    """Token ids of each distinct prompt, and the field that it is in."""
+def _encoded(request: Request, tokenizer: Tokenizer, card: Card) -> Iterator[tuple[Encoded, str]]:
+    """Each distinct prompt in tokens, and the field that it is in."""
     field = request.body.PROMPT_FIELD
     prompts = request.prompts
     for index, prompt in enumerate(prompts):
         place = f"{field}.{index}" if len(prompts) > 1 else field
-        yield _encode(tokenizer, prompt, place, request.body.parse_special), place
+        if isinstance(request.body, PooledBody):
+            yield _encode_pooled(request.body, prompt, tokenizer, card, place), place
+        else:
+            tokens = _encode(tokenizer, prompt, place, request.body.parse_special)
+            yield Encoded(tokens), place
+
+
+def _pooling(body: Body, tokenizer: Tokenizer, card: Card) -> PoolingParams:
+    """How answers are given that are not generated. Raises `RequestError` for what this model does
+    not give."""
+    if not isinstance(body, PooledBody):
+        return WHOLE
+    body.check_model(card)
+    prefix = card.text(body.prefix(card))
+    if card.pools_prompt or not prefix:
+        return body.pooling
+    # As sentence-transformers counts them: with what begins a text, without what ends one.
+    tokens, around = tokenizer.encode(prefix).ids, tokenizer.encode("").ids
+    has_end = bool(around) and around[-1] == tokens[-1]
+    return replace(body.pooling, skip=len(tokens) - has_end)
+
+
+def _encode_pooled(
+    body: PooledBody, prompt: Prompt, tokenizer: Tokenizer, card: Card, field: str
+) -> Encoded:
+    """A text or a pair as the model's files have it, cut if that was asked for."""
+    most = body.most_prompt_tokens(tokenizer.context_tokens)
+    match prompt:
+        case Pair(first, second):
+            texts = [card.text(first), card.text(second)]
+        case str():
+            texts = [card.text(body.prefix(card) + prompt)]
+        case _:
+            return Encoded(_encode(tokenizer, prompt, field, body.parse_special)[:most])
+    if most is None:
+        _refuse_long(tokenizer, texts, field)
+    encoded = tokenizer.encode(
+        *texts,
+        parse_special=body.parse_special,
+        max_tokens=most,
+        max_pair_tokens=body.most_pair_tokens,
+    )
+    if not encoded.ids:
+        raise RequestError("The prompt has no tokens.", param=field)
+    return encoded
 
 
 def _encode(
     tokenizer: Tokenizer, prompt: Prompt, field: str, parse_special: bool
 ) -> tuple[int, ...]:
+    assert not isinstance(prompt, Pair)  # none is in a body that generates
     if isinstance(prompt, str):
         _refuse_long(tokenizer, [prompt], field)
         tokens = tokenizer.encode_text(prompt, parse_special=parse_special)

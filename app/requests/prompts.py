@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Final
 
 from pydantic import BeforeValidator, Field
@@ -27,8 +28,18 @@ Prompts = (
     | Annotated[list[TokenIds], Field(min_length=1, max_length=2048, fail_fast=True)]
 )
 
-Prompt = str | tuple[int, ...] | Conversation
-"""One prompt: text, token ids, or a conversation still to be put through the chat template."""
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two texts that a model reads as one prompt."""
+
+    first: str
+    second: str
+
+
+Prompt = str | tuple[int, ...] | Conversation | Pair
+"""One prompt: text, token ids, a pair of texts, or a conversation still to be put through the chat
+template."""
 
 
 def split(given: Prompts) -> list[Prompt]:

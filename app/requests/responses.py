@@ -1,12 +1,11 @@
 """From generations to the body of an OpenAI-style answer. Pure.
 
-Shapes follow the OpenAI API: chat.completion, text_completion and a list of embeddings.
+Shapes follow the OpenAI API: chat.completion and text_completion; of what generates nothing they
+are in `app.requests.pooled_answers`.
 """
 
 from __future__ import annotations
 
-import base64
-import struct
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -17,8 +16,9 @@ from app.requests import logprobs
 from app.requests.bodies import Request
 from app.requests.chat import ChatBody
 from app.requests.completion import CompletionBody
-from app.requests.embedding import EmbeddingBody
 from app.requests.logprobs import Spelling
+from app.requests.pooled import PooledBody
+from app.requests.pooled_answers import pooled_answer
 
 _FINISH_REASON: Final = {
     FinishReason.STOP: "stop",
@@ -46,10 +46,21 @@ def body(
     created: int,
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
+    labels: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The response body. `generations` are in the order of the request's sequences, `prompts` are
-    the distinct ones in tokens; `created` is in UNIX seconds."""
+    the distinct ones in tokens; `created` is in UNIX seconds; `labels` are a classifier's."""
     counted = usage(request, generations)
+    if isinstance(request.body, PooledBody):
+        return pooled_answer(
+            request.body,
+            generations,
+            counted,
+            job_id=job_id,
+            model=model,
+            created=created,
+            labels=labels,
+        )
     answers = [
         (i, each, Spelling(tokenizer, prompts[i // request.num_answers]))
         for i, each in enumerate(generations)
@@ -72,19 +83,6 @@ def body(
                 "model": model,
                 "choices": [_completion(*each) for each in answers],
                 "usage": _usage(counted),
-            }
-        case EmbeddingBody(encoding_format=encoding):
-            return {
-                "object": "list",
-                "model": model,
-                "data": [
-                    {"object": "embedding", "index": i, "embedding": _vector(each, encoding)}
-                    for i, each in enumerate(generations)
-                ],
-                "usage": {
-                    "prompt_tokens": counted.input_tokens,
-                    "total_tokens": counted.total_tokens,
-                },
             }
         case _:
             raise NotImplementedError(request.url)
@@ -116,13 +114,6 @@ def _completion(index: int, answer: Generation, spelling: Spelling) -> dict[str,
         "logprobs": None if scored is None else logprobs.of_completion(scored, spelling, text),
         "finish_reason": _FINISH_REASON[answer.finish_reason],
     }
-
-
-def _vector(answer: Generation, encoding: str) -> list[float] | str:
-    vector = answer.embedding or []
-    if encoding == "float":
-        return vector
-    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
 
 
 def _storable(text: str) -> str:

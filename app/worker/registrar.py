@@ -236,7 +236,7 @@ class Registrar:
         if served is None:
             return None
         try:
-            return prepare(request, served.tokenizer, served.settings)
+            return prepare(request, served.tokenizer, served.settings, served.card)
         except RequestError as error:
             return error
         except (KeyboardInterrupt, SystemExit, MemoryError):

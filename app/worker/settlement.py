@@ -69,14 +69,16 @@ class Settlement:
         )
 
     def _body(self, job: Job, answers: list[Generation]) -> dict[str, Any]:
+        served = self._catalog[job.model]
         return responses.body(
             job.request,
             answers,
             job_id=str(job.id),
             model=f"{job.model}:{adapter}" if (adapter := job.request.adapter) else job.model,
             created=int(time.time()),
-            tokenizer=self._catalog[job.model].tokenizer,
+            tokenizer=served.tokenizer,
             prompts=job.prepared.prompts,
+            labels=served.card.labels,
         )
 
 

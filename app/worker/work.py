@@ -161,7 +161,7 @@ class Job:
 
     def sequences(self, first_id: int) -> list[Sequence]:
         """What the engine is to run, in the order of the answers, with ids from `first_id`."""
-        answers = self.request.num_answers
+        answers, types = self.request.num_answers, self.prepared.type_ids
         return [
             Sequence(
                 id=first_id + place,
@@ -170,6 +170,8 @@ class Job:
                 tenant=self.tenant,
                 priority=self.priority,
                 adapter=self.request.adapter,
+                pooling=self.prepared.pooling,
+                token_type_ids=types[place // answers] if types else (),
             )
             for place in range(self.num_sequences)
         ]

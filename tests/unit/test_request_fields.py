@@ -8,6 +8,7 @@ import pytest
 
 from app.config.settings import ModelSettings
 from app.engines.base import Generation, TokenLogprob
+from app.engines.card import Card
 from app.engines.tokenizer import StubTokenizer
 from app.errors import RequestError
 from app.jobs import FinishReason, Kind
@@ -19,6 +20,7 @@ from tests import request_table
 
 STUB: Final = ModelSettings(source="stub", kind=Kind.GENERATE, engine="stub")
 TOOLS: Final = [{"type": "function", "function": {"name": "grind"}}]
+LONG: Final = 200 * "flour "
 BASES: Final[dict[Url, dict[str, Any]]] = {
     Url.CHAT: {
         "messages": [
@@ -27,8 +29,12 @@ BASES: Final[dict[Url, dict[str, Any]]] = {
         ]
     },
     Url.COMPLETIONS: {"prompt": "flour"},
-    Url.EMBEDDINGS: {"input": "flour"},
+    Url.EMBEDDINGS: {"input": LONG},
+    Url.CLASSIFY: {"input": LONG},
+    Url.RERANK: {"query": "flour", "documents": [LONG, "water"]},
+    Url.SCORE: {"text_1": "flour", "text_2": [LONG, "water"]},
 }
+CARD: Final = Card(prompts={"query": "Find: "}, size=512, shorter=None)
 COMPANIONS: Final[dict[str, dict[str, Any]]] = {
     "top_logprobs": {"logprobs": True},
     "tool_choice": {"tools": TOOLS},
@@ -82,25 +88,26 @@ def test_a_field_is_treated_as_the_table_says(url: Url, name: str) -> None:
 
 def meaning(request: Request) -> object:
     """All that a request changes."""
-    tokenizer, sampled = StubTokenizer(STUB), None
-    if request.kind is Kind.GENERATE:
-        sampled = prepare(request, tokenizer, STUB)
+    tokenizer = StubTokenizer(STUB)
+    prepared = prepare(request, tokenizer, STUB, CARD)
     score = TokenLogprob(65, -1.0, ((65, -1.0), (66, -2.0)))
-    answer = Generation(1, FinishReason.STOP, [65], "A", [score], embedding=[0.5])
+    answer = Generation(
+        1, FinishReason.STOP, [65], "A", [score], embedding=[0.5], scores=[0.25, 0.75]
+    )
     response = responses.body(
         request,
-        [answer],
+        [answer] * request.num_sequences,
         job_id="1",
         model="stub",
         created=0,
         tokenizer=tokenizer,
-        prompts=sampled.prompts if sampled else [(1,)],
+        prompts=prepared.prompts,
     )
     body = request.body
     return (
         request.prompts,
         request.num_answers,
-        sampled and sampled.params,
+        prepared,
         response,
         (body.model, body.parse_special, body.metadata, getattr(body, "offer", None)),
     )

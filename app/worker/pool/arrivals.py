@@ -22,15 +22,14 @@ from kombu.message import Message
 from kombu.serialization import loads
 from kombu.utils.encoding import str_to_bytes
 
-from app.broker.message import FORMAT_HEADER
+from app.broker.message import FORMAT_HEADER, TASK_NAMES, TASKS
 from app.config.settings import Settings
 from app.errors import GristmillError, RequestError, RequestTooLarge
 from app.jobs import MAX_PRIORITY, Kind, bounded, job_id_of
 from app.requests import bodies, json_text
-from app.requests.bodies import Request
+from app.requests.bodies import Request, Url
 from app.requests.storable import is_unicode
 
-TASKS: Final = {"inference.generate": Kind.GENERATE, "inference.embed": Kind.EMBED}
 ARRIVAL_HEADER: Final = "gristmill"
 EMPTY_BODY: Final = "[[], {}, {}]"
 EMBEDS: Final = ("callbacks", "errbacks", "chain", "chord")
@@ -88,7 +87,7 @@ def read(message: Message, task_id: str, name: str, settings: Settings) -> Arriv
     Raises `RequestError` with the first thing that is wrong; never an exception of another kind.
     """
     if name not in TASKS:
-        known = " and ".join(TASKS)
+        known = ", ".join(TASKS)
         raise RequestError(f"Unknown task name; this worker knows {known}.", param="task")
     if len(message.body or b"") > settings.worker.max_request_bytes:
         raise RequestTooLarge(
@@ -174,9 +173,13 @@ def _request(kwargs: dict[str, Any], kind: Kind, settings: Settings) -> Request:
     url = body.pop("url", None)
     if url is not None and not isinstance(url, str):
         raise RequestError("url must be a string.", param="url")
-    request = bodies.parse(body, url, unknown_fields=settings.unknown_fields)
+    if kind is Kind.CLASSIFY and url is None:  # else its `input` would be one of embeddings
+        url = Url.CLASSIFY
+    request = bodies.parse(
+        body, url, unknown_fields=settings.unknown_fields, kind_of=settings.kind_of
+    )
     if request.kind is not kind:
-        wanted = next(name for name, of in TASKS.items() if of is request.kind)
+        wanted = TASK_NAMES[request.kind]
         raise RequestError(f"This request belongs to the task {wanted}.", param="task")
     return request
 

@@ -21,13 +21,14 @@ from redis.exceptions import NoPermissionError
 
 from app import telemetry
 from app.broker.client import connected
+from app.broker.message import TASKS
 from app.broker.queues import Layout, queue_name
 from app.broker.refusal import as_unavailable, reply_of, said
 from app.broker.rights import Role, missing
 from app.config.settings import Settings
 from app.errors import GristmillError, RequestError, Unavailable
 from app.jobs import Kind, job_id_of
-from app.worker.pool.arrivals import TASKS, Refusal, identify, read, scrub
+from app.worker.pool.arrivals import Refusal, identify, read, scrub
 from app.worker.pool.control import REFUSED
 from app.worker.pool.envelope import guard
 

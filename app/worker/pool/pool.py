@@ -24,13 +24,14 @@ from celery.exceptions import WorkerShutdown, WorkerTerminate
 from celery.worker import state as celery_state
 
 from app.broker.client import check_kind
+from app.broker.message import TASKS
 from app.config.settings import Settings
 from app.errors import GristmillError
 from app.jobs import Kind, job_id_of
 from app.worker.assembly import Assembly, assemble
 from app.worker.commands import Drain, Flush, Nameless, Revoked
 from app.worker.pool import control as _control  # noqa: F401  its commands are there once imported
-from app.worker.pool.arrivals import ARRIVAL_HEADER, TASKS, Refusal
+from app.worker.pool.arrivals import ARRIVAL_HEADER, Refusal
 from app.worker.pool.ticket import Ticket
 
 log = logging.getLogger(__name__)
