@@ -17,6 +17,7 @@ from typing import Any, Final
 from safetensors import SafetensorError, safe_open
 
 from app.engines.json_files import read_json
+from app.engines.tokenizer_file import pieces_file
 from app.errors import ConfigError
 
 INDEX: Final = "model.safetensors.index.json"
@@ -130,7 +131,7 @@ def _quantization(folder: Path, config: dict[str, Any]) -> str | None:
 
 
 def check_tokenizer(folder: Path) -> None:
-    if (folder / "tokenizer.json").is_file():
+    if (folder / "tokenizer.json").is_file() or pieces_file(folder):
         return
     others = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "source.spm")
     found = [name for name in others if (folder / name).is_file()]

@@ -56,7 +56,7 @@ PACKAGES: Final = {
 CONVERSION: Final = 1
 """Part of a converted folder's name; raise it when `app.engines.gguf_file` writes other bytes."""
 
-_TEXT_FILES: Final = ["*.json", "*.jinja"]
+_TEXT_FILES: Final = ["*.json", "*.jinja", "*.spm", "sentencepiece.bpe.model"]
 _WITH_WEIGHTS: Final = {Files.MODEL, Files.ANY_MODEL}
 
 

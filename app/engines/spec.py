@@ -38,7 +38,7 @@ class EngineSpec:
     """Called with (folder, settings, device, threads, progress), in the engine process alone;
     makes a `base.Engine`."""
     files: Callable[[ModelSettings], Files] = lambda _: Files.MODEL
-    tokenizer: str = "app.engines.tokenizer:FileTokenizer"
+    tokenizer: str = "app.engines.piece_tokenizer:file_tokenizer"
     """Called with (folder, settings); makes an `app.engines.tokenizer.Tokenizer`."""
     card: str = "app.engines.card:plain_card"
     """Called with (folder, settings); makes an `app.engines.card.Card`."""

@@ -21,6 +21,7 @@ from app.engines import registry, tokenizer_file
 from app.engines.chat_template import Chat, ChatTemplate, find_template
 from app.engines.context import context_tokens
 from app.engines.json_files import read_json
+from app.engines.languages import NO_LANGUAGES, Direction, Languages, find_languages
 from app.engines.pieces import Pieces
 from app.engines.special_tokens import SpecialTokens
 from app.errors import ConfigError, RequestError
@@ -47,6 +48,7 @@ class Tokenizer(abc.ABC):
     separate_output: bool = False  #: an encoder-decoder, whose output has a context of its own
     eos_token_ids: frozenset[int]  #: each of these ends an output
     template: ChatTemplate | None = None
+    languages: Languages = NO_LANGUAGES  #: that the model translates between
     special: Mapping[int, str]  #: tokens that are no part of a text, and how they are written
     is_context_free: bool = True  #: a token within a text is the same bytes wherever it is
     drops_blank: bool = False  #: a text begins with a blank that is the vocabulary's, not its own
@@ -86,6 +88,19 @@ class Tokenizer(abc.ABC):
         if pair is not None:
             raise RequestError("This model takes no pairs of texts.")
         return Encoded(self.encode_text(text, parse_special=parse_special)[:max_tokens])
+
+    def encode_bare(self, text: str, *, parse_special: bool = False) -> tuple[int, ...]:
+        """A text without the special tokens around it."""
+        return self.encode_text(text, parse_special=parse_special)
+
+    def encode_source(
+        self, text: str, direction: Direction, *, parse_special: bool = False
+    ) -> tuple[int, ...]:
+        """A text that is to be translated."""
+        if direction.around is None:
+            return self.encode_text(direction.prefix + text, parse_special=parse_special)
+        before, behind = direction.around
+        return (*before, *self.encode_bare(text, parse_special=parse_special), *behind)
 
     @abc.abstractmethod
     def encode_chat(self, chat: Chat, *, parse_special: bool = False) -> tuple[int, ...]:
@@ -137,6 +152,9 @@ class FileTokenizer(Tokenizer):
             self._named(),
             self.context_tokens,
         )
+        if self.separate_output:
+            eos = self._file.token_to_id(self._special_texts.get("eos_token", ""))
+            self.languages = find_languages(folder, self._file.get_vocab(), eos)
         self.length_unit = "bytes" if isinstance(self._file.decoder, ByteLevel) else "characters"
         added = self._file.get_added_tokens_decoder().values()
         self.longest_token = max(
@@ -147,6 +165,10 @@ class FileTokenizer(Tokenizer):
     def encode_text(self, text: str, *, parse_special: bool = False) -> tuple[int, ...]:
         encoding = self._special.whole(text) if parse_special else self._special.encode(text)
         return tuple(self._file.post_process(encoding, None, True).ids)
+
+    def encode_bare(self, text: str, *, parse_special: bool = False) -> tuple[int, ...]:
+        encoding = self._special.whole(text) if parse_special else self._special.encode(text)
+        return tuple(encoding.ids)
 
     def encode(
         self,
@@ -197,12 +219,12 @@ class FileTokenizer(Tokenizer):
         wanted = text.encode()
         # A vocabulary may put a blank before a text: it is asked with something else before it.
         for whole in (text, text.removeprefix(" "), *(f"{lead}{text}" for lead in _LEADS)):
-            token_ids, joined = self._special.encode(whole).ids, b""
+            token_ids, joined = self.encode_bare(whole), b""
             for place in range(len(token_ids) - 1, -1, -1):
                 before = token_ids[place - 1] if place else token_ids[place]
                 joined = self.token_bytes(token_ids[place], before) + joined
                 if joined == wanted:
-                    return tuple(token_ids[place:])
+                    return token_ids[place:]
                 if not wanted.endswith(joined):
                     break
         return ()

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from tokenizers import AddedToken
+from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as TokenizerFile
 
 from app.engines.json_files import read_json
@@ -17,18 +17,54 @@ _FLAGS: Final = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 def load(folder: Path) -> tuple[TokenizerFile, dict[str, str]]:
     """The tokenizer, and the texts of special tokens by name, as `eos_token`."""
-    path = folder / "tokenizer.json"
-    try:
-        file = TokenizerFile.from_file(str(path))
-    except Exception as error:  # the library raises nothing more precise
-        raise ConfigError(f"{path} cannot be read: {error}.") from None
+    file = _read(folder)
     file.no_truncation()  # what a training run wrote into the file is not for us
     file.no_padding()
     config = read_json(folder / "tokenizer_config.json")
-    named = _named(read_json(folder / "special_tokens_map.json") | config)
+    mapped = read_json(folder / "special_tokens_map.json") | config
+    named = _named(mapped)
     _add(file, config.get("added_tokens_decoder") or {})
+    if pieces_file(folder) is not None:
+        _add_languages(file, mapped)
     _mark(file, named.values())
     return file, named
+
+
+def _read(folder: Path) -> TokenizerFile:
+    path = folder / "tokenizer.json"
+    try:
+        if not path.is_file() and pieces_file(folder):
+            return _of_pieces(folder)
+        return TokenizerFile.from_file(str(path))
+    except ConfigError:
+        raise
+    except Exception as error:  # the library raises nothing more precise
+        raise ConfigError(f"{path} cannot be read: {error}.") from None
+
+
+def pieces_file(folder: Path) -> Path | None:
+    """The SentencePiece model whose pieces get their ids from vocab.json, if the folder has such:
+    Marian's, or M2M100's."""
+    if not (folder / "vocab.json").is_file():
+        return None
+    files = (folder / "source.spm", folder / "sentencepiece.bpe.model")
+    return next((file for file in files if file.is_file()), None)
+
+
+def _of_pieces(folder: Path) -> TokenizerFile:
+    """What the ids of an output are. It splits no texts."""
+    target = folder / "target_vocab.json"  # of a Marian with a vocabulary for each side
+    vocab = read_json(target if target.is_file() else folder / "vocab.json")
+    file = TokenizerFile(models.WordLevel(vocab, unk_token="<unk>"))  # noqa: S106
+    file.decoder = decoders.Metaspace()
+    return file
+
+
+def _add_languages(file: TokenizerFile, config: Mapping[str, Any]) -> None:
+    """M2M100's have the ids behind the vocabulary, in the order of this list."""
+    listed = config.get("additional_special_tokens") or config.get("extra_special_tokens") or ()
+    texts = [it.get("content", "") if isinstance(it, dict) else str(it) for it in listed]
+    file.add_special_tokens([AddedToken(it, normalized=False) for it in texts])
 
 
 def _named(config: Mapping[str, Any]) -> dict[str, str]:

@@ -106,7 +106,17 @@ def test_no_weights_are_downloaded_of_a_model_that_will_be_refused(
     with pytest.raises(ConfigError, match=r"quantized \(awq\)"):
         ensure_files("m", settings("some/model"), tmp_path)
 
-    assert [asked["allow_patterns"] for asked in hub.asked] == [["*.json", "*.jinja"]]
+    [asked] = hub.asked
+    assert not any(fnmatch("model.safetensors", each) for each in asked["allow_patterns"])
+
+
+def test_the_files_of_tokenizers_without_a_tokenizer_json_are_downloaded(
+    hub: Hub, tmp_path: Path
+) -> None:
+    ensure_files("m", settings("some/model"), tmp_path)
+
+    for name in ("source.spm", "target.spm", "vocab.json", "sentencepiece.bpe.model"):
+        assert any(fnmatch(name, each) for each in hub.asked[0]["allow_patterns"])
 
 
 def test_weights_that_lie_there_in_two_formats_are_downloaded_once(
