@@ -320,6 +320,10 @@ class _Problems:
                 key = ("models", (defaults or of_kind)[-1], "default" if defaults else "kind")
                 yield self._at(key, f"{count} `default = true` for kind {kind} ({names}).")
         for name, model in settings.models.items():
+            if model.price is not None and model.price not in settings.prices:
+                yield self._at(
+                    ("models", name, "price"), f"no price {model.price} is in prices.toml."
+                )
             if model.default_max_tokens > model.max_output_tokens:
                 yield self._at(
                     ("models", name, "default_max_tokens"),

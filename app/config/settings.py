@@ -247,7 +247,7 @@ class ModelSettings(_Section):
     )
     kind: Kind = Field(description="generate, embed, classify or rerank.")
     engine: Name = Field(
-        description="generate, inflight, encoder, vllm, stub, or another package's."
+        description="generate, inflight, encoder, vllm, openai, stub, or another package's."
     )
     revision: str | None = Field(None, description="Commit of a hub model; pin it in production.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -272,6 +272,9 @@ class ModelSettings(_Section):
     max_output_tokens: Annotated[int, Field(ge=1)] = Field(
         4_096, description="Largest max_tokens taken."
     )
+    price: Name | None = Field(
+        None, description="Id of its price in prices.toml; `worker.price` when left out."
+    )
     adapters: dict[Name, str] = Field(
         default_factory=dict,
         description='Folders of LoRA adapters by name, for requests with `model = "NAME:ADAPTER"`.',
@@ -286,11 +289,18 @@ class ModelSettings(_Section):
     )
 
 
+Money = Annotated[Decimal, Field(ge=0, max_digits=18, decimal_places=9)]
+
+
 class PriceSettings(_Section):
     """One entry of prices.toml: `[prices.ID]`. Never edit an entry in use: add a new id."""
 
-    per_device_hour: Annotated[Decimal, Field(ge=0, max_digits=18, decimal_places=9)] = Field(
-        description="Money for one device for one hour."
+    per_device_hour: Money = Field(description="Money for one device for one hour.")
+    per_million_input_tokens: Money = Field(
+        Decimal(0), description="Money for a million tokens of prompts, as upstreams ask it."
+    )
+    per_million_output_tokens: Money = Field(
+        Decimal(0), description="Money for a million tokens of answers."
     )
     currency: Annotated[str, Field(pattern=r"^[A-Z]{3}$")] = Field(description="ISO 4217 code.")
     note: str = Field("", description="What the price is made of.")

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Final, Protocol
 
 from app.jobs import WHOLE, FinishReason, PoolingParams, SamplingParams
@@ -63,12 +64,18 @@ class Generation:
     embedding: list[float] | None = None
     scores: list[float] | None = None  #: a number for each class; one of a pair
     input_tokens: int = 0
+    counted_tokens: int | None = None  #: of the output, where a server tells their number alone
+    charge: Decimal | None = None  #: what a server asks for this, by its own words
     device_ns: int = 0
     started_ns: int = 0
     first_token_ns: int = 0
     finished_ns: int = 0
     error_code: str | None = None  #: set with FinishReason.ERROR; stable, see app.errors
     error_message: str | None = None
+
+    @property
+    def output_tokens(self) -> int:
+        return len(self.token_ids) if self.counted_tokens is None else self.counted_tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,3 +82,9 @@ VLLM: Final = EngineSpec(
     takes_adapters=True,
     chooses_python=True,
 )
+OPENAI: Final = EngineSpec(
+    "app.engines.openai.engine:OpenAiEngine",
+    files=lambda settings: Files.NONE if settings.source == "upstream" else Files.TOKENIZER,
+    tokenizer="app.engines.openai.tokenizer:load",
+    check="app.engines.openai.options:check",
+)

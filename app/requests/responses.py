@@ -33,7 +33,7 @@ def usage(request: Request, generations: Sequence[Generation]) -> Usage:
     answers = request.num_answers
     return Usage(
         input_tokens=sum(each.input_tokens for each in generations[::answers]),
-        output_tokens=sum(len(each.token_ids) for each in generations),
+        output_tokens=sum(each.output_tokens for each in generations),
     )
 
 

@@ -114,7 +114,6 @@ def assemble(
     """
     names = served_models(settings)
     catalog = load_catalog(settings, names)
-    price = settings.prices[settings.worker.price]
     worker_id = uuid4()
     database = Database(
         settings.database.url,
@@ -140,7 +139,7 @@ def assemble(
             worker_id=worker_id,
             database=database,
             engines={name: model.settings.engine for name, model in catalog.items()},
-            settlement=Settlement(settings.worker.price, price, catalog),
+            settlement=Settlement(settings.worker.price, settings.prices, catalog),
         ),
         host=_engine_host(settings, catalog),
     )

@@ -6,11 +6,13 @@ What is decided here is written in one transaction; Celery hears of it afterward
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import replace
+from decimal import Decimal
 from typing import Any, Final
 
 from app.config.settings import PriceSettings
-from app.costs import Meter
+from app.costs import Meter, Used
 from app.engines.base import Generation
 from app.engines.catalog import CatalogModel
 from app.errors import GristmillError
@@ -23,14 +25,24 @@ NOT_STORED: Final = Ending.failed(GristmillError("The answer could not be stored
 
 
 class Settlement:
-    """Turns ended jobs into records, with the worker's price on them."""
+    """Turns ended jobs into records, with their model's price on them, or else the worker's."""
 
     def __init__(
-        self, price_id: str, price: PriceSettings, catalog: dict[str, CatalogModel]
+        self, price_id: str, prices: Mapping[str, PriceSettings], catalog: dict[str, CatalogModel]
     ) -> None:
-        self._price_id = price_id
-        self._price = price
-        self._meter = Meter(price.per_device_hour)
+        """`prices` by id; `price_id` is the worker's."""
+        self._prices = prices
+        self._price_ids = {
+            name: model.settings.price or price_id for name, model in catalog.items()
+        }
+        self._meters = {
+            id_: Meter(
+                prices[id_].per_device_hour,
+                prices[id_].per_million_input_tokens,
+                prices[id_].per_million_output_tokens,
+            )
+            for id_ in set(self._price_ids.values())
+        }
         self._catalog = catalog
 
     def settle(self, job: Job) -> Finished:
@@ -51,6 +63,9 @@ class Settlement:
     def _record(self, job: Job, ending: Ending | None, answers: list[Generation]) -> Finished:
         run = job.claimed_run
         usage = responses.usage(job.request, answers) if run.is_over else Usage()
+        charge = sum((each.charge or Decimal(0) for each in answers), Decimal(0))
+        used = Used(run.device_ns, usage.input_tokens, usage.output_tokens, charge)
+        price_id = self._price_ids[job.model]
         return Finished(
             job_id=job.id,
             attempt_id=run.attempt_id,
@@ -62,9 +77,9 @@ class Settlement:
             batch_wait_ms=job.batch_wait_ns / 1e6,
             batch_size=run.batch.num_jobs,
             device_ns=run.device_ns,
-            cost=self._meter.cost_of(run.device_ns),
-            currency=self._price.currency,
-            price_id=self._price_id,
+            cost=self._meters[price_id].cost_of(used),
+            currency=self._prices[price_id].currency,
+            price_id=price_id,
             **_times(run, answers),
         )
 

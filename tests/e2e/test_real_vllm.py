@@ -127,7 +127,7 @@ def engine_of(worker: Worker) -> psutil.Process:
 def submit(api: httpx.Client, bodies: list[dict[str, Any]]) -> list[str]:
     jobs = [{"body": body} for body in bodies]
     answer = api.post("/v1/jobs/bulk", json={"jobs": jobs}).raise_for_status()
-    return [each["id"] for each in answer.json()["results"]]
+    return [each["id"] for each in answer.json()["items"]]
 
 
 def ended(settings: Settings, ids: list[str]) -> dict[str, dict[str, Any]]:

@@ -63,7 +63,7 @@ class SimulatedWorker:
             thawed=lambda: world.note(Effect.THAWED_ENGINE),
         )
         served = catalog(settings)
-        settlement = Settlement("cpu", SETTINGS.prices["cpu"], served)
+        settlement = Settlement("cpu", SETTINGS.prices, served)
         shared: dict[str, Any] = {"worker_id": self.id, "database": self.database, "now_ns": now_ns}
         self.runner = Runner(
             models=models,

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.costs import NANO, Meter, decode_weights, money, prefill_weights, share
+from app.costs import NANO, Meter, Used, decode_weights, prefill_weights, share
 
 totals = st.integers(0, 10**15)
 fractions = st.fractions(min_value=0, max_value=10**6, max_denominator=10**4)
@@ -106,11 +106,49 @@ def test_a_mate_never_raises_the_price_of_a_decode_step(contexts: list[int]) -> 
 def test_what_a_meter_charges_is_the_price_of_the_sum(shares: list[int], price: Decimal) -> None:
     meter = Meter(price)
 
-    charges = [meter.cost_of(device_ns) for device_ns in shares]
+    charges = [meter.cost_of(Used(device_ns)) for device_ns in shares]
 
-    assert sum(charges) == money(sum(shares), price)
+    assert sum(charges) == Meter(price).cost_of(Used(sum(shares)))
     assert all(charge >= 0 and charge % NANO == 0 for charge in charges)
 
 
 def test_an_hour_costs_the_price_of_an_hour() -> None:
-    assert money(3_600_000_000_000, Decimal("2.49")) == Decimal("2.490000000")
+    cost = Meter(Decimal("2.49")).cost_of(Used(3_600_000_000_000))
+
+    assert cost == Decimal("2.490000000")
+
+
+AMOUNTS = st.decimals("0", "1000", places=9)
+
+
+@given(
+    st.lists(
+        st.builds(
+            Used,
+            device_ns=st.integers(0, 10**12),
+            input_tokens=st.integers(0, 10**6),
+            output_tokens=st.integers(0, 10**6),
+            charge=st.decimals("0", "10", places=12),
+        ),
+        max_size=50,
+    ),
+    AMOUNTS,
+    AMOUNTS,
+    AMOUNTS,
+)
+def test_charges_for_tokens_and_of_servers_add_up_to_the_price_of_the_sum_as_well(
+    uses: list[Used], hour: Decimal, million_in: Decimal, million_out: Decimal
+) -> None:
+    meter = Meter(hour, million_in, million_out)
+
+    charges = [meter.cost_of(used) for used in uses]
+
+    whole = sum(uses, Used())
+    exact = (
+        Fraction(hour) * whole.device_ns / 3_600_000_000_000
+        + Fraction(million_in) * whole.input_tokens / 1_000_000
+        + Fraction(million_out) * whole.output_tokens / 1_000_000
+        + Fraction(whole.charge)
+    )
+    assert abs(Fraction(sum(charges)) - exact) <= Fraction(NANO)
+    assert all(charge >= 0 and charge % NANO == 0 for charge in charges)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,8 @@ def _default(field: Any) -> str:
             return f"`{str(flag).lower()}`"
         case int() as number:
             return f"`{number:_}`"
+        case Decimal() as amount:
+            return f"`{amount}`"
         case float() as number:
             return f"`{number:g}`"
         case () | {}:

@@ -347,7 +347,8 @@ def _start(vllm: Any, folder: Path, settings: ModelSettings, context_tokens: int
     if settings.adapters:
         arguments |= {
             "enable_lora": True,
-            "max_loras": len(settings.adapters),
+            # One slot stays empty: on CPUs vLLM gives rows without an adapter the last one's.
+            "max_loras": len(settings.adapters) + 1,
             "max_lora_rank": max(8, largest_rank(settings)),
         }
     try:
