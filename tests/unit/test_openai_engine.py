@@ -415,6 +415,13 @@ FULL = SamplingParams(
     logprobs=1,
     ignore_eos=True,
     grammar=Grammar("json_schema", '{"type": "object"}'),
+    num_beams=4,
+    length_penalty=2.0,
+    early_stopping=True,
+    beam=1,
+    decoder_start_token_id=3,
+    forced_bos_token_id=4,
+    unset=frozenset({"temperature"}),
 )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -209,16 +210,26 @@ def test_every_field_of_the_sampling_parameters_reaches_vllm(folder: Path) -> No
         logprobs=1,
         ignore_eos=True,
         grammar=Grammar("json_schema", "{}"),
+        num_beams=4,
+        length_penalty=2.0,
+        early_stopping=True,
+        beam=1,
+        decoder_start_token_id=3,
+        forced_bos_token_id=4,
+        unset=frozenset({"top_k"}),
     )
     plain = SamplingParams(max_tokens=1)
-    by_us = {"stop"}
+    by_us = {"stop", "unset"}
     inside = engine(folder)
 
-    def handed(params: SamplingParams) -> dict[str, Any]:
+    def handed(params: SamplingParams) -> Any:
+        """What vLLM was given, or our words if it was not."""
+        LLMEngine.requests.clear()
         inside.admit("a", [Sequence(1, (5,), params)])
         inside.cancel(1)
-        run(inside)
-        return dict(vars(LLMEngine.requests[-1]["params"]))
+        answers, _ = run(inside)
+        given = LLMEngine.requests
+        return dict(vars(given[0]["params"])) if given else answers[1].error_message
 
     # A field that is added to SamplingParams has to be handed over, or made good here.
     before = handed(plain)
@@ -226,8 +237,29 @@ def test_every_field_of_the_sampling_parameters_reaches_vllm(folder: Path) -> No
         value = getattr(full, field.name)
         assert value != getattr(plain, field.name), f"{field.name} is not tried"
         if field.name not in by_us:
-            assert handed(dataclasses.replace(plain, **{field.name: value})) != before, field.name
+            now = handed(dataclasses.replace(plain, **{field.name: value}))
+            assert now != before, field.name
+            assert isinstance(now, dict) or f"has no {field.name}" in now
     assert sampling.form(Grammar("regex", "a+")) == {"regex": "a+"}
+
+
+def test_a_models_own_generation_settings_are_obeyed_or_refused_by_name(
+    folder: Path, tmp_path: Path
+) -> None:
+    own = Path(shutil.copytree(folder, tmp_path / "own"))
+    rules = {"temperature": 0.3, "top_k": 7, "min_new_tokens": 3, "suppress_tokens": [9]}
+    (own / "generation_config.json").write_text(json.dumps(rules))
+    inside = engine(own)
+
+    params = SamplingParams(max_tokens=5, top_k=2, unset=frozenset({"temperature"}))
+    inside.admit("a", [Sequence(1, (5,), params)])
+
+    given = LLMEngine.requests[-1]["params"]
+    assert (given.temperature, given.top_k, given.min_tokens) == (0.3, 2, 3)
+    assert given._bad_words_token_ids == [[9]]
+    (own / "generation_config.json").write_text(json.dumps({"no_repeat_ngram_size": 2}))
+    with pytest.raises(ConfigError, match="no_repeat_ngram_size, which the engine vllm does not"):
+        engine(own)
 
 
 def test_prefix_caches_do_not_cross_tenants_and_urgent_sequences_go_first(folder: Path) -> None:

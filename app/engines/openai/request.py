@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any, Final
 
 from app.engines.base import Sequence
 from app.engines.openai.options import Options
 from app.engines.openai.tokenizer import unpacked
 from app.errors import RequestError
-from app.jobs import Grammar, SamplingParams
+from app.jobs import WHOLE, Grammar, SamplingParams
 
 NAMES: Final[dict[str, dict[str, str]]] = {
     "openai": {},
@@ -41,6 +42,8 @@ NAMES: Final[dict[str, dict[str, str]]] = {
 _BY_TOKEN: Final = ("logit_bias", "bad_words", "stop_token_ids", "logprobs")
 """Parameters in token ids, which mean nothing where the upstream's tokenizer is not here."""
 
+_ELSEWHERE: Final = {"max_tokens", "temperature", "top_p", "unset", "grammar"}
+
 _PLAIN: Final = SamplingParams(max_tokens=1)
 
 
@@ -53,9 +56,13 @@ def request_of(
     """
     prompt: Any = unpacked(sequence.prompt_token_ids) if as_text else [*sequence.prompt_token_ids]
     if sequence.params is None:
-        if isinstance(prompt, dict):
+        if isinstance(prompt, dict) or sequence.token_type_ids:
             raise RequestError("Embeddings are of texts.", param="input")
-        return "/embeddings", {"model": options.model, "input": [prompt]}
+        if sequence.pooling != replace(WHOLE, dimensions=sequence.pooling.dimensions):
+            raise _unknown("pooling of any other kind than its own")
+        size = sequence.pooling.dimensions
+        more = {} if size is None else {"dimensions": size}
+        return "/embeddings", {"model": options.model, "input": [prompt], **more}
     is_chat = isinstance(prompt, dict)
     body = {
         "model": options.model,
@@ -74,17 +81,16 @@ def request_of(
 
 
 def _sampling(params: SamplingParams, options: Options, *, as_text: bool) -> dict[str, Any]:
-    """What is not as usual, and what servers have other defaults for."""
-    body: dict[str, Any] = {
-        options.limit_field: params.max_tokens,
-        "temperature": params.temperature,
-        "top_p": params.top_p,
+    """What is not as usual, and what servers have other defaults for, but for what the request
+    leaves to the model: that is the server's to know."""
+    body: dict[str, Any] = {options.limit_field: params.max_tokens}
+    body |= {
+        name: getattr(params, name) for name in ("temperature", "top_p") if name not in params.unset
     }
     changed = {
         name: value
         for name in SamplingParams.__dataclass_fields__
-        if name not in ("max_tokens", "temperature", "top_p", "grammar")
-        and (value := getattr(params, name)) != getattr(_PLAIN, name)
+        if name not in _ELSEWHERE and (value := getattr(params, name)) != getattr(_PLAIN, name)
     }
     if as_text:
         for name in _BY_TOKEN:

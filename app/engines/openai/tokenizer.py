@@ -53,8 +53,8 @@ class TextTokenizer(Tokenizer):
             body["chat_template_kwargs"] = dict(chat.variables)
         return (CHAT, *_packed(json.dumps(body, ensure_ascii=False)))
 
-    def encode_within(self, text: str) -> list[int]:
-        return [*_packed(text)]
+    def encode_within(self, text: str) -> tuple[int, ...]:
+        return (*_packed(text),)
 
     def decode(self, token_ids: Seq[int], *, skip_special_tokens: bool = True) -> str:
         return b"".join(map(_bytes, token_ids)).decode(errors="replace")

@@ -20,12 +20,13 @@ from typing import Any, Final
 from app.config.settings import ModelSettings
 from app.costs import decode_weights, share
 from app.engines.base import Generation, NewTokens, Progress, Sequence, StepStats, TokenLogprob
+from app.engines.generation_config import load_rules
 from app.engines.stopping import Output
 from app.engines.tokenizer import FileTokenizer
 from app.engines.vllm import sampling
 from app.engines.vllm.options import largest_rank
 from app.errors import ConfigError, ContextLengthExceeded, InvalidSchema, RequestError
-from app.jobs import FinishReason
+from app.jobs import FinishReason, SamplingParams
 
 LEAST_VERSION: Final = (0, 11)
 
@@ -66,6 +67,8 @@ class VllmEngine:
         self._vllm = _import(device, threads)
         self.kernels = f"vLLM {self._vllm.__version__}"
         self._tokenizer = FileTokenizer(folder, settings)
+        self._rules = load_rules(folder, settings)
+        sampling.check_rules(self._rules)
         self._engine = _start(self._vllm, folder, settings, self._tokenizer.context_tokens)
         self._adapters = _adapters(settings)
         self._fetch = TOKENS_PER_FETCH["cpu" if _is_cpu() else "gpu"]
@@ -148,8 +151,7 @@ class VllmEngine:
 
     def _add(self, batch_id: str, sequence: Sequence, generation: Generation) -> None:
         """Raises `RequestError` for what this model cannot run."""
-        self._check(sequence)
-        assert sequence.params is not None
+        params = self._checked(sequence)
         key = str(sequence.id)
         try:
             given = self._engine.add_request(
@@ -158,20 +160,20 @@ class VllmEngine:
                     "prompt_token_ids": list(sequence.prompt_token_ids),
                     "cache_salt": sequence.tenant,  # prefix caches never cross tenants
                 },
-                self._sampling(sequence),
+                self._sampling(params),
                 lora_request=self._adapter(sequence),
                 priority=sequence.priority,
             )
         except ValueError:  # its words may quote the request
-            if sequence.params.grammar is not None:
+            if params.grammar is not None:
                 raise InvalidSchema("vLLM cannot hold an output to this form.") from None
             raise RequestError("vLLM refuses the parameters of this request.") from None
-        output = Output(
-            sequence.params, self._tokenizer, sequence.prompt_token_ids, stream=sequence.stream
-        )
+        prompt, stream = sequence.prompt_token_ids, sequence.stream
+        output = Output(params, self._tokenizer, prompt, stream=stream)
         self._rows[key] = _Row(sequence, batch_id, generation, output, given or key)
 
-    def _check(self, sequence: Sequence) -> None:
+    def _checked(self, sequence: Sequence) -> SamplingParams:
+        """Its parameters, with the model's own rules."""
         prompt, params = sequence.prompt_token_ids, sequence.params
         if params is None:
             raise RequestError("This model generates text; it gives no embeddings.")
@@ -186,13 +188,13 @@ class VllmEngine:
                 f"The prompt has {len(prompt)} tokens and the answer may have {params.max_tokens}; "
                 f"this model's context is {self._tokenizer.context_tokens} tokens."
             )
+        sampling.check(params)
+        return sampling.with_rules(params, self._rules, len(prompt))
 
-    def _sampling(self, sequence: Sequence) -> Any:
-        """vLLM's parameters for a sequence."""
+    def _sampling(self, params: SamplingParams) -> Any:
+        """vLLM's parameters."""
         from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
-        params = sequence.params
-        assert params is not None
         made = self._vllm.SamplingParams(
             **sampling.arguments(params, self._tokenizer.eos_token_ids),
             output_kind=RequestOutputKind.DELTA,
