@@ -9,10 +9,14 @@ from typing import Final, Generic, TypeVar
 
 from anyio import CapacityLimiter, to_thread
 
+from app.api.turns import Turns
 from app.errors import Unavailable
 
 FRESH_S: Final = 1.0
 """However many ask, it is looked at once in so long."""
+
+ANSWERS_A_TURN: Final = 4
+"""Of those who have waited for the same look, so that they keep nobody else waiting."""
 
 PATIENCE_S: Final = 2.0
 """What takes longer counts as failed; a submission would wait as long."""
@@ -29,6 +33,7 @@ class Probe(Generic[T]):
         self._slot = CapacityLimiter(1)  # never waits behind requests, nor behind itself
         self._task: asyncio.Task[T | Exception] | None = None
         self._began_s = 0.0
+        self._turns = Turns(ANSWERS_A_TURN)
 
     async def found(self) -> T:
         """What the latest look found; raises what kept it from that."""
@@ -37,10 +42,12 @@ class Probe(Generic[T]):
             self._began_s = time.monotonic()
             self._task = asyncio.create_task(self._try())
         patience_s = self._began_s + self._patience_s - time.monotonic()
-        await asyncio.wait({self._task}, timeout=max(0.0, patience_s))
-        if not self._task.done():
+        task = self._task
+        await asyncio.wait({task}, timeout=max(0.0, patience_s))
+        await self._turns.come()
+        if not task.done():
             raise Unavailable("No answer in time.")
-        if isinstance(found := self._task.result(), Exception):
+        if isinstance(found := task.result(), Exception):
             raise found
         return found
 

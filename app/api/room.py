@@ -6,26 +6,27 @@ no room                      they wait unread, so that TCP holds their sender ba
 the way out                  one body at a time is taken beyond that, up to its end: so bodies
                              that have half arrived never wait for each other
 while anybody waits          bodies that stand still are given up much sooner
-in each turn of the loop     a few pieces of large bodies are taken, so that no storm of them keeps
-                             small requests waiting
+in each turn of the loop     a few pieces of large bodies are taken, and a few bodies given up: no
+                             storm of them keeps small requests waiting
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Final
 
+from app.api.turns import Turns
 from app.errors import Busy
 
 FREE_BYTES: Final = 32_768
 """Of each body. There are no more bodies than connections."""
 
 PIECES_A_TURN: Final = 4
-"""Of large bodies, of all together: a piece is 32 kB and takes a fraction of a millisecond."""
+"""Of large bodies, of all together: a piece is 32 kB and takes a fraction of a millisecond, and so
+does a refusal."""
 
 WAIT_S: Final = 10.0
 """How long a body may wait for room, over all its parts."""
@@ -54,7 +55,7 @@ class Room:
         self._freed = asyncio.Event()
         self._num_waiting = 0
         self._arriving: set[Share] = set()
-        self._in_line: deque[asyncio.Future[None]] = deque()  #: pieces, for a turn of the loop
+        self.turns = Turns(PIECES_A_TURN)
         self.held = 0
 
     @contextmanager
@@ -76,23 +77,6 @@ class Room:
         if share is not self._favoured and (self._turn.locked() or not self._admits(share, num)):
             await self._wait(share, num)
         self.held += num
-
-    async def pass_piece(self) -> None:
-        """Returns when a piece of a large body may be taken: first come, first served."""
-        loop = asyncio.get_running_loop()
-        passed = loop.create_future()
-        self._in_line.append(passed)
-        if len(self._in_line) == 1:
-            loop.call_soon(self._let_pass, loop)
-        await passed
-
-    def _let_pass(self, loop: asyncio.AbstractEventLoop) -> None:
-        for _ in range(min(PIECES_A_TURN, len(self._in_line))):
-            passed = self._in_line.popleft()
-            if not passed.done():  # whoever went away has cancelled it
-                passed.set_result(None)
-        if self._in_line:
-            loop.call_soon(self._let_pass, loop)
 
     async def _wait(self, share: Share, num: int) -> None:
         with self._hurry():
@@ -177,7 +161,7 @@ class Share:
         try:
             with self._standing_still():
                 async with asyncio.timeout(WAIT_S - self._waited_s):
-                    await self._room.pass_piece()
+                    await self._room.turns.come()
                     await self._room.take(self, num)
         except TimeoutError:
             raise Busy("There is no room for a body of this size now. Try again.") from None

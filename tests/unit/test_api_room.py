@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from fastapi import Request
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.exceptions import HTTPException
 
 from app.api import room as rooms
+from app.api.raw_bodies import body_of
 from app.api.room import FREE_BYTES, Room
 from app.errors import Busy
 
@@ -193,3 +196,41 @@ def test_a_storm_of_large_bodies_takes_a_few_pieces_in_each_turn_of_the_loop() -
         assert max(in_each_turn) <= rooms.PIECES_A_TURN
 
     asyncio.run(arrive())
+
+
+def test_bodies_that_stood_still_together_are_given_up_a_few_in_each_turn_of_the_loop() -> None:
+    async def arrive() -> None:
+        # given a hundred that have sent nothing yet
+        room = Room(100 * LARGEST, LARGEST)
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "headers": [(b"content-type", b"application/json")],
+        }
+        num_ended = 0
+
+        async def stand_still() -> None:
+            nonlocal num_ended
+            with pytest.raises(HTTPException):
+                async with body_of(Request(scope, asyncio.Future), LARGEST, room):
+                    pass
+            num_ended += 1
+
+        bodies = [asyncio.create_task(stand_still()) for _ in range(100)]
+        await asyncio.sleep(0)
+        for share in list(room._arriving):
+            share._end = 0.0
+            share.heed_time()
+
+        # when
+        in_each_turn = []
+        while num_ended < 100:
+            before = num_ended
+            await asyncio.sleep(0)
+            in_each_turn.append(num_ended - before)
+
+        # then
+        assert max(in_each_turn) <= rooms.PIECES_A_TURN
+        await asyncio.gather(*bodies)
+
+    asyncio.run(asyncio.wait_for(arrive(), 30))

@@ -12,6 +12,7 @@ import pytest
 from anyio import CapacityLimiter
 
 from app.api import services, work
+from app.api.probe import ANSWERS_A_TURN, Probe
 from app.api.services import Services
 from app.api.work import THREADS, Call, Work
 from app.errors import Busy, Unavailable
@@ -223,3 +224,29 @@ def test_a_write_that_makes_no_step_is_refused_and_none_of_it_is_committed(
     for further in (decisions[0].step, decisions[0].commit):
         with pytest.raises(Unavailable):
             further()
+
+
+def test_those_who_waited_for_one_look_are_answered_a_few_in_each_turn_of_the_loop() -> None:
+    async def ask() -> None:
+        looked = threading.Event()
+        probe = Probe(looked.wait)
+        num_told = 0
+
+        async def wait() -> None:
+            nonlocal num_told
+            assert await probe.found()
+            num_told += 1
+
+        waiting = [asyncio.create_task(wait()) for _ in range(100)]
+        await asyncio.sleep(0)
+        looked.set()
+        in_each_turn = []
+        while num_told < 100:
+            before = num_told
+            await asyncio.sleep(0)
+            in_each_turn.append(num_told - before)
+
+        assert 0 < max(in_each_turn) <= ANSWERS_A_TURN
+        await asyncio.gather(*waiting)
+
+    run(ask)
