@@ -157,9 +157,10 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """What an output must match, as a whole: a JSON schema, as JSON, or a regular expression."""
+    """What an output must match, as a whole: a JSON schema, as JSON, a regular expression, or the
+    right side of `start` and further rules in llguidance's Lark notation."""
 
-    kind: Literal["json_schema", "regex"]
+    kind: Literal["json_schema", "regex", "lark"]
     text: str
 
 

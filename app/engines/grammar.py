@@ -52,7 +52,7 @@ _LIMITS: Final = LLParserLimits(
 
 # One line, spaced as most of the JSON that models have read. Free whitespace would let a model
 # write blanks without end.
-_JSON: Final[Any] = {
+JSON_STYLE: Final[Any] = {
     "whitespace_flexible": False,
     "item_separator": ", ",
     "key_separator": ": ",
@@ -259,13 +259,22 @@ def _panics_are_errors() -> Iterator[None]:
         raise ValueError("the library that reads it failed") from None
 
 
+def lark_of(grammar: Grammar) -> str:
+    """The expression that a schema or regular expression is in a larger grammar."""
+    if grammar.kind == "regex":
+        return f"/{regex_to_lark(grammar.text, use_ascii='dw')}/"
+    return f"%json {json.dumps(json.loads(grammar.text) | {'x-guidance': JSON_STYLE})}"
+
+
 def _source(grammar: Grammar, preamble: str = _START) -> str:
     """In llguidance's own notation."""
+    if grammar.kind == "lark":
+        return LLMatcher.grammar_from_lark(f"{preamble} {grammar.text}")
     if grammar.kind == "regex":
         # \d and \w as in JSON schemas: a date has no Tibetan digits.
         pattern = regex_to_lark(grammar.text, use_ascii="dw")
         return LLMatcher.grammar_from_lark(f"{preamble} /{pattern}/")
-    source = LLMatcher.grammar_from_json_schema(grammar.text, overrides=_JSON)
+    source = LLMatcher.grammar_from_json_schema(grammar.text, overrides=JSON_STYLE)
     if preamble == _START:
         return source
     whole = json.loads(source)
@@ -280,5 +289,11 @@ def _refusal(grammar: Grammar, reason: str) -> InvalidSchema:
     told = told.removeprefix("error: ").strip()[:200].rstrip(".")
     if told.startswith("NoExtension"):
         told = "nothing can match it"
-    name = "regular expression" if grammar.kind == "regex" else "JSON schema"
-    return InvalidSchema(f"The {name} cannot be used: {told}.")
+    return InvalidSchema(f"The {_NAMES[grammar.kind]} cannot be used: {told}.")
+
+
+_NAMES: Final = {
+    "json_schema": "JSON schema",
+    "regex": "regular expression",
+    "lark": "tools' or the answer's schema",
+}

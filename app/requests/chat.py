@@ -78,6 +78,9 @@ class ChatBody(SampledBody):
             examples=["low"],
         )
     )
+    include_reasoning: bool = Field(
+        True, description="Whether an answer has `reasoning_content`.", examples=[False]
+    )
     prediction: Annotated[
         dict[str, Any] | None, Ignored("it would only save time"), Field(max_length=16)
     ] = Field(None, examples=[{"type": "content", "content": "A mill."}])
@@ -120,6 +123,10 @@ class ChatBody(SampledBody):
     def offer(self) -> Offer:
         """What may be called."""
         return offer_of(self.tools, self.tool_choice, self.parallel_tool_calls)
+
+    @property
+    def grammar_field(self) -> str:
+        return super().grammar_field if self.grammar else "tools"
 
     @property
     def prompts(self) -> list[Prompt]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from app.config.settings import ModelSettings
@@ -14,6 +14,7 @@ from app.jobs import WHOLE, PoolingParams, SamplingParams, int64
 from app.requests.bodies import Request
 from app.requests.body import Body
 from app.requests.conversation import Conversation
+from app.requests.grammars import grammar_for
 from app.requests.pooled import PooledBody
 from app.requests.prompts import Pair, Prompt
 from app.requests.sampled import SampledBody
@@ -89,7 +90,7 @@ def prepare(
     return Prepared(
         tuple(prompts),
         max_tokens,
-        _params(request, max_tokens, tokenizer, settings),
+        _params(request, max_tokens, prompts, tokenizer, settings),
         tuple(type_ids) if any(type_ids) else (),
         pooling,
     )
@@ -105,7 +106,11 @@ def _output(request: Request, settings: ModelSettings) -> tuple[int, int]:
 
 
 def _params(
-    request: Request, max_tokens: int, tokenizer: Tokenizer, settings: ModelSettings
+    request: Request,
+    max_tokens: int,
+    prompts: Sequence[Sequence[int]],
+    tokenizer: Tokenizer,
+    settings: ModelSettings,
 ) -> SamplingParams | None:
     body = request.body
     if not isinstance(body, SampledBody):
@@ -122,7 +127,7 @@ def _params(
         if max(ids, default=0) >= tokenizer.vocab_size:
             raise _out_of_range(tokenizer, field)
     words = [variant for word in body.bad_words for variant in _variants(word, tokenizer)]
-    return body.sampling(max_tokens, tuple(words), body.grammar)
+    return body.sampling(max_tokens, tuple(words), grammar_for(body, tokenizer, prompts))
 
 
 def _variants(word: str, tokenizer: Tokenizer) -> list[tuple[int, ...]]:

@@ -6,6 +6,7 @@ are in `app.requests.pooled_answers`.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -13,6 +14,7 @@ from app.engines.base import Generation
 from app.engines.tokenizer import Tokenizer
 from app.jobs import FinishReason, Usage
 from app.requests import logprobs
+from app.requests.answers import Said, said
 from app.requests.bodies import Request
 from app.requests.chat import ChatBody
 from app.requests.completion import CompletionBody
@@ -72,7 +74,10 @@ def body(
                 "object": "chat.completion",
                 "created": created,
                 "model": model,
-                "choices": [_chat(*each) for each in answers],
+                "choices": [
+                    _chat(*each, said(request.body, each[1], tokenizer, prompts[0]), job_id)
+                    for each in answers
+                ],
                 "usage": _usage(counted),
             }
         case CompletionBody():
@@ -96,14 +101,36 @@ def _usage(counted: Usage) -> dict[str, int]:
     }
 
 
-def _chat(index: int, answer: Generation, spelling: Spelling) -> dict[str, Any]:
+def _chat(
+    index: int, answer: Generation, spelling: Spelling, found: Said, job_id: str
+) -> dict[str, Any]:
     scored = answer.logprobs
+    message: dict[str, Any] = {"role": "assistant", "content": None, "refusal": None}
+    if found.content or not (found.reasoning or found.calls):
+        message["content"] = _storable(found.content)
+    if found.reasoning is not None:
+        message["reasoning_content"] = _storable(found.reasoning)
+    if found.calls:
+        message["tool_calls"] = [
+            {
+                "id": _call_id(job_id, index, place),
+                "type": "function",
+                "function": {"name": call.name, "arguments": call.arguments},
+            }
+            for place, call in enumerate(found.calls)
+        ]
+    reason = _FINISH_REASON[answer.finish_reason]
     return {
         "index": index,
-        "message": {"role": "assistant", "content": _storable(answer.text), "refusal": None},
+        "message": message,
         "logprobs": None if scored is None else logprobs.of_chat(scored, spelling),
-        "finish_reason": _FINISH_REASON[answer.finish_reason],
+        "finish_reason": "tool_calls" if found.calls and reason == "stop" else reason,
     }
+
+
+def _call_id(job_id: str, choice: int, place: int) -> str:
+    """The same whenever the job runs. Nine letters and digits: some templates take no others."""
+    return hashlib.sha256(f"{job_id} {choice} {place}".encode()).hexdigest()[:9]
 
 
 def _completion(index: int, answer: Generation, spelling: Spelling) -> dict[str, Any]:

@@ -24,7 +24,6 @@ NEUTRAL: dict[str, Any] = {
     "best_of": 1,
     "store": False,
     "n": 1,
-    "top_k": -1,
     "stop": [],
     "stop_token_ids": [],
     "bad_words": [],
@@ -207,3 +206,11 @@ def test_metadata_within_a_body_is_the_jobs_and_no_part_of_the_request() -> None
 
     assert request.body.metadata == {"order": "17"}
     assert request.fingerprint == parse({"prompt": "flour"}).fingerprint
+
+
+@pytest.mark.parametrize("off", [0, -1])
+def test_top_k_is_off_at_zero_and_below_whatever_the_models_own_is(off: int) -> None:
+    found = params(top_k=off)
+
+    assert found.top_k == 0
+    assert "top_k" not in found.unset

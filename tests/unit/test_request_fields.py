@@ -9,7 +9,7 @@ import pytest
 from app.config.settings import ModelSettings
 from app.engines.base import Generation, TokenLogprob
 from app.engines.card import Card
-from app.engines.tokenizer import StubTokenizer
+from app.engines.tokenizer import StubTokenizer, Tokenizer
 from app.errors import RequestError
 from app.jobs import FinishReason, Kind
 from app.requests import responses
@@ -17,6 +17,7 @@ from app.requests.bodies import BODIES, Request, Url, parse
 from app.requests.handling import Ignored, Refused, handling_of
 from app.requests.prepare import prepare
 from tests import request_table
+from tests.unit import chat_templates
 
 STUB: Final = ModelSettings(source="stub", kind=Kind.GENERATE, engine="stub")
 TOOLS: Final = [{"type": "function", "function": {"name": "grind"}}]
@@ -41,6 +42,15 @@ COMPANIONS: Final[dict[str, dict[str, Any]]] = {
 }
 """Fields that mean something beside others alone."""
 
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[Kind, Tokenizer]:
+    """One with a chat template that has all that templates may have, and a plain one."""
+    folder = tmp_path_factory.mktemp("qwen")
+    found: dict[Kind, Tokenizer] = dict.fromkeys(Kind, StubTokenizer(STUB))
+    return found | {Kind.GENERATE: chat_templates.tokenizer_of(folder, chat_templates.QWEN)}
+
+
 ROWS: Final = [
     pytest.param(url, name, id=f"{url.rpartition('/')[2]}-{name}")
     for name, urls in request_table.fields().items()
@@ -56,7 +66,9 @@ def test_the_page_tells_of_the_fields_that_the_code_knows() -> None:
 
 
 @pytest.mark.parametrize(("url", "name"), ROWS)
-def test_a_field_is_treated_as_the_table_says(url: Url, name: str) -> None:
+def test_a_field_is_treated_as_the_table_says(
+    url: Url, name: str, tokenizers: dict[Kind, Tokenizer]
+) -> None:
     # given a request with the field, and the same without
     field = BODIES[url].model_fields[name]
     value = (field.examples or [None])[0]
@@ -67,7 +79,7 @@ def test_a_field_is_treated_as_the_table_says(url: Url, name: str) -> None:
     match handling_of(field):
         case Ignored():
             assert value is not None
-            assert meaning(parse(asked, url)) == meaning(parse(bare, url))
+            assert meaning(parse(asked, url), tokenizers) == meaning(parse(bare, url), tokenizers)
         case Refused(why, neutral):
             with pytest.raises(RequestError) as refused:
                 parse(asked, url)
@@ -77,7 +89,9 @@ def test_a_field_is_treated_as_the_table_says(url: Url, name: str) -> None:
                 given = parse(bare | {name: each}, url)
                 assert given.raw == parse(bare, url).raw
         case _:
-            assert field.is_required() or meaning(parse(asked, url)) != meaning(parse(bare, url))
+            assert field.is_required() or meaning(parse(asked, url), tokenizers) != meaning(
+                parse(bare, url), tokenizers
+            )
     # and null is as good as nothing
     if field.is_required():
         with pytest.raises(RequestError, match=f"The field {name} is required"):
@@ -86,13 +100,14 @@ def test_a_field_is_treated_as_the_table_says(url: Url, name: str) -> None:
         assert parse(bare | {name: None}, url).raw == parse(bare, url).raw
 
 
-def meaning(request: Request) -> object:
+def meaning(request: Request, tokenizers: dict[Kind, Tokenizer]) -> object:
     """All that a request changes."""
-    tokenizer = StubTokenizer(STUB)
+    tokenizer = tokenizers[request.kind]
     prepared = prepare(request, tokenizer, STUB, CARD)
     score = TokenLogprob(65, -1.0, ((65, -1.0), (66, -2.0)))
+    text = "<think>Grain.</think>Flour."
     answer = Generation(
-        1, FinishReason.STOP, [65], "A", [score], embedding=[0.5], scores=[0.25, 0.75]
+        1, FinishReason.STOP, [65], text, [score], embedding=[0.5], scores=[0.25, 0.75]
     )
     response = responses.body(
         request,
