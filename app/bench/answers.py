@@ -30,7 +30,7 @@ from app.jobs import Kind, SamplingParams
 
 REFERENCE: Final = "float32"
 PRECISIONS: Final = ("bfloat16", "int8")
-"""int8 is that of the weights alone; it computes in bfloat16."""
+"""int8 is that of the products, on a CUDA device of the weights alone; all else is bfloat16."""
 
 Prompts = Seq[tuple[int, ...]]
 

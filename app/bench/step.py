@@ -271,9 +271,9 @@ def _bytes_read(engine: InflightEngine, rows: int, context: int) -> int:
     """The linear layers' weights once, and each row's keys and values."""
     weights = 0
     for module in engine._model.modules():
-        if isinstance(module, FusedLayer):
+        if isinstance(module, FusedLayer | NativeLinear):
             weights += module.nbytes
-        elif isinstance(module, NativeLinear | PackedLinear):
+        elif isinstance(module, PackedLinear):
             weights += module.num_weights * engine._model.dtype.itemsize
         elif isinstance(module, nn.Linear):
             weights += module.weight.nbytes

@@ -6,7 +6,7 @@ import functools
 import tempfile
 from collections.abc import Sequence as Seq
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tokenizers import Tokenizer, models
@@ -106,6 +106,7 @@ def engine_of(
     rows: int = 4,
     portable: bool = False,
     ahead: Record | None = None,
+    dtype: Literal["float32", "bfloat16"] = "float32",
     **options: int | str,
 ) -> InflightEngine:
     """With `ahead` steps are launched and recorded by it as on a CUDA device, but on the CPU."""
@@ -113,7 +114,7 @@ def engine_of(
         source="tiny",
         kind=Kind.GENERATE,
         engine="inflight",
-        dtype="float32",
+        dtype=dtype,
         max_batch_size=rows,
         options=dict(options),
     )

@@ -11,13 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from app.config.settings import ModelSettings
 from app.engines.base import Generation, Sequence
-from app.engines.inflight import int8, library
+from app.engines.inflight import library
 from app.engines.inflight.engine import InflightEngine
-from app.engines.inflight.int8 import Int8Linear
 from app.engines.inflight.scheduler import Schedule
 from app.errors import ConfigError
 from app.jobs import FinishReason, Kind, SamplingParams
@@ -322,49 +320,6 @@ def test_an_unknown_option_is_refused() -> None:
 def test_weights_that_do_not_exist_are_refused() -> None:
     with pytest.raises(ConfigError, match="weights of the engine inflight is full or int8"):
         engine_of("llama", weights="int3")
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_int8_weights_answer_as_the_model_does_with_weights_so_rounded(family: str) -> None:
-    # given
-    engine = engine_of(family, weights="int8")
-    model = AutoModelForCausalLM.from_pretrained(folder_of(family), dtype=torch.float32).eval()
-
-    # when the rounded weights are put into the model itself
-    for name, linear in list(model.named_modules()):
-        if isinstance(linear, torch.nn.Linear):
-            kept = engine._model.get_submodule(name)
-            assert isinstance(kept, Int8Linear)
-            rounded = kept.weight * kept.scale[:, None]
-            off = (rounded - linear.weight.detach()).abs()
-            assert (off <= 0.501 * kept.scale[:, None]).all()
-            linear.weight = torch.nn.Parameter(rounded)  # not the embedding's, if they are one
-    prompts = {i: tuple(range(3 + i, 30 + 5 * i)) for i in range(4)}
-    generations = run_all(engine, [greedy(i, prompt, 24) for i, prompt in prompts.items()])
-
-    # then
-    for i, prompt in prompts.items():
-        answer = generations[i].token_ids
-        with torch.inference_mode():
-            logits = model(torch.tensor([[*prompt, *answer]])).logits[0, -25:-1]
-        assert logits.argmax(-1).tolist() == answer
-
-
-def test_int8_weights_are_multiplied_part_by_part_to_the_same_end(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    # given a layer with an output that is always 0
-    linear = torch.nn.Linear(24, 31, dtype=torch.bfloat16)
-    linear.weight.data[5] = 0
-    layer, x = Int8Linear(linear), torch.randn(1, 5, 24, dtype=torch.bfloat16)
-    whole = layer(x)
-
-    # when
-    monkeypatch.setitem(int8._PART, "cpu", 24 * 7)
-
-    # then
-    torch.testing.assert_close(layer(x), whole)
-    torch.testing.assert_close(whole, linear(x), atol=0.05, rtol=0.05)
 
 
 def _next_schedule(engine: InflightEngine) -> Schedule:

@@ -70,15 +70,15 @@ def test_a_product_is_right_for_any_shape(rows: int, inputs: int, outputs: int, 
 
 @pytest.mark.parametrize("family", PLAIN)
 def test_every_plain_family_is_one_call_a_layer_that_gives_the_same(family: str) -> None:
-    model, shapes = _model(family)
-    step, packed = _steps()
-    wanted = _logits(model, PortableStep.of, shapes, packed)
+    model, shapes = model_of(family)
+    step, packed = steps()
+    wanted = logits(model, PortableStep.of, shapes, packed)
 
     fuse_layers(model, shapes)
 
     layers = [each for each in model.modules() if isinstance(each, FusedLayer)]
     assert [each._layer for each in layers] == [0, 1]
-    got = _logits(model, step, shapes, packed)
+    got = logits(model, step, shapes, packed)
     assert (got - wanted).norm() < 0.03 * wanted.norm()
 
 
@@ -87,19 +87,19 @@ def test_a_layer_of_an_unknown_class_stays_even_if_its_first_tokens_would_be_rig
     family: str,
 ) -> None:
     # Ministral 3 scales its queries, but only behind the first tokens.
-    model, shapes = _model(family)
+    model, shapes = model_of(family)
     fuse_layers(model, shapes)
     assert not any(isinstance(each, FusedLayer) for each in model.modules())
 
 
 def test_queries_that_are_bounded_are_left_to_the_layer() -> None:
-    model, shapes = _model("olmo", clip_qkv=0.5)
+    model, shapes = model_of("olmo", clip_qkv=0.5)
     fuse_layers(model, shapes)
     assert not any(isinstance(each, FusedLayer) for each in model.modules())
 
 
 def test_a_layer_that_computes_something_else_stays() -> None:
-    model, shapes = _model("llama")
+    model, shapes = model_of("llama")
     layer: Any = model.get_submodule("model.layers.1")
     original = layer.forward
     layer.forward = lambda *inputs, **others: 1.1 * original(*inputs, **others)
@@ -111,12 +111,12 @@ def test_a_layer_that_computes_something_else_stays() -> None:
 
 
 def test_without_bfloat16_nothing_is_replaced() -> None:
-    model, shapes = _model("llama", torch.float32)
+    model, shapes = model_of("llama", torch.float32)
     fuse_layers(model, shapes)
     assert not any(isinstance(each, FusedLayer) for each in model.modules())
 
 
-def _model(
+def model_of(
     family: str, dtype: torch.dtype = torch.bfloat16, **fields: Any
 ) -> tuple[PreTrainedModel, list[LayerShape]]:
     torch.manual_seed(1)
@@ -133,7 +133,7 @@ def _model(
     return model, [shape] * 2
 
 
-def _steps() -> tuple[Any, Packed]:
+def steps() -> tuple[Any, Packed]:
     """A maker of native steps; three sequences: of 45 tokens over two blocks, of 17, and of 1."""
 
     def native_step(cache: KVCache, packed: Packed, tables: np.ndarray) -> Any:
@@ -158,7 +158,7 @@ def _steps() -> tuple[Any, Packed]:
 _TABLES = np.array([[3, 1], [0, 0], [2, 0]], np.int32)
 
 
-def _logits(
+def logits(
     model: PreTrainedModel, step_of: Any, shapes: list[LayerShape], packed: Packed
 ) -> torch.Tensor:
     step = step_of(KVCache(shapes, 4, model.dtype, model.device), packed, _TABLES)

@@ -64,7 +64,7 @@ class Options:
     cache_share: float = 0.0  #: 0 takes 0.25 of free host memory, or 0.9 of what a device has left
     stall_ms: float = 200.0  #: about the longest step that prompts may cause
     prefill_tokens: int = 0  #: prompt tokens of a step, if not by stall_ms
-    weights: str = "full"  #: full, or int8: linear layers take half the memory and more time
+    weights: str = "full"  #: full, or int8: half the memory; on CPUs with VNNI less time, too
 
     @classmethod
     def of(cls, settings: ModelSettings) -> Options:

@@ -7,6 +7,7 @@ has to give what the layer gave on the same tokens. Other layers stay transforme
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -113,16 +114,23 @@ class FusedLayer(nn.Module):
     """Holds the layer's weights in the kernel's layout."""
 
     def __init__(
-        self, layer: Any, parts: _Parts, shape: LayerShape, how: dict[str, float], rotated: int
+        self,
+        layer: Any,
+        parts: _Parts,
+        shape: LayerShape,
+        how: dict[str, float],
+        rotated: int,
+        *,
+        int8: bool = False,
     ) -> None:
         super().__init__()
-        attn = layer.self_attn
+        attn, linear = layer.self_attn, functools.partial(NativeLinear, int8=int8)
         self._layer = int(attn.layer_idx)
-        self.qkv = NativeLinear(*_stacked(parts.projections))
-        self.mixed = NativeLinear(parts.mixed.weight, parts.mixed.bias)
+        self.qkv = linear(*_stacked(parts.projections))
+        self.mixed = linear(parts.mixed.weight, parts.mixed.bias)
         gates = _stacked(parts.gates)
-        self.gated = NativeLinear(*(_interleaved(*gates) if parts.is_gated else gates))
-        self.down = NativeLinear(parts.down.weight, parts.down.bias)
+        self.gated = linear(*(_interleaved(*gates) if parts.is_gated else gates))
+        self.down = linear(parts.down.weight, parts.down.bias)
         heads = self.qkv.out_features // shape.dim - 2 * shape.kv_heads
         widths = {"query": shape.dim, "key": shape.dim}
         if across := parts.norms["query"] is not None and _width(parts.norms["query"]) > shape.dim:
@@ -177,8 +185,9 @@ class FusedLayer(nn.Module):
         )
 
 
-def fuse_layers(model: PreTrainedModel, shapes: list[LayerShape]) -> None:
-    """Replace the layers for which that is the same, and faster; `shapes` as the probe found."""
+def fuse_layers(model: PreTrainedModel, shapes: list[LayerShape], *, int8: bool = False) -> None:
+    """Replace the layers for which that is the same, and faster; `shapes` as the probe found. With
+    `int8` their weights are then rounded."""
     compiled = products()
     if model.dtype is not torch.bfloat16 or model.device.type != "cpu" or compiled is None:
         return
@@ -193,7 +202,7 @@ def fuse_layers(model: PreTrainedModel, shapes: list[LayerShape]) -> None:
     step = NativeStep(NativeKernel(compiled, cache), packed, tables)
     for name, layer in layers.items():
         place = layer.self_attn.layer_idx
-        fused = _fused(layer, shapes[place], seen[place], step)
+        fused = _fused(layer, shapes[place], seen[place], step, int8)
         if fused is None:
             log.info("layer %d runs as transformers has it", place)
         else:
@@ -252,7 +261,9 @@ def _watch(
     return seen
 
 
-def _fused(layer: Any, shape: LayerShape, seen: _Seen, step: NativeStep) -> FusedLayer | None:
+def _fused(
+    layer: Any, shape: LayerShape, seen: _Seen, step: NativeStep, int8: bool
+) -> FusedLayer | None:
     """The replacement, if it gives what the layer gave."""
     if not isinstance(seen.output, Tensor) or seen.others is None or seen.attention is None:
         return None
@@ -273,7 +284,9 @@ def _fused(layer: Any, shape: LayerShape, seen: _Seen, step: NativeStep) -> Fuse
         given, wanted = seen.inputs[0].float(), seen.output.float()
         got = fused(*seen.inputs, **{**seen.others, STEP: step}).float()
     off = (got - wanted).norm() / (wanted - given).norm()
-    return fused if off < _TOLERANCE else None  # NaN is not
+    if not off < _TOLERANCE:  # NaN is not
+        return None
+    return FusedLayer(layer, parts, shape, seen.attention, rotated, int8=True) if int8 else fused
 
 
 def _linears(module: Any, *names: str) -> list[nn.Linear]:

@@ -1,4 +1,4 @@
-"""Linear layers whose weights take half the memory."""
+"""Linear layers on a device whose weights take half the memory; on a CPU it is `NativeLinear`."""
 
 from __future__ import annotations
 

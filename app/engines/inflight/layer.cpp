@@ -3,7 +3,11 @@
 //
 // Sums are float32. Between the operations numbers are rounded to bfloat16 where transformers'
 // own code does so. A weight is laid out in panels of WIDE outputs, [panel][input / 2][WIDE][2]:
-// a product walks a panel once for each ROWS rows, with all its sums in registers.
+// a product walks a panel once for each ROWS rows, with all its sums in registers. Weights in int8
+// lie in fours, [panel][input / 4][WIDE][4], each 128 more than it means; for these each row of x is
+// rounded to int8, too, by its largest number, and sums are exact.
+
+#include <initializer_list>
 
 #include "kernels.h"
 
@@ -18,6 +22,7 @@ constexpr int ROWS = 12;         // 24 sums, 2 weights and a number from x: of 3
 struct Product {            // y = x W (+ bias), panels as above; weights.py mirrors it
     const uint32_t* weight;
     const bf16* bias;       // [outputs] or null
+    const float* scale;     // [outputs] of weights in int8; null for bfloat16
     int32_t inputs, outputs;
 };
 
@@ -99,49 +104,134 @@ struct Activated {
     }
 };
 
-// COUNT rows of x times one panel.
-template <int COUNT_, class Finish>
+// How some neighbouring inputs in 32 bits are multiplied and added up.
+struct Pairs {              // of bfloat16
+    typedef __m512 Sum;
+    static void more(Sum& sum, __m512i weight, const uint32_t* number) {
+        sum = _mm512_dpbf16_ps(sum, (__m512bh)weight, (__m512bh)_mm512_set1_epi32(*number));
+    }
+    static f32 value(Sum sum) { return (f32)sum; }
+};
+struct Fours {              // of int8, weights without sign
+    typedef __m512i Sum;
+    static void more(Sum& sum, __m512i weight, const uint32_t* number) {
+#ifdef __AVX512VNNI__       // else nobody asks for it; as an intrinsic, GCC moves all sums around
+        asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(weight), "m"(*number));
+#endif
+    }
+    static f32 value(Sum sum) { return (f32)_mm512_cvtepi32_ps(sum); }
+};
+
+// COUNT rows of x times one panel; a step is 32 bits of each output's inputs.
+template <class Kind, int COUNT_, class Finish>
 void block(const uint32_t* x, int64_t stride, const uint32_t* panel, const uint32_t* next,
-           int pairs, int row, int first, const Finish& finish) {
-    __m512 sums[COUNT_][2];
-    for (int r = 0; r < COUNT_; ++r) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
-    for (int k = 0; k < pairs; ++k) {
-        const __m512bh low = (__m512bh)_mm512_loadu_si512(panel + k * WIDE);
-        const __m512bh high = (__m512bh)_mm512_loadu_si512(panel + k * WIDE + LANES);
+           int steps, int row, int first, const Finish& finish) {
+    typename Kind::Sum sums[COUNT_][2];
+#pragma GCC unroll 12
+    for (int r = 0; r < COUNT_; ++r) sums[r][0] = sums[r][1] = typename Kind::Sum{};
+    for (int k = 0; k < steps; ++k) {
+        const __m512i low = _mm512_loadu_si512(panel + k * WIDE);
+        const __m512i high = _mm512_loadu_si512(panel + k * WIDE + LANES);
         if (next) {         // each panel is fetched while the one before it is used
             _mm_prefetch((const char*)(next + k * WIDE), _MM_HINT_T1);
             _mm_prefetch((const char*)(next + k * WIDE + LANES), _MM_HINT_T1);
         }
 #pragma GCC unroll 12
         for (int r = 0; r < COUNT_; ++r) {
-            const __m512bh number = (__m512bh)_mm512_set1_epi32(x[r * stride + k]);
-            sums[r][0] = _mm512_dpbf16_ps(sums[r][0], low, number);
-            sums[r][1] = _mm512_dpbf16_ps(sums[r][1], high, number);
+            Kind::more(sums[r][0], low, x + r * stride + k);
+            Kind::more(sums[r][1], high, x + r * stride + k);
         }
     }
-    for (int r = 0; r < COUNT_; ++r) finish(row + r, first, (f32)sums[r][0], (f32)sums[r][1]);
+    f32 done[COUNT_][2];    // apart, or the compiler would keep the sums in memory
+#pragma GCC unroll 12
+    for (int r = 0; r < COUNT_; ++r) {
+        done[r][0] = Kind::value(sums[r][0]);
+        done[r][1] = Kind::value(sums[r][1]);
+    }
+    for (int r = 0; r < COUNT_; ++r) finish(row + r, first, done[r][0], done[r][1]);
 }
 
 // Panels shared out among the threads of the parallel region. Waits for nobody at its end.
-template <class Finish>
-void multiply(const Product& product, const bf16* x, int64_t stride, int rows,
-              const Finish& finish) {
-    const int pairs = product.inputs / 2, panels = (product.outputs + WIDE - 1) / WIDE;
-    const int blocks = (rows + ROWS - 1) / ROWS;
+template <class Kind, class Finish>
+void walk(const Product& product, const uint32_t* x, int steps, int rows, const Finish& finish) {
+    const int panels = (product.outputs + WIDE - 1) / WIDE, blocks = (rows + ROWS - 1) / ROWS;
 #pragma omp for schedule(static) nowait
     for (int p = 0; p < panels; ++p) {
-        const uint32_t* panel = product.weight + (int64_t)p * pairs * WIDE;
+        const uint32_t* panel = product.weight + (int64_t)p * steps * WIDE;
         for (int b = 0; b < blocks; ++b) {
             const int row = (int64_t)rows * b / blocks, count = (int64_t)rows * (b + 1) / blocks - row;
-            const uint32_t* from = (const uint32_t*)(x + row * stride);
-            const uint32_t* next = b == 0 && p + 1 < panels ? panel + pairs * WIDE : nullptr;
-#define CASE(N) case N: block<N>(from, stride / 2, panel, next, pairs, row, p * WIDE, finish); break;
+            const uint32_t* from = x + (int64_t)row * steps;
+            const uint32_t* next = b == 0 && p + 1 < panels ? panel + steps * WIDE : nullptr;
+#define CASE(N) \
+    case N: block<Kind, N>(from, steps, panel, next, steps, row, p * WIDE, finish); break;
             switch (count) {
                 CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
                 CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
             }
         }
     }
+}
+
+struct Rounded {            // room for rows in int8, shared by all threads
+    int8_t* numbers;
+    float *scales, *offsets;  // [rows]; what 128 more in each weight adds to a row's sums
+};
+
+template <class Finish>
+struct Scaled {             // sums of int8 become what they mean
+    const float* scale; const Rounded& x; const Finish& finish;
+    void operator()(int row, int first, f32 low, f32 high) const {
+        low = (low - x.offsets[row]) * load(scale + first) * x.scales[row];
+        high = (high - x.offsets[row]) * load(scale + first + LANES) * x.scales[row];
+        finish(row, first, low, high);
+    }
+};
+
+void round_rows(const bf16* x, int rows, int inputs, const Rounded& rounded) {
+#pragma omp for schedule(static)
+    for (int row = 0; row < rows; ++row) {
+        const bf16* from = x + (int64_t)row * inputs;
+        __m512 most = _mm512_setzero_ps();
+        f32 sum = {};       // NaN is not the largest of anything, but spoils a sum
+        for (int i = 0; i < inputs; i += LANES) {
+            most = _mm512_max_ps(_mm512_abs_ps((__m512)load(from + i)), most);
+            sum += load(from + i);
+        }
+        const float largest = _mm512_reduce_max_ps(most), all = _mm512_reduce_add_ps((__m512)sum);
+        const f32 to = f32{} + (largest > 0 ? 127.0f / largest : 0.0f);
+        __m512i total = _mm512_setzero_si512();
+        for (int i = 0; i < inputs; i += LANES) {
+            const __m512i number = _mm512_cvtps_epi32((__m512)(load(from + i) * to));
+            total = _mm512_add_epi32(total, number);
+            _mm_storeu_si128((__m128i*)(rounded.numbers + (int64_t)row * inputs + i),
+                             _mm512_cvtepi32_epi8(number));
+        }
+        rounded.scales[row] = all - all == 0 ? largest / 127.0f : NAN;
+        rounded.offsets[row] = 128.0f * _mm512_reduce_add_epi32(total);
+    }
+}
+
+// x [rows][inputs]
+template <class Finish>
+void multiply(const Product& product, const bf16* x, int rows, const Rounded& rounded,
+              const Finish& finish) {
+    if (!product.scale)
+        return walk<Pairs>(product, (const uint32_t*)x, product.inputs / 2, rows, finish);
+    round_rows(x, rows, product.inputs, rounded);
+    walk<Fours>(product, (const uint32_t*)rounded.numbers, product.inputs / 4, rows,
+                Scaled<Finish>{product.scale, rounded, finish});
+}
+
+// Room for the rows of the largest of some products, until the next call in this thread.
+Rounded room_for(int rows, std::initializer_list<const Product*> products) {
+    static thread_local std::vector<float> room;
+    int64_t inputs = 0;
+    for (const Product* each : products)
+        if (each->scale) inputs = std::max<int64_t>(inputs, each->inputs);
+    const size_t needed = 2 * rows + rows * inputs / 4;
+    if (room.size() < needed) room.resize(needed);
+    float* scales = room.data();
+    return {(int8_t*)(scales + 2 * rows), scales, scales + rows};
 }
 
 struct Norm {               // fused.py mirrors it
@@ -204,11 +294,16 @@ struct Decoder {            // a layer; fused.py mirrors it
     Attention attention;    // but for query, key, value, out and their strides
 };
 
+#ifdef __AVX512VNNI__
+void has_int8() {}          // that it is there says that weights may be in int8
+#endif
+
 // out = x W (+ bias): x [rows][inputs], out [rows][outputs]
 void multiply_bfloat16(const Product* product, const bf16* x, bf16* out, int32_t rows) {
     const Plain finish{out, product->outputs, product->bias, product->outputs};
+    const Rounded rounded = room_for(rows, {product});
 #pragma omp parallel
-    multiply(*product, x, product->inputs, rows, finish);
+    multiply(*product, x, rows, rounded, finish);
 }
 
 // Queries and keys are made ready: normalised, if the layer does that, and rotated.
@@ -231,14 +326,14 @@ static void turn(const Decoder& layer, bf16* qkv, int rows, const bf16* cos, con
 
 // out = residual + times * norm(x W (+ bias)): x [rows][inputs], out and residual [rows][width]
 static void add(const Product& product, const Norm& norm, const bf16* x, const bf16* residual,
-                bf16* room, bf16* out, int rows, float times) {
+                const Rounded& rounded, bf16* room, bf16* out, int rows, float times) {
     const int width = product.outputs;
     if (norm.gain) {
-        multiply(product, x, product.inputs, rows, Plain{room, width, product.bias, width});
+        multiply(product, x, rows, rounded, Plain{room, width, product.bias, width});
 #pragma omp barrier
         normalise(room, norm, rows, width, out, residual, times);
     } else {
-        multiply(product, x, product.inputs, rows,
+        multiply(product, x, rows, rounded,
                  Added{out, residual, width, product.bias, width, times});
 #pragma omp barrier
     }
@@ -261,28 +356,32 @@ void decode_bfloat16(const Step* step, const Decoder* layer, const bf16* x, cons
     attention.out = mixed;
     attention.query_token = attention.key_token = attention.value_token = qkv_width;
     attention.query_head = attention.key_head = attention.value_head = dim;
+    const Rounded rounded =
+        room_for(rows, {&layer->qkv, &layer->mixed, &layer->gated, &layer->down});
     const auto prepared = [&](const Norm& norm, const bf16* from) {
         if (norm.gain) normalise(from, norm, rows, width, normed);
         return norm.gain ? normed : from;
     };
 #pragma omp parallel
     {
-        multiply(layer->qkv, prepared(layer->before_attention, x), width, rows,
+        multiply(layer->qkv, prepared(layer->before_attention, x), rows, rounded,
                  Plain{qkv, qkv_width, layer->qkv.bias, qkv_width});
 #pragma omp barrier
         turn(*layer, qkv, rows, cos, sin);
         attend<bf16>(*step, attention);
 #pragma omp barrier
-        add(layer->mixed, layer->after_attention, mixed, x, normed, out, rows, layer->times);
+        add(layer->mixed, layer->after_attention, mixed, x, rounded, normed, out, rows,
+            layer->times);
         const bf16* from = prepared(layer->before_mlp, out);
         const bf16* bias = layer->gated.bias;
         if (layer->gates)
-            multiply(layer->gated, from, width, rows, Gated{gated, inner, bias, layer->activation});
+            multiply(layer->gated, from, rows, rounded,
+                     Gated{gated, inner, bias, layer->activation});
         else
-            multiply(layer->gated, from, width, rows,
+            multiply(layer->gated, from, rows, rounded,
                      Activated{gated, inner, bias, layer->activation});
 #pragma omp barrier
-        add(layer->down, layer->after_mlp, gated, out, normed, out, rows, layer->times);
+        add(layer->down, layer->after_mlp, gated, out, rounded, normed, out, rows, layer->times);
     }
 }
 }

@@ -65,6 +65,11 @@ def products() -> ctypes.CDLL | None:
     return compiled if hasattr(compiled, "multiply_bfloat16") else None
 
 
+def multiplies_int8() -> bool:
+    """Whether these products take weights in int8: it needs AVX-512 VNNI besides."""
+    return hasattr(products(), "has_int8")
+
+
 @functools.cache
 def built() -> Built:
     """Load the kernels, compiled now if they never were. Logs what is wrong with that, once."""

@@ -9,11 +9,13 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from app.config.settings import ModelSettings
+from app.engines.device import pick_dtype
 from app.engines.inflight import fused_cuda
 from app.engines.inflight.attention import NAME, ProbeStep, run
 from app.engines.inflight.cache import LayerShape
 from app.engines.inflight.fused import fuse_layers
 from app.engines.inflight.int8 import to_int8
+from app.engines.inflight.library import multiplies_int8
 from app.engines.inflight.weights import pack_linears
 from app.engines.loading import check_fits, load_model, read_config
 from app.engines.tokenizer import load_tokenizer
@@ -34,15 +36,21 @@ def load_decoder(
     """
     config = read_config(folder)
     _check(config.get_text_config(decoder=True), context_tokens)
-    shrink = to_int8 if weights == "int8" else None
+    int8, on_host = weights == "int8", device.type == "cpu"
+    if int8 and on_host and not (multiplies_int8() and pick_dtype(dtype, device) is torch.bfloat16):
+        raise ConfigError(
+            'weights = "int8" is for processors with AVX-512 VNNI and BF16, and dtype bfloat16; '
+            "here it would only be slower. Set weights to full, or dtype to auto."
+        )
+    shrink = to_int8 if int8 and not on_host else None
     model = load_model(AutoModelForCausalLM, folder, dtype, device, shrink)
     model.set_attn_implementation(NAME)  # where a model does not heed this, the probe finds out
     probe = _probe(model, config.get_text_config(decoder=True).num_hidden_layers)
     layers = [probe.layers[place] for place in range(len(probe.layers))]
     if shrink is None:
-        fuse_layers(model, layers)
+        fuse_layers(model, layers, int8=int8)
         fused_cuda.fuse_layers(model, layers, probe.how, context_tokens)
-        pack_linears(model)
+        pack_linears(model, int8=int8)
     return model, layers, probe.width
 
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from app.engines.inflight.library import products
+from app.engines.inflight.library import LANES, products
 
 _TYPICAL_ROWS: Final = 64
 """oneDNN's layout depends on how many rows a product has; it stays right for any number."""
@@ -22,7 +22,7 @@ class Product(ctypes.Structure):
     """`Product` of layer.cpp."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("weight", "bias")),
+        *((name, ctypes.c_void_p) for name in ("weight", "bias", "scale")),
         *((name, ctypes.c_int32) for name in ("inputs", "outputs")),
     )
 
@@ -42,23 +42,37 @@ class PackedLinear(nn.Module):
 
 
 class NativeLinear(nn.Module):
-    """A linear layer through our own product; weight [outputs, inputs] and bias in bfloat16."""
+    """A linear layer through our own product; weight [outputs, inputs] and bias in bfloat16.
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    With `int8` the weight is rounded to that, with a scale for each output, and each row of the
+    input, too, when it comes.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, int8: bool = False) -> None:
         super().__init__()
         compiled = products()
         assert compiled is not None
         self._multiply: Callable[..., None] = compiled.multiply_bfloat16
         self.out_features, self.in_features = weight.shape
-        self.num_weights = weight.numel()
-        self._panels = _panels(weight.detach())
         self._bias = None if bias is None else bias.detach().contiguous()
+        self._scale: Tensor | None = None
+        if int8:
+            rounded, self._scale = _rounded(_padded(weight.detach()))
+            self._panels = _panels(rounded, 4)
+        else:
+            self._panels = _panels(_padded(weight.detach()), 2)
         self.product = Product(
             self._panels.data_ptr(),
             None if self._bias is None else self._bias.data_ptr(),
+            None if self._scale is None else self._scale.data_ptr(),
             self.in_features,
             self.out_features,
         )
+
+    @property
+    def nbytes(self) -> int:
+        """Of the weights that a product reads."""
+        return self._panels.nbytes
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous()
@@ -72,16 +86,30 @@ class NativeLinear(nn.Module):
         return out
 
 
-def _panels(weight: Tensor) -> Tensor:
-    """[outputs, inputs] → [panel, inputs / 2, _WIDE, 2]; the last panel is filled up with zeros."""
+def _padded(weight: Tensor) -> Tensor:
+    """Whole panels: filled up with zeros."""
     outputs, inputs = weight.shape
     room = weight.new_zeros(-(-outputs // _WIDE) * _WIDE, inputs)
     room[:outputs] = weight
-    return room.view(-1, _WIDE, inputs // 2, 2).transpose(1, 2).contiguous()
+    return room
 
 
-def pack_linears(model: nn.Module) -> None:
-    """Replace every bfloat16 linear layer on a CPU; others have nothing to gain."""
+def _rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """[outputs, inputs] in uint8, 128 more than what is meant, and the scale of each output."""
+    exact = weight.float()
+    scale = exact.abs().amax(1).clamp(min=torch.finfo(exact.dtype).tiny) / 127
+    return ((exact / scale[:, None]).round() + 128).to(torch.uint8), scale
+
+
+def _panels(weight: Tensor, together: int) -> Tensor:
+    """[outputs, inputs] → [panel, inputs / together, _WIDE, together]"""
+    inputs = weight.shape[1]
+    return weight.view(-1, _WIDE, inputs // together, together).transpose(1, 2).contiguous()
+
+
+def pack_linears(model: nn.Module, *, int8: bool = False) -> None:
+    """Replace every bfloat16 linear layer on a CPU; others have nothing to gain. A layer whose
+    inputs are no whole vectors is not rounded to int8."""
     has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     packs = has_onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     for module in list(model.modules()):
@@ -90,7 +118,8 @@ def pack_linears(model: nn.Module) -> None:
             if is_bfloat16_linear(child):
                 native = products() is not None and child.in_features % 2 == 0
                 if native:
-                    setattr(module, name, NativeLinear(child.weight, child.bias))
+                    rounds = int8 and child.in_features % LANES == 0
+                    setattr(module, name, NativeLinear(child.weight, child.bias, int8=rounds))
                 elif packs:
                     setattr(module, name, PackedLinear(child))
 
