@@ -12,6 +12,7 @@ from app.api.schemas import Job, JobSummary, ModelName
 from app.errors import RequestError
 from app.intake.submit import Moment
 from app.jobs import JobState
+from app.requests.handling import Whole
 from app.requests.part import Part
 from app.requests.storable import parse_metadata
 
@@ -122,7 +123,7 @@ class CancelRequest(Part):
         description="Cancel what passes this, in place of ids.",
         examples=[{"metadata": {"customer": "42"}}],
     )
-    limit: Annotated[int, Field(ge=1, le=MAX_IDS)] = Field(
+    limit: Annotated[Whole, Field(ge=1, le=MAX_IDS)] = Field(
         MAX_IDS, description="Most jobs that a filter cancels with one call.", examples=[1000]
     )
 

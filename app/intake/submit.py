@@ -45,6 +45,7 @@ from app.intake.decision import Decision
 from app.intake.sender import Sender, num_bytes
 from app.jobs import MAX_PRIORITY, REPLAYED, bounded
 from app.requests import bodies
+from app.requests.handling import Whole
 from app.requests.part import Part
 from app.requests.prepare import Prepared, prepare
 from app.requests.problems import first_problem
@@ -91,7 +92,7 @@ class Submission(Part):
         description="The body of the OpenAI-style call.",
         examples=[{"messages": [{"role": "user", "content": "What is a grist mill?"}]}],
     )
-    priority: Annotated[int, Field(ge=0, le=MAX_PRIORITY)] = Field(
+    priority: Annotated[Whole, Field(ge=0, le=MAX_PRIORITY)] = Field(
         0, description="0 is served first, 9 last.", examples=[0]
     )
     not_before: Moment | None = Field(

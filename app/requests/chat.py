@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field
 
 from app.errors import RequestError
 from app.requests.conversation import ChatMessage, Conversation, Ending, check_messages
-from app.requests.handling import Ignored, Refused, whole
+from app.requests.handling import Ignored, Refused, Whole
 from app.requests.prompts import Prompt
 from app.requests.sampled import Count, SampledBody
 from app.requests.tools import MAX_TOOLS, Offer, Tool, ToolChoice, offer_of
@@ -40,7 +40,7 @@ class ChatBody(SampledBody):
     logprobs: bool | None = Field(
         None, description="Return the log probability of each output token.", examples=[True]
     )
-    top_logprobs: Annotated[int, BeforeValidator(whole), Field(ge=0, le=20)] | None = Field(
+    top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = Field(
         None,
         description="With `logprobs`: this many likeliest tokens at each place.",
         examples=[2],

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
-from app.requests.handling import Refused, whole
+from app.requests.handling import Refused, Whole
 from app.requests.prompts import Prompt, Prompts, split
 from app.requests.sampled import SampledBody
 
@@ -20,7 +20,7 @@ class CompletionBody(SampledBody):
         description="Text, several texts, or the model's token ids of one or several.",
         examples=["A grist mill is"],
     )
-    logprobs: Annotated[int, BeforeValidator(whole), Field(ge=0, le=20)] | None = Field(
+    logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = Field(
         None,
         description="Return log probabilities with this many likeliest tokens.",
         examples=[0],

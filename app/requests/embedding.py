@@ -9,6 +9,7 @@ from pydantic import Field
 from app.engines.card import Card
 from app.errors import RequestError
 from app.jobs import Kind, PoolingParams
+from app.requests.handling import Whole
 from app.requests.pooled import PooledBody
 from app.requests.prompts import Prompt, Prompts, split
 
@@ -28,7 +29,7 @@ class EmbeddingBody(PooledBody):
         description="How vectors are written: numbers, or base64 of little-endian float32.",
         examples=["base64"],
     )
-    dimensions: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = Field(
+    dimensions: Annotated[Whole, Field(ge=1, le=2**31 - 1)] | None = Field(
         None,
         description="Numbers of a vector, where the model was trained to be cut (Matryoshka).",
         examples=[256],

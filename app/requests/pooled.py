@@ -10,10 +10,11 @@ from app.engines.card import Card
 from app.errors import RequestError
 from app.jobs import PoolingParams
 from app.requests.body import Body
+from app.requests.handling import Whole
 
 
 class PooledBody(Body):
-    truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = Field(
+    truncate_prompt_tokens: Annotated[Whole, Field(ge=-1, le=2**31 - 1)] | None = Field(
         None,
         description="Cut what has more tokens than this, those around the text included; -1 is "
         "the model's limit. Left out, what is too long is refused.",

@@ -12,7 +12,7 @@ from app.errors import RequestError
 from app.jobs import Grammar, Kind, SamplingParams
 from app.requests import output_format
 from app.requests.body import Body
-from app.requests.handling import Ignored, Refused, all_whole, whole
+from app.requests.handling import Ignored, Refused, Whole, all_whole
 from app.requests.output_format import ResponseFormat, StructuredOutputs
 from app.requests.prompts import MAX_TOKEN_ID, TokenId
 
@@ -27,7 +27,7 @@ _LEFT_TO_THE_MODEL: Final = frozenset(
 MAX_WORDS: Final = 128
 """Of token ids and words that are favoured, forbidden or end an output."""
 
-Count = Annotated[int, BeforeValidator(whole), Field(ge=1, le=MAX_COUNT)]
+Count = Annotated[Whole, Field(ge=1, le=MAX_COUNT)]
 
 
 def _biases(given: Any) -> Any:
@@ -56,7 +56,7 @@ class SampledBody(Body):
         description="Most tokens to generate; the model's `default_max_tokens` when left out.",
         examples=[64],
     )
-    min_tokens: Annotated[int, BeforeValidator(whole), Field(ge=0, le=MAX_COUNT)] = Field(
+    min_tokens: Annotated[Whole, Field(ge=0, le=MAX_COUNT)] = Field(
         0,
         description="Fewest tokens: neither the model nor `stop` ends an answer before.",
         examples=[8],
@@ -69,7 +69,7 @@ class SampledBody(Body):
         description="Sample from the smallest set of tokens with this probability.",
         examples=[0.9],
     )
-    top_k: Annotated[int, BeforeValidator(whole), Field(ge=-1, le=MAX_COUNT)] = Field(
+    top_k: Annotated[Whole, Field(ge=-1, le=MAX_COUNT)] = Field(
         0, description="Sample from this many most likely tokens; 0 or -1 is off.", examples=[40]
     )
     min_p: Annotated[float, Field(ge=0, le=1)] = Field(
@@ -119,13 +119,13 @@ class SampledBody(Body):
         description="Up to 128 token ids that end an answer.",
         examples=[[13]],
     )
-    seed: Annotated[int, BeforeValidator(whole), Field(ge=-(2**63), lt=2**63)] | None = Field(
+    seed: Annotated[Whole, Field(ge=-(2**63), lt=2**63)] | None = Field(
         None, description="Same seed, same text, whatever else is in the batch.", examples=[7]
     )
-    n: Annotated[int, BeforeValidator(whole), Field(ge=1, le=128)] = Field(
+    n: Annotated[Whole, Field(ge=1, le=128)] = Field(
         1, description="How many answers; at most the model's `max_batch_size`.", examples=[2]
     )
-    num_beams: Annotated[int, BeforeValidator(whole), Field(ge=1, le=128)] | None = Field(
+    num_beams: Annotated[Whole, Field(ge=1, le=128)] | None = Field(
         None,
         description="Search with so many beams in place of draws, with the engine `generate`; 1 is "
         "none. Left out, the model's own settings say it where the request asks for no draws.",

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from app.errors import RequestError
 from app.jobs import Kind, PoolingParams
+from app.requests.handling import Whole
 from app.requests.part import Part
 from app.requests.pooled import PooledBody
 from app.requests.prompts import Pair, Prompt, Text
@@ -50,13 +51,13 @@ class RerankBody(_PairBody):
         description="What is found: texts, or objects with a `text`.",
         examples=[["A mill grinds grain.", "A wheel turns."]],
     )
-    top_n: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = Field(
+    top_n: Annotated[Whole, Field(ge=0, le=2**31 - 1)] | None = Field(
         None, description="Give only the best so many; all when left out, or 0.", examples=[1]
     )
     return_documents: bool = Field(
         False, description="Give each document's text with its score.", examples=[True]
     )
-    max_tokens_per_doc: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = Field(
+    max_tokens_per_doc: Annotated[Whole, Field(ge=1, le=2**31 - 1)] | None = Field(
         None,
         description="Cut each document to so many tokens; then `truncate_prompt_tokens` is -1 if "
         "it is left out.",

@@ -14,6 +14,7 @@ from app.engines.tokenizer import StubTokenizer
 from app.errors import RequestError
 from app.jobs import Kind, SamplingParams
 from app.requests.bodies import BODIES, FORMAT, Url, parse, parse_stored
+from app.requests.handling import handling_of
 from app.requests.prepare import prepare
 
 STUB = ModelSettings(source="stub", kind=Kind.GENERATE, engine="stub")
@@ -101,6 +102,26 @@ def test_a_whole_number_may_be_written_with_a_point(field: str, value: Any) -> N
     written = json.loads(json.dumps(value).replace(".0", ""))
 
     assert parse({"prompt": "a", field: value}).raw == parse({"prompt": "a", field: written}).raw
+
+
+WHOLE_FIELDS = [
+    pytest.param(url, name, field.examples[0], id=f"{url.rpartition('/')[2]}-{name}")
+    for url, body in BODIES.items()
+    for name, field in body.model_fields.items()
+    if field.examples and type(field.examples[0]) is int and handling_of(field) is None
+]
+
+
+@pytest.mark.parametrize(("url", "name", "number"), WHOLE_FIELDS)
+def test_every_field_that_is_a_whole_number_may_be_written_so(
+    url: Url, name: str, number: int
+) -> None:
+    fields = BODIES[url].model_fields
+    required = {it: field.examples for it, field in fields.items() if field.is_required()}
+    body = {it: examples[0] if examples else [USER] for it, examples in required.items()}
+    body |= {"top_logprobs": {"logprobs": True}}.get(name, {})
+
+    assert parse(body | {name: float(number)}, url) == parse(body | {name: number}, url)
 
 
 @pytest.mark.parametrize("value", [16.5, True, "16", 1e300, float("nan"), float("inf"), [16]])
