@@ -14,6 +14,7 @@ BENCHES: Final = (
     "step",
     "answers",
     "pipeline",
+    "outside",
     "overload",
     "retention",
     "recovery",

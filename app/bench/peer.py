@@ -1,6 +1,6 @@
 """vLLM on the same requests. Runs in vLLM's own environment, so it imports nothing of ours.
 
-    python peer.py MODEL_FOLDER DTYPE
+    python peer.py MODEL_FOLDER DTYPE [ENGINE ARGUMENTS AS JSON]
 Each line on standard input is a JSON list of [prompt token ids, answer length]; each is answered by
 a line {"peer": "vllm", "tokens": …, "seconds": …}.
 """
@@ -21,8 +21,9 @@ os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
 def main() -> None:
     from vllm import LLM, SamplingParams
 
-    folder, dtype = sys.argv[1:]
-    llm = LLM(model=folder, dtype=dtype, max_num_seqs=ROWS, max_model_len=8192, seed=0)
+    folder, dtype, *more = sys.argv[1:]
+    options = {"max_num_seqs": ROWS, "max_model_len": 8192, "seed": 0}
+    llm = LLM(model=folder, dtype=dtype, **options | (json.loads(more[0]) if more else {}))
     for line in sys.stdin:
         work = json.loads(line)
         llm.reset_prefix_cache()

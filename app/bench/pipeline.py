@@ -42,10 +42,10 @@ def main(arguments: Seq[str]) -> None:
             progress=lambda: None,
         )
         warm_up = requests[:8]
-        _path(settings, warm_up), _bare(engine, warm_up)
+        run_path(settings, warm_up), _bare(engine, warm_up)
         path, bare = [], []
         for number in range(options.rounds):
-            path.append(_path(settings, requests))
+            path.append(run_path(settings, requests))
             bare.append(_bare(engine, requests))
             print(f"round {number + 1}: path {path[-1]:.2f} s, bare {bare[-1]:.2f} s", flush=True)
     _print(options.workload, requests, path, bare)
@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _path(settings: Settings, requests: Seq[Request]) -> float:
+def run_path(settings: Settings, requests: Seq[Request]) -> float:
     """Seconds from the submission of all to the answer to the last."""
     bodies = [
         {

@@ -1,6 +1,6 @@
-"""vLLM itself, its CPU build, as the engine `vllm`: run by `make vllm`, skipped where it is not.
+"""vLLM itself, its CPU build, as the engine `vllm` and as a server of the engine `openai`.
 
-VLLM_PYTHON names the interpreter of an environment that has it.
+Run by `make vllm`, and skipped where VLLM_PYTHON names no interpreter that has it.
 """
 
 from __future__ import annotations
@@ -8,7 +8,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from safetensors.torch import save_file
 from app.config.settings import ModelSettings, Settings
 from app.engines.models import ensure_files
 from app.jobs import Kind
+from app.local.ports import free_port
 from app.worker.engine.host import LAUNCH
 from tests.apis import running_api
 from tests.rescues import running_rescue
@@ -100,6 +104,60 @@ def settings(
             }
         },
     )
+
+
+class Server:
+    """`vllm serve`, which may be killed and started again on its port."""
+
+    def __init__(self, folder: Path, log: Path) -> None:
+        self.port = free_port(0)
+        self._folder = folder
+        self._log = log
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    def start(self) -> None:
+        words = (
+            f"-m vllm.entrypoints.cli.main serve {self._folder} --host 127.0.0.1 "
+            f"--port {self.port} --served-model-name theirs --max-num-seqs 32 "
+            "--max-model-len 1024 --enforce-eager"
+        )
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [PYTHON, *words.split()],
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        eventually(self._answers, PATIENCE_S)
+
+    def _answers(self) -> bool:
+        assert self._process is not None and self._process.poll() is None, self._log.read_text()
+        try:
+            return httpx.get(f"{self.url}/models").status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def kill(self) -> None:
+        """SIGKILL to the server and to the process of its engine."""
+        if self._process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+
+@pytest.fixture
+def server(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    server = Server(folder, tmp_path / "vllm.log")
+    try:
+        server.start()
+        yield server
+    finally:
+        server.kill()
 
 
 @pytest.fixture
@@ -197,3 +255,72 @@ def test_two_hundred_jobs_survive_that_the_engine_is_killed_half_way(
         " JOIN attempts a ON a.batch_id = b.id GROUP BY b.id",
     )
     assert all(row["device_ns"] == row["shared"] for row in shared)
+
+
+def test_two_hundred_jobs_survive_that_their_server_and_then_their_engine_are_killed(
+    settings: Settings, server: Server, tmp_path: Path, make_settings: Callable[..., Settings]
+) -> None:
+    # given a model at `vllm serve`, with a price for its tokens
+    elsewhere = {
+        "source": settings.models["smollm2"].source,
+        "engine": "openai",
+        "kind": "generate",
+        "default": True,
+        "price": "tokens",
+        "max_batch_size": 32,
+        "max_batch_tokens": 65_536,
+        "context_tokens": 1024,
+        "options": {"model": "theirs", "url": server.url, "server": "vllm"},
+    }
+    prices = {"per_million_input_tokens": "0.15", "per_million_output_tokens": "0.6"}
+    config = make_settings(
+        database={"url": settings.database.url},
+        broker={"url": settings.broker.url},
+        rescue={"sweep_ms": 200},
+        prices=settings.prices | {"tokens": prices | {"per_device_hour": 0, "currency": "USD"}},
+        models={"elsewhere": elsewhere},
+    )
+    asked = {"prompt": "One, two, three,", "max_tokens": 12, "temperature": 0}
+
+    with (
+        running_api(config) as api,
+        running_rescue(config, tmp_path),
+        running_worker(config, tmp_path / "worker") as worker,
+    ):
+        special = submit(
+            api,
+            [
+                asked | {"logprobs": 2},
+                asked | {"structured_outputs": {"regex": "(yes|no)"}},
+                {"messages": [{"role": "user", "content": "Say mill."}], "max_tokens": 8},
+            ],
+        )
+        told, formed, chatted = ended(config, special).values()
+        ids = submit(
+            api,
+            [
+                {"prompt": f"Tell me about the number {n}.", "max_tokens": 8 + n % 24}
+                for n in range(PROMPTS)
+            ],
+        )
+        eventually(lambda: len(results(config)) >= PROMPTS // 3, PATIENCE_S)
+
+        # when the server is killed and comes back, and then the engine process
+        server.kill()
+        server.start()
+        eventually(lambda: len(results(config)) >= 2 * PROMPTS // 3, PATIENCE_S)
+        engine_of(worker).send_signal(signal.SIGKILL)
+        found = ended(config, ids)
+
+    # then none is lost, and the charges add up to the price of all tokens
+    assert {row["state"] for row in found.values()} == {"completed"}
+    assert all(row["cost"] > 0 and row["output_tokens"] > 0 for row in found.values())
+    every = [told, formed, chatted, *found.values()]
+    exact = sum(
+        (each["input_tokens"] * Decimal("0.15") + each["output_tokens"] * Decimal("0.6"))
+        for each in every
+    )
+    assert abs(sum(each["cost"] for each in every) - exact / 1_000_000) <= Decimal("1e-9")
+    assert text_of(formed) in ("yes", "no")
+    assert len(told["response"]["choices"][0]["logprobs"]["top_logprobs"][0]) >= 2
+    assert chatted["response"]["choices"][0]["message"]["content"]
