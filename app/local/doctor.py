@@ -21,6 +21,7 @@ from app.config.host import is_loopback
 from app.config.settings import Settings
 from app.engines import builds, registry
 from app.engines.catalog import load_catalog
+from app.engines.spec import Files
 from app.errors import ConfigError, GristmillError, Unavailable
 from app.local.servers import package_folder
 from app.store.database import Database
@@ -251,7 +252,7 @@ def _kernels(settings: Settings) -> Finding:
 def _model(settings: Settings, name: str) -> Finding:
     model = settings.models[name]
     is_here = model.source.startswith("package:") or Path(model.source).expanduser().is_dir()
-    if not is_here and model.engine != "stub":
+    if not is_here and registry.find(model.engine).files(model) is not Files.NONE:
         detail = f"{model.source} is downloaded by the first worker, or found in its cache"
         return Finding(f"model {name}", None, detail)
     folder = load_catalog(settings, [name])[name].folder

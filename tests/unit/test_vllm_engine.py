@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -21,11 +21,14 @@ from hypothesis import strategies as st
 from app.config.settings import ModelSettings, Settings
 from app.engines import registry
 from app.engines.base import Generation, NewTokens, Sequence
+from app.engines.catalog import CatalogModel
+from app.engines.tokenizer import Tokenizer
 from app.engines.vllm import sampling
 from app.engines.vllm.engine import VllmEngine
 from app.errors import ConfigError, ModelNotFound
 from app.jobs import FinishReason, Grammar, SamplingParams
 from app.requests.bodies import parse
+from app.worker import assembly
 from tests import fake_vllm
 from tests.fake_vllm import LLMEngine
 from tests.unit import tiny_models
@@ -294,6 +297,7 @@ def test_an_adapter_goes_with_the_sequences_that_name_it(folder: Path, tmp_path:
     [
         ({"options": {"tensor_paralel_size": 2}}, "did you mean tensor_parallel_size"),
         ({"options": {"tensor_parallel_size": 2}}, "World size"),
+        ({"adapters": {"a": "/nowhere"}}, "has no adapter_config.json"),
     ],
 )
 def test_engine_arguments_that_vllm_does_not_take_are_refused_at_start(
@@ -308,9 +312,7 @@ def test_engine_arguments_that_vllm_does_not_take_are_refused_at_start(
     [
         ({"options": {"max_num_seqs": 3}}, "own key max_batch_size"),
         ({"options": {"trust_remote_code": True}}, "cannot be chosen"),
-        ({"options": {"python": "/nowhere/python"}}, "names no program"),
-        ({"options": {"python": 3}}, "names no program"),
-        ({"adapters": {"a": "/nowhere"}}, "has no adapter_config.json"),
+        ({"options": {"python": 3}}, "is the interpreter of an environment"),
         ({"kind": "embed"}, "no kind embed"),
     ],
 )
@@ -358,3 +360,29 @@ def test_a_request_names_an_adapter_behind_its_model(folder: Path) -> None:
     for wrong in ("base:baker", "base:", ":miller", "base:miller:miller"):
         with pytest.raises(ModelNotFound):
             known.model_name(request.kind, wrong)
+
+
+def test_what_only_workers_have_is_not_asked_of_the_api(folder: Path) -> None:
+    elsewhere = model(folder, adapters={"a": "/gpu/a"}, options={"python": "/gpu/bin/python"})
+
+    registry.check(elsewhere)
+
+    assert registry.python_of(elsewhere) == "/gpu/bin/python"
+
+
+def test_a_worker_says_which_interpreter_is_missing_and_which_models_do_not_go_together(
+    folder: Path,
+) -> None:
+    def catalog(*pythons: str) -> dict[str, CatalogModel]:
+        return {
+            f"m{number}": CatalogModel(
+                model(folder, options={"python": python}), folder, cast(Tokenizer, None)
+            )
+            for number, python in enumerate(pythons)
+        }
+
+    assert assembly._python(catalog(sys.executable, sys.executable)) == sys.executable
+    with pytest.raises(ConfigError, match="Model m1: options.python names no program"):
+        assembly._python(catalog(sys.executable, "/no/python"))
+    with pytest.raises(ConfigError, match="give each of these a worker of its own"):
+        assembly._python(catalog(sys.executable, "/bin/sh"))

@@ -7,7 +7,6 @@ follow from the model's settings.
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Final
 
@@ -41,21 +40,22 @@ def check(settings: ModelSettings) -> None:
             raise ConfigError(f"The option {name} is set by the model's own key {OURS[name]}.")
         if name in FIXED:
             raise ConfigError(f"The option {name} of the engine vllm cannot be chosen.")
-    python = settings.options.get("python")
-    if python is not None and not (isinstance(python, str) and shutil.which(python)):
+    if not isinstance(settings.options.get("python", ""), str):
         raise ConfigError(
-            f"The option python names no program that can be run: {python}. It is the interpreter "
-            "of an environment that has vLLM, as in /opt/vllm/bin/python."
+            "The option python is the interpreter of an environment that has vLLM, as in "
+            '"/opt/vllm/bin/python".'
         )
-    for name, folder in settings.adapters.items():
-        if not (Path(folder).expanduser() / "adapter_config.json").is_file():
-            raise ConfigError(f"The adapter {name}: {folder} has no adapter_config.json.")
 
 
 def largest_rank(settings: ModelSettings) -> int:
-    """Of the model's adapters, as vLLM has to make room for."""
-    configs = [
-        read_json(Path(folder).expanduser() / "adapter_config.json")
-        for folder in settings.adapters.values()
-    ]
-    return max(int(config.get("r", 8)) for config in configs)
+    """Of the model's adapters, as vLLM has to make room for.
+
+    Raises `ConfigError` for a folder without one; only workers need have them.
+    """
+    ranks = []
+    for name, folder in settings.adapters.items():
+        file = Path(folder).expanduser() / "adapter_config.json"
+        if not file.is_file():
+            raise ConfigError(f"The adapter {name}: {folder} has no adapter_config.json.")
+        ranks.append(int(read_json(file).get("r", 8)))
+    return max(ranks)
