@@ -382,7 +382,7 @@ def test_a_worker_says_which_interpreter_is_missing_and_which_models_do_not_go_t
         }
 
     assert assembly._python(catalog(sys.executable, sys.executable)) == sys.executable
-    with pytest.raises(ConfigError, match="Model m1: options.python names no program"):
+    with pytest.raises(ConfigError, match=r"Model m1: options\.python names no program"):
         assembly._python(catalog(sys.executable, "/no/python"))
     with pytest.raises(ConfigError, match="give each of these a worker of its own"):
         assembly._python(catalog(sys.executable, "/bin/sh"))
