@@ -53,7 +53,14 @@ FIELDS: Final[dict[str, tuple[Any, ...]]] = {
     "prompt": (SECRET, [SECRET] * 3, [f"{SECRET} {n}" for n in range(33)], [1, 2, 3], [[1], [2]]),
     "input": (SECRET, [SECRET] * 33, [f"text {n}" for n in range(33)], [[1, 2]] * 33),
     "messages": ([{"role": "user", "content": SECRET}],),
-    "model": ("stub", "stub-embed", "gpt-9"),
+    "model": ("stub", "stub-embed", "stub-classify", "stub-rerank", "gpt-9"),
+    "query": (SECRET,),
+    "documents": ([SECRET] * 3, [{"text": SECRET}], [], [SECRET] * 2_049),
+    "text_1": (SECRET, [SECRET] * 2),
+    "text_2": (SECRET, [SECRET] * 2, [SECRET] * 3),
+    "top_n": (0, 1, 2**31),
+    "truncate_prompt_tokens": (-1, 0, 1, 512, 2**31),
+    "use_activation": (False,),
     "n": (1, 2, 32, 33, 10_000),
     "max_tokens": (1, 16, 100_000),
     "max_completion_tokens": (1, 16),
@@ -70,9 +77,9 @@ FIELDS: Final[dict[str, tuple[Any, ...]]] = {
     "ignore_eos": (True,),
     "response_format": ({"type": "json_object"}, {"type": "text"}),
     "encoding_format": ("float", "base64"),
-    "dimensions": (1, 0),
+    "dimensions": (0, 1, 8, 9),
     "user": ("u",),
-    "url": ("/v1/completions", "/v1/embeddings", "/v2"),
+    "url": ("/v1/completions", "/v1/embeddings", "/v1/classify", "/score", "/v2"),
     "metadata": ({"a": "b"}, {"a": "\0"}, {"a" * 65: "b"}),
     "of_a_later_version": (1,),
 }
@@ -131,10 +138,15 @@ def stored(rng: Random) -> tuple[Any, int]:
     return body, rng.choice((1, 1, 1, 2, 32_767))
 
 
+_TEXTS: Final = ("text_1", "text_2")
+
+
 def request(rng: Random) -> dict[str, Any]:
     """The body of an OpenAI-style call."""
-    field = rng.choice(("prompt", "prompt", "input", "messages"))
-    body: dict[str, Any] = {field: rng.choice(FIELDS[field])}
+    fields = rng.choice(
+        (("prompt",), ("prompt",), ("input",), ("messages",), ("query", "documents"), _TEXTS)
+    )
+    body: dict[str, Any] = {field: rng.choice(FIELDS[field]) for field in fields}
     for name in rng.sample(tuple(FIELDS), rng.choice((0, 0, 1, 1, 2, 4))):
         body[name] = rng.choice(FIELDS[name])
         if rng.randrange(3) == 0:

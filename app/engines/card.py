@@ -19,6 +19,16 @@ from app.jobs import Kind
 
 _SIZES: Final = ("hidden_size", "d_model", "dim", "n_embd")
 """Names that configurations give to the width of a token's vector."""
+_HEADS: Final = {
+    "ForSequenceClassification": "is a classifier; set kind classify or rerank",
+    "ForTokenClassification": "labels tokens",
+    "ForQuestionAnswering": "finds answers in texts",
+    "ForMultipleChoice": "chooses among texts",
+    "ForCausalLM": "generates text; set kind generate",
+    "LMHeadModel": "generates text; set kind generate",
+    "ForConditionalGeneration": "generates text; set kind generate",
+}
+"""Ends of the names of architectures whose token vectors were never trained to be pooled."""
 _INPUT_TYPES: Final = {
     "query": ("query",),
     "search_query": ("query",),
@@ -92,10 +102,41 @@ def plain_card(folder: Path, settings: ModelSettings) -> Card:
 
 def read_card(folder: Path, settings: ModelSettings) -> Card:
     """For the engine encoder. Raises `ConfigError` for what it does not do."""
-    config = read_json(folder / "config.json")
+    config, files = read_json(folder / "config.json"), sentence_files.read(folder)
     if settings.kind is Kind.EMBED:
-        return _of_embedder(config, sentence_files.read(folder), settings)
+        if files is None:
+            _refuse_heads(config)
+        return _of_embedder(config, files, settings)
+    _check_classifier(config, files, settings.kind)
     return Card(labels=_labels(config), strips=settings.kind is Kind.RERANK)
+
+
+def _refuse_heads(config: dict[str, Any]) -> None:
+    """Where no file says how to pool, only what is made for it is taken to be an embedder."""
+    for name in config.get("architectures") or ():
+        for end, what in _HEADS.items():
+            if name.endswith(end):
+                raise ConfigError(
+                    f"the model is a {name}, which {what}. As an embedder it needs the files of "
+                    "sentence-transformers that say how its tokens are pooled."
+                )
+
+
+def _check_classifier(config: dict[str, Any], files: SentenceFiles | None, kind: Kind) -> None:
+    names = config.get("architectures") or ()
+    if names and not any(name.endswith("ForSequenceClassification") for name in names):
+        raise ConfigError(
+            f"kind is {kind}, but the model is a {' and '.join(names)}, which has no head that "
+            "classifies."
+        )
+    if files is not None and (files.layers or files.prompts):
+        raise ConfigError("the engine encoder puts no modules or prompts around a classifier.")
+    classes = len(_labels(config))
+    if kind is Kind.RERANK and classes != 1:
+        raise ConfigError(
+            f"kind is rerank, but the model has {classes} classes: a cross-encoder gives one "
+            "score. Set kind classify."
+        )
 
 
 def _of_embedder(
@@ -131,7 +172,11 @@ def _labels(config: dict[str, Any]) -> tuple[str, ...]:
     named = config.get("id2label")
     if not named:
         return tuple(f"LABEL_{place}" for place in range(config.get("num_labels", 2)))
-    labels = {int(place): str(label) for place, label in named.items()}
+    # A character that Postgres or UTF-8 does not have would keep each answer from being stored.
+    labels = {
+        int(place): str(label).replace("\0", "\ufffd").encode(errors="replace").decode()
+        for place, label in named.items()
+    }
     if sorted(labels) != list(range(len(labels))) or len(set(labels.values())) != len(labels):
         raise ConfigError("The id2label of config.json does not name each class once, from 0 on.")
     return tuple(labels[place] for place in range(len(labels)))

@@ -12,11 +12,10 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from app.config.settings import ModelSettings
-from app.engines import sentence_files
 from app.engines.json_files import read_json
 from app.engines.loading import load_model
 from app.errors import ConfigError
-from app.jobs import Kind, PoolingParams
+from app.jobs import PoolingParams
 
 Activation = Callable[[Tensor], Tensor]
 """Logits [rows, classes] → scores."""
@@ -48,22 +47,8 @@ _BY_NAME: Final[dict[str, Activation]] = {
 class Classifier:
     def __init__(self, folder: Path, settings: ModelSettings, device: torch.device) -> None:
         config = read_json(folder / "config.json")
-        names = config.get("architectures") or ()
-        if names and not any(name.endswith("ForSequenceClassification") for name in names):
-            raise ConfigError(
-                f"kind is {settings.kind}, but the model is a {' and '.join(names)}, which has no "
-                "head that classifies."
-            )
-        if (files := sentence_files.read(folder)) and (files.layers or files.prompts):
-            raise ConfigError("The engine encoder puts no modules or prompts around a classifier.")
         self._activation = _activation(config)
         self.model: Any = load_model(self.auto_class(config), folder, settings.dtype, device)
-        classes = self.model.config.num_labels
-        if settings.kind is Kind.RERANK and classes != 1:
-            raise ConfigError(
-                f"kind is rerank, but the model has {classes} classes: a cross-encoder gives one "
-                "score. Set kind classify."
-            )
 
     @staticmethod
     def auto_class(config: dict[str, Any]) -> Any:

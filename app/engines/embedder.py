@@ -17,19 +17,7 @@ from app.engines.json_files import read_json
 from app.engines.loading import load_model
 from app.engines.pooling import Head
 from app.engines.sentence_files import SentenceFiles
-from app.errors import ConfigError
 from app.jobs import PoolingParams
-
-_HEADS: Final = {
-    "ForSequenceClassification": "is a classifier; set kind classify or rerank",
-    "ForTokenClassification": "labels tokens",
-    "ForQuestionAnswering": "finds answers in texts",
-    "ForMultipleChoice": "chooses among texts",
-    "ForCausalLM": "generates text; set kind generate",
-    "LMHeadModel": "generates text; set kind generate",
-    "ForConditionalGeneration": "generates text; set kind generate",
-}
-"""Ends of the names of architectures whose token vectors were never trained to be pooled."""
 
 _WITH_DECODER: Final = frozenset({"mt5", "t5", "umt5"})
 """Model types whose plain model has a decoder behind the encoder, which is all that embeds."""
@@ -39,8 +27,6 @@ class Embedder:
     def __init__(self, folder: Path, settings: ModelSettings, device: torch.device) -> None:
         files = sentence_files.read(folder)
         config = read_json(folder / "config.json")
-        if files is None:
-            _refuse_heads(config)
         # Poolers are for tasks of pretraining: checkpoints of masked language models have none.
         self.model: Any = load_model(
             self.auto_class(config), folder, settings.dtype, device, unused="pooler."
@@ -67,14 +53,3 @@ class Embedder:
                 cut = rows[row][: each.dimensions]
                 rows[row] = normalize(cut, dim=0) if each.use_activation else cut
         return [row.tolist() for row in rows]
-
-
-def _refuse_heads(config: dict[str, Any]) -> None:
-    """Where no file says how to pool, only what is made for it is taken to be an embedder."""
-    for name in config.get("architectures") or ():
-        for end, what in _HEADS.items():
-            if name.endswith(end):
-                raise ConfigError(
-                    f"The model is a {name}, which {what}. As an embedder it needs the files of "
-                    "sentence-transformers that say how its tokens are pooled."
-                )

@@ -7,13 +7,12 @@ length together, or each alone.
 
 from __future__ import annotations
 
-import enum
 import inspect
-import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
-from itertools import groupby
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,7 +22,9 @@ from torch import Tensor
 from app.config.settings import ModelSettings
 from app.costs import prefill_weights, share
 from app.engines.base import NOT_FINITE, Generation, Progress, Sequence, StepStats
+from app.engines.card import read_card
 from app.engines.classifier import Classifier
+from app.engines.company import TOLERANCE, Company, Memory, thresholds
 from app.engines.device import ran_out_of_memory
 from app.engines.embedder import Embedder
 from app.engines.json_files import read_json
@@ -33,22 +34,8 @@ from app.engines.tokenizer import Tokenizer, load_tokenizer
 from app.errors import ConfigError, RequestError
 from app.jobs import FinishReason, Kind
 
-log = logging.getLogger(__name__)
-
 _TRIED: Final = 7, 41
 """Tokens of two texts that are tried alone and together: odd, so that no block of them is full."""
-_ALIKE: Final = {torch.float32: 1e-3}
-_ROUGHLY_ALIKE: Final = 0.05
-"""How far an answer may move in company, relative to its size, by the precision of the weights:
-what padding does to a model that minds it is a multiple of this."""
-
-
-class Company(enum.Enum):
-    """With which texts one may share a pass. The value tells people."""
-
-    LIKE = "torch"
-    SAME_LENGTH = "torch; only texts of one length together, as padding would change the answers"
-    ALONE = "torch; each text alone, as company would change the answers"
 
 
 class EncoderEngine(StaticEngine):
@@ -58,12 +45,12 @@ class EncoderEngine(StaticEngine):
         super().__init__(load_tokenizer(folder, settings), settings, device, threads, progress)
         if unknown := settings.options.keys() - {"matryoshka"}:
             raise ConfigError(f"The engine encoder has no option {', '.join(sorted(unknown))}.")
-        if settings.kind is Kind.GENERATE:
-            raise ConfigError("The engine encoder does not generate; its kinds are the others.")
+        read_card(folder, settings)  # says what does not fit, before weights are read
         self._kind = settings.kind
         task = Embedder if settings.kind is Kind.EMBED else Classifier
         self._task: Embedder | Classifier = task(folder, settings, self._device)
         config = self._task.model.config
+        self._memory = Memory(self._task.model)
         self._pad = _pad_token(config)
         self._takes_types = _takes_types(self._task.model)
         with torch.inference_mode():
@@ -72,7 +59,7 @@ class EncoderEngine(StaticEngine):
     @property
     def kernels(self) -> str:
         """What computes, for people."""
-        return self._company.value
+        return f"torch, {self._company}"
 
     def _check(self, sequence: Sequence) -> None:
         if sequence.params is not None:
@@ -88,8 +75,8 @@ class EncoderEngine(StaticEngine):
     def _pass(self, rows: list[Sequence], stats: StepStats) -> list[Generation]:
         """One pass of the model. Rows that were cancelled meanwhile are answered all the same."""
         began = time.monotonic_ns()
-        raw = self._forward(rows)
-        finite = raw.isfinite().all(-1).tolist()  # waits for the device
+        raw = self._forward(rows).cpu()  # waits for the device
+        finite = raw.isfinite().all(-1).tolist()
         values = self._task.finish(raw, [each.pooling for each in rows])
         ended = time.monotonic_ns()
         stats.useful_tokens += sum(map(_length, rows))
@@ -133,7 +120,9 @@ class EncoderEngine(StaticEngine):
         if self._takes_types:
             inputs["token_type_ids"] = types
         on_device = {name: each.to(self._device) for name, each in inputs.items()}
-        return self._task.run(on_device, pooled.to(self._device))
+        found = self._task.run(on_device, pooled.to(self._device))
+        self._memory.forget()
+        return found
 
     def _try_model(self) -> Company:
         """Run what nobody asked for, so that nobody is the first to find out.
@@ -155,13 +144,14 @@ class EncoderEngine(StaticEngine):
         self._progress()
         texts = [_text(tokenizer, min(tried, context)) for tried in _TRIED]
         company = _company_of(self._forward, texts, self._task.model.dtype)
-        if company is not Company.LIKE:
-            log.warning("The model runs with less company: %s.", company.value)
-        return company
+        # Beyond such a length the model works another way, and it is the longest row's that counts.
+        switch = min(thresholds(self._task.model.config), default=math.inf)
+        return replace(company, padded_tokens=min(company.padded_tokens, switch))
 
 
 def encoder_fits(folder: Path, settings: ModelSettings) -> None:
     """Raises `ConfigError` for what can be seen without the weights."""
+    read_card(folder, settings)
     task = Embedder if settings.kind is Kind.EMBED else Classifier
     check_fits(task.auto_class(read_json(folder / "config.json")), folder)
 
@@ -169,28 +159,38 @@ def encoder_fits(folder: Path, settings: ModelSettings) -> None:
 def _company_of(
     forward: Callable[[Seq[Sequence]], Tensor], texts: Seq[Sequence], dtype: torch.dtype
 ) -> Company:
-    """The most company in which the first, shorter text has the answer that it has alone."""
+    """In which company the first, shorter text has the answer that it has alone."""
     [alone] = forward(texts[:1])
-    tries = {Company.LIKE: texts, Company.SAME_LENGTH: [texts[0], texts[0]]}
-    for company, rows in tries.items():
+
+    def is_same_beside(other: Sequence) -> bool:
         try:
-            beside = forward(rows)[0]
+            moved = forward([texts[0], other])[0] - alone
         except (IndexError, RuntimeError, ValueError):  # as of a decoder without a padding token
-            continue
-        if (beside - alone).norm() <= _ALIKE.get(dtype, _ROUGHLY_ALIKE) * alone.norm():
-            return company
-    return Company.ALONE
+            return False
+        return bool(moved.norm() <= TOLERANCE[dtype] * alone.norm())
+
+    if is_same_beside(texts[1]):
+        return Company(math.inf, equal_lengths=True)
+    return Company(0, equal_lengths=is_same_beside(texts[0]))
 
 
 def _passes(sequences: Seq[Sequence], company: Company) -> Iterator[list[Sequence]]:
-    """In passes of like length, so that padding stays below the half of each."""
-    if company is Company.ALONE:
-        yield from ([each] for each in sequences)
-        return
-    same = company is Company.SAME_LENGTH
-    ordered = sorted(sequences, key=_length)
-    for _, rows in groupby(ordered, lambda it: _length(it) if same else _length(it).bit_length()):
-        yield list(rows)
+    """Texts that may share a pass, and of like length, so that padding stays below the half."""
+    rows: list[Sequence] = []
+    for each in sorted(sequences, key=_length):
+        if rows and _may_join(_length(rows[0]), _length(each), company):
+            rows.append(each)
+            continue
+        if rows:
+            yield rows
+        rows = [each]
+    if rows:
+        yield rows
+
+
+def _may_join(shortest: int, length: int, company: Company) -> bool:
+    is_like = length.bit_length() == shortest.bit_length()
+    return is_like and company.allows((shortest, length), 0)
 
 
 def _text(tokenizer: Tokenizer, length: int) -> Sequence:

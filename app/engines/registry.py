@@ -45,6 +45,11 @@ def _installed() -> dict[str, EntryPoint]:
 def check(settings: ModelSettings) -> None:
     """Raises `ConfigError` for an unknown engine, or what it does not take."""
     spec = find(settings.engine)
+    if settings.kind not in spec.kinds:
+        kinds = " or ".join(sorted(spec.kinds))
+        raise ConfigError(
+            f"The engine {settings.engine} runs models of kind {kinds}, not {settings.kind}."
+        )
     if settings.adapters and not spec.takes_adapters:
         raise ConfigError(f"The engine {settings.engine} runs no LoRA adapters; vllm does.")
     if spec.check:

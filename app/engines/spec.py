@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from app.config.settings import ModelSettings
+from app.jobs import Kind
 
 GROUP: Final = "gristmill.engines"
 
@@ -40,6 +41,8 @@ class EngineSpec:
     files: Callable[[ModelSettings], Files] = lambda _: Files.MODEL
     tokenizer: str = "app.engines.piece_tokenizer:file_tokenizer"
     """Called with (folder, settings); makes an `app.engines.tokenizer.Tokenizer`."""
+    kinds: frozenset[Kind] = frozenset(Kind)
+    """Of the models that it runs."""
     card: str = "app.engines.card:plain_card"
     """Called with (folder, settings); makes an `app.engines.card.Card`."""
     check: str = ""
@@ -64,19 +67,24 @@ STUB: Final = EngineSpec(
 )
 GENERATE: Final = EngineSpec(
     "app.engines.generate:GenerateEngine",
+    kinds=frozenset({Kind.GENERATE}),
     fits="app.engines.loading:writer_fits",
     searches=True,
 )
 INFLIGHT: Final = EngineSpec(
-    "app.engines.inflight:InflightEngine", fits="app.engines.inflight.loading:decoder_fits"
+    "app.engines.inflight:InflightEngine",
+    kinds=frozenset({Kind.GENERATE}),
+    fits="app.engines.inflight.loading:decoder_fits",
 )
 ENCODER: Final = EngineSpec(
     "app.engines.encoder:EncoderEngine",
+    kinds=frozenset(Kind) - {Kind.GENERATE},
     card="app.engines.card:read_card",
     fits="app.engines.encoder:encoder_fits",
 )
 VLLM: Final = EngineSpec(
     "app.engines.vllm.engine:VllmEngine",
+    kinds=frozenset({Kind.GENERATE}),
     files=lambda _: Files.ANY_MODEL,
     check="app.engines.vllm.options:check",
     takes_adapters=True,
@@ -84,6 +92,7 @@ VLLM: Final = EngineSpec(
 )
 OPENAI: Final = EngineSpec(
     "app.engines.openai.engine:OpenAiEngine",
+    kinds=frozenset({Kind.GENERATE, Kind.EMBED}),
     files=lambda settings: Files.NONE if settings.source == "upstream" else Files.TOKENIZER,
     tokenizer="app.engines.openai.tokenizer:load",
     check="app.engines.openai.options:check",

@@ -321,6 +321,13 @@ def test_a_text_may_be_what_no_file_is_called(gristmill: Gristmill, api: FakeApi
     assert api.submitted[0]["body"] == {"input": text}
 
 
+def test_a_text_to_classify_goes_to_its_own_call(gristmill: Gristmill, api: FakeApi):
+    assert gristmill("submit", "--as", "classify", "--set", "model=sorter", "Dust")[0] == 0
+
+    [sent] = api.submitted
+    assert (sent["url"], sent["body"]) == ("/v1/classify", {"input": "Dust", "model": "sorter"})
+
+
 def test_the_name_of_a_file_is_not_taken_for_a_text(gristmill: Gristmill, prompts):
     file = prompts("{}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer
 
 from app.broker.message import TASK_NAMES, TASKS
+from app.cli.results import answers
 from app.config.settings import ModelSettings
 from app.engines.base import Generation
 from app.engines.card import Card, load_card
@@ -26,6 +28,7 @@ from app.requests.bodies import BODIES, Request, Url, parse
 from app.requests.prepare import Prepared, prepare
 from app.requests.scoring import MAX_REPEATED
 from app.store.tables import metadata
+from tests import request_table
 from tests.unit import tiny_encoders, tiny_models
 from tests.unit.tiny_models import BOS, CONTEXT, EOS
 
@@ -36,7 +39,7 @@ def settings(kind: Kind = Kind.EMBED, **given: Any) -> ModelSettings:
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_encoders.save_classifier(tmp_path_factory.mktemp("classifier"))
+    return tiny_encoders.save_classifier(tmp_path_factory.mktemp("classifier"), labels=1)
 
 
 def embedder(folder: Path, **files: dict[str, Any]) -> Path:
@@ -417,3 +420,43 @@ def test_a_vector_in_base64_is_little_endian_float32() -> None:
 
 def test_a_card_of_a_model_that_embeds_nothing_says_nothing() -> None:
     assert Card().prompt(None, "query") == ""
+
+
+def test_a_label_that_could_not_be_stored_keeps_no_answer_from_it(tmp_path: Path) -> None:
+    folder = tiny_encoders.save_classifier(tmp_path)
+    path = folder / "config.json"
+    labels = {"id2label": {"0": "a\0", "1": "\ud800b", "2": "c"}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | labels))
+
+    card = load_card(folder, settings(Kind.CLASSIFY))
+
+    assert card.labels == ("a\ufffd", "?b", "c")
+
+
+def test_the_requests_on_the_page_would_be_accepted() -> None:
+    blocks = re.findall(r"```json\n(.*?)```", request_table.PAGE.read_text(), re.DOTALL)
+    asked = [each for each in map(json.loads, blocks) if "body" in each]
+
+    calls = [parse(each["body"], each.get("url")).url for each in asked]
+
+    assert {Url.CLASSIFY, Url.RERANK} <= set(calls)
+
+
+@pytest.mark.parametrize(
+    ("call", "body", "values", "told"),
+    [
+        ("/v1/embeddings", {"input": "x"}, [[0.5]], [[0.5]]),
+        ("/v1/classify", {"input": "x"}, [[0.5, 0.5]], [{"LABEL_0": 0.5, "LABEL_1": 0.5}]),
+        (
+            "/v1/rerank",
+            {"query": "x", "documents": ["y"]},
+            [[0.5]],
+            [{"index": 0, "relevance_score": 0.5}],
+        ),
+        ("/v1/score", {"text_1": "x", "text_2": "y"}, [[0.5]], [0.5]),
+    ],
+)
+def test_the_command_tells_what_each_answer_says(
+    call: str, body: dict[str, Any], values: list[list[float]], told: list[Any]
+) -> None:
+    assert list(answers(answer(parse(body, call), *values))) == told

@@ -69,6 +69,18 @@ def test_an_embedding_depends_on_its_text_alone() -> None:
     assert len(vectors[2] or ()) == EMBEDDING_SIZE
 
 
+@pytest.mark.parametrize(("kind", "numbers"), [(Kind.CLASSIFY, 2), (Kind.RERANK, 1)])
+def test_scores_depend_on_their_text_alone(kind: Kind, numbers: int) -> None:
+    settings = ModelSettings(source="stub", kind=kind, engine="stub")
+    engine = create("stub", Path(), settings, device="cpu", threads=1, progress=lambda: None)
+
+    engine.admit("batch", [Sequence(1, (1, 2)), Sequence(2, (3,)), Sequence(3, (1, 2))])
+    scores = {id_: answer.scores for id_, answer in run(engine).items()}
+
+    assert scores[1] == scores[3] != scores[2]
+    assert len(scores[2] or ()) == numbers
+
+
 def test_a_static_stub_takes_nothing_while_a_batch_is_inside() -> None:
     engine = stub()
     engine.admit("batch", [sequence(1, "a")])

@@ -69,6 +69,7 @@ DECODERS: Final[dict[str, dict[str, Any]]] = {
 }
 """Families of decoders that classify by their last token."""
 MINDS_PADDING: Final[dict[str, dict[str, Any]]] = {
+    "big_bird": {"block_size": 4, "num_random_blocks": 1, "attention_type": "block_sparse"},
     "convbert": {"embedding_size": 16, "conv_kernel_size": 3, "head_ratio": 2},
     "fnet": {"tpu_short_seq_length": CONTEXT},
 }
