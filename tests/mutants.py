@@ -325,7 +325,7 @@ MUTANTS: Final = (
     ),
     Mutant(
         "a top_p of nothing leaves nothing to draw",
-        SAMPLING,
+        "app/engines/draws.py",
         " | (ranks == 0))",
         ")",
         "tests/unit/test_sampling.py",

@@ -6,19 +6,21 @@ import json
 from datetime import UTC
 from functools import partial
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from kombu import Connection
 from kombu.transport.virtual import Message
 
+from app.broker.message import raw_message
 from app.config.settings import Settings
 from app.engines.sampling import RowSampler
 from app.engines.tokenizer import load_tokenizer
 from app.errors import GristmillError, RequestError
-from app.jobs import EARLIEST, LATEST
+from app.jobs import EARLIEST, LATEST, Kind
 from app.requests import bodies
 from app.requests.prepare import prepare
 from app.worker.pool import envelope
@@ -56,7 +58,21 @@ def arrival_of(item: bytes) -> Arrival | None:
     return arrival
 
 
+def bent(headers: dict[str, object] | None = None, **properties: object) -> bytes:
+    """A good message, but for these."""
+    item = json.loads(raw_message(str(uuid4()), Kind.GENERATE, {"prompt": "x"}, queue="celery"))
+    item["headers"] |= headers or {}
+    item["properties"] |= properties
+    return json.dumps(item).encode()
+
+
 @many()
+@example(bent(priority=True))
+@example(bent(priority=10**400))
+@example(bent({"timelimit": [10**400, None]}))
+@example(bent({"timelimit": [True, None]}))
+@example(bent({"eta": "0001-01-01T00:00:00+14:00"}))
+@example(bent({"expires": "9999-12-31T23:59:59-05:00"}))
 @given(items())
 def test_any_item_becomes_an_arrival_in_range_or_a_refusal(item: bytes) -> None:
     arrival = arrival_of(item)
