@@ -313,7 +313,7 @@ def test_engine_arguments_that_vllm_does_not_take_are_refused_at_start(
         ({"options": {"max_num_seqs": 3}}, "own key max_batch_size"),
         ({"options": {"trust_remote_code": True}}, "cannot be chosen"),
         ({"options": {"python": 3}}, "is the interpreter of an environment"),
-        ({"kind": "embed"}, "no kind embed"),
+        ({"kind": "embed"}, "kind generate, not embed"),
     ],
 )
 def test_settings_that_no_vllm_could_take_are_refused_wherever_models_are_read(

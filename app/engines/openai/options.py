@@ -10,7 +10,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from app.config.settings import ModelSettings
 from app.errors import ConfigError
-from app.jobs import Kind
 
 NO_FILES: Final = "upstream"
 """The `source` of a model of which no file is here: prompts go out as text."""
@@ -93,7 +92,5 @@ def _tuples(options: dict[str, object]) -> dict[str, object]:
 def check(settings: ModelSettings) -> None:
     """Raises `ConfigError` for what cannot be right."""
     Options.of(settings)
-    if settings.kind not in (Kind.GENERATE, Kind.EMBED):
-        raise ConfigError(f"The engine openai has no kind {settings.kind}.")
     if settings.source == NO_FILES and settings.context_tokens is None:
         raise ConfigError('context_tokens has to be set where the source is "upstream".')

@@ -13,7 +13,6 @@ from typing import Final
 from app.config.settings import ModelSettings
 from app.engines.json_files import read_json
 from app.errors import ConfigError
-from app.jobs import Kind
 
 OURS: Final = {
     "model": "source",
@@ -33,8 +32,6 @@ FIXED: Final = frozenset({"trust_remote_code", "scheduling_policy", "disable_log
 
 def check(settings: ModelSettings) -> None:
     """Raises `ConfigError` for what cannot be right, whatever the version of vLLM."""
-    if settings.kind is not Kind.GENERATE:
-        raise ConfigError(f"The engine vllm generates text; it has no kind {settings.kind}.")
     for name in settings.options:
         if name in OURS:
             raise ConfigError(f"The option {name} is set by the model's own key {OURS[name]}.")
