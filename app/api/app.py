@@ -55,7 +55,7 @@ SWITCH_S: Final = 0.001
 for the system: Python's own 5 ms come to a tenth of a second in one submission."""
 
 WAITING_CONNECTIONS: Final = 2_048
-ACCEPTED_A_TURN: Final = 4
+ACCEPTED_A_TURN: Final = 2
 """Connections that the system keeps until they are accepted, and how many are in a turn of the
 loop: those who come by the hundred at once wait for each other, not the rest for them."""
 

@@ -15,7 +15,7 @@ from app.errors import Unavailable
 FRESH_S: Final = 1.0
 """However many ask, it is looked at once in so long."""
 
-ANSWERS_A_TURN: Final = 4
+ANSWERS_A_TURN: Final = 2
 """Of those who have waited for the same look, so that they keep nobody else waiting."""
 
 PATIENCE_S: Final = 2.0

@@ -24,12 +24,12 @@ from app.errors import Busy
 FREE_BYTES: Final = 32_768
 """Of each body. There are no more bodies than connections."""
 
-PIECES_A_TURN: Final = 4
+PIECES_A_TURN: Final = 2
 """Of large bodies, of all together: a piece is 32 kB and takes a fraction of a millisecond, and so
 does a refusal."""
 
 WAIT_S: Final = 10.0
-"""How long a body may wait for room, over all its parts."""
+"""How long a body may wait for room, over all its parts; its turns come in any case."""
 
 READ_TIMEOUT_S: Final = 60.0
 """How long a body may take to arrive, beside that."""
@@ -160,12 +160,18 @@ class Share:
             return
         try:
             with self._standing_still():
-                async with asyncio.timeout(WAIT_S - self._waited_s):
-                    await self._room.turns.come()
-                    await self._room.take(self, num)
+                await self._room.turns.come()
+                await self._take(num)
         except TimeoutError:
             raise Busy("There is no room for a body of this size now. Try again.") from None
         self._held += num
+
+    async def _take(self, num: int) -> None:
+        now = asyncio.get_running_loop().time
+        began = now()
+        async with asyncio.timeout(WAIT_S - self._waited_s):
+            await self._room.take(self, num)
+        self._waited_s += now() - began
 
     @contextmanager
     def _standing_still(self) -> Iterator[None]:
@@ -178,7 +184,6 @@ class Share:
             yield
         finally:
             waited_s = now() - began
-            self._waited_s += waited_s
             self._end = end + waited_s
             self._slack_ends = {key: at + waited_s for key, at in slack_ends.items()}
             self.heed_time()
