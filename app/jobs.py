@@ -61,6 +61,7 @@ class Kind(enum.StrEnum):
     GENERATE = "generate"  #: tokens to tokens: chat and completions
     EMBED = "embed"  #: tokens to one vector
     CLASSIFY = "classify"  #: tokens to a score for each of the model's classes
+    TRANSLATE = "translate"  #: tokens to those of another language
     RERANK = "rerank"  #: a pair of texts to how well they fit: rerank and score
 
 

@@ -113,12 +113,14 @@ def requests(draw: st.DrawFn) -> dict[str, Any]:
                 {"input": ["flour", "water"]},
                 {"input": [["flour", "water"]], "url": "/v1/classify"},
                 {"query": "flour", "documents": ["water", {"text": "meal"}]},
+                {"input": ["flour", "water"], "target_language": "deu_Latn"},
+                {"input": "flour", "url": "/v1/translations", "num_beams": 3},
                 {"text_1": "flour", "text_2": ["water", "meal"]},
                 {"messages": [{"role": "user", "content": "flour"}]},
             ]
         )
     )
-    if base.keys() & {"prompt", "messages"}:
+    if base.keys() & {"prompt", "messages", "target_language"}:
         base = base | draw(_SAMPLING)
     match draw(st.sampled_from(["good", "good", "form", "spoiled"])):
         case "form":
@@ -150,7 +152,7 @@ _OPTIONS: Final = {
 def _tasks(request: dict[str, Any]) -> list[str]:
     """The tasks that a request may be sent as."""
     if "input" in request:
-        return ["inference.embed", "inference.classify"]
+        return ["inference.embed", "inference.classify", "inference.translate"]
     if request.keys() & {"query", "text_1"}:
         return ["inference.rerank", "inference.score"]
     return ["inference.generate"]

@@ -142,6 +142,7 @@ STUB_MODELS = {
     "stub": ModelSettings(source="stub", kind="generate", engine="stub", default=True),
     "stub-embed": ModelSettings(source="stub", kind="embed", engine="stub", default=True),
     "stub-classify": ModelSettings(source="stub", kind="classify", engine="stub", default=True),
+    "stub-translate": ModelSettings(source="stub", kind="translate", engine="stub", default=True),
     "stub-rerank": ModelSettings(source="stub", kind="rerank", engine="stub", default=True),
 }
 

@@ -21,6 +21,7 @@ async def list_models(here: Here) -> ModelList:
                 default=model.settings.default,
                 labels=list(model.card.labels),
                 prompts=list(model.card.prompts),
+                languages=model.tokenizer.languages.names,
                 context_tokens=model.tokenizer.context_tokens,
                 max_output_tokens=model.settings.max_output_tokens,
                 max_batch_size=model.settings.max_batch_size,

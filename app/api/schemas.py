@@ -223,6 +223,11 @@ class Model(BaseModel):
     prompts: list[str] = Field(
         description="Names of an embedder's prompts, for `prompt_name`.", examples=[["query"]]
     )
+    languages: list[str] = Field(
+        description="A translator's target languages, for `target_language`; none if its files "
+        "name none.",
+        examples=[["deu_Latn", "fra_Latn"]],
+    )
     context_tokens: int = Field(description="Most tokens of prompt and output.", examples=[8192])
     max_output_tokens: int = Field(description="Largest max_tokens taken.", examples=[4096])
     max_batch_size: int = Field(

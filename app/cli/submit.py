@@ -34,9 +34,9 @@ OF_THE_LINE: Final = (RequestError, IdempotencyConflict, NotStorable)
 @click.option(
     "--as",
     "field",
-    type=click.Choice(["messages", "prompt", "input", "classify"]),
+    type=click.Choice(["messages", "prompt", "input", "classify", "translate"]),
     default="messages",
-    help="A chat, a text to go on with, to embed (input), or to classify.",
+    help="A chat, a text to go on with, to embed (input), to classify, or to translate.",
 )
 @click.option("--model", help="A configured model; else the default one.")
 @click.option("--set", "given", multiple=True, metavar="NAME=VALUE", help="As in max_tokens=64.")
@@ -108,6 +108,8 @@ def _asked(text: str | None, field: str) -> dict[str, Any]:
             return {"messages": [{"role": "user", "content": text}]}
         case "classify":
             return {"url": "/v1/classify", "body": {"input": text}}
+        case "translate":
+            return {"url": "/v1/translations", "body": {"input": text}}
         case _:
             return {field: text}
 

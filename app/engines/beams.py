@@ -54,8 +54,7 @@ class BeamRows:
         by_question: dict[Any, _Row] = {}
         for each in sequences:
             assert each.params
-            question = _question(each.prompt_token_ids, each.params)
-            row = by_question.setdefault(question, _Row(each.prompt_token_ids, each.params))
+            row = by_question.setdefault(question(each), _Row(each.prompt_token_ids, each.params))
             row.sequences.append(each)
         self._rows = list(by_question.values())
 
@@ -156,9 +155,12 @@ class _Row:
     is_bad: bool = False  #: its scores were not finite
 
 
-def _question(prompt: tuple[int, ...], params: SamplingParams) -> Any:
+def question(sequence: Sequence) -> Any:
     """Equal for those who ask one search for its answers."""
-    return prompt, params.decoder_start_token_id, params.forced_bos_token_id
+    params = sequence.params
+    assert params
+    begin = params.decoder_start_token_id, params.forced_bos_token_id
+    return sequence.prompt_token_ids, begin
 
 
 def search_config(

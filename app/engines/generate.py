@@ -31,7 +31,7 @@ from transformers import (
 
 from app.config.settings import ModelSettings
 from app.engines.base import NOT_FINITE, Generation, Progress, Sequence, StepStats, TokenLogprob
-from app.engines.beams import BeamRows, search_config
+from app.engines.beams import BeamRows, question, search_config
 from app.engines.company import AFFORDABLE, Company, Memory, Told, thresholds, try_company
 from app.engines.generation_config import BEAMS, GenerationRules, load_rules
 from app.engines.grammar import Grammars, Matcher
@@ -112,10 +112,7 @@ class GenerateEngine(StaticEngine):
         longest, output = max(lengths), _longest_output(sequences)
         span = max(longest, output) if self._tokenizer.separate_output else longest + output
         if search := self._search(sequences[0]):
-            if (
-                len({each.prompt_token_ids for each in sequences}) * search.num_beams
-                > self._max_rows
-            ):
+            if len(set(map(question, sequences))) * search.num_beams > self._max_rows:
                 return False
             if not self._tokenizer.separate_output and lengths[0] < longest:
                 return False  # what the model says of an output's length counts the padding

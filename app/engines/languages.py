@@ -220,6 +220,17 @@ class _OnePair:
         return [target] if target else []
 
 
+class AnyLanguages:
+    """Says the languages before the source, whatever they are: for tests."""
+
+    def direction(self, source: str | None, target: str | None) -> Direction:
+        return Direction(prefix=f"{source or ''}>{target or ''}: ")
+
+    @property
+    def names(self) -> list[str]:
+        return []
+
+
 NO_LANGUAGES: Final[Languages] = _OnePair()
 
 

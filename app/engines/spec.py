@@ -67,7 +67,7 @@ STUB: Final = EngineSpec(
 )
 GENERATE: Final = EngineSpec(
     "app.engines.generate:GenerateEngine",
-    kinds=frozenset({Kind.GENERATE}),
+    kinds=frozenset({Kind.GENERATE, Kind.TRANSLATE}),
     fits="app.engines.loading:writer_fits",
     searches=True,
 )
@@ -78,7 +78,7 @@ INFLIGHT: Final = EngineSpec(
 )
 ENCODER: Final = EngineSpec(
     "app.engines.encoder:EncoderEngine",
-    kinds=frozenset(Kind) - {Kind.GENERATE},
+    kinds=frozenset({Kind.EMBED, Kind.CLASSIFY, Kind.RERANK}),
     card="app.engines.card:read_card",
     fits="app.engines.encoder:encoder_fits",
 )

@@ -21,7 +21,7 @@ from app.engines import registry, tokenizer_file
 from app.engines.chat_template import Chat, ChatTemplate, find_template
 from app.engines.context import context_tokens
 from app.engines.json_files import read_json
-from app.engines.languages import NO_LANGUAGES, Direction, Languages, find_languages
+from app.engines.languages import NO_LANGUAGES, AnyLanguages, Direction, Languages, find_languages
 from app.engines.pieces import Pieces
 from app.engines.special_tokens import SpecialTokens
 from app.errors import ConfigError, RequestError
@@ -286,6 +286,7 @@ class StubTokenizer(Tokenizer):
         self.context_tokens = settings.context_tokens or 8192
         self.eos_token_ids = frozenset({self.EOS})
         self.special = {self.EOS: "<eos>"}
+        self.languages = AnyLanguages()
         self.longest_token, self.length_unit = 1, "bytes"
 
     def encode_text(self, text: str, *, parse_special: bool = False) -> tuple[int, ...]:

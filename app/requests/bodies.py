@@ -1,11 +1,11 @@
 """What a producer asks: the body of an OpenAI-style call, checked, and what it means to an engine.
 
 A request is `(url, body)`. The url follows from the field present when it is left out:
-`messages` → /v1/chat/completions, `prompt` → /v1/completions, `input` → /v1/embeddings, or
-/v1/classify if the model named is a classifier, `query` → /v1/rerank, `text_1` → /v1/score. Field
-names and meanings are those of the OpenAI API, with vLLM's names for the calls and the sampling
-parameters it lacks (top_k, min_p, repetition_penalty, ignore_eos …); `app.requests.handling` says
-what is not obeyed.
+`messages` → /v1/chat/completions, `prompt` → /v1/completions, `query` → /v1/rerank, `text_1` →
+/v1/score, `input` → /v1/translations with a language, /v1/classify or /v1/translations if the model
+named does that, and else /v1/embeddings. Field names and meanings are those of the OpenAI API, with
+vLLM's names for the calls and the sampling parameters it lacks (top_k, min_p, repetition_penalty,
+ignore_eos …) and transformers' for a search's; `app.requests.handling` says what is not obeyed.
 
 Pure: limits that depend on a model's tokenizer are checked by `app.engines.tokenizer`.
 """
@@ -15,7 +15,7 @@ from __future__ import annotations
 import enum
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -33,6 +33,7 @@ from app.requests.problems import first_problem
 from app.requests.prompts import Prompt
 from app.requests.scoring import RerankBody, ScoreBody
 from app.requests.storable import refuse_unstorable
+from app.requests.translation import TranslationBody
 
 FORMAT: Final = 1
 """Version of the format of stored requests. Raise it with every field or value that code of before
@@ -51,6 +52,7 @@ class Url(enum.StrEnum):
     CLASSIFY = "/v1/classify"
     RERANK = "/v1/rerank"
     SCORE = "/v1/score"
+    TRANSLATIONS = "/v1/translations"
 
     @classmethod
     def _missing_(cls, value: object) -> Url | None:
@@ -69,6 +71,7 @@ BODIES: Final[dict[Url, type[Body]]] = {
     Url.CLASSIFY: ClassifyBody,
     Url.RERANK: RerankBody,
     Url.SCORE: ScoreBody,
+    Url.TRANSLATIONS: TranslationBody,
 }
 _ALIASES: Final = {
     "/classify": Url.CLASSIFY,
@@ -83,6 +86,12 @@ _URL_BY_FIELD: Final = {
     "query": Url.RERANK,
     "text_1": Url.SCORE,
 }
+URL_OF_INPUT: Final[Mapping[Kind | None, Url]] = {
+    Kind.CLASSIFY: Url.CLASSIFY,
+    Kind.TRANSLATE: Url.TRANSLATIONS,
+}
+"""Calls that have an `input` as embeddings do, by what else says which of them is meant."""
+
 KindOf = Callable[[str], Kind | None]
 """What a model of this name does; None if there is none."""
 
@@ -186,9 +195,12 @@ def _url(raw: dict[str, Any], url: str | None, kind_of: KindOf) -> Url:
             param=present[1] if present else "prompt",
         )
     [field] = present
-    model = raw.get("model")
-    if field == "input" and isinstance(model, str) and kind_of(model) is Kind.CLASSIFY:
-        return Url.CLASSIFY
+    if field == "input":
+        model = raw.get("model")
+        kind = kind_of(model) if isinstance(model, str) else None
+        if raw.keys() & {"source_language", "target_language"}:
+            kind = Kind.TRANSLATE
+        return URL_OF_INPUT.get(kind, Url.EMBEDDINGS)
     return _URL_BY_FIELD[field]
 
 

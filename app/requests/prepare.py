@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from app.config.settings import ModelSettings
 from app.engines import registry
 from app.engines.card import NO_CARD, Card
+from app.engines.languages import Direction
 from app.engines.tokenizer import Encoded, Tokenizer
 from app.errors import ContextLengthExceeded, RequestError
 from app.jobs import WHOLE, PoolingParams, SamplingParams, int64
@@ -16,7 +17,7 @@ from app.requests.body import Body
 from app.requests.conversation import Conversation
 from app.requests.grammars import grammar_for
 from app.requests.pooled import PooledBody
-from app.requests.prompts import Pair, Prompt
+from app.requests.prompts import Pair, Prompt, Source
 from app.requests.sampled import SampledBody
 
 
@@ -127,7 +128,16 @@ def _params(
         if max(ids, default=0) >= tokenizer.vocab_size:
             raise _out_of_range(tokenizer, field)
     words = [variant for word in body.bad_words for variant in _variants(word, tokenizer)]
-    return body.sampling(max_tokens, tuple(words), grammar_for(body, tokenizer, prompts))
+    params = body.sampling(max_tokens, tuple(words), grammar_for(body, tokenizer, prompts))
+    match body.prompts[0]:
+        case Source() as source:
+            return _direction(source, tokenizer).applied(params)
+        case _:
+            return params
+
+
+def _direction(source: Source, tokenizer: Tokenizer) -> Direction:
+    return tokenizer.languages.direction(source.source_language, source.target_language)
 
 
 def _variants(word: str, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
@@ -208,6 +218,10 @@ def _encode(
     if isinstance(prompt, str):
         _refuse_long(tokenizer, [prompt], field)
         tokens = tokenizer.encode_text(prompt, parse_special=parse_special)
+    elif isinstance(prompt, Source):
+        _refuse_long(tokenizer, [prompt.text], field)
+        direction = _direction(prompt, tokenizer)
+        tokens = tokenizer.encode_source(prompt.text, direction, parse_special=parse_special)
     elif isinstance(prompt, Conversation):
         chat = prompt.chat
         _refuse_long(tokenizer, chat.texts(), field)

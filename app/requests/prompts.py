@@ -37,9 +37,18 @@ class Pair:
     second: str
 
 
-Prompt = str | tuple[int, ...] | Conversation | Pair
-"""One prompt: text, token ids, a pair of texts, or a conversation still to be put through the chat
-template."""
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A text to be translated, and the languages as the model calls them."""
+
+    text: str
+    source_language: str | None
+    target_language: str | None
+
+
+Prompt = str | tuple[int, ...] | Conversation | Pair | Source
+"""One prompt: text, token ids, a pair of texts, a text to translate, or a conversation still to be
+put through the chat template."""
 
 
 def split(given: Prompts) -> list[Prompt]:

@@ -1,7 +1,7 @@
 """From generations to the body of an OpenAI-style answer. Pure.
 
-Shapes follow the OpenAI API: chat.completion and text_completion; of what generates nothing they
-are in `app.requests.pooled_answers`.
+Shapes follow the OpenAI API: chat.completion and text_completion, which a translation is like; of
+what generates nothing they are in `app.requests.pooled_answers`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from app.requests.completion import CompletionBody
 from app.requests.logprobs import Spelling
 from app.requests.pooled import PooledBody
 from app.requests.pooled_answers import pooled_answer
+from app.requests.translation import TranslationBody
 
 _FINISH_REASON: Final = {
     FinishReason.STOP: "stop",
@@ -89,6 +90,15 @@ def body(
                 "choices": [_completion(*each) for each in answers],
                 "usage": _usage(counted),
             }
+        case TranslationBody():
+            return {
+                "id": f"trans-{job_id}",
+                "object": "translation",
+                "created": created,
+                "model": model,
+                "choices": [_translation(i, each) for i, each, _ in answers],
+                "usage": _usage(counted),
+            }
         case _:
             raise NotImplementedError(request.url)
 
@@ -139,6 +149,14 @@ def _completion(index: int, answer: Generation, spelling: Spelling) -> dict[str,
         "index": index,
         "text": text,
         "logprobs": None if scored is None else logprobs.of_completion(scored, spelling, text),
+        "finish_reason": _FINISH_REASON[answer.finish_reason],
+    }
+
+
+def _translation(index: int, answer: Generation) -> dict[str, Any]:
+    return {
+        "index": index,
+        "text": _storable(answer.text),
         "finish_reason": _FINISH_REASON[answer.finish_reason],
     }
 

@@ -108,7 +108,7 @@ jobs = Table(
         "kind",
         Text,
         nullable=False,
-        comment="What the model does: generate, embed, classify or rerank.",
+        comment="What the model does: generate, embed, classify, rerank or translate.",
     ),
     Column("url", Text, comment="OpenAI-style path of the request; null if it was never readable."),
     Column("request", JSONB, comment="Body as sent, prompt included; null once redacted."),

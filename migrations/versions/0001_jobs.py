@@ -84,7 +84,7 @@ def upgrade() -> None:
             name=op.f("batches_close_reason_check"),
         ),
         CheckConstraint(
-            "kind IN ('classify', 'embed', 'generate', 'rerank')",
+            "kind IN ('classify', 'embed', 'generate', 'rerank', 'translate')",
             name=op.f("batches_kind_check"),
         ),
         in_range("batches", "opened_at", "claimed_at", "finished_at"),
@@ -121,7 +121,7 @@ def upgrade() -> None:
             "kind",
             Text,
             nullable=False,
-            comment="What the model does: generate, embed, classify or rerank.",
+            comment="What the model does: generate, embed, classify, rerank or translate.",
         ),
         Column(
             "url", Text, comment="OpenAI-style path of the request; null if it was never readable."
@@ -222,7 +222,7 @@ def upgrade() -> None:
             name=op.f("jobs_finished_at_check"),
         ),
         CheckConstraint(
-            "kind IN ('classify', 'embed', 'generate', 'rerank')",
+            "kind IN ('classify', 'embed', 'generate', 'rerank', 'translate')",
             name=op.f("jobs_kind_check"),
         ),
         CheckConstraint(
@@ -478,7 +478,7 @@ def upgrade() -> None:
         Column("currency", Text, comment="ISO 4217 code; null if the job never ran."),
         Column("price_id", Text, comment="Entry of prices.toml that was charged."),
         CheckConstraint(
-            "kind IN ('classify', 'embed', 'generate', 'rerank')",
+            "kind IN ('classify', 'embed', 'generate', 'rerank', 'translate')",
             name=op.f("results_kind_check"),
         ),
         CheckConstraint(

@@ -283,9 +283,9 @@ def test_a_task_name_of_a_newer_version_leaves_its_job_to_newer_workers(
     database = Database(config.database.url)
     [id_] = insert(database, new_job(model="stub", kind=Kind.GENERATE))
     database.close()
-    producer.send_task("inference.rerank", task_id=str(id_), kwargs={"query": "x"})
+    producer.send_task("inference.imagine", task_id=str(id_), kwargs={"query": "x"})
     unknown = str(uuid.uuid4())
-    producer.send_task("inference.rerank", task_id=unknown, kwargs={"query": "x"})
+    producer.send_task("inference.imagine", task_id=unknown, kwargs={"query": "x"})
 
     with running_worker(config, tmp_path / "worker"):
         refused = eventually(lambda: results(config).get(unknown), 30)

@@ -97,7 +97,7 @@ def test_a_wrong_setting_is_refused_with_its_file_and_line(write, text: str, com
         (MODELS.replace('engine = "generate"\n', ""), "models.toml line 2: models.chat.engine is "
          "required."),
         (MODELS.replace("generate", "sing", 1), "models.toml line 3: models.chat.kind should be "
-         "'generate', 'embed', 'classify' or 'rerank'"),
+         "'generate', 'embed', 'classify', 'translate' or 'rerank'"),
         (MODELS.replace("= true", "= false"), "models.toml line 3: models.chat.kind no model has "
          "`default = true` for kind generate (chat)."),
         (MODELS + MODELS.replace("chat", "talk"), "models.toml line 10: models.talk.default "

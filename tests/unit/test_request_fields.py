@@ -33,6 +33,7 @@ BASES: Final[dict[Url, dict[str, Any]]] = {
     Url.EMBEDDINGS: {"input": LONG},
     Url.CLASSIFY: {"input": LONG},
     Url.RERANK: {"query": "flour", "documents": [LONG, "water"]},
+    Url.TRANSLATIONS: {"input": "flour"},
     Url.SCORE: {"text_1": "flour", "text_2": [LONG, "water"]},
 }
 CARD: Final = Card(prompts={"query": "Find: "}, size=512, shorter=None)

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, M2M100Tokenizer, MarianTokenizer
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, M2M100Tokenizer, MarianTokenizer
 
 from app.config.settings import ModelSettings
+from app.engines.base import Engine, Generation, Sequence
 from app.engines.languages import find_languages
+from app.engines.registry import create
 from app.engines.tokenizer import Tokenizer, load_tokenizer
 from app.errors import RequestError
-from app.jobs import Kind, SamplingParams
+from app.jobs import FinishReason, Kind, SamplingParams
+from app.requests import responses
+from app.requests.bodies import Url, parse
+from app.requests.prepare import prepare
 from tests.unit import tiny_translators
 from tests.unit.tiny_translators import ENGLISH, GERMAN
 
@@ -206,3 +213,158 @@ def test_a_model_without_languages_takes_none(tmp_path: Path) -> None:
     assert languages.direction(None, None).around is None
     with pytest.raises(RequestError, match="name no languages: leave them out"):
         languages.direction("en", None)
+
+
+STUB = ModelSettings(source="stub", kind=Kind.TRANSLATE, engine="stub")
+
+
+def test_an_input_with_a_language_is_a_translation() -> None:
+    by_field = parse({"input": ["flour", "meal"], "target_language": "deu_Latn", "n": 2})
+    by_model = parse({"input": "flour", "model": "m"}, kind_of={"m": Kind.TRANSLATE}.get)
+
+    assert by_field.url == by_model.url == Url.TRANSLATIONS
+    assert by_field.num_sequences == 4
+    assert parse({"input": "flour"}).url == Url.EMBEDDINGS
+
+
+def test_a_translation_is_the_likeliest_one_unless_draws_are_asked_for() -> None:
+    tokenizer = load_tokenizer(Path(), STUB)
+
+    plain, drawn = (
+        prepare(parse({"input": "flour", "target_language": "de"} | more), tokenizer, STUB)
+        for more in ({}, {"temperature": 0.7, "seed": 3})
+    )
+
+    assert plain.params and drawn.params
+    assert (plain.params.temperature, plain.params.num_beams) == (0.0, None)
+    assert (drawn.params.temperature, drawn.params.num_beams) == (0.7, 1)
+    assert bytes(plain.prompts[0]) == b">de: flour"
+
+
+def test_an_answer_is_a_choice_for_each_text() -> None:
+    request = parse({"input": ["flour", "meal"], "target_language": "de"})
+    given = [
+        Generation(i, FinishReason.STOP, [65], text, input_tokens=4) for i, text in enumerate("ab")
+    ]
+
+    body = responses.body(
+        request,
+        given,
+        job_id="7",
+        model="m",
+        created=1,
+        tokenizer=load_tokenizer(Path(), STUB),
+        prompts=[(1,), (2,)],
+    )
+
+    assert body == {
+        "id": "trans-7",
+        "object": "translation",
+        "created": 1,
+        "model": "m",
+        "choices": [
+            {"index": 0, "text": "a", "finish_reason": "stop"},
+            {"index": 1, "text": "b", "finish_reason": "stop"},
+        ],
+        "usage": {"prompt_tokens": 8, "completion_tokens": 2, "total_tokens": 10},
+    }
+
+
+def engine_of(folder: Path) -> Engine:
+    given = ModelSettings(
+        source=str(folder), kind=Kind.TRANSLATE, engine="generate", dtype="float32"
+    )
+    return create("generate", folder, given, device="cpu", threads=1, progress=lambda: None)
+
+
+def translated(folder: Path, *bodies: dict[str, Any]) -> list[dict[str, Any]]:
+    """The responses to requests that are in one batch, from their bodies on."""
+    settings = ModelSettings(
+        source=str(folder), kind=Kind.TRANSLATE, engine="generate", default_max_tokens=20
+    )
+    tokenizer = load_tokenizer(folder, settings)
+    asked = [parse(body, "/v1/translations") for body in bodies]
+    prepared = [prepare(request, tokenizer, settings) for request in asked]
+    engine = engine_of(folder)
+    sequences: list[list[Sequence]] = []
+    for request, each in zip(asked, prepared, strict=True):
+        first, answers = sum(map(len, sequences)), request.num_answers
+        sequences.append(
+            [
+                Sequence(first + i, each.prompts[i // answers], each.sampling(i % answers))
+                for i in range(request.num_sequences)
+            ]
+        )
+    engine.admit("batch", [each for part in sequences for each in part])
+    ended: dict[int, Generation] = {}
+    while engine.has_work:
+        ended |= {each.sequence_id: each for each in engine.step()}
+    return [
+        responses.body(
+            request,
+            [ended[each.id] for each in part],
+            job_id="1",
+            model="m",
+            created=1,
+            tokenizer=tokenizer,
+            prompts=each_prepared.prompts,
+        )
+        for request, part, each_prepared in zip(asked, sequences, prepared, strict=True)
+    ]
+
+
+def expected(
+    folder: Path, text: str, source: str | None = None, target: str | None = None, **how: Any
+) -> tuple[list[str], int]:
+    """Texts that transformers gives for a source alone, and their tokens in all."""
+    model: Any = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, src_lang=source)
+    if target:
+        token = f"__{target}__" if len(target) == 2 else target
+        begin = tokenizer.convert_tokens_to_ids(token)
+        is_older = type(tokenizer).__name__ == "MBartTokenizer"
+        how["decoder_start_token_id" if is_older else "forced_bos_token_id"] = begin
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    outs = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, **how)
+    tokens, end = outs[:, 1:].tolist(), model.config.eos_token_id
+    num_tokens = sum(out.index(end) + 1 if end in out else len(out) for out in tokens)
+    return tokenizer.batch_decode(outs, skip_special_tokens=True), num_tokens
+
+
+DIRECTIONS: dict[str, list[tuple[str | None, str | None]]] = {
+    "marian": [("en", "de"), (None, None)],
+    "m2m_100": [("en", "de"), ("de", "fr"), ("fr", "en")],
+    "nllb": [("eng_Latn", "deu_Latn"), ("deu_Latn", "fra_Latn")],
+    "mbart": [("en_XX", "de_DE"), ("de_DE", "fr_XX")],
+    "mbart50": [("en_XX", "de_DE"), ("de_DE", "fr_XX")],
+}
+
+
+@pytest.mark.parametrize("kind", DIRECTIONS)
+def test_each_request_of_a_batch_goes_its_own_way_and_gets_what_transformers_gives(
+    kind: str, folders: dict[str, Path]
+) -> None:
+    # given requests of several directions and searches, for one batch
+    ways: list[dict[str, Any]] = [{"num_beams": 1}, {"num_beams": 3, "n": 2}, {}]
+    crowd = [
+        (text, source, target, way)
+        for (source, target), way in itertools.product(DIRECTIONS[kind], ways)
+        for text in ENGLISH[:2]
+    ]
+
+    # when
+    answers = translated(
+        folders[kind],
+        *(
+            {"input": text, "source_language": source, "target_language": target} | way
+            for text, source, target, way in crowd
+        ),
+    )
+
+    # then
+    for answer, (text, source, target, way) in zip(answers, crowd, strict=True):
+        asked = None if kind == "marian" else target
+        how = {"num_return_sequences" if name == "n" else name: it for name, it in way.items()}
+        texts, num_tokens = expected(folders[kind], text, source, asked, **how)
+        assert [choice["text"] for choice in answer["choices"]] == texts, (source, target, way)
+        assert answer["usage"]["completion_tokens"] == num_tokens

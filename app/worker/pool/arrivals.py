@@ -27,7 +27,7 @@ from app.config.settings import Settings
 from app.errors import GristmillError, RequestError, RequestTooLarge
 from app.jobs import MAX_PRIORITY, Kind, bounded, job_id_of
 from app.requests import bodies, json_text
-from app.requests.bodies import Request, Url
+from app.requests.bodies import URL_OF_INPUT, Request
 from app.requests.storable import is_unicode
 
 ARRIVAL_HEADER: Final = "gristmill"
@@ -173,8 +173,8 @@ def _request(kwargs: dict[str, Any], kind: Kind, settings: Settings) -> Request:
     url = body.pop("url", None)
     if url is not None and not isinstance(url, str):
         raise RequestError("url must be a string.", param="url")
-    if kind is Kind.CLASSIFY and url is None:  # else its `input` would be one of embeddings
-        url = Url.CLASSIFY
+    if url is None:  # its `input` would be one of embeddings
+        url = URL_OF_INPUT.get(kind)
     request = bodies.parse(
         body, url, unknown_fields=settings.unknown_fields, kind_of=settings.kind_of
     )
