@@ -11,7 +11,7 @@ LOCKED = $(shell cat pyproject.toml requirements/*.lock | cksum)
 BY_TWO := -n 2 --no-loadscope-reorder
 export PYTEST_DEBUG_TEMPROOT := $(CURDIR)/.cache/tmp
 
-.PHONY: help setup install demo up test lint types unit simulation integration e2e simulate odd mutants chaos soak bench vllm lock clean
+.PHONY: help setup install demo up test lint types unit simulation integration e2e simulate odd mutants models chaos soak bench vllm lock clean
 
 help:  ## List what can be made
 	@sed -n 's/^\([a-z0-9 ]*\):.*##  */\1|/p' Makefile | while IFS='|' read -r name text; \
@@ -59,6 +59,9 @@ odd: setup  ## Send EXAMPLES=500 times ten messages, requests and rows bent by c
 
 mutants: setup  ## Plant deliberate defects one by one and show which test catches each
 	$(RUN) tests.mutants
+
+models: setup  ## Try every family of models, and write what came of it into docs/models.md
+	$(RUN) tests.families
 
 chaos: setup  ## Do 36 faults to the whole system, under load, and check that nothing is lost
 	$(RUN) tests.chaos

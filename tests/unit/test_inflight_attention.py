@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,10 +30,21 @@ class Case:
     dim: int
     window: int = 0
     softcap: float = 0.0
+    has_sinks: bool = False
 
     @property
-    def how(self) -> dict[str, float]:
-        return {"scale": 0.3, "window": self.window, "softcap": self.softcap}
+    def sinks(self) -> Tensor | None:
+        """Of all heads: from next to nothing to most of the attention."""
+        return torch.linspace(-4, 9, self.kv_heads * self.group) if self.has_sinks else None
+
+    @property
+    def how(self) -> dict[str, Any]:
+        return {
+            "scale": 0.3,
+            "window": self.window,
+            "softcap": self.softcap,
+            "sinks": self.sinks,
+        }
 
 
 cases = st.builds(
@@ -43,6 +55,7 @@ cases = st.builds(
     dim=st.sampled_from([16, 32, 64, 80, 128]),
     window=st.sampled_from([0, 0, 1, 20, 150]),
     softcap=st.sampled_from([0.0, 0.0, 2.0]),
+    has_sinks=st.booleans(),
 )
 dtypes = st.sampled_from([torch.bfloat16, torch.float32])
 
@@ -143,4 +156,8 @@ def _reference(case: Case, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     hidden = places > places[:, None]
     if case.window:
         hidden |= places <= places[:, None] - case.window
-    return (scores.masked_fill(hidden, float("-inf")).softmax(-1) @ value).transpose(0, 1)
+    scores = scores.masked_fill(hidden, float("-inf"))
+    if case.sinks is not None:
+        column = case.sinks[:, None, None].expand(-1, len(places), 1)
+        scores = torch.cat([scores, column], -1)
+    return (scores.softmax(-1)[..., : len(places)] @ value).transpose(0, 1)

@@ -114,10 +114,10 @@ void attend_run(const Step& step, const Attention& layer, int run, int head, flo
         const T* from = (const T*)layer.query + (first_token + r / group) * layer.query_token +
                         (head * group + r % group) * layer.query_head;
         for (int d = 0; d < dim; ++d) query[r * dim + d] = widen(from[d]) * layer.scale;
-        most[r] = -INFINITY;
+        most[r] = layer.sinks ? layer.sinks[head * group + r % group] : -INFINITY;
+        total[r] = layer.sinks ? 1.0f : 0.0f;
     }
     std::fill(out, out + rows * dim, 0.0f);
-    std::fill(total, total + rows, 0.0f);
     const int last = position + tokens - 1;
     const int begin = layer.window ? std::max(0, position - layer.window + 1) / BLOCK : 0;
     for (int b = begin; b * BLOCK <= last; ++b) {

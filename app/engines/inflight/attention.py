@@ -9,6 +9,7 @@ the blocks of its own sequence. `BlockStep` says which those are. On CPUs the wo
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -28,6 +29,9 @@ none."""
 
 STEP: Final = "gristmill_step"
 """The keyword argument that carries the step through the model to `attend`."""
+
+_running = threading.local()
+"""The same for models that do not hand it on: `step` of the thread's latest `run`."""
 
 _SCORES: Final = 2**21
 """Most scores that are computed at once, for each head: they are held in float32, several times."""
@@ -50,11 +54,13 @@ class Step(Protocol):
         scale: float,
         window: int,
         softcap: float,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """query [heads, tokens, dim], key and value [kv_heads, tokens, dim] → [tokens, heads, dim].
 
         `window` is how many tokens back a token sees, itself included, 0 for all; `softcap` bounds
-        the scores, 0 for none.
+        the scores, 0 for none; `sinks` [heads] are scores that take their part of the attention and
+        give nothing for it (arXiv 2309.17453).
         """
         ...
 
@@ -68,22 +74,33 @@ def attend(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention function: [1, heads, tokens, dim] → [1, tokens, heads, dim]."""
-    step: Step = others[STEP]
+    step: Step = others.get(STEP, _running.step)
     if isinstance(step, ProbeStep):
         step.check(module, attention_mask, others)
+    width = max(key.shape[-1], value.shape[-1])
     out = step.attend(
         module.layer_idx,  # type: ignore[arg-type]
-        query[0],
-        key[0],
-        value[0],
+        *(_widened(part[0], width) for part in (query, key, value)),
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         window=sliding_window or 0,
         softcap=softcap or 0.0,
+        **({} if s_aux is None else {"sinks": s_aux}),
     )
-    return out[None], None
+    return out[None, ..., : value.shape[-1]], None
+
+
+def _widened(heads: Tensor, width: int) -> Tensor:
+    """Filled up with zeros, which change neither scores nor sums: the cache has keys and values of
+    one size, and those of latent attention differ."""
+    return (
+        heads
+        if heads.shape[-1] == width
+        else nn.functional.pad(heads, (0, width - heads.shape[-1]))
+    )
 
 
 AttentionInterface.register(NAME, attend)
@@ -93,6 +110,7 @@ def run(
     model: PreTrainedModel, step: Step, token_ids: Tensor, positions: Tensor, ends: Tensor
 ) -> Tensor:
     """Logits [samples, vocab] of the tokens at `ends`; all are [n] int64 over the packed tokens."""
+    _running.step = step
     out = model(
         input_ids=token_ids[None],
         position_ids=positions[None],
@@ -183,6 +201,7 @@ class PortableStep:
         scale: float,
         window: int,
         softcap: float,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         keys, values = self._cache.keys[layer], self._cache.values[layer]
         keys[self._blocks, :, :, self._places] = key.transpose(0, 1)
@@ -203,12 +222,20 @@ class PortableStep:
                 seen &= places > group.positions[..., None] - window
             scores = scores.view(rows, len(key), -1, length, k.shape[-1])
             scores = scores.masked_fill(~seen[:, None, None], float("-inf"))
-            weights = scores.softmax(-1).to(v.dtype).flatten(2, 3)
+            weights = _weights(scores, sinks).to(v.dtype).flatten(2, 3)
             # What nobody sees may be anything, NaN too, and 0 · NaN is not 0.
             v = v.masked_fill(~seen.any(1)[:, None, :, None], 0)
             mixed = (weights @ v).view(rows, heads, length, dim)
             out[group.tokens] = mixed.transpose(1, 2)
         return out
+
+
+def _weights(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Scores [rows, kv_heads, group, length, places] → the part that each place takes."""
+    if sinks is None:
+        return scores.softmax(-1)
+    column = sinks.float().view(1, scores.shape[1], -1, 1, 1).expand(*scores.shape[:-1], 1)
+    return torch.cat([scores, column], -1).softmax(-1)[..., :-1]
 
 
 def _by_width(segments: np.ndarray) -> list[np.ndarray]:
@@ -248,6 +275,10 @@ def upload(arrays: Seq[np.ndarray], device: torch.device) -> list[Tensor]:
     return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
 
 
+class Asked(ValueError):
+    """A layer asks of attention what `Step.attend` does not do."""
+
+
 class ProbeStep:
     """Looks at what a model asks of attention, before there is a cache."""
 
@@ -255,23 +286,32 @@ class ProbeStep:
         self.layers: dict[int, LayerShape] = {}
         self.how: dict[int, dict[str, float]] = {}  #: scale, window and softcap of each layer
         self.width = 0  #: of the logits
+        self.has_sinks = False
 
     def check(self, module: nn.Module, mask: Tensor | None, others: dict[str, Any]) -> None:
-        """Raise `ValueError` for what `attend` would silently leave out."""
-        given = {name for name, value in others.items() if value is not None}
+        """Raise `Asked` for what `attend` would silently leave out."""
+        given = {name for name, value in others.items() if value is not None and value is not False}
         strange = given - {STEP, *_WITHOUT_EFFECT}
         if mask is not None:
             strange.add("a mask of its own")
-        if not getattr(module, "is_causal", True):
+        if not getattr(module, "is_causal", True) or others.get("is_causal") is False:
             strange.add("attention to later tokens")
         if strange:
-            raise ValueError(f"{type(module).__name__} asks for {', '.join(sorted(strange))}")
+            raise Asked(f"{type(module).__name__} asks for {', '.join(sorted(strange))}")
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **how: float) -> Tensor:
-        if not query.shape[-1] == key.shape[-1] == value.shape[-1]:
-            raise ValueError("its keys and values differ in size")
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        sinks: Tensor | None = None,
+        **how: float,
+    ) -> Tensor:
+        self.has_sinks |= sinks is not None
         if layer in self.layers:
-            raise ValueError(f"its layer {layer} attends twice")
+            raise Asked(f"its layer {layer} attends twice")
         self.layers[layer] = LayerShape(len(key), key.shape[-1], group=len(query) // len(key))
         self.how[layer] = how
         return query.transpose(0, 1).contiguous()

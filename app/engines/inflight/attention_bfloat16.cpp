@@ -224,8 +224,8 @@ void attend_run(const Step& step, const Attention& layer, int run, int head, int
         std::memcpy(query + r * dim,
                     (const bf16*)layer.query + token * layer.query_token + at * layer.query_head,
                     dim * sizeof(bf16));
-        most[r] = -INFINITY;
-        total[r] = 0.0f;
+        most[r] = layer.sinks ? layer.sinks[at] * LOG2_E : -INFINITY;
+        total[r] = layer.sinks ? 1.0f : 0.0f;
     }
     for (int r = 0; r < count; ++r) own[r] = entry[3] + r / group;
     std::fill(out, out + all * dim, 0.0f);

@@ -101,6 +101,7 @@ struct Attention {
     int64_t query_token, query_head, key_token, key_head, value_token, value_head;
     int32_t heads, kv_heads, dim, window;  // window 0: all tokens
     float scale, softcap;                  // softcap 0: none
+    const float* sinks;                    // [heads]: scores without a value; or null
 };
 }
 

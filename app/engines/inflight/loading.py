@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from app.config.settings import ModelSettings
 from app.engines.device import pick_dtype
 from app.engines.inflight import fused_cuda
-from app.engines.inflight.attention import NAME, ProbeStep, run
+from app.engines.inflight.attention import NAME, Asked, ProbeStep, run
 from app.engines.inflight.cache import LayerShape
 from app.engines.inflight.fused import fuse_layers
 from app.engines.inflight.int8 import to_int8
@@ -20,6 +20,7 @@ from app.engines.inflight.weights import pack_linears
 from app.engines.loading import check_fits, load_model, read_config
 from app.engines.tokenizer import load_tokenizer
 from app.errors import ConfigError
+from app.printable import in_a_line
 
 _LAYER_TYPES: Final = {"full_attention", "sliding_attention"}
 _ROPE_TYPES_BY_LENGTH: Final = {"dynamic", "longrope"}
@@ -46,6 +47,8 @@ def load_decoder(
     model = load_model(AutoModelForCausalLM, folder, dtype, device, shrink)
     model.set_attn_implementation(NAME)  # where a model does not heed this, the probe finds out
     probe = _probe(model, config.get_text_config(decoder=True).num_hidden_layers)
+    if probe.has_sinks and device.type == "cuda":
+        raise _refusal(f"the attention sinks of {config.model_type} have no kernel for CUDA")
     layers = [probe.layers[place] for place in range(len(probe.layers))]
     if shrink is None:
         fuse_layers(model, layers, int8=int8)
@@ -73,7 +76,8 @@ def _check(config: Any, context_tokens: int) -> None:
         raise _refusal(f"layers of {kind} share their keys and values")
     ropes = getattr(config, "rope_parameters", None) or {}
     for rope in [ropes, *(each for each in ropes.values() if isinstance(each, dict))]:
-        original = rope.get("original_max_position_embeddings", config.max_position_embeddings)
+        own = getattr(config, "max_position_embeddings", context_tokens)
+        original = rope.get("original_max_position_embeddings", own)
         if rope.get("rope_type") in _ROPE_TYPES_BY_LENGTH and context_tokens > original:
             raise _refusal(
                 f"{kind} rotates by the longest sequence of a batch ({rope['rope_type']}) beyond "
@@ -88,8 +92,11 @@ def _probe(model: PreTrainedModel, num_layers: int) -> ProbeStep:
     try:
         positions = torch.arange(2, device=model.device)
         step.width = run(model, step, tokens, positions, tokens[:1]).shape[-1]
-    except (TypeError, KeyError, ValueError, NotImplementedError, RuntimeError) as error:
+    except Asked as error:
         raise _refusal(f"{model.config.model_type} does not run packed: {error}") from error
+    except Exception as error:  # of code that was never meant to run so
+        reason = in_a_line(error)
+        raise _refusal(f"{model.config.model_type} does not run packed: {reason}") from error
     if sorted(step.layers) != list(range(num_layers)):
         raise _refusal(
             f"only {len(step.layers)} of the {num_layers} layers of {model.config.model_type} "

@@ -40,6 +40,7 @@ class Attention(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("key_head", "value_token", "value_head")),
         *((name, ctypes.c_int32) for name in ("heads", "kv_heads", "dim", "window")),
         *((name, ctypes.c_float) for name in ("scale", "softcap")),
+        ("sinks", ctypes.c_void_p),
     )
 
 
@@ -104,7 +105,9 @@ class NativeStep:
         scale: float,
         window: int,
         softcap: float,
+        sinks: Tensor | None = None,
     ) -> Tensor:
+        """`attention.Step.attend`."""
         query, key, value = (x if x.stride(2) == 1 else x.contiguous() for x in (query, key, value))
         heads, num_tokens, dim = query.shape
         out = query.new_empty(num_tokens, heads, dim)
@@ -115,6 +118,8 @@ class NativeStep:
         to.value_head, to.value_token = value.stride()[:2]
         to.out, to.heads, to.kv_heads, to.dim = out.data_ptr(), heads, len(key), dim
         to.window, to.scale, to.softcap = window, scale, softcap
+        taking = None if sinks is None else sinks.detach().float().contiguous()
+        to.sinks = None if taking is None else taking.data_ptr()
         self._kernel.function(ctypes.byref(self._step), ctypes.byref(to))
         return out
 
