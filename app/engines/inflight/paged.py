@@ -149,8 +149,11 @@ class PagedStep:
         scale: float,
         window: int,
         softcap: float,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """`attention.Step.attend`."""
+        if sinks is not None:
+            raise NotImplementedError("Sinks have no kernel here; models with them are refused.")
         for kept, new in ((self.cache.keys, key), (self.cache.values, value)):
             kept[layer].flatten(0, 1).index_copy_(0, self.slots, new.transpose(0, 1))
         return self.mix(layer, query.transpose(0, 1), scale=scale, window=window, softcap=softcap)
