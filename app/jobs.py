@@ -150,6 +150,7 @@ class Usage:
 
     input_tokens: int = 0
     output_tokens: int = 0
+    cached_tokens: int = 0  #: of the input, not computed but found in a prefix cache
 
     @property
     def total_tokens(self) -> int:

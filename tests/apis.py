@@ -75,6 +75,7 @@ class Hands:
             "state": JobState.COMPLETED,
             "response": {"choices": [{"text": "done"}]},
             "input_tokens": 5,
+            "cached_tokens": 2,
             "output_tokens": 7,
             "started_at": claimed.claimed_at,
             "first_token_at": claimed.claimed_at + timedelta(milliseconds=3),

@@ -95,6 +95,7 @@ class SystemCollector(Collector):
             with self._database.begin() as connection:
                 depths = reads.queue_depths(connection)
                 ages = reads.oldest_queued_s(connection, self._models)
+                prompts = reads.prompt_tokens(connection)
         except GristmillError:
             up.add_metric([], 0)
             yield up
@@ -113,6 +114,15 @@ class SystemCollector(Collector):
         for model in self._models:
             oldest.add_metric([model], ages.get(model, 0.0))
         yield oldest
+        tokens = GaugeMetricFamily(
+            "gristmill_prompt_tokens_last_minute",
+            "Prompt tokens of the answers of the last minute: computed, or found in a cache.",
+            labels=["model", "came_from"],
+        )
+        for model, (computed, cached) in prompts.items():
+            tokens.add_metric([model, "compute"], computed)
+            tokens.add_metric([model, "cache"], cached)
+        yield tokens
 
     def _queues(self) -> Iterator[Metric]:
         up = GaugeMetricFamily("gristmill_redis_up", "Whether Redis takes messages.")

@@ -67,6 +67,9 @@ class TokenUsage(BaseModel):
     """Tokens, cached ones included."""
 
     input_tokens: int | None = Field(description="Tokens of the prompt.", examples=[31])
+    cached_tokens: int = Field(
+        description="Of these, found in the engine's prefix cache and not computed.", examples=[16]
+    )
     output_tokens: int | None = Field(description="Tokens generated.", examples=[64])
     total_tokens: int | None = Field(description="Both.", examples=[95])
 

@@ -149,6 +149,7 @@ def _usage(result: ResultView) -> TokenUsage | None:
         return None
     return TokenUsage(
         input_tokens=result.input_tokens,
+        cached_tokens=result.cached_tokens or 0,
         output_tokens=result.output_tokens,
         total_tokens=result.input_tokens + result.output_tokens,
     )

@@ -12,6 +12,7 @@ process (`app.worker.engine.process`) drives it, and so can any script on a bare
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
@@ -40,6 +41,17 @@ class Sequence:
         return len(self.prompt_token_ids) + (self.params.max_tokens if self.params else 0)
 
 
+LEAST_LOGPROB: Final = -9999.0
+"""Of a token that cannot come, as in the OpenAI API: JSON has no word for minus infinity."""
+
+
+def finite(logprob: float) -> float:
+    """A log probability that JSON can hold, whatever an engine makes of it."""
+    if math.isfinite(logprob):
+        return max(logprob, LEAST_LOGPROB)
+    return 0.0 if logprob > 0 else LEAST_LOGPROB
+
+
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
     token_id: int
@@ -66,6 +78,7 @@ class Generation:
     input_tokens: int = 0
     counted_tokens: int | None = None  #: of the output, where a server tells their number alone
     charge: Decimal | None = None  #: what a server asks for this, by its own words
+    cached_tokens: int = 0  #: of the prompt, that were not computed for it
     device_ns: int = 0
     started_ns: int = 0
     first_token_ns: int = 0

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from app.engines import draws
-from app.engines.base import TokenLogprob
+from app.engines.base import LEAST_LOGPROB, TokenLogprob
 from app.engines.biases import FORBIDDEN, RowBiases
 from app.engines.generation_config import GenerationRules
 from app.engines.grammar import Matcher
@@ -38,9 +38,6 @@ from app.jobs import SamplingParams, int64
 
 BAD_ROW: Final = -1
 """Stands for a token where a row's logits hold NaN or +inf, or nothing but -inf."""
-
-LEAST_LOGPROB: Final = -9999.0
-"""Of a token that cannot come, as in the OpenAI API: JSON has no word for minus infinity."""
 
 _NO_RULES: Final = GenerationRules()
 

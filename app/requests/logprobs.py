@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from app.engines.base import TokenLogprob
+from app.engines.base import TokenLogprob, finite
 from app.engines.detokenizer import last_token
 from app.engines.tokenizer import Tokenizer
 
@@ -32,7 +32,7 @@ def of_completion(scored: Sequence[TokenLogprob], spelling: Spelling, text: str)
     offsets = _offsets([spelling.bytes_of(each.token_id, before) for each, before in places])
     return {
         "tokens": [spelling.name(each.token_id, before, "bytes:") for each, before in places],
-        "token_logprobs": [each.logprob for each in scored],
+        "token_logprobs": [finite(each.logprob) for each in scored],
         "top_logprobs": [_by_name(each, spelling, before) for each, before in places],
         "text_offset": [min(offset, len(text)) for offset in offsets],
     }
@@ -75,7 +75,7 @@ def _entry(token_id: int, logprob: float, spelling: Spelling, before: int | None
     return {
         "token": spelling.name(token_id, before),
         "bytes": None if special else [*spelling.bytes_of(token_id, before)],
-        "logprob": logprob,
+        "logprob": finite(logprob),
     }
 
 
@@ -87,7 +87,7 @@ def _by_name(each: TokenLogprob, spelling: Spelling, before: int | None) -> dict
     came = [] if not ids or each.token_id in ids else [(each.token_id, each.logprob)]
     for token_id, logprob in (*each.top, *came):
         name = spelling.name(token_id, before, "bytes:")
-        found[f"token_id:{token_id}" if name in found else name] = logprob
+        found[f"token_id:{token_id}" if name in found else name] = finite(logprob)
     return found
 
 

@@ -37,6 +37,7 @@ def usage(request: Request, generations: Sequence[Generation]) -> Usage:
     return Usage(
         input_tokens=sum(each.input_tokens for each in generations[::answers]),
         output_tokens=sum(each.output_tokens for each in generations),
+        cached_tokens=sum(each.cached_tokens for each in generations[::answers]),
     )
 
 
@@ -103,11 +104,12 @@ def body(
             raise NotImplementedError(request.url)
 
 
-def _usage(counted: Usage) -> dict[str, int]:
+def _usage(counted: Usage) -> dict[str, Any]:
     return {
         "prompt_tokens": counted.input_tokens,
         "completion_tokens": counted.output_tokens,
         "total_tokens": counted.total_tokens,
+        "prompt_tokens_details": {"cached_tokens": counted.cached_tokens},
     }
 
 

@@ -156,6 +156,7 @@ class Finished:
     error_code: str | None = None
     error_message: str | None = None
     input_tokens: int = 0
+    cached_tokens: int = 0
     output_tokens: int = 0
     started_at: datetime | None = None
     first_token_at: datetime | None = None
@@ -197,7 +198,8 @@ _FINISH: Final = text(f"""
     ), recorded AS (
         INSERT INTO results (
             job_id, tenant, model, kind, state, attempt_id, batch_id, batch_size,
-            response, error_code, error_message, input_tokens, output_tokens,
+            response, error_code, error_message,
+            input_tokens, cached_tokens, output_tokens,
             created_at, queued_at, claimed_at, started_at, first_token_at, finished_at,
             queue_ms, batch_wait_ms, ttft_ms, inference_ms, total_ms,
             device_ns, cost, currency, price_id
@@ -205,7 +207,8 @@ _FINISH: Final = text(f"""
         SELECT
             job_id, held.tenant, held.model, held.kind, state, attempt_id, held.batch_id,
             batch_size, CASE WHEN is_kept THEN response END, error_code,
-            CASE WHEN is_kept THEN error_message END, input_tokens, output_tokens,
+            CASE WHEN is_kept THEN error_message END,
+            input_tokens, cached_tokens, output_tokens,
             held.created_at, held.queued_at, held.claimed_at, started_at, first_token_at, now(),
             {elapsed_ms("held.created_at", "held.claimed_at")}, batch_wait_ms,
             {elapsed_ms("held.created_at", "first_token_at")}, inference_ms,

@@ -67,6 +67,7 @@ class ResultView:
     error_code: str | None
     error_message: str | None
     input_tokens: int | None
+    cached_tokens: int | None
     output_tokens: int | None
     claimed_at: datetime | None
     started_at: datetime | None
@@ -318,6 +319,22 @@ def queue_depths(connection: Connection) -> list[QueueDepth]:
         QueueDepth(model, JobState(state), count)
         for model, state, count in connection.execute(_QUEUE_DEPTHS)
     ]
+
+
+# By the index of answers: what is read is what ended within the minute.
+_PROMPT_TOKENS: Final = text("""
+    SELECT model, sum(input_tokens - coalesce(cached_tokens, 0)), sum(coalesce(cached_tokens, 0))
+    FROM results
+    WHERE tenant = :tenant AND response IS NOT NULL AND input_tokens IS NOT NULL
+        AND finished_at > now() - interval '1 minute'
+    GROUP BY model ORDER BY model
+""")
+
+
+def prompt_tokens(connection: Connection) -> dict[str, tuple[int, int]]:
+    """By model, prompt tokens of the answers of the last minute: computed, and found in a cache."""
+    rows = connection.execute(_PROMPT_TOKENS, {"tenant": DEFAULT_TENANT})
+    return {model: (int(computed), int(cached)) for model, computed, cached in rows}
 
 
 # The oldest queued job of each model: one step into an index for each.

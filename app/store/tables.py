@@ -376,6 +376,7 @@ results = Table(
     Column("error_code", Text, comment="Stable code, see app.errors; null if it completed."),
     Column("error_message", Text, comment="A sentence for people; holds no prompt and no output."),
     Column("input_tokens", Integer, comment="Prompt tokens, cached ones too."),
+    Column("cached_tokens", Integer, comment="Of these, found in the engine's prefix cache."),
     Column("output_tokens", Integer, comment="Tokens generated."),
     Column("created_at", Stamp, nullable=False, comment="Accepted."),
     Column("queued_at", Stamp, nullable=False, comment="Last became queued."),
@@ -409,7 +410,9 @@ results = Table(
     _in_range(
         "created_at", "queued_at", "claimed_at", "started_at", "first_token_at", "finished_at"
     ),
-    _not_negative("batch_size", "input_tokens", "output_tokens", "device_ns", "cost"),
+    _not_negative(
+        "batch_size", "input_tokens", "cached_tokens", "output_tokens", "device_ns", "cost"
+    ),
     CheckConstraint("jsonb_typeof(response) = 'object'", name="response"),
     # Retention: responses to remove, by age.
     Index(

@@ -73,6 +73,7 @@ class Settlement:
             error_code=ending.code if ending else None,
             error_message=ending.message if ending else None,
             input_tokens=usage.input_tokens,
+            cached_tokens=usage.cached_tokens,
             output_tokens=usage.output_tokens,
             batch_wait_ms=job.batch_wait_ns / 1e6,
             batch_size=run.batch.num_jobs,

@@ -449,6 +449,7 @@ def upgrade() -> None:
             "error_message", Text, comment="A sentence for people; holds no prompt and no output."
         ),
         Column("input_tokens", Integer, comment="Prompt tokens, cached ones too."),
+        Column("cached_tokens", Integer, comment="Of these, found in the engine's prefix cache."),
         Column("output_tokens", Integer, comment="Tokens generated."),
         Column("created_at", Stamp, nullable=False, comment="Accepted."),
         Column("queued_at", Stamp, nullable=False, comment="Last became queued."),
@@ -494,7 +495,10 @@ def upgrade() -> None:
             "first_token_at",
             "finished_at",
         ),
-        not_negative("results", "batch_size", "input_tokens", "output_tokens", "device_ns", "cost"),
+        not_negative(
+            "results",
+            *("batch_size", "input_tokens", "cached_tokens", "output_tokens", "device_ns", "cost"),
+        ),
         CheckConstraint("jsonb_typeof(response) = 'object'", name=op.f("results_response_check")),
         ForeignKeyConstraint(
             ["job_id"], ["jobs.id"], name=op.f("results_job_id_fkey"), ondelete="CASCADE"

@@ -94,7 +94,12 @@ def test_a_completed_job_tells_everything(api: httpx.Client, hands: Hands) -> No
     assert job["state"] == "completed"
     assert "retry-after" not in answer.headers
     assert job["response"] == {"choices": [{"text": "done"}]}
-    assert job["usage"] == {"input_tokens": 5, "output_tokens": 7, "total_tokens": 12}
+    assert job["usage"] == {
+        "input_tokens": 5,
+        "cached_tokens": 2,
+        "output_tokens": 7,
+        "total_tokens": 12,
+    }
     assert job["cost"] == {
         "amount": "0.000000120",
         "currency": "USD",

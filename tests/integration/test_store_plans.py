@@ -369,3 +369,7 @@ def test_the_depths_and_ages_of_queues(service: Service) -> None:
     }
     ages = partial(reads.oldest_queued_s, models=[MODEL, "other"])
     assert service.explain(ages) == {"jobs_by_model"}
+
+
+def test_prompt_tokens_of_late(service: Service) -> None:
+    assert service.explain(reads.prompt_tokens) == {"results_responses"}

@@ -22,6 +22,7 @@ from app.jobs import FinishReason, Kind, SamplingParams
 from tests.unit.inflight_tiny import (
     CONTEXT,
     VOCAB,
+    again,
     engine_of,
     folder_of,
     greedy,
@@ -98,6 +99,47 @@ def test_a_beginning_is_found_again_by_later_batches_of_its_tenant_alone() -> No
 
     run_all(engine, [greedy(3, (*_SYSTEM, 2), 1, tenant="b")])
     assert [stats.useful_tokens for stats in engine.take_stats()] == [len(_SYSTEM) + 1]
+
+
+@pytest.mark.parametrize("way", ["kernel", "portable", "ahead"])
+def test_a_second_turn_computes_nothing_that_the_first_has_computed(way: str) -> None:
+    # given an answer to a prompt
+    engine = engine_of("llama", portable=way == "portable", ahead=again if way == "ahead" else None)
+    prompt = tuple(range(2, 50))
+    first = run_all(engine, [greedy(1, prompt, 45)])[1]
+    engine.take_stats()
+
+    # when it comes back as part of the next prompt
+    turn = (*prompt, *first.token_ids, *range(60, 70))
+    second = run_all(engine, [greedy(2, turn, 8)])[2]
+
+    # then only what is new is computed, and the first answer's last token, which never was
+    known = len(prompt) + len(first.token_ids) - 1
+    assert (first.cached_tokens, second.cached_tokens) == (0, known)
+    fed_back = 7
+    assert sum(each.useful_tokens for each in engine.take_stats()) == 1 + 10 + fed_back
+    assert second.token_ids == reference("llama", turn, 8)
+
+
+def test_a_long_prompt_that_computes_no_number_is_not_shared_chunk_by_chunk() -> None:
+    # given a token whose embedding is not a number, in the first of many chunks of a prompt
+    engine = engine_of("llama", portable=True, prefill_tokens=32)
+    stem = tuple(range(2, 80))
+    expected = reference("llama", (*stem, 81), 4)
+    embedding: Any = engine._model.get_input_embeddings()
+    sound = embedding.weight.detach()[2].clone()
+    embedding.weight.detach()[2] = float("nan")
+    engine.admit("b", [greedy(1, (*stem, 80), 4)])
+    engine.step()
+
+    # when it turns out, and the token is mended
+    failed = run_out(engine)[1]
+    embedding.weight.detach()[2] = sound
+
+    # then nobody begins with what was computed
+    answer = run_all(engine, [greedy(2, (*stem, 81), 4)])[2]
+    assert failed.error_code == "not_finite"
+    assert (answer.cached_tokens, answer.token_ids) == (0, expected)
 
 
 def test_the_youngest_row_of_the_lowest_priority_gives_way_and_ends_with_the_same_text() -> None:

@@ -276,6 +276,8 @@ class InflightEngine:
 
     def _join(self, row: Row) -> None:
         """A row has a slot, for the first time or again."""
+        if not (row.furthest or row.flights):
+            row.generation.cached_tokens = row.computed
         prompt, output = row.sequence.prompt_token_ids, row.output
         self._sampler.put(row.slot, row.params, prompt, output.token_ids, output.matcher)
         # Whatever seed was drawn stays with the row, should it lose its slot.
@@ -350,9 +352,10 @@ class InflightEngine:
             if not self._is_inside(row):
                 continue  # it ended with its last token, which was not read when this was launched
             if token == BAD_ROW:
+                self._scheduler.lose(row)
                 self._leave(row, FinishReason.ERROR, NOT_FINITE)
                 continue
-            self._scheduler.share(row)
+            self._scheduler.vouch(row)
             place = len(row.sequence.prompt_token_ids) + len(row.output.token_ids)
             row.tokens[place:] = [token, *row.tokens[place + 1 :]]  # it was pending, or is the last
             if len(row.output.token_ids) == 0:

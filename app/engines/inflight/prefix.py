@@ -1,13 +1,15 @@
 """Prompts that begin alike share the cache blocks of what they have in common.
 
-A tree for each tenant: a node is one block of prompt tokens after its parent's. Rows that use a
-node keep it; a node that nobody uses stays until its block is needed, least recently used first.
-Only the last node of a path may be shorter than a block. What two prompts share beyond their last
-common block is copied, so that reuse is exact to the token.
+A tree for each tenant: a node is one block of tokens after its parent's. Rows that use a node keep
+it; a node that nobody uses stays until its block is needed, least recently used first. Only the
+last node of a path may be shorter than a block. What two prompts share beyond their last common
+block is copied, so that reuse is exact to the token. A row that leaves adds what it generated: the
+next turn of a chat begins with it.
 
 A node is known before it is computed. A prompt that would gain from a node in the making is told
-to wait, so that prompts which arrive together compute what they share once. A node is ready when
-its prompt has led to a first token: what computes no number is never shared.
+to wait, so that prompts which arrive together compute what they share once; what of it is computed
+is ready for all with the step that computed it. What a row computed that came to no number is lost:
+nobody else begins with it.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Final
 from weakref import WeakValueDictionary
 
-from app.engines.inflight.cache import BLOCK
+from app.engines.inflight.cache import BLOCK, blocks_for
 
 WORTH_WAITING: Final = 16
 """Tokens. For less than this a prompt does not wait until somebody else has computed them."""
@@ -30,8 +32,11 @@ class Node:
     parent: Node | None
     tokens: tuple[int, ...]  #: at most BLOCK
     block: int
-    ready: int = 0  #: leading tokens that others may use: computed, and known to be sound
+    ready: int = 0  #: leading tokens that others may use: they are computed
     users: int = 0
+    priority: int = 0  #: of who computes it
+    is_sound: bool = False  #: it has led to a token
+    is_lost: bool = False  #: it is in the tree no more; its users give it up
     children: list[Node] = field(default_factory=list)  #: sorted by tokens: likes are neighbours
 
 
@@ -63,9 +68,9 @@ class PrefixCache:
         """Blocks that `evict` could free."""
         return len(self._idle)
 
-    def match(self, tenant: str, tokens: Seq[int]) -> Match:
+    def match(self, tenant: str, tokens: Seq[int], priority: int = 0) -> Match:
         """The longest known beginning of a prompt; always short of its last token, whose output
-        somebody has to compute."""
+        somebody has to compute. It waits for nobody of a lower priority, who may have to wait."""
         node, usable = self._root(tenant), len(tokens) - 1
         nodes: list[Node] = []
         while True:
@@ -76,7 +81,7 @@ class PrefixCache:
                 return Match(nodes, None, 0, False)
             ready = min(common, child.ready)
             if ready < BLOCK:
-                waits = common - ready >= WORTH_WAITING
+                waits = common - ready >= WORTH_WAITING and child.priority <= priority
                 if ready < self._least_copied:
                     return Match(nodes, None, 0, waits)
                 return Match(nodes, child, ready, waits)
@@ -89,7 +94,12 @@ class PrefixCache:
             self._idle.pop(node, None)
 
     def publish(
-        self, tenant: str, tokens: Seq[int], nodes: Seq[Node], blocks: Seq[int]
+        self,
+        tenant: str,
+        tokens: Seq[int],
+        nodes: Seq[Node],
+        blocks: Seq[int],
+        priority: int = 0,
     ) -> list[Node]:
         """Add a prompt's blocks after the `nodes` it uses; its row is their first user.
 
@@ -102,26 +112,76 @@ class PrefixCache:
             like, common = _most_alike(parent.children, part)
             if not part or (like is not None and common == len(part)):
                 break
-            parent = Node(parent, part, blocks[place], users=1)
-            assert parent.parent is not None
-            insort(parent.parent.children, parent, key=_tokens)
+            parent = self._add(parent, part, blocks[place])
+            parent.priority = priority
             added.append(parent)
         return added
 
+    def leave(self, tenant: str, tokens: Seq[int], nodes: Seq[Node], blocks: Seq[int]) -> list[int]:
+        """A row that has computed `tokens` leaves its `blocks`, the first of which are those of its
+        `nodes`. Blocks that are not kept for later come back free."""
+        used = list(nodes)
+        if any(node.is_lost or node.ready < len(node.tokens) for node in used):
+            return [*blocks[len(used) :], *self.release(used)]
+        if used and len(used[-1].tokens) < BLOCK:  # nobody else uses it: it may have grown
+            self._remove(used.pop())
+        parent = used[-1] if used else self._root(tenant)
+        num_computed = max(len(used), blocks_for(len(tokens)))
+        free = list(blocks[num_computed:])
+        for place in range(len(used), num_computed):
+            part = tuple(tokens[place * BLOCK : (place + 1) * BLOCK])
+            like, common = _most_alike(parent.children, part)
+            if like is not None and common == len(part):
+                if min(common, like.ready) < BLOCK:  # somebody has as much, or is about to
+                    free += blocks[place:num_computed]
+                    break
+                free.append(blocks[place])
+                self.use([like])
+                parent = like
+            else:
+                parent = self._add(parent, part, blocks[place])
+                parent.ready, parent.is_sound = len(part), True
+            used.append(parent)
+        return free + self.release(used)
+
+    def lose(self, nodes: Seq[Node]) -> list[int]:
+        """What a row computed came to no number: nobody is to begin with it, nor with what follows
+        it, unless it has led to a token before. Blocks that nobody uses come back free."""
+        lost = [node for node in nodes if not (node.is_sound or node.is_lost)][:1]
+        freed: list[int] = []
+        for node in lost:
+            self._detach(node)
+        while lost:
+            node = lost.pop()
+            node.is_lost = True
+            if node in self._idle:
+                del self._idle[node]
+                freed.append(node.block)
+            lost += node.children
+            node.children = []
+        return freed
+
     def release(self, nodes: Seq[Node]) -> list[int]:
-        """A row leaves its nodes. Blocks that were not computed to the end come back free."""
+        """Blocks that were not computed come back free."""
         freed: list[int] = []
         for node in reversed(nodes):
             node.users -= 1
             if node.users:
                 continue
-            if node.ready:
+            if node.ready and not node.is_lost:
                 self._shorten(node)
                 self._idle[node] = None
             else:
-                self._remove(node)
+                if not node.is_lost:
+                    self._remove(node)
                 freed.append(node.block)
         return freed
+
+    def _add(self, parent: Node, tokens: tuple[int, ...], block: int) -> Node:
+        """A node in the tree, with one user."""
+        node = Node(parent, tokens, block, users=1)
+        insort(parent.children, node, key=_tokens)
+        return node
 
     def evict(self) -> int | None:
         """Give up the block that was not used for the longest time; None if all are in use."""
@@ -143,7 +203,11 @@ class PrefixCache:
             insort(node.parent.children, node, key=_tokens)
 
     def _remove(self, node: Node) -> None:
-        assert node.parent is not None and not node.children
+        assert not node.children
+        self._detach(node)
+
+    def _detach(self, node: Node) -> None:
+        assert node.parent is not None
         siblings = node.parent.children
         place = bisect_left(siblings, node.tokens, key=_tokens)
         while siblings[place] is not node:

@@ -11,12 +11,14 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from heapq import merge
+from itertools import groupby
 
 import numpy as np
 
 from app.engines.base import Generation, Sequence
 from app.engines.inflight.cache import BLOCK, blocks_for
-from app.engines.inflight.prefix import Node, PrefixCache
+from app.engines.inflight.prefix import Match, Node, PrefixCache
 from app.engines.stopping import Output
 from app.jobs import SamplingParams
 
@@ -93,36 +95,99 @@ class Scheduler:
 
     def schedule(self, prefill_tokens: int) -> Schedule:
         """What to compute now: a token of every decoding row, and up to `prefill_tokens` others."""
+        segments, preempted = self._decoding()
+        prompts = [row for row in self.running if _left(row) > 1]
+        if not preempted:
+            prompts = list(merge(prompts, self.waiting, key=_rank))
+        copies: dict[int, int] = {}
+        joined: list[Row] = []
+        for _, alike in groupby(prompts, key=_priority):
+            for row, count in self._shared_out(list(alike), prefill_tokens, copies, joined):
+                segments.append(Segment(row, row.computed, count))
+                prefill_tokens -= count
+        return Schedule(segments, [(source, to) for to, source in copies.items()], joined)
+
+    def _decoding(self) -> tuple[list[Segment], bool]:
+        """A token of every row that has one left, and whether others gave way to them."""
         segments: list[Segment] = []
-        budget, preempted, place = prefill_tokens, False, 0
+        preempted, place = False, 0
         while place < len(self.running):
             row = self.running[place]
-            left = len(row.tokens) - row.computed
-            count = left if left == 1 else min(left, budget)
-            while not self._make_room(row, row.computed + count):
+            if _left(row) != 1:  # a prompt, which has had room since it joined, or all is computed
+                place += 1
+                continue
+            while not self._make_room(row, row.computed + 1):
                 preempted = True
                 if self._preempt() is row:
                     break
             else:
                 place += 1
-                if count:
-                    segments.append(Segment(row, row.computed, count))
-                    budget -= count if left > 1 else 0
-        copies: dict[int, int] = {}
-        joined = [] if preempted else self._admit(budget, segments, copies)
-        return Schedule(segments, [(source, to) for to, source in copies.items()], joined)
+                segments.append(Segment(row, row.computed, 1))
+        return segments, preempted
+
+    def _shared_out(
+        self, rows: list[Row], budget: int, copies: dict[int, int], joined: list[Row]
+    ) -> list[tuple[Row, int]]:
+        """Prompts of one priority, in order, and how much of each is computed; those that wait are
+        let in while there are slots, budget and blocks.
+
+        A long one takes half of what is left at most, and leaves half of all to short ones behind
+        it; what nobody wants then goes to the first.
+        """
+        half = budget // 2
+        short = sum(left for row in rows if (left := _left(row)) <= half)
+        counts: dict[Row, int] = {}
+        is_full = False
+        for row in rows:
+            left = _left(row)
+            if left <= half:
+                short -= left
+                most = budget
+            else:
+                most = min(-(-budget // 2), budget - min(half, short))
+            if row.slot < 0:
+                is_full = is_full or not self._slots
+                if is_full or most <= 0:
+                    continue
+                match = self._prefixes.match(row.sequence.tenant, row.tokens, _priority(row))
+                if match.worth_waiting:
+                    continue
+                if not self._join(row, match, copies):
+                    is_full = True
+                    continue
+                joined.append(row)
+            counts[row] = min(_left(row), most)
+            budget -= counts[row]
+        for row, count in counts.items():
+            more = min(_left(row) - count, budget)
+            counts[row] += more
+            budget -= more
+        return [(row, count) for row, count in counts.items() if count]
 
     def advance(self, segments: Seq[Segment]) -> None:
-        """The step is done: what it computed is in the cache."""
+        """The step is done, or will be before the next: what it computed is in the cache."""
         for segment in segments:
-            segment.row.computed = segment.start + segment.count
+            row = segment.row
+            row.computed = segment.start + segment.count
+            self._share(row)
 
-    def share(self, row: Row) -> None:
-        """Offer what is computed of the row's prompt to others: its numbers turned out sound."""
+    def vouch(self, row: Row) -> None:
+        """The row has a token: what it was computed from is sound."""
+        if row.nodes and not row.nodes[-1].is_sound:
+            for node in row.nodes:
+                node.is_sound = True
+
+    def _share(self, row: Row) -> None:
+        """Let others use what is computed of the row's prompt."""
         if row.nodes and row.nodes[-1].ready < len(row.nodes[-1].tokens):
             for place, node in enumerate(row.nodes):
                 ready = min(len(node.tokens), row.computed - place * BLOCK)
                 node.ready = max(node.ready, ready)
+
+    def lose(self, row: Row) -> None:
+        """Nobody is to begin with what the row computed, which was no number."""
+        self._free += self._prefixes.lose(row.nodes)
+        row.computed = 0
 
     def remove(self, row: Row) -> None:
         """The row leaves for good; it may be running or waiting."""
@@ -132,47 +197,40 @@ class Scheduler:
             self.running.remove(row)
             self._give_back(row)
 
-    def _admit(self, budget: int, segments: list[Segment], copies: dict[int, int]) -> list[Row]:
-        """Let waiting rows in, in order, while there are slots, budget and blocks."""
-        joined: list[Row] = []
-        for row in list(self.waiting):
-            if not (self._slots and budget > 0):
-                break
-            match = self._prefixes.match(row.sequence.tenant, row.tokens)
-            if match.worth_waiting:
-                continue
-            self._prefixes.use(match.nodes)
-            needed = blocks_for(len(row.tokens)) - len(match.nodes)
-            # Each running row may soon want one more block: leave it, or they would preempt us.
-            if needed + len(self.running) > self._num_available and self.running:
-                self._prefixes.release(match.nodes)
-                break
-            self.waiting.remove(row)
-            insort(self.running, row, key=_rank)
-            row.slot = self._slots.pop()
-            row.nodes = list(match.nodes)
-            row.computed = match.num_tokens
-            for node in match.nodes:
-                self._append(row, node.block)
-            self._make_room(row, len(row.tokens))
-            if match.partial:
-                # A block that is itself a copy of this step: go to where that comes from.
-                source = copies.get(match.partial.block, match.partial.block)
-                copies[row.blocks[len(match.nodes)]] = source
-            self._publish(row)
-            segment = Segment(row, row.computed, min(len(row.tokens) - row.computed, budget))
-            segments.append(segment)
-            joined.append(row)
-            budget -= segment.count
-        return joined
+    def _join(self, row: Row, match: Match, copies: dict[int, int]) -> bool:
+        """Let a waiting row in with what the cache holds of it, if there are blocks for the rest.
+
+        Each running row may soon want one more block: that is left, or they would preempt it.
+        """
+        self._prefixes.use(match.nodes)
+        needed = blocks_for(len(row.tokens)) - len(match.nodes)
+        if needed + len(self.running) > self._num_available and self.running:
+            self._prefixes.release(match.nodes)
+            return False
+        self.waiting.remove(row)
+        insort(self.running, row, key=_rank)
+        row.slot = self._slots.pop()
+        row.nodes = list(match.nodes)
+        row.computed = match.num_tokens
+        for node in match.nodes:
+            self._append(row, node.block)
+        self._make_room(row, len(row.tokens))
+        if match.partial:
+            # A block that is itself a copy of this step: go to where that comes from.
+            source = copies.get(match.partial.block, match.partial.block)
+            copies[row.blocks[len(match.nodes)]] = source
+        self._publish(row)
+        return True
 
     def _publish(self, row: Row) -> None:
         """Let prompts that begin like this one use its blocks as they are computed."""
         sequence = row.sequence
         prompt = sequence.prompt_token_ids
         blocks = row.blocks[: blocks_for(len(prompt))]
-        row.nodes += self._prefixes.publish(sequence.tenant, prompt, row.nodes, blocks)
-        self.share(row)  # what it copies is sound already
+        row.nodes += self._prefixes.publish(
+            sequence.tenant, prompt, row.nodes, blocks, sequence.priority
+        )
+        self._share(row)  # what it copies is computed already
 
     @property
     def _num_available(self) -> int:
@@ -199,11 +257,23 @@ class Scheduler:
         return row
 
     def _give_back(self, row: Row) -> None:
-        self._free += row.blocks[len(row.nodes) :]
-        self._free += self._prefixes.release(row.nodes)
+        known = row.computed
+        while known and row.tokens[known - 1] < 0:  # pending: nobody knows yet what it is
+            known -= 1
+        tokens, tenant = row.tokens[:known], row.sequence.tenant
+        self._free += self._prefixes.leave(tenant, tokens, row.nodes, row.blocks)
         self._slots.append(row.slot)
         row.slot, row.computed, row.blocks, row.nodes = -1, 0, [], []
 
 
 def _rank(row: Row) -> tuple[int, int]:
     return row.rank
+
+
+def _priority(row: Row) -> int:
+    return row.sequence.priority
+
+
+def _left(row: Row) -> int:
+    """Tokens to compute before its next one can be sampled."""
+    return len(row.tokens) - row.computed
