@@ -182,7 +182,8 @@ def _compile(source: str) -> jinja2.Template:
     try:
         return _environment().from_string(source)
     except jinja2.TemplateSyntaxError as error:
-        raise ConfigError(f"The chat template is wrong in line {error.lineno}: {error}") from None
+        said = str(error).rstrip(".")
+        raise ConfigError(f"The chat template is wrong in line {error.lineno}: {said}.") from None
 
 
 def _variables(source: str) -> frozenset[str]:
