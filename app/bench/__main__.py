@@ -27,6 +27,7 @@ def main() -> None:
     if name not in BENCHES:
         sys.exit(f"usage: python -m app.bench {{{','.join(BENCHES)}}} [--help]")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    importlib.import_module("app.engines")  # before torch: it says how memory is taken
     try:
         importlib.import_module(f"app.bench.{name}").main(sys.argv[2:])
     except ConfigError as error:

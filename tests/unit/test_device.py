@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,6 +46,23 @@ def test_threads_are_set_as_told() -> None:
     use_threads(before)
 
     assert (told, torch.get_num_threads()) == (1, before)
+
+
+_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(
+    not _PAGES.exists() or "[never]" in _PAGES.read_text(), reason="there are no large pages"
+)
+def test_large_tensors_lie_in_large_pages() -> None:
+    code = (
+        "import app.engines, torch\n"
+        "large = torch.ones(2**25)\n"
+        "print(open('/proc/self/smaps_rollup').read())"
+    )
+    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    kilobytes = next(line for line in said.stdout.splitlines() if "AnonHugePages" in line)
+    assert int(kilobytes.split()[1]) > 2**16
 
 
 def test_a_dtype_is_taken_by_name_and_auto_by_what_the_device_computes(
