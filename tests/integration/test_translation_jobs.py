@@ -161,11 +161,11 @@ def test_translations_come_from_the_api_and_from_celery_as_transformers_gives_th
 
     # and what no model can do is said before it is queued
     assert system.refusal({"input": "x", "target_language": "fr"}) == (
-        "target_language",
+        "body.target_language",
         "This model's target_language is de.",
     )
     param, says = system.refusal({"model": "nllb", "input": "x", "target_language": "klingon"})
-    assert param == "target_language"
+    assert param == "body.target_language"
     assert "no language so called" in says
     models = {each["id"]: each for each in system.api.get("/v1/models").json()["data"]}
     assert models["marian"]["languages"] == ["de"]
