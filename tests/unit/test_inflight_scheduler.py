@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence as Seq
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from app.engines.base import Generation, Sequence
@@ -72,6 +72,34 @@ def test_a_short_prompt_is_served_behind_any_number_of_long_ones() -> None:
     scheduler.add(row_of(9, distinct(9, 40)))
 
     assert step(scheduler, 256)[9] == 40
+
+
+@given(
+    prompts=st.lists(
+        st.tuples(st.integers(0, 30), st.integers(1, 400)),
+        max_size=8,
+        unique_by=lambda each: each[0],
+    ),
+    budget=st.integers(1, 100),
+)
+@example(prompts=[(5, 400), (1, 16), (2, 16), (9, 10)], budget=32)
+@settings(deadline=None)
+def test_shares_of_a_step_are_never_negative_nor_more_than_it(
+    prompts: list[tuple[int, int]], budget: int
+) -> None:
+    # given prompts that come one after the other, some of them before others by rank
+    scheduler = Scheduler(8, 900, CONTEXT)
+    for place, length in prompts:
+        scheduler.add(row_of(place, distinct(place, length)))
+
+        # when
+        schedule = scheduler.schedule(budget)
+        scheduler.advance(schedule.segments)
+
+        # then
+        counts = [segment.count for segment in schedule.segments]
+        assert min(counts) > 0
+        assert sum(count for count in counts if count > 1) <= budget
 
 
 def test_the_whole_budget_is_used_as_long_as_there_are_prompts() -> None:

@@ -144,7 +144,7 @@ class Scheduler:
                 short -= left
                 most = budget
             else:
-                most = min(-(-budget // 2), budget - min(half, short))
+                most = max(0, min(-(-budget // 2), budget - min(half, short)))
             if row.slot < 0:
                 is_full = is_full or not self._slots
                 if is_full or most <= 0:
