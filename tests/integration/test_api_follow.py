@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -158,6 +159,24 @@ def test_an_etag_saves_sending_what_the_caller_has(api: httpx.Client, hands: Han
     changed = api.get(path, headers={"If-None-Match": etag})
     assert (changed.status_code, changed.json()["state"]) == (200, "running")
     assert changed.headers["etag"] != etag
+
+
+def test_the_metrics_tell_how_many_prompt_tokens_a_cache_had(
+    api: httpx.Client, hands: Hands
+) -> None:
+    hands.finish(hands.claim(submit(api)))
+
+    told = {
+        came_from: float(value)
+        for came_from, value in re.findall(
+            r'^gristmill_prompt_tokens_last_minute\{came_from="(\w+)".*\} (\S+)$',
+            api.get("/metrics").text,
+            re.MULTILINE,
+        )
+    }
+
+    assert told["cache"] >= 2
+    assert told["compute"] >= 3
 
 
 # ── long poll ───────────────────────────────────────────────────────────────────────────────────

@@ -135,7 +135,7 @@ def test_tokens_are_drawn_as_torch_draws_them(
             SamplingParams(9, temperature=1.0),
             SamplingParams(9, temperature=0.7, top_k=3),
             SamplingParams(9, temperature=1.3, top_p=0.2),
-            SamplingParams(9, temperature=1.0, top_p=1e-30),
+            SamplingParams(9, temperature=1.0, top_p=5e-324),  # nothing in float32
             SamplingParams(9, temperature=2.0, top_k=40, top_p=0.7, min_p=0.05),
             SamplingParams(9, temperature=1.0),
             SamplingParams(9, temperature=1.0, top_k=9),
@@ -157,6 +157,7 @@ def test_tokens_are_drawn_as_torch_draws_them(
 
         # then
         assert found.tolist() == wanted.tolist()
+        assert found[4] == logits[4].argmax()
         assert found.tolist()[6:] == [BAD_ROW, BAD_ROW]
         assert last.tolist() == [*wanted.tolist()[:6], 0, 0]
 
