@@ -56,13 +56,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def system(
+def config(
     make_settings: Callable[..., Settings],
     folders: dict[str, Path],
     database_url: str,
     redis_url: str,
-    tmp_path: Path,
-) -> Iterator[System]:
+) -> Settings:
     models = {
         name: {
             "source": str(folder),
@@ -75,11 +74,13 @@ def system(
         }
         for name, folder in folders.items()
     }
-    settings = make_settings(
-        database={"url": database_url}, broker={"url": redis_url}, models=models
-    )
-    with running_api(settings) as api, running_worker(settings, tmp_path / "worker"):
-        yield System(settings, api, folders)
+    return make_settings(database={"url": database_url}, broker={"url": redis_url}, models=models)
+
+
+@pytest.fixture
+def system(config: Settings, folders: dict[str, Path], tmp_path: Path) -> Iterator[System]:
+    with running_api(config) as api, running_worker(config, tmp_path / "worker"):
+        yield System(config, api, folders)
 
 
 def expected(folder: Path, text: str, languages: tuple[str, str] | None = None, **how: Any) -> Any:
