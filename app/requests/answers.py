@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from app.engines.base import Generation
 from app.engines.detokenizer import Detokenizer
 from app.engines.tokenizer import Tokenizer
+from app.requests.calls import Call
 from app.requests.chat import ChatBody
 from app.requests.reasoning import marks_of
-from app.requests.tool_formats import Call, format_of
+from app.requests.tool_formats import format_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +36,7 @@ def said(body: ChatBody, answer: Generation, tokenizer: Tokenizer, prompt: Seque
         reasoning, content = marks.split(content, marks.state(tokenizer, prompt))
     calls: list[Call] = []
     if form is not None:
-        names = {each.name for each in offer.functions}
-        content, calls = form.read(content, names)
+        content, calls = form.read(content, offer.functions)
     return Said(
         content,
         reasoning if body.include_reasoning else None,

@@ -8,10 +8,11 @@ from app.engines.grammar import lark_of
 from app.engines.tokenizer import Tokenizer
 from app.errors import RequestError
 from app.jobs import Grammar
+from app.requests.calls import literals
 from app.requests.chat import ChatBody
 from app.requests.reasoning import Marks, State, marks_of
 from app.requests.sampled import SampledBody
-from app.requests.tool_formats import format_of, literals
+from app.requests.tool_formats import format_of
 from app.requests.tools import Offer
 
 

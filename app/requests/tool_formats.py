@@ -8,22 +8,15 @@ Lark notation.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
 
-from app.engines.grammar import JSON_STYLE
-from app.requests.storable import is_unicode
+from app.requests.calls import JSON, Call, arguments_of, call_of, literals
+from app.requests.tagged_calls import TAGGED, TaggedFormat
 from app.requests.tools import Function
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    name: str
-    arguments: str  #: a JSON object, as text
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +44,13 @@ class ToolFormat:
         written = "\n".join((self.pattern.open, self.pattern.call, self.pattern.close, *self.signs))
         return tuple(dict.fromkeys(_MARK.findall(written)))
 
-    def read(self, text: str, names: Collection[str]) -> tuple[str, list[Call]]:
+    def read(self, text: str, functions: Sequence[Function]) -> tuple[str, list[Call]]:
         """What is said, and the calls; if these cannot be read, all is said and there are none."""
         try:
             said, calls = self._read(text)
         except (ValueError, RecursionError):
             return text, []
+        names = {each.name for each in functions}
         is_odd = self.is_bare and (said or not all(each.name in names for each in calls))
         return (text, []) if is_odd or not calls else (said, calls)
 
@@ -68,9 +62,9 @@ class ToolFormat:
         find = self.begin.match if self.is_bare else self.begin.search
         while found := find(text, at):
             said.append(text[at : found.start()].strip())
-            value, at = _JSON.raw_decode(text, found.end())
+            value, at = JSON.raw_decode(text, found.end())
             name = found.groupdict().get("name")
-            calls += _calls(value) if name is None else [_call(name, value)]
+            calls += _calls(value) if name is None else [call_of(name, value)]
             if end := self.end.match(text, at):
                 at = end.end()
         said.append(text[at:].strip())
@@ -90,36 +84,10 @@ class ToolFormat:
         for place, function in enumerate(functions):
             before, after = write.call.replace("NAME", function.name, 1).split("ARGUMENTS")
             lines.append(f"call{place}: {literal(before)} call{place}a {literal(after)}")
-            lines.append(f"call{place}a: %json {_arguments(function)}")
+            lines.append(f"call{place}a: %json {arguments_of(function)}")
         return "\n".join(lines)
 
 
-def _arguments(function: Function) -> str:
-    schema = json.loads(function.schema_text)
-    return json.dumps({"type": "object"} | schema | {"x-guidance": JSON_STYLE}, ensure_ascii=False)
-
-
-def literals(special: Mapping[str, int]) -> Callable[[str], str]:
-    """Lark of a text that is to be written as it stands, special tokens in it as such."""
-    longest_first = sorted((each for each in special if each), key=len, reverse=True)
-    tokens = re.compile(f"({'|'.join(map(re.escape, longest_first))})" if special else "((?!))")
-
-    def literal(text: str) -> str:
-        parts = (
-            f"<[{special[part]}]>" if part in special else json.dumps(part, ensure_ascii=False)
-            for part in tokens.split(text)
-            if part
-        )
-        return " ".join(parts)
-
-    return literal
-
-
-def _constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
-
-
-_JSON: Final = json.JSONDecoder(parse_constant=_constant)
 _MARK: Final = re.compile(r"<[^<>\s]+>|\[[A-Z_]+\]")
 
 
@@ -131,18 +99,7 @@ def _calls(value: Any) -> Iterator[Call]:
         called = each["function"] if isinstance(each.get("function"), dict) else each
         names = (called[key] for key in ("name", "tool_name") if key in called)
         given = (called[key] for key in ("arguments", "parameters") if key in called)
-        yield _call(next(names, None), next(given, {}))
-
-
-def _call(name: Any, arguments: Any) -> Call:
-    if isinstance(arguments, str):  # written twice
-        arguments = _JSON.decode(arguments or "{}")
-    if not (isinstance(name, str) and name and isinstance(arguments, dict)):
-        raise ValueError("A call has a name, and an object of arguments.")
-    text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
-    if not is_unicode(text):  # half of a surrogate pair, which JSON can spell
-        text = json.dumps(arguments, allow_nan=False)
-    return Call(name.encode(errors="replace").decode().replace("\0", "\ufffd"), text)
+        yield call_of(next(names, None), next(given, {}))
 
 
 _NAME: Final = r"(?P<name>[\w.-]+)"
@@ -170,7 +127,8 @@ _DEEPSEEK_BEGIN: Final = (
 )
 _DEEPSEEK_END: Final = r"\s*(?:```)?\s*<｜tool▁call▁end｜>(?:\s*<｜tool▁calls▁end｜>)?"
 
-FORMATS: Final = (
+FORMATS: Final[tuple[ToolFormat | TaggedFormat, ...]] = (
+    *TAGGED,
     # DeepSeek V3 and R1
     ToolFormat(
         ("<｜tool▁call▁begin｜>", "```json"),
@@ -258,7 +216,7 @@ FORMATS: Final = (
 
 
 @lru_cache(maxsize=64)
-def format_of(template: str) -> ToolFormat | None:
+def format_of(template: str) -> ToolFormat | TaggedFormat | None:
     """The format of a chat template by its source, if it is one that is known."""
     found = (each for each in FORMATS if all(sign in template for sign in each.signs))
     return next(found, None)

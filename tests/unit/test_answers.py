@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,10 +12,10 @@ from app.engines.grammar import Grammars, check
 from app.engines.tokenizer import FileTokenizer
 from app.errors import InvalidSchema
 from app.jobs import Grammar
-from app.requests.tool_formats import FORMATS, ToolFormat
+from app.requests.tool_formats import ToolFormat, format_of
 from tests.unit import chat_templates
 from tests.unit.chats import TOOL, USER, Make, answered, prepared, shown
-from tests.unit.test_tool_formats import IDS, written
+from tests.unit.test_tool_formats import in_json, written
 
 
 @pytest.fixture
@@ -150,7 +151,7 @@ def grammar_of(tokenizer: FileTokenizer, **body: Any) -> Grammar:
 
 
 @pytest.mark.parametrize("special", [False, True], ids=["text", "special"])
-@pytest.mark.parametrize("form", FORMATS, ids=IDS)
+@in_json
 def test_a_call_that_is_required_is_held_to_its_format_and_schema(
     make: Make, form: ToolFormat, special: bool
 ) -> None:
@@ -253,3 +254,49 @@ def test_a_tools_schema_that_no_grammar_knows_is_refused_where_it_has_to_be_call
     prepared(qwen, tools=[tool])
     with pytest.raises(InvalidSchema):
         check(grammar_of(qwen, tools=[tool], tool_choice="required"))
+
+
+GRINDING: Final = {
+    "type": "object",
+    "properties": {
+        "grain": {"type": "string"},
+        "size": {"type": "string", "enum": ["fine", "coarse"]},
+        "stones": {"type": "integer"},
+    },
+    "required": ["grain", "stones"],
+}
+
+
+def _coder(**given: Any) -> str:
+    arguments = "".join(f"<parameter={key}>\n{it}\n</parameter>\n" for key, it in given.items())
+    return f"<tool_call>\n<function=grind>\n{arguments}</function>\n</tool_call>"
+
+
+def _glm(**given: Any) -> str:
+    arguments = "".join(
+        f"<arg_key>{key}</arg_key>\n<arg_value>{it}</arg_value>\n" for key, it in given.items()
+    )
+    return f"<tool_call>grind\n{arguments}</tool_call>"
+
+
+@pytest.mark.parametrize("special", [False, True], ids=["text", "special"])
+@pytest.mark.parametrize(
+    ("signs", "write"),
+    [("<tool_call> <function= <parameter=", _coder), ("<tool_call> <arg_key> <arg_value>", _glm)],
+    ids=["coder", "glm"],
+)
+def test_arguments_in_tags_are_held_to_their_schemas(
+    make: Make, signs: str, write: Callable[..., str], special: bool
+) -> None:
+    form = format_of(signs)
+    assert form is not None
+    tokenizer = make("{{ tools }}" + signs, special=form.marks if special else ())
+    tool = {"type": "function", "function": {"name": "grind", "parameters": GRINDING}}
+
+    grammar = grammar_of(tokenizer, tools=[tool], tool_choice="required")
+
+    assert accepts(tokenizer, grammar, write(grain="rye <b>", stones=2))
+    assert accepts(tokenizer, grammar, write(grain="", size="fine", stones=-1))
+    assert not accepts(tokenizer, grammar, write(grain="rye"))
+    assert not accepts(tokenizer, grammar, write(grain="rye", size="middle", stones=2))
+    assert not accepts(tokenizer, grammar, write(grain="rye", stones="two"))

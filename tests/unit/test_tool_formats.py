@@ -6,14 +6,17 @@ import json
 from typing import Any, Final
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.requests.tool_formats import FORMATS, Call, ToolFormat, format_of
+from app.requests.calls import Call
+from app.requests.tool_formats import FORMATS, ToolFormat, format_of
+from app.requests.tools import Function
 from tests.unit import chat_templates
 
-IDS: Final = [each.signs[0] + ("" if len(each.signs) == 1 else "+") for each in FORMATS]
-formats = pytest.mark.parametrize("form", FORMATS, ids=IDS)
+IN_JSON: Final = [each for each in FORMATS if isinstance(each, ToolFormat)]
+in_json = pytest.mark.parametrize("form", IN_JSON, ids=lambda form: "+".join(form.signs))
+formats = pytest.mark.parametrize("form", FORMATS, ids=lambda form: "+".join(form.signs))
 
 NUMBERS: Final = st.integers() | st.floats(allow_nan=False, allow_infinity=False)
 JSON: Final = st.recursive(
@@ -25,6 +28,13 @@ ARGUMENTS: Final = st.dictionaries(st.text(max_size=6), JSON, max_size=3)
 NAMES: Final = st.sampled_from(["grind", "get_weather", "mill-2", "a.b"])
 CALLS: Final = st.lists(st.tuples(NAMES, ARGUMENTS), min_size=1, max_size=3)
 WORDS: Final = st.text(st.characters(categories=["L", "N", "Zs", "Po"]), max_size=12).map(str.strip)
+
+
+few = settings(max_examples=30, deadline=None)
+
+
+def functions(*names: str) -> list[Function]:
+    return [Function(name=name) for name in names]
 
 
 def written(form: ToolFormat, calls: list[tuple[str, dict[str, Any]]]) -> str:
@@ -39,7 +49,8 @@ def written(form: ToolFormat, calls: list[tuple[str, dict[str, Any]]]) -> str:
     return pattern.open + pattern.between.join(texts) + pattern.close
 
 
-@formats
+@in_json
+@few
 @given(calls=CALLS, before=WORDS)
 def test_what_is_written_as_calls_is_read_as_these(
     form: ToolFormat, calls: list[tuple[str, dict[str, Any]]], before: str
@@ -47,7 +58,7 @@ def test_what_is_written_as_calls_is_read_as_these(
     before = "" if form.is_bare else before
     text = f"{before}\n{written(form, calls)}\n" if before else written(form, calls)
 
-    content, found = form.read(text, {name for name, _ in calls})
+    content, found = form.read(text, functions(*(name for name, _ in calls)))
 
     assert content == before
     assert [(each.name, json.loads(each.arguments)) for each in found] == calls
@@ -56,6 +67,7 @@ def test_what_is_written_as_calls_is_read_as_these(
 PIECES: Final = st.sampled_from(
     [
         *{mark for form in FORMATS for mark in form.marks},
+        *("<function=grind>", "</function>", "<parameter=a>", "</parameter>"),
         *('{"name": "grind", "arguments": {}}', '{"name": "grind", "parameters": {"a": NaN}}'),
         *('{"name": 7, "arguments": {}}', '{"arguments": []}', "[", "]", "{", "}", '"', "```json"),
         *("grind", "functions.", ":0", ";", ",", "\n", " ", "1e999", '{"a": "\\ud800"}', "\\u0000"),
@@ -64,13 +76,14 @@ PIECES: Final = st.sampled_from(
 
 
 @formats
+@few
 @given(pieces=st.lists(PIECES | st.text(max_size=4), max_size=12))
 def test_whatever_a_model_writes_is_read_and_nothing_that_is_no_call_is_lost(
-    form: ToolFormat, pieces: list[str]
+    form: Any, pieces: list[str]
 ) -> None:
     text = "".join(pieces)
 
-    content, calls = form.read(text, {"grind"})
+    content, calls = form.read(text, functions("grind"))
 
     assert calls or content == text
     for call in calls:
@@ -80,15 +93,14 @@ def test_whatever_a_model_writes_is_read_and_nothing_that_is_no_call_is_lost(
         assert "\\u0000" not in json.dumps(call.name)
 
 
-@pytest.mark.timeout(30)
 @formats
-@pytest.mark.parametrize("piece", [" ", "\n", "{", "[", '{"name": "', "a", '{"a":', '"'])
-def test_a_long_answer_of_one_thing_is_read_at_once(form: ToolFormat, piece: str) -> None:
-    for mark in ("", *form.marks):
-        text = mark + piece * (200_000 // len(piece))
+def test_a_long_answer_of_one_thing_is_read_at_once(form: Any) -> None:
+    for piece in (" ", "\n", "{", "[", '{"name": "', "a", '{"a":', '"', "<function=a>"):
+        for mark in ("", *form.marks):
+            text = mark + piece * (100_000 // len(piece))
 
-        assert form.read(text, {"a"}) == (text, [])
-        form.read((mark + piece) * 20_000, {"a"})
+            assert form.read(text, functions("a")) == (text, [])
+            form.read((mark + piece) * 5_000, functions("a"))
 
 
 GRIND: Final = [Call("grind", '{"fine": true}')]
@@ -173,7 +185,7 @@ def test_the_formats_of_families_are_told_by_their_templates(
     form = format_of(template)
 
     assert form is not None
-    assert form.read(text, {"grind"}) == (content, calls)
+    assert form.read(text, functions("grind")) == (content, calls)
 
 
 @pytest.mark.parametrize(
@@ -193,9 +205,58 @@ def test_what_only_looks_like_a_call_or_was_cut_off_is_what_was_said(
     form = format_of(template)
 
     assert form is not None
-    assert form.read(text, {"grind"}) == (text, [])
+    assert form.read(text, functions("grind")) == (text, [])
 
 
 def test_a_template_without_calls_has_no_format() -> None:
     assert format_of(chat_templates.PLAIN) is None
     assert format_of(chat_templates.R1) is None
+
+
+CODER: Final = "<tool_call> <function=...> <parameter=...>"
+GLM: Final = "<tool_call> <arg_key> <arg_value>"
+MILL: Final = Function(
+    name="grind",
+    parameters={
+        "type": "object",
+        "properties": {
+            "grain": {"type": "string"},
+            "fine": {"type": "boolean"},
+            "stones": {"type": "array", "items": {"type": "integer"}},
+        },
+        "required": ["grain"],
+    },  # type: ignore[arg-type]
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        (
+            CODER,
+            "Well.\n<tool_call>\n<function=grind>\n<parameter=grain>\n17\n rye\n</parameter>\n"
+            "<parameter=fine>\ntrue\n</parameter>\n<parameter=stones>\n[1, 2]\n</parameter>\n"
+            "</function>\n</tool_call>",
+        ),
+        (
+            GLM,
+            "Well.\n<tool_call>grind\n<arg_key>grain</arg_key>\n<arg_value>17\n rye</arg_value>\n"
+            "<arg_key>fine</arg_key>\n<arg_value>true</arg_value>\n"
+            "<arg_key>stones</arg_key>\n<arg_value>[1, 2]</arg_value>\n</tool_call>",
+        ),
+    ],
+    ids=["coder", "glm"],
+)
+def test_arguments_in_tags_are_text_or_json_as_the_functions_schema_says(
+    template: str, text: str
+) -> None:
+    form = format_of(template)
+    assert form is not None
+
+    content, calls = form.read(text, [MILL])
+
+    assert content == "Well."
+    [(name, arguments)] = [(each.name, json.loads(each.arguments)) for each in calls]
+    assert name == "grind"
+    assert arguments == {"grain": "17\n rye", "fine": True, "stones": [1, 2]}
+    assert form.read(text[:-30], [MILL]) == (text[:-30], [])
