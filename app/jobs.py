@@ -185,6 +185,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()  #: each of these ends the output, `ignore_eos` or not
     seed: int | None = None  #: same seed, prompt and model: same text, whatever the company
     logprobs: int | None = None  #: None = off; k = the chosen token and the k most likely ones
+    prompt_logprobs: int | None = None  #: the same for the tokens of the prompt, from the second on
     ignore_eos: bool = False
     unset: frozenset[str] = frozenset()  #: fields here that the request leaves to the model
     grammar: Grammar | None = None  #: its end ends the output, `ignore_eos` or not

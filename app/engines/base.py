@@ -73,6 +73,7 @@ class Generation:
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None  #: from the prompt's second token on
     embedding: list[float] | None = None
     scores: list[float] | None = None  #: a number for each class; one of a pair
     input_tokens: int = 0

@@ -49,6 +49,8 @@ class EngineSpec:
     """Called with the settings at start, if named; raises `ConfigError` for wrong options."""
     takes_adapters: bool = False
     """Whether it runs the LoRA adapters that a model's settings name."""
+    scores_prompts: bool = False
+    """Whether it gives the log-probabilities of a prompt's own tokens."""
     fits: str = ""
     """Called with (folder, settings) by who has time for it, if named: raises `ConfigError` if the
     engine would refuse the model. Reads no weights."""
@@ -64,6 +66,7 @@ STUB: Final = EngineSpec(
     tokenizer="app.engines.tokenizer:stub_tokenizer",
     searches=True,  # its answers are the same either way
     card="app.engines.card:stub_card",
+    scores_prompts=True,
 )
 GENERATE: Final = EngineSpec(
     "app.engines.generate:GenerateEngine",
@@ -75,6 +78,7 @@ INFLIGHT: Final = EngineSpec(
     "app.engines.inflight:InflightEngine",
     kinds=frozenset({Kind.GENERATE}),
     fits="app.engines.inflight.loading:decoder_fits",
+    scores_prompts=True,
 )
 ENCODER: Final = EngineSpec(
     "app.engines.encoder:EncoderEngine",
@@ -88,6 +92,7 @@ VLLM: Final = EngineSpec(
     files=lambda _: Files.ANY_MODEL,
     check="app.engines.vllm.options:check",
     takes_adapters=True,
+    scores_prompts=True,
     chooses_python=True,
 )
 OPENAI: Final = EngineSpec(

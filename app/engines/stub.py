@@ -221,6 +221,12 @@ class StubEngine:
             answer.logprobs = [
                 TokenLogprob(token, 0.0, ((token, 0.0),)[:k]) for token in answer.token_ids
             ]
+        if row.sequence.params and row.sequence.params.prompt_logprobs is not None:
+            k = row.sequence.params.prompt_logprobs
+            answer.prompt_logprobs = [
+                TokenLogprob(token, 0.0, ((token, 0.0),)[:k])
+                for token in row.sequence.prompt_token_ids[1:]
+            ]
         if reason is FinishReason.ERROR:
             answer.error_code, answer.error_message = NOT_FINITE
         return answer

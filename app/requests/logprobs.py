@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from app.engines.base import TokenLogprob, finite
-from app.engines.detokenizer import last_token
+from app.engines.detokenizer import Detokenizer, last_token
 from app.engines.tokenizer import Tokenizer
 
 _UTF8: Final = codecs.getincrementaldecoder("utf-8")
@@ -38,12 +38,28 @@ def of_completion(scored: Sequence[TokenLogprob], spelling: Spelling, text: str)
     }
 
 
+def behind(
+    scored: Sequence[TokenLogprob], spelling: Spelling, prompt: str, answer: dict[str, Any]
+) -> dict[str, Any]:
+    """The same with those of the prompt before them; nothing makes its first token likely."""
+    first = TokenLogprob(spelling.prompt_token_ids[0], 0.0)
+    told = of_completion([first, *scored], Spelling(spelling.tokenizer, ()), prompt)
+    told["token_logprobs"][0] = told["top_logprobs"][0] = None
+    offsets = [len(prompt) + offset for offset in answer["text_offset"]]
+    return {name: told[name] + each for name, each in (answer | {"text_offset": offsets}).items()}
+
+
 @dataclass(frozen=True, slots=True)
 class Spelling:
     """How the tokens of an answer are written."""
 
     tokenizer: Tokenizer
     prompt_token_ids: Sequence[int]
+
+    @property
+    def prompt_text(self) -> str:
+        text = Detokenizer(self.tokenizer, ())
+        return "".join(map(text.read, self.prompt_token_ids)) + text.rest
 
     def in_order(self, scored: Sequence[TokenLogprob]) -> Iterator[tuple[TokenLogprob, int | None]]:
         """Each token with the one whose text it follows."""

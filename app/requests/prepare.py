@@ -58,6 +58,7 @@ def prepare(
             f"model takes at most {settings.max_batch_size}.",
             param="n" if request.num_answers > 1 else field,
         )
+    _refuse_scores(request, settings)
     least, wanted = _output(request, settings)
     if least > settings.max_output_tokens:
         raise RequestError(
@@ -95,6 +96,18 @@ def prepare(
         tuple(type_ids) if any(type_ids) else (),
         pooling,
     )
+
+
+def _refuse_scores(request: Request, settings: ModelSettings) -> None:
+    body = request.body
+    if not isinstance(body, SampledBody) or body.num_prompt_logprobs is None:
+        return
+    if not registry.find(settings.engine).scores_prompts:
+        raise RequestError(
+            f"The engine {settings.engine} of this model gives no log-probabilities of a prompt; "
+            "leave out echo or logprobs.",
+            param="echo",
+        )
 
 
 def _output(request: Request, settings: ModelSettings) -> tuple[int, int]:

@@ -21,6 +21,7 @@ from app.requests.completion import CompletionBody
 from app.requests.logprobs import Spelling
 from app.requests.pooled import PooledBody
 from app.requests.pooled_answers import pooled_answer
+from app.requests.sampled import SampledBody
 from app.requests.translation import TranslationBody
 
 _FINISH_REASON: Final = {
@@ -33,10 +34,11 @@ _FINISH_REASON: Final = {
 
 def usage(request: Request, generations: Sequence[Generation]) -> Usage:
     """Tokens of the whole job; a prompt that is answered n times is counted once."""
-    answers = request.num_answers
+    answers, body = request.num_answers, request.body
+    is_told = not isinstance(body, SampledBody) or body.has_answer
     return Usage(
         input_tokens=sum(each.input_tokens for each in generations[::answers]),
-        output_tokens=sum(each.output_tokens for each in generations),
+        output_tokens=sum(each.output_tokens for each in generations if is_told),
         cached_tokens=sum(each.cached_tokens for each in generations[::answers]),
     )
 
@@ -82,13 +84,13 @@ def body(
                 ],
                 "usage": _usage(counted),
             }
-        case CompletionBody():
+        case CompletionBody() as asked:
             return {
                 "id": f"cmpl-{job_id}",
                 "object": "text_completion",
                 "created": created,
                 "model": model,
-                "choices": [_completion(*each) for each in answers],
+                "choices": [_completion(*each, asked) for each in answers],
                 "usage": _usage(counted),
             }
         case TranslationBody():
@@ -145,13 +147,25 @@ def _call_id(job_id: str, choice: int, place: int) -> str:
     return hashlib.sha256(f"{job_id} {choice} {place}".encode()).hexdigest()[:9]
 
 
-def _completion(index: int, answer: Generation, spelling: Spelling) -> dict[str, Any]:
-    text, scored = _storable(answer.text), answer.logprobs
+def _completion(
+    index: int, answer: Generation, spelling: Spelling, asked: CompletionBody
+) -> dict[str, Any]:
+    text, scored, reason = answer.text, answer.logprobs, answer.finish_reason
+    if not asked.has_answer:
+        text, scored = "", scored and []
+        reason = FinishReason.LENGTH if reason is FinishReason.STOP else reason
+    told = None if scored is None else logprobs.of_completion(scored, spelling, text)
+    if asked.echo:
+        given = asked.prompts[index // asked.n]
+        prompt = given if isinstance(given, str) else spelling.prompt_text
+        text = prompt + text
+        if told is not None:
+            told = logprobs.behind(answer.prompt_logprobs or [], spelling, prompt, told)
     return {
         "index": index,
-        "text": text,
-        "logprobs": None if scored is None else logprobs.of_completion(scored, spelling, text),
-        "finish_reason": _FINISH_REASON[answer.finish_reason],
+        "text": _storable(text),
+        "logprobs": told,
+        "finish_reason": _FINISH_REASON[reason],
     }
 
 

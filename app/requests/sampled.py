@@ -174,10 +174,7 @@ class SampledBody(Body):
     stream: Annotated[Any, Refused("jobs are polled, not streamed", (False,))] = Field(
         None, examples=[True]
     )
-    echo: Annotated[Any, Refused("an answer does not repeat its prompt", (False,))] = Field(
-        None, examples=[True]
-    )
-    prompt_logprobs: Annotated[Any, Refused("only what is drawn has log probabilities")] = Field(
+    prompt_logprobs: Annotated[Any, Refused("give logprobs with echo, of completions")] = Field(
         None, examples=[1]
     )
     best_of: Annotated[Any, Refused("every answer drawn is given; use n", (1,))] = Field(
@@ -231,6 +228,16 @@ class SampledBody(Body):
         raise NotImplementedError
 
     @property
+    def has_answer(self) -> bool:
+        """Whether what is drawn is told."""
+        return True
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """The same for the tokens of the prompt."""
+        return None
+
+    @property
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
@@ -255,6 +262,7 @@ class SampledBody(Body):
             stop_token_ids=tuple(self.stop_token_ids),
             seed=self.seed,
             logprobs=self.num_logprobs,
+            prompt_logprobs=self.num_prompt_logprobs,
             ignore_eos=self.ignore_eos,
             grammar=grammar,
             unset=_LEFT_TO_THE_MODEL - self.model_fields_set,

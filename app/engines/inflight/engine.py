@@ -20,7 +20,7 @@ from app.engines.base import NOT_FINITE, Generation, NewTokens, Progress, Sequen
 from app.engines.device import give_back_memory, pick_device, ran_out_of_memory, use_threads
 from app.engines.generation_config import load_rules
 from app.engines.grammar import Compiling, Grammars, wait_any
-from app.engines.inflight import library, native
+from app.engines.inflight import library, native, scoring
 from app.engines.inflight.attention import Packed, PortableStep, Step, pack, run, upload
 from app.engines.inflight.budget import PromptBudget
 from app.engines.inflight.cache import BLOCK, KVCache, LayerShape, blocks_for
@@ -177,8 +177,11 @@ class InflightEngine:
         self._drop_cancelled()
         if self._compiling:
             self._take_compiled()
-        if self._flight is not None and any(map(self._looks_back, self._flight.due)):
-            self._land()  # which tokens may come next follows from the last ones
+        if self._flight is not None and (
+            any(map(self._looks_back, self._flight.due))  # what may come follows from what came
+            or any(map(scoring.is_due, self._rows.values()))  # it is timed from here on
+        ):
+            self._land()
         began = time.monotonic_ns()
         schedule = self._scheduler.schedule(self._budget.tokens(len(self._scheduler.running)))
         flight = None
@@ -285,8 +288,13 @@ class InflightEngine:
         if self._launcher is not None:
             self._launcher.put(row, self._sampler.seed_of(row.slot))
 
-    def _launch(self, segments: list[Segment], began_ns: int) -> Flight:
+    def _launch(self, segments: list[Segment], began_ns: int) -> Flight | None:
         """Begin a step; from then on its tokens count as computed, and one more of each due row."""
+        scored, segments = scoring.split(segments)
+        if scored:
+            segments, began_ns = self._score(scored, segments), time.monotonic_ns()
+        if not segments:
+            return None
         if self._launcher is not None:
             flight = self._launcher.launch(segments, began_ns)
         else:
@@ -298,6 +306,17 @@ class InflightEngine:
             if len(row.tokens) + 1 < row.sequence.max_total_tokens:
                 row.tokens.append(PENDING)
         return flight
+
+    def _score(self, scored: list[Segment], segments: list[Segment]) -> list[Segment]:
+        """Compute prompts that are scored; of a step's segments those whose rows are still here."""
+        for segment in scored:
+            began = time.monotonic_ns()
+            is_sound = scoring.score(segment, self._scheduler.tables, self._logits)
+            self._scheduler.advance([segment])
+            self._charge([segment], time.monotonic_ns() - began)
+            if not is_sound:
+                self._leave(segment.row, FinishReason.ERROR, NOT_FINITE)
+        return [segment for segment in segments if self._is_inside(segment.row)]
 
     def _land(self) -> None:
         """Wait for the step under way, if there is one, and give its rows what it brought."""

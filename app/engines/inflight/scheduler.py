@@ -222,6 +222,12 @@ class Scheduler:
         self._publish(row)
         return True
 
+    def _match(self, row: Row) -> Match:
+        """What is computed already; nothing where every token's logits are to be looked at."""
+        if row.params.prompt_logprobs is not None:
+            return Match([], None, 0, False)
+        return self._prefixes.match(row.sequence.tenant, row.tokens)
+
     def _publish(self, row: Row) -> None:
         """Let prompts that begin like this one use its blocks as they are computed."""
         sequence = row.sequence

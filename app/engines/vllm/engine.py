@@ -218,9 +218,14 @@ class VllmEngine:
 
     def _take(self, row: _Row, output: Any) -> None:
         """What a step brought for one sequence."""
-        [new] = output.outputs
+        [new], params = output.outputs, row.sequence.params
+        assert params is not None
         if new.token_ids and not row.generation.first_token_ns:
             row.generation.first_token_ns = time.monotonic_ns()
+        if output.prompt_logprobs:  # once, for all of the prompt but its first token
+            most, prompt = params.prompt_logprobs or 0, row.sequence.prompt_token_ids
+            given = zip(prompt[1:], output.prompt_logprobs[1:], strict=True)
+            row.generation.prompt_logprobs = [_logprob(*each, most) for each in given]
         logprobs = new.logprobs or [None] * len(new.token_ids)
         reason: FinishReason | None = None
         taken: list[int] = []
@@ -229,7 +234,8 @@ class VllmEngine:
             taken.append(token)
             if chosen is not None:
                 row.generation.logprobs = row.generation.logprobs or []
-                row.generation.logprobs.append(_logprob(row, token, chosen))
+                most = params.logprobs or 0
+                row.generation.logprobs.append(_logprob(token, chosen, most))
             if reason is not None:
                 break
         if row.sequence.stream:
@@ -283,10 +289,8 @@ class VllmEngine:
             stats.device_ns += part
 
 
-def _logprob(row: _Row, token: int, found: Mapping[int, Any]) -> TokenLogprob:
-    """vLLM names the chosen token and the likeliest ones in one table."""
-    assert row.sequence.params is not None
-    most = row.sequence.params.logprobs or 0
+def _logprob(token: int, found: Mapping[int, Any], most: int) -> TokenLogprob:
+    """vLLM names the chosen token and the `most` likeliest ones in one table."""
     ranked = sorted(found.items(), key=lambda each: each[1].rank)
     top = tuple((id_, each.logprob) for id_, each in ranked if each.rank <= most)
     return TokenLogprob(token, found[token].logprob, top)

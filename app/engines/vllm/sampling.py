@@ -48,6 +48,7 @@ def arguments(params: SamplingParams, eos_token_ids: Collection[int]) -> dict[st
         "logit_bias": dict(params.logit_bias) or None,
         "seed": params.seed,
         "logprobs": params.logprobs,
+        "prompt_logprobs": params.prompt_logprobs,
         "stop_token_ids": sorted(ends),
         # A grammar that is through lets the model end, and nothing else end it.
         "ignore_eos": params.ignore_eos and params.grammar is None,
