@@ -149,8 +149,15 @@ class LLMEngine:
             logprobs=None if params.logprobs is None else [chosen],
             finish_reason=reason,
         )
+        scored = None if params.prompt_logprobs is None else []
+        if scored is not None and num_made == 1:  # told with the first token, and then no more
+            likely = {1: Logprob(-0.1, 1), 2: Logprob(-0.2, 2)}
+            scored = [None, *({each: Logprob(-0.7, 5)} | likely for each in request.prompt[1:])]
         return types.SimpleNamespace(
-            request_id=request.outer_id, outputs=[new], finished=reason is not None
+            request_id=request.outer_id,
+            outputs=[new],
+            finished=reason is not None,
+            prompt_logprobs=scored,
         )
 
 

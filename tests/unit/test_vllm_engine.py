@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from app.config.settings import ModelSettings, Settings
 from app.engines import registry
-from app.engines.base import Generation, NewTokens, Sequence
+from app.engines.base import Generation, NewTokens, Sequence, TokenLogprob
 from app.engines.catalog import CatalogModel
 from app.engines.tokenizer import Tokenizer
 from app.engines.vllm import sampling
@@ -167,6 +167,17 @@ def test_log_probabilities_name_the_chosen_token_and_the_likeliest(folder: Path)
     assert answers[2].logprobs[0].top == ()
 
 
+def test_the_tokens_of_a_prompt_are_scored_from_the_second_on(folder: Path) -> None:
+    inside = engine(folder)
+
+    inside.admit("a", [sequence(1, (5, 6, 7), prompt_logprobs=1), sequence(2, (5, 6))])
+    answers, _ = run(inside)
+
+    scored = TokenLogprob(6, -0.7, ((1, -0.1),)), TokenLogprob(7, -0.7, ((1, -0.1),))
+    assert answers[1].prompt_logprobs == [*scored]
+    assert answers[2].prompt_logprobs is None
+
+
 def test_what_vllm_refuses_fails_alone_and_is_not_quoted(folder: Path) -> None:
     inside = engine(folder)
 
@@ -211,6 +222,7 @@ def test_every_field_of_the_sampling_parameters_reaches_vllm(folder: Path) -> No
         stop_token_ids=(6,),
         seed=5,
         logprobs=1,
+        prompt_logprobs=1,
         ignore_eos=True,
         grammar=Grammar("json_schema", "{}"),
         num_beams=4,
