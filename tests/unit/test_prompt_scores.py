@@ -21,6 +21,7 @@ from app.requests import responses
 from app.requests.bodies import parse
 from app.requests.prepare import prepare
 from tests.unit import tiny_models
+from tests.unit.inflight_tiny import again, run_ahead
 from tests.unit.test_stopping import BYTES, SETTINGS
 from tests.unit.test_texts import few, tokenizer, tokens
 from tests.unit.tiny_models import load
@@ -65,12 +66,16 @@ def is_scored(model: Any, prompt: tuple[int, ...], answer: Generation) -> None:
     torch.testing.assert_close(likeliest, best, atol=2e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("prefill_tokens", [0, 7, 70])
+@pytest.mark.parametrize("is_ahead", [False, True], ids=["", "a step ahead"])
+@pytest.mark.parametrize("prefill_tokens", [7, 70])
 def test_the_tokens_of_a_prompt_are_scored_as_the_model_does(
-    folder: Path, model: Any, prefill_tokens: int
+    folder: Path, model: Any, prefill_tokens: int, is_ahead: bool
 ) -> None:
     # given prompts that come in pieces, share a beginning, and run beside others
     engine = load(folder, prefill_tokens=prefill_tokens)
+    assert isinstance(engine, InflightEngine)
+    if is_ahead:
+        run_ahead(engine, again)
     prompts = {1: LONG, 2: LONG[:40] + tuple(b"stops"), 3: LONG[:1], 4: LONG[:2]}
     mates = {5: LONG[:30], 6: LONG}
     alone = run(load(folder), *(sequence(i, it, None) for i, it in (prompts | mates).items()))
