@@ -112,7 +112,8 @@ def _offsets(pieces: Sequence[bytes]) -> Iterator[int]:
     utf8, length = _UTF8(errors="replace"), 0
     for piece in pieces:
         pending, _ = utf8.getstate()
-        yield length + (1 if pending and piece and not _goes_on(pending, piece) else 0)
+        is_broken = pending and piece and not _goes_on(pending, piece)
+        yield length + (len(pending.decode(errors="replace")) if is_broken else 0)
         length += len(utf8.decode(piece))
 
 

@@ -246,6 +246,18 @@ def test_the_bytes_of_a_part_of_a_character_are_its_own() -> None:
         assert choice(kind, [9], ids)["logprobs"]["text_offset"] == [0, 0, 1, 1, 1, 1]
 
 
+def test_what_is_no_character_takes_the_places_that_it_has_in_the_text() -> None:
+    # the first two could only begin a surrogate, and are told to be wrong by what follows
+    broken = [0xED, 0xA0, ord("a"), 0xE2, 0x82, ord("b")]
+
+    found = responses.logprobs._offsets([bytes([each]) for each in broken])
+
+    text = bytes(broken).decode(errors="replace")
+    offsets = list(found)
+    assert [text[offsets[at]] for at in (2, 5)] == ["a", "b"]
+    assert offsets == sorted(offsets)
+
+
 def by_bytes(kind: str, text: str) -> list[int]:
     alone = {tokenizer(kind).token_bytes(each, 9): each for each in range(4, 300)}
     return [alone[bytes([byte])] for byte in text.encode()]
