@@ -40,9 +40,6 @@ class ChatBody(SampledBody):
     logprobs: bool | None = Field(
         None, description="Return the log probability of each output token.", examples=[True]
     )
-    echo: Annotated[Any, Refused("an answer does not repeat its prompt", (False,))] = Field(
-        None, examples=[True]
-    )
     top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = Field(
         None,
         description="With `logprobs`: this many likeliest tokens at each place.",

@@ -174,6 +174,9 @@ class SampledBody(Body):
     stream: Annotated[Any, Refused("jobs are polled, not streamed", (False,))] = Field(
         None, examples=[True]
     )
+    echo: Annotated[Any, Refused("an answer does not repeat its prompt", (False,))] = Field(
+        None, examples=[True]
+    )
     prompt_logprobs: Annotated[Any, Refused("give logprobs with echo, of completions")] = Field(
         None, examples=[1]
     )

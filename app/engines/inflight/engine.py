@@ -312,9 +312,11 @@ class InflightEngine:
         for segment in scored:
             began = time.monotonic_ns()
             is_sound = scoring.score(segment, self._scheduler.tables, self._logits)
-            self._scheduler.advance([segment])
             self._charge([segment], time.monotonic_ns() - began)
-            if not is_sound:
+            if is_sound:
+                self._scheduler.advance([segment])
+            else:
+                self._scheduler.lose(segment.row)
                 self._leave(segment.row, FinishReason.ERROR, NOT_FINITE)
         return [segment for segment in segments if self._is_inside(segment.row)]
 

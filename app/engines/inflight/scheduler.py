@@ -149,7 +149,7 @@ class Scheduler:
                 is_full = is_full or not self._slots
                 if is_full or most <= 0:
                     continue
-                match = self._prefixes.match(row.sequence.tenant, row.tokens, _priority(row))
+                match = self._match(row)
                 if match.worth_waiting:
                     continue
                 if not self._join(row, match, copies):
@@ -226,7 +226,7 @@ class Scheduler:
         """What is computed already; nothing where every token's logits are to be looked at."""
         if row.params.prompt_logprobs is not None:
             return Match([], None, 0, False)
-        return self._prefixes.match(row.sequence.tenant, row.tokens)
+        return self._prefixes.match(row.sequence.tenant, row.tokens, _priority(row))
 
     def _publish(self, row: Row) -> None:
         """Let prompts that begin like this one use its blocks as they are computed."""
