@@ -26,7 +26,7 @@ class CompletionBody(SampledBody):
         description="Return log probabilities with this many likeliest tokens.",
         examples=[0],
     )
-    echo: bool = Field(  # type: ignore[assignment]
+    echo: bool = Field(
         False,
         description="Let the text begin with the prompt, and `logprobs` with the prompt's tokens.",
         examples=[True],

@@ -15,10 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from app.engines.base import TokenLogprob
+from app.engines.base import LEAST_LOGPROB, TokenLogprob
 from app.engines.inflight.attention import Packed, pack
 from app.engines.inflight.scheduler import Row, Segment
-from app.engines.sampling import LEAST_LOGPROB
 
 PIECE: Final = 64
 """Tokens whose logits are held at once, in float32 over the whole vocabulary."""
