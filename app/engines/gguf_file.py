@@ -1,11 +1,14 @@
-"""From the GGUF file of a SmolLM2 model to a safetensors folder that transformers loads.
+"""From the GGUF file of a decoder to a safetensors folder that transformers loads.
 
     python -m app.engines.gguf_file MODEL.gguf FOLDER
 
 Quantized weights are expanded once and stored as float16: its 11 bits keep a 4- or 5-bit weight to
-one part in 2,000 where bfloat16 keeps one in 250, in the same two bytes. The engine computes in the
-dtype of its own settings. Runs as a process of its own, so that whoever prepares a model does not
-keep torch and a second copy of the weights in memory.
+one part in 2,000 where bfloat16 keeps one in 250, in the same two bytes. Where one does not fit,
+all are stored as float32. The engine computes in the dtype of its own settings. Runs as a process
+of its own, so that whoever prepares a model does not keep torch and a second copy of the weights.
+
+What the file says and this does not know is refused by name: a model that is read in part is
+another model. Keys and tensors: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from __future__ import annotations
@@ -15,13 +18,46 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from gguf import GGUFReader, dequantize
+import torch
+from gguf import GGUFReader, ReaderTensor, dequantize
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
-from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
+from app.engines.gguf_tokenizer import save_tokenizer
 from app.errors import ConfigError
+from app.printable import in_a_line
+
+_KINDS: Final = {
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+}
+"""Architectures of GGUF, and what transformers calls them."""
+
+_SIZES: Final = {
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "block_count": "num_hidden_layers",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "vocab_size": "vocab_size",
+}
+"""Metadata behind the architecture's name, and fields of the configuration."""
+
+_READ_BY_CODE: Final = {
+    *("attention.key_length", "attention.value_length", "rope.dimension_count", "rope.freq_base"),
+    *("rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length"),
+}
+_WITHOUT_EFFECT: Final = {"rope.scaling.finetuned"}
 
 _NAMES: Final = {
     "token_embd": "model.embed_tokens",
@@ -31,102 +67,177 @@ _NAMES: Final = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "attn_output": "self_attn.o_proj",
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_ROPE_FACTORS: Final = "rope_freqs"
+"""By what each frequency of the rotary embedding is divided."""
+
+_FITS: Final = {"rtol": 2**-10, "atol": 1e-7}
+
+Weights = dict[str, NDArray[np.float32]]
 
 
 def convert(file: Path, folder: Path) -> None:
     """Write config, tokenizer, chat template, generation settings and weights into `folder`.
 
-    Raises `ConfigError` if the file is of another family or a weight does not arrive intact.
+    Raises `ConfigError` if the file cannot be read, or holds what is not known here.
     """
-    reader = GGUFReader(file)
-    config = _config(reader)
-    tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
-    # A GGUF file only names how text is split before BPE, and transformers assumes GPT-2's way.
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    heads: dict[str, int] = {
-        "attn_q": reader.fields["llama.attention.head_count"].contents(),
-        "attn_k": reader.fields["llama.attention.head_count_kv"].contents(),
-    }
-    weights = {}
-    for tensor in reader.tensors:
-        name, kind = _name(tensor.name)
-        exact = dequantize(tensor.data, tensor.tensor_type)
-        stored = _interleaved(exact, heads[kind]) if kind in heads else exact
-        weights[name] = np.ascontiguousarray(stored, dtype=np.float16)
-        if not np.allclose(weights[name], stored, rtol=2**-10, atol=1e-7):
-            raise ConfigError(f"{file.name}: the weight {tensor.name} does not fit float16.")
-
+    try:
+        reader = GGUFReader(file)
+        architecture = str(_field(reader, "general.architecture"))
+    except Exception as error:  # of the library, which expects a whole file
+        raise ConfigError(f"{file.name} is no whole GGUF file ({in_a_line(error)}).") from error
+    if architecture not in _KINDS:
+        raise ConfigError(
+            f"GGUF files of the architecture {architecture} are not read, only those of "
+            f"{', '.join(_KINDS)}; take the model's folder with safetensors weights."
+        )
+    if _field(reader, "split.count", 1) > 1:
+        raise ConfigError(f"{file.name} is one of several parts; merge them with gguf-split.")
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    config = _config(reader, architecture, tensors)
+    weights = _weights(tensors, architecture, config)
+    kind = np.float16 if all(_fits(weight) for weight in weights.values()) else np.float32
+    config.dtype = np.dtype(kind).name
+    stored = {name: np.ascontiguousarray(weight, kind) for name, weight in weights.items()}
     config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    GenerationConfig.from_dict(ends).save_pretrained(folder)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    ends = save_tokenizer(file, folder)
+    GenerationConfig.from_dict(
+        {"eos_token_id": ends or None, "pad_token_id": config.pad_token_id}
+    ).save_pretrained(folder)
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
     _verify(folder)
 
 
-def _config(reader: GGUFReader) -> LlamaConfig:
-    def field(name: str) -> Any:
-        return reader.fields[name].contents()
+def _field(reader: GGUFReader, name: str, missing: Any = None) -> Any:
+    field = reader.fields.get(name)
+    return missing if field is None else field.contents()
 
-    kind = field("general.architecture"), field("tokenizer.ggml.pre")
-    if kind != ("llama", "smollm"):
-        raise ConfigError("This is not a SmolLM2 model; give a safetensors folder instead.")
-    return LlamaConfig(
-        architectures=["LlamaForCausalLM"],
-        dtype="float16",
-        vocab_size=field("llama.vocab_size"),
-        hidden_size=field("llama.embedding_length"),
-        intermediate_size=field("llama.feed_forward_length"),
-        num_hidden_layers=field("llama.block_count"),
-        num_attention_heads=field("llama.attention.head_count"),
-        num_key_value_heads=field("llama.attention.head_count_kv"),
-        max_position_embeddings=field("llama.context_length"),
-        rms_norm_eps=field("llama.attention.layer_norm_rms_epsilon"),
-        rope_parameters={"rope_type": "default", "rope_theta": field("llama.rope.freq_base")},
-        bos_token_id=field("tokenizer.ggml.bos_token_id"),
-        eos_token_id=field("tokenizer.ggml.eos_token_id"),
-        pad_token_id=field("tokenizer.ggml.padding_token_id"),
-        tie_word_embeddings=all(tensor.name != "output.weight" for tensor in reader.tensors),
+
+def _config(
+    reader: GGUFReader, architecture: str, tensors: dict[str, ReaderTensor]
+) -> PreTrainedConfig:
+    """Raises `ConfigError` for keys of the architecture that nothing here reads."""
+    own = {
+        name.removeprefix(f"{architecture}."): field.contents()
+        for name, field in reader.fields.items()
+        if name.startswith(f"{architecture}.")
+    }
+    if strange := sorted(own.keys() - _SIZES.keys() - _READ_BY_CODE - _WITHOUT_EFFECT):
+        raise ConfigError(f"The GGUF file says {', '.join(strange)}, which is not read here.")
+    heads = own["attention.head_count"]
+    dim = own.get("attention.key_length", own["embedding_length"] // heads)
+    turned = own.get("rope.dimension_count", dim)
+    if not dim == own.get("attention.value_length", dim) == turned:
+        raise ConfigError("The GGUF file has keys, values and rotated parts of different sizes.")
+    given = {field: own[name] for name, field in _SIZES.items() if name in own}
+    vocabulary = len(_field(reader, "tokenizer.ggml.tokens", ()))
+    special = {
+        f"{name}_token_id": _field(reader, f"tokenizer.ggml.{key}_token_id")
+        for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
+    }
+    return AutoConfig.for_model(
+        _KINDS[architecture],
+        **{"num_key_value_heads": heads, "vocab_size": vocabulary} | given,
+        head_dim=dim,
+        rope_parameters=_rope(own, tensors.get(f"{_ROPE_FACTORS}.weight")),
+        attention_bias="blk.0.attn_q.bias" in tensors,
+        tie_word_embeddings="output.weight" not in tensors,
+        architectures=[f"{_KINDS[architecture].capitalize()}ForCausalLM"],
+        **special,
     )
+
+
+def _rope(own: dict[str, Any], factors: ReaderTensor | None) -> dict[str, Any]:
+    rope = {"rope_type": "default", "rope_theta": own.get("rope.freq_base", 10_000.0)}
+    scaling = own.get("rope.scaling.type", "none")
+    if factors is not None:
+        # transformers knows tables of factors for short and long texts; here they are one.
+        table = dequantize(factors.data, factors.tensor_type).ravel().tolist()
+        return rope | {
+            "rope_type": "longrope",
+            "short_factor": table,
+            "long_factor": table,
+            "attention_factor": 1.0,
+            "factor": 1.0,
+            "original_max_position_embeddings": own["context_length"],
+        }
+    if scaling == "none":
+        return rope
+    if scaling not in ("linear", "yarn"):
+        raise ConfigError(f"The GGUF file scales positions by {scaling}, which is not read here.")
+    rope |= {"rope_type": scaling, "factor": own["rope.scaling.factor"]}
+    if scaling == "yarn":
+        rope["original_max_position_embeddings"] = own["rope.scaling.original_context_length"]
+    return rope
+
+
+def _weights(
+    tensors: dict[str, ReaderTensor], architecture: str, config: PreTrainedConfig
+) -> Weights:
+    """All tensors by transformers' names, as float32. Raises `ConfigError` for unknown ones."""
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    weights: Weights = {}
+    for tensor in tensors.values():
+        if tensor.name == f"{_ROPE_FACTORS}.weight":
+            continue
+        name, kind = _name(tensor.name)
+        weight = dequantize(tensor.data, tensor.tensor_type)
+        if architecture == "llama" and kind in heads:
+            weight = _interleaved(weight, heads[kind])
+        weights[name] = weight
+    return weights
 
 
 def _name(gguf_name: str) -> tuple[str, str]:
     """blk.3.attn_q.weight → (model.layers.3.self_attn.q_proj.weight, attn_q)."""
     match gguf_name.split("."):
-        case ["blk", layer, kind, "weight"] if kind in _NAMES:
-            return f"model.layers.{layer}.{_NAMES[kind]}.weight", kind
-        case [kind, "weight"] if kind in _NAMES:
-            return f"{_NAMES[kind]}.weight", kind
-    raise ConfigError(f"The GGUF file has a weight that Llama models lack: {gguf_name}.")
+        case ["blk", layer, kind, "weight" | "bias" as part] if kind in _NAMES:
+            return f"model.layers.{layer}.{_NAMES[kind]}.{part}", kind
+        case [kind, "weight" | "bias" as part] if kind in _NAMES:
+            return f"{_NAMES[kind]}.{part}", kind
+    raise ConfigError(f"The GGUF file has a weight that is not known here: {gguf_name}.")
 
 
 def _interleaved(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
-    """Rotary embedding: GGUF pairs neighbouring rows of a head, transformers pairs its halves."""
-    pairs = weight.reshape(heads, -1, 2, weight.shape[-1])
+    """Rotary embedding: Llama's GGUF files pair neighbouring rows of a head, transformers pairs its
+    halves."""
+    pairs = weight.reshape(heads, -1, 2, *weight.shape[1:])
     return pairs.swapaxes(1, 2).reshape(weight.shape)
+
+
+def _fits(weight: NDArray[np.float32]) -> bool:
+    """Whether float16 holds it. Infinite is what does not fit, not an error of ours."""
+    with np.errstate(over="ignore"):
+        return np.allclose(weight.astype(np.float16), weight, **_FITS)
 
 
 def _verify(folder: Path) -> None:
     """Every weight the model expects is there and finite, and no other."""
     load: Any = AutoModelForCausalLM.from_pretrained  # its type misses the second result
-    model, report = load(folder, output_loading_info=True)
-    wrong = {what: sorted(names) for what, names in report.items() if names}
+    try:
+        model, report = load(folder, output_loading_info=True)
+    except Exception as error:
+        raise ConfigError(f"The converted model cannot be loaded: {in_a_line(error)}.") from error
+    wrong = {what: sorted(names)[:3] for what, names in report.items() if names}
     if wrong:
         raise ConfigError(f"The converted model is not whole: {wrong}.")
-    if not all(bool(weight.isfinite().all()) for weight in model.parameters()):
+    if not _is_finite(model):
         raise ConfigError("The converted model has weights that are not finite.")
 
 
+def _is_finite(model: PreTrainedModel) -> bool:
+    return all(bool(torch.isfinite(weight).all()) for weight in model.parameters())
+
+
 if __name__ == "__main__":
-    convert(Path(sys.argv[1]), Path(sys.argv[2]))
+    try:
+        convert(Path(sys.argv[1]), Path(sys.argv[2]))
+    except ConfigError as refusal:
+        sys.exit(str(refusal))

