@@ -78,8 +78,6 @@ _NAMES: Final = {
 _ROPE_FACTORS: Final = "rope_freqs"
 """By what each frequency of the rotary embedding is divided."""
 
-_FITS: Final = {"rtol": 2**-10, "atol": 1e-7}
-
 Weights = dict[str, NDArray[np.float32]]
 
 
@@ -215,7 +213,7 @@ def _interleaved(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]
 def _fits(weight: NDArray[np.float32]) -> bool:
     """Whether float16 holds it. Infinite is what does not fit, not an error of ours."""
     with np.errstate(over="ignore"):
-        return np.allclose(weight.astype(np.float16), weight, **_FITS)
+        return bool(np.allclose(weight.astype(np.float16), weight, rtol=2**-10, atol=1e-7))
 
 
 def _verify(folder: Path) -> None:
