@@ -21,7 +21,8 @@ class Body(Part):
 
     model: Annotated[str, Field(min_length=1, max_length=200)] | None = Field(
         None,
-        description="Name of a configured model; the default model of this kind when left out.",
+        description="Name of a configured model, with `:ADAPTER` behind it for one of its "
+        "adapters; the default model of this kind when left out.",
         examples=["smollm2-135m-instruct"],
     )
     parse_special: bool = Field(

@@ -148,10 +148,10 @@ FAULTS = st.sampled_from(
 )  # fmt: skip
 
 
-@hypothesis_settings(max_examples=15)
+@hypothesis_settings(max_examples=10)
 @given(
-    st.lists(st.tuples(st.integers(0, 60), FAULTS), max_size=25),
-    st.integers(1, 12),
+    st.lists(st.tuples(st.integers(0, 60), FAULTS), max_size=15),
+    st.integers(1, 8),
     st.integers(1, 3),
 )
 def test_whatever_an_upstream_does_for_a_while_every_sequence_has_one_answer_and_its_own(
@@ -275,6 +275,48 @@ def test_a_cancelled_sequence_hangs_up_and_comes_back_with_what_it_has() -> None
     assert answers[1].finish_reason is FinishReason.STOP
     assert {answers[n].finish_reason for n in (2, 3)} == {FinishReason.CANCELLED}
     assert inside._servers[0].load.inside == 0
+
+
+@hypothesis_settings(max_examples=10)
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 40)), max_size=30))
+def test_whoever_is_cancelled_whenever_all_come_back_and_no_place_stays_taken(
+    cancels: list[tuple[int, int]],
+) -> None:
+    def plan(number: int, body: dict[str, Any]) -> Does:
+        return Does(429) if upstream.seen.inside > 3 else Does(hangs=body["prompt"][0] % 5 == 0)
+
+    upstream = FakeUpstream(plan)
+    with upstream, running(upstream, timeout_s=0.1) as inside:
+        inside.admit("batch", [sequence(n, (n, 1)) for n in range(40)])
+        answers: dict[int, Generation] = {}
+        for step in range(31):
+            for at, id_ in cancels:
+                if at == step:
+                    inside.cancel(id_)
+            answers.update({each.sequence_id: each for each in inside.step()})
+        for n in range(0, 40, 5):
+            inside.cancel(n)
+        answers.update(run(inside))
+
+        assert answers.keys() == set(range(40))
+        cancelled = {n for n, each in answers.items() if each.finish_reason.value == "cancelled"}
+        assert cancelled <= {id_ for _, id_ in cancels} | set(range(0, 40, 5))
+        eventually(lambda: inside._servers[0].load.inside == 0 and not inside._waiting)
+
+
+def test_an_answer_without_end_and_one_of_half_characters_are_no_trouble() -> None:
+    piece = b'data: {"choices": [{"text": "x", "finish_reason": null}]}\n\n'
+    halves = b'{"choices": [{"text": "\\ud83d\\ude00 \\ud83d \\u0000", "finish_reason": "stop"}]}'
+    endless = Does(raw=piece * 1_000)
+    plans = [endless, Does(raw=halves, content_type="application/json")]
+    with (
+        FakeUpstream(lambda number, body: plans[min(number, 1)]) as upstream,
+        running(upstream) as inside,
+    ):
+        answers = ask(inside, sequence(1))
+
+    assert len(upstream.seen.bodies) == 2
+    assert answers[1].text == "\U0001f600 \ufffd \0"
 
 
 def test_an_upstream_that_goes_silent_is_asked_again() -> None:

@@ -16,7 +16,7 @@ from decimal import Decimal, InvalidOperation
 from email.utils import parsedate_to_datetime
 from typing import Any, Final
 
-from app.engines.base import TokenLogprob
+from app.engines.base import LEAST_LOGPROB, TokenLogprob
 from app.jobs import FinishReason
 
 MAX_LINE: Final = 16_000_000
@@ -62,6 +62,7 @@ _ODD_ENDS: Final = ("content_filter", "tool_calls", "function_call", "error", "a
 class Answer:
     """What has come so far."""
 
+    most_pieces: int = MAX_TOKENS  #: an answer of more has no end
     texts: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -75,7 +76,9 @@ class Answer:
 
     @property
     def text(self) -> str:
-        return "".join(self.texts)
+        """Halves of characters that belong together are one; others become U+FFFD."""
+        halves = "".join(self.texts).encode("utf-16-le", "surrogatepass")
+        return halves.decode("utf-16-le", errors="replace")
 
     @property
     def finish_reason(self) -> FinishReason:
@@ -103,6 +106,8 @@ class Answer:
             if text:
                 self.texts.append(text)
             self.num_pieces += 1
+            if self.num_pieces > self.most_pieces:
+                raise Lost("its answer does not end")
             self.began_ns = self.began_ns or time.monotonic_ns()
             self.token_ids += map(_token_id, choice.get("token_ids") or ())
             if choice.get("logprobs"):
@@ -183,9 +188,9 @@ def _logprobs(found: Any, most: int) -> Iterator[TokenLogprob]:
     """OpenAI's lists for completions, with tokens as vLLM writes their ids."""
     tops = found.get("top_logprobs") or [None] * len(found["tokens"])
     for token, logprob, top in zip(found["tokens"], found["token_logprobs"], tops, strict=True):
-        ranked = sorted((top or {}).items(), key=lambda each: -_number(each[1]))[:most]
+        ranked = sorted((top or {}).items(), key=lambda each: -_finite(each[1]))[:most]
         yield TokenLogprob(
-            _named(token), _number(logprob), tuple((_named(name), _number(x)) for name, x in ranked)
+            _named(token), _finite(logprob), tuple((_named(name), _finite(x)) for name, x in ranked)
         )
 
 
@@ -209,6 +214,10 @@ def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError
     return float(value)
+
+
+def _finite(logprob: Any) -> float:
+    return LEAST_LOGPROB if logprob == -math.inf else max(_number(logprob), LEAST_LOGPROB)
 
 
 def _money(value: Any) -> Decimal:

@@ -17,6 +17,7 @@ from typing import Final
 
 FIRST_LIMIT: Final = 8
 SLOWLY: Final = 1 / 8
+LEAST_PAUSE_S: Final = 0.01
 FIRST_PAUSE_S: Final = 0.5
 LONGEST_PAUSE_S: Final = 30.0
 LONGEST_ASKED_S: Final = 600.0
@@ -63,6 +64,7 @@ class Load:
             self.limit = max(1.0, self.refused_at / 2)
             self.cut_ns = now_ns
         pause_s = FIRST_PAUSE_S if asked_s is None else min(asked_s, LONGEST_ASKED_S)
+        pause_s = max(pause_s, LEAST_PAUSE_S)
         self.resumes_ns = max(self.resumes_ns, now_ns + int(pause_s * 1e9))
 
     def failed(self, now_ns: int) -> None:

@@ -32,7 +32,7 @@ from app.engines.base import Generation, NewTokens, Progress, Sequence, StepStat
 from app.engines.openai import balance
 from app.engines.openai.answer import Answer, Denied, Lost, Overloaded, Refused, Unreachable
 from app.engines.openai.balance import Load
-from app.engines.openai.exchange import ask, client_of
+from app.engines.openai.exchange import ask, client_of, tls
 from app.engines.openai.options import NO_FILES, Options, Upstream
 from app.engines.openai.request import request_of
 from app.errors import ConfigError, RequestError
@@ -251,7 +251,7 @@ class OpenAiEngine:
         """Whether the answer has come. Raises `Refused`, and `Lost` when that is final."""
         server = await self._turn(row)
         load, began_ns, alone = server.load, time.monotonic_ns(), row.is_suspect
-        row.answer = Answer()
+        row.answer = Answer(_most_pieces(row))
         try:
             await ask(server.client, row.path, row.body, row.answer, _logprobs(row))
         except Overloaded as error:
@@ -299,8 +299,9 @@ class OpenAiEngine:
         except asyncio.CancelledError:
             if row in self._waiting:
                 self._waiting.remove(row)
-            elif not row.turn.cancelled():
+            if not row.turn.cancelled():
                 row.turn.result().load.end()
+            self._hand_out()
             raise
 
     def _hand_out(self) -> None:
@@ -311,12 +312,15 @@ class OpenAiEngine:
         self._waiting.sort(key=lambda row: row.urgency)
         while self._waiting:
             row = self._waiting[0]
+            assert row.turn is not None
+            if row.turn.cancelled():  # it leaves by itself
+                self._waiting.pop(0)
+                continue
             load = balance.choose([*by_load], now_ns, alone=row.is_suspect)
             if load is None:
                 break
             self._waiting.pop(0)
             load.begin(alone=row.is_suspect)
-            assert row.turn is not None
             row.turn.set_result(by_load[load])
         self._set_timer([*by_load], now_ns)
 
@@ -340,7 +344,7 @@ def _greet(options: Options) -> None:
         try:
             headers = {"Authorization": f"Bearer {key}"} if key else {}
             url = upstream.url.rstrip("/") + "/models"
-            status = httpx.get(url, headers=headers, timeout=GREET_S).status_code
+            status = httpx.get(url, headers=headers, timeout=GREET_S, verify=tls()).status_code
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             log.warning("Upstream %s cannot be reached yet (%s).", host, type(error).__name__)
             continue
@@ -348,6 +352,12 @@ def _greet(options: Options) -> None:
             raise ConfigError(
                 f"The upstream {host} does not take the key that it is sent ({status})."
             )
+
+
+def _most_pieces(row: _Row) -> int:
+    """A token may come in two; a few more say nothing."""
+    params = row.sequence.params
+    return 2 * params.max_tokens + 100 if params else 1
 
 
 def _logprobs(row: _Row) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import ssl
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -13,12 +15,19 @@ from app.engines.openai.options import Upstream
 CONNECT_S: Final = 5.0
 
 
+@functools.cache
+def tls() -> ssl.SSLContext:
+    """To read the system's certificates takes a while, so all connections share them."""
+    return httpx.create_ssl_context()
+
+
 def client_of(upstream: Upstream, timeout_s: float, most: int) -> httpx.AsyncClient:
     """Connections to one upstream. The key is in them and nowhere else."""
     key = upstream.key()
     return httpx.AsyncClient(
         base_url=upstream.url.rstrip("/"),
         headers={"Authorization": f"Bearer {key}"} if key else {},
+        verify=tls(),
         timeout=httpx.Timeout(timeout_s, connect=CONNECT_S, pool=None),
         limits=httpx.Limits(max_connections=most, max_keepalive_connections=most),
     )

@@ -19,7 +19,15 @@ from typing import Any, Final
 
 from app.config.settings import ModelSettings
 from app.costs import decode_weights, share
-from app.engines.base import Generation, NewTokens, Progress, Sequence, StepStats, TokenLogprob
+from app.engines.base import (
+    LEAST_LOGPROB,
+    Generation,
+    NewTokens,
+    Progress,
+    Sequence,
+    StepStats,
+    TokenLogprob,
+)
 from app.engines.generation_config import load_rules
 from app.engines.stopping import Output
 from app.engines.tokenizer import FileTokenizer
@@ -292,8 +300,12 @@ class VllmEngine:
 def _logprob(token: int, found: Mapping[int, Any], most: int) -> TokenLogprob:
     """vLLM names the chosen token and the `most` likeliest ones in one table."""
     ranked = sorted(found.items(), key=lambda each: each[1].rank)
-    top = tuple((id_, each.logprob) for id_, each in ranked if each.rank <= most)
-    return TokenLogprob(token, found[token].logprob, top)
+    top = tuple((id_, _finite(each.logprob)) for id_, each in ranked if each.rank <= most)
+    return TokenLogprob(token, _finite(found[token].logprob), top)
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, LEAST_LOGPROB)
 
 
 # ── the start ───────────────────────────────────────────────────────────────────────────────────
