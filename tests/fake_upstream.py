@@ -95,24 +95,36 @@ class FakeUpstream:
 
     async def _die(self) -> None:
         if self._server is not None:
+            # A connection that asyncio has half accepted would stay open for ever: first no more
+            # are accepted, then those that are get a turn, then they are reset.
+            for sock in self._server.sockets:
+                self._loop.remove_reader(sock.fileno())
+            for _ in range(3):
+                await asyncio.sleep(0)
             self._server.close()
         for writer in list(self._connections):
             _reset(writer)
         self._connections.clear()
 
     async def _drain(self) -> None:
+        for _ in range(3):  # those that have just come begin
+            await asyncio.sleep(0)
         rest = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
         for task in rest:
             task.cancel()
         await asyncio.gather(*rest, return_exceptions=True)
+        for _ in range(3):  # their connections close
+            await asyncio.sleep(0)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._connections.add(writer)
-        with suppress(ConnectionError, asyncio.IncompleteReadError):
-            while await self._request(reader, writer):
-                pass
-        self._connections.discard(writer)
-        writer.close()
+        try:
+            with suppress(ConnectionError, asyncio.IncompleteReadError):
+                while await self._request(reader, writer):
+                    pass
+        finally:
+            self._connections.discard(writer)
+            writer.close()
 
     async def _request(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
