@@ -173,7 +173,8 @@ class FakeUpstream:
             return await self._send(writer, 200, json.dumps(answer).encode())
         pieces, num_input = _answer_of(body)
         pieces = pieces[: body.get("max_tokens", len(pieces))]
-        usage = {"prompt_tokens": num_input, "completion_tokens": len(pieces)}
+        usage: dict[str, Any] = {"prompt_tokens": num_input, "completion_tokens": len(pieces)}
+        usage["prompt_tokens_details"] = {"cached_tokens": 1}
         if does.cost is not None:
             usage["cost"] = does.cost
         is_chat = path.endswith("/chat/completions")

@@ -158,6 +158,7 @@ class LLMEngine:
             outputs=[new],
             finished=reason is not None,
             prompt_logprobs=scored,
+            num_cached_tokens=1,
         )
 
 

@@ -116,9 +116,6 @@ class StepStats:
     device_ns: int = 0
 
 
-LEAST_LOGPROB: Final = -9999.0
-"""Of a token that cannot come, as in the OpenAI API: JSON has no word for minus infinity."""
-
 NOT_FINITE: Final = (
     "not_finite",
     "The model computed something that is not a number for this prompt.",

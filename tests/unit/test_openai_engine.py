@@ -88,7 +88,7 @@ def test_each_sequence_gets_the_answer_to_its_own_prompt_with_the_upstreams_usag
             told = [int(token) for token in answers[n].text.split()]
             assert told == list(reversed(range(n, 2 * n + 1)))[:20]
             assert answers[n].output_tokens == len(told)
-            assert answers[n].input_tokens == n + 1
+            assert (answers[n].input_tokens, answers[n].cached_tokens) == (n + 1, 1)
             assert answers[n].finish_reason is FinishReason.STOP
             assert answers[n].device_ns == 0
             assert answers[n].started_ns <= answers[n].first_token_ns <= answers[n].finished_ns
@@ -455,6 +455,7 @@ FULL = SamplingParams(
     stop_token_ids=(6,),
     seed=5,
     logprobs=1,
+    prompt_logprobs=1,
     ignore_eos=True,
     grammar=Grammar("json_schema", '{"type": "object"}'),
     num_beams=4,

@@ -78,6 +78,7 @@ def test_each_sequence_gets_its_own_tokens_and_their_text(folder: Path) -> None:
     assert answers[1].token_ids == [7, 6, 5, LLMEngine.eos]
     assert answers[1].text == inside._tokenizer.decode([7, 6, 5])
     assert (answers[1].finish_reason, answers[1].input_tokens) == (FinishReason.STOP, 3)
+    assert answers[1].cached_tokens == 1
     assert answers[2].token_ids == [29, 28, 27, 26]
     assert answers[2].finish_reason is FinishReason.LENGTH
     assert answers[1].started_ns <= answers[1].first_token_ns <= answers[1].finished_ns

@@ -71,6 +71,7 @@ class Answer:
     began_ns: int = 0  #: when the first piece came, by the monotonic clock
     end: str | None = None  #: the upstream's finish_reason
     input_tokens: int | None = None
+    cached_tokens: int = 0
     output_tokens: int | None = None
     cost: Decimal | None = None
 
@@ -119,6 +120,8 @@ class Answer:
 
     def _take_usage(self, usage: Any) -> None:
         self.input_tokens = _count(usage.get("prompt_tokens"))
+        details = usage.get("prompt_tokens_details") or {}
+        self.cached_tokens = _count(details.get("cached_tokens") or 0)
         if usage.get("completion_tokens") is not None:
             self.output_tokens = _count(usage["completion_tokens"])
         if (cost := usage.get("cost")) is not None:

@@ -376,6 +376,7 @@ def _fill(row: _Row) -> None:
         generation.logprobs = answer.logprobs
     if answer.input_tokens is not None:
         generation.input_tokens = answer.input_tokens
+        generation.cached_tokens = answer.cached_tokens
     if row.sequence.params is not None and answer.output_tokens != len(answer.token_ids):
         known = answer.output_tokens
         generation.counted_tokens = answer.num_pieces if known is None else known

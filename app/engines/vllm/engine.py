@@ -20,13 +20,13 @@ from typing import Any, Final
 from app.config.settings import ModelSettings
 from app.costs import decode_weights, share
 from app.engines.base import (
-    LEAST_LOGPROB,
     Generation,
     NewTokens,
     Progress,
     Sequence,
     StepStats,
     TokenLogprob,
+    finite,
 )
 from app.engines.generation_config import load_rules
 from app.engines.stopping import Output
@@ -230,6 +230,7 @@ class VllmEngine:
         assert params is not None
         if new.token_ids and not row.generation.first_token_ns:
             row.generation.first_token_ns = time.monotonic_ns()
+        row.generation.cached_tokens = output.num_cached_tokens or 0
         if output.prompt_logprobs:  # once, for all of the prompt but its first token
             most, prompt = params.prompt_logprobs or 0, row.sequence.prompt_token_ids
             given = zip(prompt[1:], output.prompt_logprobs[1:], strict=True)
@@ -300,12 +301,8 @@ class VllmEngine:
 def _logprob(token: int, found: Mapping[int, Any], most: int) -> TokenLogprob:
     """vLLM names the chosen token and the `most` likeliest ones in one table."""
     ranked = sorted(found.items(), key=lambda each: each[1].rank)
-    top = tuple((id_, _finite(each.logprob)) for id_, each in ranked if each.rank <= most)
-    return TokenLogprob(token, _finite(found[token].logprob), top)
-
-
-def _finite(logprob: float) -> float:
-    return max(logprob, LEAST_LOGPROB)
+    top = tuple((id_, finite(each.logprob)) for id_, each in ranked if each.rank <= most)
+    return TokenLogprob(token, finite(found[token].logprob), top)
 
 
 # ── the start ───────────────────────────────────────────────────────────────────────────────────
