@@ -83,6 +83,7 @@ DECODERS: Final = [
     Family("gptj"),
     Family("granite"),
     Family("granitemoe"),
+    Family("granitemoehybrid", {"layer_types": ["mamba", "attention"]}),
     Family("granitemoeshared"),
     Family("helium"),
     Family("hunyuan_v1_dense"),
@@ -156,6 +157,14 @@ DECODERS: Final = [
     Family("qwen3_moe"),
     Family("recurrent_gemma", {"num_hidden_layers": 3, "lru_width": 64}),
     Family("rwkv"),
+    Family("seed_oss"),
+    Family("smollm3", {"no_rope_layers": [1, 0]}),
+    Family("solar_open"),
+    Family("stablelm"),
+    Family("stablelm", {"use_parallel_residual": True, "qk_layernorm": True}, "parallel"),
+    Family("starcoder2"),
+    Family("vaultgemma", _BOTH),
+    Family("xglm"),
     Family("youtu", _LATENT),
 ]
 
@@ -165,6 +174,7 @@ _START: Final = {"decoder_start_token_id": 0}
 ENCODER_DECODERS: Final = [
     Family("bart", _FREE | _START),
     Family("bigbird_pegasus", _FREE | _START | {"attention_type": "original_full"}),
+    Family("blenderbot", _FREE | _START),
     Family("blenderbot-small", _FREE | _START),
     Family(
         "fsmt", _FREE | _START | {"src_vocab_size": 97, "tgt_vocab_size": 97, "langs": ["a", "b"]}
@@ -199,5 +209,5 @@ class Encoder:
 
 ENCODERS: Final = [
     Encoder(name, classifies=name != "t5")
-    for name in sorted([*tiny_encoders.FAMILIES, "fnet", "llama"])
+    for name in sorted([*tiny_encoders.FAMILIES, "convbert", "fnet", "llama"])
 ]
