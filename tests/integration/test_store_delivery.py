@@ -167,7 +167,7 @@ def test_a_lost_message_is_sent_again_by_one_rescue_process(database: Database) 
     assert [send_again(database, job_id), send_again(database, job_id)] == [[job_id], []]
 
 
-@pytest.mark.parametrize("change", ["kind = 'translate'", "format = 2"])
+@pytest.mark.parametrize("change", ["kind = 'imagine'", "format = 2"])
 def test_jobs_that_only_a_later_version_knows_are_left_to_it(
     database: Database, change: str
 ) -> None:
