@@ -474,7 +474,7 @@ def upgrade() -> None:
             Money,
             server_default=text("0"),
             nullable=False,
-            comment="Its device time, and its tokens where they have one, at the price, in `currency`.",
+            comment="Its device time, and tokens where they have a price, in `currency`.",
         ),
         Column("currency", Text, comment="ISO 4217 code; null if the job never ran."),
         Column("price_id", Text, comment="Entry of prices.toml that was charged."),
