@@ -29,7 +29,7 @@ ODD_ROWS: Final = f"{ODD}::test_no_row_ends_the_worker_or_keeps_others_from_thei
 STORE: Final = "app/store/claims.py"
 ARRIVALS: Final = "app/worker/pool/arrivals.py"
 ANY_MESSAGE: Final = "tests/unit/test_any_message.py"
-SAMPLING: Final = "app/engines/sampling.py"
+SAMPLING: Final = "app/engines/sampling/sampler.py"
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,7 +325,7 @@ MUTANTS: Final = (
     ),
     Mutant(
         "a top_p of nothing leaves nothing to draw",
-        "app/engines/draws.py",
+        "app/engines/sampling/draws.py",
         " | (ranks == 0))",
         ")",
         "tests/unit/test_sampling.py",

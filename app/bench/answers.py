@@ -21,11 +21,11 @@ from app.bench.report import machine, print_json, print_table
 from app.bench.workloads import make
 from app.config.settings import ModelSettings
 from app.engines.base import Sequence
+from app.engines.checkpoint.models import ensure_files
 from app.engines.inflight.attention import Packed
 from app.engines.inflight.cache import blocks_for
 from app.engines.inflight.engine import InflightEngine
-from app.engines.models import ensure_files
-from app.engines.tokenizer import load_tokenizer
+from app.engines.text.tokenizer import load_tokenizer
 from app.jobs import Kind, SamplingParams
 
 REFERENCE: Final = "float32"

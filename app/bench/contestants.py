@@ -26,9 +26,9 @@ from transformers import (
 from app.bench.workloads import Request
 from app.config.settings import ModelSettings
 from app.engines.base import Sequence
+from app.engines.checkpoint.loading import load_model
 from app.engines.device import pick_device, pick_dtype
 from app.engines.inflight.engine import InflightEngine
-from app.engines.loading import load_model
 from app.jobs import Kind, SamplingParams
 
 SAMPLE: Final = 8

@@ -20,8 +20,8 @@ from app.bench.contestants import Arena, Contestant, Outcome, contestants
 from app.bench.report import machine, print_json, print_table, spread
 from app.bench.workloads import WORKLOADS, Request, make
 from app.config.settings import ModelSettings
-from app.engines.models import ensure_files
-from app.engines.tokenizer import load_tokenizer
+from app.engines.checkpoint.models import ensure_files
+from app.engines.text.tokenizer import load_tokenizer
 from app.jobs import Kind
 
 Results = dict[str, list[Outcome]]

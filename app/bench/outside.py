@@ -29,9 +29,9 @@ from app.bench.report import machine, print_json, print_table
 from app.bench.workloads import WORKLOADS, Request, make
 from app.config.file import load
 from app.config.settings import ModelSettings
+from app.engines.checkpoint.models import ensure_files
 from app.engines.device import pick_device, pick_dtype
-from app.engines.models import ensure_files
-from app.engines.tokenizer import load_tokenizer
+from app.engines.text.tokenizer import load_tokenizer
 from app.jobs import Kind
 from app.local.ports import free_port
 from app.local.supervisor import System

@@ -25,13 +25,13 @@ from app.bench import random_models
 from app.bench.report import machine, print_json, print_table
 from app.config.settings import ModelSettings
 from app.engines.base import Sequence
+from app.engines.checkpoint.models import ensure_files
 from app.engines.inflight.attention import pack
 from app.engines.inflight.cache import BLOCK
 from app.engines.inflight.engine import InflightEngine
 from app.engines.inflight.fused_cuda import FusedLayer
 from app.engines.inflight.scheduler import Segment
 from app.engines.inflight.weights import NativeLinear, PackedLinear
-from app.engines.models import ensure_files
 from app.jobs import Kind, SamplingParams
 
 REPEATS = 15

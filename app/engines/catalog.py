@@ -8,9 +8,9 @@ from pathlib import Path
 
 from app.config.settings import ModelSettings, Settings
 from app.engines import registry
-from app.engines.card import NO_CARD, Card, load_card
-from app.engines.models import ensure_files
-from app.engines.tokenizer import Tokenizer, load_tokenizer
+from app.engines.checkpoint.card import NO_CARD, Card, load_card
+from app.engines.checkpoint.models import ensure_files
+from app.engines.text.tokenizer import Tokenizer, load_tokenizer
 from app.errors import ConfigError
 
 

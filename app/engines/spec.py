@@ -39,12 +39,12 @@ class EngineSpec:
     """Called with (folder, settings, device, threads, progress), in the engine process alone;
     makes a `base.Engine`."""
     files: Callable[[ModelSettings], Files] = lambda _: Files.MODEL
-    tokenizer: str = "app.engines.piece_tokenizer:file_tokenizer"
-    """Called with (folder, settings); makes an `app.engines.tokenizer.Tokenizer`."""
+    tokenizer: str = "app.engines.text.piece_tokenizer:file_tokenizer"
+    """Called with (folder, settings); makes an `app.engines.text.tokenizer.Tokenizer`."""
     kinds: frozenset[Kind] = frozenset(Kind)
     """Of the models that it runs."""
-    card: str = "app.engines.card:plain_card"
-    """Called with (folder, settings); makes an `app.engines.card.Card`."""
+    card: str = "app.engines.checkpoint.card:plain_card"
+    """Called with (folder, settings); makes an `app.engines.checkpoint.card.Card`."""
     check: str = ""
     """Called with the settings at start, if named; raises `ConfigError` for wrong options."""
     takes_adapters: bool = False
@@ -63,15 +63,15 @@ class EngineSpec:
 STUB: Final = EngineSpec(
     "app.engines.stub:StubEngine",
     files=lambda _: Files.NONE,
-    tokenizer="app.engines.tokenizer:stub_tokenizer",
+    tokenizer="app.engines.text.tokenizer:stub_tokenizer",
     searches=True,  # its answers are the same either way
-    card="app.engines.card:stub_card",
+    card="app.engines.checkpoint.card:stub_card",
     scores_prompts=True,
 )
 GENERATE: Final = EngineSpec(
-    "app.engines.generate:GenerateEngine",
+    "app.engines.generate.engine:GenerateEngine",
     kinds=frozenset({Kind.GENERATE, Kind.TRANSLATE}),
-    fits="app.engines.loading:writer_fits",
+    fits="app.engines.checkpoint.loading:writer_fits",
     searches=True,
 )
 INFLIGHT: Final = EngineSpec(
@@ -81,10 +81,10 @@ INFLIGHT: Final = EngineSpec(
     scores_prompts=True,
 )
 ENCODER: Final = EngineSpec(
-    "app.engines.encoder:EncoderEngine",
+    "app.engines.encoder.engine:EncoderEngine",
     kinds=frozenset({Kind.EMBED, Kind.CLASSIFY, Kind.RERANK}),
-    card="app.engines.card:read_card",
-    fits="app.engines.encoder:encoder_fits",
+    card="app.engines.checkpoint.card:read_card",
+    fits="app.engines.encoder.engine:encoder_fits",
 )
 VLLM: Final = EngineSpec(
     "app.engines.vllm.engine:VllmEngine",

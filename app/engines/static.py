@@ -16,7 +16,7 @@ import torch
 from app.config.settings import ModelSettings
 from app.engines.base import Generation, NewTokens, Progress, Sequence, StepStats
 from app.engines.device import give_back_memory, pick_device, ran_out_of_memory, use_threads
-from app.engines.tokenizer import Tokenizer
+from app.engines.text.tokenizer import Tokenizer
 from app.errors import ContextLengthExceeded, OutOfMemory, RequestError
 from app.jobs import FinishReason
 

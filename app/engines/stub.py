@@ -41,8 +41,8 @@ from app.engines.base import (
     StepStats,
     TokenLogprob,
 )
-from app.engines.stopping import Output
-from app.engines.tokenizer import StubTokenizer
+from app.engines.text.stopping import Output
+from app.engines.text.tokenizer import StubTokenizer
 from app.errors import OutOfMemory
 from app.jobs import FinishReason, Kind, SamplingParams
 

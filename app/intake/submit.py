@@ -28,8 +28,8 @@ from pydantic import (
 
 from app.broker.publisher import Publisher
 from app.config.settings import Settings
-from app.engines import grammar
 from app.engines.catalog import CatalogModel
+from app.engines.sampling import grammar
 from app.errors import (
     DeadlinePassed,
     GristmillError,

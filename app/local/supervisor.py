@@ -24,7 +24,7 @@ from app.broker.commands import Asking
 from app.config import run_file
 from app.config.file import Loaded
 from app.config.settings import Settings
-from app.engines.models import ensure_files
+from app.engines.checkpoint.models import ensure_files
 from app.errors import ConfigError
 from app.local import checks
 from app.local.child import Child

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from app.engines.base import Generation
-from app.engines.detokenizer import Detokenizer
-from app.engines.tokenizer import Tokenizer
+from app.engines.text.detokenizer import Detokenizer
+from app.engines.text.tokenizer import Tokenizer
 from app.requests.calls import Call
 from app.requests.chat import ChatBody
 from app.requests.reasoning import marks_of

@@ -7,7 +7,7 @@ named does that, and else /v1/embeddings. Field names and meanings are those of 
 vLLM's names for the calls and the sampling parameters it lacks (top_k, min_p, repetition_penalty,
 ignore_eos …) and transformers' for a search's; `app.requests.handling` says what is not obeyed.
 
-Pure: limits that depend on a model's tokenizer are checked by `app.engines.tokenizer`.
+Pure: limits that depend on a model's tokenizer are checked by `app.engines.text.tokenizer`.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from app.engines.grammar import JSON_STYLE
+from app.engines.sampling.grammar import JSON_STYLE
 from app.requests.storable import is_unicode
 from app.requests.tools import Function
 

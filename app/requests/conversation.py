@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from app.engines.chat_template import Chat
+from app.engines.text.chat_template import Chat
 from app.errors import RequestError
 from app.requests.handling import Ignored, Refused, other_types
 from app.requests.part import Part

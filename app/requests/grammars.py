@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from app.engines.grammar import lark_of
-from app.engines.tokenizer import Tokenizer
+from app.engines.sampling.grammar import lark_of
+from app.engines.text.tokenizer import Tokenizer
 from app.errors import RequestError
 from app.jobs import Grammar
 from app.requests.calls import literals

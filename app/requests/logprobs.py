@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from app.engines.base import TokenLogprob, finite
-from app.engines.detokenizer import Detokenizer, last_token
-from app.engines.tokenizer import Tokenizer
+from app.engines.text.detokenizer import Detokenizer, last_token
+from app.engines.text.tokenizer import Tokenizer
 
 _UTF8: Final = codecs.getincrementaldecoder("utf-8")
 

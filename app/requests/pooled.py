@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from app.engines.card import Card
+from app.engines.checkpoint.card import Card
 from app.errors import RequestError
 from app.jobs import PoolingParams
 from app.requests.body import Body

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 from app.config.settings import ModelSettings
 from app.engines import registry
-from app.engines.card import NO_CARD, Card
-from app.engines.languages import Direction
-from app.engines.tokenizer import Encoded, Tokenizer
+from app.engines.checkpoint.card import NO_CARD, Card
+from app.engines.checkpoint.languages import Direction
+from app.engines.text.tokenizer import Encoded, Tokenizer
 from app.errors import ContextLengthExceeded, RequestError
 from app.jobs import WHOLE, PoolingParams, SamplingParams, int64
 from app.requests.bodies import Request

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final, Literal
 
-from app.engines.tokenizer import Tokenizer
+from app.engines.text.tokenizer import Tokenizer
 
 State = Literal["open", "closed", "free"]
 """Whether a prompt ends within a thought, behind one, or leaves it to the model."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from app.engines.base import Generation
-from app.engines.tokenizer import Tokenizer
+from app.engines.text.tokenizer import Tokenizer
 from app.jobs import FinishReason, Usage
 from app.requests import logprobs
 from app.requests.answers import Said, said

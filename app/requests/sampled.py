@@ -6,8 +6,8 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import BeforeValidator, Field
 
-from app.engines.generation_config import GenerationRules
-from app.engines.search import search_of
+from app.engines.checkpoint.generation_config import GenerationRules
+from app.engines.generate.search import search_of
 from app.errors import RequestError
 from app.jobs import Grammar, Kind, SamplingParams
 from app.requests import output_format

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from app.engines.grammar import JSON_STYLE
+from app.engines.sampling.grammar import JSON_STYLE
 from app.requests.calls import JSON, Call, call_of, literals
 from app.requests.tools import Function
 

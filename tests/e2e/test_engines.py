@@ -13,10 +13,10 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from app.config.settings import ModelSettings
 from app.engines.base import Engine, Generation, Sequence
-from app.engines.models import ensure_files
+from app.engines.checkpoint.models import ensure_files
 from app.engines.registry import create
-from app.engines.stopping import Output
-from app.engines.tokenizer import Tokenizer, load_tokenizer
+from app.engines.text.stopping import Output
+from app.engines.text.tokenizer import Tokenizer, load_tokenizer
 from app.jobs import FinishReason, Kind, SamplingParams
 from app.requests.bodies import parse
 from app.requests.prepare import encode
@@ -177,7 +177,7 @@ def test_vectors_are_those_of_the_documented_pooling_and_mean_something(minilm: 
 def test_two_processes_that_need_the_model_convert_it_once(tmp_path: Path) -> None:
     code = f"""
 from pathlib import Path
-from app.engines.models import ensure_files
+from app.engines.checkpoint.models import ensure_files
 from tests.e2e.test_engines import CHAT_MODEL
 cache = Path({str(tmp_path)!r})
 print(ensure_files("smollm2", CHAT_MODEL, cache, lambda said: print("said:", said)))

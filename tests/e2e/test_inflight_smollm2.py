@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 from app.bench.workloads import make
 from app.config.settings import ModelSettings
 from app.engines.base import Sequence
+from app.engines.checkpoint.models import ensure_files
 from app.engines.inflight.engine import InflightEngine
-from app.engines.models import ensure_files
-from app.engines.tokenizer import load_tokenizer
+from app.engines.text.tokenizer import load_tokenizer
 from app.jobs import Kind, SamplingParams
 
 CACHE = Path(__file__).resolve().parents[2] / ".cache"

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 
 from app.config.settings import ModelSettings, Settings
-from app.engines.models import ensure_files
+from app.engines.checkpoint.models import ensure_files
 from app.jobs import Kind
 from app.local.ports import free_port
 from app.worker.engine.host import LAUNCH

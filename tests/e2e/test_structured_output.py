@@ -12,9 +12,9 @@ import pytest
 
 from app.config.settings import ModelSettings
 from app.engines.base import Generation, Sequence
+from app.engines.checkpoint.models import ensure_files
 from app.engines.inflight.engine import InflightEngine
-from app.engines.models import ensure_files
-from app.engines.tokenizer import Tokenizer, load_tokenizer
+from app.engines.text.tokenizer import Tokenizer, load_tokenizer
 from app.jobs import FinishReason, Kind
 from app.requests import responses
 from app.requests.bodies import parse

@@ -17,7 +17,7 @@ import redis
 from app.api import room
 from app.broker.queues import queue_name
 from app.config.settings import ModelSettings, Settings
-from app.engines.tokenizer import StubTokenizer
+from app.engines.text.tokenizer import StubTokenizer
 from app.jobs import Grammar
 from app.local.servers import EmbeddedRedis
 from app.requests import bodies

@@ -43,7 +43,7 @@ def check(settings):
 ENGINE = EngineSpec(
     "gristmill_mirror.engine:MirrorEngine",
     files=lambda settings: Files.NONE,
-    tokenizer="app.engines.tokenizer:stub_tokenizer",
+    tokenizer="app.engines.text.tokenizer:stub_tokenizer",
     check="gristmill_mirror:check",
 )
 """

@@ -13,7 +13,7 @@ import pytest
 
 from app.config.settings import ModelSettings
 from app.engines.catalog import CatalogModel
-from app.engines.tokenizer import StubTokenizer
+from app.engines.text.tokenizer import StubTokenizer
 from app.errors import Unavailable
 from app.jobs import Kind
 from app.requests import bodies

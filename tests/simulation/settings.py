@@ -8,7 +8,7 @@ from typing import Final
 
 from app.config.settings import ModelSettings, PriceSettings, Settings
 from app.engines.catalog import CatalogModel
-from app.engines.tokenizer import StubTokenizer
+from app.engines.text.tokenizer import StubTokenizer
 from tests.simulation.engine import MAX_ROWS, MODELS
 
 

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from tokenizers import AddedToken
 
-from app.engines.tokenizer import FileTokenizer
+from app.engines.text.tokenizer import FileTokenizer
 from tests.unit import tiny_tokenizers
 
 _TURNS: Final = "<|im_start|>{{ m.role }}\n"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from app.engines.base import Generation
-from app.engines.tokenizer import FileTokenizer
+from app.engines.text.tokenizer import FileTokenizer
 from app.jobs import FinishReason
 from app.requests import responses
 from app.requests.bodies import parse

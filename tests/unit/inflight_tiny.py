@@ -18,8 +18,8 @@ from app.engines.inflight.cache import KVCache, LayerShape
 from app.engines.inflight.engine import InflightEngine
 from app.engines.inflight.graphs import Record, Work
 from app.engines.inflight.scheduler import Row, Segment
-from app.engines.stopping import Output
-from app.engines.tokenizer import StubTokenizer
+from app.engines.text.stopping import Output
+from app.engines.text.tokenizer import StubTokenizer
 from app.jobs import FinishReason, Kind, SamplingParams
 
 VOCAB = 97

@@ -8,8 +8,8 @@ from typing import Any, Final
 
 import pytest
 
-from app.engines.grammar import Grammars, check
-from app.engines.tokenizer import FileTokenizer
+from app.engines.sampling.grammar import Grammars, check
+from app.engines.text.tokenizer import FileTokenizer
 from app.errors import InvalidSchema
 from app.jobs import Grammar
 from app.requests.tool_formats import ToolFormat, format_of

@@ -17,8 +17,8 @@ from kombu.transport.virtual import Message
 
 from app.broker.message import raw_message
 from app.config.settings import Settings
-from app.engines.sampling import RowSampler
-from app.engines.tokenizer import load_tokenizer
+from app.engines.sampling.sampler import RowSampler
+from app.engines.text.tokenizer import load_tokenizer
 from app.errors import GristmillError, RequestError
 from app.jobs import EARLIEST, LATEST, Kind
 from app.requests import bodies

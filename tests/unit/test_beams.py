@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from app.config.settings import ModelSettings
 from app.engines.base import Engine, Generation, Sequence
-from app.engines.generation_config import GenerationRules
+from app.engines.checkpoint.generation_config import GenerationRules
+from app.engines.generate.search import search_of
 from app.engines.registry import create
-from app.engines.search import search_of
 from app.errors import RequestError
 from app.jobs import FinishReason, Grammar, Kind, SamplingParams
 from tests.unit import tiny_models

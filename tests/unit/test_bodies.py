@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from app.config.settings import ModelSettings
 from app.engines.base import Generation, Sequence, TokenLogprob
-from app.engines.tokenizer import StubTokenizer
+from app.engines.text.tokenizer import StubTokenizer
 from app.errors import InvalidSchema, LaterFormat, RequestError
 from app.intake import submit
 from app.intake.submit import parse_submission

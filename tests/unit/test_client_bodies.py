@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.config.settings import ModelSettings
-from app.engines.tokenizer import StubTokenizer
+from app.engines.text.tokenizer import StubTokenizer
 from app.errors import RequestError
 from app.jobs import Kind, SamplingParams
 from app.requests.bodies import BODIES, FORMAT, Url, parse, parse_stored

@@ -32,9 +32,9 @@ from transformers import (
 
 from app.config.settings import ModelSettings
 from app.engines.base import Engine, Sequence
-from app.engines.company import Company, try_company
-from app.engines.generate import GenerateEngine
-from app.engines.generation_config import GenerationRules
+from app.engines.checkpoint.generation_config import GenerationRules
+from app.engines.generate.company import Company, try_company
+from app.engines.generate.engine import GenerateEngine
 from app.engines.registry import create
 from app.jobs import FinishReason, Kind, SamplingParams
 from tests.unit import tiny_models

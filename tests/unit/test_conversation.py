@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from app.engines.tokenizer import FileTokenizer
+from app.engines.text.tokenizer import FileTokenizer
 from app.errors import InvalidSchema, RequestError
 from app.requests.bodies import parse
 from tests.unit import chat_templates, tiny_tokenizers

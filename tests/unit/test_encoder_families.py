@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 from app.config.settings import ModelSettings
 from app.engines import registry
 from app.engines.base import Engine, Generation, Sequence
-from app.engines.encoder import EncoderEngine
+from app.engines.encoder.engine import EncoderEngine
 from app.engines.registry import create
 from app.errors import ConfigError
 from app.jobs import Kind, PoolingParams
@@ -105,7 +105,9 @@ def test_a_model_that_does_not_run_its_longest_text_is_refused_when_it_is_loaded
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tiny_encoders.save_encoder(tmp_path, "roberta")
-    monkeypatch.setattr("app.engines.context.PADDING_HAS_PLACES", frozenset())  # unheard of
+    monkeypatch.setattr(
+        "app.engines.checkpoint.context.PADDING_HAS_PLACES", frozenset()
+    )  # unheard of
 
     with pytest.raises(ConfigError, match=r"a text of 98 tokens.*set context_tokens to less"):
         load(folder, context_tokens=None)

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from app.engines.base import Engine, Sequence
-from app.engines.generate import GenerateEngine
+from app.engines.generate.engine import GenerateEngine
 from app.engines.inflight.engine import InflightEngine
 from app.errors import OutOfMemory
 from app.jobs import Grammar, SamplingParams

@@ -83,7 +83,7 @@ def test_a_model_that_cannot_be_loaded_is_named_in_a_sentence_and_not_tried_agai
     settings = ModelSettings(source="stub", kind="generate", engine="stub")
     served = (
         ServedModel("good", Path(), settings, STUB.factory),
-        ServedModel("bad", tmp_path, settings, "app.engines.generate:GenerateEngine"),
+        ServedModel("bad", tmp_path, settings, "app.engines.generate.engine:GenerateEngine"),
     )
     host = EngineHost(LoadModels(served, "cpu", 1), load_timeout_s=60, step_timeout_s=60)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from app.engines import folder
+from app.engines.checkpoint import folder
 from tests.families.catalogue import DECODERS, ENCODER_DECODERS, ENCODERS
 from tests.families.table import NAMES, PAGE, Row, lines_of, name_of
 from tests.families.trial import try_decoder, try_encoder_decoder

@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from app.config.settings import ModelSettings
-from app.engines import generate as generate_module
 from app.engines.base import Engine, Generation, Progress, Sequence
+from app.engines.generate import engine as generate_module
 from app.engines.registry import create
 from app.errors import ConfigError, OutOfMemory
 from app.jobs import FinishReason, Kind, SamplingParams

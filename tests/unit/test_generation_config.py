@@ -21,12 +21,12 @@ from transformers import (
 )
 
 from app.config.settings import ModelSettings
-from app.engines import generation_config
 from app.engines.base import Engine, Generation, Sequence
-from app.engines.generation_config import GenerationRules, load_rules
+from app.engines.checkpoint import generation_config
+from app.engines.checkpoint.generation_config import GenerationRules, load_rules
 from app.engines.inflight.engine import InflightEngine
-from app.engines.sampling import RowSampler
-from app.engines.tokenizer import FileTokenizer
+from app.engines.sampling.sampler import RowSampler
+from app.engines.text.tokenizer import FileTokenizer
 from app.errors import ConfigError
 from app.jobs import Grammar, Kind, SamplingParams
 from tests.unit import tiny_models

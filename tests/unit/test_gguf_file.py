@@ -14,10 +14,10 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from app.config.settings import ModelSettings
-from app.engines.folder import stored_tensors
-from app.engines.gguf_file import convert
-from app.engines.models import ensure_files
-from app.engines.tokenizer import FileTokenizer, Tokenizer
+from app.engines.checkpoint.folder import stored_tensors
+from app.engines.checkpoint.gguf_file import convert
+from app.engines.checkpoint.models import ensure_files
+from app.engines.text.tokenizer import FileTokenizer, Tokenizer
 from app.errors import ConfigError
 from app.jobs import Kind
 from tests.families.tiny import CONTEXT, Family

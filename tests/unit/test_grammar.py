@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from llguidance import LLParserLimits
 
 from app.config.settings import ModelSettings
-from app.engines import grammar as grammar_module
 from app.engines.base import Engine, Generation, Sequence
-from app.engines.grammar import CACHE_SIZE, Grammars, check
 from app.engines.inflight.engine import InflightEngine
-from app.engines.tokenizer import load_tokenizer
+from app.engines.sampling import grammar as grammar_module
+from app.engines.sampling.grammar import CACHE_SIZE, Grammars, check
+from app.engines.text.tokenizer import load_tokenizer
 from app.errors import InvalidSchema
 from app.jobs import FinishReason, Grammar, Kind, SamplingParams
 from tests.unit import tiny_models, tiny_tokenizers

@@ -17,7 +17,7 @@ from app.engines.inflight.drawing import draw
 from app.engines.inflight.fused_cuda import FusedLayer
 from app.engines.inflight.paged import PagedStep, Scratch
 from app.engines.inflight.staging import Room, Samplers
-from app.engines.sampling import BAD_ROW
+from app.engines.sampling.sampler import BAD_ROW
 from app.jobs import SamplingParams
 from tests.unit.inflight_tiny import (
     again,

@@ -13,8 +13,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from app.config.settings import ModelSettings
-from app.engines import models
-from app.engines.models import PackagedModel, ensure_files
+from app.engines.checkpoint import models
+from app.engines.checkpoint.models import PackagedModel, ensure_files
 from app.errors import ConfigError
 from app.jobs import Kind
 

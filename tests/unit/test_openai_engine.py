@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from app.config.settings import ModelSettings
 from app.engines import registry
 from app.engines.base import Generation, Sequence
-from app.engines.chat_template import Chat
 from app.engines.openai import balance, engine, request, tokenizer
 from app.engines.openai.engine import OpenAiEngine
 from app.engines.openai.options import Options
 from app.engines.openai.tokenizer import TextTokenizer, unpacked
+from app.engines.text.chat_template import Chat
 from app.errors import ConfigError, RequestError
 from app.jobs import FinishReason, Grammar, SamplingParams
 from tests.fake_upstream import KEY, Does, FakeUpstream

@@ -19,8 +19,8 @@ from app.broker.message import TASK_NAMES, TASKS
 from app.cli.results import answers
 from app.config.settings import ModelSettings
 from app.engines.base import Generation
-from app.engines.card import Card, load_card
-from app.engines.tokenizer import FileTokenizer, StubTokenizer, load_tokenizer
+from app.engines.checkpoint.card import Card, load_card
+from app.engines.text.tokenizer import FileTokenizer, StubTokenizer, load_tokenizer
 from app.errors import ConfigError, ContextLengthExceeded, RequestError
 from app.jobs import FinishReason, Kind
 from app.requests import responses

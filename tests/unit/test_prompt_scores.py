@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from app.config.settings import ModelSettings
 from app.engines.base import Engine, Generation, Sequence, TokenLogprob
 from app.engines.inflight.engine import InflightEngine
-from app.engines.tokenizer import Tokenizer
+from app.engines.text.tokenizer import Tokenizer
 from app.errors import RequestError
 from app.jobs import FinishReason, Kind, SamplingParams
 from app.requests import responses

@@ -8,8 +8,8 @@ import pytest
 
 from app.config.settings import ModelSettings
 from app.engines.base import Generation, TokenLogprob
-from app.engines.card import Card
-from app.engines.tokenizer import StubTokenizer, Tokenizer
+from app.engines.checkpoint.card import Card
+from app.engines.text.tokenizer import StubTokenizer, Tokenizer
 from app.errors import RequestError
 from app.jobs import FinishReason, Kind
 from app.requests import responses

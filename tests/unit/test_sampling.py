@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from app.engines.base import TokenLogprob
-from app.engines.draws import uniform
-from app.engines.sampling import BAD_ROW, RowSampler, Sampled
+from app.engines.sampling.draws import uniform
+from app.engines.sampling.sampler import BAD_ROW, RowSampler, Sampled
 from app.jobs import SamplingParams
 
 VOCAB = 1000  # not a multiple of the blocks that rows are searched in

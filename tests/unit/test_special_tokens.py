@@ -15,8 +15,8 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as TokenizerFile
 
 from app.config.settings import ModelSettings
-from app.engines.chat_template import Chat
-from app.engines.tokenizer import FileTokenizer
+from app.engines.text.chat_template import Chat
+from app.engines.text.tokenizer import FileTokenizer
 from app.errors import RequestError
 from app.requests.bodies import parse
 from app.requests.prepare import prepare

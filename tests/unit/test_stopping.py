@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.config.settings import ModelSettings
-from app.engines.stopping import Output
-from app.engines.tokenizer import StubTokenizer
+from app.engines.text.stopping import Output
+from app.engines.text.tokenizer import StubTokenizer
 from app.jobs import FinishReason, Kind, SamplingParams
 
 SETTINGS = ModelSettings(source="stub", kind=Kind.GENERATE, engine="stub")

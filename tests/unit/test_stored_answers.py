@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from app.config.settings import ModelSettings
 from app.engines.base import Generation, TokenLogprob
-from app.engines.tokenizer import StubTokenizer
+from app.engines.text.tokenizer import StubTokenizer
 from app.jobs import FinishReason, Kind
 from app.requests import bodies, responses
 from app.store.encoding import encode

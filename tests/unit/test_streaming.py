@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from app.engines.base import Engine, Generation, NewTokens, Sequence
 from app.engines.inflight.engine import InflightEngine
-from app.engines.stopping import Output
+from app.engines.text.stopping import Output
 from app.jobs import FinishReason, Grammar, SamplingParams
 from tests.unit import tiny_models
 from tests.unit.test_stopping import BYTES, EOS

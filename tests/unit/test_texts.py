@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as TokenizerFile
 
 from app.engines.base import Generation, TokenLogprob
-from app.engines.grammar import Grammars
-from app.engines.stopping import Output
-from app.engines.tokenizer import FileTokenizer
+from app.engines.sampling.grammar import Grammars
+from app.engines.text.stopping import Output
+from app.engines.text.tokenizer import FileTokenizer
 from app.errors import InvalidSchema
 from app.jobs import FinishReason, Grammar, SamplingParams
 from app.requests import responses

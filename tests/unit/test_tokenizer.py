@@ -20,7 +20,7 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from transformers import AutoTokenizer
 
 from app.config.settings import ModelSettings
-from app.engines.tokenizer import StubTokenizer, Tokenizer, load_tokenizer
+from app.engines.text.tokenizer import StubTokenizer, Tokenizer, load_tokenizer
 from app.errors import ConfigError, ContextLengthExceeded, RequestError
 from app.jobs import Kind
 from app.requests.bodies import parse
@@ -465,7 +465,7 @@ from pathlib import Path
 from app.config.settings import ModelSettings
 from app.engines import registry
 from app.engines.catalog import load_catalog
-from app.engines.tokenizer import load_tokenizer
+from app.engines.text.tokenizer import load_tokenizer
 settings = ModelSettings(source="x", kind="generate", engine="generate")
 load_tokenizer(Path({str(folder)!r}), settings).encode_text("a")
 print(sorted({{"torch", "transformers"}} & sys.modules.keys()))

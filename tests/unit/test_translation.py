@@ -16,9 +16,9 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, M2M100Tokenizer, 
 
 from app.config.settings import ModelSettings
 from app.engines.base import Engine, Generation, Sequence
-from app.engines.languages import find_languages
+from app.engines.checkpoint.languages import find_languages
 from app.engines.registry import create
-from app.engines.tokenizer import Tokenizer, load_tokenizer
+from app.engines.text.tokenizer import Tokenizer, load_tokenizer
 from app.errors import RequestError
 from app.jobs import FinishReason, Kind, SamplingParams
 from app.requests import responses
@@ -82,7 +82,7 @@ def test_texts_become_the_pieces_that_transformers_finds(
 def test_an_outputs_text_is_the_one_that_transformers_gives(
     kind: str, folders: dict[str, Path]
 ) -> None:
-    from app.engines.stopping import Output
+    from app.engines.text.stopping import Output
 
     ours = tokenizer_of(folders[kind])
     theirs: Any = AutoTokenizer.from_pretrained(folders[kind], tgt_lang="de")

@@ -22,7 +22,7 @@ from app.config.settings import ModelSettings, Settings
 from app.engines import registry
 from app.engines.base import Generation, NewTokens, Sequence, TokenLogprob
 from app.engines.catalog import CatalogModel
-from app.engines.tokenizer import Tokenizer
+from app.engines.text.tokenizer import Tokenizer
 from app.engines.vllm import sampling
 from app.engines.vllm.engine import VllmEngine
 from app.errors import ConfigError, ModelNotFound

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as TokenizerFile
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from app.config.settings import ModelSettings
-from app.engines.tokenizer import FileTokenizer
+from app.engines.text.tokenizer import FileTokenizer
 
 SETTINGS: Final = ModelSettings(source="x", kind="generate", engine="generate")
 SPECIAL: Final = ["<unk>", "<s>", "</s>", "<|end|>"]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from app.engines.inflight import staging
 from app.engines.inflight.paged import kernels
-from app.engines.sampling import BAD_ROW
+from app.engines.sampling.sampler import BAD_ROW
 
 _PART: Final = 4096
 """Logits that one program looks through for the likeliest."""

@@ -17,9 +17,8 @@ from torch import Tensor
 from app.config.settings import ModelSettings
 from app.costs import decode_weights, share
 from app.engines.base import NOT_FINITE, Generation, NewTokens, Progress, Sequence, StepStats
+from app.engines.checkpoint.generation_config import load_rules
 from app.engines.device import give_back_memory, pick_device, ran_out_of_memory, use_threads
-from app.engines.generation_config import load_rules
-from app.engines.grammar import Compiling, Grammars, wait_any
 from app.engines.inflight import library, native, scoring
 from app.engines.inflight.attention import Packed, PortableStep, Step, pack, run, upload
 from app.engines.inflight.budget import PromptBudget
@@ -31,9 +30,10 @@ from app.engines.inflight.loading import load_decoder
 from app.engines.inflight.memory import blocks_within
 from app.engines.inflight.scheduler import Row, Scheduler, Segment
 from app.engines.inflight.staging import PENDING
-from app.engines.sampling import BAD_ROW, RowSampler, Sampled
-from app.engines.stopping import Output
-from app.engines.tokenizer import load_tokenizer
+from app.engines.sampling.grammar import Compiling, Grammars, wait_any
+from app.engines.sampling.sampler import BAD_ROW, RowSampler, Sampled
+from app.engines.text.stopping import Output
+from app.engines.text.tokenizer import load_tokenizer
 from app.errors import (
     ConfigError,
     ContextLengthExceeded,

@@ -30,7 +30,7 @@ from app.engines.inflight.graphs import Graphs, Record, Work, exact_room, record
 from app.engines.inflight.paged import PagedStep, Scratch, queries_of, taken
 from app.engines.inflight.scheduler import Row, Segment
 from app.engines.inflight.staging import END, ROW, SAMPLE_ROW, SLOT, Order, Room, Samplers
-from app.engines.sampling import RowSampler, Sampled
+from app.engines.sampling.sampler import RowSampler, Sampled
 
 _SETS: Final = 2
 """Of pinned memory: a step is staged while the one before it may be under way."""

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from app.config.settings import ModelSettings
+from app.engines.checkpoint.loading import check_fits, load_model, read_config
 from app.engines.device import pick_dtype
 from app.engines.inflight import fused_cuda
 from app.engines.inflight.attention import NAME, Asked, ProbeStep, run
@@ -17,8 +18,7 @@ from app.engines.inflight.fused import fuse_layers
 from app.engines.inflight.int8 import to_int8
 from app.engines.inflight.library import multiplies_int8
 from app.engines.inflight.weights import pack_linears
-from app.engines.loading import check_fits, load_model, read_config
-from app.engines.tokenizer import load_tokenizer
+from app.engines.text.tokenizer import load_tokenizer
 from app.errors import ConfigError
 from app.printable import in_a_line
 

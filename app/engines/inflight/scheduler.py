@@ -19,7 +19,7 @@ import numpy as np
 from app.engines.base import Generation, Sequence
 from app.engines.inflight.cache import BLOCK, blocks_for
 from app.engines.inflight.prefix import Match, Node, PrefixCache
-from app.engines.stopping import Output
+from app.engines.text.stopping import Output
 from app.jobs import SamplingParams
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from app.engines.inflight.cache import BLOCK
 from app.engines.inflight.scheduler import Segment
-from app.engines.plans import GREEDY_BELOW
+from app.engines.sampling.plans import GREEDY_BELOW
 from app.jobs import SamplingParams
 
 PENDING: Final = -1

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from app.config.settings import ModelSettings
-from app.engines.chat_template import Chat
 from app.engines.openai.options import NO_FILES
-from app.engines.tokenizer import FileTokenizer, Tokenizer
+from app.engines.text.chat_template import Chat
+from app.engines.text.tokenizer import FileTokenizer, Tokenizer
 from app.errors import RequestError
 
 BYTES: Final = 3  #: of UTF-8 in a token

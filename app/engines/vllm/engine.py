@@ -28,9 +28,9 @@ from app.engines.base import (
     TokenLogprob,
     finite,
 )
-from app.engines.generation_config import load_rules
-from app.engines.stopping import Output
-from app.engines.tokenizer import FileTokenizer
+from app.engines.checkpoint.generation_config import load_rules
+from app.engines.text.stopping import Output
+from app.engines.text.tokenizer import FileTokenizer
 from app.engines.vllm import sampling
 from app.engines.vllm.options import largest_rank
 from app.errors import ConfigError, ContextLengthExceeded, InvalidSchema, RequestError

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from app.config.settings import ModelSettings
-from app.engines.json_files import read_json
+from app.engines.checkpoint.json_files import read_json
 from app.errors import ConfigError
 
 OURS: Final = {

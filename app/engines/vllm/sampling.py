@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, Final
 
-from app.engines.generation_config import GenerationRules
+from app.engines.checkpoint.generation_config import GenerationRules
 from app.errors import ConfigError, RequestError
 from app.jobs import Grammar, SamplingParams
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from app.config.settings import ModelSettings
-from app.engines.json_files import read_json
+from app.engines.checkpoint.json_files import read_json
 from app.errors import ConfigError
 from app.jobs import SamplingParams
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from app.config.settings import ModelSettings
-from app.engines.json_files import read_json
-from app.engines.loading import load_model
+from app.engines.checkpoint.json_files import read_json
+from app.engines.checkpoint.loading import load_model
 from app.errors import ConfigError
 from app.jobs import PoolingParams
 

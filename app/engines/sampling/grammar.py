@@ -33,7 +33,7 @@ from llguidance import (
 )
 from numpy.typing import NDArray
 
-from app.engines.tokenizer import Tokenizer
+from app.engines.text.tokenizer import Tokenizer
 from app.errors import InvalidSchema, RequestError
 from app.jobs import Grammar
 

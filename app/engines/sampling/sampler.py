@@ -27,13 +27,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from app.engines import draws
 from app.engines.base import LEAST_LOGPROB, TokenLogprob
-from app.engines.biases import FORBIDDEN, RowBiases
-from app.engines.generation_config import GenerationRules
-from app.engines.grammar import Matcher
-from app.engines.penalties import SeenTokens
-from app.engines.plans import Plan, SampledRow, has_penalty, is_changed, make_plan
+from app.engines.checkpoint.generation_config import GenerationRules
+from app.engines.sampling import draws
+from app.engines.sampling.biases import FORBIDDEN, RowBiases
+from app.engines.sampling.grammar import Matcher
+from app.engines.sampling.penalties import SeenTokens
+from app.engines.sampling.plans import Plan, SampledRow, has_penalty, is_changed, make_plan
 from app.jobs import SamplingParams, int64
 
 BAD_ROW: Final = -1

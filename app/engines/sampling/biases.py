@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
 from typing import Final
 
-from app.engines.generation_config import GenerationRules
+from app.engines.checkpoint.generation_config import GenerationRules
 from app.jobs import SamplingParams
 
 FORBIDDEN: Final = float("-inf")

@@ -16,8 +16,8 @@ from typing import Any, Final
 
 from safetensors import SafetensorError, safe_open
 
-from app.engines.json_files import read_json
-from app.engines.tokenizer_file import pieces_file
+from app.engines.checkpoint.json_files import read_json
+from app.engines.text.tokenizer_file import pieces_file
 from app.errors import ConfigError
 
 INDEX: Final = "model.safetensors.index.json"

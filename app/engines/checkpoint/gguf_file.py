@@ -1,6 +1,6 @@
 """From the GGUF file of a decoder to a safetensors folder that transformers loads.
 
-    python -m app.engines.gguf_file MODEL.gguf FOLDER
+    python -m app.engines.checkpoint.gguf_file MODEL.gguf FOLDER
 
 Quantized weights are expanded once and stored as float16: its 11 bits keep a 4- or 5-bit weight to
 one part in 2,000 where bfloat16 keeps one in 250, in the same two bytes. Where one does not fit,
@@ -30,7 +30,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from app.engines.gguf_tokenizer import save_tokenizer
+from app.engines.checkpoint.gguf_tokenizer import save_tokenizer
 from app.errors import ConfigError
 from app.printable import in_a_line
 

@@ -24,11 +24,11 @@ from transformers import (
 
 from app.costs import share
 from app.engines.base import NOT_FINITE, Generation, Progress, Sequence, StepStats
-from app.engines.generation_config import GenerationRules
-from app.engines.search import Search
+from app.engines.checkpoint.generation_config import GenerationRules
+from app.engines.generate.search import Search
 from app.engines.shares import shares_of
-from app.engines.stopping import Output
-from app.engines.tokenizer import Tokenizer
+from app.engines.text.stopping import Output
+from app.engines.text.tokenizer import Tokenizer
 from app.jobs import FinishReason, SamplingParams
 
 Generate = Callable[..., Any]

@@ -9,7 +9,7 @@ from typing import Any, Final
 from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as TokenizerFile
 
-from app.engines.json_files import read_json
+from app.engines.checkpoint.json_files import read_json
 from app.errors import ConfigError
 
 _FLAGS: Final = ("single_word", "lstrip", "rstrip", "normalized", "special")

@@ -22,15 +22,15 @@ from torch import Tensor
 from app.config.settings import ModelSettings
 from app.costs import prefill_weights, share
 from app.engines.base import NOT_FINITE, Generation, Progress, Sequence, StepStats
-from app.engines.card import read_card
-from app.engines.classifier import Classifier
-from app.engines.company import TOLERANCE, Company, Memory, thresholds
+from app.engines.checkpoint.card import read_card
+from app.engines.checkpoint.json_files import read_json
+from app.engines.checkpoint.loading import check_fits
 from app.engines.device import ran_out_of_memory
-from app.engines.embedder import Embedder
-from app.engines.json_files import read_json
-from app.engines.loading import check_fits
+from app.engines.encoder.classifier import Classifier
+from app.engines.encoder.embedder import Embedder
+from app.engines.generate.company import TOLERANCE, Company, Memory, thresholds
 from app.engines.static import StaticEngine
-from app.engines.tokenizer import Tokenizer, load_tokenizer
+from app.engines.text.tokenizer import Tokenizer, load_tokenizer
 from app.errors import ConfigError, RequestError
 from app.jobs import FinishReason, Kind
 

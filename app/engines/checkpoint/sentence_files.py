@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from app.engines.json_files import load_json, read_json
+from app.engines.checkpoint.json_files import load_json, read_json
 from app.errors import ConfigError
 
 POOLINGS: Final = ("cls", "max", "mean", "mean_sqrt_len", "weightedmean", "lasttoken")

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 from app.config.settings import ModelSettings
-from app.engines import registry, sentence_files
-from app.engines.json_files import read_json
-from app.engines.sentence_files import SentenceFiles
+from app.engines import registry
+from app.engines.checkpoint import sentence_files
+from app.engines.checkpoint.json_files import read_json
+from app.engines.checkpoint.sentence_files import SentenceFiles
 from app.errors import ConfigError, RequestError
 from app.jobs import Kind
 
@@ -183,6 +184,6 @@ def _labels(config: dict[str, Any]) -> tuple[str, ...]:
 
 
 def load_card(folder: Path, settings: ModelSettings) -> Card:
-    """The card of a model that `app.engines.models.ensure_files` made ready."""
+    """The card of a model that `app.engines.checkpoint.models.ensure_files` made ready."""
     make = registry.attribute(registry.find(settings.engine).card)
     return cast(Card, make(folder, settings))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar
 
-from app.engines.json_files import read_json
+from app.engines.checkpoint.json_files import read_json
 from app.errors import RequestError
 from app.jobs import SamplingParams
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from app.config.settings import ModelSettings
-from app.engines import sentence_files
+from app.engines.checkpoint import sentence_files
 from app.errors import ConfigError
 from app.jobs import Kind
 

@@ -12,11 +12,11 @@ from torch.nn.functional import normalize
 from transformers import AutoModel, AutoModelForTextEncoding
 
 from app.config.settings import ModelSettings
-from app.engines import sentence_files
-from app.engines.json_files import read_json
-from app.engines.loading import load_model
-from app.engines.pooling import Head
-from app.engines.sentence_files import SentenceFiles
+from app.engines.checkpoint import sentence_files
+from app.engines.checkpoint.json_files import read_json
+from app.engines.checkpoint.loading import load_model
+from app.engines.checkpoint.sentence_files import SentenceFiles
+from app.engines.encoder.pooling import Head
 from app.jobs import PoolingParams
 
 _WITH_DECODER: Final = frozenset({"mt5", "t5", "umt5"})

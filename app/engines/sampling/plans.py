@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from app.engines.biases import FORBIDDEN, RowBiases
-from app.engines.grammar import Matcher
+from app.engines.sampling.biases import FORBIDDEN, RowBiases
+from app.engines.sampling.grammar import Matcher
 from app.jobs import SamplingParams
 
 GREEDY_BELOW: Final = 1e-5

@@ -27,8 +27,8 @@ from transformers import (
 from transformers.utils import logging
 
 from app.config.settings import ModelSettings
+from app.engines.checkpoint.folder import stored_tensors
 from app.engines.device import pick_dtype, ran_out_of_memory
-from app.engines.folder import stored_tensors
 from app.errors import ConfigError
 from app.printable import in_a_line
 
@@ -60,7 +60,7 @@ def load_model(
     shrink: Callable[[PreTrainedModel], None] | None = None,
     unused: str | None = None,
 ) -> PreTrainedModel:
-    """A model from a folder that `app.engines.models.ensure_files` made ready, for inference.
+    """A model from a folder that `models.ensure_files` made ready, for inference.
 
     `auto_class` is one of transformers' Auto classes; `shrink` changes the model before it takes
     room on the device. Raises `ConfigError` if transformers does not know the model, if weights and

@@ -6,7 +6,7 @@ A source is one of
   a hub id        downloaded by huggingface_hub; HF_HUB_OFFLINE=1 takes only what is there
   a GGUF file     in a local folder, or behind a hub id, as in owner/name/file.gguf; converted once
 
-Weights are safetensors and code is transformers' own: `app.engines.folder` says what is refused.
+Weights are safetensors and code is transformers' own: `folder` says what is refused.
 """
 
 from __future__ import annotations
@@ -27,7 +27,12 @@ from huggingface_hub import hf_hub_download, snapshot_download
 
 from app.config.settings import ModelSettings
 from app.engines import registry
-from app.engines.folder import check_config, check_tokenizer, check_weights, weight_patterns
+from app.engines.checkpoint.folder import (
+    check_config,
+    check_tokenizer,
+    check_weights,
+    weight_patterns,
+)
 from app.engines.spec import Files
 from app.errors import ConfigError
 
@@ -57,7 +62,7 @@ PACKAGES: Final = {
 _PEEKED: Final = 2**20
 
 CONVERSION: Final = 1
-"""Part of a converted folder's name; raise it when `app.engines.gguf_file` writes other bytes."""
+"""Part of a converted folder's name; raise it when `gguf_file` writes other bytes."""
 
 _TEXT_FILES: Final = ["*.json", "*.jinja", "*.spm", "sentencepiece.bpe.model"]
 _WITH_WEIGHTS: Final = {Files.MODEL, Files.ANY_MODEL}
@@ -157,7 +162,7 @@ def _convert(weights: Path, folder: Path) -> None:
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # what a killed conversion left; we hold the lock
     part.mkdir()
-    command = [sys.executable, "-m", "app.engines.gguf_file", str(weights), str(part)]
+    command = [sys.executable, "-m", "app.engines.checkpoint.gguf_file", str(weights), str(part)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         shutil.rmtree(part, ignore_errors=True)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from app.engines.sentence_files import Layer, SentenceFiles
+from app.engines.checkpoint.sentence_files import Layer, SentenceFiles
 from app.errors import ConfigError
 
 Pool = Callable[[Tensor, Tensor], Tensor]

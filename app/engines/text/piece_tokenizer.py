@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from app.config.settings import ModelSettings
-from app.engines.json_files import read_json
-from app.engines.tokenizer import FileTokenizer, Tokenizer
-from app.engines.tokenizer_file import pieces_file
+from app.engines.checkpoint.json_files import read_json
+from app.engines.text.tokenizer import FileTokenizer, Tokenizer
+from app.engines.text.tokenizer_file import pieces_file
 from app.errors import ConfigError
 
 

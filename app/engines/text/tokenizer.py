@@ -17,13 +17,20 @@ from typing import Any, Final, Literal, cast
 from tokenizers.decoders import ByteLevel
 
 from app.config.settings import ModelSettings
-from app.engines import registry, tokenizer_file
-from app.engines.chat_template import Chat, ChatTemplate, find_template
-from app.engines.context import context_tokens
-from app.engines.json_files import read_json
-from app.engines.languages import NO_LANGUAGES, AnyLanguages, Direction, Languages, find_languages
-from app.engines.pieces import Pieces
-from app.engines.special_tokens import SpecialTokens
+from app.engines import registry
+from app.engines.checkpoint.context import context_tokens
+from app.engines.checkpoint.json_files import read_json
+from app.engines.checkpoint.languages import (
+    NO_LANGUAGES,
+    AnyLanguages,
+    Direction,
+    Languages,
+    find_languages,
+)
+from app.engines.text import tokenizer_file
+from app.engines.text.chat_template import Chat, ChatTemplate, find_template
+from app.engines.text.pieces import Pieces
+from app.engines.text.special_tokens import SpecialTokens
 from app.errors import ConfigError, RequestError
 from app.printable import in_a_line
 
@@ -326,7 +333,7 @@ def stub_tokenizer(folder: Path, settings: ModelSettings) -> Tokenizer:
 
 
 def load_tokenizer(folder: Path, settings: ModelSettings) -> Tokenizer:
-    """The tokenizer of a model that `app.engines.models.ensure_files` made ready.
+    """The tokenizer of a model that `app.engines.checkpoint.models.ensure_files` made ready.
 
     Raises `ConfigError` if its files are wrong or `context_tokens` is beyond the model.
     """

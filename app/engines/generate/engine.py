@@ -31,17 +31,17 @@ from transformers import (
 
 from app.config.settings import ModelSettings
 from app.engines.base import NOT_FINITE, Generation, Progress, Sequence, StepStats, TokenLogprob
-from app.engines.beams import BeamRows, question, search_config
-from app.engines.company import AFFORDABLE, Company, Memory, Told, thresholds, try_company
-from app.engines.generation_config import BEAMS, GenerationRules, load_rules
-from app.engines.grammar import Grammars, Matcher
-from app.engines.loading import load_model
-from app.engines.sampling import BAD_ROW, RowSampler, Sampled
-from app.engines.search import Search, search_of
+from app.engines.checkpoint.generation_config import BEAMS, GenerationRules, load_rules
+from app.engines.checkpoint.loading import load_model
+from app.engines.generate.beams import BeamRows, question, search_config
+from app.engines.generate.company import AFFORDABLE, Company, Memory, Told, thresholds, try_company
+from app.engines.generate.search import Search, search_of
+from app.engines.sampling.grammar import Grammars, Matcher
+from app.engines.sampling.sampler import BAD_ROW, RowSampler, Sampled
 from app.engines.shares import shares_of
 from app.engines.static import StaticEngine
-from app.engines.stopping import Output
-from app.engines.tokenizer import Tokenizer, load_tokenizer
+from app.engines.text.stopping import Output
+from app.engines.text.tokenizer import Tokenizer, load_tokenizer
 from app.errors import RequestError
 from app.jobs import FinishReason, SamplingParams
 

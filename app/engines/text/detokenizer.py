@@ -6,7 +6,7 @@ import codecs
 from collections.abc import Sequence as Seq
 from typing import Final
 
-from app.engines.tokenizer import Tokenizer
+from app.engines.text.tokenizer import Tokenizer
 
 _UTF8: Final = codecs.getincrementaldecoder("utf-8")
 

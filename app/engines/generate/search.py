@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from app.engines.generation_config import GenerationRules
+from app.engines.checkpoint.generation_config import GenerationRules
 from app.errors import RequestError
 from app.jobs import SamplingParams
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 
-from app.engines.detokenizer import Detokenizer
-from app.engines.grammar import Matcher
-from app.engines.tokenizer import Tokenizer
+from app.engines.sampling.grammar import Matcher
+from app.engines.text.detokenizer import Detokenizer
+from app.engines.text.tokenizer import Tokenizer
 from app.errors import InvalidSchema
 from app.jobs import FinishReason, SamplingParams
 

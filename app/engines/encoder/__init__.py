@@ -1,0 +1,1 @@
+"""One answer to a text: vectors, classes, scores."""

@@ -1,0 +1,1 @@
+"""Batches through transformers' own `generate`."""
