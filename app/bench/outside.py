@@ -159,7 +159,7 @@ def _serve(python: str, folder: Path, dtype: str) -> Iterator[tuple[Way, dict[st
     port = free_port(0)
     url = f"http://127.0.0.1:{port}/v1"
     words = (
-        f"-m vllm.entrypoints.cli.main serve {folder} --host 127.0.0.1 --port {port} "
+        f"-m vllm.entrypoints.openai.api_server --model {folder} --host 127.0.0.1 --port {port} "
         f"--dtype {dtype} --served-model-name m --max-num-seqs {ROWS} --max-model-len {CONTEXT} "
         "--enforce-eager --disable-uvicorn-access-log"
     )

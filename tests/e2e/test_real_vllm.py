@@ -121,7 +121,7 @@ class Server:
 
     def start(self) -> None:
         words = (
-            f"-m vllm.entrypoints.cli.main serve {self._folder} --host 127.0.0.1 "
+            f"-m vllm.entrypoints.openai.api_server --model {self._folder} --host 127.0.0.1 "
             f"--port {self.port} --served-model-name theirs --max-num-seqs 32 "
             "--max-model-len 1024 --enforce-eager"
         )
