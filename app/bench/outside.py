@@ -127,9 +127,9 @@ def _system(engine: str, folder: Path, dtype: str, options: dict[str, Any]) -> I
 def _generate(python: str, folder: Path, dtype: str) -> Iterator[tuple[Way, dict[str, Any]]]:
     """vLLM in a process of its own, as `app.bench engine` runs it."""
     script = Path(__file__).with_name("peer.py")
-    options = {"enforce_eager": True, "max_model_len": CONTEXT}
+    own = {"enforce_eager": True, "enable_prefix_caching": False}  # rounds repeat their prompts
     process = subprocess.Popen(
-        [python, str(script), str(folder), dtype, json.dumps(options)],
+        [python, str(script), str(folder), dtype, json.dumps(own | {"max_model_len": CONTEXT})],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -147,7 +147,7 @@ def _generate(python: str, folder: Path, dtype: str) -> Iterator[tuple[Way, dict
         raise RuntimeError(f"vLLM ended with exit code {process.wait()}.")
 
     try:
-        yield generate, {"python": python, "enforce_eager": True}
+        yield generate, own | {"python": python}
     finally:
         process.kill()
         process.wait()
@@ -161,7 +161,7 @@ def _serve(python: str, folder: Path, dtype: str) -> Iterator[tuple[Way, dict[st
     words = (
         f"-m vllm.entrypoints.openai.api_server --model {folder} --host 127.0.0.1 --port {port} "
         f"--dtype {dtype} --served-model-name m --max-num-seqs {ROWS} --max-model-len {CONTEXT} "
-        "--enforce-eager --disable-uvicorn-access-log"
+        "--enforce-eager --no-enable-prefix-caching --disable-uvicorn-access-log"
     )
     process = subprocess.Popen([python, *words.split()], start_new_session=True)
     try:
