@@ -149,8 +149,7 @@ def _generate(python: str, folder: Path, dtype: str) -> Iterator[tuple[Way, dict
     try:
         yield generate, own | {"python": python}
     finally:
-        process.kill()
-        process.wait()
+        process.communicate()  # no more work: it ends, and its own processes with it
 
 
 @contextmanager
