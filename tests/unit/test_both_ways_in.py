@@ -15,13 +15,15 @@ from app.config.settings import Settings
 from app.engines.catalog import load_catalog
 from app.errors import GristmillError, RequestError
 from app.intake.submit import Submitter
-from app.requests.bodies import BODIES
+from app.jobs import Kind
+from app.requests import bodies
 from app.worker.pool.arrivals import TASKS, read
 from tests.any_messages import requests
 from tests.conftest import STUB_MODELS
 
 STRICT = Settings(models=STUB_MODELS)
 LENIENT = Settings(models=STUB_MODELS, unknown_fields="ignore")
+LANGUAGES = {"source_language", "target_language"}
 CATALOG = load_catalog(STRICT)
 
 
@@ -57,8 +59,13 @@ def as_message(body: dict[str, Any], config: Settings) -> Any:
 
 def _kinds(body: dict[str, Any]) -> set[Any]:
     """Those of models that may answer it."""
-    fields = [url for url, it in BODIES.items() if it.PROMPT_FIELD in body]
-    return {url.kind for url in fields} or set(TASKS.values())
+    named = {name for name, value in body.items() if value is not None}
+    present = [url for field, url in bodies._URL_BY_FIELD.items() if field in named]
+    if len(present) != 1:
+        return set(TASKS.values())
+    if "input" in named and named & LANGUAGES:
+        return {Kind.TRANSLATE}
+    return {present[0].kind}
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -317,7 +317,6 @@ def test_stamps_are_in_order() -> None:
             {"num_layers": 1, "d_model": 32, "d_ff": 32, "vocab_size": VOCAB},
             "encoder-decoder",
         ),
-        ("gpt_oss", {"num_local_experts": 2, "num_experts_per_tok": 1}, "s_aux"),
         ("qwen3_next", {"layer_types": ["linear_attention", "full_attention"]}, "linear_attention"),
         (
             "llama",

@@ -266,7 +266,12 @@ def test_an_answer_is_a_choice_for_each_text() -> None:
             {"index": 0, "text": "a", "finish_reason": "stop"},
             {"index": 1, "text": "b", "finish_reason": "stop"},
         ],
-        "usage": {"prompt_tokens": 8, "completion_tokens": 2, "total_tokens": 10},
+        "usage": {
+            "prompt_tokens": 8,
+            "completion_tokens": 2,
+            "total_tokens": 10,
+            "prompt_tokens_details": {"cached_tokens": 0},
+        },
     }
 
 
