@@ -11,7 +11,8 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, NoReturn
 
@@ -88,3 +89,16 @@ class Background(threading.Thread):
             frames,
             extra={"action": "thread_failed", "failures": failures},
         )
+
+
+@contextmanager
+def beside(name: str, work: Callable[[threading.Event], object]) -> Iterator[None]:
+    """Runs `work` in the background of the block; the event that it is given says when to end."""
+    stop = threading.Event()
+    thread = Background(name, lambda: work(stop), stop)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()

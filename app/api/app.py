@@ -6,8 +6,9 @@ import logging
 import socket
 import sys
 import threading
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
 from importlib.metadata import version
 from typing import Final
 
@@ -43,7 +44,7 @@ from app.errors import ConfigError, Unavailable
 from app.intake.submit import Submitter
 from app.store import notices
 from app.store.database import Database
-from app.threads import Background
+from app.threads import beside
 
 log = logging.getLogger(__name__)
 
@@ -117,30 +118,19 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     # One thread a connection: requests then queue for a thread, not with a thread for a connection.
     to_thread.current_default_thread_limiter().total_tokens = settings.database.pool_size
     services.waiters.open()
-    with memory.kept_small(), _listening(settings.database.news_url, services.waiters):
+    listen = partial(_listen, settings.database.news_url, services.waiters)
+    with beside("trim", memory.keep_small), beside("listen", listen):
         yield
     await services.close()
 
 
-@contextmanager
-def _listening(database_url: str, waiters: Waiters) -> Iterator[None]:
+def _listen(database_url: str, waiters: Waiters, stop: threading.Event) -> None:
     """Pass on every word of a finished job to those who wait for it."""
-    stop = threading.Event()
-
-    def listen() -> None:
-        for notice in notices.listen(database_url, [notices.DONE], stop):
-            if notice.job_id is None:
-                waiters.look_again()
-            else:
-                waiters.job_is_done(notice.job_id)
-
-    thread = Background("listen", listen, stop)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
+    for notice in notices.listen(database_url, [notices.DONE], stop):
+        if notice.job_id is None:
+            waiters.look_again()
+        else:
+            waiters.job_is_done(notice.job_id)
 
 
 class Server(uvicorn.Server):

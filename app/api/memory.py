@@ -5,11 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Final
-
-from app.threads import Background
 
 _MMAP_THRESHOLD: Final = -3  # the names are those of glibc's malloc.h
 _TRIM_THRESHOLD: Final = -1
@@ -33,23 +29,14 @@ def give_back() -> None:
         mallopt(_ARENA_MAX, 2)  # each of the threads that parse would have one of its own
 
 
-@contextmanager
-def kept_small() -> Iterator[None]:
-    """Inside, free pages between blocks in use go back, too: a storm of requests leaves many."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; lets other threads run
-    stop = threading.Event()
+def keep_small(stop: threading.Event) -> None:
+    """Until it is to stop, free pages between blocks in use go back, too: storms leave many.
 
-    def trim_again_and_again() -> None:
-        while trim is not None and not stop.wait(TRIM_S):
-            trim(0)
-
-    thread = Background("trim", trim_again_and_again, stop)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
+    Not on the event loop; lets other threads run.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    while trim is not None and not stop.wait(TRIM_S):
+        trim(0)
 
 
 def settle() -> None:

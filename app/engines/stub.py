@@ -38,9 +38,9 @@ from app.engines.base import (
     NewTokens,
     Progress,
     Sequence,
-    StepStats,
     TokenLogprob,
 )
+from app.engines.joining import JoiningEngine
 from app.engines.text.stopping import Output
 from app.engines.text.tokenizer import StubTokenizer
 from app.errors import OutOfMemory
@@ -80,7 +80,7 @@ class _Row:
         )
 
 
-class StubEngine:
+class StubEngine(JoiningEngine):
     kernels = "none"
 
     def __init__(
@@ -91,6 +91,7 @@ class StubEngine:
         threads: int,
         progress: Progress,
     ) -> None:
+        super().__init__()
         self.joins = bool(settings.options.get("joins", False))
         self._step_ns = int(float(settings.options.get("step_ms", 0)) * 1e6)
         self._row_ns = int(float(settings.options.get("row_ms", 0)) * 1e6)
@@ -100,10 +101,8 @@ class StubEngine:
         self._progress = progress
         self._rows: list[_Row] = []
         self._is_broken = False
-        self._new_tokens: list[NewTokens] = []
         _pause(float(settings.options.get("load_ms", 0)) / 1_000)
         self._cancelled: set[int] = set()
-        self._stats: dict[str, StepStats] = {}
 
     def admit(self, batch_id: str, sequences: Seq[Sequence]) -> None:
         self._rows += [_Row(sequence, batch_id, self._tokenizer) for sequence in sequences]
@@ -137,14 +136,6 @@ class StubEngine:
         if self._rows and not self.joins:
             return 0
         return self._max_rows - len(self._rows)
-
-    def take_tokens(self) -> list[NewTokens]:
-        taken, self._new_tokens = self._new_tokens, []
-        return taken
-
-    def take_stats(self) -> list[StepStats]:
-        stats, self._stats = self._stats, {}
-        return list(stats.values())
 
     def close(self) -> None:
         self._rows.clear()
@@ -230,9 +221,6 @@ class StubEngine:
         if reason is FinishReason.ERROR:
             answer.error_code, answer.error_message = NOT_FINITE
         return answer
-
-    def _stats_of(self, batch_id: str) -> StepStats:
-        return self._stats.setdefault(batch_id, StepStats(batch_id))
 
 
 def _embedding(token_ids: Seq[int]) -> list[float]:

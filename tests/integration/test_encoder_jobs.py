@@ -5,11 +5,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import httpx
 import pytest
 import torch
 from celery import Celery
@@ -18,28 +15,13 @@ from transformers import AutoModelForSequenceClassification
 from app.cli.results import answers
 from app.client import Client
 from app.config.settings import Settings
-from tests.apis import running_api
+from tests.integration.tiny_system import System, running_system
 from tests.unit import tiny_encoders, tiny_models
 from tests.unit.tiny_models import BOS, EOS
 from tests.waiting import eventually
-from tests.workers import results, rows, running_worker
+from tests.workers import results, rows
 
 LABELS = {"id2label": {"0": "dry", "1": "wet", "2": "stone"}}
-
-
-@dataclass
-class System:
-    settings: Settings
-    api: httpx.Client
-    folders: dict[str, Path]
-
-    def answer(self, submission: dict[str, Any]) -> dict[str, Any]:
-        """The job of a submission, ended."""
-        told = self.api.post("/v1/jobs?wait=60", json=submission)
-        assert told.status_code in (200, 202), told.text
-        job: dict[str, Any] = told.json()
-        assert job["state"] == "completed", job
-        return job
 
 
 @pytest.fixture
@@ -76,8 +58,8 @@ def config(
 
 @pytest.fixture
 def system(config: Settings, folders: dict[str, Path], tmp_path: Path) -> Iterator[System]:
-    with running_api(config) as api, running_worker(config, tmp_path / "worker"):
-        yield System(config, api, folders)
+    with running_system(config, folders, tmp_path / "worker") as running:
+        yield running
 
 
 def ids(text: str) -> list[int]:
@@ -96,8 +78,8 @@ def test_classes_ranks_scores_and_vectors_come_from_the_api_and_are_on_the_books
     )
 
     # when texts are classified, by url and by the model alone
-    by_url = system.answer({"url": "/classify", "body": {"input": texts}})
-    by_model = system.answer({"body": {"model": "sorter", "input": texts[0]}})
+    by_url = system.answer({"input": texts}, url="/classify")
+    by_model = system.answer({"model": "sorter", "input": texts[0]})
 
     # then they have the probabilities of transformers, by label
     for text, item in zip(texts, by_url["response"]["data"], strict=True):
@@ -117,9 +99,9 @@ def test_classes_ranks_scores_and_vectors_come_from_the_api_and_are_on_the_books
     # when documents are ranked and pairs scored
     documents = ["Water.", {"text": "A stone"}, "Meal and flour"]
     body = {"query": "mill", "documents": documents, "top_n": 2, "return_documents": True}
-    ranked = system.answer({"body": body})
+    ranked = system.answer(body)
     told = ["Water.", "A stone", "Meal and flour"]
-    scored = system.answer({"body": {"text_1": "mill", "text_2": told}})
+    scored = system.answer({"text_1": "mill", "text_2": told})
 
     # then each pair has the score that the cross-encoder gives it
     pairs = []
@@ -138,7 +120,7 @@ def test_classes_ranks_scores_and_vectors_come_from_the_api_and_are_on_the_books
 
     # when a vector is asked for short and as it is
     whole, short = (
-        system.answer({"body": {"input": "water", "normalize": False} | more})["response"]
+        system.answer({"input": "water", "normalize": False} | more)["response"]
         for more in ({}, {"dimensions": 4})
     )
     assert short["data"][0]["embedding"] == whole["data"][0]["embedding"][:4]

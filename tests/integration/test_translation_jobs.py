@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import torch
 from celery import Celery
@@ -15,34 +13,20 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, MarianTokenizer
 
 from app.cli.results import answers
 from app.config.settings import Settings
-from tests.apis import running_api
+from tests.integration.tiny_system import System, running_system
 from tests.unit import tiny_translators
 from tests.unit.tiny_translators import ENGLISH
 from tests.waiting import eventually
-from tests.workers import results, rows, running_worker
+from tests.workers import results, rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:Recommended. pip install sacremoses")
 
 
-@dataclass
-class System:
-    settings: Settings
-    api: httpx.Client
-    folders: dict[str, Path]
-
-    def answer(self, body: dict[str, Any], **submission: Any) -> dict[str, Any]:
-        """The job of a submission, ended."""
-        told = self.api.post("/v1/jobs?wait=60", json={"body": body, **submission})
-        assert told.status_code in (200, 202), told.text
-        job: dict[str, Any] = told.json()
-        assert job["state"] == "completed", job
-        return job
-
-    def refusal(self, body: dict[str, Any]) -> tuple[str, str]:
-        """The field that is refused, and why."""
-        told = self.api.post("/v1/jobs", json={"body": body})
-        assert told.status_code in (400, 422), told.text
-        return told.json()["param"], told.json()["detail"]
+def refusal(system: System, body: dict[str, Any]) -> tuple[str, str]:
+    """The field that is refused, and why."""
+    told = system.api.post("/v1/jobs", json={"body": body})
+    assert told.status_code in (400, 422), told.text
+    return told.json()["param"], told.json()["detail"]
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +63,8 @@ def config(
 
 @pytest.fixture
 def system(config: Settings, folders: dict[str, Path], tmp_path: Path) -> Iterator[System]:
-    with running_api(config) as api, running_worker(config, tmp_path / "worker"):
-        yield System(config, api, folders)
+    with running_system(config, folders, tmp_path / "worker") as running:
+        yield running
 
 
 def expected(folder: Path, text: str, languages: tuple[str, str] | None = None, **how: Any) -> Any:
@@ -161,11 +145,11 @@ def test_translations_come_from_the_api_and_from_celery_as_transformers_gives_th
     assert all(row["cost"] > 0 for row in found.values())
 
     # and what no model can do is said before it is queued
-    assert system.refusal({"input": "x", "target_language": "fr"}) == (
+    assert refusal(system, {"input": "x", "target_language": "fr"}) == (
         "body.target_language",
         "This model's target_language is de.",
     )
-    param, says = system.refusal({"model": "nllb", "input": "x", "target_language": "klingon"})
+    param, says = refusal(system, {"model": "nllb", "input": "x", "target_language": "klingon"})
     assert param == "body.target_language"
     assert "no language so called" in says
     models = {each["id"]: each for each in system.api.get("/v1/models").json()["data"]}

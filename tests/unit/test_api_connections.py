@@ -12,7 +12,13 @@ from itertools import pairwise
 import pytest
 
 from app.api import connections
-from app.api.app import ACCEPTED_A_TURN, Server, create_app, listen_on
+from app.api.app import (
+    ACCEPTED_A_TURN,
+    SYSTEM_BUFFER_BYTES,
+    Server,
+    create_app,
+    listen_on,
+)
 from app.api.connections import SPARE_FILES
 from app.config.settings import Settings
 from app.errors import ConfigError
@@ -74,3 +80,13 @@ def test_those_who_come_at_once_are_accepted_a_few_in_each_turn_of_the_loop(
 
     steps = [now - before for before, now in pairwise(accepted)]
     assert 0 < max(steps) <= ACCEPTED_A_TURN
+
+
+def test_what_the_system_holds_of_each_connection_is_bounded() -> None:
+    with (
+        listen_on("127.0.0.1", 0) as sock,
+        socket.create_connection(sock.getsockname(), timeout=10),
+        sock.accept()[0] as accepted,
+    ):
+        for buffer in (socket.SO_RCVBUF, socket.SO_SNDBUF):  # Linux says twice what it was told
+            assert accepted.getsockopt(socket.SOL_SOCKET, buffer) <= 2 * SYSTEM_BUFFER_BYTES

@@ -46,13 +46,14 @@ def test_what_a_hundred_and_sixty_megabytes_of_bodies_took_is_given_back() -> No
 SCATTERED = """
 import time
 from app.api import memory
+from app.threads import beside
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096
 
 memory.TRIM_S = 0.01
 memory.give_back()
-with memory.kept_small():
+with beside("trim", memory.keep_small):
     before = resident()
     blocks = [bytearray(4_000) for _ in range(40_000)]
     kept = blocks[::400]  # the last of the heap among them: its end cannot go back

@@ -118,7 +118,7 @@ def test_the_states_are_drawn_as_they_move() -> None:
 def test_the_threads_have_these_names() -> None:
     rows = re.findall(r"^\|[^|]*\| (`[^|]*`) \|", PAGES[ARCHITECTURE], re.MULTILINE)
     source = "".join(file.read_text() for file in (ROOT / "app").rglob("*.py"))
-    starts = r'(?:Background\(|Thread\([^"]*name=|super\(\).__init__\((?:name=)?)"(\w+)"'
+    starts = r'(?:Background\(|beside\(|Thread\([^"]*name=|super\(\).__init__\((?:name=)?)"(\w+)"'
 
     told = {name for row in rows for name in re.findall(r"\w+", row)}
     assert told == set(re.findall(starts, source))

@@ -25,8 +25,9 @@ from app.engines.openai.options import Options
 from app.engines.openai.tokenizer import TextTokenizer, unpacked
 from app.engines.text.chat_template import Chat
 from app.errors import ConfigError, RequestError
-from app.jobs import FinishReason, Grammar, SamplingParams
+from app.jobs import FinishReason, SamplingParams
 from tests.fake_upstream import KEY, Does, FakeUpstream
+from tests.unit.full_params import FULL
 from tests.waiting import eventually
 
 MOST = 16
@@ -438,35 +439,6 @@ def test_a_chat_goes_out_as_messages_and_a_text_as_text() -> None:
 
 
 # ── what is passed on ───────────────────────────────────────────────────────────────────────────
-
-FULL = SamplingParams(
-    max_tokens=9,
-    temperature=0.7,
-    top_p=0.8,
-    top_k=3,
-    min_p=0.1,
-    presence_penalty=0.2,
-    frequency_penalty=0.3,
-    repetition_penalty=1.1,
-    logit_bias=((4, -1.5),),
-    bad_words=((7, 8),),
-    min_tokens=2,
-    stop=("x",),
-    stop_token_ids=(6,),
-    seed=5,
-    logprobs=1,
-    prompt_logprobs=1,
-    ignore_eos=True,
-    grammar=Grammar("json_schema", '{"type": "object"}'),
-    num_beams=4,
-    length_penalty=2.0,
-    early_stopping=True,
-    beam=1,
-    decoder_start_token_id=3,
-    forced_bos_token_id=4,
-    unset=frozenset({"temperature"}),
-)
-
 
 FIELDS = {field.name for field in dataclasses.fields(SamplingParams)}
 

@@ -32,6 +32,7 @@ from app.worker import assembly
 from tests import fake_vllm
 from tests.fake_vllm import LLMEngine
 from tests.unit import tiny_models
+from tests.unit.full_params import FULL
 
 
 @pytest.fixture(scope="module")
@@ -207,33 +208,6 @@ def test_what_vllm_refuses_fails_alone_and_is_not_quoted(folder: Path) -> None:
 
 
 def test_every_field_of_the_sampling_parameters_reaches_vllm(folder: Path) -> None:
-    full = SamplingParams(
-        max_tokens=9,
-        temperature=0.7,
-        top_p=0.8,
-        top_k=3,
-        min_p=0.1,
-        presence_penalty=0.2,
-        frequency_penalty=0.3,
-        repetition_penalty=1.1,
-        logit_bias=((4, -1.5),),
-        bad_words=((7, 8),),
-        min_tokens=2,
-        stop=("x",),
-        stop_token_ids=(6,),
-        seed=5,
-        logprobs=1,
-        prompt_logprobs=1,
-        ignore_eos=True,
-        grammar=Grammar("json_schema", "{}"),
-        num_beams=4,
-        length_penalty=2.0,
-        early_stopping=True,
-        beam=1,
-        decoder_start_token_id=3,
-        forced_bos_token_id=4,
-        unset=frozenset({"top_k"}),
-    )
     plain = SamplingParams(max_tokens=1)
     by_us = {"stop", "unset"}
     inside = engine(folder)
@@ -250,7 +224,7 @@ def test_every_field_of_the_sampling_parameters_reaches_vllm(folder: Path) -> No
     # A field that is added to SamplingParams has to be handed over, or made good here.
     before = handed(plain)
     for field in dataclasses.fields(SamplingParams):
-        value = getattr(full, field.name)
+        value = getattr(FULL, field.name)
         assert value != getattr(plain, field.name), f"{field.name} is not tried"
         if field.name not in by_us:
             now = handed(dataclasses.replace(plain, **{field.name: value}))

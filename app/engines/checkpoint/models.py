@@ -16,7 +16,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -193,17 +194,13 @@ def _from_hub(
     """
 
     def fetch(files: list[str]) -> Path:
-        try:
-            found = snapshot_download(
-                source, revision=revision, cache_dir=_hub_cache(cache_dir), allow_patterns=files
+        refusal = f"{source} is neither a local folder nor to be had from the Hugging Face hub"
+        with _of_the_hub(refusal):
+            return Path(
+                snapshot_download(
+                    source, revision=revision, cache_dir=_hub_cache(cache_dir), allow_patterns=files
+                )
             )
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise ConfigError(
-                f"{source} is neither a local folder nor to be had from the Hugging Face hub: "
-                f"{reason}"
-            ) from error
-        return Path(found)
 
     progress(f"looking for {source} on the Hugging Face hub")
     folder = fetch(_TEXT_FILES)
@@ -219,20 +216,28 @@ def _gguf_from_hub(source: Path, revision: str | None, cache_dir: Path, progress
     """owner/name/file.gguf: downloaded, if it is not there."""
     owner, name, *inside = source.parts if len(source.parts) > 2 else ("", "", "")
     progress(f"looking for {source} on the Hugging Face hub")
-    try:
-        file = hf_hub_download(
-            f"{owner}/{name}",
-            "/".join(inside),
-            revision=revision,
-            cache_dir=_hub_cache(cache_dir),
+    with _of_the_hub(
+        f"{source} is neither a local GGUF file nor to be had from the Hugging Face hub as "
+        "owner/name/file.gguf"
+    ):
+        return Path(
+            hf_hub_download(
+                f"{owner}/{name}",
+                "/".join(inside),
+                revision=revision,
+                cache_dir=_hub_cache(cache_dir),
+            )
         )
+
+
+@contextmanager
+def _of_the_hub(refusal: str) -> Iterator[None]:
+    """Inside, whatever the hub's library raises is a `ConfigError` with its first line."""
+    try:
+        yield
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(
-            f"{source} is neither a local GGUF file nor to be had from the Hugging Face hub as "
-            f"owner/name/file.gguf: {reason}"
-        ) from error
-    return Path(file)
+        raise ConfigError(f"{refusal}: {reason}") from error
 
 
 def _hub_cache(cache_dir: Path) -> Path | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from app.config.settings import ModelSettings
 from app.costs import decode_weights, share
-from app.engines.base import NOT_FINITE, Generation, NewTokens, Progress, Sequence, StepStats
+from app.engines.base import NOT_FINITE, Generation, NewTokens, Progress, Sequence
 from app.engines.checkpoint.generation_config import load_rules
 from app.engines.device import give_back_memory, pick_device, ran_out_of_memory, use_threads
 from app.engines.inflight import library, native, scoring
@@ -30,6 +30,7 @@ from app.engines.inflight.loading import load_decoder
 from app.engines.inflight.memory import blocks_within
 from app.engines.inflight.scheduler import Row, Scheduler, Segment
 from app.engines.inflight.staging import PENDING
+from app.engines.joining import JoiningEngine
 from app.engines.sampling.grammar import Compiling, Grammars, wait_any
 from app.engines.sampling.sampler import BAD_ROW, RowSampler, Sampled
 from app.engines.text.stopping import Output
@@ -84,10 +85,8 @@ class Options:
         return cls(**settings.options)
 
 
-class InflightEngine:
+class InflightEngine(JoiningEngine):
     """Any decoder of transformers, run packed over a block cache. Implements `base.Engine`."""
-
-    joins: Final = True
 
     @property
     def kernels(self) -> str:
@@ -102,6 +101,7 @@ class InflightEngine:
     def __init__(
         self, folder: Path, settings: ModelSettings, device: str, threads: int, progress: Progress
     ) -> None:
+        super().__init__()
         options = Options.of(settings)
         self._device = pick_device(device)
         use_threads(threads)
@@ -133,10 +133,8 @@ class InflightEngine:
         self._compiling: dict[int, Compiling] = {}  #: of rows that the scheduler does not have yet
         self._arrivals = itertools.count()
         self._ended: list[Generation] = []  # to come back from the next step
-        self._new_tokens: list[NewTokens] = []
         self._leaving: list[Row] = []  # they have ended, and a step that they are in has not
         self._cancelled: set[int] = set()
-        self._stats: dict[str, StepStats] = {}
 
     def admit(self, batch_id: str, sequences: Seq[Sequence]) -> None:
         for sequence in sequences:
@@ -208,14 +206,6 @@ class InflightEngine:
     def free_rows(self) -> int:
         """Some more than there are slots: whoever waits in here runs in the very next step."""
         return max(0, self._scheduler.num_rows * 9 // 8 - len(self._rows))
-
-    def take_tokens(self) -> list[NewTokens]:
-        taken, self._new_tokens = self._new_tokens, []
-        return taken
-
-    def take_stats(self) -> list[StepStats]:
-        taken, self._stats = list(self._stats.values()), {}
-        return taken
 
     def close(self) -> None:
         self._rows.clear()
@@ -438,7 +428,7 @@ class InflightEngine:
         for segment, part in zip(segments, share(device_ns, weights), strict=True):
             row, end = segment.row, segment.start + segment.count
             row.generation.device_ns += part
-            stats = self._stats.setdefault(row.batch_id, StepStats(row.batch_id))
+            stats = self._stats_of(row.batch_id)
             stats.rows += 1
             stats.useful_tokens += max(0, end - max(segment.start, row.furthest))
             stats.padded_tokens += segment.count

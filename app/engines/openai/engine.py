@@ -28,7 +28,8 @@ from typing import Any, Final
 import httpx
 
 from app.config.settings import ModelSettings
-from app.engines.base import Generation, NewTokens, Progress, Sequence, StepStats
+from app.engines.base import Generation, NewTokens, Progress, Sequence
+from app.engines.joining import JoiningEngine
 from app.engines.openai import balance
 from app.engines.openai.answer import Answer, Denied, Lost, Overloaded, Refused, Unreachable
 from app.engines.openai.balance import Load
@@ -85,15 +86,15 @@ class _Row:
         return (not self.is_suspect, self.sequence.priority, self.arrival)
 
 
-class OpenAiEngine:
+class OpenAiEngine(JoiningEngine):
     """Sequences run at servers elsewhere. Implements `base.Engine`."""
 
-    joins: Final = True
     kernels: Final = "an upstream's"
 
     def __init__(
         self, folder: Path, settings: ModelSettings, device: str, threads: int, progress: Progress
     ) -> None:
+        super().__init__()
         self._options = Options.of(settings)
         _greet(self._options)
         self._as_text = settings.source == NO_FILES
@@ -102,8 +103,6 @@ class OpenAiEngine:
         self._rows: dict[int, _Row] = {}  #: the stepping thread's
         self._arrivals = 0
         self._ended: queue.SimpleQueue[Generation] = queue.SimpleQueue()
-        self._new_tokens: list[NewTokens] = []
-        self._stats: dict[str, StepStats] = {}
         # From here on the loop's alone.
         self._waiting: list[_Row] = []
         self._cancelled: set[int] = set()  #: that have not come yet
@@ -164,7 +163,7 @@ class OpenAiEngine:
         return ended
 
     def _count(self, row: _Row) -> None:
-        stats = self._stats.setdefault(row.batch_id, StepStats(row.batch_id))
+        stats = self._stats_of(row.batch_id)
         stats.rows += 1
         tokens = row.generation.input_tokens + row.generation.output_tokens
         stats.useful_tokens += tokens
@@ -180,14 +179,6 @@ class OpenAiEngine:
     @property
     def free_rows(self) -> int:
         return self._most - len(self._rows)
-
-    def take_tokens(self) -> list[NewTokens]:
-        taken, self._new_tokens = self._new_tokens, []
-        return taken
-
-    def take_stats(self) -> list[StepStats]:
-        taken, self._stats = list(self._stats.values()), {}
-        return taken
 
     def close(self) -> None:
         self._rows.clear()

@@ -12,24 +12,17 @@ from app.engines.openai.tokenizer import unpacked
 from app.errors import RequestError
 from app.jobs import WHOLE, Grammar, SamplingParams
 
+_OURS: Final = {
+    name: name
+    for name in (
+        *("top_k", "min_p", "repetition_penalty"),
+        *("min_tokens", "stop_token_ids", "ignore_eos"),
+    )
+}
 NAMES: Final[dict[str, dict[str, str]]] = {
     "openai": {},
-    "vllm": {
-        "top_k": "top_k",
-        "min_p": "min_p",
-        "repetition_penalty": "repetition_penalty",
-        "min_tokens": "min_tokens",
-        "stop_token_ids": "stop_token_ids",
-        "ignore_eos": "ignore_eos",
-    },
-    "sglang": {
-        "top_k": "top_k",
-        "min_p": "min_p",
-        "repetition_penalty": "repetition_penalty",
-        "min_tokens": "min_tokens",
-        "stop_token_ids": "stop_token_ids",
-        "ignore_eos": "ignore_eos",
-    },
+    "vllm": _OURS,
+    "sglang": _OURS,
     "llamacpp": {
         "top_k": "top_k",
         "min_p": "min_p",

@@ -24,11 +24,11 @@ from app.engines.base import (
     NewTokens,
     Progress,
     Sequence,
-    StepStats,
     TokenLogprob,
     finite,
 )
 from app.engines.checkpoint.generation_config import load_rules
+from app.engines.joining import JoiningEngine
 from app.engines.text.stopping import Output
 from app.engines.text.tokenizer import FileTokenizer
 from app.engines.vllm import sampling
@@ -64,14 +64,13 @@ class _Row:
     key: str  #: vLLM's own id
 
 
-class VllmEngine:
+class VllmEngine(JoiningEngine):
     """A model on one device or several. Implements `base.Engine`."""
-
-    joins: Final = True
 
     def __init__(
         self, folder: Path, settings: ModelSettings, device: str, threads: int, progress: Progress
     ) -> None:
+        super().__init__()
         self._vllm = _import(device, threads)
         self.kernels = f"vLLM {self._vllm.__version__}"
         self._tokenizer = FileTokenizer(folder, settings)
@@ -84,9 +83,7 @@ class VllmEngine:
         self._progress = progress
         self._rows: dict[str, _Row] = {}  #: by the id that vLLM was given
         self._ended: list[Generation] = []  #: to come back from the next step
-        self._new_tokens: list[NewTokens] = []
         self._cancelled: set[int] = set()  #: filled from another thread
-        self._stats: dict[str, StepStats] = {}
         self._computed: dict[str, int] = {}  #: tokens of this step, by vLLM's own ids
         self._watch_scheduler()
 
@@ -142,14 +139,6 @@ class VllmEngine:
     @property
     def free_rows(self) -> int:
         return self._max_rows - len(self._rows)
-
-    def take_tokens(self) -> list[NewTokens]:
-        taken, self._new_tokens = self._new_tokens, []
-        return taken
-
-    def take_stats(self) -> list[StepStats]:
-        taken, self._stats = list(self._stats.values()), {}
-        return taken
 
     def close(self) -> None:
         self._rows.clear()
@@ -291,7 +280,7 @@ class VllmEngine:
             counts = weights = [0] * len(rows)
         for row, count, part in zip(rows, counts, share(step_ns, weights), strict=True):
             row.generation.device_ns += part
-            stats = self._stats.setdefault(row.batch_id, StepStats(row.batch_id))
+            stats = self._stats_of(row.batch_id)
             stats.rows += 1
             stats.useful_tokens += count
             stats.padded_tokens += count
