@@ -68,8 +68,8 @@ def _masked(url: str) -> str | None:
 
 
 def _user(scheme: str, given: str) -> str:
-    """A name alone is one to Postgres; to Redis it may be meant as the password."""
+    """To Postgres what comes first is a name; to Redis it may be meant as the password, or as its
+    beginning, for a password may have a colon."""
     name, colon, _ = given.partition(":")
-    if colon:
-        return f"{name}:{MASK}"
-    return name if scheme.startswith("postgres") or not name else MASK
+    told = name if scheme.startswith("postgres") or not name else MASK
+    return f"{told}:{MASK}" if colon else told

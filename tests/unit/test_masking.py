@@ -72,6 +72,7 @@ def test_what_is_called_a_password_or_a_token_is_not_shown(name: str, password: 
         ("postgresql://", "postgresql://***"),
         ("redis://127.0.0.1:6379/0", None),
         ("redis://secret@host/0", "redis://***@host/0"),
+        ("redis://sec:ret@host/0", "redis://***:***@host/0"),
         ("unix://:secret@/run/redis.sock?db=1", "unix://:***@/run/redis.sock?db=1"),
         (
             "sentinel://:secret@one:26379;sentinel://two:26379/0",

@@ -190,7 +190,8 @@ def test_an_overloaded_upstream_is_waited_for_and_sent_no_more_than_it_bears() -
     bears = 3
 
     def plan(number: int, body: dict[str, Any]) -> Does:
-        return Does() if upstream.seen.inside <= bears else Does(429)
+        # What was sent and is not answered: how many of them run here at once is chance.
+        return Does() if inside._servers[0].load.inside <= bears else Does(429)
 
     upstream = FakeUpstream(plan)
     with upstream, running(upstream) as inside:
@@ -343,11 +344,12 @@ def test_the_key_goes_to_the_upstream_and_into_no_log(
         with FakeUpstream(lambda number, body: fails_once.get(number, Does()), key=KEY) as upstream:
             server = [{"url": upstream.url} | where]
             with running(upstreams=server) as inside:
-                answers = ask(inside, sequence(1, (4321, 1234)))
+                # No port has as many digits as these tokens.
+                answers = ask(inside, sequence(1, (654321, 123456)))
 
         assert answers[1].finish_reason is FinishReason.STOP
         assert upstream.seen.keys == {KEY}
-    assert KEY not in caplog.text and "4321" not in caplog.text
+    assert KEY not in caplog.text and "654321" not in caplog.text
     assert "upstream" in caplog.text.lower()
 
 
