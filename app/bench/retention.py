@@ -20,10 +20,10 @@ from decimal import Decimal
 from pathlib import Path
 from statistics import median
 from typing import Final
-from uuid import UUID, uuid4
+from uuid import UUID
 
 from app.bench.report import machine, print_json, print_table
-from app.jobs import CloseReason, JobState, Kind
+from app.jobs import CloseReason, JobState, Kind, new_id
 from app.local.servers import EmbeddedPostgres
 from app.store import claims, retention, sizes, submissions, workers
 from app.store.database import Database, migrate
@@ -57,7 +57,7 @@ class Store:
 
     def claim(self, ids: Seq[UUID]) -> list[claims.Claimed]:
         batch = claims.NewBatch(
-            id=uuid4(),
+            id=new_id(),
             worker_id=self.worker_id,
             model=MODEL,
             engine="stub",
@@ -65,7 +65,7 @@ class Store:
             wait_ms=1.0,
         )
         with self.database.begin() as connection:
-            return claims.claim(connection, batch, [claims.Member(id, uuid4()) for id in ids])
+            return claims.claim(connection, batch, [claims.Member(id, new_id()) for id in ids])
 
     def finish(self, claimed: Seq[claims.Claimed]) -> None:
         response = {"choices": [{"text": PROMPT}]}
@@ -115,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _new_job() -> NewJob:
     return NewJob(
-        id=uuid4(),
+        id=new_id(),
         model=MODEL,
         kind=Kind.GENERATE,
         url="/v1/completions",
@@ -129,7 +129,7 @@ def _new_job() -> NewJob:
 
 def _register(database: Database) -> UUID:
     worker = workers.NewWorker(
-        id=uuid4(),
+        id=new_id(),
         name="bench",
         host="here",
         pid=1,

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from typing import Annotated, Any, Final, TypeGuard
-from uuid import UUID, uuid4
+from uuid import UUID
 
 from pydantic import (
     AfterValidator,
@@ -43,7 +43,7 @@ from app.errors import (
 from app.intake.admission import Admission
 from app.intake.decision import Decision
 from app.intake.sender import Sender, num_bytes
-from app.jobs import MAX_PRIORITY, REPLAYED, bounded
+from app.jobs import MAX_PRIORITY, REPLAYED, bounded, new_id
 from app.requests import bodies
 from app.requests.handling import Whole
 from app.requests.part import Part
@@ -238,7 +238,7 @@ class Submitter:
         """Do what a submission does, but for keeping it. Raises what would become of one."""
         model, served = next(iter(self.models.items()))
         job = NewJob(
-            id=uuid4(),
+            id=new_id(),
             url="",
             kind=served.settings.kind,
             model=model,
@@ -302,7 +302,7 @@ class Submitter:
                 error.param = f"body.{error.param}"
             raise
         return NewJob(
-            id=uuid4(),
+            id=new_id(),
             url=request.url,
             kind=request.kind,
             model=model,

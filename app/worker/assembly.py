@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
-from uuid import UUID, uuid4
+from uuid import UUID
 
 from app.broker.publisher import Publisher
 from app.broker.queues import served_models
@@ -20,6 +20,7 @@ from app.config.settings import Settings
 from app.engines import registry
 from app.engines.catalog import CatalogModel, load_catalog
 from app.errors import ConfigError, EngineError
+from app.jobs import new_id
 from app.store.database import Database
 from app.store.workers import NewWorker
 from app.worker.batcher import Batcher, Limits
@@ -114,7 +115,7 @@ def assemble(
     """
     names = served_models(settings)
     catalog = load_catalog(settings, names)
-    worker_id = uuid4()
+    worker_id = new_id()
     database = Database(
         settings.database.url,
         pool_size=4,

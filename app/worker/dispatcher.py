@@ -10,9 +10,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from uuid import UUID, uuid4
+from uuid import UUID
 
-from app.jobs import CloseReason
+from app.jobs import CloseReason, new_id
 from app.worker.batcher import Batcher, Capacity
 from app.worker.engine.ceilings import Ceilings
 from app.worker.suspects import Suspects
@@ -88,7 +88,7 @@ class Dispatcher:
         for model, capacity in self._capacities(rooms).items():
             if closed := self._batcher.close(model, capacity, now_ns):
                 jobs = [self._waiting.pop(member.job_id) for member in closed.members]
-                batch = Batch(uuid4(), model, closed.reason, closed.wait_ns)
+                batch = Batch(new_id(), model, closed.reason, closed.wait_ns)
                 return _dispatch(jobs, batch, now_ns)
         return None
 
@@ -100,7 +100,7 @@ class Dispatcher:
         if not (jobs := self._suspects.next_unclaimed(_rows(rooms))):
             return None
         wait_ns = now_ns - min(job.arrived_ns for job in jobs)
-        return _dispatch(jobs, Batch(uuid4(), jobs[0].model, CloseReason.WAIT, wait_ns), now_ns)
+        return _dispatch(jobs, Batch(new_id(), jobs[0].model, CloseReason.WAIT, wait_ns), now_ns)
 
     def next_close_ns(self, rooms: Mapping[str, Room]) -> int | None:
         """When the first batch closes by waiting, or None if none does."""

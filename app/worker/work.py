@@ -8,11 +8,11 @@ from __future__ import annotations
 import datetime as dt
 import math
 from dataclasses import dataclass, field
-from uuid import UUID, uuid4
+from uuid import UUID
 
 from app.engines.base import Generation, Sequence
 from app.errors import GristmillError
-from app.jobs import SUSPECT_AFTER, CloseReason, JobState
+from app.jobs import SUSPECT_AFTER, CloseReason, JobState, new_id
 from app.requests.bodies import Request
 from app.requests.prepare import Prepared
 from app.store.claims import Finished
@@ -91,8 +91,8 @@ class Doomed:
     ticket: Ticket
     model: str
     ending: Ending
-    attempt_id: UUID = field(default_factory=uuid4)
-    batch_id: UUID = field(default_factory=uuid4)
+    attempt_id: UUID = field(default_factory=new_id)
+    batch_id: UUID = field(default_factory=new_id)
 
     @property
     def id(self) -> UUID:
@@ -115,7 +115,7 @@ class Job:
     registered_ns: int  #: when its row was known; what the row calls batch wait counts from here
     time_limit_s: float | None = None  #: from its claim on
     run: Run | None = None
-    attempt_id: UUID = field(default_factory=uuid4)  #: of the attempt that its claim is to open
+    attempt_id: UUID = field(default_factory=new_id)  #: of the attempt that its claim is to open
     closed_ns: int = 0  #: when its batch was closed
 
     @property

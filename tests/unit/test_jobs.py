@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from itertools import product
-from uuid import UUID, uuid4
+from uuid import RFC_4122, UUID, uuid4
 
 import pytest
 
-from app.jobs import FINAL_STATES, TRANSITIONS, JobState, Usage, can_move, int64, job_id_of
+from app.jobs import (
+    FINAL_STATES,
+    TRANSITIONS,
+    JobState,
+    Usage,
+    can_move,
+    int64,
+    job_id_of,
+    new_id,
+)
 
 
 def test_a_final_state_is_left_by_no_move() -> None:
@@ -33,6 +42,31 @@ def test_only_a_running_job_completes_or_is_given_back() -> None:
 
 def test_the_total_of_a_usage_is_its_parts() -> None:
     assert Usage(input_tokens=7, output_tokens=5).total_tokens == 12
+
+
+def test_ids_of_our_own_grow_with_time_and_say_when_they_were_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # given moments that are half a microsecond apart, or more
+    moments_ns = [1_700_000_000_000_000_000 + n for n in (0, 500, 999_999, 1_000_000, 10**9)]
+
+    # when an id is made at each
+    ids = []
+    for moment_ns in moments_ns:
+        monkeypatch.setattr("time.time_ns", lambda moment_ns=moment_ns: moment_ns)
+        ids.append(new_id())
+
+    # then they are of version 7, in this order, and begin with the time in ms
+    assert ids == sorted(ids)
+    assert {(each.version, each.variant) for each in ids} == {(7, RFC_4122)}
+    assert [each.int >> 80 for each in ids] == [moment // 10**6 for moment in moments_ns]
+
+
+def test_no_two_ids_of_our_own_are_the_same_even_at_one_moment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("time.time_ns", lambda: 1_700_000_000_000_000_000)
+    assert len({new_id() for _ in range(1_000)}) == 1_000
 
 
 def test_a_task_id_that_is_a_uuid_stands_for_itself() -> None:
