@@ -14,7 +14,7 @@ import httpx
 from app.api.app import Server, create_app, listen_on
 from app.config.settings import Settings
 from app.jobs import CloseReason, JobState
-from app.store import claims, workers
+from app.store import claims, notices, workers
 from app.store.database import Database
 
 
@@ -92,6 +92,7 @@ class Hands:
         )
         with self._database.begin() as connection:
             assert claims.finish(connection, [finished])
+        notices.tell_ended(self._database, [finished.job_id])
 
     def close(self) -> None:
         self._database.close()

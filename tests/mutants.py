@@ -85,10 +85,11 @@ MUTANTS: Final = (
     ),
     Mutant(
         "finish tells nobody",
-        STORE,
-        "{ANNOUNCE}",
-        "",
-        "tests/integration/test_store_notices.py",
+        "app/worker/ledger.py",
+        "notices.tell_ended(self._database, [job.id for job in over])",
+        "pass",
+        f"{SIMULATION}"
+        "::test_a_world_without_faults_answers_every_good_prompt_and_tells_those_who_wait",
     ),
     Mutant(
         "a heartbeat revives a stopped worker",

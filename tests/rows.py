@@ -13,7 +13,7 @@ from uuid import UUID, uuid4
 from sqlalchemy import text
 
 from app.jobs import AttemptOutcome, CloseReason, JobState, Kind
-from app.store import claims, reads, submissions, workers
+from app.store import claims, notices, reads, submissions, workers
 from app.store.claims import Claimed, Finished, Member, NewBatch, Release
 from app.store.database import Database
 from app.store.reads import JobView
@@ -143,7 +143,9 @@ class Worker:
 
     def finish(self, *finished: Finished) -> set[UUID]:
         with self.database.begin() as connection:
-            return claims.finish(connection, finished)
+            counted = claims.finish(connection, finished)
+        notices.tell_ended(self.database, [each.job_id for each in finished])
+        return counted
 
     def complete(self, claimed: Sequence[Claimed]) -> set[UUID]:
         return self.finish(*(completed(each) for each in claimed))

@@ -125,12 +125,12 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 def _listen(database_url: str, waiters: Waiters, stop: threading.Event) -> None:
-    """Pass on every word of a finished job to those who wait for it."""
+    """Pass on every word of ended jobs to those who wait for them."""
     for notice in notices.listen(database_url, [notices.DONE], stop):
-        if notice.job_id is None:
+        if notice.job_ids is None:
             waiters.look_again()
         else:
-            waiters.job_is_done(notice.job_id)
+            waiters.jobs_are_done(notice.job_ids)
 
 
 class Server(uvicorn.Server):

@@ -2,7 +2,8 @@
 
 Nobody holds a database connection or a thread while waiting. One listening thread serves all. A
 notice is a hint to look again, and so is a new connection of the listener, since notices sent while
-it was away are lost.
+it was away are lost. A worker may die between a commit and the news of it: everybody also looks now
+and then.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from typing import Final, TypeVar
 from uuid import UUID
 
 Seen = TypeVar("Seen")
+
+LOOK_AGAIN_S: Final = 5.0
+"""Longest time between two looks, in case that a notice was lost."""
 
 JOBS_OF_A_POLL: Final = 100
 """One that waits for more jobs than this counts as several."""
@@ -40,7 +44,7 @@ class _Watch:
 
 class Waiters:
     """Owner of the events of all long polls. Its methods belong to the event loop's thread, but for
-    `job_is_done` and `look_again`, which the listening thread calls."""
+    `jobs_are_done` and `look_again`, which the listening thread calls."""
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -57,10 +61,10 @@ class Waiters:
         self._is_closed = True
         self._wake_all()
 
-    def job_is_done(self, job_id: UUID) -> None:
-        """A result was committed."""
+    def jobs_are_done(self, job_ids: Collection[UUID]) -> None:
+        """Results were committed."""
         assert self._loop is not None
-        self._loop.call_soon_threadsafe(self._notice, job_id)
+        self._loop.call_soon_threadsafe(self._notice, job_ids)
 
     def look_again(self) -> None:
         """Notices may have been missed: everybody looks at their job once more."""
@@ -95,9 +99,9 @@ class Waiters:
                 if not watch.missing:
                     continue
                 try:
-                    await asyncio.wait_for(watch.wake.wait(), remaining_s)
+                    await asyncio.wait_for(watch.wake.wait(), min(remaining_s, LOOK_AGAIN_S))
                 except TimeoutError:
-                    continue  # one last look: the listener may have been away
+                    continue
 
     @contextmanager
     def _watching(self, job_ids: Collection[UUID], for_all: bool) -> Iterator[_Watch]:
@@ -115,9 +119,10 @@ class Waiters:
                 if not self._watches[job_id]:
                     del self._watches[job_id]
 
-    def _notice(self, job_id: UUID) -> None:
-        for watch in self._watches.get(job_id, ()):
-            watch.notice(job_id)
+    def _notice(self, job_ids: Collection[UUID]) -> None:
+        for job_id in job_ids:
+            for watch in self._watches.get(job_id, ()):
+                watch.notice(job_id)
 
     def _wake_all(self) -> None:
         for watches in self._watches.values():

@@ -14,7 +14,7 @@ from app.store import submissions
 from app.store.delivery import NOT_QUEUED
 from app.store.encoding import state_of
 from app.store.lookup import locked
-from app.store.notices import CANCEL
+from app.store.notices import CANCEL, packed
 from app.store.results import RECORD_ENDED
 from app.store.submissions import RejectedJob
 from app.store.tables import DEFAULT_TENANT
@@ -42,7 +42,7 @@ _END_QUEUED: Final = text(f"""
 _ASK_WORKERS: Final = text(f"""
     UPDATE jobs SET cancel_requested_at = coalesce(cancel_requested_at, now())
     WHERE id = ANY(CAST(:ids AS uuid[]))
-    RETURNING pg_notify('{CANCEL}', CAST(id AS text))
+    RETURNING ({packed(CANCEL, "SELECT unnest(CAST(:ids AS uuid[]))")})
 """)
 
 

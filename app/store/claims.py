@@ -28,7 +28,7 @@ from app.jobs import MAX_UNCHARGED, AttemptOutcome, CloseReason, JobState
 from app.store.delivery import NOT_QUEUED, QUEUED_AGAIN
 from app.store.encoding import encode
 from app.store.lookup import locked
-from app.store.results import ANNOUNCE, RECORD_ENDED, elapsed_ms
+from app.store.results import RECORD_ENDED, elapsed_ms
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,7 +179,7 @@ class BatchStats:
     device_ns: int
 
 
-# Finish attempts: job state, result, attempt and batch, and the news of it. An attempt that is not
+# Finish attempts: job state, result, attempt and batch. An attempt that is not
 # the job's any more only gets its device time noted: it was wasted.
 _FINISH: Final = text(f"""
     WITH given AS MATERIALIZED (
@@ -215,7 +215,6 @@ _FINISH: Final = text(f"""
             {elapsed_ms("held.created_at", "now()")},
             device_ns, cost, currency, price_id
         FROM held JOIN given USING (job_id)
-        {ANNOUNCE}
     ), closed AS (
         UPDATE attempts SET
             ended_at = coalesce(ended_at, now()),
@@ -247,7 +246,7 @@ def finish(
     """Record the ends of attempts, each with its result; returns the attempts that counted.
 
     An attempt is missing from the answer if its job was taken from this worker: another one has
-    answered or will.
+    answered or will. Whoever waits hears of it by `notices.tell_ended`, after the commit.
     """
     return set(
         connection.scalars(_FINISH, {"finished": encode(finished), "batches": encode(batches)})

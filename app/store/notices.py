@@ -1,28 +1,40 @@
-"""News from the database: a job ended, a running job is to be cancelled."""
+"""News from the database: jobs ended, running jobs are to be cancelled.
+
+A notification holds as many ids as go into it. Postgres lets one transaction with notifications
+commit at a time, and wakes every connection that listens on anything. So the ends that are many,
+those of workers, are told by transactions of their own, which do not wait for the disk.
+"""
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 from uuid import UUID
 
 import psycopg
 from psycopg import sql
+from sqlalchemy import text
 
 from app.store.address import Address
+from app.store.database import Database
 from app.store.link import Link, connect
 
 log = logging.getLogger(__name__)
 
 DONE: Final = "gristmill_done"
-"""A job reached its final state."""
+"""Jobs reached their final states."""
 
 CANCEL: Final = "gristmill_cancel"
-"""A running job was cancelled by its caller."""
+"""Running jobs were cancelled by their callers."""
+
+_DIGITS: Final = 32  #: of an id, without hyphens
+MAX_IDS: Final = 7_999 // _DIGITS
+"""Most ids in one notification: Postgres takes fewer than 8,000 bytes.
+
+https://www.postgresql.org/docs/current/sql-notify.html"""
 
 STOP_CHECK_S: Final = 0.25
 RECONNECT_S: Final = 0.5
@@ -34,17 +46,54 @@ _ACTION: Final = {"action": "news_away"}
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """`job_id` is None after a (re)connect: anything may have been missed, so look again."""
+    """`job_ids` is None after a (re)connect: anything may have been missed, so look again."""
 
     channel: str
-    job_id: UUID | None
+    job_ids: frozenset[UUID] | None
+
+
+def packed(channel: str, ids: str) -> str:
+    """SQL that tells all ids of the query `ids`, in as few notifications as they go into; its value
+    is how many."""
+    return f"""
+        SELECT count(pg_notify('{channel}', payload)) FROM (
+            SELECT string_agg(replace(CAST(id AS text), '-', ''), '') AS payload
+            FROM (SELECT id, row_number() OVER () - 1 AS place FROM ({ids}) AS told(id)) AS numbered
+            GROUP BY place / {MAX_IDS}
+        ) AS part
+    """
+
+
+def unpacked(payload: str) -> frozenset[UUID]:
+    """The ids in a notification; none in one that is not ours: anybody may notify, with any text."""
+    try:
+        digits = range(0, len(payload), _DIGITS)
+        return frozenset(UUID(hex=payload[at : at + _DIGITS]) for at in digits)
+    except ValueError:
+        return frozenset()
+
+
+# Tell that jobs ended. The commit is not waited for: it holds up all others that tell something.
+_TELL_ENDED: Final = text(f"""
+    SELECT set_config('synchronous_commit', 'off', true),
+        ({packed(DONE, "SELECT unnest(CAST(:ids AS uuid[]))")})
+""")
+
+
+def tell_ended(database: Database, job_ids: Collection[UUID]) -> None:
+    """Tell those who wait that jobs may have ended, once their ends are committed.
+
+    Raises `Unavailable`, and may be repeated.
+    """
+    with database.autocommit() as connection:
+        connection.execute(_TELL_ENDED, {"ids": list(job_ids)})
 
 
 def listen(url: str, channels: Sequence[str], stop: threading.Event) -> Iterator[Notice]:
     """Notices as they are committed, till `stop` is set, over one connection of its own.
 
     Reconnects by itself, whatever becomes of the connection. The first notice of each channel after
-    every connect has no job id; whoever waits on rows reads them again then. Through a pooler,
+    every connect has no ids; whoever waits on rows reads them again then. Through a pooler,
     which keeps notices from us, such a notice comes every `POLL_S`. Ends within about
     `STOP_CHECK_S` of `stop`.
     """
@@ -71,8 +120,7 @@ def _heard(link: Link, channels: Sequence[str], stop: threading.Event) -> Iterat
             yield Notice(channel, None)
         while not (stop.is_set() or link.found.is_pooled):
             for notify in link.notifies(timeout=STOP_CHECK_S):
-                with suppress(ValueError):  # anybody may notify, with any text
-                    yield Notice(notify.channel, UUID(notify.payload))
+                yield Notice(notify.channel, unpacked(notify.payload))
         if link.found.is_pooled:
             stop.wait(POLL_S)
             link.execute("SELECT 1")

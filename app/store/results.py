@@ -1,17 +1,13 @@
 """Result rows: what every statement that ends a job has in common.
 
-A result is written in the statement that ends its job, and nowhere else; writing it tells those
-who wait.
+A result is written in the statement that ends its job, and nowhere else.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
-from app.store.notices import DONE
-
-ANNOUNCE: Final = f"RETURNING job_id, pg_notify('{DONE}', CAST(job_id AS text))"
-"""Ends an insert into `results`. Waiters hear of it when the transaction commits."""
+from app.store.notices import DONE, packed
 
 
 def elapsed_ms(start: str, end: str) -> str:
@@ -31,8 +27,9 @@ RECORD_ENDED: Final = f"""
             error_code, error_message, created_at, queued_at, claimed_at, finished_at,
             {elapsed_ms("created_at", "claimed_at")}, {elapsed_ms("created_at", "finished_at")}
         FROM ended
-        {ANNOUNCE}
+        RETURNING ({packed(DONE, "SELECT id FROM ended")})  -- once, and not once a row
     )
 """
-"""A common table expression: the results of jobs that end without an answer. It reads a sibling
-`ended`: columns of `jobs`, with last_attempt_id, last_batch_id, error_code and error_message."""
+"""A common table expression: the results of jobs that end without an answer, and the news of them,
+which those who wait hear when the transaction commits. It reads a sibling `ended`: columns of
+`jobs`, with last_attempt_id, last_batch_id, error_code and error_message."""

@@ -134,11 +134,11 @@ class LeaseKeeper:
         """Cancels act at once; one that may have been missed comes with a heartbeat."""
         heard = notices.listen(self._database_url, [notices.CANCEL], self._stopping)
         for notice in heard:
-            if notice.job_id is None:
+            if notice.job_ids is None:
                 self.beat()
             else:
-                self.hear_cancel(notice.job_id)
+                self.hear_cancel(notice.job_ids)
 
-    def hear_cancel(self, job_id: UUID) -> None:
-        """A running job was cancelled; whose it is, the runner knows."""
-        self._runner.post(LeaseNews(asked_ns=0, held=None, cancelled_jobs=frozenset({job_id})))
+    def hear_cancel(self, job_ids: frozenset[UUID]) -> None:
+        """Running jobs were cancelled; whose they are, the runner knows."""
+        self._runner.post(LeaseNews(asked_ns=0, held=None, cancelled_jobs=job_ids))

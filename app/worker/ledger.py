@@ -12,7 +12,7 @@ from uuid import UUID
 
 from app.errors import NotStorable
 from app.jobs import AttemptOutcome, CloseReason
-from app.store import claims
+from app.store import claims, notices
 from app.store.claims import Claimed, Finished, Member, NewBatch, Release
 from app.store.database import Database
 from app.worker.isolation import ODD, by_halves, said
@@ -97,21 +97,25 @@ class Ledger:
             with self._database.autocommit() as connection:
                 if not claims.claim(connection, self._new_batch(batch), [member]):
                     return False
-                return doomed.attempt_id in claims.finish(connection, [record])
+                is_committed = doomed.attempt_id in claims.finish(connection, [record])
         except NotStorable as error:
             _is_refused(doomed, error)
             return False
+        notices.tell_ended(self._database, [doomed.id])
+        return is_committed
 
     def commit(self, over: Sequence[Job]) -> set[UUID]:
-        """Commit ended jobs together; returns the attempts that counted. The others were not ours
-        any more, or their rows take no end at all.
+        """Commit ended jobs together and tell those who wait; returns the attempts that counted.
+        The others were not ours any more, or their rows take no end at all.
 
         Raises `Unavailable` with nothing lost: the same call may be made again. If the store
         refuses one of the records for good, that job fails, and the others do not suffer for it.
         """
         parts = by_halves(over, self._finish, self._withhold)
         withheld = [job for job in over if job.claimed_run.is_withheld]
-        return set().union(*parts, *by_halves(withheld, self._finish, _is_refused))
+        committed = set().union(*parts, *by_halves(withheld, self._finish, _is_refused))
+        notices.tell_ended(self._database, [job.id for job in over])
+        return committed
 
     def _finish(self, over: Iterable[Job]) -> set[UUID]:
         records, stats = [], {}

@@ -5,19 +5,22 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from uuid import uuid4
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from sqlalchemy import text
 
 from app.jobs import Kind
-from app.store import cancellation, submissions, sweeps
+from app.store import cancellation, claims, submissions, sweeps
 from app.store.database import Database
-from app.store.notices import CANCEL, DONE, Notice, listen
+from app.store.notices import CANCEL, DONE, MAX_IDS, Notice, listen, tell_ended, unpacked
 from app.store.submissions import RejectedJob
-from tests.rows import Worker, insert, new_job, rewrite
+from tests.rows import Worker, completed, insert, new_job, rewrite
 
 
 @dataclass
@@ -40,6 +43,10 @@ class Listener:
         return self.heard.get(timeout=10)
 
 
+def of(channel: str, *ids: UUID) -> Notice:
+    return Notice(channel, frozenset(ids))
+
+
 @pytest.fixture
 def listener(database_url: str) -> Iterator[Listener]:
     listener = Listener(database_url)
@@ -60,24 +67,24 @@ def test_every_way_to_end_a_job_is_news(database: Database, listener: Listener) 
     rejected = RejectedJob(id=uuid4(), kind=Kind.GENERATE, error_code="x", error_message="X.")
 
     worker.complete(worker.claim([finished]))
-    assert listener.next() == Notice(DONE, finished)
+    assert listener.next() == of(DONE, finished)
 
     with database.begin() as connection:
         cancellation.cancel(connection, cancelled)
-    assert listener.next() == Notice(DONE, cancelled)
+    assert listener.next() == of(DONE, cancelled)
 
     rewrite(database, "deadline = now()", expired)
     with database.begin() as connection:
         sweeps.expire_deadlines(connection, sweeps.find_late(connection, 10))
-    assert listener.next() == Notice(DONE, expired)
+    assert listener.next() == of(DONE, expired)
 
     [claimed] = worker.claim([given_up])
     worker.release(claimed, charged=True)
-    assert listener.next() == Notice(DONE, given_up)
+    assert listener.next() == of(DONE, given_up)
 
     with database.begin() as connection:
         submissions.reject(connection, [rejected])
-    assert listener.next() == Notice(DONE, rejected.id)
+    assert listener.next() == of(DONE, rejected.id)
 
 
 def test_the_cancel_of_a_running_job_is_news_for_its_worker(
@@ -89,7 +96,53 @@ def test_the_cancel_of_a_running_job_is_news_for_its_worker(
     with database.begin() as connection:
         cancellation.cancel(connection, job_id)
 
-    assert listener.next() == Notice(CANCEL, job_id)
+    assert listener.next() == of(CANCEL, job_id)
+
+
+def test_jobs_that_end_in_one_commit_are_told_in_as_few_notifications_as_hold_their_ids(
+    database: Database, listener: Listener
+) -> None:
+    ids = insert(database, *(new_job() for _ in range(2 * MAX_IDS + 1)))
+
+    with database.begin() as connection:
+        cancellation.cancel_free(connection, ids)
+
+    heard = [listener.next().job_ids or frozenset() for _ in range(3)]
+    assert sorted(map(len, heard)) == [1, MAX_IDS, MAX_IDS]
+    assert frozenset().union(*heard) == frozenset(ids)
+
+
+def test_the_commit_of_a_finish_sends_no_notification_so_that_it_waits_for_no_other(
+    database: Database, listener: Listener
+) -> None:
+    """Postgres lets one transaction with notifications commit at a time."""
+    worker = Worker.registered(database)
+    first, second = insert(database, new_job(), new_job())
+    with database.begin() as connection:
+        claims.finish(connection, [completed(worker.claim([first])[0])])
+    worker.complete(worker.claim([second]))
+
+    heard = listener.next()
+
+    assert heard == of(DONE, second)
+
+
+def test_news_that_does_not_wait_for_the_disk_leaves_the_commits_after_it_as_they_were(
+    database_url: str,
+) -> None:
+    with closing(Database(database_url, pool_size=1)) as database:
+        with database.autocommit() as connection:
+            connection.execute(text("SET synchronous_commit = on"))
+
+        tell_ended(database, [uuid4()])
+
+        with database.autocommit() as connection:
+            assert connection.scalar(text("SHOW synchronous_commit")) == "on"
+
+
+@given(st.text(max_size=200) | st.from_regex(r"[0-9a-f]{0,100}"))
+def test_a_notification_of_somebody_elses_names_no_job_or_some_that_are_none(said: str) -> None:
+    assert all(isinstance(job_id, UUID) for job_id in unpacked(said))
 
 
 def test_news_of_a_transaction_that_fails_is_none(database: Database, listener: Listener) -> None:
@@ -105,7 +158,7 @@ def test_news_of_a_transaction_that_fails_is_none(database: Database, listener: 
     with database.begin() as connection:
         cancellation.cancel(connection, kept)
 
-    assert listener.next() == Notice(DONE, kept)
+    assert listener.next() == of(DONE, kept)
 
 
 def test_after_a_lost_connection_the_listener_comes_back_and_says_look_again(
@@ -123,7 +176,7 @@ def test_after_a_lost_connection_the_listener_comes_back_and_says_look_again(
     assert {listener.next(), listener.next()} == {Notice(DONE, None), Notice(CANCEL, None)}
     with database.begin() as connection:
         cancellation.cancel(connection, job_id)
-    assert listener.next() == Notice(DONE, job_id)
+    assert listener.next() == of(DONE, job_id)
 
 
 def test_a_listener_without_a_server_stops_when_it_is_told() -> None:

@@ -7,7 +7,6 @@ from typing import Final
 
 from app.jobs import MAX_UNCHARGED
 from app.store import claims
-from app.store.notices import DONE
 from tests.memory_store.database import Answer, MemoryConnection, statement
 from tests.memory_store.rows import Params, Row, blank, ms, records
 
@@ -145,9 +144,6 @@ def _record_finished(self: MemoryConnection, job: Row, record: Row) -> None:
             "total_ms": ms(job["created_at"], self.now),
         },
     )
-    self.notices.append((DONE, job["id"]))
-
-
 def _close_finished(self: MemoryConnection, record: Row, is_held: bool) -> None:
     attempt = self.attempts.get(record["attempt_id"])
     if attempt is None or not (is_held or attempt["device_ns"] is None):

@@ -1,11 +1,10 @@
-"""What the statements of `app.store.workers`, `cancellation` and `purging` do."""
+"""What the statements of `app.store.workers`, `cancellation`, `notices` and `purging` do."""
 
 from __future__ import annotations
 
 from datetime import timedelta
 
-from app.store import cancellation, purging, workers
-from app.store.notices import CANCEL
+from app.store import cancellation, notices, purging, workers
 from tests.memory_store.database import Answer, MemoryConnection, statement
 from tests.memory_store.rows import Params, records
 
@@ -80,7 +79,13 @@ def _ask_workers(self: MemoryConnection, given: Params) -> Answer:
     for job_id in given["ids"]:
         asked_at = self.jobs[job_id]["cancel_requested_at"] or self.now
         self.update("jobs", job_id, cancel_requested_at=asked_at)
-        self.notices.append((CANCEL, job_id))
+        self.notices.append((notices.CANCEL, job_id))
+    return Answer([])
+
+
+@statement(notices._TELL_ENDED)
+def _tell_ended(self: MemoryConnection, given: Params) -> Answer:
+    self.notices += [(notices.DONE, job_id) for job_id in given["ids"]]
     return Answer([])
 
 

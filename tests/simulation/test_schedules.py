@@ -58,7 +58,7 @@ def test_a_schedule_plays_the_same_way_each_time() -> None:
     ]
 
 
-def test_a_world_without_faults_answers_every_good_prompt() -> None:
+def test_a_world_without_faults_answers_every_good_prompt_and_tells_those_who_wait() -> None:
     world = World()
     for number in range(8):
         world.submit(PROMPTS.index("good 3"), 1 + 6 * (number % 2), 0)
@@ -67,6 +67,7 @@ def test_a_world_without_faults_answers_every_good_prompt() -> None:
 
     assert {row["state"] for row in world.store.rows("jobs")} == {"completed"}
     assert {row["attempt"] for row in world.store.rows("jobs")} == {1}
+    assert world.told == {row["id"] for row in world.store.rows("jobs")}
 
 
 @pytest.mark.parametrize("place", range(4))

@@ -6,9 +6,11 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from uuid import UUID, uuid4
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import app.api.waiting
 from app.api.waiting import Waiters
 
 JOB = uuid4()
@@ -63,7 +65,7 @@ def test_a_notice_from_another_thread_wakes_those_who_wait_for_that_job() -> Non
         await row.was_read.wait()
 
         row.is_final = True
-        await asyncio.to_thread(waiters.job_is_done, JOB)
+        await asyncio.to_thread(waiters.jobs_are_done, [JOB])
 
         assert await waiting is True
         assert row.num_reads == 2
@@ -76,8 +78,8 @@ def test_a_notice_for_another_job_wakes_nobody() -> None:
         waiting = asyncio.ensure_future(follow(waiters, row))
         await row.was_read.wait()
 
-        waiters.job_is_done(uuid4())
-        waiters.job_is_done(uuid4())
+        waiters.jobs_are_done([uuid4()])
+        waiters.jobs_are_done([uuid4()])
         for _ in range(5):
             await asyncio.sleep(0)
 
@@ -92,7 +94,7 @@ def test_a_job_that_ends_while_it_is_being_read_is_not_missed() -> None:
         def end_after_the_read() -> None:
             row.is_final = True
             row.on_read = lambda: None
-            waiters.job_is_done(JOB)
+            waiters.jobs_are_done([JOB])
 
         row.on_read = end_after_the_read
 
@@ -111,6 +113,22 @@ def test_after_a_reconnect_everybody_looks_again() -> None:
         waiters.look_again()
 
         assert await waiting is True
+
+    run(scenario)
+
+
+def test_a_job_whose_news_was_lost_is_seen_before_the_hold_runs_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(app.api.waiting, "LOOK_AGAIN_S", 0.01)
+
+    async def scenario(waiters: Waiters, row: Row) -> None:
+        following = asyncio.ensure_future(follow(waiters, row, timeout_s=60))
+        await row.was_read.wait()
+
+        row.is_final = True  # its worker died before it told so
+
+        assert await asyncio.wait_for(following, 10) is True
 
     run(scenario)
 
@@ -178,7 +196,7 @@ class Rows:
     def end(self, waiters: Waiters, *ids: UUID) -> None:
         self.open -= set(ids)
         for job_id in ids:
-            waiters.job_is_done(job_id)
+            waiters.jobs_are_done([job_id])
 
     def follow(self, waiters: Waiters, for_all: bool) -> Awaitable[set[UUID]]:
         def still_open(seen: set[UUID]) -> set[UUID]:
