@@ -16,6 +16,7 @@ import enum
 import secrets
 import time
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final, Literal
@@ -37,6 +38,23 @@ def job_id_of(text: str) -> uuid.UUID:
         return uuid.UUID(text)
     except ValueError:
         return uuid.uuid5(_TASK_IDS, text)
+
+
+_DIGITS: Final = 32  #: of an id, without hyphens
+
+
+def digits_of(job_ids: Iterable[uuid.UUID]) -> str:
+    """Ids in a row, for news of them."""
+    return "".join(job_id.hex for job_id in job_ids)
+
+
+def job_ids_in(digits: str) -> frozenset[uuid.UUID]:
+    """The ids that `digits_of` wrote; none in what somebody else did."""
+    try:
+        places = range(0, len(digits), _DIGITS)
+        return frozenset(uuid.UUID(hex=digits[at : at + _DIGITS]) for at in places)
+    except ValueError:
+        return frozenset()
 
 
 def new_id() -> uuid.UUID:

@@ -309,7 +309,7 @@ def serve(settings: Settings) -> None:
     given = settings.database
     database = Database(
         given.url,
-        pool_size=2,
+        pool_size=1,
         application_name="gristmill rescue",
         connect_timeout_s=given.connect_timeout_s,
         statement_timeout_ms=given.statement_timeout_ms,

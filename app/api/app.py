@@ -126,11 +126,11 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 def _listen(database_url: str, waiters: Waiters, stop: threading.Event) -> None:
     """Pass on every word of ended jobs to those who wait for them."""
-    for notice in notices.listen(database_url, [notices.DONE], stop):
-        if notice.job_ids is None:
+    for job_ids in notices.listen(database_url, stop):
+        if job_ids is None:
             waiters.look_again()
         else:
-            waiters.jobs_are_done(notice.job_ids)
+            waiters.jobs_are_done(job_ids)
 
 
 class Server(uvicorn.Server):

@@ -21,7 +21,7 @@ from app.api.views import bulk_item
 from app.errors import GristmillError, RequestError, RequestTooLarge
 from app.intake.decision import Decision
 from app.intake.submit import Stored, Submission
-from app.jobs import job_id_of
+from app.jobs import JobState, job_id_of
 from app.requests import json_text
 from app.store import cancellation
 from app.store.submissions import NewJob
@@ -262,15 +262,17 @@ async def get_job(
 async def cancel(here: Here, job_id: JobId) -> Response:
     """A queued job is cancelled at once: 200. A running one is stopped by its worker within a step
     or so, and what it generated is kept: 202, follow it. May be repeated."""
-    await here.write(_cancel, here, job_id_of(job_id))
+    state = await here.write(_cancel, here, job_id_of(job_id))
+    await here.tell_workers([job_id_of(job_id)] if state is JobState.RUNNING else [])
     job = await here.job(job_id_of(job_id))
     return answer(job, status=200 if job.is_final else 202)
 
 
-def _cancel(decision: Decision, here: Services, job_id: UUID) -> None:
+def _cancel(decision: Decision, here: Services, job_id: UUID) -> JobState:
     with here.database.begin() as connection:
-        cancellation.cancel(connection, job_id)
+        state = cancellation.cancel(connection, job_id)
         decision.commit()
+    return state
 
 
 @router.post(

@@ -178,6 +178,7 @@ async def cancel(request: Request, here: Here) -> Response:
         page = await here.read(_open_jobs, here, asked.filter, asked.limit + 1)
         ids, has_more = page[: asked.limit], len(page) > asked.limit
     told = await here.write(_cancel, here, set(ids))
+    await here.tell_workers([id for id, state in told.items() if state is JobState.RUNNING])
     items = [_cancel_item(index, id, told.get(id)) for index, id in enumerate(ids)]
     counted = [item.status for item in items]
     body = BulkCancel(

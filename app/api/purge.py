@@ -47,6 +47,7 @@ async def purge(here: Here, job_id: JobId) -> Response:
     id = job_id_of(job_id)
     state = await here.write(_purge, here, id)
     if state is JobState.RUNNING:
+        await here.tell_workers([id])
         return answer(await here.job(id), status=202)
     return Response(status_code=204)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,6 +25,7 @@ from app.config.settings import Settings
 from app.errors import Busy, Unavailable
 from app.intake.decision import Decision
 from app.intake.submit import Stored, Submitter
+from app.store import cancellation
 from app.store.database import Database
 
 log = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ class Services:
     read_slots: CapacityLimiter = field(init=False)  #: threads that reads may take
     bulk_answers: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(MAX_BULKS))
     send_slots: CapacityLimiter = field(init=False)  #: the same for what follows an answer
-    behind: set[asyncio.Task[None]] = field(default_factory=set)  #: it, on its way
+    behind: set[asyncio.Task[object]] = field(default_factory=set)  #: it, on its way
     reader: Reader = field(init=False)
     postgres: Probe[None] = field(init=False)
     redis: Probe[None] = field(init=False)
@@ -143,15 +144,32 @@ class Services:
             await self.read(self.submitter.admission.expect_room, num_jobs)
 
     async def send(self, stored: Stored) -> None:
-        """Send messages. The answer waits a moment for that, and does not depend on it."""
-        work = asyncio.create_task(
-            to_thread.run_sync(self.submitter.send, stored, limiter=self.send_slots)
-        )
+        """Send messages."""
+        await self._behind(partial(self.submitter.send, stored))
+
+    async def tell_workers(self, cancelled: Collection[UUID]) -> None:
+        """Tell those who run jobs that these were cancelled. Who is not told finds it in the row,
+        with the next heartbeat."""
+        if cancelled:
+            await self._behind(partial(self._tell_workers, cancelled))
+
+    def _tell_workers(self, cancelled: Collection[UUID]) -> None:
+        try:
+            with self.database.autocommit() as connection:
+                told = cancellation.who_runs(connection, cancelled)
+            for worker_id, job_ids in told.items():
+                self.publisher.tell_cancelled(worker_id, job_ids)
+        except Unavailable as error:
+            log.warning("A cancel was not told: %s", error, extra={"action": "news_away"})
+
+    async def _behind(self, call: Callable[[], object]) -> None:
+        """Do what an answer does not depend on; it waits a moment for that."""
+        work = asyncio.create_task(to_thread.run_sync(call, limiter=self.send_slots))
         self.behind.add(work)
         work.add_done_callback(self._ended)
         await asyncio.wait({work}, timeout=SEND_S)
 
-    def _ended(self, work: asyncio.Task[None]) -> None:
+    def _ended(self, work: asyncio.Task[object]) -> None:
         self.behind.discard(work)
         if not work.cancelled() and (error := work.exception()):
             log.error("After an answer: %s.", type(error).__name__, extra={"action": "send_failed"})

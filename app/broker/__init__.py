@@ -19,6 +19,7 @@ The lists here are those of the default `broker.priority_steps` and `broker.sep`
     _kombu.binding.<exchange>          set: bindings of celery.pidbox, reply.celery.pidbox, celeryev
     _kombu.binding_permanent.<exchange>, _kombu.binding_deadlines     their upkeep
     /<db>.celery.pidbox, /<db>.celeryev/…     channels: remote control, events for Flower
+    gristmill.cancels.<worker id>      channel: ids of that worker's jobs that were cancelled
 
 Message. Celery protocol 2 as JSON, one element of the list:
 

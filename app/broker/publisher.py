@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from uuid import UUID
 
 import redis
 
+from app.broker import cancels
 from app.broker.app import make_app
 from app.broker.message import FORMAT_HEADER, TASK_NAMES, Message
 from app.broker.queues import NO_LIST, Layout, queue_name, queues_of
@@ -17,6 +19,7 @@ from app.broker.refusal import as_unavailable
 from app.broker.unread import unread
 from app.broker.waiting import without_message
 from app.config.settings import Settings
+from app.jobs import digits_of
 from app.requests.bodies import FORMAT
 
 LOOK_EVERY_S: Final = 60.0
@@ -130,6 +133,22 @@ class Publisher:
             _left_on_error(connection),
         ):
             return without_message(connection.default_channel.client, ids, lists)
+
+    def tell_cancelled(self, worker_id: UUID, job_ids: Iterable[UUID]) -> None:
+        """Tell a worker that jobs which it runs were cancelled. Raises `Unavailable`."""
+        with (
+            as_unavailable(),
+            self._app.pool.acquire(block=True) as connection,
+            _left_on_error(connection),
+        ):
+            client = connection.default_channel.client
+            client.publish(cancels.channel_of(worker_id), digits_of(job_ids))
+
+    def hear_cancels(
+        self, worker_id: UUID, stop: threading.Event
+    ) -> Iterator[frozenset[UUID] | None]:
+        """What that worker is told, see `cancels.hear`."""
+        return cancels.hear(self._app, worker_id, self.layout.prefix, stop)
 
     def try_to_send(self) -> None:
         """Do what a message does to Redis, to no list that there is. Raises `Unavailable`."""

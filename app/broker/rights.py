@@ -13,6 +13,7 @@ from typing import Final
 import redis
 from redis.exceptions import NoPermissionError, ResponseError
 
+from app.broker import cancels
 from app.broker.queues import NO_LIST, Layout, queues_of, served_models
 from app.config.broker_url import database_of
 from app.config.settings import Settings
@@ -40,7 +41,7 @@ _LOOK: Final = ("info", "scan", "lindex")
 
 COMMANDS: Final = {
     Role.WORKER: (*_CONNECT, *_CELERY, *_LOOK),
-    Role.SENDER: (*_CONNECT, "lpush", "lpushx", "llen", *_LOOK),
+    Role.SENDER: (*_CONNECT, "lpush", "lpushx", "llen", "publish", *_LOOK),
     Role.PRODUCER: (*_CONNECT, "lpush"),
 }
 
@@ -52,15 +53,17 @@ def rules(settings: Settings, role: Role) -> list[str]:
     own = ("unacked*", "_kombu.*", "celeryev.*", "*.celery.pidbox*")
     keys = queues + (own if role is Role.WORKER else ())
     words = ["resetkeys", *(f"~{prefix}{key}" for key in keys), "resetchannels"]
-    if role is Role.WORKER:
-        words += [f"&{channel}" for channel in _channels(settings)]
+    words += [f"&{channel}" for channel in _channels(settings, role)]
     return [*words, "-@all", *(f"+{command}" for command in COMMANDS[role])]
 
 
-def _channels(settings: Settings) -> tuple[str, str]:
-    """Remote control and events, by the name that is subscribed to."""
-    before = f"{settings.broker.key_prefix}/{database_of(settings.broker.url)}."
-    return f"{before}celery.pidbox", f"{before}celeryev/*"
+def _channels(settings: Settings, role: Role) -> list[str]:
+    """Remote control and events, by the name that is subscribed to, and news of cancels."""
+    prefix = settings.broker.key_prefix
+    before = f"{prefix}/{database_of(settings.broker.url)}."
+    control = [f"{before}celery.pidbox", f"{before}celeryev/*"] if role is Role.WORKER else []
+    news = [] if role is Role.PRODUCER else [prefix + cancels.CHANNELS]
+    return control + news
 
 
 def missing(settings: Settings, client: redis.Redis, role: Role) -> list[str]:
@@ -103,6 +106,6 @@ def _samples(settings: Settings, role: Role) -> Iterator[tuple[str, ...]]:
     yield from (("WATCH", unacked), ("SET", lock, ""), ("GET", lock), ("DEL", lock))
     yield from (("EVALSHA", "0" * 40, "0"), ("TIME",))
     yield from (("SADD", bindings, ""), ("SREM", bindings, ""), ("SMEMBERS", bindings))
-    for channel in _channels(settings):
+    for channel in _channels(settings, role):
         yield "PUBLISH", channel, ""
         yield "PSUBSCRIBE", channel

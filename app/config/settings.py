@@ -34,7 +34,7 @@ class DatabaseSettings(_Section):
         repr=False,
     )
     pool_size: Annotated[int, Field(ge=2, le=200)] = Field(
-        10, description="Most connections of one process."
+        8, description="Most connections of an API process, but one more for news of jobs."
     )
     connect_timeout_s: Annotated[int, Field(ge=1, le=60)] = Field(
         3, description="Longest wait for a new connection."

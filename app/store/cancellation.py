@@ -14,7 +14,6 @@ from app.store import submissions
 from app.store.delivery import NOT_QUEUED
 from app.store.encoding import state_of
 from app.store.lookup import locked
-from app.store.notices import CANCEL, packed
 from app.store.results import RECORD_ENDED
 from app.store.submissions import RejectedJob
 from app.store.tables import DEFAULT_TENANT
@@ -39,10 +38,16 @@ _END_QUEUED: Final = text(f"""
 """)
 
 # Ask the workers of running jobs to cut them short.
-_ASK_WORKERS: Final = text(f"""
+_ASK_WORKERS: Final = text("""
     UPDATE jobs SET cancel_requested_at = coalesce(cancel_requested_at, now())
     WHERE id = ANY(CAST(:ids AS uuid[]))
-    RETURNING ({packed(CANCEL, "SELECT unnest(CAST(:ids AS uuid[]))")})
+""")
+
+# Find who runs jobs that were cancelled.
+_WHO_RUNS: Final = text("""
+    SELECT worker_id, array_agg(id) AS job_ids FROM jobs
+    WHERE id = ANY(CAST(:ids AS uuid[])) AND state = 'running' AND cancel_requested_at IS NOT NULL
+    GROUP BY worker_id
 """)
 
 
@@ -86,6 +91,12 @@ def _cancel(
     if running := [id for id, state in states.items() if state == JobState.RUNNING]:
         connection.execute(_ASK_WORKERS, {"ids": running})
     return states | dict.fromkeys(queued, JobState.CANCELLED)
+
+
+def who_runs(connection: Connection, ids: Collection[UUID]) -> dict[UUID, list[UUID]]:
+    """The workers that are to be told of cancels, and the jobs of each."""
+    rows = connection.execute(_WHO_RUNS, {"ids": list(ids)})
+    return {row.worker_id: row.job_ids for row in rows}
 
 
 def cancel_or_record(connection: Connection, job_id: UUID, kind: Kind) -> JobState:

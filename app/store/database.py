@@ -50,7 +50,8 @@ _MIGRATION_PAUSE_S: Final = 1.0
 
 
 class Database:
-    """The connection pool of this process.
+    """The connection pool of this process: `pool_size` that are kept, and up to `spare` more that
+    are opened where all are in use, and closed after it.
 
     Timeouts hold for every statement: `statement_timeout_ms` for its whole time, `lock_timeout_ms`
     for a wait on a row. A client that stands still inside a transaction is cut off after
@@ -63,6 +64,7 @@ class Database:
         url: str,
         *,
         pool_size: int = 10,
+        spare: int = 0,
         application_name: str = "gristmill",
         connect_timeout_s: int = 3,
         statement_timeout_ms: int = 15_000,
@@ -84,7 +86,7 @@ class Database:
             .with_settings(settings)
         )
         self._engine: Final = make_engine(
-            address, pool_size=pool_size, max_overflow=0, pool_timeout=connect_timeout_s
+            address, pool_size=pool_size, max_overflow=spare, pool_timeout=connect_timeout_s
         )
         self._clock: Final = Clock()
         self._is_pooler_told = False

@@ -1,4 +1,4 @@
-"""News from the database: jobs ended, running jobs are to be cancelled.
+"""News from the database: jobs ended.
 
 A notification holds as many ids as go into it. Postgres lets one transaction with notifications
 commit at a time, and wakes every connection that listens on anything. So the ends that are many,
@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
 from typing import Final
 from uuid import UUID
 
 import psycopg
-from psycopg import sql
 from sqlalchemy import text
 
+from app.jobs import job_ids_in
 from app.store.address import Address
 from app.store.database import Database
 from app.store.link import Link, connect
@@ -27,11 +26,7 @@ log = logging.getLogger(__name__)
 DONE: Final = "gristmill_done"
 """Jobs reached their final states."""
 
-CANCEL: Final = "gristmill_cancel"
-"""Running jobs were cancelled by their callers."""
-
-_DIGITS: Final = 32  #: of an id, without hyphens
-MAX_IDS: Final = 7_999 // _DIGITS
+MAX_IDS: Final = 7_999 // 32
 """Most ids in one notification: Postgres takes fewer than 8,000 bytes.
 
 https://www.postgresql.org/docs/current/sql-notify.html"""
@@ -44,19 +39,11 @@ POLL_S: Final = 1.0
 _ACTION: Final = {"action": "news_away"}
 
 
-@dataclass(frozen=True, slots=True)
-class Notice:
-    """`job_ids` is None after a (re)connect: anything may have been missed, so look again."""
-
-    channel: str
-    job_ids: frozenset[UUID] | None
-
-
-def packed(channel: str, ids: str) -> str:
+def telling(ids: str) -> str:
     """SQL that tells all ids of the query `ids`, in as few notifications as they go into; its value
-    is how many."""
+    is how many. The payload is `digits_of` them."""
     return f"""
-        SELECT count(pg_notify('{channel}', payload)) FROM (
+        SELECT count(pg_notify('{DONE}', payload)) FROM (
             SELECT string_agg(replace(CAST(id AS text), '-', ''), '') AS payload
             FROM (SELECT id, row_number() OVER () - 1 AS place FROM ({ids}) AS told(id)) AS numbered
             GROUP BY place / {MAX_IDS}
@@ -64,19 +51,10 @@ def packed(channel: str, ids: str) -> str:
     """
 
 
-def unpacked(payload: str) -> frozenset[UUID]:
-    """The ids in a notification; none in one that is not ours: anybody may notify, with any text."""
-    try:
-        digits = range(0, len(payload), _DIGITS)
-        return frozenset(UUID(hex=payload[at : at + _DIGITS]) for at in digits)
-    except ValueError:
-        return frozenset()
-
-
 # Tell that jobs ended. The commit is not waited for: it holds up all others that tell something.
 _TELL_ENDED: Final = text(f"""
     SELECT set_config('synchronous_commit', 'off', true),
-        ({packed(DONE, "SELECT unnest(CAST(:ids AS uuid[]))")})
+        ({telling("SELECT unnest(CAST(:ids AS uuid[]))")})
 """)
 
 
@@ -89,13 +67,13 @@ def tell_ended(database: Database, job_ids: Collection[UUID]) -> None:
         connection.execute(_TELL_ENDED, {"ids": list(job_ids)})
 
 
-def listen(url: str, channels: Sequence[str], stop: threading.Event) -> Iterator[Notice]:
-    """Notices as they are committed, till `stop` is set, over one connection of its own.
+def listen(url: str, stop: threading.Event) -> Iterator[frozenset[UUID] | None]:
+    """Ids of ended jobs as they are told, till `stop` is set, over one connection of its own.
 
-    Reconnects by itself, whatever becomes of the connection. The first notice of each channel after
-    every connect has no ids; whoever waits on rows reads them again then. Through a pooler,
-    which keeps notices from us, such a notice comes every `POLL_S`. Ends within about
-    `STOP_CHECK_S` of `stop`.
+    Reconnects by itself, whatever becomes of the connection. None says that some may have been
+    missed, so that whoever waits on rows reads them again: it comes after every connect, and every
+    `POLL_S` through a pooler, which keeps notices from us. Ends within about `STOP_CHECK_S` of
+    `stop`.
     """
     address = Address.of(url).with_defaults(application_name="gristmill-listen")
     is_told = False
@@ -103,7 +81,7 @@ def listen(url: str, channels: Sequence[str], stop: threading.Event) -> Iterator
         try:
             with connect(address) as link:
                 is_told = False
-                yield from _heard(link, channels, stop)
+                yield from _heard(link, stop)
         except psycopg.Error as error:  # a standby refuses to listen; another may come in its place
             if not is_told:
                 log.warning("No news from Postgres: %s.", type(error).__name__, extra=_ACTION)
@@ -111,16 +89,14 @@ def listen(url: str, channels: Sequence[str], stop: threading.Event) -> Iterator
             stop.wait(RECONNECT_S)
 
 
-def _heard(link: Link, channels: Sequence[str], stop: threading.Event) -> Iterator[Notice]:
+def _heard(link: Link, stop: threading.Event) -> Iterator[frozenset[UUID] | None]:
     if not link.found.is_pooled:
-        for channel in channels:
-            link.execute(sql.SQL("LISTEN {}").format(sql.Identifier(channel)))
+        link.execute(f"LISTEN {DONE}")
     while not stop.is_set():
-        for channel in channels:
-            yield Notice(channel, None)
+        yield None
         while not (stop.is_set() or link.found.is_pooled):
             for notify in link.notifies(timeout=STOP_CHECK_S):
-                yield Notice(notify.channel, unpacked(notify.payload))
+                yield job_ids_in(notify.payload)  # anybody may notify, with any text
         if link.found.is_pooled:
             stop.wait(POLL_S)
             link.execute("SELECT 1")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from app.store.notices import DONE, packed
+from app.store.notices import telling
 
 
 def elapsed_ms(start: str, end: str) -> str:
@@ -27,7 +27,7 @@ RECORD_ENDED: Final = f"""
             error_code, error_message, created_at, queued_at, claimed_at, finished_at,
             {elapsed_ms("created_at", "claimed_at")}, {elapsed_ms("created_at", "finished_at")}
         FROM ended
-        RETURNING ({packed(DONE, "SELECT id FROM ended")})  -- once, and not once a row
+        RETURNING ({telling("SELECT id FROM ended")})  -- once, and not once a row
     )
 """
 """A common table expression: the results of jobs that end without an answer, and the news of them,

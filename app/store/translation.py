@@ -25,6 +25,11 @@ _NO_SUCH_SCHEMA: Final = "3F000"
 # PgBouncer's words for a transaction that it does not take; its SQLSTATE says little.
 _STATEMENT_MODE: Final = "in statement pooling mode"
 
+# The words of Postgres and PgBouncer for one client too many: libpq keeps no SQLSTATE of a refusal.
+_TOO_MANY: Final = re.compile(
+    "too many (clients|connections)|connection slots are reserved|no more connections"
+)
+
 # libpq's words for a value that it does not know, as of sslmode.
 _WRONG_VALUE: Final = re.compile(r"invalid (\w+) value: |for connection option \"(\w+)\"")
 
@@ -97,5 +102,10 @@ def _not_connected(message: str) -> GristmillError:
     if wrong := _WRONG_VALUE.search(message):
         parameter = wrong[1] or wrong[2]
         return ConfigError(f"database.url has a value for {parameter} that is none of its values.")
+    if _TOO_MANY.search(message):
+        return Unavailable(
+            "Postgres has no connection left for this process: raise max_connections there, or "
+            "lower database.pool_size; docs/sizing.md tells how many each part takes."
+        )
     first_line = message.strip().partition("\n")[0]
     return Unavailable(f"Postgres cannot be reached: {first_line}")

@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 from uuid import UUID
@@ -118,7 +119,8 @@ def assemble(
     worker_id = new_id()
     database = Database(
         settings.database.url,
-        pool_size=4,
+        pool_size=1,
+        spare=3,
         application_name="gristmill-worker",
         connect_timeout_s=settings.database.connect_timeout_s,
         statement_timeout_ms=settings.database.statement_timeout_ms,
@@ -148,7 +150,7 @@ def assemble(
     lease = LeaseKeeper(
         worker=_this_worker(worker_id, settings),
         database=database,
-        database_url=settings.database.news_url,
+        hear_cancels=partial(publisher.hear_cancels, worker_id),
         runner=thread,
         lease_s=settings.worker.lease_s,
         heartbeat_s=settings.worker.heartbeat_s,

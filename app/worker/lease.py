@@ -1,8 +1,8 @@
 """The lease keeper: renews this worker's lease, and brings news of its attempts.
 
-Two threads with connections of their own, so that a full pool or a long commit does not cost the
-lease: one renews it every `heartbeat_s`, one listens for cancels so that they act at once. The
-lease is renewed only while the runner turns: a worker that is stuck must lose its jobs.
+Two threads: one renews it every `heartbeat_s`, over a connection of its own while the runner's is
+in use, so that a long commit does not cost the lease; one hears of cancels so that they act at
+once. The lease is renewed only while the runner turns: a worker that is stuck must lose its jobs.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Final
 from uuid import UUID
 
 from app.errors import LeaseLost, Unavailable
-from app.store import notices, workers
+from app.store import workers
 from app.store.database import Database
 from app.threads import Background
 from app.worker.thread import RunnerThread
@@ -37,7 +37,7 @@ class LeaseKeeper:
         *,
         worker: workers.NewWorker,
         database: Database,
-        database_url: str,
+        hear_cancels: Callable[[threading.Event], Iterator[frozenset[UUID] | None]],
         runner: RunnerThread,
         lease_s: float,
         heartbeat_s: float,
@@ -45,7 +45,7 @@ class LeaseKeeper:
     ) -> None:
         self._worker = worker
         self._database = database
-        self._database_url = database_url
+        self._hear_cancels = hear_cancels
         self._runner = runner
         self._lease_s = lease_s
         self._heartbeat_s = heartbeat_s
@@ -132,12 +132,11 @@ class LeaseKeeper:
 
     def _listen(self) -> None:
         """Cancels act at once; one that may have been missed comes with a heartbeat."""
-        heard = notices.listen(self._database_url, [notices.CANCEL], self._stopping)
-        for notice in heard:
-            if notice.job_ids is None:
+        for job_ids in self._hear_cancels(self._stopping):
+            if job_ids is None:
                 self.beat()
             else:
-                self.hear_cancel(notice.job_ids)
+                self.hear_cancel(job_ids)
 
     def hear_cancel(self, job_ids: frozenset[UUID]) -> None:
         """Running jobs were cancelled; whose they are, the runner knows."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
+from uuid import UUID
 
 import psycopg
 import pytest
@@ -116,14 +117,14 @@ def test_a_listener_that_meets_a_standby_goes_on_once_it_is_promoted(
 ) -> None:
     # given listeners, also one that takes whatever server it gets, and a standby in place of theirs
     stop = threading.Event()
-    heard: dict[str, queue.Queue[notices.Notice]] = {}
+    heard: dict[str, queue.Queue[frozenset[UUID] | None]] = {}
     threads = []
     for url in (standby.url, standby.url + "?target_session_attrs=any"):
         news = heard[url] = queue.Queue()
 
-        def listen(url: str = url, news: queue.Queue[notices.Notice] = news) -> None:
-            for notice in notices.listen(url, [notices.DONE], stop):
-                news.put(notice)
+        def listen(url: str = url, news: queue.Queue[frozenset[UUID] | None] = news) -> None:
+            for job_ids in notices.listen(url, stop):
+                news.put(job_ids)
 
         threads.append(threading.Thread(target=listen))
     for thread in threads:
@@ -137,7 +138,7 @@ def test_a_listener_that_meets_a_standby_goes_on_once_it_is_promoted(
         primary.stop()
         standby.promote()
         for news in heard.values():
-            assert news.get(timeout=20) == notices.Notice(notices.DONE, None)
+            assert news.get(timeout=20) is None
     finally:
         stop.set()
         for thread in threads:

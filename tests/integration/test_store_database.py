@@ -14,6 +14,7 @@ from app.local.ports import free_port
 from app.store import submissions
 from app.store.database import Database, migrate
 from tests.rows import insert, new_job
+from tests.waiting import eventually
 
 CANARY = "the canary sings"
 
@@ -113,6 +114,42 @@ def test_a_pool_with_all_connections_busy_is_unavailable(database_url: str) -> N
         database.begin(),
     ):
         pass
+
+
+def test_a_spare_connection_is_opened_while_the_kept_one_is_in_use_and_closed_after_it(
+    database_url: str,
+) -> None:
+    with closing(Database(database_url, pool_size=1, spare=1)) as database:
+
+        def number() -> int:
+            with database.begin() as connection:
+                return connection.scalar(
+                    text("SELECT count(*) FROM pg_stat_activity WHERE application_name = :name"),
+                    {"name": "gristmill"},
+                )
+
+        with database.begin():
+            assert number() == 2
+        eventually(lambda: number() == 1)
+
+
+def test_a_server_that_has_no_connection_left_is_named_as_such(
+    database: Database, database_url: str
+) -> None:
+    with database.begin() as connection:
+        connection.execute(text("DROP ROLE IF EXISTS crowded"))
+        connection.execute(text("CREATE ROLE crowded LOGIN PASSWORD 'x' CONNECTION LIMIT 0"))
+    user = database_url.partition("://")[2].partition("@")[0]
+    url = database_url.replace(user, "crowded:x")
+
+    with (
+        closing(Database(url, pool_size=1)) as crowded,
+        pytest.raises(Unavailable, match=r"no connection left .*max_connections.*sizing\.md"),
+        crowded.begin(),
+    ):
+        pass
+    with database.begin() as connection:
+        connection.execute(text("DROP ROLE crowded"))
 
 
 @pytest.mark.parametrize(

@@ -8,17 +8,15 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from sqlalchemy import text
 
 from app.jobs import Kind
 from app.store import cancellation, claims, submissions, sweeps
 from app.store.database import Database
-from app.store.notices import CANCEL, DONE, MAX_IDS, Notice, listen, tell_ended, unpacked
+from app.store.notices import MAX_IDS, listen, tell_ended
 from app.store.submissions import RejectedJob
 from tests.rows import Worker, completed, insert, new_job, rewrite
 
@@ -29,29 +27,25 @@ class Listener:
 
     url: str
     stop: threading.Event = field(default_factory=threading.Event)
-    heard: queue.Queue[Notice] = field(default_factory=queue.Queue)
+    heard: queue.Queue[frozenset[UUID] | None] = field(default_factory=queue.Queue)
 
     def __post_init__(self) -> None:
         self.thread = threading.Thread(target=self._run)
         self.thread.start()
 
     def _run(self) -> None:
-        for notice in listen(self.url, [DONE, CANCEL], self.stop):
-            self.heard.put(notice)
+        for job_ids in listen(self.url, self.stop):
+            self.heard.put(job_ids)
 
-    def next(self) -> Notice:
+    def next(self) -> frozenset[UUID] | None:
         return self.heard.get(timeout=10)
-
-
-def of(channel: str, *ids: UUID) -> Notice:
-    return Notice(channel, frozenset(ids))
 
 
 @pytest.fixture
 def listener(database_url: str) -> Iterator[Listener]:
     listener = Listener(database_url)
     try:
-        assert {listener.next(), listener.next()} == {Notice(DONE, None), Notice(CANCEL, None)}
+        assert listener.next() is None
         yield listener
     finally:
         listener.stop.set()
@@ -67,36 +61,38 @@ def test_every_way_to_end_a_job_is_news(database: Database, listener: Listener) 
     rejected = RejectedJob(id=uuid4(), kind=Kind.GENERATE, error_code="x", error_message="X.")
 
     worker.complete(worker.claim([finished]))
-    assert listener.next() == of(DONE, finished)
+    assert listener.next() == {finished}
 
     with database.begin() as connection:
         cancellation.cancel(connection, cancelled)
-    assert listener.next() == of(DONE, cancelled)
+    assert listener.next() == {cancelled}
 
     rewrite(database, "deadline = now()", expired)
     with database.begin() as connection:
         sweeps.expire_deadlines(connection, sweeps.find_late(connection, 10))
-    assert listener.next() == of(DONE, expired)
+    assert listener.next() == {expired}
 
     [claimed] = worker.claim([given_up])
     worker.release(claimed, charged=True)
-    assert listener.next() == of(DONE, given_up)
+    assert listener.next() == {given_up}
 
     with database.begin() as connection:
         submissions.reject(connection, [rejected])
-    assert listener.next() == of(DONE, rejected.id)
+    assert listener.next() == {rejected.id}
 
 
-def test_the_cancel_of_a_running_job_is_news_for_its_worker(
-    database: Database, listener: Listener
-) -> None:
-    [job_id] = insert(database, new_job())
-    Worker.registered(database).claim([job_id])
+def test_a_cancel_names_the_workers_that_run_its_jobs(database: Database) -> None:
+    queued, *running = insert(database, *(new_job() for _ in range(4)))
+    one, other = Worker.registered(database), Worker.registered(database)
+    one.claim(running[:2])
+    other.claim(running[2:])
 
     with database.begin() as connection:
-        cancellation.cancel(connection, job_id)
+        cancellation.cancel_free(connection, [queued, *running[1:]])
 
-    assert listener.next() == of(CANCEL, job_id)
+    with database.begin() as connection:
+        told = cancellation.who_runs(connection, [queued, *running])
+    assert told == {one.id: [running[1]], other.id: [running[2]]}
 
 
 def test_jobs_that_end_in_one_commit_are_told_in_as_few_notifications_as_hold_their_ids(
@@ -107,7 +103,7 @@ def test_jobs_that_end_in_one_commit_are_told_in_as_few_notifications_as_hold_th
     with database.begin() as connection:
         cancellation.cancel_free(connection, ids)
 
-    heard = [listener.next().job_ids or frozenset() for _ in range(3)]
+    heard = [listener.next() or frozenset() for _ in range(3)]
     assert sorted(map(len, heard)) == [1, MAX_IDS, MAX_IDS]
     assert frozenset().union(*heard) == frozenset(ids)
 
@@ -124,7 +120,7 @@ def test_the_commit_of_a_finish_sends_no_notification_so_that_it_waits_for_no_ot
 
     heard = listener.next()
 
-    assert heard == of(DONE, second)
+    assert heard == {second}
 
 
 def test_news_that_does_not_wait_for_the_disk_leaves_the_commits_after_it_as_they_were(
@@ -140,11 +136,6 @@ def test_news_that_does_not_wait_for_the_disk_leaves_the_commits_after_it_as_the
             assert connection.scalar(text("SHOW synchronous_commit")) == "on"
 
 
-@given(st.text(max_size=200) | st.from_regex(r"[0-9a-f]{0,100}"))
-def test_a_notification_of_somebody_elses_names_no_job_or_some_that_are_none(said: str) -> None:
-    assert all(isinstance(job_id, UUID) for job_id in unpacked(said))
-
-
 def test_news_of_a_transaction_that_fails_is_none(database: Database, listener: Listener) -> None:
     dropped, kept = insert(database, new_job(), new_job())
 
@@ -158,7 +149,7 @@ def test_news_of_a_transaction_that_fails_is_none(database: Database, listener: 
     with database.begin() as connection:
         cancellation.cancel(connection, kept)
 
-    assert listener.next() == of(DONE, kept)
+    assert listener.next() == {kept}
 
 
 def test_after_a_lost_connection_the_listener_comes_back_and_says_look_again(
@@ -173,16 +164,16 @@ def test_after_a_lost_connection_the_listener_comes_back_and_says_look_again(
             )
         )
 
-    assert {listener.next(), listener.next()} == {Notice(DONE, None), Notice(CANCEL, None)}
+    assert listener.next() is None
     with database.begin() as connection:
         cancellation.cancel(connection, job_id)
-    assert listener.next() == of(DONE, job_id)
+    assert listener.next() == {job_id}
 
 
 def test_a_listener_without_a_server_stops_when_it_is_told() -> None:
     stop = threading.Event()
     url = "postgresql://127.0.0.1:1/nowhere"
-    thread = threading.Thread(target=partial(list, listen(url, [DONE], stop)))
+    thread = threading.Thread(target=partial(list, listen(url, stop)))
     thread.start()
 
     stop.set()

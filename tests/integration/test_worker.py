@@ -178,7 +178,7 @@ def test_a_message_that_was_revoked_before_it_came_is_a_cancelled_job_of_its_kin
     assert (row["state"], row["kind"], row["attempt_id"]) == ("cancelled", kind, None)
 
 
-def test_a_cancel_in_the_database_reaches_a_running_job_at_once(
+def test_a_cancel_that_nobody_tells_of_reaches_the_running_job_with_a_heartbeat(
     config: Settings, worker: Worker, producer: Celery
 ) -> None:
     id_ = send(producer, "sleep 60000")

@@ -144,6 +144,8 @@ def _record_finished(self: MemoryConnection, job: Row, record: Row) -> None:
             "total_ms": ms(job["created_at"], self.now),
         },
     )
+
+
 def _close_finished(self: MemoryConnection, record: Row, is_held: bool) -> None:
     attempt = self.attempts.get(record["attempt_id"])
     if attempt is None or not (is_held or attempt["device_ns"] is None):

@@ -14,7 +14,6 @@ from typing import Any, Final
 from uuid import UUID
 
 from app.errors import NotStorable
-from app.store.notices import DONE
 from tests.memory_store.rows import KEYS, Params, Row, Table, blank, ms
 
 _COPIED: Final = (
@@ -72,7 +71,7 @@ class MemoryDatabase:
         self.now = now
         self.tables: dict[str, Table] = {name: {} for name in KEYS}
         self.on_commit: Callable[[MemoryConnection], None] = lambda _: None
-        self.on_notice: Callable[[str, UUID], None] = lambda *_: None
+        self.on_told: Callable[[UUID], None] = lambda _: None
         self.refuses: Callable[[str, Row], bool] = lambda *_: False  #: a table's new row
 
     @contextmanager
@@ -86,8 +85,8 @@ class MemoryDatabase:
         if connection.before is not None:
             _check(connection)
             self.on_commit(connection)
-        for channel, job_id in connection.notices:
-            self.on_notice(channel, job_id)
+        for job_id in connection.told:
+            self.on_told(job_id)
 
     autocommit = begin  # one statement in a transaction of its own
 
@@ -103,7 +102,7 @@ class MemoryConnection:
     ) -> None:
         self.now = now
         self._refuses = refuses
-        self.notices: list[tuple[str, UUID]] = []
+        self.told: list[UUID] = []  #: jobs that ended
         self.before: dict[str, Table] | None = None  #: the tables before the first write
         self.written: set[tuple[str, UUID]] = set()
         self.tables = tables
@@ -163,7 +162,7 @@ class MemoryConnection:
                 **last,
             },
         )
-        self.notices.append((DONE, job["id"]))
+        self.told.append(job["id"])
 
 
 def _check(connection: MemoryConnection) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from datetime import timedelta
+from uuid import UUID
 
 from app.store import cancellation, notices, purging, workers
 from tests.memory_store.database import Answer, MemoryConnection, statement
@@ -79,13 +81,21 @@ def _ask_workers(self: MemoryConnection, given: Params) -> Answer:
     for job_id in given["ids"]:
         asked_at = self.jobs[job_id]["cancel_requested_at"] or self.now
         self.update("jobs", job_id, cancel_requested_at=asked_at)
-        self.notices.append((notices.CANCEL, job_id))
     return Answer([])
+
+
+@statement(cancellation._WHO_RUNS)
+def _who_runs(self: MemoryConnection, given: Params) -> Answer:
+    told: defaultdict[UUID, list[UUID]] = defaultdict(list)
+    for job in filter(None, map(self.jobs.get, given["ids"])):
+        if job["state"] == "running" and job["cancel_requested_at"] is not None:
+            told[job["worker_id"]].append(job["id"])
+    return Answer([{"worker_id": id, "job_ids": job_ids} for id, job_ids in told.items()])
 
 
 @statement(notices._TELL_ENDED)
 def _tell_ended(self: MemoryConnection, given: Params) -> Answer:
-    self.notices += [(notices.DONE, job_id) for job_id in given["ids"]]
+    self.told += given["ids"]
     return Answer([])
 
 

@@ -76,7 +76,7 @@ class SimulatedWorker:
         self.lease = LeaseKeeper(
             worker=_new_worker(self.id, models),
             database=self.database,
-            database_url="",
+            hear_cancels=lambda _: iter(()),
             runner=self,
             lease_s=SETTINGS.worker.lease_s,
             heartbeat_s=SETTINGS.worker.heartbeat_s,

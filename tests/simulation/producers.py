@@ -37,6 +37,7 @@ class Producers:
     workers: list[SimulatedWorker]
     postgres_back_ns: int
     redis_back_ns: int
+    deaf: bool
 
     def submit(self, prompt: int, way: int, times: int) -> None:
         """A producer brings a job: a row and a message, or one of them."""
@@ -137,6 +138,16 @@ class Producers:
         self.expected[job_id].states.add("cancelled")
         with suppress(JobStateConflict), self.store.begin() as connection:
             cancellation.cancel(connection, job_id)
+        if not self.deaf:
+            self._tell_workers(job_id)
+
+    def _tell_workers(self, job_id: UUID) -> None:
+        """What the API does after the commit of a cancel."""
+        with self.store.begin() as connection:
+            told = cancellation.who_runs(connection, [job_id])
+        for worker in self.workers:
+            if worker.is_alive and worker.id in told:
+                worker.lease.hear_cancel(frozenset(told[worker.id]))
 
     def revoke(self, job: int, worker: int) -> None:
         """Celery's revoke, which each worker hears."""

@@ -16,7 +16,6 @@ from uuid import UUID
 
 from app.broker.queues import queue_name
 from app.jobs import JobState
-from app.store.notices import CANCEL, DONE
 from app.worker.commands import Drain, Flush
 from tests.memory_store import MemoryDatabase, Row
 from tests.simulation.broken import Broken
@@ -50,13 +49,13 @@ class World(Producers):
     def __init__(self) -> None:
         self.clock = Clock()
         self.store = MemoryDatabase(self.clock.now)
-        self.store.on_commit, self.store.on_notice = after_commit, self._noticed
+        self.told: set[UUID] = set()  #: jobs of whose end those who wait heard
+        self.store.on_commit, self.store.on_told = after_commit, self.told.add
         self.store.refuses = _refuses
         self.queue = Queue(self)
         self.postgres_back_ns = self.redis_back_ns = 0
         self.expected: dict[UUID, Expected] = {}
         self.deaf = False  #: notices of cancels are lost
-        self.told: set[UUID] = set()  #: jobs of whose end those who wait heard
         self._ids = random.Random(0)
         self.seen: Counter[Effect] = Counter()
         self._flooded, self._flood_size = "", 0  #: the model whose queue is so long, and how long
@@ -323,14 +322,6 @@ class World(Producers):
         """A fault ended an engine that held these."""
         for expected in self.expected.values():
             expected.kills_alone += {expected.prompt} == prompts
-
-    def _noticed(self, channel: str, job_id: UUID) -> None:
-        if channel == DONE:
-            self.told.add(job_id)
-        if channel == CANCEL and not self.deaf:
-            for worker in self.workers:
-                if worker.is_alive:
-                    worker.lease.hear_cancel(frozenset({job_id}))
 
     def _is_quiet(self) -> bool:
         is_over = all(JobState(row["state"]).is_final for row in self.store.rows("jobs"))

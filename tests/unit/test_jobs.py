@@ -6,6 +6,8 @@ from itertools import product
 from uuid import RFC_4122, UUID, uuid4
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from app.jobs import (
     FINAL_STATES,
@@ -13,10 +15,22 @@ from app.jobs import (
     JobState,
     Usage,
     can_move,
+    digits_of,
     int64,
     job_id_of,
+    job_ids_in,
     new_id,
 )
+
+
+@given(st.frozensets(st.uuids()))
+def test_ids_in_news_are_those_that_were_written(job_ids: frozenset[UUID]) -> None:
+    assert job_ids_in(digits_of(job_ids)) == job_ids
+
+
+@given(st.text() | st.from_regex(r"[0-9a-f{}-]{0,100}"))
+def test_news_of_somebody_elses_hold_ids_or_nothing(words: str) -> None:
+    assert all(isinstance(job_id, UUID) for job_id in job_ids_in(words))
 
 
 def test_a_final_state_is_left_by_no_move() -> None:
