@@ -162,8 +162,8 @@ class CloseReason(enum.StrEnum):
 
     SIZE = "size"  #: `max_batch_size` members
     TOKENS = "tokens"  #: the next member would pass `max_batch_tokens`
-    WAIT = "wait"  #: the oldest member had waited `max_wait_ms`
-    JOIN = "join"  #: the engine was running and had a free slot, so waiting would gain nothing
+    WAIT = "wait"  #: the oldest member had waited for company as long as any does
+    JOIN = "join"  #: the engine takes sequences between its steps, so company can come later
 
 
 class FinishReason(enum.StrEnum):

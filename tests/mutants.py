@@ -22,6 +22,7 @@ from typing import Final
 ROOT: Final = Path(__file__).resolve().parents[1]
 COPIED: Final = ("app", "configs", "migrations", "tests", "pyproject.toml", "README.md")
 SIMULATION: Final = "tests/simulation/test_schedules.py"
+AHEAD: Final = "tests/simulation/test_ahead.py"
 CLAIMS: Final = "tests/integration/test_store_claims.py"
 ODD: Final = "tests/integration/test_odd_data.py"
 ODD_MESSAGES: Final = f"{ODD}::test_no_message_ends_the_worker_or_keeps_others_from_their_end"
@@ -166,7 +167,7 @@ MUTANTS: Final = (
     Mutant(
         "success is told before the commit",
         "app/worker/executor.py",
-        "self._dispatcher.note_fitted(job)",
+        "self._dispatcher.note_ran(job)",
         'job.ticket.succeeded("", 0.0)',
     ),
     Mutant(
@@ -426,6 +427,84 @@ MUTANTS: Final = (
         "app/worker/runner.py",
         " and closes_ns > self.turned_ns",
         "",
+    ),
+    Mutant(
+        "a lone job waits for company that can join later",
+        "app/worker/batcher.py",
+        "suits_ns = GATHER_NS if capacity.joins else STATIC_WAIT_NS",
+        "suits_ns = STATIC_WAIT_NS",
+        "tests/unit/test_batcher.py",
+    ),
+    Mutant(
+        "the next batch closes before it is full",
+        "app/worker/batcher.py",
+        "if capacity.is_ahead or wait_ns",
+        "if wait_ns",
+        "tests/unit/test_batcher.py",
+    ),
+    Mutant(
+        "the next batch is claimed when the one before is over",
+        "app/worker/dispatcher.py",
+        "        return capacities | ahead\n",
+        "        return capacities\n",
+        AHEAD,
+    ),
+    Mutant(
+        "a claimed batch waits for Postgres before it goes in",
+        "app/worker/runner.py",
+        "        self._hand_over()  # before Postgres is asked: an engine may stand still\n",
+        "",
+        AHEAD,
+    ),
+    Mutant(
+        "one claimed batch after the other waits for the engine",
+        "app/worker/dispatcher.py",
+        " and not self._claimed.get(model)",
+        "",
+        AHEAD,
+    ),
+    Mutant(
+        "claimed jobs wait for a long batch, whoever is more urgent",
+        "app/worker/dispatcher.py",
+        "is_soon = self._lasted_ns.get(model, SOON_NS) < SOON_NS",
+        "is_soon = True",
+        AHEAD,
+    ),
+    Mutant(
+        "a claimed batch goes in whole, whatever memory there is",
+        "app/worker/dispatcher.py",
+        "members, _ = fill(candidates, capacity.free_rows, max_tokens, capacity)",
+        "members = candidates",
+        AHEAD,
+    ),
+    Mutant(
+        "a claimed job that is cancelled waits for its turn",
+        "app/worker/runner.py",
+        "        if self._dispatcher.withdraw(job):  # it is claimed, and not in the engine\n",
+        "        if False:\n",
+        AHEAD,
+    ),
+    Mutant(
+        "a worker that drains keeps what it has claimed and does not run",
+        "app/worker/runner.py",
+        "filter(self._dispatcher.withdraw, claimed)",
+        "()",
+        AHEAD,
+    ),
+    Mutant(
+        "a time limit counts from the claim",
+        "app/worker/work.py",
+        "began_ns = self.run.began_ns if self.run else None",
+        "began_ns = self.run.claimed_ns if self.run else None",
+        AHEAD,
+    ),
+    Mutant(
+        "a claimed batch is a suspect of the one before",
+        "app/worker/dispatcher.py",
+        "        self._suspects.split(dropped)\n",
+        "        self._suspects.split([*dropped, *sum(self._claimed.values(), [])])\n"
+        "        self._claimed.clear()\n",
+        AHEAD,
     ),
     Mutant(
         "a message says itself where it came from",

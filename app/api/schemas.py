@@ -52,7 +52,7 @@ class Attempt(BaseModel):
 class Timing(BaseModel):
     """Where the time went, in milliseconds. A part that did not take place is null."""
 
-    queue_ms: float | None = Field(description="Accepted to claimed.", examples=[104.2])
+    queue_ms: float | None = Field(description="Accepted to the engine's start.", examples=[104.2])
     batch_wait_ms: float | None = Field(
         description="The part of it in which the worker was filling the batch.", examples=[100.1]
     )

@@ -261,8 +261,11 @@ class ModelSettings(_Section):
     max_batch_tokens: Annotated[int, Field(ge=1)] = Field(
         16_384, description="Hard limit on padded prompt plus allowed output of one batch."
     )
-    max_wait_ms: Annotated[float, Field(ge=0)] = Field(
-        100.0, description="Longest wait of a batch's oldest member while the engine is free."
+    max_wait_ms: Annotated[float, Field(ge=0)] | None = Field(
+        None,
+        description="Longest wait of a batch's oldest member while the engine is free. Left out, "
+        "it is 100, and 3 with an engine that takes sequences between its steps: company joins "
+        "later.",
     )
     context_tokens: Annotated[int, Field(ge=1)] | None = Field(
         None, description="Prompt plus output; the model's own limit when left out."

@@ -210,7 +210,8 @@ _FINISH: Final = text(f"""
             CASE WHEN is_kept THEN error_message END,
             input_tokens, cached_tokens, output_tokens,
             held.created_at, held.queued_at, held.claimed_at, started_at, first_token_at, now(),
-            {elapsed_ms("held.created_at", "held.claimed_at")}, batch_wait_ms,
+            {elapsed_ms("held.created_at", "coalesce(started_at, held.claimed_at)")},
+            batch_wait_ms,
             {elapsed_ms("held.created_at", "first_token_at")}, inference_ms,
             {elapsed_ms("held.created_at", "now()")},
             device_ns, cost, currency, price_id

@@ -384,7 +384,7 @@ results = Table(
     Column("started_at", Stamp, comment="The engine began its prompt."),
     Column("first_token_at", Stamp, comment="First token; for an embedding or scores, these."),
     Column("finished_at", Stamp, nullable=False, comment="Result written."),
-    Column("queue_ms", Double, comment="created_at to claimed_at, in ms."),
+    Column("queue_ms", Double, comment="created_at to started_at, in ms; else to claimed_at."),
     Column("batch_wait_ms", Double, comment="Part of queue_ms in the worker's batcher, in ms."),
     Column("ttft_ms", Double, comment="created_at to first_token_at, in ms."),
     Column("inference_ms", Double, comment="started_at to the last token, in ms."),

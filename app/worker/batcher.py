@@ -6,14 +6,18 @@ longest allowed output). It closes
 
     size    when it holds `max_batch_size` sequences, or the next one would not fit,
     tokens  when the next candidate would pass `max_batch_tokens`,
-    wait    when its oldest member has waited `max_wait_ms`,
-    join    when its oldest member has waited `JOIN_WAIT_NS`, if the engine is running and takes
-            sequences between steps: those that come during one step then share a claim.
+    wait    when its oldest member has waited for company, `max_wait_ms` or `STATIC_WAIT_NS`,
+    join    when its oldest member has waited `GATHER_NS`, if the engine takes sequences between its
+            steps: company can join later, and those that come together share a claim.
+
+While an engine runs that takes nothing before it is free again, the batch for then closes as soon
+as it is full; one that is not may still grow.
 
 What does not fit opens the next batch, and what could not even be alone in an empty engine is
 handed back by `misfits`: nothing behind it would ever run. Members go in by priority, then
 deadline, then age; a candidate that has been passed over for `STARVATION_WAITS` times its group's
-`max_wait_ms` goes first whatever its priority, so nothing waits for ever.
+`max_wait_ms`, and `STARVATION_FLOOR_NS`, goes first whatever its priority, so nothing waits for
+ever.
 """
 
 from __future__ import annotations
@@ -29,8 +33,10 @@ from app.jobs import CloseReason
 
 STARVATION_WAITS: Final = 100
 STARVATION_FLOOR_NS: Final = 10_000_000_000
-JOIN_WAIT_NS: Final = 20_000_000
-"""Shorter than most steps, so that it costs a joining sequence next to nothing."""
+STATIC_WAIT_NS: Final = 100_000_000
+"""For company, where whoever comes later waits for the whole batch."""
+GATHER_NS: Final = 3_000_000
+"""As long as it takes to register a message, so that a lone one loses nothing by it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,19 +45,25 @@ class Limits:
 
     max_batch_size: int
     max_batch_tokens: int
-    max_wait_ns: int
+    max_wait_ns: int | None = None  #: None is what suits the engine
 
     @classmethod
     def of(cls, model: ModelSettings) -> Limits:
-        return cls(model.max_batch_size, model.max_batch_tokens, int(model.max_wait_ms * 1e6))
+        wait_ms = model.max_wait_ms
+        wait_ns = None if wait_ms is None else int(wait_ms * 1e6)
+        return cls(model.max_batch_size, model.max_batch_tokens, wait_ns)
 
     def wait_ns(self, capacity: Capacity) -> int:
         """How long the oldest member waits for company."""
-        return min(self.max_wait_ns, JOIN_WAIT_NS) if capacity.joins else self.max_wait_ns
+        suits_ns = GATHER_NS if capacity.joins else STATIC_WAIT_NS
+        if self.max_wait_ns is None:
+            return suits_ns
+        is_joined = capacity.joins and not capacity.is_empty
+        return min(self.max_wait_ns, suits_ns) if is_joined else self.max_wait_ns
 
     @property
     def starvation_ns(self) -> int:
-        return max(self.max_wait_ns * STARVATION_WAITS, STARVATION_FLOOR_NS)
+        return max((self.max_wait_ns or 0) * STARVATION_WAITS, STARVATION_FLOOR_NS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +85,11 @@ class Capacity:
     """What the engine behind a group can take now."""
 
     free_rows: int
-    joins: bool = False  #: it is running, and admits between steps
+    joins: bool = False  #: it admits between its steps
     ceiling: Callable[[int], int] | None = None
     """Most rows that may be added if the longest has so many tokens; None is no limit."""
     is_empty: bool = True  #: nothing runs: then one job is taken even if it passes the ceiling
+    is_ahead: bool = False  #: it is what will be free when the batch that runs now is over
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +161,7 @@ class Batcher:
             min(c.arrived_ns for c in self._waiting[group].values())
             + self.limits[group].wait_ns(capacity)
             for group, capacity in capacities.items()
-            if self._waiting[group]
+            if self._waiting[group] and not capacity.is_ahead
         ]
         return min(times, default=None)
 
@@ -198,6 +211,6 @@ def _is_over(capacity: Capacity | None, rows: int, tokens: int, *, is_first: boo
 
 
 def _timely(wait_ns: int, limits: Limits, capacity: Capacity) -> CloseReason | None:
-    if wait_ns < limits.wait_ns(capacity):
+    if capacity.is_ahead or wait_ns < limits.wait_ns(capacity):
         return None
     return CloseReason.JOIN if capacity.joins else CloseReason.WAIT

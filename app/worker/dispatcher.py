@@ -3,6 +3,11 @@
 Jobs that were inside an engine when it was lost, or were lost with their workers, go first and
 apart from all others (`suspects`); the rest goes in batches (`batcher`), as far as the engine has
 room and, since memory once ran out, as far as is known to fit (`ceilings`).
+
+A batch is claimed, and goes in when there is room. While an engine runs that nobody can join, the
+next full batch is claimed already, so that the device does not wait for Postgres. That batch has no
+part in what becomes of the one that runs. Whoever comes later waits for it, however urgent, so it
+is claimed early only where batches are over soon.
 """
 
 from __future__ import annotations
@@ -10,15 +15,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 from uuid import UUID
 
 from app.jobs import CloseReason, new_id
-from app.worker.batcher import Batcher, Capacity
+from app.worker.batcher import Batcher, Capacity, fill
 from app.worker.engine.ceilings import Ceilings
 from app.worker.suspects import Suspects
 from app.worker.work import Batch, Job
 
 log = logging.getLogger(__name__)
+
+SOON_NS: Final = 2_000_000_000
+"""What longer batches lose to Postgres between them is next to nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,15 +36,16 @@ class Room:
 
     rows: int
     inside: int
-    joins: bool  #: it is running, and admits more between steps
+    joins: bool  #: it admits more between its steps
+    most: int  #: what it takes when it is empty
 
 
 @dataclass(frozen=True, slots=True)
-class Dispatch:
-    """Jobs that are to run together."""
+class Closed:
+    """A batch that is to be claimed."""
 
+    batch: Batch
     jobs: list[Job]
-    batch: Batch | None  #: None: they are claimed already
 
 
 class Dispatcher:
@@ -46,6 +56,8 @@ class Dispatcher:
         self._suspects = Suspects(batcher.limits)
         self._ceilings = Ceilings()
         self._waiting: dict[UUID, Job] = {}  #: in the batcher
+        self._claimed: dict[str, list[Job]] = {}  #: by model, those that go in next
+        self._lasted_ns: dict[str, int] = {}  #: by model, what its last job took in the engine
         self._runs_apart = False  #: what is inside the engine now must stay alone
 
     def __len__(self) -> int:
@@ -77,47 +89,93 @@ class Dispatcher:
             found += [self._waiting.pop(misfit.job_id) for misfit in misfits]
         limits = self._batcher.limits
         return [
-            (job, min(limits[job.model].max_batch_size, rooms[job.model].rows)) for job in found
+            (job, min(limits[job.model].max_batch_size, rooms[job.model].most)) for job in found
         ]
 
-    def next(self, rooms: Mapping[str, Room], now_ns: int) -> Dispatch | None:
-        """Take out those that go in now; None if nobody does. To be asked until it says so."""
-        self._runs_apart = self._runs_apart and _is_busy(rooms)
-        if self._suspects and not _is_busy(rooms):
-            return self._next_suspects(rooms, now_ns)
+    def close(self, rooms: Mapping[str, Room], now_ns: int) -> Closed | None:
+        """Take out a batch that is to be claimed now; None if there is none such. To be asked until
+        it says so."""
+        if self._suspects:
+            return None if _is_busy(rooms) else self._close_suspects(rooms, now_ns)
         for model, capacity in self._capacities(rooms).items():
             if closed := self._batcher.close(model, capacity, now_ns):
                 jobs = [self._waiting.pop(member.job_id) for member in closed.members]
                 batch = Batch(new_id(), model, closed.reason, closed.wait_ns)
-                return _dispatch(jobs, batch, now_ns)
+                return _closed(batch, jobs, now_ns)
         return None
 
-    def _next_suspects(self, rooms: Mapping[str, Room], now_ns: int) -> Dispatch | None:
-        """The next group that runs apart: one that is claimed already, or else one to claim."""
-        self._runs_apart = True
-        if group := self._suspects.next_claimed(_rows(rooms)):
-            return Dispatch(group, None)
+    def _close_suspects(self, rooms: Mapping[str, Room], now_ns: int) -> Closed | None:
         if not (jobs := self._suspects.next_unclaimed(_rows(rooms))):
             return None
         wait_ns = now_ns - min(job.arrived_ns for job in jobs)
-        return _dispatch(jobs, Batch(new_id(), jobs[0].model, CloseReason.WAIT, wait_ns), now_ns)
+        return _closed(Batch(new_id(), jobs[0].model, CloseReason.WAIT, wait_ns), jobs, now_ns)
+
+    def add_claimed(self, jobs: list[Job]) -> None:
+        """A batch that was claimed: it goes in as soon as there is room."""
+        if jobs and jobs[0].is_suspect:
+            self._suspects.add_claimed(jobs)
+        elif jobs:
+            self._claimed[jobs[0].model] = [*self._claimed.get(jobs[0].model, []), *jobs]
+
+    def next_claimed(self, rooms: Mapping[str, Room]) -> list[Job] | None:
+        """Take out claimed jobs that go in now; None if there are none such. To be asked until it
+        says so."""
+        self._runs_apart = self._runs_apart and _is_busy(rooms)
+        if self._suspects:
+            if _is_busy(rooms) or not (group := self._suspects.next_claimed(_rows(rooms))):
+                return None
+            self._runs_apart = True
+            return group
+        for model, capacity in self._capacities(rooms).items():
+            if not capacity.is_ahead and (members := self._take_fitting(model, capacity)):
+                return members
+        return None
+
+    def _take_fitting(self, model: str, capacity: Capacity) -> list[Job]:
+        """As many of a claimed batch as fit: memory may have run out since its claim."""
+        claimed = self._claimed.pop(model, [])
+        candidates = [job.candidate() for job in claimed]
+        max_tokens = self._batcher.limits[model].max_batch_tokens
+        members, _ = fill(candidates, capacity.free_rows, max_tokens, capacity)
+        if rest := claimed[len(members) :]:
+            self._claimed[model] = rest
+        return claimed[: len(members)]
+
+    def withdraw(self, job: Job) -> bool:
+        """Take out a claimed job; returns whether it waits here."""
+        claimed = self._claimed.get(job.model, [])
+        if job not in claimed:
+            return self._suspects.withdraw(job)
+        claimed.remove(job)
+        return True
 
     def next_close_ns(self, rooms: Mapping[str, Room]) -> int | None:
         """When the first batch closes by waiting, or None if none does."""
         return self._batcher.next_close_ns(self._capacities(rooms))
 
     def _capacities(self, rooms: Mapping[str, Room]) -> dict[str, Capacity]:
-        """What each model's engine would take now; models that take nothing are left out, and all
-        are while suspects run or wait: nobody else is to be beside them."""
+        """What each model's engine would take now, or when it is free again; models that are to
+        take nothing are left out, and all are while suspects run or wait: nobody else is to be
+        beside them."""
         if self._suspects or self._runs_apart:
             return {}
-        return {
+        capacities = {
             model: Capacity(
                 room.rows, room.joins, self._ceilings.room(model, room.inside), room.inside == 0
             )
             for model, room in rooms.items()
             if room.rows > 0
         }
+        ahead = {
+            model: Capacity(room.most, ceiling=self._ceilings.room(model, 0), is_ahead=True)
+            for model, room in rooms.items()
+            if room.rows == 0 and self._may_claim_ahead(model, room)
+        }
+        return capacities | ahead
+
+    def _may_claim_ahead(self, model: str, room: Room) -> bool:
+        is_soon = self._lasted_ns.get(model, SOON_NS) < SOON_NS
+        return is_soon and not room.joins and not self._claimed.get(model)
 
     # ── what the engine teaches ──────────────────────────────────────────────────────────────
 
@@ -125,7 +183,9 @@ class Dispatcher:
         """Claimed jobs that the engine dropped: they run again apart, in halves, and come next."""
         self._suspects.split(dropped)
 
-    def note_fitted(self, job: Job) -> None:
+    def note_ran(self, job: Job) -> None:
+        """The engine has answered it."""
+        self._lasted_ns[job.model] = job.claimed_run.lasted_ns
         self._ceilings.fitted(job.model, job.max_tokens, job.num_sequences)
 
     def note_overflow(self, dropped: Sequence[Job]) -> None:
@@ -138,10 +198,10 @@ class Dispatcher:
             log.warning(sentence, rows, tokens, fits, extra={"action": "rows_halved"})
 
 
-def _dispatch(jobs: list[Job], batch: Batch, now_ns: int) -> Dispatch:
+def _closed(batch: Batch, jobs: list[Job], now_ns: int) -> Closed:
     for job in jobs:
         job.closed_ns = now_ns
-    return Dispatch(jobs, batch)
+    return Closed(batch, jobs)
 
 
 def _is_busy(rooms: Mapping[str, Room]) -> bool:

@@ -59,6 +59,7 @@ class Executor:
                 self._host.free_rows(model),
                 self._running.num_rows(model),
                 self._host.joins(model),
+                self._host.max_rows(model),
             )
             for model in self._models
         }
@@ -115,7 +116,7 @@ class Executor:
         self._deaths = 0
         answered = self._running.answer(stepped)
         for job in answered:
-            self._dispatcher.note_fitted(job)
+            self._dispatcher.note_ran(job)
         return answered
 
     def _halve(self, sequence_ids: Iterable[int]) -> None:

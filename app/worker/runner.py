@@ -69,6 +69,7 @@ class Runner:
         self._jobs: dict[UUID, Job] = {}
         self._over: list[Job] = []  #: ended, not yet committed
         self._doomed: list[Doomed] = []  #: not yet written
+        self._leaving: list[Job] = []  #: claimed, not to be run here, and not yet given back
         self._claiming: tuple[Batch, list[Job]] | None = None  #: a claim whose fate is unknown
         self._drain: Drain | None = None
         self._fatal: GristmillError | None = None
@@ -110,7 +111,9 @@ class Runner:
         if self._fatal is not None:
             raise self._fatal
         self._executor.hear(self._over)
+        self._hand_over()  # before Postgres is asked: an engine may stand still
         self._watch_limits()
+        self._with_database(self._release)
         self._with_database(self._register)
         self._with_database(self._commit)
         self._with_database(self._admit)
@@ -137,7 +140,7 @@ class Runner:
         closes_ns = self._dispatcher.next_close_ns(rooms)
         if self._paused_until_ns > now_ns:
             return (self._paused_until_ns - now_ns) / 1e9
-        if self._over or self._doomed:
+        if self._over or self._doomed or self._leaving:
             return LEAST_WAIT_S
         if closes_ns is not None and closes_ns > self.turned_ns:
             return min(IDLE_WAIT_S, max(LEAST_WAIT_S, (closes_ns - now_ns) / 1e9))
@@ -196,7 +199,12 @@ class Runner:
                 self._cut_short(job, CANCELLED)
 
     def _cut_short(self, job: Job | None, ending: Ending) -> None:
-        if job is not None and job.run is not None:
+        if job is None or job.run is None:
+            return
+        if self._dispatcher.withdraw(job):  # it is claimed, and not in the engine
+            job.run.ending = job.run.ending or ending
+            self._over.append(job)
+        else:
             self._executor.cut_short(job, ending)
 
     def _forget_waiting(self) -> None:
@@ -214,8 +222,7 @@ class Runner:
         for job in self._jobs.values():
             if job.run is None:
                 continue
-            limit_s = job.time_limit_s
-            if limit_s is not None and now_ns - job.run.claimed_ns > limit_s * 1e9:
+            if job.is_over_limit(now_ns):
                 self._cut_short(job, TIMED_OUT)
             if job.deadline is not None and job.run.stamp(now_ns) > job.deadline:
                 self._cut_short(job, EXPIRED)
@@ -225,7 +232,7 @@ class Runner:
     @property
     def _waits_in_vain(self) -> bool:
         """Whether no job that this worker has claimed will end by itself: none is started now."""
-        ends = self._executor.is_busy or self._over or self._claiming
+        ends = self._executor.is_busy or self._over or self._leaving or self._claiming
         return bool(self._jobs) and not ends
 
     def _give_up(self) -> None:
@@ -242,9 +249,24 @@ class Runner:
             log.warning("Jobs are left to rescue: %s", error, extra={"action": "left_to_rescue"})
         self._jobs.clear()
         self._doomed.clear()
+        self._leaving.clear()
         self._registrar.clear()
 
     # ── jobs in and out ──────────────────────────────────────────────────────────────────────
+
+    def _release(self) -> None:
+        """While this worker drains: what is claimed and does not run goes back, uncharged."""
+        if self._drain is None:
+            return
+        claimed = [job for job in self._jobs.values() if job.run is not None]
+        for job in filter(self._dispatcher.withdraw, claimed):
+            # If it is known to be what an engine died of, it ends.
+            (self._over if job.claimed_run.ending else self._leaving).append(job)
+        self._ledger.release(self._leaving)
+        for job in self._leaving:
+            job.ticket.dropped()
+            del self._jobs[job.id]
+        self._leaving = []
 
     def _register(self) -> None:
         self._end_doomed()
@@ -277,19 +299,18 @@ class Runner:
         self._over = []
 
     def _admit(self) -> None:
-        """Close what is due and hand it to the engine. Suspects run alone, before the rest."""
+        """Claim what is due, and hand it to the engine."""
         if self._claiming is not None:
             self._claim(*self._claiming)
+        self._hand_over()
         rooms = self._executor.rooms()
         if self._drain is not None or not rooms:
             return
         for job, most in self._dispatcher.misfits(rooms):
             self._end_misfit(job, most)
-        while dispatch := self._dispatcher.next(self._executor.rooms(), self._now_ns()):
-            if dispatch.batch is None:
-                self._hand_over(dispatch.jobs)
-            else:
-                self._claim(dispatch.batch, dispatch.jobs)
+        while closed := self._dispatcher.close(self._executor.rooms(), self._now_ns()):
+            self._claim(closed.batch, closed.jobs)
+            self._hand_over()
 
     def _end_misfit(self, job: Job, most: int) -> None:
         """End a job that has more sequences than its engine takes when it is empty."""
@@ -305,7 +326,7 @@ class Runner:
             self._doomed.append(Doomed(job.ticket, job.model, Ending.failed(error)))
 
     def _claim(self, batch: Batch, jobs: list[Job]) -> None:
-        """Claim the members and run those that were granted.
+        """Claim the members; those that were granted go in when there is room.
 
         The others were cancelled, expired or taken since they were registered: their messages have
         nothing more to do.
@@ -318,16 +339,25 @@ class Runner:
                 del self._jobs[job.id]
                 self._registrar.give_back(job.id)  # if it is queued all the same
                 job.ticket.dropped()
-        self._hand_over(granted)
+        self._dispatcher.add_claimed(granted)
 
-    def _hand_over(self, jobs: list[Job]) -> None:
-        """Run claimed jobs; those that were cut short meanwhile are over without it."""
+    def _hand_over(self) -> None:
+        """Run what is claimed and fits now; suspects alone, before the rest."""
+        if self._drain is not None:
+            return
+        while (rooms := self._executor.rooms()) and (jobs := self._dispatcher.next_claimed(rooms)):
+            self._run(jobs)
+
+    def _run(self, jobs: list[Job]) -> None:
+        """Run claimed jobs; those whose end is known already are over without it."""
         going = [job for job in jobs if job.claimed_run.ending is None]
         self._over += [job for job in jobs if job not in going]
         if not going:
             return
         if self._dispatcher.runs_apart:
             log.info("Runs %d suspects apart.", len(going), extra={"action": "runs_apart"})
+        for job in going:
+            job.claimed_run.began_ns = job.claimed_run.began_ns or self._now_ns()
         self._executor.run(going)
         for job in going:
             job.ticket.started()

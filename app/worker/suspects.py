@@ -47,6 +47,17 @@ class Suspects:
     def remove(self, job_id: UUID) -> None:
         self._unclaimed.pop(job_id, None)
 
+    def add_claimed(self, group: Sequence[Job]) -> None:
+        """Jobs that were claimed just now: they come next."""
+        self._claimed.appendleft([*group])
+
+    def withdraw(self, job: Job) -> bool:
+        """Take out a claimed job; returns whether it waits here."""
+        found = any(job in group for group in self._claimed)
+        rest = ([each for each in group if each is not job] for group in self._claimed)
+        self._claimed = deque(group for group in rest if group)
+        return found
+
     def split(self, dropped: Sequence[Job]) -> None:
         """Put back jobs that an engine dropped: by model, or else in halves. They come next."""
         groups = [

@@ -45,6 +45,7 @@ class Run:
     claimed_at: dt.datetime
     claimed_ns: int
     generations: list[Generation | None]
+    began_ns: int | None = None  #: when it first went into the engine; it may be claimed before
     device_ns: int = 0  #: its share of the device's time, so far
     deaths: int = 0  #: engine processes that were lost while they ran it
     deaths_alone: int = 0  #: those of them that ran nothing else
@@ -59,6 +60,12 @@ class Run:
     @property
     def is_over(self) -> bool:
         return None not in self.generations
+
+    @property
+    def lasted_ns(self) -> int:
+        """From when it went into the engine to the last of its answers so far."""
+        ended = (each.finished_ns for each in self.generations if each is not None)
+        return max(ended, default=0) - (self.began_ns or 0)
 
     def stamp(self, monotonic_ns: int) -> dt.datetime:
         """A monotonic reading of this machine as a time of the database, not before the claim."""
@@ -80,7 +87,7 @@ class Ending:
 
 
 CANCELLED = Ending(JobState.CANCELLED, "cancelled", "The job was cancelled.")
-EXPIRED = Ending(JobState.EXPIRED, "deadline_exceeded", "The deadline passed while the job ran.")
+EXPIRED = Ending(JobState.EXPIRED, "deadline_exceeded", "The deadline passed before the job ended.")
 TIMED_OUT = Ending(JobState.FAILED, "time_limit", "The time limit of the job passed.")
 
 
@@ -113,7 +120,7 @@ class Job:
     losses: int  #: workers that were lost while they ran it
     arrived_ns: int  #: when its message came; the batcher counts from here
     registered_ns: int  #: when its row was known; what the row calls batch wait counts from here
-    time_limit_s: float | None = None  #: from its claim on
+    time_limit_s: float | None = None  #: from when it runs
     run: Run | None = None
     attempt_id: UUID = field(default_factory=new_id)  #: of the attempt that its claim is to open
     closed_ns: int = 0  #: when its batch was closed
@@ -134,6 +141,13 @@ class Job:
     def is_suspect(self) -> bool:
         """Whether it may be what its workers died of."""
         return self.losses >= SUSPECT_AFTER
+
+    def is_over_limit(self, now_ns: int) -> bool:
+        """Whether it has run for longer than it may. While it is claimed and waits it does not."""
+        began_ns = self.run.began_ns if self.run else None
+        if self.time_limit_s is None or began_ns is None:
+            return False
+        return now_ns - began_ns > self.time_limit_s * 1e9
 
     @property
     def max_tokens(self) -> int:

@@ -224,7 +224,7 @@ def test_a_finished_job_has_every_stamp_and_every_figure(database: Database) -> 
     assert result.response == {"text": "Flour."}
     empty = {name for name in result.__slots__ if getattr(result, name) is None}
     assert empty == {"error_code", "error_message"}
-    assert result.queue_ms == (claimed.claimed_at - job.created_at) / timedelta(milliseconds=1)
+    assert result.queue_ms == (started - job.created_at) / timedelta(milliseconds=1)
     assert result.ttft_ms == (started - job.created_at) / timedelta(milliseconds=1)
     assert result.total_ms == (result.finished_at - job.created_at) / timedelta(milliseconds=1)
     assert result.cost == Decimal("0.000000015")

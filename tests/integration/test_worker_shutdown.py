@@ -117,9 +117,12 @@ def test_a_rolling_restart_of_two_workers_loses_and_doubles_nothing(
 
     # then each job ran once and completed
     assert {row["state"] for row in found.values()} == {"completed"}
-    ends = rows(config, "SELECT outcome, count(*) AS jobs FROM attempts GROUP BY outcome")
-    assert [(each["outcome"], each["jobs"]) for each in ends] == [("succeeded", len(ids))]
-    assert rows(config, "SELECT FROM attempts WHERE outcome <> 'succeeded'") == []
+    ran = rows(config, "SELECT FROM attempts WHERE outcome = 'succeeded'")
+    assert len(ran) == len(ids)
+    others = rows(config, "SELECT * FROM attempts WHERE outcome <> 'succeeded'")  # claimed ahead
+    assert {(each["outcome"], each["charged"], each["device_ns"]) for each in others} <= {
+        ("released", False, 0)
+    }
 
 
 def test_a_worker_is_ready_again_after_its_engine_was_stopped_or_its_database_was_away(

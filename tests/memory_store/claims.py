@@ -139,7 +139,7 @@ def _record_finished(self: MemoryConnection, job: Row, record: Row) -> None:
         | {name: job[name] for name in names}
         | {
             "finished_at": self.now,
-            "queue_ms": ms(job["created_at"], job["claimed_at"]),
+            "queue_ms": ms(job["created_at"], record["started_at"] or job["claimed_at"]),
             "ttft_ms": ms(job["created_at"], record["first_token_at"]),
             "total_ms": ms(job["created_at"], self.now),
         },

@@ -6,7 +6,7 @@ process dies), `hang 1` (no step ends any more), `oom 2` (does not fit with more
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -272,7 +272,7 @@ class SimulatedHost(EngineHost):
         self._thawed = thawed
         self._frozen_with = frozen_with
         self.process: SimulatedProcess | None = None
-        self.num_runs = 0  #: batches that were handed to an engine
+        self.admitted: list[Admit] = []
         self.lost_with: list[set[str]] = []  #: prompts inside each process that ended by itself
 
     def _spawn(self) -> None:
@@ -288,6 +288,11 @@ class SimulatedHost(EngineHost):
             self._frozen_with(self.process.inside)
         super().kill()
 
-    def admit(self, *given: Any) -> None:
-        self.num_runs += 1
-        super().admit(*given)
+    @property
+    def num_runs(self) -> int:
+        """Batches that were handed to an engine."""
+        return len(self.admitted)
+
+    def admit(self, model: str, batch_id: str, sequences: Iterable[base.Sequence]) -> None:
+        self.admitted.append(Admit(model, batch_id, tuple(sequences)))
+        super().admit(model, batch_id, self.admitted[-1].sequences)

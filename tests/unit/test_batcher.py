@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import uuid
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.jobs import CloseReason
-from app.worker.batcher import JOIN_WAIT_NS, Batcher, Candidate, Capacity, Limits
+from app.worker.batcher import GATHER_NS, STATIC_WAIT_NS, Batcher, Candidate, Capacity, Limits
 
 MS = 1_000_000
 LIMITS = Limits(max_batch_size=4, max_batch_tokens=1_000, max_wait_ns=50 * MS)
@@ -79,14 +80,54 @@ def test_a_batch_closes_by_tokens_before_the_padded_size_passes_the_limit() -> N
 
 def test_a_running_engine_gets_candidates_after_a_moment_and_not_after_the_whole_wait() -> None:
     waiting = batcher(candidate())
-    running = Capacity(free_rows=2, joins=True)
+    running = Capacity(free_rows=2, joins=True, is_empty=False)
 
-    assert waiting.close("g", running, now_ns=JOIN_WAIT_NS - 1) is None
-    assert waiting.next_close_ns({"g": running}) == JOIN_WAIT_NS
-    closed = waiting.close("g", running, now_ns=JOIN_WAIT_NS)
+    assert waiting.close("g", running, now_ns=GATHER_NS - 1) is None
+    assert waiting.next_close_ns({"g": running}) == GATHER_NS
+    closed = waiting.close("g", running, now_ns=GATHER_NS)
 
     assert closed is not None
     assert closed.reason is CloseReason.JOIN
+
+
+def test_an_idle_engine_that_takes_company_later_starts_at_once() -> None:
+    waiting = batcher(candidate(), limits=dataclasses.replace(LIMITS, max_wait_ns=None))
+    joins = Capacity(free_rows=4, joins=True)
+
+    assert waiting.next_close_ns({"g": joins}) == GATHER_NS
+    closed = waiting.close("g", joins, now_ns=GATHER_NS)
+
+    assert closed is not None
+    assert closed.reason is CloseReason.JOIN
+    assert GATHER_NS <= 5 * MS
+
+
+def test_an_engine_that_nobody_can_join_waits_for_company_unless_it_is_set() -> None:
+    unset = batcher(candidate(), limits=dataclasses.replace(LIMITS, max_wait_ns=None))
+
+    assert unset.next_close_ns({"g": IDLE}) == STATIC_WAIT_NS
+    assert batcher(candidate()).next_close_ns({"g": IDLE}) == LIMITS.max_wait_ns
+
+
+def test_a_wait_that_is_set_holds_for_engines_that_take_company_later_too() -> None:
+    waiting = batcher(candidate())
+    joins = Capacity(free_rows=4, joins=True)
+
+    assert waiting.close("g", joins, now_ns=49 * MS) is None
+    assert waiting.close("g", joins, now_ns=50 * MS) is not None
+
+
+def test_behind_a_batch_that_runs_the_next_closes_when_it_is_full_and_not_before() -> None:
+    ahead = Capacity(free_rows=4, is_ahead=True)
+    waiting = batcher(*(candidate() for _ in range(3)))
+
+    assert waiting.close("g", ahead, now_ns=10_000 * MS) is None
+    assert waiting.next_close_ns({"g": ahead}) is None
+    waiting.add(candidate())
+    closed = waiting.close("g", ahead, now_ns=10_000 * MS)
+
+    assert closed is not None
+    assert len(closed.members) == 4
 
 
 def test_a_running_engine_is_refilled_at_once_when_enough_wait_for_its_free_rows() -> None:
@@ -224,7 +265,7 @@ def test_a_job_over_the_ceiling_runs_alone_and_not_beside_others() -> None:
         return 1
 
     full = Capacity(free_rows=4, joins=True, ceiling=ceiling, is_empty=False)
-    assert batcher(big).close("g", full, now_ns=JOIN_WAIT_NS) is None
+    assert batcher(big).close("g", full, now_ns=GATHER_NS) is None
     closed = batcher(big).close("g", Capacity(4, ceiling=ceiling), now_ns=50 * MS)
 
     assert closed is not None

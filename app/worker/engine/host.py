@@ -132,8 +132,12 @@ class EngineHost:
         return any(self._rows.values())
 
     def joins(self, model: str) -> bool:
-        """Whether this model's engine is running and admits more between its steps."""
-        return self.ready and self._engines[model].joins and self._rows[model] > 0
+        """Whether this model's engine admits more between its steps."""
+        return self.ready and self._engines[model].joins
+
+    def max_rows(self, model: str) -> int:
+        """Sequences that this model's engine takes when it is empty."""
+        return self._engines[model].max_rows if self.ready else 0
 
     def free_rows(self, model: str) -> int:
         """Sequences that the engine would take now; a static engine takes none while it runs."""
