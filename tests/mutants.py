@@ -93,6 +93,30 @@ MUTANTS: Final = (
         "::test_a_world_without_faults_answers_every_good_prompt_and_tells_those_who_wait",
     ),
     Mutant(
+        "jobs beyond those that one notification holds are told to nobody",
+        "app/store/notices.py",
+        "GROUP BY place / {MAX_IDS}",
+        "WHERE place < {MAX_IDS} GROUP BY place / {MAX_IDS}",
+        "tests/integration/test_store_notices.py",
+    ),
+    Mutant(
+        "a cancel is told to no worker",
+        "app/api/services.py",
+        "self.publisher.tell_cancelled(worker_id, job_ids)",
+        "pass",
+        "tests/integration/test_broker_cancels.py::"
+        "test_a_cancel_over_http_reaches_the_running_job"
+        "_and_a_worker_keeps_one_connection_to_postgres",
+    ),
+    Mutant(
+        "a cancel wakes every worker",
+        "app/broker/cancels.py",
+        'CHANNELS.replace("*", str(worker_id))',
+        'CHANNELS.replace("*", "all")',
+        "tests/integration/test_broker_cancels.py::"
+        "test_a_cancel_wakes_the_worker_that_runs_the_job_and_no_other",
+    ),
+    Mutant(
         "a heartbeat revives a stopped worker",
         "app/store/workers.py",
         """now() + :lease_s * interval '1 s'

@@ -26,6 +26,7 @@ from app.errors import ConfigError, GristmillError, Unavailable
 from app.local.servers import package_folder
 from app.store.database import Database
 from app.store.link import Found
+from app.store.sizes import connections
 from app.store.workers import what_computes
 
 MIN_POSTGRES: Final = (15,)
@@ -124,6 +125,7 @@ def _postgres(settings: Settings) -> Finding:
     with closing(_database(settings)) as database:
         with database.begin() as connection:
             version = tuple(map(int, connection.dialect.server_version_info or (0,)))
+            used, most = connections(connection)
         if version < MIN_POSTGRES:
             return Finding("Postgres", False, f"it is {_dotted(version)}; 15 or newer is needed")
         found = database.found()
@@ -131,7 +133,8 @@ def _postgres(settings: Settings) -> Finding:
             detail = f"{_dotted(version)}, a standby that takes no writes: name the primary, too"
             return Finding("Postgres", False, detail)
         database.check_schema()
-    return Finding("Postgres", True, f"{_dotted(version)}, and the schema fits{_between(found)}")
+    detail = f"{_dotted(version)}, and the schema fits{_between(found)}"
+    return Finding("Postgres", True, f"{detail}; {used} of {most} connections are in use")
 
 
 def _between(found: Found) -> str:

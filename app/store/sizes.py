@@ -1,4 +1,5 @@
-"""How large the tables are, and a way to fill them: for the benchmark of retention."""
+"""How large the tables are, and a way to fill them: for the benchmark of retention. How many
+connections there are."""
 
 from __future__ import annotations
 
@@ -39,6 +40,22 @@ def tables(connection: Connection) -> dict[str, Size]:
         rows, size, dead = connection.execute(text(_SIZE.format(table=table))).one()
         found[table] = Size(rows, dead, size)
     return found
+
+
+# Connections that are open, and the most that there may be of users without privileges.
+_CONNECTIONS: Final = text("""
+    SELECT
+        (SELECT count(*) FROM pg_stat_activity WHERE datid IS NOT NULL),
+        CAST(current_setting('max_connections') AS int)
+            - CAST(current_setting('superuser_reserved_connections') AS int)
+            - CAST(coalesce(current_setting('reserved_connections', true), '0') AS int)
+""")
+
+
+def connections(connection: Connection) -> tuple[int, int]:
+    """Those to this server that are open now, and how many it gives out."""
+    used, most = connection.execute(_CONNECTIONS).one()
+    return used, most
 
 
 # Ended jobs, each with its attempt and its result; 64 to a batch.

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from uuid import UUID, uuid4
 
@@ -190,26 +191,31 @@ def _told(publisher: Publisher, hearer: Hearer) -> bool:
 def test_a_cancel_over_http_reaches_the_running_job_and_a_worker_keeps_one_connection_to_postgres(
     make_settings: Callable[..., Settings], database_url: str, redis_url: str, tmp_path: Path
 ) -> None:
-    # given a worker whose heartbeats will not bring it the news, and jobs that it runs
+    # given a worker whose heartbeats will not bring it the news
     settings = make_settings(
         database={"url": database_url},
         broker={"url": redis_url},
         worker={"lease_s": 1_200, "heartbeat_s": 600},
     )
-    body = {"body": {"prompt": "sleep 500000"}}
     with running_worker(settings, tmp_path / "worker"), running_api(settings) as api:
-        links = [api.post("/v1/jobs", json=body).json()["links"]["self"] for _ in range(3)]
-        state_of = {link: lambda link=link: api.get(link).json()["state"] for link in links}
-        for state in state_of.values():
-            eventually(lambda state=state: state() == "running", 30)
 
-        # when they are cancelled by each of the three calls there are, then they end
-        api.post(f"{links[0]}/cancel")
-        api.post("/v1/jobs/cancel", json={"ids": [links[1].rpartition("/")[2]]})
-        api.delete(links[2])
+        def is_in(state: str, link: str) -> bool:
+            return bool(api.get(link).json()["state"] == state)
 
-        for state in state_of.values():
-            eventually(lambda state=state: state() == "cancelled", 30)
+        # when jobs that run are cancelled, by each of the three calls there are, then they end
+        ways: tuple[Callable[[str], object], ...] = (
+            lambda link: api.post(f"{link}/cancel"),
+            lambda link: api.post("/v1/jobs/cancel", json={"ids": [link.rpartition("/")[2]]}),
+            api.delete,
+        )
+        for cancel in ways:
+            job = api.post("/v1/jobs", json={"body": {"prompt": "sleep 500000"}}).json()
+            link = job["links"]["self"]
+            eventually(partial(is_in, "running", link), 30)
+            cancel(link)
+            eventually(partial(is_in, "cancelled", link), 30)
+
+        # and nobody keeps more connections than it is said to
         connections = rows(
             settings,
             "SELECT application_name AS name, count(*) FROM pg_stat_activity"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -126,7 +127,7 @@ def test_a_pooler_is_found_and_a_server_alone_is_not_taken_for_one(
     assert not database.found().is_pooled
 
 
-def test_the_doctor_says_what_is_between(
+def test_the_doctor_says_what_is_between_and_how_many_connections_are_left(
     pgbouncer: PgBouncer,
     database_url: str,
     redis_url: str,
@@ -140,6 +141,8 @@ def test_the_doctor_says_what_is_between(
 
     assert findings["Postgres"].ok
     assert "behind a pooler" in findings["Postgres"].detail
+    said = re.search(r"; (\d+) of (\d+) connections are in use$", findings["Postgres"].detail)
+    assert said and 1 <= int(said[1]) < int(said[2])
     assert findings["news"].ok
 
 
