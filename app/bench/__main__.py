@@ -19,6 +19,8 @@ BENCHES: Final = (
     "retention",
     "recovery",
     "poison",
+    "workers",
+    "machines",
 )
 
 

