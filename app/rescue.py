@@ -35,6 +35,7 @@ from uuid import UUID
 from app import telemetry
 from app.broker.message import Message
 from app.broker.publisher import Publisher
+from app.broker.queues import room
 from app.config.settings import Settings
 from app.errors import GristmillError, SchemaError, Unavailable
 from app.store import delivery, retention, sweeps
@@ -223,20 +224,17 @@ class Rescue:
         return sent
 
     def _fill(self, model: str, lengths: Sequence[int]) -> int:
-        """Send the unsent jobs of one model as long as few enough messages would be served first.
+        """Send the unsent jobs of one model as far as its lists take them."""
+        filled = list(lengths)
+        for step, priorities in enumerate(self._publisher.layout.bands):
+            free = room(filled, step, self._max_messages)
+            filled[step] += self._send_pages(model, priorities, free)
+        return sum(filled) - sum(lengths)
 
-        So a queue full of patient jobs does not keep an urgent one in Postgres.
-        """
-        sent = ahead = 0
-        for priorities, length in zip(self._publisher.layout.bands, lengths, strict=True):
-            ahead += length
-            sent += self._send_pages(model, priorities, self._max_messages - ahead - sent)
-        return sent
-
-    def _send_pages(self, model: str, priorities: Sequence[int], room: int) -> int:
+    def _send_pages(self, model: str, priorities: Sequence[int], free: int) -> int:
         sent = 0
         for _ in range(MAX_PAGES):
-            page = min(room - sent, self._page)
+            page = min(free - sent, self._page)
             if page <= 0:
                 break
             with self._begin() as connection:

@@ -30,6 +30,8 @@ ODD_ROWS: Final = f"{ODD}::test_no_row_ends_the_worker_or_keeps_others_from_thei
 STORE: Final = "app/store/claims.py"
 ARRIVALS: Final = "app/worker/pool/arrivals.py"
 ANY_MESSAGE: Final = "tests/unit/test_any_message.py"
+FETCHING: Final = "app/broker/fetching.py"
+FETCHES: Final = "tests/integration/test_broker_fetching.py"
 SAMPLING: Final = "app/engines/sampling/sampler.py"
 
 
@@ -429,7 +431,7 @@ MUTANTS: Final = (
     Mutant(
         "a flood in the list of all holds up those behind it",
         "app/broker/transport.py",
-        "if is_read and self._is_sated(queue) and self._pass_on(message, queue):",
+        "if is_read and self._is_sated(queue) and not self._keeps_all:",
         "if False:",
     ),
     Mutant(
@@ -437,6 +439,27 @@ MUTANTS: Final = (
         "app/broker/transport.py",
         "return [queue for queue in super().consume(n) if not self._channel._is_sated(queue)]",
         "return sorted(super().consume(n), reverse=True)",
+    ),
+    Mutant(
+        "urgent messages keep patient ones waiting for ever",
+        FETCHING,
+        "local most, patient = tonumber(ARGV[3]), tonumber(ARGV[5])",
+        "local most, patient = tonumber(ARGV[3]), 0",
+        FETCHES,
+    ),
+    Mutant(
+        "what is fetched is noted nowhere",
+        FETCHING,
+        "    note(ARGV[1] .. (#taken - 1) / 2, '[' .. item .. ARGV[9 + 2 * queue])\n",
+        "",
+        FETCHES,
+    ),
+    Mutant(
+        "a lost answer takes what was fetched with it",
+        "app/broker/transport.py",
+        "self.qos.expect(self._fetcher.tags(most))",
+        "pass",
+        FETCHES,
     ),
     Mutant(
         "an end that rescue wrote is told as the worker's own",

@@ -14,6 +14,7 @@ BENCHES: Final = (
     "step",
     "answers",
     "pipeline",
+    "jobs",
     "outside",
     "overload",
     "retention",

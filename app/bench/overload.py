@@ -14,20 +14,18 @@ from __future__ import annotations
 import argparse
 import asyncio
 import random
-import tempfile
 import time
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Final
 
 import httpx
 import psutil
 
 from app.bench.report import machine, print_json, print_table
+from app.bench.stub_system import StubSystem
 from app.client import Client, Job
-from app.config.file import load
 from app.errors import GristmillError
 from app.jobs import JobState
 from app.local.supervisor import System
@@ -41,14 +39,6 @@ HURRIED_S: Final = 2.0
 QUEUE_S: Final = 5.0
 """The queue is bounded to what a device without pauses would drain in this time."""
 
-_SETTINGS: Final = """
-cache_dir = "{folder}/cache"
-[api]
-port = 0
-max_queued_jobs = {max_queued}
-[flower]
-port = 0
-"""
 _MODELS: Final = """
 [models.stub]
 source = "stub"
@@ -58,11 +48,6 @@ default = true
 max_batch_size = {batch_size}
 max_wait_ms = 20
 options = {{ step_ms = {step_ms} }}
-"""
-_PRICES: Final = """
-[prices.cpu]
-per_device_hour = "0.08"
-currency = "USD"
 """
 
 
@@ -112,7 +97,8 @@ class Phase:
 def main(arguments: Seq[str]) -> None:
     options = _parser().parse_args(arguments)
     most = BATCH_SIZE * max(3, round(QUEUE_S / (STEPS * options.step_ms / 1000)))
-    with _StubSystem(options.step_ms, most) as system:
+    models = _MODELS.format(step_ms=options.step_ms, batch_size=BATCH_SIZE)
+    with StubSystem(f"max_queued_jobs = {most}", models) as system:
         url = system.settings.api.url
         _work_off(url, BATCH_SIZE)
         capacity = _capacity(url, most)
@@ -129,24 +115,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=40.0, help="of arrivals, for each pace")
     parser.add_argument("--step-ms", type=float, default=250.0, help="of the stub engine")
     return parser
-
-
-class _StubSystem(System):
-    """Everything, with a stub engine and a bounded queue, in a folder of its own."""
-
-    def __init__(self, step_ms: float, max_queued: int) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="gristmill-overload-")
-        folder = Path(self._folder.name)
-        for name, text in (("default", _SETTINGS), ("models", _MODELS), ("prices", _PRICES)):
-            filled = text.format(
-                folder=folder, max_queued=max_queued, step_ms=step_ms, batch_size=BATCH_SIZE
-            )
-            (folder / f"{name}.toml").write_text(filled)
-        super().__init__(load(folder / "default.toml", {}), lambda _: None)
-
-    def stop(self) -> None:
-        super().stop()
-        self._folder.cleanup()
 
 
 def _capacity(url: str, number: int) -> float:

@@ -10,7 +10,7 @@ key is the queue's name: there are no bindings that FLUSHALL could lose.
 Keys, in the one database the URL names, each after `broker.key_prefix`; kombu owns the layout.
 The lists here are those of the default `broker.priority_steps` and `broker.sep`:
 
-    <queue>                            list: waiting messages of priority 0 to 2; LPUSH, BRPOP
+    <queue>                            list: waiting messages of priority 0 to 2; LPUSH, BRPOP, RPOP
     <queue>\\x06\\x163  \\x06\\x166  \\x06\\x169   lists: priorities 3 to 5, 6 to 8, and 9
     unacked                            hash: delivery tag → [message, exchange, routing key] as JSON
     unacked_index                      sorted set: delivery tag by the second it was taken

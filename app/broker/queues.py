@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final, Self
@@ -47,6 +47,18 @@ def most_bytes(broker: BrokerSettings) -> int:
     """
     message = ENVELOPE_BYTES + broker.max_inline_bytes * 5 // 3
     return len(broker.priority_steps) * broker.max_messages * message
+
+
+PATIENT_SHARE: Final = 16
+"""One of so many messages that a worker takes is the most patient that waits, and so much of a
+queue is kept for each list of it, however many urgent messages there are."""
+
+
+def room(lengths: Sequence[int], step: int, most: int) -> int:
+    """How many messages the list of this step of a queue takes yet, or less than 1 if none: those
+    that fewer than `most` messages would be served before, and its share in any case."""
+    share = -(-most // PATIENT_SHARE)
+    return max(most - sum(lengths[: step + 1]), share - lengths[step])
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ class Role(StrEnum):
 
 _CONNECT: Final = ("hello", "ping", "select", "client|setinfo", "client|setname")
 _CELERY: Final = (
-    *("brpop", "lpush", "rpush", "llen"),  # queues, answers to remote control
+    *("brpop", "rpop", "lpush", "rpush", "llen"),  # queues, answers to remote control
     *("multi", "exec", "watch", "unwatch", "hset", "hget", "hdel", "zadd", "zrem", "zrange"),
     *("zrevrangebyscore", "zrangebyscore"),
     *("set", "get", "del", "evalsha", "script|load", "script|exists", "time"),  # locks
@@ -97,7 +97,7 @@ def _samples(settings: Settings, role: Role) -> Iterator[tuple[str, ...]]:
     bindings = f"{prefix}_kombu.binding.celery.pidbox"
     for key in lists:
         yield "BRPOP", key, "0"
-        yield from (("LPUSH", key, ""), ("RPUSH", key, ""), ("LLEN", key))
+        yield from (("RPOP", key), ("LPUSH", key, ""), ("RPUSH", key, ""), ("LLEN", key))
     yield "LPUSHX", prefix + NO_LIST, ""
     if role is Role.WORKER:
         yield "LPUSH", f"{prefix}x.reply.celery.pidbox", ""

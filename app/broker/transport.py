@@ -10,9 +10,9 @@ fails. The consumer's own channel may be left open, on a transport that has forg
 server is: giving back the unacknowledged messages, or acknowledging one later, is then an
 AttributeError, which Celery takes for the end of the worker.
 
-A full Redis still gives messages away, but lets kombu note neither that they are unacknowledged nor
-which queues there are, and refuses even to remove such a note in a transaction. Each of these would
-end the worker, or keep it from starting: and a worker is what empties a full Redis.
+Messages are waited for by kombu's BRPOP. Once one has come, those behind it are fetched together,
+and so are those that follow as work gets done: one round trip takes off what is done and brings as
+many again.
 """
 
 from __future__ import annotations
@@ -20,109 +20,25 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
+from queue import Empty
 from types import MappingProxyType
 from typing import Any, Final
 from uuid import uuid4
 
+import redis as plain
 from kombu.transport import redis, virtual
-from kombu.utils.json import dumps
+from kombu.utils.json import dumps, loads
 from kombu.utils.scheduling import round_robin_cycle
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 from app import telemetry
+from app.broker.fetching import MAX_BYTES, Fetcher, Taken
+from app.broker.qos import QoS, UnlessFull, UnlessLost
 from app.broker.refusal import said
 
 log = logging.getLogger(__name__)
 telemetry.say_once(log)
-
-FULL: Final = "command not allowed when used memory"
-"""What Redis answers when it is full, by itself or through a script."""
-
-
-class _UnlessFull:
-    """Do what is inside; if the server is full, say what is done instead and go on."""
-
-    def __init__(self, instead: str) -> None:
-        self._instead = instead
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _: object, error: BaseException | None, __: object) -> bool:
-        is_full = isinstance(error, ResponseError) and FULL in str(error)
-        if is_full:
-            log.warning("Redis is full; %s.", self._instead, extra={"action": "redis_full"})
-        return is_full
-
-
-class QoS(redis.QoS):
-    """The messages that were taken and not yet acknowledged, and how many of them by queue.
-
-    A message counts for the queue that its sender wrote into it, or that `count` says it is of.
-
-    What the server refused to note, full or for another reason, is in this worker's hands alone: if
-    it is lost with the worker, rescue sends it again, as any that is missing.
-    """
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)  # type: ignore[no-untyped-call]
-        self.held: Counter[str] = Counter()
-        self._queue_of: dict[str, str] = {}
-
-    def append(self, message: Any, delivery_tag: str) -> None:
-        self.count(delivery_tag, message.delivery_info.get("routing_key", ""))
-        try:
-            super().append(message, delivery_tag)  # type: ignore[no-untyped-call]
-        except ResponseError as error:
-            log.warning("%s A message is held here alone.", said(error))
-            virtual.QoS.append(self, message, delivery_tag)  # type: ignore[no-untyped-call]
-
-    def count(self, delivery_tag: str, queue: str) -> None:
-        """Count a message for this queue and for no other."""
-        self._let_go(delivery_tag)
-        self._queue_of[delivery_tag] = queue
-        self.held[queue] += 1
-
-    def ack(self, delivery_tag: str) -> None:
-        """Its place is free, also where the server refuses or is away: it keeps its note then, and
-        delivers again what is done by that time."""
-        try:
-            super().ack(delivery_tag)  # type: ignore[no-untyped-call]
-        except ResponseError as error:
-            log.warning("%s Messages are done and not taken off.", said(error))
-            virtual.QoS.ack(self, delivery_tag)  # type: ignore[no-untyped-call]
-        except (RedisError, OSError):
-            virtual.QoS.ack(self, delivery_tag)  # type: ignore[no-untyped-call]
-            raise
-        finally:
-            self._let_go(delivery_tag)
-
-    def move(self, delivery_tag: str, key: str, item: str) -> None:
-        """Put an item into a list in place of a message that was taken, at once or not at all."""
-        with self.pipe_or_acquire() as pipe:
-            self._remove_from_indices(delivery_tag, pipe.lpush(key, item)).execute()
-        virtual.QoS.ack(self, delivery_tag)  # type: ignore[no-untyped-call]
-        self._let_go(delivery_tag)
-
-    def reject(self, delivery_tag: str, requeue: bool = False) -> None:
-        super().reject(delivery_tag, requeue)  # type: ignore[no-untyped-call]
-        self._let_go(delivery_tag)
-
-    def _let_go(self, delivery_tag: str) -> None:
-        if queue := self._queue_of.pop(delivery_tag, None):
-            self.held[queue] -= 1
-
-    def _remove_from_indices(self, delivery_tag: str, pipe: Any = None) -> Any:
-        if pipe is not None:
-            return super()._remove_from_indices(delivery_tag, pipe)  # type: ignore[no-untyped-call]
-        with self.channel.conn_or_acquire() as client:
-            plain = client.pipeline(transaction=False)  # a transaction would be refused
-            return super()._remove_from_indices(delivery_tag, plain)  # type: ignore[no-untyped-call]
-
-    def restore_visible(self, *args: Any, **options: Any) -> None:
-        """A full server has no room for the lock that this takes."""
-        with _UnlessFull("what dead workers held is left to rescue"):
-            super().restore_visible(*args, **options)  # type: ignore[no-untyped-call]
 
 
 class Turns(round_robin_cycle):
@@ -147,6 +63,9 @@ class Turns(round_robin_cycle):
 
 SHARED: Final = "shared "
 """Before a queue's name in the count of its messages that came by others; no name has a space."""
+
+MOST_AT_ONCE: Final = 256
+"""Messages that are taken in one round trip."""
 
 LOOK_AGAIN_S: Final = 0.05
 """Longest wait for the other queues while one is left out: it may have room again."""
@@ -178,6 +97,11 @@ def _say_unsettled(what: str, error: Exception) -> None:
     log.warning(sentence, what, type(error).__name__, extra={"action": "not_settled"})
 
 
+def _read(queue: str, item: bytes) -> dict[str, Any] | None:
+    payload: dict[str, Any] = loads(item.decode())  # type: ignore[no-untyped-call]
+    return payload
+
+
 class _Outliving:
     """What a channel does after its connection is gone works, or is a connection error: Celery logs
     that, and rescue sends again what could not be given back."""
@@ -186,12 +110,20 @@ class _Outliving:
     QoS = QoS
     queue_budgets: Mapping[str, int] = MappingProxyType({})  #: most messages held, by queue
     shared_budgets: Mapping[str, int] = MappingProxyType({})  #: and of those that came by others
+    read = staticmethod(_read)
+    """Makes the payload of an item of this queue, or says None: it is nothing for us."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self._known: dict[bool, dict[str, Any]] = {}  #: how to reach Redis
+        self._long: set[str] = set()  #: queues in which more waits, as far as is known
+        self._passing: dict[str, tuple[Any, str]] = {}  #: messages for other lists, by tag
+        self._keeps_all = False  #: for nothing can be passed on
         super().__init__(*args, **options)
         self._queue_cycle = Turns(self)
         self._connparams(asynchronous=False)  # while the transport knows
+        self._fetcher = Fetcher(self.qos.prefix)  # type: ignore[attr-defined]
+
+    # ── which messages stay ──────────────────────────────────────────────────────────────────
 
     def keeps(self, message: Any, queue: str) -> bool:
         """Whether a message that belongs to this queue stays, whichever list it was taken from.
@@ -209,7 +141,8 @@ class _Outliving:
             self.qos.count(message.delivery_tag, shared)  # type: ignore[attr-defined]
             return True
         is_read = queue in self.active_queues  # type: ignore[attr-defined]
-        if is_read and self._is_sated(queue) and self._pass_on(message, queue):
+        if is_read and self._is_sated(queue) and not self._keeps_all:
+            self._passing[message.delivery_tag] = message, queue
             return False
         self.qos.count(message.delivery_tag, queue)  # type: ignore[attr-defined]
         return True
@@ -218,25 +151,158 @@ class _Outliving:
         budget = self.queue_budgets.get(queue)
         return budget is not None and self.qos.held[queue] >= budget  # type: ignore[attr-defined]
 
-    def _pass_on(self, message: Any, queue: str) -> bool:
-        """Whether it was moved to the new end of its queue."""
+    def _pass_on(self) -> None:
+        """Move what was taken and does not stay to the new end of its queue; or keep it after all,
+        if the server is full, or refuses that."""
+        passing, self._passing = self._passing, {}
+        if not passing:
+            return
+        try:
+            self.qos.move({tag: self._moved(*each) for tag, each in passing.items()})  # type: ignore[attr-defined]
+        except ResponseError as error:
+            log.warning("%s Messages are held here beyond their model's share.", said(error))
+            self._keeps_all = True
+            try:
+                for message, queue in passing.values():
+                    self.connection._deliver(message._raw, queue)  # type: ignore[attr-defined]
+            finally:
+                self._keeps_all = False
+
+    def _moved(self, message: Any, queue: str) -> tuple[str, str]:
+        """The key and the item of a message in its own queue."""
         properties = message.properties | {
             "delivery_tag": str(uuid4()),
             "delivery_info": {"exchange": "", "routing_key": queue},
         }
         item = message.serializable() | {"properties": properties}
         key = self._q_for_pri(queue, self._get_message_priority(item, reverse=False))  # type: ignore[attr-defined]
+        return key, dumps(item)  # type: ignore[no-untyped-call]
+
+    # ── taking and taking off ────────────────────────────────────────────────────────────────
+
+    def settle_soon(self) -> None:
+        """When the hub has done what it does now; at once where none turns."""
+        if getattr(self.connection, "loop", None) is None:  # type: ignore[attr-defined]
+            self.settle()
+
+    def settle(self, first: tuple[str, bytes] | None = None) -> None:
+        """Take off what is done, and take more where more waits: one round trip.
+
+        `first` is a queue and an item of it that was taken before and is to be noted.
+        """
+        most, rooms = self._rooms(first[0] if first else None)
+        done = self.qos.take_done()  # type: ignore[attr-defined]
+        if not (done or rooms or first):
+            return
+        prefix = getattr(self, "global_keyprefix", "")
+        notes = prefix + self.unacked_key, prefix + self.unacked_index_key  # type: ignore[attr-defined]
+        client = plain.Redis(connection_pool=self.pool)  # type: ignore[attr-defined]
+        pipe = client.pipeline(transaction=False)
+        if done:
+            pipe.zrem(notes[1], *done)
+            pipe.hdel(notes[0], *done)
+        if takes := bool(rooms or first):
+            lists = [
+                [prefix + self._q_for_pri(queue, step) for queue in rooms]  # type: ignore[attr-defined]
+                for step in self.priority_steps  # type: ignore[attr-defined]
+            ]
+            self._fetcher.call(pipe, notes, lists, rooms, most, first)
         try:
-            self.qos.move(message.delivery_tag, key, dumps(item))  # type: ignore[attr-defined,no-untyped-call]
-        except ResponseError as error:  # full, or without the right
-            log.warning("%s A message is held here beyond its model's share.", said(error))
-            return False
-        return True
+            replies = pipe.execute(raise_on_error=False)
+            if takes and isinstance(replies[-1], NoScriptError):
+                replies[-1] = self._fetcher.load_and_repeat(client)
+        except (RedisError, OSError):
+            if takes:
+                self.qos.expect(self._fetcher.tags(most))  # type: ignore[attr-defined]
+            raise
+        for refused in replies[: 2 if done else 0]:
+            if isinstance(refused, ResponseError):
+                log.warning("%s Messages are done and not taken off.", said(refused))
+        if takes:
+            self._take(replies[-1], most, rooms)
+
+    def _rooms(self, given: str | None) -> tuple[int, dict[str, int]]:
+        """How many messages to take now, and of each queue at most; none if none waits, as far as
+        is known. A message of the queue `given` is held, and not counted yet."""
+        most = self.qos.can_consume_max_estimate()  # type: ignore[attr-defined]
+        most = MOST_AT_ONCE if most is None else min(most - bool(given), MOST_AT_ONCE)
+        queues = self._queue_cycle.consume(len(self.active_queues))  # type: ignore[attr-defined]
+        if self._closing or most <= 0 or self._long.isdisjoint(queues):
+            return 0, {}
+        rooms = {}
+        for queue in queues:
+            held = self.qos.held[queue] + (queue == given)  # type: ignore[attr-defined]
+            rooms[queue] = min(most, self.queue_budgets.get(queue, most + held) - held)
+        return most, rooms
+
+    def _take(self, reply: Any, most: int, rooms: Mapping[str, int]) -> None:
+        """Deliver what was fetched."""
+        taken = self._fetcher.first
+        if isinstance(reply, ResponseError):
+            self._long.clear()
+            log.warning("%s Messages are taken one by one.", said(reply))
+            for each in taken:  # kombu may have more luck with its note
+                self._deliver(replace(each, tag=str(uuid4())))
+            return
+        refused, more = self._fetcher.read(reply, list(rooms))
+        if refused:
+            sentence = "%s Messages are taken one by one, or are held here alone."
+            log.warning(sentence, said(ResponseError(refused)))
+        by_queue = Counter(each.queue for each in more)
+        is_cut = len(more) >= most or sum(len(each.item) for each in more) >= MAX_BYTES
+        for queue, room in rooms.items():
+            (self._long.add if is_cut or by_queue[queue] >= room else self._long.discard)(queue)
+        for queue in by_queue:
+            self._queue_cycle.rotate(queue)  # type: ignore[no-untyped-call]
+        left = iter([*taken, *more])
+        try:
+            for each in left:
+                self._deliver(each)
+            self._pass_on()
+        finally:
+            self.qos.expect(each.tag for each in left)  # type: ignore[attr-defined]
+
+    def _deliver(self, taken: Taken) -> None:
+        payload = self.read(taken.queue, taken.item)
+        if payload is None:
+            self.qos.drop(taken.tag)  # type: ignore[attr-defined]
+            return
+        payload["properties"]["delivery_tag"] = taken.tag
+        self.connection._deliver(payload, taken.queue)  # type: ignore[attr-defined]
 
     def _brpop_start(self, timeout: float | None = None) -> None:
         if self._queue_cycle.leaves_out:
             timeout = LOOK_AGAIN_S
         super()._brpop_start(timeout)  # type: ignore[misc]
+
+    def _brpop_read(self, **options: Any) -> bool:
+        """One message, and those behind it."""
+        client: Any = self.client  # type: ignore[attr-defined]
+        try:
+            found = client.parse_response(client.connection, "BRPOP", **options)
+        except self.connection_errors:  # type: ignore[attr-defined]
+            client.connection.disconnect()
+            raise
+        finally:
+            self._in_poll: Any = None
+            self._flush_brpop_reauth()  # type: ignore[attr-defined]
+        if not found:
+            raise Empty
+        key, item = found
+        queue = key.decode().rsplit(self.sep, 1)[0]  # type: ignore[attr-defined]
+        self._queue_cycle.rotate(queue)  # type: ignore[no-untyped-call]
+        self._long.add(queue)
+        self.settle((queue, item))
+        return True
+
+    # ── outliving ────────────────────────────────────────────────────────────────────────────
+
+    def close(self) -> None:
+        """What is done by now is taken off while the connection lasts."""
+        self._closing = True
+        with UnlessLost():
+            self.settle()
+        super().close()  # type: ignore[misc]
 
     def _connparams(self, asynchronous: bool = False) -> dict[str, Any]:
         if asynchronous not in self._known:
@@ -254,7 +320,7 @@ class _Outliving:
 
         Workers that ran before have left it, too.
         """
-        with _UnlessFull("a queue is not noted"):
+        with UnlessFull("a queue is not noted"):
             super()._queue_bind(*args)  # type: ignore[misc]
 
 
@@ -274,11 +340,27 @@ class SentinelChannel(_Outliving, redis.SentinelChannel):
     )
 
 
-class Transport(redis.Transport):
+class _Turning:
+    """Knows the hub that turns it, so that what is done in one turn is taken off together."""
+
+    loop: Any = None
+
+    def register_with_event_loop(self, connection: Any, loop: Any) -> None:
+        self.loop = loop
+        super().register_with_event_loop(connection, loop)  # type: ignore[misc]
+        loop.on_tick.add(self._settle)
+
+    def _settle(self) -> None:
+        """Between what the hub does in a turn and its wait for the next."""
+        for channel in self.channels:  # type: ignore[attr-defined]
+            channel.settle()
+
+
+class Transport(_Turning, redis.Transport):
     Channel = Channel
     connection_errors = (*redis.Transport.connection_errors, RedisError)
 
 
-class SentinelTransport(redis.SentinelTransport):
+class SentinelTransport(_Turning, redis.SentinelTransport):
     Channel = SentinelChannel
     connection_errors = (*redis.SentinelTransport.connection_errors, RedisError)

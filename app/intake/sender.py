@@ -20,6 +20,7 @@ from uuid import UUID
 
 from app.broker.message import Message
 from app.broker.publisher import Publisher
+from app.broker.queues import room
 from app.config.settings import BrokerSettings
 from app.errors import GristmillError, Unavailable
 from app.store import delivery
@@ -139,7 +140,8 @@ class _Queue:
 class Queues:
     """Which new jobs are worth a message: those that few enough messages would be served before.
 
-    So an urgent job does not wait behind a queue that is full of patient ones. Once a list is full
+    So an urgent job does not wait behind a queue that is full of patient ones, and these have a
+    share of it, or a flood of urgent ones would keep them out for ever. Once a list is full
     rescue alone feeds it, in order, until it is half empty: new jobs do not overtake those that
     were held back. If rescue is away, half of the limit goes on without it.
 
@@ -177,8 +179,7 @@ class Queues:
 
     def _takes(self, queue: _Queue, priority: int) -> bool:
         step = self._publisher.layout.step(priority)
-        ahead = sum(queue.lengths[: step + 1])
-        if ahead >= (self._max // 2 if step in queue.held else self._max):
+        if room(queue.lengths, step, self._max // 2 if step in queue.held else self._max) < 1:
             queue.held.add(step)
             return False
         queue.held.discard(step)

@@ -46,13 +46,17 @@ class RunnerThread(threading.Thread):
         return self._runner.waits_for_database
 
     def post(self, command: Command) -> None:
+        self.add(command)
+        self.wake()
+
+    def add(self, command: Command) -> None:
+        """For the next turn, which `wake` asks for: once for many."""
         self._runner.post(command)
-        self._wake()
 
     def fail(self, error: GristmillError) -> None:
         """End the runner because of something that another thread found out."""
         self._runner.fail(error)
-        self._wake()
+        self.wake()
 
     def facts(self) -> dict[str, object]:
         return self._runner.facts()
@@ -84,7 +88,7 @@ class RunnerThread(threading.Thread):
         if any(fd == self._wake_out for fd, _ in woken_by):
             os.read(self._wake_out, 65_536)
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
         try:
             os.write(self._wake_in, b"!")
         except BlockingIOError:

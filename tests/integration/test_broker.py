@@ -56,9 +56,7 @@ class Reader:
     def __enter__(self) -> Reader:
         self._connection = self._app.connection_for_read().__enter__()
         channel = self._connection.default_channel
-        envelope.guard(
-            channel.client, Layout(), 10_000, lambda *refused: self.refused.append(refused)
-        )
+        channel.read = envelope.reader(10_000, lambda *refused: self.refused.append(refused))
         consumer = self._app.amqp.TaskConsumer(channel, on_message=self._received.append)
         self._consumer = consumer.__enter__()
         return self

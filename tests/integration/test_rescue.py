@@ -260,6 +260,17 @@ def test_an_urgent_job_is_sent_although_the_queue_is_full_of_patient_ones(
     assert urgent in small_queue.messages()
 
 
+def test_a_patient_job_is_sent_although_urgent_ones_fill_the_queue_all_the_time(
+    small_queue: World,
+) -> None:
+    small_queue.submit(150, priority=0)
+    [patient] = small_queue.submit(1, priority=9)
+
+    assert small_queue.sweep().sent == 101
+
+    assert patient in small_queue.messages()
+
+
 def test_two_rescues_at_once_send_a_job_once(world: World) -> None:
     ids = world.submit(60)
     rescues = [world.rescue, world.another_rescue()]

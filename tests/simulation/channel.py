@@ -36,6 +36,8 @@ class SimulatedChannel(_Outliving):
         self.prefetched = 3 * sum(model.max_batch_size for model in models.values())
         self.active_queues = [*sizes, DEFAULT]
         self.qos = _Held()
+        self._passing = {}
+        self._keeps_all = False
         self._queue = queue
         self._format = format
         self._queue_cycle = Turns(self)
@@ -56,12 +58,15 @@ class SimulatedChannel(_Outliving):
         told = SimpleNamespace(
             delivery_info={"routing_key": message.queue}, delivery_tag=str(slot), sent=message
         )
-        return self.keeps(told, queue_name(message.model, self._format))
+        keeps = self.keeps(told, queue_name(message.model, self._format))
+        self._pass_on()
+        return keeps
 
     def settled(self, slot: int) -> None:
         self.qos._let_go(str(slot))
 
-    def _pass_on(self, message: SimpleNamespace, queue: str) -> bool:
-        self._queue.put(replace(message.sent, queue=queue))
-        self.settled(int(message.delivery_tag))
-        return True
+    def _pass_on(self) -> None:
+        for message, queue in self._passing.values():
+            self._queue.put(replace(message.sent, queue=queue))
+            self.settled(int(message.delivery_tag))
+        self._passing.clear()

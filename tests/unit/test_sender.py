@@ -258,8 +258,8 @@ def test_an_urgent_job_passes_a_queue_that_is_full_of_patient_ones(
     assert [message.priority for message in redis.sent[100:]] == [5, 0]
 
     send(sender, 99, priority=0)
-    send(sender, 1, priority=5)  # a hundred are ahead of it now
-    assert len(redis.sent) == 201
+    send(sender, 20, priority=5)  # a hundred are ahead of them now: they have their share
+    assert len(redis.sent) == 201 + 6
 
 
 def test_a_full_queue_of_one_model_does_not_hold_back_another(
@@ -272,3 +272,13 @@ def test_a_full_queue_of_one_model_does_not_hold_back_another(
     submit(sender, [new_job(model="long"), new_job(model="short")])
 
     assert [message.model for message in redis.sent] == ["short"]
+
+
+def test_a_flood_of_urgent_jobs_does_not_keep_a_patient_one_out_of_the_queue(
+    sender: Sender, redis: Redis
+) -> None:
+    redis.waiting = [1_000, 0, 0, 0]
+
+    submit(sender, [new_job(priority=9) for _ in range(20)])
+
+    assert len(redis.sent) == 7  # a sixteenth of what the queue holds

@@ -22,7 +22,7 @@ from redis.exceptions import NoPermissionError
 from app import telemetry
 from app.broker.client import connected
 from app.broker.message import TASKS
-from app.broker.queues import Layout, queue_name
+from app.broker.queues import queue_name
 from app.broker.refusal import as_unavailable, reply_of, said
 from app.broker.rights import Role, missing
 from app.config.settings import Settings
@@ -30,7 +30,7 @@ from app.errors import GristmillError, RequestError, Unavailable
 from app.jobs import Kind, job_id_of
 from app.worker.pool.arrivals import Refusal, identify, read, scrub
 from app.worker.pool.control import REFUSED
-from app.worker.pool.envelope import guard
+from app.worker.pool.envelope import reader
 
 log = logging.getLogger(__name__)
 
@@ -118,13 +118,13 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]
     def connect(self) -> Any:
         """Called again after every reconnect, with a new channel each time."""
         connection = super().connect()
-        client = connection.default_channel.client
         settings: Settings = self.app.settings
-        guard(client, Layout.of(settings), settings.worker.max_request_bytes, self._refuse_raw)
+        read = reader(settings.worker.max_request_bytes, self._refuse_raw)
+        connection.default_channel.read = read
         return connection
 
     def _refuse_raw(self, task_id: str | None, error: RequestError) -> None:
-        """What kombu could not parse: it is off its list already, so there is nothing to ack."""
+        """What kombu could not parse: it never sees it, so there is nothing to ack."""
         if task_id is None:
             self._drop(error)
         else:

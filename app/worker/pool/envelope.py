@@ -1,14 +1,12 @@
 """The check in front of kombu: a list item that it cannot parse would end the worker.
 
-Whoever may write to Redis may push anything. Kombu takes an item off the list and parses it with no
-net below: bytes that are not JSON, or a missing field, are an unrecoverable error of the whole
-worker, and a compressed body is unpacked without a limit. `guard` looks at the raw bytes first and
-answers "the queue was empty" in place of an item that kombu could not stand. Where something is
-missing or odd that does no harm, kombu gets the item with that put right: clients of other
-languages send all sorts of envelopes.
+Whoever may write to Redis may push anything. Kombu parses what it takes with no net below: bytes
+that are not JSON, or a missing field, are an unrecoverable error of the whole worker, and a
+compressed body is unpacked without a limit. So its channel reads each item by `reader`, once: where
+something is missing or odd that does no harm, kombu gets the message with that put right (clients
+of other languages send all sorts of envelopes), and what it could not stand it never sees.
 
-Such an item is already off its list and never among the unacknowledged: there is nothing to ack.
-What is wrong inside a message that kombu can parse is found by `app.worker.pool.arrivals`.
+What is wrong inside a message that kombu can stand is found by `app.worker.pool.arrivals`.
 """
 
 from __future__ import annotations
@@ -21,9 +19,8 @@ from collections.abc import Callable
 from typing import Any, Final
 from uuid import uuid4
 
-from kombu.utils.json import dumps, object_hook
+from kombu.utils.json import object_hook
 
-from app.broker.queues import Layout
 from app.errors import RequestError, RequestTooLarge
 from app.requests.storable import is_unicode
 
@@ -34,33 +31,27 @@ _HEADERS_BYTES: Final = 65_536
 _PLAIN: Final = (None, "", "utf-8")
 
 
-def guard(
-    client: Any,
-    layout: Layout,
-    max_request_bytes: int,
-    refuse: Callable[[str | None, RequestError], object],
-) -> None:
-    """Check whatever this Redis client receives from a queue.
+def reader(
+    max_request_bytes: int, refuse: Callable[[str | None, RequestError], object]
+) -> Callable[[str, bytes], dict[str, Any] | None]:
+    """What makes the payload of an item from the list of a queue.
 
     `refuse(task_id, error)` gets what was held back, with the task id if one can be read, in the
     thread that reads from Redis.
     """
     max_bytes = _MOST_GROWTH * max_request_bytes + _HEADERS_BYTES
 
-    def screen(reply: list[bytes] | None, **_: object) -> tuple[bytes, bytes] | None:
-        if not reply:
-            return None
-        key, item = reply
+    def read(queue: str, item: bytes) -> dict[str, Any] | None:
         try:
-            return key, checked(item, layout.queue(key.decode(errors="replace")), max_bytes)
+            return checked(item, queue, max_bytes)
         except RequestError as error:
             refuse(task_id_in(item), error)
             return None
 
-    client.set_response_callback("BRPOP", screen)
+    return read
 
 
-def checked(item: bytes, queue: str, max_bytes: int) -> bytes:
+def checked(item: bytes, queue: str, max_bytes: int) -> dict[str, Any]:
     """A message of this queue, as kombu can stand it.
 
     Raises `RequestError` for the first thing in it that makes this impossible.
@@ -73,14 +64,10 @@ def checked(item: bytes, queue: str, max_bytes: int) -> bytes:
         raise RequestError("The message is not JSON in UTF-8.") from None
     if not isinstance(envelope, dict):
         raise RequestError("The message is not a JSON object.")
-    given_properties, given_headers = envelope.get("properties"), envelope.get("headers")
-    properties = _properties(given_properties, queue)
-    headers = _headers(given_headers)
+    properties = _properties(envelope.get("properties"), queue)
+    headers = _headers(envelope.get("headers"))
     _check_body(envelope.get("body"), properties.get("body_encoding"))
-    if properties is given_properties and headers is given_headers:
-        return item
-    right: str = dumps(envelope | {"properties": properties, "headers": headers})  # type: ignore[no-untyped-call]
-    return right.encode()
+    return envelope | {"properties": properties, "headers": headers}
 
 
 def _properties(given: Any, queue: str) -> dict[str, Any]:

@@ -53,6 +53,7 @@ class EnginePool(BasePool):  # type: ignore[misc]
         # The runner holds a ticket for as long as it matters.
         self._tickets: WeakValueDictionary[int, Ticket] = WeakValueDictionary()
         self._hub: Any = None
+        self._has_added = False  #: messages, since the runner was woken
         self._times_asked = 0  #: to shut down
         self._broker_trouble_at = -math.inf  #: by the monotonic clock
         self._hangup = signal.getsignal(signal.SIGHUP)  # before Celery takes it
@@ -100,6 +101,7 @@ class EnginePool(BasePool):  # type: ignore[misc]
 
     def register_with_event_loop(self, hub: Any) -> None:
         self._hub = hub
+        hub.on_tick.add(self._wake_runner)
 
     def _runner_ended(self) -> None:
         """Without its runner the worker can do nothing: end it, so that it is started again."""
@@ -136,8 +138,15 @@ class EnginePool(BasePool):  # type: ignore[misc]
             revoke=self._revoke,
         )
         self._tickets[ticket.slot] = ticket
-        self._parts.runner.post(ticket)
+        self._parts.runner.add(ticket)
+        self._has_added = True
         return ticket
+
+    def _wake_runner(self) -> None:
+        """Once for all that came in this turn of the hub."""
+        if self._has_added:
+            self._has_added = False
+            self._parts.runner.wake()
 
     def refuse(self, refusal: Refusal) -> None:
         """Record why a message cannot run; it is acknowledged once that is written."""

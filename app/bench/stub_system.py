@@ -1,0 +1,32 @@
+"""The whole system with a stub engine, in a folder of its own that is gone afterwards."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Final
+
+from app.config.file import load
+from app.local.supervisor import System
+
+_PRICES: Final = """
+[prices.cpu]
+per_device_hour = "0.08"
+currency = "USD"
+"""
+
+
+class StubSystem(System):
+    """`settings` and `models` are texts of TOML, beside the folder and the ports."""
+
+    def __init__(self, settings: str, models: str) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="gristmill-bench-")
+        folder = Path(self._folder.name)
+        settings = f'cache_dir = "{folder}/cache"\n[flower]\nport = 0\n[api]\nport = 0\n{settings}'
+        for name, text in (("default", settings), ("models", models), ("prices", _PRICES)):
+            (folder / f"{name}.toml").write_text(text)
+        super().__init__(load(folder / "default.toml", {}), lambda _: None)
+
+    def stop(self) -> None:
+        super().stop()
+        self._folder.cleanup()

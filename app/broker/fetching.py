@@ -1,0 +1,139 @@
+"""Takes many messages from Redis at once, and notes them as unacknowledged in the same step.
+
+A script on the server moves them: a message is in its list or among the unacknowledged, and never
+between. Where such a note is refused, for a right or for room, the message comes without it and is
+in this worker's hands alone: if it is lost with the worker, rescue sends it again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from redis.exceptions import ResponseError
+
+from app.broker.queues import PATIENT_SHARE
+
+MAX_BYTES: Final = 4_000_000
+"""Of messages that are taken at once, as far as the last of them goes beyond it."""
+
+_FETCH: Final = """
+local bytes, queues = tonumber(ARGV[4]), tonumber(ARGV[6])
+local room, taken = {}, {''}
+local function note(tag, text)
+  for _, kept in ipairs({redis.pcall('ZADD', KEYS[2], ARGV[2], tag),
+                         redis.pcall('HSET', KEYS[1], tag, text)}) do
+    if type(kept) == 'table' and kept.err then taken[1] = kept.err end
+  end
+end
+local function take(list, most)
+  local queue, before = (list - 3) % queues, #taken
+  room[queue] = room[queue] or tonumber(ARGV[8 + 2 * queue])
+  while #taken - before < 2 * most and room[queue] > 0 and bytes > 0 do
+    local item = redis.pcall('RPOP', KEYS[list])
+    if type(item) == 'table' then taken[1] = item.err end
+    if type(item) ~= 'string' then break end
+    note(ARGV[1] .. (#taken - 1) / 2, '[' .. item .. ARGV[9 + 2 * queue])
+    taken[#taken + 1], taken[#taken + 2] = list - 3, item
+    room[queue], bytes = room[queue] - 1, bytes - #item
+  end
+  return (#taken - before) / 2
+end
+if ARGV[7] ~= '' then note(ARGV[1], ARGV[7]) end
+local most, patient = tonumber(ARGV[3]), tonumber(ARGV[5])
+for last = #KEYS - queues, 2, -math.max(queues, 1) do
+  for queue = 1, queues do patient = patient - take(last + queue, patient) end
+end
+most = most - (#taken - 1) / 2
+for list = 3, #KEYS do most = most - take(list, most) end
+return taken
+"""
+"""KEYS: the hash and the index of the unacknowledged, then each queue's list for the first step of
+priority, for the next one, and so on. ARGV: what tags begin with, now, most messages, most bytes,
+how many of them from the patient end, the number of queues, the note of a message that was taken
+before, and for each queue its room and the end of its notes. Returns the last error, then each
+message's list and item."""
+
+_SHA: Final = hashlib.sha1(_FETCH.encode(), usedforsecurity=False).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A message as it came out of its list."""
+
+    tag: str
+    queue: str
+    item: bytes
+
+
+class Fetcher:
+    """Takes messages for one channel; `prefix` begins all of its delivery tags."""
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+        self._number = 0  #: of calls
+        self._taken = 0
+        self._first: tuple[str, bytes] | None = None
+        self._call: tuple[Any, ...] = ()
+
+    def call(
+        self,
+        pipe: Any,
+        notes: tuple[str, str],
+        lists: Sequence[Sequence[str]],
+        rooms: Mapping[str, int],
+        most: int,
+        first: tuple[str, bytes] | None,
+    ) -> None:
+        """Add a call to a pipeline. `lists` are those of each step of priority, of the queues of
+        `rooms` in their order; `most` bounds all of them together. All keys are whole. `first` is a
+        queue and an item of it that was taken already and is to be noted with the others."""
+        self._number += 1
+        self._first = first
+        patient = (self._taken + most) // PATIENT_SHARE - self._taken // PATIENT_SHARE
+        note = b"[" + first[1] + _end(first[0]).encode() if first else b""
+        given: list[Any] = [self._tag(""), time.time(), most, MAX_BYTES, patient, len(rooms), note]
+        for queue, room in rooms.items():
+            given += [room, _end(queue)]
+        keys = [*notes, *(key for step in lists for key in step)]
+        self._call = (_SHA, len(keys), *keys, *given)
+        pipe.evalsha(*self._call)
+
+    def load_and_repeat(self, client: Any) -> Any:
+        """The reply to the last call, of a server that did not know the script."""
+        client.script_load(_FETCH)
+        try:
+            return client.evalsha(*self._call)
+        except ResponseError as error:
+            return error
+
+    def tags(self, most: int) -> list[str]:
+        """Under which the last call may have noted so many messages, and the first."""
+        return [self._tag(""), *map(self._tag, range(most))]
+
+    @property
+    def first(self) -> list[Taken]:
+        """What was given to the last call."""
+        return [Taken(self._tag(""), *self._first)] if self._first else []
+
+    def read(self, reply: Sequence[Any], queues: Sequence[str]) -> tuple[str, list[Taken]]:
+        """What was refused, or "", and the messages in the order to handle them."""
+        error, *pairs = reply
+        found = enumerate(zip(map(int, pairs[::2]), pairs[1::2], strict=True))
+        taken = [
+            Taken(self._tag(number), queues[place % len(queues)], item)
+            for number, (place, item) in sorted(found, key=lambda each: each[1][0])
+        ]
+        self._taken += len(taken)
+        return error.decode(errors="replace"), taken
+
+    def _tag(self, number: object) -> str:
+        return f"{self._prefix}{self._number}:{number}"
+
+
+def _end(queue: str) -> str:
+    return f',"",{json.dumps(queue)}]'

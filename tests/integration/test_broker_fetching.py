@@ -1,0 +1,249 @@
+"""Many messages at once, and the notes that keep each of them: Redis alone."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import redis
+from kombu.entity import Queue
+from kombu.messaging import Consumer
+
+from app.broker.app import make_app
+from app.broker.queues import PATIENT_SHARE, Layout, queue_name
+from app.config.settings import ModelSettings, Settings
+from tests.own_redis import OwnRedis, running_redis
+from tests.pushed import push
+
+STUB = {"source": "stub", "kind": "generate", "engine": "stub", "max_batch_size": 100}
+QUEUE = queue_name("stub")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OwnRedis]:
+    with running_redis(tmp_path_factory.mktemp("redis")) as server:
+        yield server
+
+
+@pytest.fixture
+def client(server: OwnRedis) -> Iterator[redis.Redis]:
+    with redis.Redis.from_url(server.url) as client:
+        client.execute_command("ACL", "SETUSER", "miller", "reset", "on", ">flour", "~*", "&*")
+        client.acl_setuser("miller", enabled=True, categories=["+@all"])
+        client.flushdb()
+        yield client
+
+
+@pytest.fixture
+def settings(make_settings: Callable[..., Settings], server: OwnRedis) -> Settings:
+    url = server.url.replace("://", "://miller:flour@")
+    models = {"stub": ModelSettings.model_validate(STUB)}
+    return make_settings(broker={"url": url, "key_prefix": "mill:"}, models=models)
+
+
+class Taker:
+    """A channel that takes messages as a worker does and holds them until they are acknowledged."""
+
+    def __init__(self, connection: Any, most: int) -> None:
+        self.connection = connection
+        self.channel = connection.channel()
+        self.held: list[Any] = []
+        queue: Any = Queue
+        queues = [queue(name, exchange="", routing_key=name) for name in (QUEUE, "celery")]
+        make: Any = Consumer
+        consumer = make(self.channel, queues, on_message=self.held.append, accept=["json"])
+        consumer.qos(prefetch_count=most)
+        consumer.consume()
+
+    @property
+    def ids(self) -> list[str]:
+        return [message.headers["id"] for message in self.held]
+
+    def take_all(self) -> list[str]:
+        """Take until nothing comes any more; the ids of what is held."""
+        try:
+            while True:
+                self.connection.drain_events(timeout=0.2)
+        except TimeoutError:
+            return self.ids
+
+
+@contextmanager
+def taking(settings: Settings, most: int = 1_000) -> Iterator[Taker]:
+    with make_app(settings) as app, app.connection_for_read() as connection:
+        yield Taker(connection, most)
+
+
+def send(client: redis.Redis, number: int, priority: int = 0) -> list[str]:
+    return push(client, f"mill:{QUEUE}", "stub", number, priority)
+
+
+def calls(client: redis.Redis) -> dict[str, int]:
+    found = client.info("commandstats")
+    return {name.removeprefix("cmdstat_"): each["calls"] for name, each in found.items()}
+
+
+def unacked(client: redis.Redis) -> int:
+    assert client.hlen("mill:unacked") == client.zcard("mill:unacked_index")
+    return client.hlen("mill:unacked")
+
+
+def test_a_hundred_messages_are_fetched_in_a_few_round_trips_and_taken_off_in_one(
+    client: redis.Redis, settings: Settings
+) -> None:
+    sent = send(client, 100)
+    with taking(settings) as taker:
+        taker.channel.connection.loop = "a hub that stands still"
+        client.config_resetstat()
+
+        assert taker.take_all() == sent
+
+        assert unacked(client) == 100
+        assert calls(client)["brpop"] + calls(client)["evalsha"] < 10  # kombu's locks among them
+        for message in taker.held:
+            message.ack()
+        assert unacked(client) == 100
+        taker.channel.settle()
+        assert unacked(client) == 0
+        assert calls(client)["hdel"] == 1
+
+
+def test_room_that_done_work_makes_is_filled_in_the_round_trip_that_takes_it_off(
+    client: redis.Redis, settings: Settings
+) -> None:
+    sent = send(client, 500)
+    with taking(settings, most=50) as taker:
+        taker.channel.connection.loop = "a hub that stands still"
+        assert taker.take_all() == sent[:50]
+        client.config_resetstat()
+
+        for message in taker.held[:40]:
+            message.ack()
+        taker.channel.settle()
+
+        assert taker.ids == sent[:90]
+        assert unacked(client) == 50
+        assert calls(client)["evalsha"] == 1
+        assert "brpop" not in calls(client)
+
+
+def test_what_was_fetched_goes_back_in_its_order_when_its_worker_leaves(
+    client: redis.Redis, settings: Settings
+) -> None:
+    sent = send(client, 20)
+    with taking(settings, most=10) as taker:
+        assert taker.take_all() == sent[:10]
+        taker.held[0].ack()
+
+    assert unacked(client) == 0
+    with taking(settings) as another:
+        assert another.take_all() == sent[1:]
+
+
+def test_messages_whose_fetch_was_not_answered_go_back_too(
+    client: redis.Redis, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # given a server that does what it is asked and is cut off before it says so
+    sent = send(client, 20)
+    execute = redis.client.Pipeline.execute
+
+    def cut_off(pipe: Any, *given: Any, **named: Any) -> Any:
+        replies = execute(pipe, *given, **named)
+        if any(isinstance(reply, list) for reply in replies):
+            raise ConnectionResetError("Connection reset by peer")
+        return replies
+
+    with taking(settings, most=10) as taker:
+        taker.take_all()
+        taker.held[0].ack()  # the script is known now
+        monkeypatch.setattr(redis.client.Pipeline, "execute", cut_off)
+        taker.channel._long.add(QUEUE)
+        # when it takes more
+        with pytest.raises(ConnectionResetError):
+            taker.held[1].ack()
+        monkeypatch.undo()
+
+    # then nothing is lost with the connection
+    assert unacked(client) == 0
+    with taking(settings) as another:
+        assert sorted(another.take_all()) == sorted(sent[2:])
+
+
+def test_one_of_sixteen_messages_is_a_patient_one_however_many_urgent_ones_there_are(
+    client: redis.Redis, settings: Settings
+) -> None:
+    # given a flood of urgent messages, which never ends, and few patient ones
+    patient = send(client, 10, priority=9)
+    send(client, 1_000)
+    with taking(settings, most=20) as taker:
+        # when a worker takes and finishes one after the other
+        for _ in range(12 * PATIENT_SHARE):
+            if len(taker.held) < 20:
+                taker.take_all()
+            taker.held.pop(0).ack()
+            send(client, 1)
+        # then the patient ones were among them, by their share
+        left = client.llen(Layout(prefix="mill:").key(QUEUE, 9))
+        assert left == 0
+        assert not set(patient) & set(taker.ids[20:])
+
+
+def test_urgent_messages_of_one_fetch_come_before_the_patient_ones(
+    client: redis.Redis, settings: Settings
+) -> None:
+    last, middle, first = (send(client, 3, priority) for priority in (9, 5, 0))
+    with taking(settings) as taker:
+        assert taker.take_all() == [*first, *middle, *last]
+
+
+def test_what_is_no_message_is_dropped_and_not_given_back_for_ever(
+    client: redis.Redis, settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    send(client, 1)
+    client.lpush(f"mill:{QUEUE}", b"secret \xff", b'{"secret": 1}],[[', b"[]")
+    sent = send(client, 1)
+    refused: list[bytes] = []
+    with taking(settings) as taker:
+
+        def read(queue: str, item: bytes) -> dict[str, Any] | None:
+            if b"headers" in item:
+                return type(taker.channel).read(queue, item)
+            refused.append(item)
+            return None
+
+        taker.channel.read = read
+        with caplog.at_level(logging.DEBUG):
+            assert taker.take_all()[1:] == sent
+        # one whose worker died before it could say so
+        client.hset("mill:unacked", "tag", b'[secret \xff,"","q"]')
+        client.zadd("mill:unacked_index", {"tag": 1})
+        taker.channel.qos.restore_visible(interval=1)
+
+    assert len(refused) == 3
+    assert unacked(client) == 0
+    assert "secret" not in caplog.text
+
+
+def test_without_the_right_to_fetch_messages_are_taken_one_by_one(
+    client: redis.Redis, settings: Settings
+) -> None:
+    client.acl_setuser("miller", enabled=True, commands=["-rpop"])
+    sent = send(client, 5)
+    with taking(settings) as taker:
+        assert taker.take_all() == sent
+        assert unacked(client) == 5
+
+
+def test_a_worker_that_has_room_for_one_message_takes_one(
+    client: redis.Redis, settings: Settings
+) -> None:
+    sent = send(client, 3)
+    with taking(settings, most=1) as taker:
+        for number in (1, 2, 3):
+            assert taker.take_all() == sent[:number]
+            assert unacked(client) == 1
+            taker.held[-1].ack()
+    assert unacked(client) == 0
