@@ -450,8 +450,8 @@ MUTANTS: Final = (
     Mutant(
         "what is fetched is noted nowhere",
         FETCHING,
-        "    note(ARGV[1] .. (#taken - 1) / 2, '[' .. item .. ARGV[9 + 2 * queue])\n",
-        "",
+        "if #item < 64000000 then",
+        "if false then",
         FETCHES,
     ),
     Mutant(

@@ -11,7 +11,7 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from redis.exceptions import ResponseError
@@ -37,7 +37,9 @@ local function take(list, most)
     local item = redis.pcall('RPOP', KEYS[list])
     if type(item) == 'table' then taken[1] = item.err end
     if type(item) ~= 'string' then break end
-    note(ARGV[1] .. (#taken - 1) / 2, '[' .. item .. ARGV[9 + 2 * queue])
+    if #item < 64000000 then  -- nobody takes a larger one
+      note(ARGV[1] .. (#taken - 1) / 2, '[' .. item .. ARGV[9 + 2 * queue])
+    end
     taken[#taken + 1], taken[#taken + 2] = list - 3, item
     room[queue], bytes = room[queue] - 1, bytes - #item
   end
@@ -68,6 +70,7 @@ class Taken:
     tag: str
     queue: str
     item: bytes
+    payload: dict[str, Any] | None = None  #: if it is read already
 
 
 class Fetcher:
@@ -77,7 +80,7 @@ class Fetcher:
         self._prefix = prefix
         self._number = 0  #: of calls
         self._taken = 0
-        self._first: tuple[str, bytes] | None = None
+        self._first: Taken | None = None
         self._call: tuple[Any, ...] = ()
 
     def call(
@@ -87,15 +90,15 @@ class Fetcher:
         lists: Sequence[Sequence[str]],
         rooms: Mapping[str, int],
         most: int,
-        first: tuple[str, bytes] | None,
+        first: Taken | None,
     ) -> None:
         """Add a call to a pipeline. `lists` are those of each step of priority, of the queues of
-        `rooms` in their order; `most` bounds all of them together. All keys are whole. `first` is a
-        queue and an item of it that was taken already and is to be noted with the others."""
+        `rooms` in their order; `most` bounds all of them together. All keys are whole. `first`
+        was taken already and is to be noted with the others."""
         self._number += 1
         self._first = first
         patient = (self._taken + most) // PATIENT_SHARE - self._taken // PATIENT_SHARE
-        note = b"[" + first[1] + _end(first[0]).encode() if first else b""
+        note = b"[" + first.item + _end(first.queue).encode() if first else b""
         given: list[Any] = [self._tag(""), time.time(), most, MAX_BYTES, patient, len(rooms), note]
         for queue, room in rooms.items():
             given += [room, _end(queue)]
@@ -118,7 +121,7 @@ class Fetcher:
     @property
     def first(self) -> list[Taken]:
         """What was given to the last call."""
-        return [Taken(self._tag(""), *self._first)] if self._first else []
+        return [replace(self._first, tag=self._tag(""))] if self._first else []
 
     def read(self, reply: Sequence[Any], queues: Sequence[str]) -> tuple[str, list[Taken]]:
         """What was refused, or "", and the messages in the order to handle them."""

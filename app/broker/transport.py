@@ -116,6 +116,7 @@ class _Outliving:
     def __init__(self, *args: Any, **options: Any) -> None:
         self._known: dict[bool, dict[str, Any]] = {}  #: how to reach Redis
         self._long: set[str] = set()  #: queues in which more waits, as far as is known
+        self._asked: set[str] = set()  #: the queues that BRPOP waits for, or did last
         self._passing: dict[str, tuple[Any, str]] = {}  #: messages for other lists, by tag
         self._keeps_all = False  #: for nothing can be passed on
         super().__init__(*args, **options)
@@ -185,12 +186,12 @@ class _Outliving:
         if getattr(self.connection, "loop", None) is None:  # type: ignore[attr-defined]
             self.settle()
 
-    def settle(self, first: tuple[str, bytes] | None = None) -> None:
+    def settle(self, first: Taken | None = None) -> None:
         """Take off what is done, and take more where more waits: one round trip.
 
-        `first` is a queue and an item of it that was taken before and is to be noted.
+        `first` was taken before and is to be noted.
         """
-        most, rooms = self._rooms(first[0] if first else None)
+        most, rooms = self._rooms(first.queue if first else None)
         done = self.qos.take_done()  # type: ignore[attr-defined]
         if not (done or rooms or first):
             return
@@ -223,16 +224,20 @@ class _Outliving:
 
     def _rooms(self, given: str | None) -> tuple[int, dict[str, int]]:
         """How many messages to take now, and of each queue at most; none if none waits, as far as
-        is known. A message of the queue `given` is held, and not counted yet."""
+        is known. A message of the queue `given` is held, and not counted yet; one of each queue
+        that was asked for may be on its way."""
+        asked = self._asked if self._in_poll else {given}
         most = self.qos.can_consume_max_estimate()  # type: ignore[attr-defined]
-        most = MOST_AT_ONCE if most is None else min(most - bool(given), MOST_AT_ONCE)
-        queues = self._queue_cycle.consume(len(self.active_queues))  # type: ignore[attr-defined]
-        if self._closing or most <= 0 or self._long.isdisjoint(queues):
+        most = MOST_AT_ONCE if most is None else min(most - bool(asked - {None}), MOST_AT_ONCE)
+        if self._closing or most <= 0:
             return 0, {}
         rooms = {}
-        for queue in queues:
-            held = self.qos.held[queue] + (queue == given)  # type: ignore[attr-defined]
-            rooms[queue] = min(most, self.queue_budgets.get(queue, most + held) - held)
+        for queue in self._queue_cycle.consume(len(self.active_queues)):  # type: ignore[attr-defined]
+            held = self.qos.held[queue] + (queue in asked)  # type: ignore[attr-defined]
+            if (room := min(most, self.queue_budgets.get(queue, most + held) - held)) > 0:
+                rooms[queue] = room
+        if self._long.isdisjoint(rooms):
+            return 0, {}
         return most, rooms
 
     def _take(self, reply: Any, most: int, rooms: Mapping[str, int]) -> None:
@@ -263,7 +268,7 @@ class _Outliving:
             self.qos.expect(each.tag for each in left)  # type: ignore[attr-defined]
 
     def _deliver(self, taken: Taken) -> None:
-        payload = self.read(taken.queue, taken.item)
+        payload = taken.payload or self.read(taken.queue, taken.item)
         if payload is None:
             self.qos.drop(taken.tag)  # type: ignore[attr-defined]
             return
@@ -273,6 +278,7 @@ class _Outliving:
     def _brpop_start(self, timeout: float | None = None) -> None:
         if self._queue_cycle.leaves_out:
             timeout = LOOK_AGAIN_S
+        self._asked = set(self._queue_cycle.consume(len(self.active_queues)))  # type: ignore[attr-defined]
         super()._brpop_start(timeout)  # type: ignore[misc]
 
     def _brpop_read(self, **options: Any) -> bool:
@@ -292,7 +298,8 @@ class _Outliving:
         queue = key.decode().rsplit(self.sep, 1)[0]  # type: ignore[attr-defined]
         self._queue_cycle.rotate(queue)  # type: ignore[no-untyped-call]
         self._long.add(queue)
-        self.settle((queue, item))
+        payload = self.read(queue, item)
+        self.settle(None if payload is None else Taken("", queue, item, payload))
         return True
 
     # ── outliving ────────────────────────────────────────────────────────────────────────────
