@@ -85,17 +85,19 @@ async def look(here: Services, job_id: UUID, hold: Hold) -> Snapshot:
 
 
 async def look_at_new(here: Services, stored: Stored, hold: Hold) -> Snapshot:
-    """The job of a submission. One that is new is accepted, whatever keeps it from being read."""
-    try:
+    """The job of a submission. One that is new is accepted, whatever keeps it from being read, and
+    is not read if the answer is not to be held."""
+    if not stored.new_jobs:
         return await look(here, stored.only.job_id, hold)
-    except Exception as error:
-        if not stored.new_jobs:
-            raise
-        why = type(error).__name__
-        log.warning("A new job cannot be read: %s.", why, extra={"action": "new_job_not_read"})
-        [job] = stored.new_jobs
-        body = job_of(view_of_new(job, stored.at))
-        return Snapshot(body.state, body.model_dump_json().encode())
+    if hold.seconds:
+        try:
+            return await look(here, stored.only.job_id, hold)
+        except Exception as error:
+            why = type(error).__name__
+            log.warning("A new job cannot be read: %s.", why, extra={"action": "new_job_not_read"})
+    [job] = stored.new_jobs
+    body = job_of(view_of_new(job, stored.at))
+    return Snapshot(body.state, body.model_dump_json().encode())
 
 
 def answer(

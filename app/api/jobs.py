@@ -99,7 +99,6 @@ async def submit(
     final, is answered with 200.
     """
     stored = await _store_one(request, here, idempotency_key)
-    await here.send(stored)
     job = await look_at_new(here, stored, hold)
     headers = {"Location": f"/v1/jobs/{stored.only.job_id}"}
     return answer(job, status=200 if job.is_final else 202, hold=hold, headers=headers)
@@ -111,7 +110,7 @@ async def _store_one(request: Request, here: Services, key: str | None) -> Store
         async with raw_bodies.body_of(request, most, here.room) as raw:
             await here.expect_room(1)
             job = await here.work.run(len(raw), _check, here, raw, key)
-        stored = await here.write(here.submitter.store, [job])
+        stored = await here.writer.store(job)
         created = stored.only.created
     except GristmillError:
         here.metrics.count_submissions("refused")

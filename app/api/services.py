@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Collection, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +20,7 @@ from app.api.reader import Reader, Snapshot, snapshots
 from app.api.room import Room
 from app.api.waiting import Waiters
 from app.api.work import Call, Work
+from app.api.writer import Writer
 from app.broker.publisher import Publisher
 from app.config.settings import Settings
 from app.errors import Busy, Unavailable
@@ -27,6 +28,7 @@ from app.intake.decision import Decision
 from app.intake.submit import Stored, Submitter
 from app.store import cancellation
 from app.store.database import Database
+from app.store.submissions import NewJob
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +67,7 @@ class Services:
     send_slots: CapacityLimiter = field(init=False)  #: the same for what follows an answer
     behind: set[asyncio.Task[object]] = field(default_factory=set)  #: it, on its way
     reader: Reader = field(init=False)
+    writer: Writer = field(init=False)
     postgres: Probe[None] = field(init=False)
     redis: Probe[None] = field(init=False)
     scrape: Probe[bytes] = field(init=False)
@@ -83,6 +86,7 @@ class Services:
         object.__setattr__(self, "scrape", Probe(self.metrics.text, SCRAPE_S))
         reader = Reader(lambda ids: self.read(snapshots, self.database, ids))
         object.__setattr__(self, "reader", reader)
+        object.__setattr__(self, "writer", Writer(self._store))
 
     def _store_takes_jobs(self) -> None:
         self.database.check_schema()
@@ -142,6 +146,11 @@ class Services:
         `Unavailable`."""
         if not self.submitter.admission.has_room(num_jobs):
             await self.read(self.submitter.admission.expect_room, num_jobs)
+
+    async def _store(self, jobs: Sequence[NewJob]) -> Stored:
+        stored = await self.write(self.submitter.store, jobs)
+        await self.send(stored)
+        return stored
 
     async def send(self, stored: Stored) -> None:
         """Send messages."""

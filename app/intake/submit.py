@@ -152,7 +152,7 @@ class Stored:
     outcomes: list[Submitted | GristmillError]
     new_jobs: list[NewJob]
     to_send: list[NewJob]  #: those of them whose messages are to be sent now
-    at: datetime  #: by the database's clock
+    at: datetime  #: by the database's clock; `created_at` of new jobs
 
     @property
     def only(self) -> Submitted:
@@ -161,6 +161,13 @@ class Stored:
         if isinstance(outcome, GristmillError):
             raise outcome
         return outcome
+
+    def at_place(self, index: int) -> Stored:
+        """What became of one of the submissions."""
+        outcome = self.outcomes[index]
+        job_id = outcome.job_id if isinstance(outcome, Submitted) and outcome.created else None
+        new = [job for job in self.new_jobs if job.id == job_id]
+        return replace(self, outcomes=[outcome], new_jobs=new)
 
 
 class Submitter:
@@ -268,7 +275,7 @@ class Submitter:
             outcomes=[_submitted(row) for row in rows],
             new_jobs=[job for job, _ in new],
             to_send=[job for job, row in new if row.is_sent],
-            at=now,
+            at=next((row.created_at for _, row in new if row.created_at), now),
         )
 
     def _commit(

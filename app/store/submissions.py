@@ -53,6 +53,7 @@ class Inserted:
     created: bool
     fingerprint_matches: bool
     is_sent: bool = False  #: due, and marked as asked: its message is to be sent now
+    created_at: datetime | None = None  #: of one that was created
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,7 @@ _INSERT: Final = """
 # Write jobs that are not there yet.
 _INSERT_NEW: Final = text(
     _INSERT.format(delivery=delivery.INSERTED)
-    + "ON CONFLICT DO NOTHING RETURNING id, enqueued_at IS NOT NULL AS is_sent"
+    + "ON CONFLICT DO NOTHING RETURNING id, enqueued_at IS NOT NULL AS is_sent, created_at"
 )
 
 # Find the rows that already had the ids or the idempotency keys of new jobs, or replay the same.
@@ -147,7 +148,7 @@ def insert_jobs(
         rest = [job for job in jobs if job.id not in found]
         given = {"jobs": encode(rest), "sent": list(sent)}
         for row in connection.execute(_INSERT_NEW, given):
-            found[row.id] = Inserted(row.id, True, True, row.is_sent)
+            found[row.id] = Inserted(row.id, True, True, row.is_sent, row.created_at)
         # A statement of its own: it also sees what another transaction committed during the first.
         if rest := [job for job in rest if job.id not in found]:
             for row in connection.execute(_FIND_EARLIER, {"jobs": encode(rest)}):

@@ -40,7 +40,7 @@ def _insert_new(self: MemoryConnection, given: Params) -> Answer:
             is_due = (job.get("not_before") or self.now) <= self.now
             is_sent = is_due and job["id"] in given["sent"]
             row = _new_row(self, job, enqueued_at=self.now if is_sent else None)
-            created.append({"id": row["id"], "is_sent": is_sent})
+            created.append({"id": row["id"], "is_sent": is_sent, "created_at": self.now})
     return Answer(created)
 
 

@@ -1,0 +1,76 @@
+"""Stores single submissions for all who come at about the same time, in one transaction.
+
+While a group is on its way, whoever comes waits for the next one, together with all others. So one
+caller is stored at once, and a thousand take a few commits and not a thousand.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final
+
+from app.errors import QueueFull
+from app.intake.submit import Stored
+from app.store.submissions import NewJob
+
+AT_ONCE: Final = 4
+"""Groups that may be on their way: one that waits for a lock does not hold up the others."""
+MOST_JOBS: Final = 100
+"""Of one group: no submission waits for the writing of too many others."""
+
+Write = Callable[[Sequence[NewJob]], Awaitable[Stored]]
+
+
+class Writer:
+    """Owner of the submissions that wait to be stored; belongs to the event loop's thread."""
+
+    def __init__(self, write: Write) -> None:
+        """`write` stores some jobs in one transaction, and sends their messages."""
+        self._write = write
+        self._waiting: deque[tuple[NewJob, asyncio.Future[Stored]]] = deque()
+        self._writing: set[asyncio.Task[None]] = set()
+
+    async def store(self, job: NewJob) -> Stored:
+        """What became of it alone. Raises `QueueFull` and `Unavailable`, and then it is not
+        stored.
+
+        Whoever leaves meanwhile may have submitted it.
+        """
+        stored: asyncio.Future[Stored] = asyncio.get_running_loop().create_future()
+        self._waiting.append((job, stored))
+        if len(self._writing) < AT_ONCE:
+            task = asyncio.create_task(self._work_off())
+            self._writing.add(task)
+            task.add_done_callback(self._writing.discard)
+        return await stored
+
+    async def _work_off(self) -> None:
+        while self._waiting:
+            number = min(MOST_JOBS, len(self._waiting))
+            group = [self._waiting.popleft() for _ in range(number)]
+            if stays := [each for each in group if not each[1].cancelled()]:
+                await self._store(stays)
+
+    async def _store(self, group: Sequence[tuple[NewJob, asyncio.Future[Stored]]]) -> None:
+        try:
+            stored = await self._write([job for job, _ in group])
+        except QueueFull as error:  # of all together: there may be room for some
+            if len(group) > 1:
+                for each in group:
+                    await self._store([each])
+            else:
+                _end(group, error)
+        except Exception as error:
+            _end(group, error)
+        else:
+            for place, (_, future) in enumerate(group):
+                if not future.cancelled():
+                    future.set_result(stored.at_place(place))
+
+
+def _end(group: Sequence[tuple[NewJob, asyncio.Future[Stored]]], error: Exception) -> None:
+    for _, future in group:
+        if not future.cancelled():
+            future.set_exception(error)
