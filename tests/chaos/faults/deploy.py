@@ -16,7 +16,7 @@ from tests.chaos.faults.broker import expect_both_consume, submit_for
 from tests.chaos.scene import Scene, fault
 from tests.chaos.world import WORKERS
 
-NEW_KIND: Final = "translate"
+NEW_KIND: Final = "kind_of_the_next_version"
 _KINDS: Final = ", ".join(f"'{kind}'" for kind in Kind)
 
 # What a next version's migration does: it adds, and takes nothing away.
