@@ -51,12 +51,12 @@ log = logging.getLogger(__name__)
 GRACE_S: Final = 5
 """At shutdown: time for requests to end. Long polls are answered at once."""
 
-SWITCH_S: Final = 0.001
+SWITCH_S: Final = 0.0001
 """How long a thread that computes keeps the event loop waiting each time that the loop has waited
 for the system: Python's own 5 ms come to a tenth of a second in one submission."""
 
 WAITING_CONNECTIONS: Final = 2_048
-ACCEPTED_A_TURN: Final = 2
+ACCEPTED_A_TURN: Final = 1
 """Connections that the system keeps until they are accepted, and how many are in a turn of the
 loop: those who come by the hundred at once wait for each other, not the rest for them."""
 

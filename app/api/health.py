@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from typing import Final
 
@@ -42,7 +41,8 @@ async def readyz(here: Here, response: Response) -> Readiness:
     version's. While Redis takes no message the API is `degraded` and still ready: rows are written,
     and rescue sends their messages later.
     """
-    refused, unsent = await asyncio.gather(here.postgres.error(), here.redis.error())
+    here.redis.begin()  # both at once, and without a task for each who asks
+    refused, unsent = await here.postgres.error(), await here.redis.error()
     readiness = _readiness(refused, unsent)
     response.headers.update(NOT_KEPT)
     if readiness.status == "unavailable":

@@ -9,14 +9,10 @@ from typing import Final, Generic, TypeVar
 
 from anyio import CapacityLimiter, to_thread
 
-from app.api.turns import Turns
 from app.errors import Unavailable
 
 FRESH_S: Final = 1.0
 """However many ask, it is looked at once in so long."""
-
-ANSWERS_A_TURN: Final = 2
-"""Of those who have waited for the same look, so that they keep nobody else waiting."""
 
 PATIENCE_S: Final = 2.0
 """What takes longer counts as failed; a submission would wait as long."""
@@ -33,23 +29,30 @@ class Probe(Generic[T]):
         self._slot = CapacityLimiter(1)  # never waits behind requests, nor behind itself
         self._task: asyncio.Task[T | Exception] | None = None
         self._began_s = 0.0
-        self._turns = Turns(ANSWERS_A_TURN)
+        self._line = (
+            asyncio.Lock()
+        )  #: wakes one in each turn of the loop: none keeps others waiting
 
     async def found(self) -> T:
         """What the latest look found; raises what kept it from that."""
-        is_over = self._task is None or self._task.done()
-        if self._task is None or (is_over and time.monotonic() > self._began_s + FRESH_S):
-            self._began_s = time.monotonic()
-            self._task = asyncio.create_task(self._try())
-        patience_s = self._began_s + self._patience_s - time.monotonic()
-        task = self._task
-        await asyncio.wait({task}, timeout=max(0.0, patience_s))
-        await self._turns.come()
+        async with self._line:
+            task = self.begin()
+            if not task.done():
+                patience_s = self._began_s + self._patience_s - time.monotonic()
+                await asyncio.wait({task}, timeout=max(0.0, patience_s))
         if not task.done():
             raise Unavailable("No answer in time.")
         if isinstance(found := task.result(), Exception):
             raise found
         return found
+
+    def begin(self) -> asyncio.Task[T | Exception]:
+        """The latest look, which begins now if there is none or it is old."""
+        is_over = self._task is None or self._task.done()
+        if self._task is None or (is_over and time.monotonic() > self._began_s + FRESH_S):
+            self._began_s = time.monotonic()
+            self._task = asyncio.create_task(self._try())
+        return self._task
 
     async def error(self) -> Exception | None:
         """What is wrong; None if nothing is."""

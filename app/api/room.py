@@ -24,7 +24,7 @@ from app.errors import Busy
 FREE_BYTES: Final = 32_768
 """Of each body. There are no more bodies than connections."""
 
-PIECES_A_TURN: Final = 2
+PIECES_A_TURN: Final = 1
 """Of large bodies, of all together: a piece is 32 kB and takes a fraction of a millisecond, and so
 does a refusal."""
 

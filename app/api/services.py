@@ -86,7 +86,7 @@ class Services:
         object.__setattr__(self, "scrape", Probe(self.metrics.text, SCRAPE_S))
         reader = Reader(lambda ids: self.read(snapshots, self.database, ids))
         object.__setattr__(self, "reader", reader)
-        object.__setattr__(self, "writer", Writer(self._store))
+        object.__setattr__(self, "writer", Writer(self._store, self.send))
 
     def _store_takes_jobs(self) -> None:
         self.database.check_schema()
@@ -148,9 +148,7 @@ class Services:
             await self.read(self.submitter.admission.expect_room, num_jobs)
 
     async def _store(self, jobs: Sequence[NewJob]) -> Stored:
-        stored = await self.write(self.submitter.store, jobs)
-        await self.send(stored)
-        return stored
+        return await self.write(self.submitter.store, jobs)
 
     async def send(self, stored: Stored) -> None:
         """Send messages."""

@@ -21,14 +21,17 @@ MOST_JOBS: Final = 100
 """Of one group: no submission waits for the writing of too many others."""
 
 Write = Callable[[Sequence[NewJob]], Awaitable[Stored]]
+Send = Callable[[Stored], Awaitable[None]]
 
 
 class Writer:
     """Owner of the submissions that wait to be stored; belongs to the event loop's thread."""
 
-    def __init__(self, write: Write) -> None:
-        """`write` stores some jobs in one transaction, and sends their messages."""
+    def __init__(self, write: Write, send: Send) -> None:
+        """`write` stores some jobs in one transaction, and `send` sends their messages, for which
+        no answer waits."""
         self._write = write
+        self._send = send
         self._waiting: deque[tuple[NewJob, asyncio.Future[Stored]]] = deque()
         self._writing: set[asyncio.Task[None]] = set()
 
@@ -68,6 +71,7 @@ class Writer:
             for place, (_, future) in enumerate(group):
                 if not future.cancelled():
                     future.set_result(stored.at_place(place))
+            await self._send(stored)
 
 
 def _end(group: Sequence[tuple[NewJob, asyncio.Future[Stored]]], error: Exception) -> None:

@@ -42,6 +42,7 @@ class Postgres:
             new.id, True
         )
         self.error: Callable[[Sequence[NewJob]], Exception | None] = lambda group: None
+        self.sent: list[UUID] = []
         self._gates: list[asyncio.Event] = []
 
     async def write(self, group: Sequence[NewJob]) -> Stored:
@@ -57,6 +58,9 @@ class Postgres:
             if isinstance(outcome, Submitted) and outcome.created
         ]
         return Stored(outcomes, created, created, AT)
+
+    async def send(self, stored: Stored) -> None:
+        self.sent += [new.id for new in stored.to_send]
 
     async def let_all_through(self, asked: Sequence[asyncio.Task[Stored]]) -> None:
         while not all(task.done() for task in asked):
@@ -75,7 +79,7 @@ async def submit(writer: Writer, *numbers: int) -> list[asyncio.Task[Stored]]:
 def play(scene: Callable[[Postgres, Writer], Awaitable[None]]) -> None:
     async def run() -> None:
         postgres = Postgres()
-        await scene(postgres, Writer(postgres.write))
+        await scene(postgres, Writer(postgres.write, postgres.send))
 
     asyncio.run(run())
 
@@ -96,6 +100,8 @@ def test_a_lone_submission_is_stored_at_once_and_many_share_few_commits() -> Non
         assert [len(group) for group in postgres.groups] == [1] * AT_ONCE + [MOST_JOBS, 7]
         told = [task.result().only.job_id for task in tasks]
         assert told == [job(number).id for number in range(AT_ONCE + MOST_JOBS + 7)]
+        await asyncio.sleep(0)
+        assert sorted(postgres.sent) == sorted(told)
 
     play(scene)
 
