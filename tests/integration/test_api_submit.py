@@ -90,7 +90,8 @@ def test_a_job_is_stored_sent_and_answered_with_where_to_follow_it(
     assert (row["input_tokens"], row["max_output_tokens"]) == (len(BODY["prompt"]), 9)
     assert row["enqueued_at"] is not None
     with redis.Redis.from_url(redis_url) as client:
-        [message] = client.lrange(f"{queue_name('stub')}\x06\x163", 0, -1)
+        # The answer does not wait for it.
+        [message] = eventually(lambda: client.lrange(f"{queue_name('stub')}\x06\x163", 0, -1))
         assert json.loads(message)["headers"]["id"] == job["id"]
 
 
