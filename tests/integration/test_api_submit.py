@@ -355,7 +355,7 @@ def test_the_same_key_and_request_are_the_same_job(
     assert len({answer.json()["id"] for answer in answers}) == 1
     assert len(stored(settings)) == 1
     with redis.Redis.from_url(redis_url) as client:
-        assert client.llen(queue_name("stub")) == 1
+        eventually(lambda: client.llen(queue_name("stub")) == 1)
 
 
 def test_the_same_key_with_another_request_is_refused(
