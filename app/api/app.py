@@ -51,6 +51,10 @@ log = logging.getLogger(__name__)
 GRACE_S: Final = 5
 """At shutdown: time for requests to end. Long polls are answered at once."""
 
+KEEP_ALIVE_S: Final = 75
+"""How long a connection is kept that asks for nothing, if no other needs its place: longer than
+clients keep theirs, so that none is closed just as it is used again."""
+
 SWITCH_S: Final = 0.0001
 """How long a thread that computes keeps the event loop waiting each time that the loop has waited
 for the system: Python's own 5 ms come to a tenth of a second in one submission."""
@@ -144,6 +148,7 @@ class Server(uvicorn.Server):
                 access_log=False,  # /metrics has durations, and Postgres the jobs
                 server_header=False,
                 timeout_graceful_shutdown=GRACE_S,
+                timeout_keep_alive=KEEP_ALIVE_S,
                 http=connections.Connection,
                 ws="none",
                 backlog=ACCEPTED_A_TURN,  # to asyncio it means this, too

@@ -10,7 +10,7 @@ from typing import Any, Self, TypeVar, Unpack
 
 import httpx
 
-from app.client.exchange import Exchange, ExchangeOptions, Flow, Outcome
+from app.client.exchange import CONNECTIONS, Exchange, ExchangeOptions, Flow, Outcome
 from app.client.flows import Flows, Given, Stream
 from app.client.job import Cancelled, Job
 from app.client.options import Chosen, Filters, Options, Submission
@@ -37,7 +37,7 @@ class AsyncClient:
         api = Exchange(base_url, **options)
         self._flows = Flows(api)
         self._http = httpx.AsyncClient(
-            verify=verify, transport=transport, trust_env=api.heeds_proxies
+            verify=verify, transport=transport, trust_env=api.heeds_proxies, limits=CONNECTIONS
         )
 
     # ── submit ──────────────────────────────────────────────────────────────────────────────────

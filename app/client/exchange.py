@@ -23,6 +23,12 @@ MAX_PAUSE_S: Final = 60.0
 """Longest pause that a Retry-After is heeded for: a wrong one must not put the caller to sleep."""
 PATIENCE_S: Final = 120.0
 
+CONNECTIONS: Final = httpx.Limits(
+    max_connections=100, max_keepalive_connections=20, keepalive_expiry=60.0
+)
+"""httpx's own, but kept open from one look at a job to the next, and for less time than the API
+keeps them (`app.api.app.KEEP_ALIVE_S`): whoever connects anew waits behind others who do."""
+
 COME_BACK: Final = (Unavailable, QueueFull)
 """Refusals of the service itself, not of what was asked: everything else would meet them too."""
 

@@ -27,6 +27,7 @@ import redis
 
 from app.broker.message import raw_message
 from app.broker.queues import Layout, queue_name
+from app.client.exchange import CONNECTIONS
 from app.jobs import Kind
 from tests.chaos.history import History
 from tests.chaos.world import MODELS, NotInTime, World, eventually
@@ -253,7 +254,10 @@ class Load:
         """One for each thread; it lives as long as the thread."""
         if not hasattr(self._clients, "http"):
             self._clients.http = httpx.Client(
-                base_url=self._world.api_url, timeout=TIMEOUT_S, trust_env=False
+                base_url=self._world.api_url,
+                timeout=TIMEOUT_S,
+                trust_env=False,
+                limits=CONNECTIONS,
             )
             self._all_clients.append(self._clients.http)
         return self._clients.http  # type: ignore[no-any-return]
