@@ -164,8 +164,7 @@ class Services:
         try:
             with self.database.autocommit() as connection:
                 told = cancellation.who_runs(connection, cancelled)
-            for worker_id, job_ids in told.items():
-                self.publisher.tell_cancelled(worker_id, job_ids)
+            self.submitter.sender.tell_cancelled(told)
         except Unavailable as error:
             log.warning("A cancel was not told: %s", error, extra={"action": "news_away"})
 

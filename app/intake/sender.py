@@ -13,7 +13,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 from uuid import UUID
@@ -90,6 +90,19 @@ class Sender:
             self.num_sent += num_sent
             self.num_left_to_rescue += len(jobs) - num_sent + num_left
 
+    def tell_cancelled(self, told: Mapping[UUID, Sequence[UUID]]) -> None:
+        """Tell workers, by id, which of the jobs that they run were cancelled. Raises nothing: who
+        is not told finds it in the row, with the next heartbeat."""
+        if not self._may_try():
+            return
+        try:
+            for worker_id, job_ids in told.items():
+                self._publisher.tell_cancelled(worker_id, job_ids)
+        except Unavailable as error:
+            self._pause(error, "Workers see cancels with their next heartbeat.")
+        else:
+            self._try_again_at = None
+
     def _message(self, job: NewJob) -> Message:
         """With the request if that is small, so that Redis is; else the worker reads the row."""
         size = len(json.dumps(job.request))  # in ASCII, as Celery writes it
@@ -103,10 +116,10 @@ class Sender:
             priority=job.priority,
         )
 
-    def _pause(self, error: Exception) -> None:
+    def _pause(self, error: Exception, therefore: str = "Rescue sends later.") -> None:
         self._try_again_at = time.monotonic() + BREAK_S
         said = error if isinstance(error, GristmillError) else type(error).__name__
-        log.warning("%s Rescue sends later.", said, extra={"action": "send_failed"})
+        log.warning("%s %s", said, therefore, extra={"action": "send_failed"})
 
     def _take_back(self, ids: Sequence[UUID]) -> None:
         try:

@@ -53,7 +53,7 @@ class Inserted:
     created: bool
     fingerprint_matches: bool
     is_sent: bool = False  #: due, and marked as asked: its message is to be sent now
-    created_at: datetime | None = None  #: of one that was created
+    created_at: datetime | None = field(default=None, compare=False)  #: of one that was created
 
 
 @dataclass(frozen=True, slots=True)

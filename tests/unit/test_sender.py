@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import Mock
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 
@@ -32,6 +32,7 @@ class Redis:
         self.num_failures = 0
         self.num_looks = 0
         self.sent: list[Message] = []
+        self.told: list[UUID] = []
         self.waiting = [0, 0, 0, 0]
 
     def send_many(self, messages: Iterable[Message]) -> None:
@@ -39,6 +40,10 @@ class Redis:
         for message in messages:
             self.sent.append(message)
             self.waiting[self.layout.step(message.priority)] += 1
+
+    def tell_cancelled(self, worker_id: UUID, job_ids: Iterable[UUID]) -> None:
+        self._answer()
+        self.told += job_ids
 
     def list_lengths(self, models: Collection[str]) -> dict[str, list[int]]:
         self._answer()
@@ -282,3 +287,26 @@ def test_a_flood_of_urgent_jobs_does_not_keep_a_patient_one_out_of_the_queue(
     submit(sender, [new_job(priority=9) for _ in range(20)])
 
     assert len(redis.sent) == 7  # a sixteenth of what the queue holds
+
+
+def test_while_redis_is_away_no_cancel_waits_for_it_either(sender: Sender, redis: Redis) -> None:
+    # Given a Redis that was away when the first cancel was to be told
+    redis.is_away = True
+    cancelled = {uuid4(): [uuid4(), uuid4()]}
+    sender.tell_cancelled(cancelled)
+
+    # When more are cancelled, and jobs come
+    for _ in range(20):
+        sender.tell_cancelled(cancelled)
+    submit(sender, [new_job()])
+
+    # Then it was tried once
+    assert redis.num_failures == 1
+
+
+def test_a_cancel_is_told_to_each_worker(sender: Sender, redis: Redis) -> None:
+    first, second, third = (uuid4() for _ in range(3))
+
+    sender.tell_cancelled({uuid4(): [first, second], uuid4(): [third]})
+
+    assert redis.told == [first, second, third]
