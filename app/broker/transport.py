@@ -116,6 +116,7 @@ class _Outliving:
     def __init__(self, *args: Any, **options: Any) -> None:
         self._known: dict[bool, dict[str, Any]] = {}  #: how to reach Redis
         self._long: set[str] = set()  #: queues in which more waits, as far as is known
+        self._unnoted: set[str] = set()  #: queues whose messages nobody acknowledges
         self._asked: set[str] = set()  #: the queues that BRPOP waits for, or did last
         self._passing: dict[str, tuple[Any, str]] = {}  #: messages for other lists, by tag
         self._keeps_all = False  #: for nothing can be passed on
@@ -233,6 +234,8 @@ class _Outliving:
             return 0, {}
         rooms = {}
         for queue in self._queue_cycle.consume(len(self.active_queues)):  # type: ignore[attr-defined]
+            if queue in self._unnoted:
+                continue
             held = self.qos.held[queue] + (queue in asked)  # type: ignore[attr-defined]
             if (room := min(most, self.queue_budgets.get(queue, most + held) - held)) > 0:
                 rooms[queue] = room
@@ -297,10 +300,19 @@ class _Outliving:
         key, item = found
         queue = key.decode().rsplit(self.sep, 1)[0]  # type: ignore[attr-defined]
         self._queue_cycle.rotate(queue)  # type: ignore[no-untyped-call]
-        self._long.add(queue)
         payload = self.read(queue, item)
+        if queue in self._unnoted:
+            if payload:
+                self.connection._deliver(payload, queue)  # type: ignore[attr-defined]
+            return True
+        self._long.add(queue)
         self.settle(None if payload is None else Taken("", queue, item, payload))
         return True
+
+    def basic_consume(self, queue: str, no_ack: bool = False, *args: Any, **options: Any) -> Any:
+        if no_ack:
+            self._unnoted.add(queue)
+        return super().basic_consume(queue, no_ack, *args, **options)  # type: ignore[misc]
 
     # ── outliving ────────────────────────────────────────────────────────────────────────────
 

@@ -247,3 +247,18 @@ def test_a_worker_that_has_room_for_one_message_takes_one(
             assert unacked(client) == 1
             taker.held[-1].ack()
     assert unacked(client) == 0
+
+
+def test_what_nobody_acknowledges_is_not_noted(client: redis.Redis, settings: Settings) -> None:
+    sent = send(client, 3)
+    with make_app(settings) as app, app.connection_for_read() as connection:
+        held: list[Any] = []
+        queue: Any = Queue
+        make: Any = Consumer
+        queues = [queue(QUEUE, exchange="", routing_key=QUEUE)]
+        with make(connection, queues, on_message=held.append, no_ack=True):
+            for _ in sent:
+                connection.drain_events(timeout=5)
+
+    assert [message.headers["id"] for message in held] == sent
+    assert unacked(client) == 0
