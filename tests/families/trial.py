@@ -151,6 +151,7 @@ def load(folder: Path, engine_name: str, kind: Kind = Kind.GENERATE) -> Engine:
 def _how(engine: Engine) -> str:
     """What is worth knowing of how it runs: nothing of the usual ways."""
     said = str(getattr(engine, "kernels", "")).removeprefix("torch").lstrip(",; ")
+    said = said.partition("; not packed: ")[0]
     return "" if said == "padded batches" or said.startswith("compiled") else said
 
 

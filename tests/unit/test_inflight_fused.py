@@ -77,7 +77,7 @@ def test_every_plain_family_is_one_call_a_layer_that_gives_the_same(family: str)
     fuse_layers(model, shapes)
 
     layers = [each for each in model.modules() if isinstance(each, FusedLayer)]
-    assert [each._layer for each in layers] == [0, 1]
+    assert [each._place for each in layers] == [0, 1]
     got = logits(model, step, shapes, packed)
     assert (got - wanted).norm() < 0.03 * wanted.norm()
 

@@ -58,6 +58,7 @@ FAMILIES: Final[dict[str, dict[str, Any]]] = {
     "megatron-bert": {},
     "ernie": {},
     "eurobert": {"mask_token_id": 3, "num_key_value_heads": 4},
+    "nomic_bert": {},
     "squeezebert": {"embedding_size": 32},
     "t5": {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4},
     "xlnet": {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64},
@@ -76,9 +77,9 @@ MINDS_PADDING: Final[dict[str, dict[str, Any]]] = {
 """Families whose answers depend on what is padded beside a text."""
 
 
-def save_encoder(folder: Path, family: str, *, masked: bool = False) -> Path:
+def save_encoder(folder: Path, family: str, *, masked: bool = False, **config: Any) -> Path:
     """An encoder, or with `masked` the masked language model that it was trained as."""
-    return _save(folder, family, AutoModelForMaskedLM if masked else auto_class(family))
+    return _save(folder, family, AutoModelForMaskedLM if masked else auto_class(family), **config)
 
 
 def auto_class(family: str) -> Any:

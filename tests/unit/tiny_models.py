@@ -136,17 +136,22 @@ def save_bert(folder: Path, *, modules: bool = True, pooling: str = "mean_tokens
     )
     save(BertModel(config), folder, template=None)
     if modules:
-        names = ["Transformer", "Pooling", "Normalize"]
-        listed = [
-            {"idx": i, "path": f"{i}_{name}" if i else "", "type": f"sentence_transformers.{name}"}
-            for i, name in enumerate(names)
-        ]
-        (folder / "modules.json").write_text(json.dumps(listed))
-        (folder / "1_Pooling").mkdir()
-        (folder / "1_Pooling" / "config.json").write_text(
-            json.dumps({"word_embedding_dimension": 32, f"pooling_mode_{pooling}": True})
-        )
+        save_pooling(folder, pooling)
     return folder
+
+
+def save_pooling(folder: Path, pooling: str) -> None:
+    """sentence-transformers' files: tokens are pooled this way, and the vector has length 1."""
+    names = ["Transformer", "Pooling", "Normalize"]
+    listed = [
+        {"idx": i, "path": f"{i}_{name}" if i else "", "type": f"sentence_transformers.{name}"}
+        for i, name in enumerate(names)
+    ]
+    (folder / "modules.json").write_text(json.dumps(listed))
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(
+        json.dumps({"word_embedding_dimension": 32, f"pooling_mode_{pooling}": True})
+    )
 
 
 def load(folder: Path, name: str = "inflight", rows: int = 8, **options: int) -> Engine:

@@ -1,8 +1,9 @@
 """Texts in, one answer each: an embedder's vector, a classifier's or cross-encoder's scores.
 
-A batch is run in passes of like length. When the model is loaded it is tried at the longest text it
-allows, and in company: a model whose answer depends on the padding beside it runs texts of one
-length together, or each alone.
+A batch is run in passes: of packed tokens where the model can be packed (`packing`), else of texts
+of like length, padded. When the model is loaded it is tried at the longest text it allows, and in
+company: a model whose answer depends on the padding beside it runs texts of one length together, or
+each alone.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -28,7 +30,9 @@ from app.engines.checkpoint.loading import check_fits
 from app.engines.device import ran_out_of_memory
 from app.engines.encoder.classifier import Classifier
 from app.engines.encoder.embedder import Embedder
+from app.engines.encoder.packing import Packing, Unpackable
 from app.engines.generate.company import TOLERANCE, Company, Memory, thresholds
+from app.engines.inflight.library import built
 from app.engines.static import StaticEngine
 from app.engines.text.tokenizer import Tokenizer, load_tokenizer
 from app.errors import ConfigError, RequestError
@@ -36,6 +40,12 @@ from app.jobs import FinishReason, Kind
 
 _TRIED: Final = 7, 41
 """Tokens of two texts that are tried alone and together: odd, so that no block of them is full."""
+
+_PACKED_TRIED: Final = *_TRIED, 301
+"""The same before a model is packed; the last reaches beyond the usual windows of attention."""
+
+_PASS_TOKENS: Final = 1024
+"""Of packed texts, or one text of more: what layers hand on then stays in the processor's cache."""
 
 
 class EncoderEngine(StaticEngine):
@@ -53,13 +63,20 @@ class EncoderEngine(StaticEngine):
         self._memory = Memory(self._task.model)
         self._pad = _pad_token(config)
         self._takes_types = _takes_types(self._task.model)
+        self._packing: Packing | None = None
+        self._unpacked = ""  #: why, if it is not
         with torch.inference_mode():
             self._company = self._try_model()
+            if self._company.padded_tokens:
+                self._unpacked = self._try_packing()
 
     @property
     def kernels(self) -> str:
         """What computes, for people."""
-        return f"torch, {self._company}"
+        if self._packing is None:
+            return f"torch, {self._company}" + (f"; {self._unpacked}" if self._unpacked else "")
+        layers = "whole layers" if self._packing.whole else "attention"
+        return f"{built().state}, {layers} of packed texts"
 
     def _check(self, sequence: Sequence) -> None:
         if sequence.params is not None:
@@ -67,7 +84,7 @@ class EncoderEngine(StaticEngine):
 
     def _run(self, sequences: Seq[Sequence], stats: StepStats) -> list[Generation]:
         answers: list[Generation] = []
-        for rows in _passes(sequences, self._company):
+        for rows in _passes(sequences, self._company, packs=self._packing is not None):
             answers += self._pass(rows, stats)
             self._progress()
         return answers
@@ -80,7 +97,11 @@ class EncoderEngine(StaticEngine):
         values = self._task.finish(raw, [each.pooling for each in rows])
         ended = time.monotonic_ns()
         stats.useful_tokens += sum(map(_length, rows))
-        stats.padded_tokens += len(rows) * max(map(_length, rows))
+        stats.padded_tokens += (
+            len(rows) * max(map(_length, rows))
+            if self._packing is None
+            else sum(map(_length, rows))
+        )
         shares = share(ended - began, prefill_weights([_length(each) for each in rows]))
         answers = [
             Generation(
@@ -120,7 +141,9 @@ class EncoderEngine(StaticEngine):
         if self._takes_types:
             inputs["token_type_ids"] = types
         on_device = {name: each.to(self._device) for name, each in inputs.items()}
-        found = self._task.run(on_device, pooled.to(self._device))
+        packing = self._packing
+        with nullcontext() if packing is None else packing.company([*map(_length, rows)]):
+            found = self._task.run(on_device, pooled.to(self._device))
         self._memory.forget()
         return found
 
@@ -148,6 +171,37 @@ class EncoderEngine(StaticEngine):
         switch = min(thresholds(self._task.model.config), default=math.inf)
         return replace(company, padded_tokens=min(company.padded_tokens, switch))
 
+    def _try_packing(self) -> str:
+        """Pack the model if its answers stay what they are, alone and in company; else say why it
+        is not packed."""
+        tokenizer, dtype = self._tokenizer, self._task.model.dtype
+        texts = [_text(tokenizer, min(each, tokenizer.context_tokens)) for each in _PACKED_TRIED]
+        wanted = torch.cat([self._forward([text]) for text in texts])
+        plain, why = self._memory, ""
+        for whole in (True, False):
+            try:
+                packing = Packing(self._task.model, tokenizer.context_tokens, whole=whole)
+            except Unpackable as reason:
+                why = str(reason)
+                continue
+            self._packing, self._memory = packing, Memory(self._task.model)
+            try:
+                found = torch.cat(
+                    [*(self._forward([text]) for text in texts), self._forward(texts)]
+                )
+                moved = (found - wanted.repeat(2, 1)).norm(dim=1) / wanted.norm(dim=1).repeat(2)
+                if (moved <= TOLERANCE[dtype]).all():
+                    packing.keep()
+                    self._memory = Memory(self._task.model)
+                    return ""
+                why = "its answers would be others"
+            except Exception as error:  # of layers that were read wrongly, anything may come
+                why = str(error) if isinstance(error, Unpackable) else "its layers ask for more"
+            packing.undo()
+            plain.forget()
+            self._packing, self._memory = None, plain
+        return f"not packed: {why}"
+
 
 def encoder_fits(folder: Path, settings: ModelSettings) -> None:
     """Raises `ConfigError` for what can be seen without the weights."""
@@ -174,23 +228,24 @@ def _company_of(
     return Company(0, equal_lengths=is_same_beside(texts[0]))
 
 
-def _passes(sequences: Seq[Sequence], company: Company) -> Iterator[list[Sequence]]:
-    """Texts that may share a pass, and of like length, so that padding stays below the half."""
+def _passes(sequences: Seq[Sequence], company: Company, *, packs: bool) -> Iterator[list[Sequence]]:
+    """Texts that may share a pass: packed so many, else of like length, so that padding stays below
+    the half."""
     rows: list[Sequence] = []
+    tokens = 0
     for each in sorted(sequences, key=_length):
-        if rows and _may_join(_length(rows[0]), _length(each), company):
-            rows.append(each)
-            continue
-        if rows:
+        length, shortest = _length(each), _length((rows or [each])[0])
+        if packs:
+            joins = tokens + length <= _PASS_TOKENS
+        else:
+            joins = length.bit_length() == shortest.bit_length()
+        if rows and not (joins and company.allows((shortest, length), 0)):
             yield rows
-        rows = [each]
+            rows, tokens = [], 0
+        rows.append(each)
+        tokens += length
     if rows:
         yield rows
-
-
-def _may_join(shortest: int, length: int, company: Company) -> bool:
-    is_like = length.bit_length() == shortest.bit_length()
-    return is_like and company.allows((shortest, length), 0)
 
 
 def _text(tokenizer: Tokenizer, length: int) -> Sequence:

@@ -72,21 +72,25 @@ void keep(const Step& step, const Attention& layer, int run, int head) {
 }
 
 // Rows of one block: how much the running sums shrink, and the new weights in place of the scores.
-// Row r of a run is token r / group of the run, and sees the places up to its own.
-void weigh(const Attention& layer, int rows, int group, int position, int first, float* scores,
-           float* most, float* total, float* shrink) {
+// Row r of a run is token r / group of the run, for query head `head` + r % group.
+void weigh(const Step& step, const Attention& layer, const int32_t* entry, int head, int first,
+           float* scores, float* most, float* total, float* shrink) {
     const f32 none = f32{} - INFINITY;
+    const int group = layer.heads / layer.kv_heads, rows = entry[2] * group;
     for (int r = 0; r < rows; ++r) {
-        const int own = position + r / group - first;
-        const int from = layer.window ? own - layer.window + 1 : 0;
+        const int own = entry[3] + r / group;
+        const Sight seen = sight(step, layer, entry[0], own);
+        const int from = seen.from - first, until = seen.until - first;
+        const float* bias = bias_of(layer, head + r % group, own);
         f32 row[VECS], high = none;
         for (int v = 0; v < VECS; ++v) {
             row[v] = load(scores + r * BLOCK + v * LANES);
             if (layer.softcap > 0)
                 for (int i = 0; i < LANES; ++i)
                     row[v][i] = layer.softcap * std::tanh(row[v][i] / layer.softcap);
+            if (bias) row[v] += load(bias + first + v * LANES);
             const i32 place = COUNT + v * LANES;
-            row[v] = (place < from) | (place > own) ? none : row[v];
+            row[v] = (place < from) | (place > until) ? none : row[v];
             high = row[v] > high ? row[v] : high;
         }
         const float top = std::max(most[r], largest(high));
@@ -118,15 +122,15 @@ void attend_run(const Step& step, const Attention& layer, int run, int head, flo
         total[r] = layer.sinks ? 1.0f : 0.0f;
     }
     std::fill(out, out + rows * dim, 0.0f);
-    const int last = position + tokens - 1;
-    const int begin = layer.window ? std::max(0, position - layer.window + 1) / BLOCK : 0;
+    const int last = sight(step, layer, entry[0], position + tokens - 1).until;
+    const int begin = sight(step, layer, entry[0], position).from / BLOCK;
     for (int b = begin; b * BLOCK <= last; ++b) {
         const int64_t base = ((int64_t)table[b] * layer.kv_heads + head) * dim * BLOCK;
         const T *keys = (const T*)layer.keys + base, *values = (const T*)layer.values + base;
         const int places = std::min(BLOCK, last - b * BLOCK + 1);
 #define SCORE(N) score<N>(query + r * dim, dim, keys, scores + r * BLOCK)
         BY_ROWS(rows, SCORE)
-        weigh(layer, rows, group, position, b * BLOCK, scores, most, total, shrink);
+        weigh(step, layer, entry, head * group, b * BLOCK, scores, most, total, shrink);
 #define MIX(N) mix_all<N>(scores + r * BLOCK, shrink + r, places, values, dim, out + r * dim)
         BY_ROWS(rows, MIX)
     }

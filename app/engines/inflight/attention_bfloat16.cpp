@@ -71,13 +71,11 @@ void score_all(const uint32_t* query, int pairs, const Span& span, float* scores
         score<ROWS, 1>(query, pairs, span.keys + b, span.values + b, scores + b * BLOCK);
 }
 
-// One row's scores become weights; returns by how much what was summed up before shrinks. The row
-// sees the places up to its own.
-float weigh(const Attention& layer, const Span& span, int own, float* scores, bf16* weights,
-            float& most, float& total) {
+// One row's scores become weights; returns by how much what was summed up before shrinks.
+float weigh(const Attention& layer, const Span& span, Sight seen, const float* bias, float* scores,
+            bf16* weights, float& most, float& total) {
     const f32 none = f32{} - INFINITY;
-    const int from = layer.window ? own - layer.window + 1 : 0;
-    const bool all = from <= span.first && own >= span.first + span.places - 1;
+    const bool all = seen.from <= span.first && seen.until >= span.first + span.places - 1;
     f32 high = none;
     for (int v = 0; v < span.blocks() * VECS; ++v) {
         f32 x = load(scores + v * LANES);
@@ -85,8 +83,10 @@ float weigh(const Attention& layer, const Span& span, int own, float* scores, bf
             x = tanh_(x * (layer.scale / layer.softcap)) * (layer.softcap * LOG2_E);
         else
             x *= layer.scale * LOG2_E;
+        if (bias) x += load(bias + span.first + v * LANES) * LOG2_E;
         const i32 place = COUNT + (span.first + v * LANES);
-        if (!all || span.places % BLOCK) x = (place < from) | (place > own) ? none : x;
+        if (!all || span.places % BLOCK)
+            x = (place < seen.from) | (place > seen.until) ? none : x;
         store(scores + v * LANES, x);
         high = x > high ? x : high;
     }
@@ -141,7 +141,8 @@ void mix_all(const uint32_t* weights, const float* shrink, const Span& span, con
 struct Rows {                   // query rows of one key head, and what they have summed up so far
     const bf16* query;          // [count][dim]
     float *out, *most, *total;  // [count][dim], [count], [count]
-    const int* own;             // the position of each row's token
+    const Sight* seen;          // [count]
+    const float* const* bias;   // [count]: of place 0, or null
     int count;
 };
 
@@ -157,8 +158,8 @@ void attend_tile(const Attention& layer, const Span& span, const Span* next, con
         SCORE(7) SCORE(8) SCORE(9) SCORE(10) SCORE(11) SCORE(12)
     }
     for (int r = 0; r < rows.count; ++r)
-        shrink[r] = weigh(layer, span, rows.own[r], scores + r * SPAN, weights + r * SPAN,
-                          rows.most[r], rows.total[r]);
+        shrink[r] = weigh(layer, span, rows.seen[r], rows.bias[r], scores + r * SPAN,
+                          weights + r * SPAN, rows.most[r], rows.total[r]);
     for (int r = 0; r < rows.count; r += 6, next = nullptr) {
         const uint32_t* from = (const uint32_t*)(weights + r * SPAN);
 #define MIX(N) case N: mix_all<N>(from, shrink + r, span, next, dim, rows.out + r * dim); break;
@@ -188,16 +189,19 @@ void keep(const Step& step, const Attention& layer, int run, int head) {
 
 struct alignas(64) Line { float numbers[LANES]; };
 
-// The first position whose span a run looks at.
-inline int begin(const Attention& layer, const int32_t* entry) {
-    return layer.window ? std::max(0, entry[3] - layer.window + 1) / SPAN * SPAN : 0;
+// The first position whose span a run looks at, and the one behind the last that it sees.
+inline int begin(const Step& step, const Attention& layer, const int32_t* entry) {
+    return sight(step, layer, entry[0], entry[3]).from / SPAN * SPAN;
+}
+inline int end_of(const Step& step, const Attention& layer, const int32_t* entry) {
+    return sight(step, layer, entry[0], entry[3] + entry[2] - 1).until + 1;
 }
 
 Span span_of(const Step& step, const Attention& layer, int run, int head, int first) {
     const int32_t *entry = step.runs + run * 4, *table = step.tables + entry[0] * step.table_width;
     Span span;
     span.first = first;
-    span.places = std::min(SPAN, entry[3] + entry[2] - first);
+    span.places = std::min(SPAN, end_of(step, layer, entry) - first);
     for (int b = 0; b < SPAN_BLOCKS; ++b) {
         const int64_t block = table[first / BLOCK + std::min(b, span.blocks() - 1)];
         const int64_t base = (block * layer.kv_heads + head) * (layer.dim / 2) * BLOCK;
@@ -213,11 +217,14 @@ Span span_of(const Step& step, const Attention& layer, int run, int head, int fi
 void attend_run(const Step& step, const Attention& layer, int run, int head, int num,
                 float* scratch) {
     const int32_t* entry = step.runs + run * 4;
-    const int first_token = entry[1], end = entry[3] + entry[2], dim = layer.dim;
+    const int first_token = entry[1], end = end_of(step, layer, entry), dim = layer.dim;
     const int group = layer.heads / layer.kv_heads, count = entry[2] * group, all = num * count;
     float *out = scratch, *most = out + all * dim, *total = most + all;
-    int* own = (int*)(total + all);
-    bf16* query = (bf16*)(own + count);
+    bf16* query = (bf16*)(total + all);
+    static thread_local std::vector<Sight> seen;
+    static thread_local std::vector<const float*> bias;
+    seen.resize(all);
+    bias.resize(all);
     for (int r = 0; r < all; ++r) {
         const int token = first_token + r % count / group;
         const int at = (head + r / count) * group + r % group;
@@ -226,22 +233,25 @@ void attend_run(const Step& step, const Attention& layer, int run, int head, int
                     dim * sizeof(bf16));
         most[r] = layer.sinks ? layer.sinks[at] * LOG2_E : -INFINITY;
         total[r] = layer.sinks ? 1.0f : 0.0f;
+        const int own = entry[3] + r % count / group;
+        seen[r] = sight(step, layer, entry[0], own);
+        bias[r] = bias_of(layer, at, own);
     }
-    for (int r = 0; r < count; ++r) own[r] = entry[3] + r / group;
     std::fill(out, out + all * dim, 0.0f);
     const int tiles = (count + TILE - 1) / TILE, after = std::min(run + 1, step.num_runs - 1);
-    for (int first = begin(layer, entry); first < end; first += SPAN)
+    for (int first = begin(step, layer, entry); first < end; first += SPAN)
         for (int h = 0; h < num; ++h) {
             const Span span = span_of(step, layer, run, head + h, first);
             const Span next = h + 1 < num         ? span_of(step, layer, run, head + h + 1, first)
                               : first + SPAN < end ? span_of(step, layer, run, head, first + SPAN)
                                                    : span_of(step, layer, after, head,
-                                                             begin(layer, step.runs + after * 4));
+                                                             begin(step, layer,
+                                                                   step.runs + after * 4));
             for (int tile = 0; tile < tiles; ++tile) {
                 const int row = count * tile / tiles, r = h * count + row;
                 attend_tile(layer, span, tile ? nullptr : &next,
-                            {query + r * dim, out + r * dim, most + r, total + r, own + row,
-                             count * (tile + 1) / tiles - row});
+                            {query + r * dim, out + r * dim, most + r, total + r, &seen[r],
+                             &bias[r], count * (tile + 1) / tiles - row});
             }
         }
     for (int r = 0; r < all; ++r) {
@@ -262,7 +272,7 @@ template <> void attend<bf16>(const Step& step, const Attention& layer) {
     const int num = whole ? layer.kv_heads : 1, parts = layer.kv_heads / num;
     static thread_local std::vector<Line> scratch;
     const size_t rows = (size_t)RUN * num * (layer.heads / layer.kv_heads);
-    const size_t lines = rows * (layer.dim * 3 / 2 + 3) / LANES + 1;
+    const size_t lines = rows * (layer.dim * 3 / 2 + 2) / LANES + 1;
     if (scratch.size() < lines) scratch.resize(lines);
     if (!one_each) {            // a run may need what another keeps: wait
 #pragma omp for collapse(2)

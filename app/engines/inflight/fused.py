@@ -22,8 +22,8 @@ from transformers import PreTrainedModel
 from app.engines.inflight.attention import STEP, Packed, PortableStep, run
 from app.engines.inflight.cache import BLOCK, KVCache, LayerShape
 from app.engines.inflight.library import LANES, products
-from app.engines.inflight.native import Attention, Decoder, NativeKernel, NativeStep, Norm
-from app.engines.inflight.weights import NativeLinear, is_bfloat16_linear
+from app.engines.inflight.native import Attention, Layer, NativeKernel, NativeStep, Norm
+from app.engines.inflight.weights import NativeLinear, is_cpu_linear
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,8 @@ residuals."""
 _ACTIVATIONS: Final[dict[int, Callable[[Tensor], Tensor]]] = {
     1: functional.silu,
     2: lambda x: functional.gelu(x, approximate="tanh"),
+    3: functional.gelu,
+    4: functional.relu,
 }
 """By their numbers in layer.cpp."""
 
@@ -64,7 +66,7 @@ class _Seen:
 
 
 @dataclass(frozen=True, slots=True)
-class _Parts:
+class Parts:
     """What a layer of a known class is made of, by its role; None for what it does not have."""
 
     projections: list[nn.Linear]  #: queries, keys, values, or all in one
@@ -73,10 +75,12 @@ class _Parts:
     down: nn.Linear
     activation: int
     is_gated: bool
-    norms: dict[str, Any]  #: by the names in `Decoder`
+    norms: dict[str, Any]  #: by the names in `Layer`
+    times: float = 1.0  #: of what is added to a residual
+    rotates: bool = True
 
     @classmethod
-    def of(cls, layer: Any) -> _Parts:
+    def of(cls, layer: Any) -> Parts:
         """Raises `AttributeError` for what is missing, `ValueError` for what the kernel cannot."""
         attn, mlp = layer.self_attn, layer.mlp
         act = next(getattr(mlp, name) for name in _ACTS if hasattr(mlp, name))
@@ -87,21 +91,22 @@ class _Parts:
             or _linears(mlp, "gate_proj", "up_proj")
             or [mlp.c_fc],
             down=mlp.down_proj if hasattr(mlp, "down_proj") else mlp.c_proj,
-            activation=_activation(act),
+            activation=activation_of(act),
             is_gated=not hasattr(mlp, "c_fc"),
             norms={
                 **_norms_around(layer),
                 "query": getattr(attn, "q_norm", None),
                 "key": getattr(attn, "k_norm", None),
             },
+            times=getattr(layer, "residual_multiplier", 1.0),
+            rotates=getattr(attn, "use_rope", True),
         )
 
-    @property
-    def fits(self) -> bool:
+    def fits(self, dtype: torch.dtype = torch.bfloat16) -> bool:
         """Whether the kernel has these types and sizes."""
         linears = [*self.projections, self.mixed, *self.gates, self.down]
         return (
-            all(is_bfloat16_linear(each) for each in linears)
+            all(is_cpu_linear(each, dtype) for each in linears)
             and all(each.in_features % LANES == 0 for each in linears)
             and self.down.in_features % (2 * LANES) == 0
         )
@@ -115,17 +120,18 @@ class FusedLayer(nn.Module):
 
     def __init__(
         self,
-        layer: Any,
-        parts: _Parts,
+        place: int,
+        parts: Parts,
         shape: LayerShape,
         how: dict[str, float],
         rotated: int,
         *,
         int8: bool = False,
     ) -> None:
+        """The layer at this place of the cache; `how` it attends: scale, window, softcap."""
         super().__init__()
-        attn, linear = layer.self_attn, functools.partial(NativeLinear, int8=int8)
-        self._layer = int(attn.layer_idx)
+        linear = functools.partial(NativeLinear, int8=int8)
+        self._place = place
         self.qkv = linear(*_stacked(parts.projections))
         self.mixed = linear(parts.mixed.weight, parts.mixed.bias)
         gates = _stacked(parts.gates)
@@ -136,7 +142,7 @@ class FusedLayer(nn.Module):
         if across := parts.norms["query"] is not None and _width(parts.norms["query"]) > shape.dim:
             widths = {"query": heads * shape.dim, "key": shape.kv_heads * shape.dim}
         self._held: list[Tensor] = []
-        self._decoder = Decoder(
+        self._layer = Layer(
             *(part.product for part in (self.qkv, self.mixed, self.gated, self.down)),
             **{
                 role: self._norm(norm, widths.get(role, self.qkv.in_features))
@@ -145,11 +151,11 @@ class FusedLayer(nn.Module):
             },
             width=self.qkv.in_features,
             inner=self.down.in_features,
-            rotated=rotated if getattr(attn, "use_rope", True) else 0,
+            rotated=rotated if parts.rotates else 0,
             across=across,
             activation=parts.activation,
             gates=parts.is_gated,
-            times=getattr(layer, "residual_multiplier", 1.0),
+            times=parts.times,
             attention=Attention(
                 heads=heads,
                 kv_heads=shape.kv_heads,
@@ -162,8 +168,18 @@ class FusedLayer(nn.Module):
 
     def forward(self, hidden_states: Tensor, **others: Any) -> Tensor:
         step: NativeStep = others[STEP]
-        cos, sin = others["position_embeddings"]
-        return step.decode(self._layer, self._decoder, hidden_states, cos, sin)
+        return self.run(step, hidden_states, *others["position_embeddings"])
+
+    def run(
+        self, step: NativeStep, x: Tensor, cos: Tensor | None = None, sin: Tensor | None = None
+    ) -> Tensor:
+        return step.run(self._place, self._layer, x, cos, sin)
+
+    def add_bias(self, bias: Tensor) -> None:
+        """Numbers [heads, 2 * reach] float32 to add to scores, by reach + place - own."""
+        self._held.append(bias)
+        self._layer.attention.bias = bias.data_ptr()
+        self._layer.attention.reach = bias.shape[1] // 2
 
     def _norm(self, norm: Any, width: int) -> Norm:
         """As the kernel takes it; the class says where numbers are rounded, and what is a gain."""
@@ -274,19 +290,20 @@ def _fused(
     if cos.shape[:-1] != (1, sum(_COUNTS)) or rotated % (2 * LANES) or rotated > shape.dim:
         return None
     try:
-        parts = _Parts.of(layer)
+        parts = Parts.of(layer)
     except (AttributeError, StopIteration, ValueError):
         return None
-    if not parts.fits:
+    if not parts.fits():
         return None
-    fused = FusedLayer(layer, parts, shape, seen.attention, rotated)
+    place = int(layer.self_attn.layer_idx)
+    fused = FusedLayer(place, parts, shape, seen.attention, rotated)
     with torch.inference_mode():
         given, wanted = seen.inputs[0].float(), seen.output.float()
         got = fused(*seen.inputs, **{**seen.others, STEP: step}).float()
     off = (got - wanted).norm() / (wanted - given).norm()
     if not off < _TOLERANCE:  # NaN is not
         return None
-    return FusedLayer(layer, parts, shape, seen.attention, rotated, int8=True) if int8 else fused
+    return FusedLayer(place, parts, shape, seen.attention, rotated, int8=True) if int8 else fused
 
 
 def _linears(module: Any, *names: str) -> list[nn.Linear]:
@@ -311,8 +328,8 @@ def _norms_around(layer: Any) -> dict[str, Any]:
 _BEHIND: Final = "post_feedforward_layernorm"
 
 
-def _activation(act: Any) -> int:
-    """Its number in the kernel, by what it does."""
+def activation_of(act: Any) -> int:
+    """Its number in the kernel, by what it does. Raises `ValueError` if it has none."""
     x = torch.linspace(-8, 8, 101)
     for number, known in _ACTIVATIONS.items():
         if torch.allclose(act(x), known(x), atol=1e-5):

@@ -88,10 +88,11 @@ inline f32 exp_(f32 x) {
 
 extern "C" {
 
-struct Step {               // what all layers of a step share; attention.py mirrors it
+struct Step {               // what all layers of a step share; native.py mirrors it
     const int32_t* runs;    // [num_runs][4]: row of tables, first token, tokens, its position
     const int32_t* tables;  // [rows][table_width]: block ids
     const int64_t* slots;   // [num_tokens]: block * BLOCK + place, where each token is kept
+    const int32_t* lengths; // [rows]: tokens of each row, which all see all; null: none sees later
     int32_t num_runs, num_segments, table_width;
 };
 
@@ -102,8 +103,27 @@ struct Attention {
     int32_t heads, kv_heads, dim, window;  // window 0: all tokens
     float scale, softcap;                  // softcap 0: none
     const float* sinks;                    // [heads]: scores without a value; or null
+    const float* bias;  // [heads][2 * reach]: added to scores, by reach + place - own; or null
+    int32_t reach;
 };
 }
+
+namespace {
+
+// Places that the token at position `own` sees, both included.
+struct Sight { int from, until; };
+inline Sight sight(const Step& step, const Attention& layer, int row, int own) {
+    const int from = layer.window ? std::max(0, own - layer.window + 1) : 0;
+    if (!step.lengths) return {from, own};
+    const int last = step.lengths[row] - 1;
+    return {from, layer.window ? std::min(last, own + layer.window - 1) : last};
+}
+// The number to add to the score of place 0; those of later places follow.
+inline const float* bias_of(const Attention& layer, int head, int own) {
+    return layer.bias ? layer.bias + (2 * head + 1) * (int64_t)layer.reach - own : nullptr;
+}
+
+}  // namespace
 
 // All runs and heads of a step, shared out among the threads of the parallel region it is called
 // in. Waits for nobody at its end. T is float or bf16.

@@ -1,13 +1,15 @@
-// One decoder layer over packed tokens, in bfloat16, for CPUs that multiply it: attention and a
-// feed-forward part, each behind a norm, before one, or both, and added to what came in.
+// One layer of a decoder or an encoder over packed tokens, in bfloat16 or float32, for CPUs that
+// multiply bfloat16: attention and a feed-forward part, each behind a norm, before one, or both, and
+// added to what came in, with a norm of the sum or without.
 //
 // Sums are float32. Between the operations numbers are rounded to bfloat16 where transformers'
-// own code does so. A weight is laid out in panels of WIDE outputs, [panel][input / 2][WIDE][2]:
-// a product walks a panel once for each ROWS rows, with all its sums in registers. Weights in int8
-// lie in fours, [panel][input / 4][WIDE][4], each 128 more than it means; for these each row of x is
-// rounded to int8, too, by its largest number, and sums are exact.
+// own code does so. A weight is laid out in panels of WIDE outputs, [panel][input / 2][WIDE][2], in
+// float32 [panel][input][WIDE]: a product walks a panel once for each ROWS rows, with all its sums
+// in registers. Weights in int8 lie in fours, [panel][input / 4][WIDE][4], each 128 more than it
+// means; for these each row of x is rounded to int8, too, by its largest number, and sums are exact.
 
 #include <initializer_list>
+#include <type_traits>
 
 #include "kernels.h"
 
@@ -21,8 +23,8 @@ constexpr int ROWS = 12;         // 24 sums, 2 weights and a number from x: of 3
 
 struct Product {            // y = x W (+ bias), panels as above; weights.py mirrors it
     const uint32_t* weight;
-    const bf16* bias;       // [outputs] or null
-    const float* scale;     // [outputs] of weights in int8; null for bfloat16
+    const void* bias;       // [outputs] of the numbers' type, or null
+    const float* scale;     // [outputs] of weights in int8; null for others
     int32_t inputs, outputs;
 };
 
@@ -31,13 +33,24 @@ inline float round_(float x) { return _mm_cvtss_f32(_mm_castsi128_ps(_mm_slli_ep
 inline f32 round_(f32 x) {
     return (f32)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)x)), 16);
 }
+// As numbers of this type are rounded: bfloat16, or not at all.
+template <class T> inline f32 as(f32 x) { return x; }
+template <> inline f32 as<bf16>(f32 x) { return round_(x); }
+inline __mmask16 first_of(int count) {
+    return count >= LANES ? 0xffff : (1u << std::max(count, 0)) - 1;
+}
 inline void put(bf16* to, f32 x, int count) {
-    const __mmask16 mask = count >= LANES ? 0xffff : (1u << std::max(count, 0)) - 1;
-    _mm256_mask_storeu_epi16(to, mask, (__m256i)_mm512_cvtneps_pbh((__m512)x));
+    _mm256_mask_storeu_epi16(to, first_of(count), (__m256i)_mm512_cvtneps_pbh((__m512)x));
+}
+inline void put(float* to, f32 x, int count) {
+    _mm512_mask_storeu_ps(to, first_of(count), (__m512)x);
 }
 inline f32 get(const bf16* from, int count) {
-    const __mmask16 mask = count >= LANES ? 0xffff : (1u << std::max(count, 0)) - 1;
-    return (f32)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from)), 16);
+    const __m256i bits = _mm256_maskz_loadu_epi16(first_of(count), from);
+    return (f32)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+}
+inline f32 get(const float* from, int count) {
+    return (f32)_mm512_maskz_loadu_ps(first_of(count), from);
 }
 // e^x within 2 units in the last place, for any x; infinite or 0 far out.
 inline f32 exp_any(f32 x) {
@@ -53,22 +66,52 @@ inline f32 exp_any(f32 x) {
     return (f32)_mm512_scalef_ps((__m512)p, n);
 }
 
-enum Activation { SILU = 1, GELU = 2 };     // fused.py says the same; GELU by its tanh formula
+enum Activation { SILU = 1, GELU_TANH = 2, GELU = 3, RELU = 4 };    // fused.py says the same
 
-inline f32 activate(f32 x, int activation) {
+// The part of a normal distribution below x, within 2e-5: times x, within 5e-5 for any x.
+inline f32 below(f32 x) {
+    x = (f32)_mm512_min_ps(_mm512_set1_ps(4.25f), _mm512_max_ps(_mm512_set1_ps(-4.25f), (__m512)x));
+    const f32 s = x * x;
+    f32 p = f32{} + (5.34270044e-11f);
+    p = p * s - 5.15736320e-09f;
+    p = p * s + 2.20162113e-07f;
+    p = p * s - 5.53628783e-06f;
+    p = p * s + 9.25588721e-05f;
+    p = p * s - 1.10390970e-03f;
+    p = p * s + 9.80263388e-03f;
+    p = p * s - 6.63273308e-02f;
+    p = p * s + 3.98895905e-01f;
+    return 0.5f + x * p;
+}
+// The same within 1e-7 (Abramowitz and Stegun, 7.1.26).
+inline f32 below_exactly(f32 x) {
+    const f32 z = (f32)_mm512_abs_ps((__m512)x) * 0.70710678f;
+    const f32 t = 1.0f / (1.0f + 0.3275911f * z);
+    f32 p = f32{} + 1.061405429f;
+    p = p * t - 1.453152027f;
+    p = p * t + 1.421413741f;
+    p = p * t - 0.284496736f;
+    p = p * t + 0.254829592f;
+    p = 0.5f * p * t * exp_any(-z * z);
+    return x > 0 ? 1.0f - p : p;
+}
+template <class T> inline f32 activate(f32 x, int activation) {
+    if (activation == RELU) return (f32)_mm512_max_ps(_mm512_setzero_ps(), (__m512)x);
+    if (activation == GELU)
+        return as<T>(x * (sizeof(T) == sizeof(bf16) ? below(x) : below_exactly(x)));
     // both are x times a logistic function
     const f32 at = activation == SILU ? x : x * (1.59576912f + 0.0713548163f * x * x);
-    return round_(x / (1.0f + exp_any(-at)));
+    return as<T>(x / (1.0f + exp_any(-at)));
 }
 
 // What becomes of the WIDE sums of a row, at its outputs from `first` on.
-inline void add_bias(const bf16* bias, int first, int count, f32& low, f32& high) {
+template <class T> inline void add_bias(const T* bias, int first, int count, f32& low, f32& high) {
     if (!bias) return;
     low += get(bias + first, count);
     high += get(bias + first + LANES, count - LANES);
 }
-struct Plain {
-    bf16* out; int64_t stride; const bf16* bias; int outputs;
+template <class T> struct Plain {
+    T* out; int64_t stride; const T* bias; int outputs;
     void operator()(int row, int first, f32 low, f32 high) const {
         const int count = outputs - first;
         add_bias(bias, first, count, low, high);
@@ -76,31 +119,32 @@ struct Plain {
         put(out + row * stride + first + LANES, high, count - LANES);
     }
 };
-struct Added {              // to a residual, after a multiplication
-    bf16* out; const bf16* residual; int64_t stride; const bf16* bias; int outputs; float times;
+template <class T> struct Added {   // to a residual, after a multiplication
+    T* out; const T* residual; int64_t stride; const T* bias; int outputs; float times;
     void operator()(int row, int first, f32 low, f32 high) const {
         const int count = outputs - first;
         const int64_t at = row * stride + first;
         add_bias(bias, first, count, low, high);
-        low = round_(round_(low) * times) + get(residual + at, count);
-        high = round_(round_(high) * times) + get(residual + at + LANES, count - LANES);
+        low = as<T>(as<T>(low) * times) + get(residual + at, count);
+        high = as<T>(as<T>(high) * times) + get(residual + at + LANES, count - LANES);
         put(out + at, low, count);
         put(out + at + LANES, high, count - LANES);
     }
 };
-struct Gated {              // a panel has LANES gates, then the LANES numbers they are for
-    bf16* out; int64_t stride; const bf16* bias; int activation;
+template <class T> struct Gated {   // a panel has LANES gates, then the LANES numbers they are for
+    T* out; int64_t stride; const T* bias; int activation;
     void operator()(int row, int first, f32 gate, f32 up) const {
         add_bias(bias, first, WIDE, gate, up);
-        put(out + row * stride + first / 2, activate(round_(gate), activation) * round_(up), LANES);
+        put(out + row * stride + first / 2,
+            activate<T>(as<T>(gate), activation) * as<T>(up), LANES);
     }
 };
-struct Activated {
-    bf16* out; int64_t stride; const bf16* bias; int activation;
+template <class T> struct Activated {
+    T* out; int64_t stride; const T* bias; int activation;
     void operator()(int row, int first, f32 low, f32 high) const {
         add_bias(bias, first, WIDE, low, high);
-        put(out + row * stride + first, activate(round_(low), activation), LANES);
-        put(out + row * stride + first + LANES, activate(round_(high), activation), LANES);
+        put(out + row * stride + first, activate<T>(as<T>(low), activation), LANES);
+        put(out + row * stride + first + LANES, activate<T>(as<T>(high), activation), LANES);
     }
 };
 
@@ -109,6 +153,13 @@ struct Pairs {              // of bfloat16
     typedef __m512 Sum;
     static void more(Sum& sum, __m512i weight, const uint32_t* number) {
         sum = _mm512_dpbf16_ps(sum, (__m512bh)weight, (__m512bh)_mm512_set1_epi32(*number));
+    }
+    static f32 value(Sum sum) { return (f32)sum; }
+};
+struct Singles {            // of float32
+    typedef __m512 Sum;
+    static void more(Sum& sum, __m512i weight, const uint32_t* number) {
+        sum = _mm512_fmadd_ps((__m512)weight, (__m512)_mm512_set1_epi32(*number), sum);
     }
     static f32 value(Sum sum) { return (f32)sum; }
 };
@@ -187,10 +238,10 @@ struct Scaled {             // sums of int8 become what they mean
     }
 };
 
-void round_rows(const bf16* x, int rows, int inputs, const Rounded& rounded) {
+template <class T> void round_rows(const T* x, int rows, int inputs, const Rounded& rounded) {
 #pragma omp for schedule(static)
     for (int row = 0; row < rows; ++row) {
-        const bf16* from = x + (int64_t)row * inputs;
+        const T* from = x + (int64_t)row * inputs;
         __m512 most = _mm512_setzero_ps();
         f32 sum = {};       // NaN is not the largest of anything, but spoils a sum
         for (int i = 0; i < inputs; i += LANES) {
@@ -212,11 +263,13 @@ void round_rows(const bf16* x, int rows, int inputs, const Rounded& rounded) {
 }
 
 // x [rows][inputs]
-template <class Finish>
-void multiply(const Product& product, const bf16* x, int rows, const Rounded& rounded,
+template <class T, class Finish>
+void multiply(const Product& product, const T* x, int rows, const Rounded& rounded,
               const Finish& finish) {
+    typedef std::conditional_t<sizeof(T) == sizeof(bf16), Pairs, Singles> Kind;
     if (!product.scale)
-        return walk<Pairs>(product, (const uint32_t*)x, product.inputs / 2, rows, finish);
+        return walk<Kind>(product, (const uint32_t*)x, product.inputs * sizeof(T) / 4, rows,
+                          finish);
     round_rows(x, rows, product.inputs, rounded);
     walk<Fours>(product, (const uint32_t*)rounded.numbers, product.inputs / 4, rows,
                 Scaled<Finish>{product.scale, rounded, finish});
@@ -241,8 +294,9 @@ struct Norm {               // fused.py mirrors it
 };
 
 // One row; `to` may be `from`. Added to a residual, if there is one, after a multiplication.
-void normalise_row(const bf16* from, const Norm& norm, int width, bf16* to,
-                   const bf16* residual = nullptr, float times = 1.0f) {
+template <class T>
+void normalise_row(const T* from, const Norm& norm, int width, T* to, const T* residual = nullptr,
+                   float times = 1.0f) {
     f32 sum = {}, squares = {};
     if (norm.centred) for (int i = 0; i < width; i += LANES) sum += load(from + i);
     const float mean = _mm512_reduce_add_ps((__m512)sum) / width;
@@ -251,16 +305,17 @@ void normalise_row(const bf16* from, const Norm& norm, int width, bf16* to,
         1.0f / std::sqrt(_mm512_reduce_add_ps((__m512)squares) / width + norm.eps);
     for (int i = 0; i < width; i += LANES) {
         f32 y = (load(from + i) - mean) * scale;
-        if (norm.rounds) y = round_(y);
+        if (norm.rounds) y = as<T>(y);
         y *= load(norm.gain + i);
         if (norm.bias) y += load(norm.bias + i);
-        if (residual) y = round_(round_(y) * times) + load(residual + i);
+        if (residual) y = as<T>(as<T>(y) * times) + load(residual + i);
         put(to + i, y, LANES);
     }
 }
 
-void normalise(const bf16* x, const Norm& norm, int rows, int width, bf16* out,
-               const bf16* residual = nullptr, float times = 1.0f) {
+template <class T>
+void normalise(const T* x, const Norm& norm, int rows, int width, T* out,
+               const T* residual = nullptr, float times = 1.0f) {
 #pragma omp for schedule(static)
     for (int row = 0; row < rows; ++row) {
         const int64_t at = (int64_t)row * width;
@@ -269,13 +324,13 @@ void normalise(const bf16* x, const Norm& norm, int rows, int width, bf16* out,
 }
 
 // Rotates the first dims of a head in place, their first half against their second.
-inline void rotate(bf16* head, int rotated, const bf16* cos, const bf16* sin) {
+template <class T> inline void rotate(T* head, int rotated, const T* cos, const T* sin) {
     const int half = rotated / 2;
     for (int d = 0; d < half; d += LANES) {
-        bf16 *left = head + d, *right = left + half;
+        T *left = head + d, *right = left + half;
         const f32 a = load(left), b = load(right);
-        put(left, round_(a * load(cos + d)) - round_(b * load(sin + d)), LANES);
-        put(right, round_(b * load(cos + d + half)) + round_(a * load(sin + d + half)), LANES);
+        put(left, as<T>(a * load(cos + d)) - as<T>(b * load(sin + d)), LANES);
+        put(right, as<T>(b * load(cos + d + half)) + as<T>(a * load(sin + d + half)), LANES);
     }
 }
 
@@ -283,9 +338,10 @@ inline void rotate(bf16* head, int rotated, const bf16* cos, const bf16* sin) {
 
 extern "C" {
 
-struct Decoder {            // a layer; fused.py mirrors it
+struct Layer {              // native.py mirrors it
     Product qkv, mixed, gated, down;
     Norm before_attention, after_attention, before_mlp, after_mlp, query, key;
+    Norm attention_sum, mlp_sum;    // of what came in and what was added to it
     int32_t width, inner;
     int32_t rotated;        // dims of each head, from the first on; cos and sin are as wide
     int32_t across;         // whether queries and keys are normalised across all their heads
@@ -297,23 +353,19 @@ struct Decoder {            // a layer; fused.py mirrors it
 #ifdef __AVX512VNNI__
 void has_int8() {}          // that it is there says that weights may be in int8
 #endif
-
-// out = x W (+ bias): x [rows][inputs], out [rows][outputs]
-void multiply_bfloat16(const Product* product, const bf16* x, bf16* out, int32_t rows) {
-    const Plain finish{out, product->outputs, product->bias, product->outputs};
-    const Rounded rounded = room_for(rows, {product});
-#pragma omp parallel
-    multiply(*product, x, rows, rounded, finish);
 }
 
+namespace {
+
 // Queries and keys are made ready: normalised, if the layer does that, and rotated.
-static void turn(const Decoder& layer, bf16* qkv, int rows, const bf16* cos, const bf16* sin) {
+template <class T> void turn(const Layer& layer, T* qkv, int rows, const T* cos, const T* sin) {
+    if (!layer.query.gain && !layer.key.gain && !layer.rotated) return;
     const int dim = layer.attention.dim, heads = layer.attention.heads;
     const int kv_heads = layer.attention.kv_heads, together = layer.across ? heads : 1;
     const int keys = layer.across ? kv_heads : 1;
 #pragma omp for schedule(static)
     for (int row = 0; row < rows; ++row) {
-        bf16 *query = qkv + (int64_t)row * layer.qkv.outputs, *key = query + heads * dim;
+        T *query = qkv + (int64_t)row * layer.qkv.outputs, *key = query + heads * dim;
         const int64_t at = (int64_t)row * layer.rotated;
         for (int h = 0; layer.query.gain && h < heads; h += together)
             normalise_row(query + h * dim, layer.query, together * dim, query + h * dim);
@@ -324,65 +376,91 @@ static void turn(const Decoder& layer, bf16* qkv, int rows, const bf16* cos, con
     }
 }
 
-// out = residual + times * norm(x W (+ bias)): x [rows][inputs], out and residual [rows][width]
-static void add(const Product& product, const Norm& norm, const bf16* x, const bf16* residual,
-                const Rounded& rounded, bf16* room, bf16* out, int rows, float times) {
+// out = sum_norm(residual + times * norm(x W (+ bias))), x [rows][inputs], out and residual
+// [rows][width]
+template <class T>
+void add(const Product& product, const Norm& norm, const Norm& sum_norm, const T* x,
+         const T* residual, const Rounded& rounded, T* room, T* out, int rows, float times) {
     const int width = product.outputs;
+    const T* bias = (const T*)product.bias;
     if (norm.gain) {
-        multiply(product, x, rows, rounded, Plain{room, width, product.bias, width});
+        multiply(product, x, rows, rounded, Plain<T>{room, width, bias, width});
 #pragma omp barrier
         normalise(room, norm, rows, width, out, residual, times);
     } else {
-        multiply(product, x, rows, rounded,
-                 Added{out, residual, width, product.bias, width, times});
+        multiply(product, x, rows, rounded, Added<T>{out, residual, width, bias, width, times});
 #pragma omp barrier
     }
+    if (sum_norm.gain) normalise(out, sum_norm, rows, width, out);
 }
 
 // x and out [rows][width], not the same; cos and sin [rows][rotated].
-void decode_bfloat16(const Step* step, const Decoder* layer, const bf16* x, const bf16* cos,
-                     const bf16* sin, bf16* out, int32_t rows) {
-    Attention attention = layer->attention;
-    const int dim = attention.dim, width = layer->width, inner = layer->inner;
-    const int mixed_width = attention.heads * dim, qkv_width = layer->qkv.outputs;
-    static thread_local std::vector<bf16> room;
+template <class T>
+void run(const Step& step, const Layer& layer, const T* x, const T* cos, const T* sin, T* out,
+         int rows) {
+    Attention attention = layer.attention;
+    const int dim = attention.dim, width = layer.width, inner = layer.inner;
+    const int mixed_width = attention.heads * dim, qkv_width = layer.qkv.outputs;
+    static thread_local std::vector<T> room;
     const size_t needed = (size_t)rows * (width + qkv_width + mixed_width + inner);
     if (room.size() < needed) room.resize(needed);
-    bf16 *normed = room.data(), *qkv = normed + (size_t)rows * width;
-    bf16 *mixed = qkv + (size_t)rows * qkv_width, *gated = mixed + (size_t)rows * mixed_width;
+    T *normed = room.data(), *qkv = normed + (size_t)rows * width;
+    T *mixed = qkv + (size_t)rows * qkv_width, *gated = mixed + (size_t)rows * mixed_width;
     attention.query = qkv;
     attention.key = qkv + mixed_width;
     attention.value = qkv + mixed_width + attention.kv_heads * dim;
     attention.out = mixed;
     attention.query_token = attention.key_token = attention.value_token = qkv_width;
     attention.query_head = attention.key_head = attention.value_head = dim;
-    const Rounded rounded =
-        room_for(rows, {&layer->qkv, &layer->mixed, &layer->gated, &layer->down});
-    const auto prepared = [&](const Norm& norm, const bf16* from) {
+    const Rounded rounded = room_for(rows, {&layer.qkv, &layer.mixed, &layer.gated, &layer.down});
+    const auto prepared = [&](const Norm& norm, const T* from) {
         if (norm.gain) normalise(from, norm, rows, width, normed);
         return norm.gain ? normed : from;
     };
 #pragma omp parallel
     {
-        multiply(layer->qkv, prepared(layer->before_attention, x), rows, rounded,
-                 Plain{qkv, qkv_width, layer->qkv.bias, qkv_width});
+        multiply(layer.qkv, prepared(layer.before_attention, x), rows, rounded,
+                 Plain<T>{qkv, qkv_width, (const T*)layer.qkv.bias, qkv_width});
 #pragma omp barrier
-        turn(*layer, qkv, rows, cos, sin);
-        attend<bf16>(*step, attention);
+        turn(layer, qkv, rows, cos, sin);
+        attend<T>(step, attention);
 #pragma omp barrier
-        add(layer->mixed, layer->after_attention, mixed, x, rounded, normed, out, rows,
-            layer->times);
-        const bf16* from = prepared(layer->before_mlp, out);
-        const bf16* bias = layer->gated.bias;
-        if (layer->gates)
-            multiply(layer->gated, from, rows, rounded,
-                     Gated{gated, inner, bias, layer->activation});
+        add(layer.mixed, layer.after_attention, layer.attention_sum, mixed, x, rounded, normed, out,
+            rows, layer.times);
+        const T* from = prepared(layer.before_mlp, out);
+        const T* bias = (const T*)layer.gated.bias;
+        if (layer.gates)
+            multiply(layer.gated, from, rows, rounded,
+                     Gated<T>{gated, inner, bias, layer.activation});
         else
-            multiply(layer->gated, from, rows, rounded,
-                     Activated{gated, inner, bias, layer->activation});
+            multiply(layer.gated, from, rows, rounded,
+                     Activated<T>{gated, inner, bias, layer.activation});
 #pragma omp barrier
-        add(layer->down, layer->after_mlp, gated, out, rounded, normed, out, rows, layer->times);
+        add(layer.down, layer.after_mlp, layer.mlp_sum, gated, out, rounded, normed, out, rows,
+            layer.times);
     }
 }
+
+// out = x W (+ bias): x [rows][inputs], out [rows][outputs]
+template <class T> void multiply_alone(const Product& product, const T* x, T* out, int rows) {
+    const Plain<T> finish{out, product.outputs, (const T*)product.bias, product.outputs};
+    const Rounded rounded = room_for(rows, {&product});
+#pragma omp parallel
+    multiply(product, x, rows, rounded, finish);
+}
+
+}  // namespace
+
+extern "C" {
+#define OF_TYPE(T, NAME)                                                                     \
+    void multiply_##NAME(const Product* product, const T* x, T* out, int32_t rows) {         \
+        multiply_alone(*product, x, out, rows);                                              \
+    }                                                                                        \
+    void layer_##NAME(const Step* step, const Layer* layer, const T* x, const T* cos,        \
+                      const T* sin, T* out, int32_t rows) {                                  \
+        run(*step, *layer, x, cos, sin, out, rows);                                          \
+    }
+OF_TYPE(bf16, bfloat16)
+OF_TYPE(float, float32)
 }
 #endif

@@ -22,11 +22,12 @@ _RUN: Final = 16
 """Most tokens that the kernel treats at once. kernels.h says the same."""
 
 _KERNELS: Final = {torch.float32: "attend_float32", torch.bfloat16: "attend_bfloat16"}
+_LAYERS: Final = {torch.float32: "layer_float32", torch.bfloat16: "layer_bfloat16"}
 
 
 class _Step(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("runs", "tables", "slots")),
+        *((name, ctypes.c_void_p) for name in ("runs", "tables", "slots", "lengths")),
         *((name, ctypes.c_int32) for name in ("num_runs", "num_segments", "table_width")),
     )
 
@@ -40,7 +41,8 @@ class Attention(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("key_head", "value_token", "value_head")),
         *((name, ctypes.c_int32) for name in ("heads", "kv_heads", "dim", "window")),
         *((name, ctypes.c_float) for name in ("scale", "softcap")),
-        ("sinks", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("sinks", "bias")),
+        ("reach", ctypes.c_int32),
     )
 
 
@@ -54,13 +56,14 @@ class Norm(ctypes.Structure):
     )
 
 
-class Decoder(ctypes.Structure):
-    """`Decoder` of layer.cpp."""
+class Layer(ctypes.Structure):
+    """`Layer` of layer.cpp."""
 
     _fields_ = (
         *((name, Product) for name in ("qkv", "mixed", "gated", "down")),
         *((name, Norm) for name in ("before_attention", "after_attention")),
         *((name, Norm) for name in ("before_mlp", "after_mlp", "query", "key")),
+        *((name, Norm) for name in ("attention_sum", "mlp_sum")),
         *((name, ctypes.c_int32) for name in ("width", "inner", "rotated", "across")),
         *((name, ctypes.c_int32) for name in ("activation", "gates")),
         ("times", ctypes.c_float),
@@ -84,12 +87,19 @@ class NativeKernel:
 class NativeStep:
     """Attention of one step through the kernel. Holds every array that the kernel reads."""
 
-    def __init__(self, kernel: NativeKernel, packed: Packed, tables: np.ndarray) -> None:
+    def __init__(
+        self,
+        kernel: NativeKernel,
+        packed: Packed,
+        tables: np.ndarray,
+        lengths: np.ndarray | None = None,
+    ) -> None:
+        """`lengths` [rows] int32, if given, are the tokens of each row, which all see all."""
         self._kernel = kernel
-        self._held = _runs(packed.segments), tables, packed.slots
+        self._held = _runs(packed.segments), tables, packed.slots, lengths
         runs = self._held[0]
         self._step = _Step(
-            *(array.ctypes.data for array in self._held),
+            *(None if array is None else array.ctypes.data for array in self._held),
             len(runs),
             len(packed.segments),
             tables.shape[1],
@@ -123,16 +133,21 @@ class NativeStep:
         self._kernel.function(ctypes.byref(self._step), ctypes.byref(to))
         return out
 
-    def decode(self, layer: int, decoder: Decoder, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """A whole layer: x [1, tokens, width] → the same, cos and sin [1, tokens, rotated]."""
-        x, cos, sin = (part.to(x.dtype).contiguous() for part in (x, cos, sin))
+    def run(
+        self, place: int, layer: Layer, x: Tensor, cos: Tensor | None, sin: Tensor | None
+    ) -> Tensor:
+        """A whole layer, the cache's at this place: x [1, tokens, width] → the same; cos and sin
+        [1, tokens, rotated], None where nothing is rotated."""
+        x = x.contiguous()
+        turn = [None if part is None else part.to(x.dtype).contiguous() for part in (cos, sin)]
         out = torch.empty_like(x)
-        kept = self._kernel.layers[layer]
-        decoder.attention.keys, decoder.attention.values = kept.keys, kept.values
-        self._kernel.compiled.decode_bfloat16(
+        arrays = (None if part is None else part.data_ptr() for part in (x, *turn, out))
+        kept = self._kernel.layers[place]
+        layer.attention.keys, layer.attention.values = kept.keys, kept.values
+        getattr(self._kernel.compiled, _LAYERS[x.dtype])(
             ctypes.byref(self._step),
-            ctypes.byref(decoder),
-            *(ctypes.c_void_p(part.data_ptr()) for part in (x, cos, sin, out)),
+            ctypes.byref(layer),
+            *map(ctypes.c_void_p, arrays),
             x.shape[1],
         )
         return out

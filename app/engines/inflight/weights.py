@@ -14,6 +14,8 @@ from app.engines.inflight.library import LANES, products
 _TYPICAL_ROWS: Final = 64
 """oneDNN's layout depends on how many rows a product has; it stays right for any number."""
 
+_MULTIPLY: Final = {torch.bfloat16: "multiply_bfloat16", torch.float32: "multiply_float32"}
+
 _WIDE: Final = 32
 """Outputs of one panel. layer.cpp says the same."""
 
@@ -42,7 +44,8 @@ class PackedLinear(nn.Module):
 
 
 class NativeLinear(nn.Module):
-    """A linear layer through our own product; weight [outputs, inputs] and bias in bfloat16.
+    """A linear layer through our own product; weight [outputs, inputs] and bias in bfloat16 or
+    float32.
 
     With `int8` the weight is rounded to that, with a scale for each output, and each row of the
     input, too, when it comes.
@@ -52,7 +55,7 @@ class NativeLinear(nn.Module):
         super().__init__()
         compiled = products()
         assert compiled is not None
-        self._multiply: Callable[..., None] = compiled.multiply_bfloat16
+        self._multiply: Callable[..., None] = getattr(compiled, _MULTIPLY[weight.dtype])
         self.out_features, self.in_features = weight.shape
         self._bias = None if bias is None else bias.detach().contiguous()
         self._scale: Tensor | None = None
@@ -60,7 +63,7 @@ class NativeLinear(nn.Module):
             rounded, self._scale = _rounded(_padded(weight.detach()))
             self._panels = _panels(rounded, 4)
         else:
-            self._panels = _panels(_padded(weight.detach()), 2)
+            self._panels = _panels(_padded(weight.detach()), 4 // weight.itemsize)
         self.product = Product(
             self._panels.data_ptr(),
             None if self._bias is None else self._bias.data_ptr(),
@@ -115,7 +118,7 @@ def pack_linears(model: nn.Module, *, int8: bool = False) -> None:
     for module in list(model.modules()):
         child: Any
         for name, child in module.named_children():
-            if is_bfloat16_linear(child):
+            if is_cpu_linear(child, torch.bfloat16):
                 native = products() is not None and child.in_features % 2 == 0
                 if native:
                     rounds = int8 and child.in_features % LANES == 0
@@ -124,10 +127,10 @@ def pack_linears(model: nn.Module, *, int8: bool = False) -> None:
                     setattr(module, name, PackedLinear(child))
 
 
-def is_bfloat16_linear(module: nn.Module) -> bool:
-    """On a CPU, and plain: a subclass may do more."""
+def is_cpu_linear(module: nn.Module, dtype: torch.dtype) -> bool:
+    """On a CPU, of this type, and plain: a subclass may do more."""
     return (
         type(module) is nn.Linear
-        and module.weight.dtype is torch.bfloat16
+        and module.weight.dtype is dtype
         and module.weight.device.type == "cpu"
     )
