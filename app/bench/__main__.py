@@ -15,6 +15,7 @@ BENCHES: Final = (
     "answers",
     "pipeline",
     "jobs",
+    "latency",
     "outside",
     "overload",
     "retention",
