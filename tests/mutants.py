@@ -497,16 +497,16 @@ MUTANTS: Final = (
         AHEAD,
     ),
     Mutant(
-        "a claimed batch waits for Postgres before it goes in",
-        "app/worker/runner.py",
-        "        self._hand_over()  # before Postgres is asked: an engine may stand still\n",
-        "",
+        "a claimed batch waits in the worker for the one before",
+        "app/worker/dispatcher.py",
+        "if members := self._take_fitting(model, capacity):",
+        "if not capacity.is_ahead and (members := self._take_fitting(model, capacity)):",
         AHEAD,
     ),
     Mutant(
         "one claimed batch after the other waits for the engine",
         "app/worker/dispatcher.py",
-        " and not self._claimed.get(model)",
+        " and not room.has_waiting",
         "",
         AHEAD,
     ),
@@ -526,16 +526,16 @@ MUTANTS: Final = (
     ),
     Mutant(
         "a claimed job that is cancelled waits for its turn",
-        "app/worker/runner.py",
-        "        if self._dispatcher.withdraw(job):  # it is claimed, and not in the engine\n",
-        "        if False:\n",
+        "app/worker/executor.py",
+        "if self._running.is_waiting(job):",
+        "if False:",
         AHEAD,
     ),
     Mutant(
         "a worker that drains keeps what it has claimed and does not run",
-        "app/worker/runner.py",
-        "filter(self._dispatcher.withdraw, claimed)",
-        "()",
+        "app/worker/executor.py",
+        "if self._host.ready and self._host.has_waiting(model):",
+        "if False:",
         AHEAD,
     ),
     Mutant(
@@ -547,10 +547,9 @@ MUTANTS: Final = (
     ),
     Mutant(
         "a claimed batch is a suspect of the one before",
-        "app/worker/dispatcher.py",
-        "        self._suspects.split(dropped)\n",
-        "        self._suspects.split([*dropped, *sum(self._claimed.values(), [])])\n"
-        "        self._claimed.clear()\n",
+        "app/worker/executor.py",
+        "        self._dispatcher.add_claimed(self._running.leave_waiting())\n",
+        "",
         AHEAD,
     ),
     Mutant(

@@ -5,9 +5,9 @@ apart from all others (`suspects`); the rest goes in batches (`batcher`), as far
 room and, since memory once ran out, as far as is known to fit (`ceilings`).
 
 A batch is claimed, and goes in when there is room. While an engine runs that nobody can join, the
-next full batch is claimed already, so that the device does not wait for Postgres. That batch has no
-part in what becomes of the one that runs. Whoever comes later waits for it, however urgent, so it
-is claimed early only where batches are over soon.
+next full batch is claimed already and lies ready in the engine process, so that the device waits
+for nobody. That batch has no part in what becomes of the one that runs. Whoever comes later waits
+for it, however urgent, so it is claimed early only where batches are over soon.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class Room:
     inside: int
     joins: bool  #: it admits more between its steps
     most: int  #: what it takes when it is empty
+    has_waiting: bool  #: a batch lies ready there
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +99,8 @@ class Dispatcher:
         if self._suspects:
             return None if _is_busy(rooms) else self._close_suspects(rooms, now_ns)
         for model, capacity in self._capacities(rooms).items():
+            if self._claimed.get(model):
+                continue
             if closed := self._batcher.close(model, capacity, now_ns):
                 jobs = [self._waiting.pop(member.job_id) for member in closed.members]
                 batch = Batch(new_id(), model, closed.reason, closed.wait_ns)
@@ -127,7 +130,7 @@ class Dispatcher:
             self._runs_apart = True
             return group
         for model, capacity in self._capacities(rooms).items():
-            if not capacity.is_ahead and (members := self._take_fitting(model, capacity)):
+            if members := self._take_fitting(model, capacity):
                 return members
         return None
 
@@ -169,13 +172,13 @@ class Dispatcher:
         ahead = {
             model: Capacity(room.most, ceiling=self._ceilings.room(model, 0), is_ahead=True)
             for model, room in rooms.items()
-            if room.rows == 0 and self._may_claim_ahead(model, room)
+            if room.rows == 0 and self._is_fed_ahead(model, room)
         }
         return capacities | ahead
 
-    def _may_claim_ahead(self, model: str, room: Room) -> bool:
+    def _is_fed_ahead(self, model: str, room: Room) -> bool:
         is_soon = self._lasted_ns.get(model, SOON_NS) < SOON_NS
-        return is_soon and not room.joins and not self._claimed.get(model)
+        return is_soon and not room.joins and not room.has_waiting
 
     # ── what the engine teaches ──────────────────────────────────────────────────────────────
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from app.errors import EngineError, OutOfMemory
 from app.worker.dispatcher import Dispatcher, Room
 from app.worker.engine.host import EngineHost
 from app.worker.engine.pipe import WorkerEnd
-from app.worker.engine.wire import Broken, DidNotFit, Ready, Stepped
+from app.worker.engine.wire import Broken, DidNotFit, Ready, Recalled, Stepped
 from app.worker.running import Running
 from app.worker.suspects import verdict
 from app.worker.work import Ending, Job
@@ -24,9 +24,16 @@ MAX_DEATHS: Final = 3  #: of engine processes in a row that had nothing to run
 class Executor:
     """Owns the engine process and the jobs inside it. What it drops goes back to the dispatcher."""
 
-    def __init__(self, models: tuple[str, ...], host: EngineHost, dispatcher: Dispatcher) -> None:
+    def __init__(
+        self,
+        models: tuple[str, ...],
+        host: EngineHost,
+        dispatcher: Dispatcher,
+        now_ns: Callable[[], int],
+    ) -> None:
         self.loaded = threading.Event()  #: the models are, or never will be
         self._models = models
+        self._now_ns = now_ns
         self._host = host
         self._dispatcher = dispatcher
         self._running = Running()
@@ -60,6 +67,7 @@ class Executor:
                 self._running.num_rows(model),
                 self._host.joins(model),
                 self._host.max_rows(model),
+                self._host.has_waiting(model),
             )
             for model in self._models
         }
@@ -68,8 +76,12 @@ class Executor:
         self._host.start()
 
     def start_no_more(self) -> None:
-        """The worker is to end: an engine process that is lost is not replaced."""
+        """The worker is to end: what has not begun comes back, and an engine process that is lost
+        is not replaced."""
         self._starts_again = False
+        for model in self._models:
+            if self._host.ready and self._host.has_waiting(model):
+                self._host.recall(model)
 
     def kill(self) -> None:
         try:
@@ -80,15 +92,30 @@ class Executor:
     def run(self, jobs: list[Job]) -> None:
         """Hand claimed jobs of one batch over."""
         batch = jobs[0].claimed_run.batch
-        self._host.admit(batch.model, str(batch.id), self._running.enter(jobs))
+        waits = self._host.must_wait(batch.model)
+        self._host.admit(batch.model, str(batch.id), self._running.enter(jobs, waits=waits))
+        if not waits:
+            self._begin(jobs)
+
+    def _begin(self, jobs: list[Job]) -> None:
+        for job in jobs:
+            run = job.claimed_run
+            run.began_ns = run.began_ns or self._now_ns()
+            job.ticket.started()
 
     def cut_short(self, job: Job, ending: Ending) -> None:
-        """End a claimed job early; the engine answers with what it has."""
+        """End a claimed job early; the engine answers with what it has, or gives it back."""
         run = job.claimed_run
         if run.ending is None:
             run.ending = ending
-            for sequence_id in self._running.sequence_ids(job):
-                self._host.cancel(job.model, sequence_id)
+            if self._running.is_waiting(job):
+                self._host.recall(job.model)
+            else:
+                self._cancel(job)
+
+    def _cancel(self, job: Job) -> None:
+        for sequence_id in self._running.sequence_ids(job):
+            self._host.cancel(job.model, sequence_id)
 
     def hear(self, over: list[Job]) -> None:
         """Take what the engine process says; adds to `over` the jobs that have all their answers.
@@ -105,8 +132,11 @@ class Executor:
                     self.loaded.set()
                 case Stepped():
                     over += self._answered(event)
-                case DidNotFit(sequence_ids=dropped):
+                case DidNotFit(model, dropped):
                     self._halve(dropped)
+                    self._begin(self._running.begin(model))
+                case Recalled(model, sequence_ids):
+                    over += self._take_back(model, sequence_ids)
                 case Broken() as broken:
                     self._lose(broken)
         if self._host.is_stuck():
@@ -117,7 +147,17 @@ class Executor:
         answered = self._running.answer(stepped)
         for job in answered:
             self._dispatcher.note_ran(job)
+        self._begin(self._running.begin(stepped.model))
         return answered
+
+    def _take_back(self, model: str, sequence_ids: Iterable[int]) -> list[Job]:
+        """What had not begun waits here again; returns those that are over without it."""
+        recalled = self._running.leave(sequence_ids)
+        self._dispatcher.add_claimed([job for job in recalled if job.claimed_run.ending is None])
+        for job in self._running.jobs(model):
+            if job.claimed_run.ending is not None:  # it has begun all the same
+                self._cancel(job)
+        return [job for job in recalled if job.claimed_run.ending is not None]
 
     def _halve(self, sequence_ids: Iterable[int]) -> None:
         """The device ran out of memory: smaller batches follow, and nobody is charged."""
@@ -133,6 +173,7 @@ class Executor:
         self._host.kill()
         if broken.will_not_load or not self.loaded.is_set():
             raise EngineError(f"The models cannot be loaded: {broken.reason}.")
+        self._dispatcher.add_claimed(self._running.leave_waiting())
         suspects, solo = self._running.leave(), self._running.solo
         log.error(
             "The engine process is lost: %s. It held %d jobs.",

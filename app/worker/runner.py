@@ -63,7 +63,7 @@ class Runner:
         self._registrar = registrar
         self._ledger = ledger
         self._dispatcher = Dispatcher(batcher)
-        self._executor = Executor(models, host, self._dispatcher)
+        self._executor = Executor(models, host, self._dispatcher, now_ns)
         self._num_received = 0  #: messages
         self._commands: deque[Command] = deque()
         self._jobs: dict[UUID, Job] = {}
@@ -111,7 +111,6 @@ class Runner:
         if self._fatal is not None:
             raise self._fatal
         self._executor.hear(self._over)
-        self._hand_over()  # before Postgres is asked: an engine may stand still
         self._watch_limits()
         self._with_database(self._release)
         self._with_database(self._register)
@@ -356,8 +355,4 @@ class Runner:
             return
         if self._dispatcher.runs_apart:
             log.info("Runs %d suspects apart.", len(going), extra={"action": "runs_apart"})
-        for job in going:
-            job.claimed_run.began_ns = job.claimed_run.began_ns or self._now_ns()
         self._executor.run(going)
-        for job in going:
-            job.ticket.started()

@@ -1,4 +1,7 @@
-"""The jobs inside the engine: which sequence belongs to which job, and what has been answered."""
+"""The jobs inside the engine: which sequence belongs to which job, and what has been answered.
+
+Some are there and have not begun: they go on when those of their model before them are over.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,21 @@ class Running:
 
     def __init__(self) -> None:
         self._owners: dict[int, tuple[Job, int]] = {}
+        self._waiting: dict[str, list[Job]] = {}  #: by model, those that have not begun
         self._next_id = 1
         self.solo: Job | None = None  #: the one job inside, if nothing was beside it since it came
 
-    def enter(self, jobs: Iterable[Job]) -> list[Sequence]:
-        """Number the sequences of jobs that are about to be handed to the engine."""
+    def enter(self, jobs: Iterable[Job], *, waits: bool = False) -> list[Sequence]:
+        """Number the sequences of jobs that are about to be handed to the engine.
+
+        `waits`: they begin when those of their model that are inside are over.
+        """
         entered: list[Sequence] = []
         jobs = list(jobs)
-        self.solo = jobs[0] if len(jobs) == 1 and not self._owners else None
+        if waits:
+            self._waiting[jobs[0].model] = jobs
+        else:
+            self.solo = jobs[0] if len(jobs) == 1 and not self._owners else None
         for job in jobs:
             for place, sequence in enumerate(job.sequences(self._next_id)):
                 self._owners[sequence.id] = (job, place)
@@ -52,9 +62,34 @@ class Running:
                 batch.useful_tokens += stats.useful_tokens
                 batch.padded_tokens += stats.padded_tokens
 
+    def begin(self, model: str) -> list[Job]:
+        """Those that begin now, because the last one before them is over."""
+        waiting = self._waiting.get(model, [])
+        if any(job.model == model and job not in waiting for job, _ in self._owners.values()):
+            return []
+        begun = self._waiting.pop(model, [])
+        if begun:
+            others = any(job.model != model for job, _ in self._owners.values())
+            self.solo = begun[0] if len(begun) == 1 and not others else None
+        return begun
+
+    def is_waiting(self, job: Job) -> bool:
+        """Whether it has not begun."""
+        return job in self._waiting.get(job.model, [])
+
+    def leave_waiting(self) -> list[Job]:
+        """Take out all that have not begun: the engine is lost."""
+        waiting = [job for jobs in self._waiting.values() for job in jobs]
+        self._waiting = {}
+        self._owners = {id_: each for id_, each in self._owners.items() if each[0] not in waiting}
+        return waiting
+
     def num_rows(self, model: str) -> int:
         """Sequences of this model that are inside."""
         return sum(job.model == model for job, _ in self._owners.values())
+
+    def jobs(self, model: str) -> list[Job]:
+        return list(dict.fromkeys(job for job, _ in self._owners.values() if job.model == model))
 
     def sequence_ids(self, job: Job) -> list[int]:
         return [id_ for id_, (owner, _) in self._owners.items() if owner is job]
@@ -66,4 +101,10 @@ class Running:
         for id_, job in gone.items():
             del self._owners[id_]
             job.claimed_run.forget_answers()
-        return list(dict.fromkeys(gone.values()))
+        jobs = list(dict.fromkeys(gone.values()))
+        self._waiting = {
+            model: left
+            for model, waiting in self._waiting.items()
+            if (left := [job for job in waiting if job not in jobs])
+        }
+        return jobs

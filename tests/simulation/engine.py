@@ -6,7 +6,7 @@ process dies), `hang 1` (no step ends any more), `oom 2` (does not fit with more
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -25,6 +25,8 @@ from app.worker.engine.wire import (
     Event,
     LoadModels,
     Ready,
+    Recall,
+    Recalled,
     Stepped,
 )
 from tests.simulation.broken import expect
@@ -72,7 +74,9 @@ class SimulatedProcess:
         now_ns: Callable[[], int],
         pid: int = 1,
         thawed: Callable[[], object] = lambda: None,
+        began: list[Admit] | None = None,
     ) -> None:
+        """`began` gets what it begins."""
         self.pid = pid
         self.page = _Page(PROGRESS.size)
         self.is_alive = True
@@ -85,6 +89,8 @@ class SimulatedProcess:
         self._unread: list[Command] = []  #: what was sent while it was frozen
         self._loaded = False
         self._rows: list[_Row] = []
+        self._waiting: list[Admit] = []  #: for their model's rows to end
+        self._began = [] if began is None else began
         self._said: list[Event] = []
         self._cancelled: set[int] = set()
         self._num_steps = 0
@@ -108,14 +114,38 @@ class SimulatedProcess:
                     for model in models
                 }
                 self.next_ns = self._now_ns() + LOAD_NS
-            case Admit(model, batch_id, sequences):
-                self._rows += [self._row(model, batch_id, each) for each in sequences]
-                inside = sum(row.model == model for row in self._rows)
-                expect(inside <= self._facts[model].max_rows, "I8: more rows than there is room")
-                if self.next_ns is None and not self.is_hung:
+            case Admit(model) as admit:
+                expect(
+                    all(each.model != model for each in self._waiting),
+                    "I12: more than one batch waits for one that runs",
+                )
+                self._waiting.append(admit)
+                self._begin(model)
+                if self._rows and self.next_ns is None and not self.is_hung:
                     self.next_ns = self._now_ns() + STEP_NS
+            case Recall(model):
+                self._give_back(model)
             case Cancel(_, sequence_id):
                 self._cancelled.add(sequence_id)
+
+    def _begin(self, model: str) -> None:
+        """Let in what waits, if it can join or nothing runs."""
+        if JOINS[model] or all(row.model != model for row in self._rows):
+            for admit in self._take_waiting(model):
+                self._began.append(admit)
+                self._rows += [self._row(model, admit.batch_id, each) for each in admit.sequences]
+        inside = sum(row.model == model for row in self._rows)
+        expect(inside <= self._facts[model].max_rows, "I8: more rows than there is room")
+
+    def _take_waiting(self, model: str) -> list[Admit]:
+        taken = [each for each in self._waiting if each.model == model]
+        self._waiting = [each for each in self._waiting if each.model != model]
+        return taken
+
+    def _give_back(self, model: str) -> None:
+        admits = self._take_waiting(model)
+        ids = tuple(each.id for admit in admits for each in admit.sequences)
+        self._said.append(Recalled(model, ids))
 
     def flush(self) -> None:
         pass
@@ -143,10 +173,13 @@ class SimulatedProcess:
 
     @property
     def inside(self) -> set[str]:
-        """The prompts that it holds, and those that it has not read yet."""
-        unread = (command for command in self._unread if isinstance(command, Admit))
-        sequences = [sequence for command in unread for sequence in command.sequences]
-        return {row.prompt for row in self._rows} | set(map(_prompt_of, sequences))
+        """The prompts that it runs, and would if it had read them."""
+        busy, prompts = {row.model for row in self._rows}, {row.prompt for row in self._rows}
+        for command in self._unread:
+            if isinstance(command, Admit) and (JOINS[command.model] or command.model not in busy):
+                busy.add(command.model)
+                prompts |= set(map(_prompt_of, command.sequences))
+        return prompts
 
     @property
     def is_frozen(self) -> bool:
@@ -198,6 +231,8 @@ class SimulatedProcess:
             return
         if any(row.verb == "oom" and len(rows) > row.number for row in rows):
             self._rows = [row for row in self._rows if row not in rows]
+            if not JOINS[model]:
+                self._give_back(model)
             self._said.append(DidNotFit(model, tuple(row.sequence.id for row in rows)))
             return
         shares = share(STEP_NS, [1] * len(rows))
@@ -214,6 +249,7 @@ class SimulatedProcess:
         if over and (JOINS[model] or len(over) == len(rows)):
             self._rows = [row for row in self._rows if row not in over]
             self._said.append(Stepped(model, list(map(self._answer, over)), _stats(over)))
+            self._begin(model)
 
     def _is_over(self, row: _Row) -> bool:
         if row.sequence.id in self._cancelled:
@@ -272,11 +308,11 @@ class SimulatedHost(EngineHost):
         self._thawed = thawed
         self._frozen_with = frozen_with
         self.process: SimulatedProcess | None = None
-        self.admitted: list[Admit] = []
+        self.began: list[Admit] = []  #: what its processes have begun
         self.lost_with: list[set[str]] = []  #: prompts inside each process that ended by itself
 
     def _spawn(self) -> None:
-        self.process = SimulatedProcess(self._now_ns, thawed=self._thawed)
+        self.process = SimulatedProcess(self._now_ns, thawed=self._thawed, began=self.began)
         self._process = _Popen(self.process)  # type: ignore[assignment]
         self._connection = self.process  # type: ignore[assignment]
         self._progress = self.process.page  # type: ignore[assignment]
@@ -290,9 +326,5 @@ class SimulatedHost(EngineHost):
 
     @property
     def num_runs(self) -> int:
-        """Batches that were handed to an engine."""
-        return len(self.admitted)
-
-    def admit(self, model: str, batch_id: str, sequences: Iterable[base.Sequence]) -> None:
-        self.admitted.append(Admit(model, batch_id, tuple(sequences)))
-        super().admit(model, batch_id, self.admitted[-1].sequences)
+        """Batches that an engine began."""
+        return len(self.began)

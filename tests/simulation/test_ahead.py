@@ -71,12 +71,17 @@ class Ahead:
         return [self.world.store.tables["results"][job_id] for job_id in job_ids]
 
 
-def test_a_claimed_batch_goes_in_when_the_one_before_is_over_though_postgres_is_away() -> None:
+def test_a_claimed_batch_begins_when_the_one_before_is_over_though_nobody_is_there() -> None:
+    # given a worker that stands still, and no Postgres
     ahead = Ahead()
-
+    ahead.world.pause_worker(0, 90)
     ahead.world.postgres_away(90)
+
+    # when the batch that runs is over
     ahead._go_until(lambda: ahead.worker.host.num_runs == 3)
 
+    # then the device does not wait for either
+    assert ahead.worker.is_paused
     assert ahead._are(ahead.running, JobState.RUNNING)  # their end is not written yet
     ahead.world.heal()
     first, then = ahead.results(ahead.running), ahead.results(ahead.next)
@@ -117,7 +122,7 @@ def test_who_is_claimed_is_no_suspect_when_the_engine_dies_of_the_batch_before()
     assert host.lost_with and not any(prompts & inside for inside in host.lost_with)
     assert {each["outcome"] for each in ahead.attempts(ahead.next)} == {"succeeded"}
     batches = {each["batch_id"] for each in ahead.attempts(ahead.next)}
-    sent = [each for each in host.admitted if UUID(each.batch_id) in batches]
+    sent = [each for each in host.began if UUID(each.batch_id) in batches]
     assert [len(each.sequences) for each in sent] == [MAX_ROWS]  # and it runs whole
 
 
@@ -202,7 +207,7 @@ def test_of_a_claimed_batch_goes_in_what_fits_since_memory_ran_out() -> None:
 
     ahead.world.heal()
 
-    sent = [len(each.sequences) for each in ahead.worker.host.admitted if _is_of(ahead, each)]
+    sent = [len(each.sequences) for each in ahead.worker.host.began if _is_of(ahead, each)]
     assert sum(sent) == MAX_ROWS
     assert max(sent) <= MAX_ROWS // 2
 

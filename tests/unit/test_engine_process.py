@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -232,8 +233,10 @@ def test_an_engine_process_that_cannot_be_killed_ends_its_worker(
 class Scarce:
     """An engine that has no memory for its first step, during which more is sent to it."""
 
-    def __init__(self, inbox: Any) -> None:
-        self._inbox = inbox
+    joins = True
+
+    def __init__(self, waiting: Any) -> None:
+        self._waiting = waiting
         self._sequences: list[Sequence] = []
         self._did_not_fit = False
 
@@ -244,7 +247,7 @@ class Scarce:
         sequences, self._sequences = self._sequences, []
         if not self._did_not_fit:
             self._did_not_fit = True
-            self._inbox.put(Admit("m", "late", (Sequence(3, (65,)),)))
+            self._waiting.append(Admit("m", "late", (Sequence(3, (65,)),)))
             raise OutOfMemory
         return [Generation(each.id, FinishReason.STOP) for each in sequences]
 
@@ -261,9 +264,10 @@ def test_what_is_sent_while_memory_runs_out_is_not_among_what_was_dropped() -> N
     said: list[Any] = []
     parent: Any = SimpleNamespace(send=said.append)
     process = EngineProcess(parent, mmap.mmap(-1, PROGRESS.size))
-    engine: Any = Scarce(process._inbox)
+    process._waiting["m"] = waiting = deque[Admit]()
+    engine: Any = Scarce(waiting)
     process._engines["m"] = engine
-    process._inbox.put(Admit("m", "early", (Sequence(1, (65,)), Sequence(2, (65,)))))
+    waiting.append(Admit("m", "early", (Sequence(1, (65,)), Sequence(2, (65,)))))
 
     # when it steps twice
     for _ in range(2):

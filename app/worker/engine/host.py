@@ -34,6 +34,8 @@ from app.worker.engine.wire import (
     Event,
     LoadModels,
     Ready,
+    Recall,
+    Recalled,
     Stepped,
 )
 
@@ -87,11 +89,13 @@ class EngineHost:
         self._load_ns = 0  #: what the last load took
         self._engines: dict[str, EngineFacts] = {}
         self._rows: dict[str, int] = {}
+        self._ahead: dict[str, int] = {}  #: rows that wait there until those inside are over
 
     def start(self) -> None:
         """Start a process; it says `Ready` when the models are loaded."""
         self._spawn()
         self._engines, self._rows = {}, dict.fromkeys((m.name for m in self._load.models), 0)
+        self._ahead = dict(self._rows)
         self._shown = (0, 0)
         self._count_anew()
         self._send(self._load)
@@ -148,12 +152,25 @@ class EngineHost:
             return facts.max_rows - inside
         return 0 if inside else facts.max_rows
 
+    def must_wait(self, model: str) -> bool:
+        """Whether what is admitted now waits there until those inside are over."""
+        return not self.joins(model) and self._rows[model] > 0
+
+    def has_waiting(self, model: str) -> bool:
+        """Whether something waits there already."""
+        return self._ahead[model] > 0
+
     def admit(self, model: str, batch_id: str, sequences: Iterable[Sequence]) -> None:
         command = Admit(model, batch_id, tuple(sequences))
         if not self.busy:
             self._count_anew()
-        self._rows[model] += len(command.sequences)
+        rows = self._ahead if self.must_wait(model) else self._rows
+        rows[model] += len(command.sequences)
         self._send(command)
+
+    def recall(self, model: str) -> None:
+        """Ask for what has not begun; it comes back by `Recalled`."""
+        self._send(Recall(model))
 
     def cancel(self, model: str, sequence_id: int) -> None:
         self._send(Cancel(model, sequence_id))
@@ -219,16 +236,26 @@ class EngineHost:
             self._progress.close()
         self._process = self._connection = self._progress = None
         self._engines, self._rows = {}, dict.fromkeys(self._rows, 0)
+        self._ahead = dict(self._rows)
 
     def _take(self, event: Event) -> Event:
         match event:
             case Ready(engines=engines, load_ns=load_ns):
                 self._engines, self._load_ns = engines, load_ns
             case Stepped(model=model, generations=generations):
-                self._rows[model] -= len(generations)
+                self._leave(model, len(generations))
             case DidNotFit(model=model, sequence_ids=dropped):
-                self._rows[model] -= len(dropped)
+                self._leave(model, len(dropped))
+            case Recalled(model=model, sequence_ids=recalled):
+                ahead = min(len(recalled), self._ahead[model])
+                self._ahead[model] -= ahead
+                self._leave(model, len(recalled) - ahead)
         return event
+
+    def _leave(self, model: str, rows: int) -> None:
+        self._rows[model] -= rows
+        if self._rows[model] == 0:
+            self._rows[model], self._ahead[model] = self._ahead[model], 0
 
     def flush(self) -> None:
         """Send what the process had no room for so far; never waits for it."""

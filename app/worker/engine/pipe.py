@@ -10,6 +10,7 @@ from __future__ import annotations
 import pickle
 import socket
 import struct
+import threading
 from typing import Any, Final
 
 _LENGTH: Final = struct.Struct("=Q")
@@ -92,16 +93,19 @@ class WorkerEnd:
 
 
 class EngineEnd:
-    """Waits until a message has gone or come. One thread may send while another receives."""
+    """Waits until a message has gone or come. Any threads may send while one receives."""
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(True)
         self._socket = sock
+        self._sending = threading.Lock()
         self._reader = sock.makefile("rb")
 
     def send(self, message: object) -> None:
         """Raises `OSError` if the worker is gone."""
-        self._socket.sendall(_framed(message))
+        framed = _framed(message)
+        with self._sending:
+            self._socket.sendall(framed)
 
     def recv(self) -> Any:
         """The next message; raises `EOFError` or `OSError` if the worker is gone."""

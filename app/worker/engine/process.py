@@ -16,8 +16,10 @@ import signal
 import socket
 import sys
 import time
+from collections import deque
 from collections.abc import Sequence as Seq
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -35,6 +37,8 @@ from app.worker.engine.wire import (
     EngineFacts,
     LoadModels,
     Ready,
+    Recall,
+    Recalled,
     Stepped,
 )
 
@@ -57,7 +61,8 @@ class EngineProcess:
         self._since_ns = 0  #: when the step that runs began
         self._slowest_ns = 0
         self._loads: queue.SimpleQueue[LoadModels] = queue.SimpleQueue()
-        self._inbox: queue.SimpleQueue[Admit] = queue.SimpleQueue()
+        self._waiting: dict[str, deque[Admit]] = {}  #: by model, what has not begun
+        self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()  #: something waits
         self._engines: dict[str, Engine] = {}
         self._inside: dict[str, set[int]] = {}  #: by model, the sequences that have no answer yet
         self.is_ready = False
@@ -96,6 +101,7 @@ class EngineProcess:
             )
             for name, engine in self._engines.items()
         }
+        self._waiting = {name: deque() for name in self._engines}
         self._steps = self._slowest_ns = 0
         self._parent.send(Ready(facts, time.monotonic_ns() - began))
         self.is_ready = True
@@ -107,29 +113,45 @@ class EngineProcess:
                 match self._parent.recv():
                     case LoadModels() as load:
                         self._loads.put(load)
-                    case Admit() as admit:
-                        self._inbox.put(admit)
+                    case Admit(model) as admit:
+                        self._waiting[model].append(admit)
+                        self._wake.put(None)
+                    case Recall(model):
+                        self._give_back(model)
                     case Cancel(model, sequence_id):
                         self._engines[model].cancel(sequence_id)
         except (EOFError, OSError):
             os._exit(0)
 
+    def _give_back(self, model: str) -> None:
+        waiting = iter(partial(_taken, self._waiting[model]), None)
+        ids = (each.id for admit in waiting for each in admit.sequences)
+        self._parent.send(Recalled(model, tuple(ids)))
+
     def _admit(self) -> None:
-        """Hand over what arrived; sleep only when no engine has anything to do."""
-        idle = not any(engine.has_work for engine in self._engines.values())
-        while idle or not self._inbox.empty():
-            command = self._inbox.get()
-            if idle:
-                self._since_ns = time.monotonic_ns()
-            inside = self._inside.setdefault(command.model, set())
-            inside.update(each.id for each in command.sequences)
-            self._engines[command.model].admit(command.batch_id, command.sequences)
-            idle = False
+        """Hand over what engines take now; sleep only when none has anything to do."""
+        was_idle = False
+        while True:
+            for model, engine in self._engines.items():
+                while engine.joins or not engine.has_work:
+                    if (admit := _taken(self._waiting[model])) is None:
+                        break
+                    ids = (each.id for each in admit.sequences)
+                    self._inside.setdefault(model, set()).update(ids)
+                    engine.admit(admit.batch_id, admit.sequences)
+            if any(engine.has_work for engine in self._engines.values()):
+                break
+            was_idle = True
+            self._wake.get()
+        if was_idle:
+            self._since_ns = time.monotonic_ns()
 
     def _step(self, model: str, engine: Engine) -> None:
         try:
             generations = engine.step()
         except OutOfMemory:
+            if not engine.joins:
+                self._give_back(model)  # it may not fit either
             dropped = tuple(self._inside.pop(model, ()))
             self._parent.send(DidNotFit(model, dropped))
             return
@@ -146,6 +168,14 @@ class EngineProcess:
         faded_ns = self._slowest_ns - self._slowest_ns // FADING
         self._slowest_ns = max(self._since_ns - began_ns, faded_ns)
         PROGRESS.pack_into(self._progress, 0, self._steps, self._slowest_ns)
+
+
+def _taken(waiting: deque[Admit]) -> Admit | None:
+    """The first that waits, if another thread has not taken it."""
+    try:
+        return waiting.popleft()
+    except IndexError:
+        return None
 
 
 def main() -> None:

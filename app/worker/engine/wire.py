@@ -39,6 +39,8 @@ class LoadModels:
 
 @dataclass(frozen=True, slots=True)
 class Admit:
+    """Sequences of one batch. They wait here while their engine takes none."""
+
     model: str
     batch_id: str
     sequences: tuple[Sequence, ...]
@@ -50,7 +52,14 @@ class Cancel:
     sequence_id: int
 
 
-Command = LoadModels | Admit | Cancel
+@dataclass(frozen=True, slots=True)
+class Recall:
+    """Give back what has not begun yet; answered by `Recalled` at once, whatever runs."""
+
+    model: str
+
+
+Command = LoadModels | Admit | Cancel | Recall
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +89,15 @@ class Stepped:
 @dataclass(frozen=True, slots=True)
 class DidNotFit:
     """Out of memory: everything inside this engine was dropped unharmed. What was sent to it
-    meanwhile was not inside yet, and runs."""
+    meanwhile was not inside yet, and runs, or, if nobody can join it, was given back before."""
+
+    model: str
+    sequence_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Recalled:
+    """The sequences that had not begun, and do not run any more."""
 
     model: str
     sequence_ids: tuple[int, ...]
@@ -102,4 +119,4 @@ class Broken:
         return self.was_killed or self.was_stuck or self.was_ended
 
 
-Event = Ready | Stepped | DidNotFit | Broken
+Event = Ready | Stepped | DidNotFit | Recalled | Broken
