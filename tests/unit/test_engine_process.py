@@ -34,6 +34,7 @@ from app.worker.engine.wire import (
     Event,
     LoadModels,
     Ready,
+    Recalled,
     ServedModel,
     Stepped,
 )
@@ -230,12 +231,51 @@ def test_an_engine_process_that_cannot_be_killed_ends_its_worker(
         monkeypatch.undo()
 
 
+def prompt(number: int, text: str) -> Sequence:
+    return Sequence(number, tuple(text.encode()), SamplingParams(max_tokens=1))
+
+
+def test_the_next_batch_begins_when_the_one_before_is_over_without_a_word(host: EngineHost) -> None:
+    # given a batch that runs, and one that was sent after it
+    heard(host, Ready)
+    host.admit("stub", "first", [prompt(1, "a\nsleep 300")])
+    host.admit("stub", "second", [prompt(2, "b")])
+    assert (host.free_rows("stub"), host.has_waiting("stub")) == (0, True)
+
+    # when the first is over, while nobody listens
+    first, second = (
+        generation
+        for _ in range(2)
+        for event in heard(host, Stepped)
+        for generation in getattr(event, "generations", [])
+    )
+
+    # then the second began when it ended
+    assert (first.sequence_id, second.sequence_id) == (1, 2)
+    assert first.finished_ns <= second.started_ns
+    assert (host.busy, host.free_rows("stub")) == (False, ROWS)
+
+
+def test_what_has_not_begun_comes_back_at_once_whatever_runs(host: EngineHost) -> None:
+    heard(host, Ready)
+    host.admit("stub", "first", [prompt(1, "a\nsleep 600000")])
+    host.admit("stub", "second", [prompt(2, "b"), prompt(3, "c")])
+
+    host.recall("stub")
+    recalled = heard(host, Recalled)
+
+    assert recalled == [Recalled("stub", (2, 3))]
+    assert (host.busy, host.has_waiting("stub")) == (True, False)
+    host.cancel("stub", 1)
+    heard(host, Stepped)
+    assert not host.busy
+
+
 class Scarce:
     """An engine that has no memory for its first step, during which more is sent to it."""
 
-    joins = True
-
-    def __init__(self, waiting: Any) -> None:
+    def __init__(self, waiting: Any, *, joins: bool) -> None:
+        self.joins = joins
         self._waiting = waiting
         self._sequences: list[Sequence] = []
         self._did_not_fit = False
@@ -265,7 +305,7 @@ def test_what_is_sent_while_memory_runs_out_is_not_among_what_was_dropped() -> N
     parent: Any = SimpleNamespace(send=said.append)
     process = EngineProcess(parent, mmap.mmap(-1, PROGRESS.size))
     process._waiting["m"] = waiting = deque[Admit]()
-    engine: Any = Scarce(waiting)
+    engine: Any = Scarce(waiting, joins=True)
     process._engines["m"] = engine
     waiting.append(Admit("m", "early", (Sequence(1, (65,)), Sequence(2, (65,)))))
 
@@ -278,3 +318,20 @@ def test_what_is_sent_while_memory_runs_out_is_not_among_what_was_dropped() -> N
     dropped, stepped = said
     assert dropped == DidNotFit("m", (1, 2))
     assert [each.sequence_id for each in stepped.generations] == [3]
+
+
+def test_what_waits_for_an_engine_without_memory_comes_back_before_it_is_tried() -> None:
+    # given an engine that nobody can join, and that will have no memory
+    said: list[Any] = []
+    parent: Any = SimpleNamespace(send=said.append)
+    process = EngineProcess(parent, mmap.mmap(-1, PROGRESS.size))
+    process._waiting["m"] = waiting = deque([Admit("m", "early", (Sequence(1, (65,)),))])
+    engine: Any = Scarce(waiting, joins=False)
+    process._engines["m"] = engine
+
+    # when it steps
+    process._admit()
+    process._step("m", engine)
+
+    # then what was sent meanwhile is told of first, and is no part of what was dropped
+    assert said == [Recalled("m", (3,)), DidNotFit("m", (1,))]
