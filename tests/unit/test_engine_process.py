@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import pytest
@@ -242,15 +242,15 @@ def test_the_next_batch_begins_when_the_one_before_is_over_without_a_word(host: 
     host.admit("stub", "second", [prompt(2, "b")])
     assert (host.free_rows("stub"), host.has_waiting("stub")) == (0, True)
 
-    # when the first is over, while nobody listens
-    first, second = (
-        generation
-        for _ in range(2)
-        for event in heard(host, Stepped)
-        for generation in getattr(event, "generations", [])
-    )
+    # when both are over
+    answers: list[Generation] = []
+    while len(answers) < 2:
+        for event in heard(host, Stepped):
+            assert isinstance(event, Stepped)
+            answers += event.generations
 
-    # then the second began when it ended
+    # then the second began when the first ended
+    first, second = answers
     assert (first.sequence_id, second.sequence_id) == (1, 2)
     assert first.finished_ns <= second.started_ns
     assert (host.busy, host.free_rows("stub")) == (False, ROWS)
@@ -260,6 +260,7 @@ def test_what_has_not_begun_comes_back_at_once_whatever_runs(host: EngineHost) -
     heard(host, Ready)
     host.admit("stub", "first", [prompt(1, "a\nsleep 600000")])
     host.admit("stub", "second", [prompt(2, "b"), prompt(3, "c")])
+    eventually(lambda: PROGRESS.unpack_from(cast(Any, host)._progress)[0])  # the first has begun
 
     host.recall("stub")
     recalled = heard(host, Recalled)
