@@ -8,17 +8,19 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Self
 from uuid import UUID
 
 import httpx
+import psutil
 import psycopg
 import redis
 
@@ -36,6 +38,7 @@ from app.store.database import Database, migrate
 from app.store.submissions import NewJob
 
 MODEL: Final = "stub"
+START_S: Final = 300.0
 PASSWORD: Final = "grist"  # noqa: S105  of servers that live for minutes
 _CLI: Final = (sys.executable, "-m", "app.cli")
 
@@ -96,6 +99,9 @@ class Run:
     batch_size: float
     trips: float  #: to Redis, for a job
     commits: float  #: in Postgres, for a job
+    cpu_ms: dict[
+        str, float
+    ]  #: for a job, by kind of part; unlike seconds not for others to lengthen
 
 
 class Mill:
@@ -195,17 +201,18 @@ class Mill:
     def start_rescue(self, number: int) -> None:
         self._start(f"rescue-{number}", [*_CLI, "rescue"])
 
-    def start_api(self, number: int) -> str:
-        """Its URL, once it is ready."""
+    def start_apis(self, number: int) -> list[str]:
+        """Their URLs, once all are ready."""
+        apis = [self._start_api(place) for place in range(number)]
+        for child, url in apis:
+            child.wait_until(partial(_answers, partial(_is_ready, url)), START_S)
+        return [url for _, url in apis]
+
+    def _start_api(self, number: int) -> tuple[Child, str]:
         name, port = f"api-{number}", free_port()
         host = self._host(name)
         where = {"GRISTMILL_API__PORT": str(port), "GRISTMILL_API__HOST": host.address}
-        child = self._start(name, [*_CLI, "api"], **where)
-        url = f"http://{host.address}:{port}"
-        child.wait_until(
-            lambda: _answers(lambda: httpx.get(f"{url}/readyz").raise_for_status()), 120
-        )
-        return url
+        return self._start(name, [*_CLI, "api"], **where), f"http://{host.address}:{port}"
 
     def grow(self, number: int) -> None:
         """Start workers, a few at a time, till there are so many and all have registered."""
@@ -220,10 +227,11 @@ class Mill:
 
     def run(self, number: int) -> Run:
         """Put jobs into the queue, wait until they are done, and look at their rows."""
-        before = self._counts()
+        before, cpu_before = self._counts(), self._cpu_s()
         ids = self._submit(number)
         self.wait_for(ids)
-        after = self._counts()
+        after, cpu_after = self._counts(), self._cpu_s()
+        cpu_ms = {kind: 1000 * (cpu_after[kind] - cpu_before[kind]) / number for kind in cpu_after}
         trips, commits = ((b - a) / number for a, b in zip(before, after, strict=True))
         with self._look() as connection:
             [span] = connection.execute(
@@ -236,7 +244,9 @@ class Mill:
             ).fetchall()
         shares = Counter(worker_id for worker_id, _ in rows)
         batches = {batch_id for _, batch_id in rows}
-        return Run(float(span), list(shares.values()), len(rows) / len(batches), trips, commits)
+        return Run(
+            float(span), list(shares.values()), len(rows) / len(batches), trips, commits, cpu_ms
+        )
 
     def _submit(self, number: int) -> list[UUID]:
         jobs = [
@@ -285,6 +295,18 @@ class Mill:
         assert row is not None
         return int(info["total_reads_processed"]), row[0]
 
+    def _cpu_s(self) -> defaultdict[str, float]:
+        """Seconds that each kind of part has computed so far, with all its processes."""
+        used: defaultdict[str, float] = defaultdict(float)
+        for child in self._children:
+            family = [psutil.Process(child.pid)]
+            family += family[0].children(recursive=True)
+            for process in family:
+                with suppress(psutil.Error):
+                    times = process.cpu_times()
+                    used[child.name.partition("-")[0]] += times.user + times.system
+        return used
+
     @contextmanager
     def counted(self, most: Connections) -> Iterator[None]:
         """Look at the connections meanwhile; ours do not count."""
@@ -311,6 +333,10 @@ class Mill:
         """How often the parts said so."""
         files = self._logs.glob("*.log")
         return sum(file.read_text(errors="replace").count(words) for file in files)
+
+
+def _is_ready(url: str) -> None:
+    httpx.get(f"{url}/readyz").raise_for_status()
 
 
 def _answers(call: Any) -> bool:

@@ -4,7 +4,7 @@ Postgres gives out its default of 100 connections, and beside the workers stand 
 rescue processes as a busy system has. At each number of workers jobs are put into the queue, and
 what became of them is read from their rows: jobs a second from the first claim to the last commit,
 Jain's index of the workers' shares (1 is even, 1/n is one that does all), and what a job took of
-both servers. At the end all APIs are asked for much at once, so that they open all they may.
+both servers and of CPUs. At the end all APIs are asked for much at once, to open all they may.
 """
 
 from __future__ import annotations
@@ -43,6 +43,14 @@ class Level:
         squares = (sum(share * share for share in run.shares) for run in self.runs)
         return median(self.jobs * self.jobs / (self.workers * each) for each in squares)
 
+    @property
+    def cpu_ms(self) -> dict[str, float]:
+        """Of a job, by kind of part."""
+        return {
+            kind: round(median(run.cpu_ms[kind] for run in self.runs), 2)
+            for kind in self.runs[0].cpu_ms
+        }
+
     def middle(self, name: str) -> float:
         return float(median(getattr(run, name) for run in self.runs))
 
@@ -53,7 +61,7 @@ def main(arguments: Seq[str]) -> None:
     with Mill(options.batch_size, options.step_ms) as mill:
         for number in range(options.rescues):
             mill.start_rescue(number)
-        urls = [mill.start_api(number) for number in range(options.apis)]
+        urls = mill.start_apis(options.apis)
         for number in sorted(options.workers):
             mill.grow(number)
             mill.run(64 * min(number, 8))  # warm
@@ -93,12 +101,22 @@ def _print(levels: Seq[Level], refused: int, starved: int, options: argparse.Nam
     print(f"\n{machine()}\n{options.apis} APIs and {options.rescues} rescues beside them; ", end="")
     print(f"{options.jobs:,} jobs, {options.batch_size} a batch of {options.step_ms:g} ms\n")
     print_table(
-        ["workers", "jobs/s", "Jain", "in a batch", "Redis trips", "commits", "connections"],
+        [
+            "workers",
+            "jobs/s",
+            "Jain",
+            "CPU ms",
+            "in a batch",
+            "Redis trips",
+            "commits",
+            "connections",
+        ],
         [
             [
                 str(level.workers),
                 f"{level.rate:.0f}",
                 f"{level.fairness:.3f}",
+                f"{sum(level.cpu_ms.values()):.2f}",
                 *(f"{level.middle(name):.2f}" for name in ("batch_size", "trips", "commits")),
                 str(level.connections.total),
             ]
@@ -118,6 +136,7 @@ def _print(levels: Seq[Level], refused: int, starved: int, options: argparse.Nam
         },
         jobs_per_s={level.workers: round(level.rate, 1) for level in levels},
         redis_trips={level.workers: round(level.middle("trips"), 2) for level in levels},
+        cpu_ms={level.workers: level.cpu_ms for level in levels},
         commits={level.workers: round(level.middle("commits"), 2) for level in levels},
         refused=refused,
         without_connection=starved,
