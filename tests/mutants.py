@@ -104,7 +104,7 @@ MUTANTS: Final = (
     Mutant(
         "a cancel is told to no worker",
         "app/api/services.py",
-        "self.publisher.tell_cancelled(worker_id, job_ids)",
+        "self.submitter.sender.tell_cancelled(told)",
         "pass",
         "tests/integration/test_broker_cancels.py::"
         "test_a_cancel_over_http_reaches_the_running_job"
