@@ -113,6 +113,7 @@ FINAL_STATES: Final = frozenset(
     {JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED, JobState.EXPIRED}
 )
 
+OPEN_STATES: Final = frozenset(JobState) - FINAL_STATES
 REPLAYED: Final = FINAL_STATES - {JobState.COMPLETED}
 """Jobs that ended so may be replayed: their request is run once more as a new job."""
 

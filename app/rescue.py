@@ -195,7 +195,7 @@ class Rescue:
     def _remove_old(self) -> int:
         kept = self._retention
         steps: tuple[tuple[Callable[..., int], float, str], ...] = (
-            (retention.redact_requests, kept.prompts_days, "Removed requests of old jobs."),
+            (retention.remove_requests, kept.prompts_days, "Removed requests of old jobs."),
             (retention.redact_responses, kept.results_days, "Removed responses of old jobs."),
             (retention.delete_jobs, kept.jobs_days, "Deleted old jobs."),
             (retention.delete_batches, kept.jobs_days, "Deleted batches of old jobs."),

@@ -49,19 +49,15 @@ MUTANTS: Final = (
         "finish is not fenced",
         STORE,
         """ AND job.attempt_id = given.attempt_id
-    ), moved AS (
-        UPDATE jobs SET
-            state = given.state""",
+    ), gone AS (""",
         """
-    ), moved AS (
-        UPDATE jobs SET
-            state = given.state""",
+    ), gone AS (""",
         CLAIMS,
     ),
     Mutant(
         "a late zombie writes over its attempt's record",
         STORE,
-        "AND (held.job_id IS NOT NULL OR attempts.device_ns IS NULL)",
+        "AND (given.job_id IN (SELECT id FROM held) OR attempts.device_ns IS NULL)",
         "",
         CLAIMS,
     ),
@@ -130,17 +126,15 @@ MUTANTS: Final = (
     Mutant(
         "the idempotency key is not kept",
         "app/store/submissions.py",
-        "id, tenant, model, kind, url, request, fingerprint, source, idempotency_key, replay_of,\n"
-        "        metadata, priority, input_tokens, max_output_tokens, coalesce(",
-        "id, tenant, model, kind, url, request, fingerprint, source, NULL, replay_of,\n"
-        "        metadata, priority, input_tokens, max_output_tokens, coalesce(",
+        "SELECT id, tenant, fingerprint, idempotency_key, replay_of, now()",
+        "SELECT id, tenant, fingerprint, NULL, replay_of, now()",
         "tests/integration/test_store_submissions.py",
     ),
     Mutant(
         "rescue sends without marking it",
         "app/store/delivery.py",
-        "UPDATE jobs SET enqueued_at = now() FROM due",
-        "UPDATE jobs SET enqueued_at = NULL FROM due",
+        "UPDATE open_jobs SET enqueued_at = now() FROM due",
+        "UPDATE open_jobs SET enqueued_at = NULL FROM due",
         "tests/integration/test_rescue.py::test_a_job_whose_message_was_never_sent_is_sent_once",
     ),
     Mutant(
@@ -166,15 +160,15 @@ MUTANTS: Final = (
     Mutant(
         "a repeated claim of a lost attempt is an error",
         STORE,
-        "ON CONFLICT (id) DO NOTHING  -- opened",
+        "ON CONFLICT (id, created_at) DO NOTHING  -- opened",
         "-- opened",
         CLAIMS,
     ),
     Mutant(
         "conditions go into the lookup by id",
         "app/store/lookup.py",
-        " OFFSET 0",
-        "",
+        "open_jobs.id = {job_id} OFFSET 0",
+        "open_jobs.id = {job_id}",
         "tests/integration/test_store_plans_stale.py",
     ),
     Mutant(
@@ -464,8 +458,7 @@ MUTANTS: Final = (
     Mutant(
         "an end that rescue wrote is told as the worker's own",
         STORE,
-        "\n    WHERE (SELECT outcome FROM attempts WHERE id = given.attempt_id)"
-        " IN ('succeeded', 'failed')",
+        "\n            AND outcome IN ('succeeded', 'failed')",
         "",
         CLAIMS,
     ),

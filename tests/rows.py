@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import timedelta
 from decimal import Decimal
 from typing import Any, TypeVar
 from uuid import UUID, uuid4
@@ -18,6 +19,7 @@ from app.store.claims import Claimed, Finished, Member, NewBatch, Release
 from app.store.database import Database
 from app.store.reads import JobView
 from app.store.submissions import NewJob
+from app.store.tables import metadata
 
 T = TypeVar("T")
 
@@ -67,7 +69,7 @@ def column(database: Database, job_id: UUID, name: str) -> Any:
 
 def where_it_is(database: Database, words: str) -> set[str]:
     """The tables with a row that holds these words in any column."""
-    tables = ("jobs", "attempts", "results", "batches", "workers")
+    tables = tuple(metadata.tables)
     with database.begin() as connection:
         return {
             table
@@ -80,10 +82,25 @@ def where_it_is(database: Database, words: str) -> set[str]:
 
 
 def rewrite(database: Database, assignment: str, job_id: UUID | None = None) -> None:
-    """Change job rows behind the store's back, to let time pass for them."""
+    """Change rows of open jobs behind the store's back, to let time pass for them."""
     where = "true" if job_id is None else "id = :id"
     with database.begin() as connection:
-        connection.execute(text(f"UPDATE jobs SET {assignment} WHERE {where}"), {"id": job_id})
+        connection.execute(text(f"UPDATE open_jobs SET {assignment} WHERE {where}"), {"id": job_id})
+
+
+def accept_earlier(database: Database, ids: Sequence[UUID], earlier: timedelta) -> None:
+    """Change when jobs were accepted, in all their rows."""
+    with database.begin() as connection:
+        for table, key in (
+            ("job_keys", "id"), ("requests", "job_id"), ("open_jobs", "id"), ("attempts", "job_id"),
+            ("results", "job_id"),
+        ):  # fmt: skip
+            connection.execute(
+                text(
+                    f"UPDATE {table} SET created_at = created_at - :earlier WHERE {key} = ANY(:ids)"
+                ),
+                {"earlier": earlier, "ids": list(ids)},
+            )
 
 
 def end_lease(database: Database, worker_id: UUID) -> None:

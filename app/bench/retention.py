@@ -162,7 +162,7 @@ def _churn(store: Store, seconds: float) -> tuple[int, int]:
             done += BATCH
         for step in (
             retention.delete_jobs,
-            retention.redact_requests,
+            retention.remove_requests,
             retention.redact_responses,
             retention.delete_batches,
         ):

@@ -11,41 +11,45 @@ from sqlalchemy import Connection, TextClause, text
 from app.errors import GristmillError, JobNotFound, JobStateConflict, JobUnreadable
 from app.jobs import JobState, Kind
 from app.store import submissions
-from app.store.delivery import NOT_QUEUED
 from app.store.encoding import state_of
-from app.store.lookup import locked
+from app.store.lookup import locked, result
 from app.store.results import RECORD_ENDED
 from app.store.submissions import RejectedJob
 from app.store.tables import DEFAULT_TENANT
 
-# Lock jobs, to decide by their states. What follows are statements of their own: one that waited
-# for a row would check its constraints with the row as it was before.
+# Lock open jobs, to decide by their states. What follows are statements of their own: one that
+# waited for a row would check its constraints with the row as it was before, and would not see the
+# result of a job that ended meanwhile.
 _LOCKING: Final = "SELECT job.id, job.state FROM unnest(CAST(:ids AS uuid[])) AS given(id) {} {}"
 _OF_TENANT: Final = "WHERE job.tenant = :tenant"
 _LOCK: Final = text(_LOCKING.format(locked("given.id"), _OF_TENANT))
 _LOCK_FREE: Final = text(_LOCKING.format(locked("given.id", skip=True), _OF_TENANT))
 
+# The states of jobs that are not open any more.
+_ENDED: Final = text(f"""
+    SELECT given.id, job.state FROM unnest(CAST(:ids AS uuid[])) AS given(id) {result("given.id")}
+    {_OF_TENANT}
+""")
+
 # End queued jobs as cancelled.
 _END_QUEUED: Final = text(f"""
     WITH ended AS (
-        UPDATE jobs SET state = 'cancelled', finished_at = now(), {NOT_QUEUED}
-        WHERE id = ANY(CAST(:ids AS uuid[]))
-        RETURNING *,
-            CAST(NULL AS uuid) AS last_attempt_id, CAST(NULL AS uuid) AS last_batch_id,
-            'cancelled' AS error_code, 'The job was cancelled.' AS error_message
+        DELETE FROM open_jobs WHERE id = ANY(CAST(:ids AS uuid[]))
+        RETURNING *, 'cancelled' AS next_state, 'cancelled' AS error_code,
+            'The job was cancelled.' AS error_message
     ), {RECORD_ENDED}
     SELECT id FROM ended
 """)
 
 # Ask the workers of running jobs to cut them short.
 _ASK_WORKERS: Final = text("""
-    UPDATE jobs SET cancel_requested_at = coalesce(cancel_requested_at, now())
+    UPDATE open_jobs SET cancel_requested_at = coalesce(cancel_requested_at, now())
     WHERE id = ANY(CAST(:ids AS uuid[]))
 """)
 
 # Find who runs jobs that were cancelled.
 _WHO_RUNS: Final = text("""
-    SELECT worker_id, array_agg(id) AS job_ids FROM jobs
+    SELECT worker_id, array_agg(id) AS job_ids FROM open_jobs
     WHERE id = ANY(CAST(:ids AS uuid[])) AND state = 'running' AND cancel_requested_at IS NOT NULL
     GROUP BY worker_id
 """)
@@ -84,8 +88,11 @@ def cancel_free(
 def _cancel(
     connection: Connection, lock: TextClause, ids: Collection[UUID], tenant: str
 ) -> dict[UUID, JobState | JobUnreadable]:
-    rows = connection.execute(lock, {"ids": sorted(set(ids)), "tenant": tenant})
-    states = {id: state_of(state) for id, state in rows}
+    given = {"ids": sorted(set(ids)), "tenant": tenant}
+    states = {id: state_of(state) for id, state in connection.execute(lock, given)}
+    if rest := [id for id in given["ids"] if id not in states]:
+        rows = connection.execute(_ENDED, given | {"ids": rest})
+        states |= {id: state_of(state) for id, state in rows}
     if queued := [id for id, state in states.items() if state == JobState.QUEUED]:
         connection.execute(_END_QUEUED, {"ids": queued})
     if running := [id for id, state in states.items() if state == JobState.RUNNING]:

@@ -25,10 +25,10 @@ from sqlalchemy import Connection, text
 
 from app.errors import AttemptsExhausted, Unavailable
 from app.jobs import MAX_UNCHARGED, AttemptOutcome, CloseReason, JobState
-from app.store.delivery import NOT_QUEUED, QUEUED_AGAIN
+from app.store.delivery import QUEUED_AGAIN
 from app.store.encoding import encode
-from app.store.lookup import locked
-from app.store.results import RECORD_ENDED, elapsed_ms
+from app.store.lookup import accepted, locked
+from app.store.results import COPIED, RECORD_ENDED, copied, elapsed_ms
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,24 +74,26 @@ _CLAIM: Final = text(f"""
         ORDER BY job_id
     ), locked AS MATERIALIZED (
         SELECT
-            id, tenant, state, not_before, deadline, job.attempt_id, attempt, claimed_at,
-            member.attempt_id AS new_attempt_id
+            id, tenant, created_at, state, not_before, deadline, job.attempt_id, attempt,
+            claimed_at, member.attempt_id AS new_attempt_id
         FROM member {locked("member.job_id")}
     ), opened AS (
-        INSERT INTO attempts (id, tenant, job_id, number, worker_id, batch_id, claimed_at)
-        SELECT new_attempt_id, tenant, id, attempt + 1, :worker_id, :id, now()
+        INSERT INTO attempts (
+            id, tenant, created_at, job_id, number, worker_id, batch_id, claimed_at
+        )
+        SELECT new_attempt_id, tenant, created_at, id, attempt + 1, :worker_id, :id, now()
         FROM locked
         WHERE locked.state = 'queued'
             AND locked.not_before <= now() AND (locked.deadline > now()) IS NOT FALSE
             AND (SELECT is_held FROM lease)
-        ON CONFLICT (id) DO NOTHING  -- opened by this very call before, and lost since
+        ON CONFLICT (id, created_at) DO NOTHING  -- opened by this very call before, and lost since
         RETURNING id, job_id, number
     ), moved AS (
-        UPDATE jobs SET
+        UPDATE open_jobs SET
             state = 'running', attempt = number, attempt_id = opened.id,
-            worker_id = :worker_id, batch_id = :id, claimed_at = now(), {NOT_QUEUED}
-        FROM opened WHERE jobs.id = opened.job_id
-        RETURNING jobs.id AS job_id, jobs.kind, jobs.attempt_id, jobs.attempt AS number
+            worker_id = :worker_id, batch_id = :id, claimed_at = now()
+        FROM opened WHERE open_jobs.id = opened.job_id
+        RETURNING open_jobs.id AS job_id, kind, attempt_id, attempt AS number
     ), batch AS (
         INSERT INTO batches (
             id, worker_id, model, kind, engine, close_reason, num_jobs, num_sequences, wait_ms,
@@ -183,39 +185,37 @@ class BatchStats:
 # the job's any more only gets its device time noted: it was wasted.
 _FINISH: Final = text(f"""
     WITH given AS MATERIALIZED (
-        SELECT * FROM jsonb_populate_recordset(NULL::results, CAST(:finished AS jsonb))
+        SELECT given.*, accepted_at
+        FROM jsonb_populate_recordset(NULL::results, CAST(:finished AS jsonb)) AS given
+        {accepted("given.job_id")}
         ORDER BY job_id
     ), held AS MATERIALIZED (
-        SELECT job.id AS job_id, job.tenant, job.model, job.kind, job.batch_id,
-            job.created_at, job.queued_at, job.claimed_at, job.purged_at IS NULL AS is_kept
+        SELECT job.*, job.purged_at IS NULL AS is_kept
         FROM given {locked("given.job_id")}
         WHERE job.state = 'running' AND job.attempt_id = given.attempt_id
-    ), moved AS (
-        UPDATE jobs SET
-            state = given.state, finished_at = now(), attempts_charged = attempts_charged + 1,
-            attempt_id = NULL, worker_id = NULL, batch_id = NULL
-        FROM held JOIN given USING (job_id) WHERE jobs.id = held.job_id
+    ), gone AS (
+        DELETE FROM open_jobs USING held WHERE open_jobs.id = held.id
     ), recorded AS (
         INSERT INTO results (
-            job_id, tenant, model, kind, state, attempt_id, batch_id, batch_size,
-            response, error_code, error_message,
+            job_id, expected_input_tokens, attempts_charged, losses, {", ".join(COPIED)},
+            state, attempt_id, batch_size, response, error_code, error_message,
             input_tokens, cached_tokens, output_tokens,
-            created_at, queued_at, claimed_at, started_at, first_token_at, finished_at,
+            started_at, first_token_at, finished_at,
             queue_ms, batch_wait_ms, ttft_ms, inference_ms, total_ms,
             device_ns, cost, currency, price_id
         )
         SELECT
-            job_id, held.tenant, held.model, held.kind, state, attempt_id, held.batch_id,
-            batch_size, CASE WHEN is_kept THEN response END, error_code,
-            CASE WHEN is_kept THEN error_message END,
-            input_tokens, cached_tokens, output_tokens,
-            held.created_at, held.queued_at, held.claimed_at, started_at, first_token_at, now(),
+            id, held.input_tokens, held.attempts_charged + 1, held.losses, {copied("held")},
+            given.state, given.attempt_id, batch_size, CASE WHEN is_kept THEN response END,
+            error_code, CASE WHEN is_kept THEN error_message END,
+            given.input_tokens, cached_tokens, output_tokens,
+            started_at, first_token_at, now(),
             {elapsed_ms("held.created_at", "coalesce(started_at, held.claimed_at)")},
             batch_wait_ms,
             {elapsed_ms("held.created_at", "first_token_at")}, inference_ms,
             {elapsed_ms("held.created_at", "now()")},
             device_ns, cost, currency, price_id
-        FROM held JOIN given USING (job_id)
+        FROM held JOIN given ON given.job_id = held.id
     ), closed AS (
         UPDATE attempts SET
             ended_at = coalesce(ended_at, now()),
@@ -224,9 +224,9 @@ _FINISH: Final = text(f"""
             charged = coalesce(charged, true),
             error_code = coalesce(attempts.error_code, given.error_code),
             started_at = given.started_at, device_ns = given.device_ns, cost = given.cost
-        FROM given LEFT JOIN held USING (job_id)
-        WHERE attempts.id = given.attempt_id
-            AND (held.job_id IS NOT NULL OR attempts.device_ns IS NULL)
+        FROM given
+        WHERE attempts.id = given.attempt_id AND attempts.created_at = accepted_at
+            AND (given.job_id IN (SELECT id FROM held) OR attempts.device_ns IS NULL)
     ), summed AS (
         UPDATE batches SET
             useful_tokens = stats.useful_tokens, padded_tokens = stats.padded_tokens,
@@ -234,10 +234,18 @@ _FINISH: Final = text(f"""
         FROM jsonb_populate_recordset(NULL::batches, CAST(:batches AS jsonb)) AS stats
         WHERE batches.id = stats.id
     )
-    SELECT attempt_id FROM held JOIN given USING (job_id)
+    SELECT attempt_id FROM held
     UNION ALL  -- committed by this very call before, if it is repeated, and not by who took the job
-    SELECT attempt_id FROM results JOIN given USING (job_id, attempt_id)
-    WHERE (SELECT outcome FROM attempts WHERE id = given.attempt_id) IN ('succeeded', 'failed')
+    SELECT attempt_id FROM given
+    WHERE job_id NOT IN (SELECT id FROM held) AND EXISTS (
+        SELECT FROM results
+        WHERE results.created_at = accepted_at AND results.job_id = given.job_id
+            AND results.attempt_id = given.attempt_id
+    ) AND EXISTS (
+        SELECT FROM attempts
+        WHERE attempts.created_at = accepted_at AND attempts.id = given.attempt_id
+            AND outcome IN ('succeeded', 'failed')
+    )
 """)
 
 
@@ -291,35 +299,34 @@ GIVE_BACK: Final = f"""
             ELSE 'queued' END AS next_state
         FROM held
     ), moved AS (
-        UPDATE jobs SET
-            state = next_state,
-            attempts_charged = jobs.attempts_charged + CAST(charged AS int),
-            losses = jobs.losses + CAST(outcome = 'lost' AS int),
-            attempt_id = NULL, worker_id = NULL, batch_id = NULL,
-            queued_at = CASE next_state WHEN 'queued' THEN now() ELSE queued_at END,
-            finished_at = CASE next_state WHEN 'queued' THEN NULL ELSE now() END,
-            {QUEUED_AGAIN}
-        FROM next WHERE jobs.id = next.job_id
-        RETURNING jobs.*, next.attempt_id AS last_attempt_id, next.batch_id AS last_batch_id,
-            CASE WHEN charged THEN error_code ELSE '{NEVER_FINISHED.code}' END AS error_code,
-            CASE WHEN charged THEN error_message ELSE '{NEVER_FINISHED}' END AS error_message
+        UPDATE open_jobs SET
+            state = 'queued', attempts_charged = open_jobs.attempts_charged + CAST(charged AS int),
+            losses = open_jobs.losses + CAST(outcome = 'lost' AS int),
+            attempt_id = NULL, batch_id = NULL, queued_at = now(), {QUEUED_AGAIN}
+        FROM next WHERE open_jobs.id = next.job_id AND next_state = 'queued'
+    ), ended AS (
+        DELETE FROM open_jobs USING next
+        WHERE open_jobs.id = next.job_id AND next_state <> 'queued'
+        RETURNING
+            open_jobs.id, input_tokens, {copied("open_jobs")}, open_jobs.attempt_id,
+            open_jobs.attempts_charged + CAST(charged AS int) AS attempts_charged,
+            losses + CAST(outcome = 'lost' AS int) AS losses, next_state,
+            CASE next_state
+                WHEN 'failed' THEN
+                    CASE WHEN charged THEN error_code ELSE '{NEVER_FINISHED.code}' END
+                WHEN 'expired' THEN 'deadline_exceeded' ELSE next_state END AS error_code,
+            CASE next_state
+                WHEN 'failed' THEN
+                    CASE WHEN charged THEN error_message ELSE '{NEVER_FINISHED}' END
+                WHEN 'expired' THEN 'The deadline passed before the job could run again.'
+                ELSE 'The job was cancelled.' END AS error_message
     ), closed AS (
         UPDATE attempts SET
             ended_at = now(), outcome = next.outcome, charged = next.charged,
             error_code = next.error_code, device_ns = next.device_ns, cost = next.cost
-        FROM next WHERE attempts.id = next.attempt_id
-    ), ended AS (
-        SELECT
-            id, tenant, model, kind, state, last_attempt_id, last_batch_id,
-            created_at, queued_at, claimed_at, finished_at,
-            CASE state WHEN 'failed' THEN error_code WHEN 'expired' THEN 'deadline_exceeded'
-                ELSE state END AS error_code,
-            CASE state WHEN 'failed' THEN error_message
-                WHEN 'expired' THEN 'The deadline passed before the job could run again.'
-                ELSE 'The job was cancelled.' END AS error_message
-        FROM moved WHERE state <> 'queued'
+        FROM next WHERE attempts.id = next.attempt_id AND attempts.created_at = next.created_at
     ), {RECORD_ENDED}
-    SELECT id, last_attempt_id, state FROM moved
+    SELECT job_id, attempt_id, next_state FROM next
 """
 """What becomes of jobs whose attempt ended without a result. It reads a sibling `held`: the fields
 of `Release` beside those of the locked row that decide. A job that was cancelled or whose deadline
@@ -336,7 +343,7 @@ _RELEASE: Final = text(f"""
         ORDER BY job_id
     ), held AS MATERIALIZED (
         SELECT
-            given.*, batch_id, cancel_requested_at, deadline, attempt, attempts_charged,
+            given.*, created_at, cancel_requested_at, deadline, attempt, attempts_charged,
             max_attempts
         FROM given {locked("given.job_id")}
         WHERE job.state = 'running' AND job.attempt_id = given.attempt_id

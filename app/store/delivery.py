@@ -11,8 +11,8 @@ leaves a `sent` job without a message, and those are known: rescue looks into Re
 are there, and sends the others again. Receiving is allowed from everywhere, for a message may be
 late, doubled or forged.
 
-Columns: `received_by` (the holder), `enqueued_at` (last sent), `wake_count` (times it was sent
-again). Statements of other modules take the fragments below.
+Columns of `open_jobs`: `worker_id` (the holder, who keeps it when it claims), `enqueued_at` (last
+sent), `wake_count` (times it was sent again). Statements of other modules take the fragments below.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ def delivery_of(received_by: UUID | None, enqueued_at: datetime | None) -> Deliv
     return Delivery.UNSENT if enqueued_at is None else Delivery.SENT
 
 
-UNSENT: Final = "state = 'queued' AND received_by IS NULL AND enqueued_at IS NULL"
-SENT: Final = "state = 'queued' AND received_by IS NULL AND enqueued_at IS NOT NULL"
-WAITING: Final = "state = 'queued' AND received_by IS NULL"
+UNSENT: Final = "state = 'queued' AND worker_id IS NULL AND enqueued_at IS NULL"
+SENT: Final = "state = 'queued' AND worker_id IS NULL AND enqueued_at IS NOT NULL"
+WAITING: Final = "state = 'queued' AND worker_id IS NULL"
 """Unsent or sent: the length of the queue."""
-HELD: Final = "state = 'queued' AND received_by IS NOT NULL"
+HELD: Final = "state = 'queued' AND worker_id IS NOT NULL"
 
-KNOWN: Final = "jobs.kind IN ({}) AND jobs.format <= {}".format(
+KNOWN: Final = "open_jobs.kind IN ({}) AND open_jobs.format <= {}".format(
     ", ".join(f"'{kind}'" for kind in Kind), FORMAT
 )
 """Jobs of other kinds and formats are a later version's, whose own workers and rescue look after
@@ -72,7 +72,7 @@ INSERTED: Final = """
     CASE WHEN coalesce(not_before, now()) <= now() AND id IN (SELECT unnest(CAST(:sent AS uuid[])))
         THEN now() END
 """
-"""Values of (received_by, enqueued_at) for a new row: `sent` if it is due and about to be."""
+"""Values of (worker_id, enqueued_at) for a new row: `sent` if it is due and about to be."""
 
 BROUGHT: Final = """
     CASE WHEN coalesce(not_before, now()) <= now() THEN CAST(:worker_id AS uuid) END,
@@ -82,19 +82,16 @@ BROUGHT: Final = """
 acknowledged, and rescue sends one in time."""
 
 RECEIVED: Final = f"""
-    received_by = CASE WHEN jobs.state = 'queued' AND jobs.not_before <= now() AND {KNOWN}
-        THEN CAST(:worker_id AS uuid) ELSE jobs.received_by END,
-    enqueued_at = CASE WHEN jobs.state <> 'queued' THEN jobs.enqueued_at
-        WHEN jobs.not_before > now() AND jobs.received_by IS NULL THEN NULL
-        ELSE coalesce(jobs.enqueued_at, now()) END
+    worker_id = CASE WHEN open_jobs.state = 'queued' AND open_jobs.not_before <= now() AND {KNOWN}
+        THEN CAST(:worker_id AS uuid) ELSE open_jobs.worker_id END,
+    enqueued_at = CASE WHEN open_jobs.state <> 'queued' THEN open_jobs.enqueued_at
+        WHEN open_jobs.not_before > now() AND open_jobs.worker_id IS NULL THEN NULL
+        ELSE coalesce(open_jobs.enqueued_at, now()) END
 """
-"""For a row whose message came to a worker, in any state."""
+"""For an open row whose message came to a worker."""
 
-NOT_QUEUED: Final = "received_by = NULL"
-"""For a row that leaves the queue. When its message was sent stays on record."""
-
-QUEUED_AGAIN: Final = "received_by = NULL, enqueued_at = NULL, wake_count = 0"
-"""For a row that comes back into the queue, or ends where it might have."""
+QUEUED_AGAIN: Final = "worker_id = NULL, enqueued_at = NULL, wake_count = 0"
+"""For a row that comes back into the queue."""
 
 
 # ── sending ─────────────────────────────────────────────────────────────────────────────────────
@@ -119,11 +116,11 @@ def _wake_ups(rows: Sequence[Row[Any]]) -> list[WakeUp]:
 # The models of unsent jobs, by steps from each to the next in the index.
 _UNSENT_MODELS: Final = text(f"""
     WITH RECURSIVE found (model) AS (
-        (SELECT model FROM jobs WHERE {UNSENT} ORDER BY model LIMIT 1)
+        (SELECT model FROM open_jobs WHERE {UNSENT} ORDER BY model LIMIT 1)
         UNION ALL
         SELECT (
-            SELECT jobs.model FROM jobs WHERE {UNSENT} AND jobs.model > found.model
-            ORDER BY jobs.model LIMIT 1
+            SELECT open_jobs.model FROM open_jobs WHERE {UNSENT} AND open_jobs.model > found.model
+            ORDER BY open_jobs.model LIMIT 1
         ) FROM found WHERE found.model IS NOT NULL
     )
     SELECT model FROM found WHERE model IS NOT NULL
@@ -140,7 +137,7 @@ _SEND_DUE: Final = text(f"""
     WITH due AS MATERIALIZED (
         SELECT job.id FROM unnest(CAST(:priorities AS int[])) AS given(priority)
         CROSS JOIN LATERAL (
-            SELECT id FROM jobs
+            SELECT id FROM open_jobs
             WHERE {UNSENT} AND model = :model AND priority = given.priority
                 AND not_before <= now() AND {KNOWN}
             ORDER BY not_before LIMIT :page
@@ -148,8 +145,8 @@ _SEND_DUE: Final = text(f"""
         ) AS job
         LIMIT :page
     )
-    UPDATE jobs SET enqueued_at = now() FROM due WHERE jobs.id = due.id
-    RETURNING jobs.id, model, kind, priority, not_before
+    UPDATE open_jobs SET enqueued_at = now() FROM due WHERE open_jobs.id = due.id
+    RETURNING open_jobs.id, model, kind, priority, not_before
 """)
 
 
@@ -169,15 +166,15 @@ _IS_OVERDUE: Final = """
 # Sent jobs whose message may be lost by now: model by model in the index, oldest first.
 _OVERDUE: Final = text(f"""
     WITH RECURSIVE found (model) AS (
-        (SELECT model FROM jobs WHERE {WAITING} ORDER BY model LIMIT 1)
+        (SELECT model FROM open_jobs ORDER BY model LIMIT 1)
         UNION ALL
         SELECT (
-            SELECT jobs.model FROM jobs WHERE {WAITING} AND jobs.model > found.model
-            ORDER BY jobs.model LIMIT 1
+            SELECT open_jobs.model FROM open_jobs WHERE open_jobs.model > found.model
+            ORDER BY open_jobs.model LIMIT 1
         ) FROM found WHERE found.model IS NOT NULL
     )
     SELECT job.id, job.model FROM found CROSS JOIN LATERAL (
-        SELECT id, model FROM jobs
+        SELECT id, model FROM open_jobs
         WHERE {SENT} AND model = found.model AND {KNOWN} AND not_before <= now() AND {_IS_OVERDUE}
         ORDER BY enqueued_at LIMIT :most
     ) AS job
@@ -201,9 +198,9 @@ _SEND_AGAIN: Final = text(f"""
         {locked("given.id", skip=True)}
         WHERE {SENT} AND {_IS_OVERDUE}
     )
-    UPDATE jobs SET enqueued_at = now(), wake_count = least(wake_count, 32766) + 1
-    FROM lost WHERE jobs.id = lost.id
-    RETURNING jobs.id, model, kind, priority, not_before
+    UPDATE open_jobs SET enqueued_at = now(), wake_count = least(wake_count, 32766) + 1
+    FROM lost WHERE open_jobs.id = lost.id
+    RETURNING open_jobs.id, model, kind, priority, not_before
 """)
 
 
@@ -220,7 +217,7 @@ _NOT_SENT: Final = text(f"""
         {locked("given.id", skip=True)}
         WHERE {SENT}
     )
-    UPDATE jobs SET enqueued_at = NULL FROM marked WHERE jobs.id = marked.id
+    UPDATE open_jobs SET enqueued_at = NULL FROM marked WHERE open_jobs.id = marked.id
 """)
 
 
@@ -240,11 +237,11 @@ _LET_GO: Final = text(f"""
     WITH held AS MATERIALIZED (
         SELECT job.id FROM unnest(CAST(:ids AS uuid[])) AS given(id)
         {locked("given.id")}
-        WHERE {HELD} AND received_by = :worker_id
+        WHERE {HELD} AND worker_id = :worker_id
     )
-    UPDATE jobs SET
-        received_by = NULL, enqueued_at = CASE WHEN not_before <= now() THEN now() END
-    FROM held WHERE jobs.id = held.id
+    UPDATE open_jobs SET
+        worker_id = NULL, enqueued_at = CASE WHEN not_before <= now() THEN now() END
+    FROM held WHERE open_jobs.id = held.id
 """)
 
 
@@ -261,14 +258,14 @@ def let_go(connection: Connection, worker_id: UUID, ids: Sequence[UUID]) -> None
 # Free what a worker holds by its rows and does not know of.
 _FREE_FORGOTTEN: Final = text(f"""
     WITH forgotten AS MATERIALIZED (
-        SELECT id FROM jobs
-        WHERE {HELD} AND received_by = :worker_id
+        SELECT id FROM open_jobs
+        WHERE {HELD} AND worker_id = :worker_id
             AND id NOT IN (SELECT unnest(CAST(:known AS uuid[])))
         FOR NO KEY UPDATE SKIP LOCKED
     )
-    UPDATE jobs SET received_by = NULL, enqueued_at = NULL
-    FROM forgotten WHERE jobs.id = forgotten.id
-    RETURNING jobs.id
+    UPDATE open_jobs SET worker_id = NULL, enqueued_at = NULL
+    FROM forgotten WHERE open_jobs.id = forgotten.id
+    RETURNING open_jobs.id
 """)
 
 
@@ -289,12 +286,12 @@ LEASE_OVER: Final = """
 # Free what lost workers hold.
 _FREE_LOST: Final = text(f"""
     WITH orphan AS MATERIALIZED (
-        SELECT id FROM jobs WHERE {HELD} AND {LEASE_OVER.format(worker="jobs.received_by")}
+        SELECT id FROM open_jobs WHERE {HELD} AND {LEASE_OVER.format(worker="open_jobs.worker_id")}
         LIMIT :page
-        FOR NO KEY UPDATE OF jobs SKIP LOCKED
+        FOR NO KEY UPDATE OF open_jobs SKIP LOCKED
     )
-    UPDATE jobs SET received_by = NULL, enqueued_at = NULL
-    FROM orphan WHERE jobs.id = orphan.id
+    UPDATE open_jobs SET worker_id = NULL, enqueued_at = NULL
+    FROM orphan WHERE open_jobs.id = orphan.id
 """)
 
 

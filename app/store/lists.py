@@ -20,6 +20,7 @@ from sqlalchemy import (
     Select,
     Tuple,
     Uuid,
+    and_,
     func,
     literal,
     select,
@@ -30,7 +31,7 @@ from sqlalchemy import (
 
 from app.errors import JobNotFound
 from app.jobs import JobState
-from app.store.tables import DEFAULT_TENANT, Stamp, jobs, results
+from app.store.tables import DEFAULT_TENANT, Stamp, jobs, open_jobs, results
 
 MANY: Final = 10_000
 """Jobs with the same labels that are still all looked at for a page."""
@@ -86,19 +87,16 @@ def _place(connection: Connection, job_id: UUID, tenant: str) -> Tuple:
 
 
 def _walk(given: Filter, here: Tuple | None, tenant: str, state: JobState) -> Select[Any]:
-    """The jobs of one state, in the order of an index of `jobs` or, with an error, of `results`."""
-    table, id = (jobs, jobs.c.id) if given.error_code is None else (results, results.c.job_id)
+    """The jobs of one state, in the order of an index of `open_jobs` or of `results`."""
+    is_ended = state.is_final or given.error_code is not None
+    table, id = (results, results.c.job_id) if is_ended else (open_jobs, open_jobs.c.id)
     query = select(id.label("id"), table.c.created_at).where(
         table.c.tenant == tenant, table.c.state == state, *_conditions(table, id, given, here)
     )
     if given.error_code is not None:
         query = query.where(results.c.error_code == given.error_code)
     if given.metadata:
-        job = jobs.alias()
-        is_labelled = select(job.c.id).where(
-            job.c.id == id, job.c.metadata.contains(given.metadata)
-        )
-        query = query.where(is_labelled.exists())
+        query = query.where(table.c.metadata.contains(given.metadata))
     return query.order_by(table.c.created_at.desc(), id.desc())
 
 
@@ -112,16 +110,15 @@ def _matching(given: Filter, here: Tuple | None, tenant: str, some: FromClause) 
     if given.metadata:
         query = query.where(some.c.metadata.contains(given.metadata))
     if given.error_code is not None:
-        query = query.join(results, results.c.job_id == some.c.id).where(
-            results.c.error_code == given.error_code
-        )
+        is_it = and_(results.c.job_id == some.c.id, results.c.created_at == some.c.created_at)
+        query = query.join(results, is_it).where(results.c.error_code == given.error_code)
     return query
 
 
 def _conditions(
     rows: FromClause, id: ColumnElement[UUID], given: Filter, here: Tuple | None
 ) -> list[ColumnElement[bool]]:
-    """What is asked of the columns that `jobs` and `results` have in common, and of the mark."""
+    """What is asked of the columns that all these tables have, and of the mark."""
     asked: list[ColumnElement[bool]] = []
     if given.model is not None:
         asked.append(rows.c.model == given.model)

@@ -9,12 +9,27 @@ from __future__ import annotations
 
 
 def locked(job_id: str, *, skip: bool = False) -> str:
-    """SQL for a lateral join: the row with this id, locked. `skip`: unless somebody holds it.
+    """SQL for a lateral join: the open job with this id, locked. `skip`: unless somebody holds it.
 
     `OFFSET 0` keeps the conditions of the outer query out.
     """
     skipping = " SKIP LOCKED" if skip else ""
     return (
-        f"CROSS JOIN LATERAL (SELECT * FROM jobs WHERE jobs.id = {job_id} OFFSET 0"
+        f"CROSS JOIN LATERAL (SELECT * FROM open_jobs WHERE open_jobs.id = {job_id} OFFSET 0"
         f" FOR NO KEY UPDATE{skipping}) AS job"
+    )
+
+
+def result(job_id: str) -> str:
+    """SQL for a lateral join: the result of the job with this id."""
+    looked_up = f"SELECT * FROM results WHERE results.job_id = {job_id} OFFSET 0"
+    return f"CROSS JOIN LATERAL ({looked_up}) AS job"
+
+
+def accepted(job_id: str) -> str:
+    """SQL for a lateral join: when the job with this id was accepted, as `accepted_at`. All its
+    rows are in that month."""
+    return (
+        "CROSS JOIN LATERAL (SELECT created_at AS accepted_at FROM job_keys"
+        f" WHERE job_keys.id = {job_id} OFFSET 0) AS job_key"
     )

@@ -15,18 +15,23 @@ from app.jobs import JobState
 from app.store import cancellation
 from app.store.tables import DEFAULT_TENANT
 
-# Remove what a job says from its row, and from that of its result if it has ended. `claims._FINISH`
-# writes no response of a job that was purged while it ran.
+# Remove what a job says from its rows, one of which is locked, or ended. `claims._FINISH` writes no
+# response of a job that was purged while it ran.
 _PURGE: Final = text("""
-    WITH purged AS (
-        UPDATE jobs SET
-            request = NULL, fingerprint = NULL, idempotency_key = NULL, metadata = '{}',
-            purged_at = coalesce(purged_at, now())
+    WITH known AS (
+        UPDATE job_keys SET fingerprint = NULL, idempotency_key = NULL WHERE id = :job_id
+        RETURNING created_at
+    ), asked AS (
+        DELETE FROM requests USING known
+        WHERE requests.created_at = known.created_at AND requests.job_id = :job_id
+    ), running AS (
+        UPDATE open_jobs SET metadata = '{}', purged_at = coalesce(purged_at, now())
         WHERE id = :job_id
-        RETURNING id
     )
-    UPDATE results SET response = NULL, error_message = NULL
-    FROM purged WHERE results.job_id = purged.id
+    UPDATE results SET
+        response = NULL, error_message = NULL, metadata = '{}',
+        purged_at = coalesce(purged_at, now())
+    FROM known WHERE results.created_at = known.created_at AND results.job_id = :job_id
 """)
 
 

@@ -17,8 +17,10 @@ from sqlalchemy import (
     Select,
     Table,
     Uuid,
+    and_,
     any_,
     bindparam,
+    column,
     func,
     select,
     text,
@@ -29,7 +31,7 @@ from app.jobs import JobState
 from app.store import lists
 from app.store.encoding import UNREADABLE, state_of
 from app.store.lists import ANY, Filter
-from app.store.tables import DEFAULT_TENANT, attempts, batches, jobs, results
+from app.store.tables import DEFAULT_TENANT, Stamp, attempts, batches, jobs, results
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -145,10 +147,19 @@ _OF_RESULT: Final = _columns(ResultView, results)
 
 _IDS: Final = any_(bindparam("ids", type_=ARRAY(Uuid)))
 
-# The attempts of some jobs, oldest first.
+# The attempts of some jobs, each kept where its job was accepted, oldest first.
+_GIVEN: Final = (
+    func.unnest(bindparam("ids", type_=ARRAY(Uuid)), bindparam("accepted", type_=ARRAY(Stamp)))
+    .table_valued(column("job_id", Uuid), column("accepted_at", Stamp))
+    .render_derived("given")
+)
 _TRIED: Final = (
     select(attempts.c.job_id, *_OF_ATTEMPT)
-    .where(attempts.c.job_id == _IDS)
+    .join_from(
+        _GIVEN,
+        attempts,
+        and_(attempts.c.created_at == _GIVEN.c.accepted_at, attempts.c.job_id == _GIVEN.c.job_id),
+    )
     .order_by(attempts.c.number)
 )
 
@@ -160,7 +171,12 @@ _LISTED: Final = (
         *(column for column in _OF_RESULT if column is not results.c.response),
         *_OF_BATCH,
     )
-    .join_from(jobs, results, isouter=True)
+    .join_from(
+        jobs,
+        results,
+        and_(results.c.job_id == jobs.c.id, results.c.created_at == jobs.c.created_at),
+        isouter=True,
+    )
     .join(batches, batches.c.id == func.coalesce(jobs.c.batch_id, results.c.batch_id), isouter=True)
     .where(jobs.c.id == _IDS, jobs.c.tenant == bindparam("tenant"))
 )
@@ -213,7 +229,7 @@ class Replayable:
 # A job to be replayed, and the job that replays it already.
 _REPLAYABLE: Final = text("""
     SELECT state, url, request, priority, deadline, metadata,
-        (SELECT later.id FROM jobs AS later WHERE later.replay_of = jobs.id) AS replayed_by
+        (SELECT later.id FROM job_keys AS later WHERE later.replay_of = jobs.id) AS replayed_by
     FROM jobs WHERE id = :job_id AND tenant = :tenant
 """)
 
@@ -255,7 +271,9 @@ def _views(
     # Jobs before attempts: a final job's attempts are then final too.
     rows = connection.execute(query, {"ids": ids, "tenant": tenant}).all()
     tried: dict[UUID, list[Row[Any]]] = {id: [] for id in ids}
-    for attempt in connection.execute(_TRIED, {"ids": ids}):
+    given = [(row._mapping[jobs.c.id], row._mapping[jobs.c.created_at]) for row in rows]
+    found = {"ids": [id for id, _ in given], "accepted": [accepted for _, accepted in given]}
+    for attempt in connection.execute(_TRIED, found):
         tried[attempt.job_id].append(attempt)
     views: dict[UUID, JobView | Unreadable] = {}
     for row in rows:
@@ -300,16 +318,9 @@ class QueueDepth:
     num_jobs: int
 
 
-# Count open jobs by model and state, each part by its own partial index.
+# Count open jobs by model and state.
 _QUEUE_DEPTHS: Final = text("""
-    SELECT model, state, count(*) FROM (
-        SELECT model, 'queued' AS state FROM jobs WHERE state = 'queued' AND received_by IS NULL
-        UNION ALL
-        SELECT model, 'queued' FROM jobs WHERE state = 'queued' AND received_by IS NOT NULL
-        UNION ALL
-        SELECT model, 'running' FROM jobs WHERE state = 'running'
-    ) AS open_job
-    GROUP BY model, state ORDER BY model, state
+    SELECT model, state, count(*) FROM open_jobs GROUP BY model, state ORDER BY model, state
 """)
 
 
@@ -342,8 +353,8 @@ _OLDEST_QUEUED: Final = text("""
     SELECT given.model, extract(epoch FROM now() - oldest.created_at)
     FROM unnest(CAST(:models AS text[])) AS given (model)
     CROSS JOIN LATERAL (
-        SELECT created_at FROM jobs
-        WHERE tenant = :tenant AND jobs.model = given.model AND state = 'queued'
+        SELECT created_at FROM open_jobs
+        WHERE tenant = :tenant AND open_jobs.model = given.model AND state = 'queued'
         ORDER BY created_at, id LIMIT 1
     ) AS oldest
 """)

@@ -14,38 +14,50 @@ from sqlalchemy import Connection, TextClause, text
 from app.store.tables import DEFAULT_TENANT
 
 # Remove the requests of jobs that ended long ago. Open jobs need theirs.
-_REDACT_REQUESTS: Final = text("""
+_REMOVE_REQUESTS: Final = text("""
     WITH due AS MATERIALIZED (
-        SELECT id FROM jobs
-        WHERE tenant = :tenant AND request IS NOT NULL
-            AND finished_at < now() - :keep_s * interval '1 s'
-        ORDER BY finished_at LIMIT :page
-        FOR NO KEY UPDATE SKIP LOCKED
+        SELECT requests.created_at, requests.job_id
+        FROM requests JOIN results USING (created_at, job_id)
+        WHERE requests.created_at < now() - :keep_s * interval '1 s'
+            AND finished_at < now() - :keep_s * interval '1 s' AND tenant = :tenant
+        ORDER BY requests.created_at, requests.job_id LIMIT :page
+        FOR UPDATE OF requests SKIP LOCKED
     )
-    UPDATE jobs SET request = NULL FROM due WHERE jobs.id = due.id
+    DELETE FROM requests USING due
+    WHERE requests.created_at = due.created_at AND requests.job_id = due.job_id
 """)
 
 # Remove the responses of jobs that ended long ago.
 _REDACT_RESPONSES: Final = text("""
     WITH due AS MATERIALIZED (
-        SELECT job_id FROM results
+        SELECT created_at, job_id FROM results
         WHERE tenant = :tenant AND response IS NOT NULL
             AND finished_at < now() - :keep_s * interval '1 s'
         ORDER BY finished_at LIMIT :page
         FOR NO KEY UPDATE SKIP LOCKED
     )
-    UPDATE results SET response = NULL FROM due WHERE results.job_id = due.job_id
+    UPDATE results SET response = NULL FROM due
+    WHERE results.created_at = due.created_at AND results.job_id = due.job_id
 """)
 
 # Delete jobs that ended long ago; their attempts and results go with them.
 _DELETE_JOBS: Final = text("""
     WITH due AS MATERIALIZED (
-        SELECT id FROM jobs
+        SELECT created_at, job_id FROM results
         WHERE tenant = :tenant AND finished_at < now() - :keep_s * interval '1 s'
         ORDER BY finished_at LIMIT :page
         FOR UPDATE SKIP LOCKED
+    ), requested AS (
+        DELETE FROM requests USING due
+        WHERE requests.created_at = due.created_at AND requests.job_id = due.job_id
+    ), tried AS (
+        DELETE FROM attempts USING due
+        WHERE attempts.created_at = due.created_at AND attempts.job_id = due.job_id
+    ), known AS (
+        DELETE FROM job_keys USING due WHERE job_keys.id = due.job_id
     )
-    DELETE FROM jobs USING due WHERE jobs.id = due.id
+    DELETE FROM results USING due
+    WHERE results.created_at = due.created_at AND results.job_id = due.job_id
 """)
 
 # Delete batches whose last member ended long ago. A batch may mix tenants and belongs to none.
@@ -61,11 +73,11 @@ _DELETE_BATCHES: Final = text("""
 """)
 
 
-def redact_requests(
+def remove_requests(
     connection: Connection, keep_s: float, page: int, *, tenant: str = DEFAULT_TENANT
 ) -> int:
-    """Set to null the requests of jobs that have been final for `keep_s`; how many."""
-    return _done(connection, _REDACT_REQUESTS, keep_s=keep_s, page=page, tenant=tenant)
+    """Remove the requests of jobs that have been final for `keep_s`; how many."""
+    return _done(connection, _REMOVE_REQUESTS, keep_s=keep_s, page=page, tenant=tenant)
 
 
 def redact_responses(

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final, Literal
 from uuid import UUID
 
-from sqlalchemy import Connection, TextClause, text
+from sqlalchemy import Connection, Row, TextClause, text
 
 from app.errors import Unavailable
 from app.jobs import JobState, Kind
 from app.requests.bodies import FORMAT, readable
 from app.store import delivery
 from app.store.encoding import encode
-from app.store.lookup import locked
-from app.store.results import RECORD_ENDED
+from app.store.lookup import locked, result
+from app.store.notices import telling
 from app.store.tables import DEFAULT_TENANT
 
 
@@ -86,28 +86,41 @@ class Received:
     request: dict[str, Any] | None  #: only if the message brought none, or another one
 
 
-# In the order of the keys' code points, and with equal keys as given: transactions that share keys
-# meet at the same one first and never deadlock, also where they write in several such statements.
-_INSERT: Final = """
-    INSERT INTO jobs (
-        id, tenant, model, kind, url, request, fingerprint, source, idempotency_key, replay_of,
-        metadata, priority, input_tokens, max_output_tokens, not_before, deadline, time_limit_s,
-        format, max_attempts,
-        state, created_at, queued_at, received_by, enqueued_at
+# Keys first: whoever has written these has the job, and nobody else writes the rest of it. In the
+# order of the keys' code points, and with equal keys as given: transactions that share keys meet at
+# the same one first and never deadlock, also where they write in several such statements.
+_WRITE: Final = """
+    given AS MATERIALIZED (
+        SELECT * FROM jsonb_populate_recordset(NULL::jobs, CAST(:jobs AS jsonb)) WITH ORDINALITY
+        {where}
+    ), new AS (
+        INSERT INTO job_keys (id, tenant, fingerprint, idempotency_key, replay_of, created_at)
+        SELECT id, tenant, fingerprint, idempotency_key, replay_of, now()
+        FROM given ORDER BY idempotency_key COLLATE "C", ordinality
+        ON CONFLICT {conflict} DO NOTHING
+        RETURNING id
+    ), asked AS (
+        INSERT INTO requests (created_at, job_id, request)
+        SELECT now(), id, request FROM given JOIN new USING (id)
+    ), queued AS (
+        INSERT INTO open_jobs (
+            id, tenant, model, kind, url, format, source, metadata, priority, input_tokens,
+            max_output_tokens, not_before, deadline, time_limit_s, max_attempts, created_at,
+            state, queued_at, worker_id, enqueued_at
+        )
+        SELECT
+            id, tenant, model, kind, url, format, source, metadata, priority, input_tokens,
+            max_output_tokens, coalesce(not_before, now()), deadline, time_limit_s, max_attempts,
+            now(), 'queued', now(), {delivery}
+        FROM given JOIN new USING (id)
+        RETURNING *
     )
-    SELECT
-        id, tenant, model, kind, url, request, fingerprint, source, idempotency_key, replay_of,
-        metadata, priority, input_tokens, max_output_tokens, coalesce(not_before, now()), deadline,
-        time_limit_s, format, max_attempts, 'queued', now(), now(),
-        {delivery}
-    FROM jsonb_populate_recordset(NULL::jobs, CAST(:jobs AS jsonb)) WITH ORDINALITY
-    ORDER BY idempotency_key COLLATE "C", ordinality
 """
 
 # Write jobs that are not there yet.
 _INSERT_NEW: Final = text(
-    _INSERT.format(delivery=delivery.INSERTED)
-    + "ON CONFLICT DO NOTHING RETURNING id, enqueued_at IS NOT NULL AS is_sent, created_at"
+    f"WITH {_WRITE.format(where='', conflict='', delivery=delivery.INSERTED)}"
+    "SELECT id, enqueued_at IS NOT NULL AS is_sent, created_at FROM queued"
 )
 
 # Find the rows that already had the ids or the idempotency keys of new jobs, or replay the same.
@@ -118,12 +131,12 @@ _FIND_EARLIER: Final = text("""
             AS fingerprint_matches
     FROM jsonb_populate_recordset(NULL::jobs, CAST(:jobs AS jsonb)) AS new
     JOIN LATERAL (
-        SELECT id, tenant, fingerprint FROM jobs WHERE jobs.id = new.id
+        SELECT id, tenant, fingerprint FROM job_keys WHERE job_keys.id = new.id
         UNION ALL
-        SELECT id, tenant, fingerprint FROM jobs
-        WHERE jobs.tenant = new.tenant AND jobs.idempotency_key = new.idempotency_key
+        SELECT id, tenant, fingerprint FROM job_keys
+        WHERE job_keys.tenant = new.tenant AND job_keys.idempotency_key = new.idempotency_key
         UNION ALL
-        SELECT id, tenant, fingerprint FROM jobs WHERE jobs.replay_of = new.replay_of
+        SELECT id, tenant, fingerprint FROM job_keys WHERE job_keys.replay_of = new.replay_of
         LIMIT 1
     ) AS old ON true
 """)
@@ -146,7 +159,7 @@ def insert_jobs(
     found: dict[UUID, Inserted] = {}
     for _ in range(MAX_TRIES):
         rest = [job for job in jobs if job.id not in found]
-        given = {"jobs": encode(rest), "sent": list(sent)}
+        given = {"jobs": encode(_once(rest)), "sent": list(sent)}
         for row in connection.execute(_INSERT_NEW, given):
             found[row.id] = Inserted(row.id, True, True, row.is_sent, row.created_at)
         # A statement of its own: it also sees what another transaction committed during the first.
@@ -158,34 +171,63 @@ def insert_jobs(
     raise Unavailable("Jobs with the same idempotency keys came and went.")
 
 
-# Register messages that reached a worker. Inserting on conflict locks the row and sees it as it
-# is now, whoever else writes it at this moment; a plain select would miss a row being inserted.
+def _once(jobs: Iterable[NewJob]) -> Iterable[NewJob]:
+    """The first job of each id."""
+    first: dict[UUID, NewJob] = {}
+    for job in jobs:
+        first.setdefault(job.id, job)
+    return first.values()
+
+
+_RECEIVED: Final = """
+    tenant, model, kind, state, not_before <= now() AS is_due, not_before, deadline, time_limit_s,
+    format, priority, attempts_charged, losses, created_at, url
+"""
+
+# The request of a row, unless the message brought the same.
+_REQUEST: Final = """
+    CASE WHEN NOT EXISTS (
+        SELECT FROM job_keys
+        WHERE job_keys.id = asked.id AND job_keys.fingerprint = asked.fingerprint
+    ) THEN (
+        SELECT request FROM requests
+        WHERE requests.created_at = job.created_at AND requests.job_id = asked.id
+    ) END AS request
+"""
+_ASKED: Final = """
+    unnest(CAST(:ids AS uuid[]), CAST(:fingerprints AS text[])) AS asked(id, fingerprint)
+"""
+
+# Register messages of open jobs, and write the jobs that others bring.
 _RECEIVE: Final = text(f"""
-    WITH brought AS (
-        {_INSERT.format(delivery=delivery.BROUGHT)}
-        ON CONFLICT (id) DO UPDATE SET {delivery.RECEIVED}
-        RETURNING jobs.*
-    ), known AS MATERIALIZED (
-        SELECT job.id FROM unnest(CAST(:ids AS uuid[])) AS given(id) {locked("given.id")}
+    WITH known AS MATERIALIZED (
+        SELECT job.id FROM unnest(CAST(:ids AS uuid[])) AS asked(id) {locked("asked.id")}
     ), woken AS (
-        UPDATE jobs SET {delivery.RECEIVED}
-        FROM known WHERE jobs.id = known.id
-        RETURNING jobs.*
+        UPDATE open_jobs SET {delivery.RECEIVED}
+        FROM known WHERE open_jobs.id = known.id
+        RETURNING open_jobs.*
+    ), {
+    _WRITE.format(
+        where="WHERE id NOT IN (SELECT id FROM known)",
+        conflict="(id)",
+        delivery=delivery.BROUGHT,
     )
-    SELECT
-        row.id, row.tenant, row.model, row.kind, row.state, row.not_before <= now() AS is_due,
-        row.not_before, row.deadline, row.time_limit_s, row.format, row.priority,
-        row.attempts_charged, row.losses, row.created_at, row.url,
-        CASE WHEN given.fingerprint = row.fingerprint THEN NULL ELSE row.request END AS request
-    FROM (TABLE brought UNION ALL TABLE woken) AS row
-    LEFT JOIN jsonb_populate_recordset(NULL::jobs, CAST(:jobs AS jsonb)) AS given USING (id)
+}
+    SELECT asked.id, {_RECEIVED}, {_REQUEST} FROM {_ASKED} JOIN woken AS job ON job.id = asked.id
+    UNION ALL
+    SELECT id, {_RECEIVED}, NULL FROM queued
+""")
+
+# Find jobs that have ended.
+_LOOK_BACK: Final = text(f"""
+    SELECT asked.id, {_RECEIVED}, {_REQUEST} FROM {_ASKED} {result("asked.id")}
 """)
 
 
 def receive(
     connection: Connection, worker_id: UUID, arrivals: Iterable[Incoming]
 ) -> dict[UUID, Received]:
-    """Register the messages of a group in one statement; the answer is by job id.
+    """Register the messages of a group; the answer is by job id.
 
     Writes the rows that messages bring with them and notes who received which queued job, so that
     rescue knows what is lost when this worker dies. May be repeated. An id that has neither a row
@@ -195,21 +237,31 @@ def receive(
     jobs: dict[UUID, NewJob | None] = {}
     for arrival in sorted(arrivals, key=lambda arrival: arrival.id):  # rows are locked in order
         jobs[arrival.id] = arrival.job or jobs.get(arrival.id)  # one message may come twice
-    if not jobs:
-        return {}
-    rows = connection.execute(
-        _RECEIVE,
-        {
-            "worker_id": worker_id,
-            "jobs": encode(job for job in jobs.values() if job is not None),
-            "ids": [id for id, job in jobs.items() if job is None],
-        },
-    )
+    rows = _register(connection, worker_id, jobs)
+    # Each is a statement of its own, so that it sees what was committed during the one before: jobs
+    # that somebody else was writing then, and ends of jobs that were open.
+    if met := [id for id, job in jobs.items() if job is not None and id not in rows]:
+        rows |= _register(connection, worker_id, dict.fromkeys(met))
+    if rest := {id: job for id, job in jobs.items() if id not in rows}:
+        rows |= {row.id: row for row in connection.execute(_LOOK_BACK, _asked(rest))}
     return {
-        row.id: Received(**{**row._mapping, "kind": Kind(row.kind), "state": JobState(row.state)})
-        for row in rows
+        id: Received(**{**row._mapping, "kind": Kind(row.kind), "state": JobState(row.state)})
+        for id, row in rows.items()
         if row.kind in set(Kind) and readable(row.format)
     }
+
+
+def _register(
+    connection: Connection, worker_id: UUID, jobs: Mapping[UUID, NewJob | None]
+) -> dict[UUID, Row[Any]]:
+    brought = encode(job for job in jobs.values() if job is not None)
+    given = _asked(jobs) | {"worker_id": worker_id, "jobs": brought}
+    return {row.id: row for row in connection.execute(_RECEIVE, given)}
+
+
+def _asked(jobs: Mapping[UUID, NewJob | None]) -> dict[str, Any]:
+    prints = [None if job is None else job.fingerprint for job in jobs.values()]
+    return {"ids": list(jobs), "fingerprints": prints}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,20 +284,22 @@ _REJECT: Final = text(f"""
             id uuid, tenant text, model text, kind text, state text, error_code text,
             error_message text)
     ), written AS (
-        INSERT INTO jobs (
-            id, tenant, model, kind, source, state, not_before, created_at, queued_at, finished_at
-        )
-        SELECT id, tenant, model, kind, 'message', state, now(), now(), now(), now()
-        FROM given ORDER BY id
+        INSERT INTO job_keys (id, tenant, created_at)
+        SELECT id, tenant, now() FROM given ORDER BY id
         ON CONFLICT DO NOTHING
-        RETURNING *
-    ), ended AS (
+        RETURNING id
+    ), recorded AS (
+        INSERT INTO results (
+            job_id, tenant, model, kind, source, state, error_code, error_message,
+            not_before, created_at, queued_at, finished_at, total_ms
+        )
         SELECT
-            written.*, error_code, error_message,
-            CAST(NULL AS uuid) AS last_attempt_id, CAST(NULL AS uuid) AS last_batch_id
-        FROM written JOIN given USING (id)
-    ), {RECORD_ENDED}
-    SELECT id FROM ended
+            id, tenant, model, kind, 'message', state, error_code, error_message,
+            now(), now(), now(), now(), 0
+        FROM given JOIN written USING (id)
+        RETURNING ({telling("SELECT id FROM written")})
+    )
+    SELECT id FROM written
 """)
 
 
@@ -269,25 +323,27 @@ class Load:
 
 
 _LOAD: Final = """
-    count(*), coalesce(sum(coalesce(input_tokens, 0) + coalesce(max_output_tokens, 0)), 0)
+    count(*), coalesce(sum(coalesce({input_tokens}, 0) + coalesce(max_output_tokens, 0)), 0)
 """
 
 # Measure what waits in the queues.
-_QUEUED: Final = text(f"SELECT {_LOAD} FROM jobs WHERE {delivery.WAITING}")
+_QUEUED: Final = text(f"""
+    SELECT {_LOAD.format(input_tokens="input_tokens")} FROM open_jobs WHERE {delivery.WAITING}
+""")
 
 
 def queued(connection: Connection) -> Load:
     """Queued jobs that no worker has received: the length of the queue.
 
-    Reads an index entry for each, which takes some tenths of a second for a million: keep the
-    answer for a while instead of asking for every job.
+    Reads all open jobs, which takes some tenths of a second for a million: keep the answer for a
+    while instead of asking for every job.
     """
     return _load(connection, _QUEUED)
 
 
 # Measure what ended lately.
 _ENDED: Final = text(f"""
-    SELECT {_LOAD} FROM jobs
+    SELECT {_LOAD.format(input_tokens="expected_input_tokens")} FROM results
     WHERE tenant = :tenant AND finished_at > now() - :window_s * interval '1 s'
 """)
 

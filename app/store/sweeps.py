@@ -16,17 +16,17 @@ from sqlalchemy import Connection, text
 
 from app.jobs import ALONE_AFTER, JobState
 from app.store.claims import GIVE_BACK, Released
-from app.store.delivery import LEASE_OVER, NOT_QUEUED
+from app.store.delivery import LEASE_OVER
 from app.store.lookup import locked
 from app.store.results import RECORD_ENDED
 
 # Find running jobs of workers whose lease is over.
 _FIND_LOST: Final = text(f"""
-    SELECT id FROM jobs
-    WHERE state = 'running' AND {LEASE_OVER.format(worker="jobs.worker_id")}
+    SELECT id FROM open_jobs
+    WHERE state = 'running' AND {LEASE_OVER.format(worker="open_jobs.worker_id")}
         AND id <> ALL(CAST(:but AS uuid[]))
     LIMIT :page
-    FOR NO KEY UPDATE OF jobs SKIP LOCKED
+    FOR NO KEY UPDATE OF open_jobs SKIP LOCKED
 """)
 
 
@@ -42,7 +42,7 @@ def find_lost(connection: Connection, page: int, but: Collection[UUID] = ()) -> 
 _EXPIRE_LEASES: Final = text(f"""
     WITH held AS MATERIALIZED (
         SELECT
-            job.id AS job_id, attempt_id, batch_id, cancel_requested_at, deadline, attempt,
+            job.id AS job_id, created_at, attempt_id, cancel_requested_at, deadline, attempt,
             attempts_charged, max_attempts, 'lost' AS outcome,
             losses >= {ALONE_AFTER} AS charged, 'worker_lost' AS error_code,
             format('The worker was lost %s times while it ran the job, %s of them with nothing '
@@ -62,7 +62,7 @@ def expire_leases(connection: Connection, ids: Sequence[UUID]) -> list[Released]
 
 # Find queued jobs whose deadline has passed.
 _FIND_LATE: Final = text("""
-    SELECT id FROM jobs
+    SELECT id FROM open_jobs
     WHERE state = 'queued' AND deadline <= now() AND id <> ALL(CAST(:but AS uuid[]))
     ORDER BY deadline LIMIT :page
     FOR NO KEY UPDATE SKIP LOCKED
@@ -81,11 +81,8 @@ _EXPIRE_QUEUED: Final = text(f"""
         {locked("given.id", skip=True)}
         WHERE state = 'queued' AND deadline <= now()
     ), ended AS (
-        UPDATE jobs SET state = 'expired', finished_at = now(), {NOT_QUEUED}
-        FROM late WHERE jobs.id = late.id
-        RETURNING jobs.*,
-            CAST(NULL AS uuid) AS last_attempt_id, CAST(NULL AS uuid) AS last_batch_id,
-            'deadline_exceeded' AS error_code,
+        DELETE FROM open_jobs USING late WHERE open_jobs.id = late.id
+        RETURNING open_jobs.*, 'expired' AS next_state, 'deadline_exceeded' AS error_code,
             'The deadline passed before the job was run.' AS error_message
     ), {RECORD_ENDED}
     SELECT id FROM ended

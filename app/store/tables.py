@@ -1,14 +1,22 @@
-"""The five tables. The job's row is the truth; a message in Redis is only a wake-up.
+"""The tables, and `jobs`, the view of all jobs.
 
-    workers 1─n batches 1─n attempts n─1 jobs 1─0..1 results
+    job_keys     what a job is known by: its id and keys, unique over open and ended jobs
+    requests     what it asks for, written once, for as long as prompts are kept
+    open_jobs    its state, while it is queued or running: few rows, hot
+    results      the same, and how it ended, written by the statement that ends it
+    attempts     each try by a worker; then there are batches and workers
+
+A job's row is the truth; a message in Redis is only a wake-up. A job's keys are written first and
+removed last: whoever inserts a job that is there, open, ended or just between, meets its keys, and
+nobody has to look into two tables at one moment. All rows of a job have its `created_at`, by which
+`requests`, `results` and `attempts` are kept in months.
 
 A job moves only along `app.jobs.TRANSITIONS`, and every write names the state that it expects.
 Listing pages by (created_at, id): ids are the producers' and say nothing of time.
 
-Indexes on `jobs` are partial wherever a query looks at open jobs alone: those stay small however
-many finished jobs are kept. State is part of nearly all of them, so no change of state can be a
-heap-only update; attempts, batches and workers change no indexed column and leave room in their
-pages for that.
+Of `open_jobs` no column that changes while a job waits or runs is indexed but `worker_id` and
+`enqueued_at`. A claim by the worker that holds the message changes neither, and so is a heap-only
+update: Postgres compares values, and what is set to what it was has not changed.
 """
 
 from __future__ import annotations
@@ -22,11 +30,11 @@ from sqlalchemy import (
     Column,
     DateTime,
     Double,
-    ForeignKey,
     Index,
     Integer,
     MetaData,
     Numeric,
+    PrimaryKeyConstraint,
     SmallInteger,
     Table,
     Text,
@@ -41,6 +49,7 @@ from app.jobs import (
     FINAL_STATES,
     LATEST,
     MAX_PRIORITY,
+    OPEN_STATES,
     AttemptOutcome,
     CloseReason,
     JobState,
@@ -62,7 +71,6 @@ Stamp = DateTime(timezone=True)
 Money = Numeric(20, 9)
 
 
-_FINISHED = text("finished_at IS NOT NULL")
 _BUSY = {
     "autovacuum_vacuum_scale_factor": "0.02",
     "autovacuum_vacuum_insert_scale_factor": "0.02",
@@ -90,8 +98,58 @@ def _not_negative(*counts: str) -> CheckConstraint:
     return CheckConstraint(" AND ".join(f"{count} >= 0" for count in counts), name="counts")
 
 
-jobs = Table(
-    "jobs",
+job_keys = Table(
+    "job_keys",
+    metadata,
+    Column("id", Uuid, primary_key=True, comment="Job id; also the id of its Celery message."),
+    Column(
+        "tenant",
+        Text,
+        nullable=False,
+        server_default=DEFAULT_TENANT,
+        comment="Who owns the job; one tenant never sees another's.",
+    ),
+    Column("fingerprint", Text, comment="Hex SHA-256 of url and request in canonical JSON."),
+    Column("idempotency_key", Text, comment="The caller's key; unique per tenant."),
+    Column("replay_of", Uuid, comment="Ended job that it runs once more; null if none."),
+    Column("created_at", Stamp, nullable=False, comment="The job's: the month its rows are in."),
+    _in_range("created_at"),
+    CheckConstraint(
+        "char_length(tenant) <= 200 AND char_length(idempotency_key) BETWEEN 1 AND 255",
+        name="lengths",
+    ),
+    Index(
+        "job_keys_idempotency_key",
+        "tenant",
+        "idempotency_key",
+        unique=True,
+        postgresql_where=text("idempotency_key IS NOT NULL"),
+    ),
+    # An ended job is replayed by one job.
+    Index(
+        "job_keys_replay_of",
+        "replay_of",
+        unique=True,
+        postgresql_where=text("replay_of IS NOT NULL"),
+    ),
+    postgresql_with=_AGEING,
+    comment="One row per accepted job, open or ended: what it is known by. Written once.",
+)
+
+requests = Table(
+    "requests",
+    metadata,
+    Column("created_at", Stamp, nullable=False, comment="The job's: the month it is kept in."),
+    Column("job_id", Uuid, nullable=False, comment="Job that asks for it."),
+    Column("request", JSONB, nullable=False, comment="Body as sent, prompt included."),
+    CheckConstraint("jsonb_typeof(request) = 'object'", name="request"),
+    PrimaryKeyConstraint("created_at", "job_id"),
+    postgresql_partition_by="RANGE (created_at)",
+    comment="One row per job with a request that is kept. Written once.",
+)
+
+open_jobs = Table(
+    "open_jobs",
     metadata,
     Column("id", Uuid, primary_key=True, comment="Job id; also the id of its Celery message."),
     Column(
@@ -111,7 +169,6 @@ jobs = Table(
         comment="What the model does: generate, embed, classify, rerank or translate.",
     ),
     Column("url", Text, comment="OpenAI-style path of the request; null if it was never readable."),
-    Column("request", JSONB, comment="Body as sent, prompt included; null once redacted."),
     Column(
         "format",
         SmallInteger,
@@ -119,10 +176,7 @@ jobs = Table(
         server_default=text("1"),
         comment="Version of the request's format; only workers that know it take the job.",
     ),
-    Column("fingerprint", Text, comment="Hex SHA-256 of url and request in canonical JSON."),
     Column("source", Text, nullable=False, comment="Where it came from: api or message."),
-    Column("idempotency_key", Text, comment="The caller's key; unique per tenant."),
-    Column("replay_of", Uuid, comment="Ended job that it runs once more; null if none."),
     Column(
         "metadata",
         JSONB,
@@ -142,7 +196,16 @@ jobs = Table(
     Column("not_before", Stamp, nullable=False, comment="May be claimed from this time on."),
     Column("deadline", Stamp, comment="Expires if not finished by this time; null is never."),
     Column("time_limit_s", Double, comment="Longest time an attempt may take; null is any time."),
-    Column("state", Text, nullable=False, comment="State; the last four of app.jobs are final."),
+    Column(
+        "max_attempts",
+        SmallInteger,
+        nullable=False,
+        server_default=text("3"),
+        comment="Charged attempts after which the job fails.",
+    ),
+    Column("created_at", Stamp, nullable=False, comment="Row written: the job is accepted."),
+    # What changes comes last: what is logged of an update is from its first change to its last.
+    Column("state", Text, nullable=False, comment="queued or running."),
     Column(
         "attempt",
         Integer,
@@ -158,13 +221,6 @@ jobs = Table(
         comment="Attempts that count towards max_attempts.",
     ),
     Column(
-        "max_attempts",
-        SmallInteger,
-        nullable=False,
-        server_default=text("3"),
-        comment="Charged attempts after which the job fails.",
-    ),
-    Column(
         "losses",
         SmallInteger,
         nullable=False,
@@ -172,9 +228,12 @@ jobs = Table(
         comment="Times its worker was lost while it ran; a suspect from app.jobs.SUSPECT_AFTER on.",
     ),
     Column("attempt_id", Uuid, comment="The running attempt: the fence of every write; else null."),
-    Column("worker_id", Uuid, comment="Worker that runs it; null unless running."),
+    Column(
+        "worker_id",
+        Uuid,
+        comment="Worker that holds its message, while queued, or runs it; else null.",
+    ),
     Column("batch_id", Uuid, comment="Batch that it runs in; null unless running."),
-    Column("received_by", Uuid, comment="Worker that holds its message, while queued."),
     Column("enqueued_at", Stamp, comment="Message last sent; null if none is under way."),
     Column(
         "wake_count",
@@ -187,12 +246,10 @@ jobs = Table(
     Column(
         "purged_at", Stamp, comment="What it says was removed by the caller; null if it was not."
     ),
-    Column("created_at", Stamp, nullable=False, comment="Row written: the job is accepted."),
     Column("queued_at", Stamp, nullable=False, comment="Last became queued."),
     Column("claimed_at", Stamp, comment="Last claimed."),
-    Column("finished_at", Stamp, comment="Reached its final state; null before."),
     _one_of("kind", Kind),
-    _one_of("state", JobState),
+    _one_of("state", OPEN_STATES),
     CheckConstraint("source IN ('api', 'message')", name="source"),
     CheckConstraint(f"priority BETWEEN 0 AND {MAX_PRIORITY}", name="priority"),
     CheckConstraint("max_attempts >= 1", name="max_attempts"),
@@ -206,104 +263,56 @@ jobs = Table(
         "created_at",
         "queued_at",
         "claimed_at",
-        "finished_at",
     ),
     _not_negative("attempt", "attempts_charged", "losses", "input_tokens", "max_output_tokens"),
     CheckConstraint(
         "input_tokens <= 1000000000 AND max_output_tokens <= 1000000000", name="tokens"
     ),
     CheckConstraint(
-        "char_length(tenant) <= 200 AND char_length(model) <= 200 AND char_length(url) <= 200"
-        " AND char_length(idempotency_key) BETWEEN 1 AND 255",
+        "char_length(tenant) <= 200 AND char_length(model) <= 200 AND char_length(url) <= 200",
         name="lengths",
     ),
-    CheckConstraint(
-        "jsonb_typeof(request) = 'object' AND jsonb_typeof(metadata) = 'object'", name="objects"
-    ),
-    CheckConstraint(
-        "received_by IS NULL OR (state = 'queued' AND enqueued_at IS NOT NULL)", name="delivery"
-    ),
-    CheckConstraint(
-        "purged_at IS NULL OR (num_nonnulls(request, fingerprint, idempotency_key) = 0"
-        " AND metadata = '{}')",
-        name="purged",
-    ),
+    CheckConstraint("jsonb_typeof(metadata) = 'object'", name="metadata"),
+    CheckConstraint("purged_at IS NULL OR metadata = '{}'", name="purged"),
     CheckConstraint("wake_count >= 0", name="wake_count"),
     CheckConstraint("time_limit_s > 0 AND time_limit_s < 'Infinity'", name="time_limit"),
     CheckConstraint(
-        "num_nulls(attempt_id, worker_id, batch_id) = CASE state WHEN 'running' THEN 0 ELSE 3 END",
-        name="attempt",
+        "CASE state WHEN 'running' THEN num_nulls(attempt_id, worker_id, batch_id) = 0"
+        " ELSE num_nonnulls(attempt_id, batch_id) = 0"
+        " AND (worker_id IS NULL OR enqueued_at IS NOT NULL) END",
+        name="holder",
     ),
     CheckConstraint("state <> 'queued' OR cancel_requested_at IS NULL", name="cancel_requested_at"),
-    CheckConstraint(
-        "(state IN ('queued', 'running')) = (finished_at IS NULL)",
-        name="finished_at",
-    ),
-    Index(
-        "jobs_idempotency_key",
-        "tenant",
-        "idempotency_key",
-        unique=True,
-        postgresql_where=text("idempotency_key IS NOT NULL"),
-    ),
     # Listing, with and without a model.
-    Index("jobs_by_state", "tenant", "state", "created_at", "id"),
-    Index("jobs_by_model", "tenant", "model", "state", "created_at", "id"),
+    Index("open_jobs_by_age", "tenant", "created_at", "id"),
+    Index("open_jobs_by_model", "tenant", "model", "created_at", "id"),
     # Listing by labels. Those without any are left out: they would all be one entry of it.
     Index(
-        "jobs_by_metadata",
+        "open_jobs_by_metadata",
         "metadata",
         postgresql_using="gin",
         postgresql_ops={"metadata": "jsonb_path_ops"},
         postgresql_where=text("metadata <> '{}'"),
     ),
-    # An ended job is replayed by one job.
+    # Rescue: never sent; sent longest ago; with a worker; with a deadline.
     Index(
-        "jobs_replay_of", "replay_of", unique=True, postgresql_where=text("replay_of IS NOT NULL")
-    ),
-    # Rescue: never sent; sent and not received, with what the queue is measured by; received;
-    # running; queued with a deadline.
-    Index(
-        "jobs_unsent",
+        "open_jobs_unsent",
         "model",
         "priority",
         "not_before",
-        postgresql_where=text("state = 'queued' AND received_by IS NULL AND enqueued_at IS NULL"),
+        postgresql_where=text("enqueued_at IS NULL"),
     ),
-    Index(
-        "jobs_waiting",
-        "model",
-        "enqueued_at",
-        postgresql_where=text("state = 'queued' AND received_by IS NULL"),
-        postgresql_include=["input_tokens", "max_output_tokens"],
-    ),
-    Index(
-        "jobs_received",
-        "received_by",
-        postgresql_where=text("state = 'queued' AND received_by IS NOT NULL"),
-    ),
-    Index("jobs_running", "worker_id", postgresql_where=text("state = 'running'")),
-    Index(
-        "jobs_deadline",
-        "deadline",
-        postgresql_where=text("state = 'queued' AND deadline IS NOT NULL"),
-    ),
-    # Retention: jobs to delete, by age, and requests to remove.
-    Index("jobs_finished", "tenant", "finished_at", postgresql_where=_FINISHED),
-    Index(
-        "jobs_requests",
-        "tenant",
-        "finished_at",
-        postgresql_where=text("finished_at IS NOT NULL AND request IS NOT NULL"),
-    ),
-    postgresql_with=_BUSY,
-    comment="One row per accepted job: its request, its state, and who may move it next.",
+    Index("open_jobs_sent", "model", "enqueued_at"),
+    Index("open_jobs_by_worker", "worker_id", postgresql_where=text("worker_id IS NOT NULL")),
+    Index("open_jobs_deadline", "deadline", postgresql_where=text("deadline IS NOT NULL")),
+    postgresql_with={"fillfactor": "70"} | _BUSY,
+    comment="One row per queued or running job: its state, and who may move it next.",
 )
 
 attempts = Table(
     "attempts",
     metadata,
-    Column("id", Uuid, primary_key=True, comment="Attempt id, made by the worker: the fence."),
+    Column("id", Uuid, nullable=False, comment="Attempt id, made by the worker: the fence."),
     Column(
         "tenant",
         Text,
@@ -311,13 +320,8 @@ attempts = Table(
         server_default=DEFAULT_TENANT,
         comment="Owner of the job.",
     ),
-    Column(
-        "job_id",
-        Uuid,
-        ForeignKey("jobs.id", ondelete="CASCADE"),
-        nullable=False,
-        comment="Job that is tried.",
-    ),
+    Column("created_at", Stamp, nullable=False, comment="The job's: the month it is kept in."),
+    Column("job_id", Uuid, nullable=False, comment="Job that is tried."),
     Column("number", Integer, nullable=False, comment="1 for the job's first attempt."),
     Column("worker_id", Uuid, nullable=False, comment="Worker; its lease is the attempt's lease."),
     Column("batch_id", Uuid, nullable=False, comment="Admission batch that it was claimed in."),
@@ -340,21 +344,16 @@ attempts = Table(
         "num_nulls(ended_at, outcome, charged) IN (0, 3)",
         name="ended",
     ),
-    UniqueConstraint("job_id", "number"),
-    postgresql_with={"fillfactor": "80"} | _AGEING,
+    PrimaryKeyConstraint("id", "created_at"),
+    UniqueConstraint("created_at", "job_id", "number"),
+    postgresql_partition_by="RANGE (created_at)",
     comment="One row per try of a job by a worker; never overwritten by the next try.",
 )
 
 results = Table(
     "results",
     metadata,
-    Column(
-        "job_id",
-        Uuid,
-        ForeignKey("jobs.id", ondelete="CASCADE"),
-        primary_key=True,
-        comment="Job; its only result.",
-    ),
+    Column("job_id", Uuid, nullable=False, comment="Job; its only result."),
     Column(
         "tenant",
         Text,
@@ -405,14 +404,111 @@ results = Table(
     ),
     Column("currency", Text, comment="ISO 4217 code; null if the job never ran."),
     Column("price_id", Text, comment="Entry of prices.toml that was charged."),
+    # What else is known of the job.
+    Column("url", Text, comment="OpenAI-style path of the request; null if it was never readable."),
+    Column(
+        "format",
+        SmallInteger,
+        nullable=False,
+        server_default=text("1"),
+        comment="Version of the request's format; only workers that know it take the job.",
+    ),
+    Column("source", Text, nullable=False, comment="Where it came from: api or message."),
+    Column(
+        "metadata",
+        JSONB,
+        nullable=False,
+        server_default=text("'{}'::jsonb"),
+        comment="The caller's own labels, returned as they came.",
+    ),
+    Column(
+        "priority",
+        SmallInteger,
+        nullable=False,
+        server_default=text("0"),
+        comment="0 (served first) to 9.",
+    ),
+    Column(
+        "expected_input_tokens",
+        Integer,
+        comment="Prompt tokens counted at submission, if they were.",
+    ),
+    Column("max_output_tokens", Integer, comment="Most output tokens allowed, if counted."),
+    Column("not_before", Stamp, nullable=False, comment="May be claimed from this time on."),
+    Column("deadline", Stamp, comment="Expires if not finished by this time; null is never."),
+    Column("time_limit_s", Double, comment="Longest time an attempt may take; null is any time."),
+    Column(
+        "max_attempts",
+        SmallInteger,
+        nullable=False,
+        server_default=text("3"),
+        comment="Charged attempts after which the job fails.",
+    ),
+    Column(
+        "attempt",
+        Integer,
+        nullable=False,
+        server_default=text("0"),
+        comment="Attempts opened so far; the number of the last one.",
+    ),
+    Column(
+        "attempts_charged",
+        Integer,
+        nullable=False,
+        server_default=text("0"),
+        comment="Attempts that count towards max_attempts.",
+    ),
+    Column(
+        "losses",
+        SmallInteger,
+        nullable=False,
+        server_default=text("0"),
+        comment="Times its worker was lost while it ran; a suspect from app.jobs.SUSPECT_AFTER on.",
+    ),
+    Column("enqueued_at", Stamp, comment="Message last sent; null if none is under way."),
+    Column(
+        "wake_count",
+        SmallInteger,
+        nullable=False,
+        server_default=text("0"),
+        comment="Times the message was sent again because it seemed lost.",
+    ),
+    Column("cancel_requested_at", Stamp, comment="Cancelled by the caller while running."),
+    Column(
+        "purged_at", Stamp, comment="What it says was removed by the caller; null if it was not."
+    ),
     _one_of("kind", Kind),
     _one_of("state", FINAL_STATES),
     _in_range(
-        "created_at", "queued_at", "claimed_at", "started_at", "first_token_at", "finished_at"
+        "created_at",
+        "queued_at",
+        "claimed_at",
+        "started_at",
+        "first_token_at",
+        "finished_at",
+        "not_before",
+        "deadline",
+        "enqueued_at",
+        "cancel_requested_at",
+        "purged_at",
     ),
     _not_negative(
         "batch_size", "input_tokens", "cached_tokens", "output_tokens", "device_ns", "cost"
     ),
+    CheckConstraint("purged_at IS NULL OR metadata = '{}'", name="purged"),
+    PrimaryKeyConstraint("job_id", "created_at"),
+    # Listing, with and without a model, and by labels.
+    Index("results_by_state", "tenant", "state", "created_at", "job_id"),
+    Index("results_by_model", "tenant", "model", "state", "created_at", "job_id"),
+    Index(
+        "results_by_metadata",
+        "metadata",
+        postgresql_using="gin",
+        postgresql_ops={"metadata": "jsonb_path_ops"},
+        postgresql_where=text("metadata <> '{}'"),
+    ),
+    # How fast the queue drains; retention: jobs to delete, by age.
+    Index("results_finished", "tenant", "finished_at"),
     CheckConstraint("jsonb_typeof(response) = 'object'", name="response"),
     # Retention: responses to remove, by age.
     Index(
@@ -430,7 +526,7 @@ results = Table(
         "job_id",
         postgresql_where=text("error_code IS NOT NULL"),
     ),
-    postgresql_with=_AGEING,
+    postgresql_partition_by="RANGE (created_at)",
     comment="One row per final job, written once: the answer, its timing and its cost.",
 )
 
@@ -507,3 +603,44 @@ workers = Table(
     postgresql_with={"fillfactor": "50"},
     comment="One row per start of a worker process: its lease, device and price.",
 )
+
+jobs = Table(
+    "jobs",
+    MetaData(),
+    Column("id", Uuid),
+    Column("tenant", Text),
+    Column("model", Text),
+    Column("kind", Text),
+    Column("url", Text),
+    Column("request", JSONB),
+    Column("format", SmallInteger),
+    Column("fingerprint", Text),
+    Column("source", Text),
+    Column("idempotency_key", Text),
+    Column("replay_of", Uuid),
+    Column("metadata", JSONB),
+    Column("priority", SmallInteger),
+    Column("input_tokens", Integer),
+    Column("max_output_tokens", Integer),
+    Column("not_before", Stamp),
+    Column("deadline", Stamp),
+    Column("time_limit_s", Double),
+    Column("state", Text),
+    Column("attempt", Integer),
+    Column("attempts_charged", Integer),
+    Column("max_attempts", SmallInteger),
+    Column("losses", SmallInteger),
+    Column("attempt_id", Uuid),
+    Column("worker_id", Uuid),
+    Column("batch_id", Uuid),
+    Column("received_by", Uuid),
+    Column("enqueued_at", Stamp),
+    Column("wake_count", SmallInteger),
+    Column("cancel_requested_at", Stamp),
+    Column("purged_at", Stamp),
+    Column("created_at", Stamp),
+    Column("queued_at", Stamp),
+    Column("claimed_at", Stamp),
+    Column("finished_at", Stamp),
+)
+"""The view of all jobs, open and ended, in the columns of these tables."""

@@ -87,7 +87,7 @@ _RENEW: Final = text("""
 # List a worker's running attempts.
 _HELD: Final = text("""
     SELECT attempt_id, cancel_requested_at IS NOT NULL, (deadline <= now()) IS TRUE
-    FROM jobs WHERE state = 'running' AND worker_id = :worker_id
+    FROM open_jobs WHERE worker_id = :worker_id AND state = 'running'
 """)
 
 

@@ -1,4 +1,4 @@
-"""Jobs, attempts, results, batches and workers."""
+"""Keys, requests, open jobs, results, attempts, batches, workers; and the view of all jobs."""
 
 from alembic import op
 from sqlalchemy import (
@@ -8,7 +8,6 @@ from sqlalchemy import (
     Column,
     DateTime,
     Double,
-    ForeignKeyConstraint,
     Integer,
     Numeric,
     PrimaryKeyConstraint,
@@ -29,6 +28,62 @@ down_revision = None
 branch_labels = None
 depends_on = None
 
+TABLES = ("job_keys", "requests", "open_jobs", "attempts", "results", "batches", "workers")
+IN_MONTHS = {"requests": {}, "attempts": {"fillfactor": "80"}, "results": {}}
+"""Tables in monthly partitions, and what their partitions have beside `AGEING`. Rescue makes one
+for each month in time; what belongs to none is in the default partition."""
+
+# Unused columns cost nothing: their subqueries are not run.
+JOBS = """
+CREATE VIEW jobs AS
+SELECT
+    job.id, job.tenant, job.model, job.kind, job.url,
+    (
+        SELECT request FROM requests
+        WHERE requests.created_at = job.created_at AND requests.job_id = job.id
+    ) AS request,
+    job.format, job_keys.fingerprint, job.source, job_keys.idempotency_key, job_keys.replay_of,
+    job.metadata, job.priority, job.input_tokens, job.max_output_tokens, job.not_before,
+    job.deadline, job.time_limit_s, job.state, job.attempt, job.attempts_charged,
+    job.max_attempts, job.losses, job.attempt_id, job.worker_id, job.batch_id, job.received_by,
+    job.enqueued_at, job.wake_count, job.cancel_requested_at, job.purged_at, job.created_at,
+    job.queued_at, job.claimed_at, job.finished_at
+FROM (
+    SELECT
+        id, tenant, model, kind, url, format, source, metadata, priority, input_tokens,
+        max_output_tokens, not_before, deadline, time_limit_s, state, attempt, attempts_charged,
+        max_attempts, losses, attempt_id, CASE state WHEN 'running' THEN worker_id END AS worker_id,
+        batch_id, CASE state WHEN 'queued' THEN worker_id END AS received_by, enqueued_at,
+        wake_count, cancel_requested_at, purged_at, created_at, queued_at, claimed_at,
+        CAST(NULL AS timestamptz) AS finished_at
+    FROM open_jobs
+    UNION ALL
+    SELECT
+        job_id, tenant, model, kind, url, format, source, metadata, priority, expected_input_tokens,
+        max_output_tokens, not_before, deadline, time_limit_s, state, attempt, attempts_charged,
+        max_attempts, losses, CAST(NULL AS uuid), CAST(NULL AS uuid),
+        CAST(NULL AS uuid), CAST(NULL AS uuid), enqueued_at,
+        wake_count, cancel_requested_at, purged_at, created_at, queued_at, claimed_at,
+        finished_at
+    FROM results
+) AS job
+LEFT JOIN job_keys ON job_keys.id = job.id
+"""
+
+# So that jobs can be deleted by hand, each with all that is of it.
+DELETE_JOB = """
+CREATE FUNCTION delete_job() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    DELETE FROM open_jobs WHERE id = OLD.id;
+    DELETE FROM results WHERE created_at = OLD.created_at AND job_id = OLD.id;
+    DELETE FROM attempts WHERE created_at = OLD.created_at AND job_id = OLD.id;
+    DELETE FROM requests WHERE created_at = OLD.created_at AND job_id = OLD.id;
+    DELETE FROM job_keys WHERE id = OLD.id;
+    RETURN OLD;
+END
+$$
+"""
+
 
 def in_range(table: str, *stamps: str) -> CheckConstraint:
     span = "BETWEEN '0001-01-02Z' AND '9999-12-30Z'"
@@ -43,66 +98,56 @@ def not_negative(table: str, *counts: str) -> CheckConstraint:
 
 def upgrade() -> None:
     op.create_table(
-        "batches",
-        Column("id", Uuid, nullable=False, comment="Admission batch id."),
-        Column("worker_id", Uuid, nullable=False, comment="Worker that claimed it."),
-        Column("model", Text, nullable=False, comment="Model of all members."),
-        Column("kind", Text, nullable=False, comment="Kind of all members."),
-        Column("engine", Text, nullable=False, comment="Engine that ran it."),
-        Column("close_reason", Text, nullable=False, comment="Why it was closed."),
-        Column("num_jobs", Integer, nullable=False, comment="Jobs claimed."),
-        Column("num_sequences", Integer, nullable=False, comment="Sequences of those jobs."),
-        Column("wait_ms", Double, nullable=False, comment="Wait of its oldest member, in ms."),
+        "job_keys",
+        Column("id", Uuid, nullable=False, comment="Job id; also the id of its Celery message."),
         Column(
-            "useful_tokens",
-            BigInteger,
-            server_default=text("0"),
+            "tenant",
+            Text,
+            server_default="default",
             nullable=False,
-            comment="Prompt and output tokens that were asked for.",
+            comment="Who owns the job; one tenant never sees another's.",
         ),
+        Column("fingerprint", Text, comment="Hex SHA-256 of url and request in canonical JSON."),
+        Column("idempotency_key", Text, comment="The caller's key; unique per tenant."),
+        Column("replay_of", Uuid, comment="Ended job that it runs once more; null if none."),
         Column(
-            "padded_tokens",
-            BigInteger,
-            server_default=text("0"),
-            nullable=False,
-            comment="Token positions computed, padding included.",
+            "created_at", Stamp, nullable=False, comment="The job's: the month its rows are in."
         ),
-        Column(
-            "device_ns",
-            BigInteger,
-            server_default=text("0"),
-            nullable=False,
-            comment="Device time of all members, in nanoseconds.",
-        ),
-        Column("opened_at", Stamp, nullable=False, comment="Its oldest member arrived."),
-        Column("claimed_at", Stamp, nullable=False, comment="Closed and claimed."),
-        Column(
-            "finished_at", Stamp, comment="Statistics last written; final once all members are."
-        ),
+        in_range("job_keys", "created_at"),
         CheckConstraint(
-            "close_reason IN ('join', 'size', 'tokens', 'wait')",
-            name=op.f("batches_close_reason_check"),
+            "char_length(tenant) <= 200 AND char_length(idempotency_key) BETWEEN 1 AND 255",
+            name=op.f("job_keys_lengths_check"),
         ),
-        CheckConstraint(
-            "kind IN ('classify', 'embed', 'generate', 'rerank', 'translate')",
-            name=op.f("batches_kind_check"),
-        ),
-        in_range("batches", "opened_at", "claimed_at", "finished_at"),
-        not_negative(
-            "batches",
-            "num_jobs",
-            "num_sequences",
-            "useful_tokens",
-            "padded_tokens",
-            "device_ns",
-        ),
-        PrimaryKeyConstraint("id", name=op.f("batches_pkey")),
-        comment="One row per admission batch. It may mix tenants, so it belongs to none.",
-        postgresql_with={"fillfactor": "80"} | AGEING,
+        PrimaryKeyConstraint("id", name=op.f("job_keys_pkey")),
+        comment="One row per accepted job, open or ended: what it is known by. Written once.",
+        postgresql_with=AGEING,
     )
-    op.create_index("batches_by_age", "batches", ["claimed_at"])
+    op.create_index(
+        "job_keys_idempotency_key",
+        "job_keys",
+        ["tenant", "idempotency_key"],
+        unique=True,
+        postgresql_where=text("idempotency_key IS NOT NULL"),
+    )
+    op.create_index(
+        "job_keys_replay_of",
+        "job_keys",
+        ["replay_of"],
+        unique=True,
+        postgresql_where=text("replay_of IS NOT NULL"),
+    )
     op.create_table(
-        "jobs",
+        "requests",
+        Column("created_at", Stamp, nullable=False, comment="The job's: the month it is kept in."),
+        Column("job_id", Uuid, nullable=False, comment="Job that asks for it."),
+        Column("request", JSONB, nullable=False, comment="Body as sent, prompt included."),
+        CheckConstraint("jsonb_typeof(request) = 'object'", name=op.f("requests_request_check")),
+        PrimaryKeyConstraint("created_at", "job_id", name=op.f("requests_pkey")),
+        comment="One row per job with a request that is kept. Written once.",
+        postgresql_partition_by="RANGE (created_at)",
+    )
+    op.create_table(
+        "open_jobs",
         Column("id", Uuid, nullable=False, comment="Job id; also the id of its Celery message."),
         Column(
             "tenant",
@@ -126,7 +171,6 @@ def upgrade() -> None:
         Column(
             "url", Text, comment="OpenAI-style path of the request; null if it was never readable."
         ),
-        Column("request", JSONB, comment="Body as sent, prompt included; null once redacted."),
         Column(
             "format",
             SmallInteger,
@@ -134,10 +178,7 @@ def upgrade() -> None:
             nullable=False,
             comment="Version of the request's format; only workers that know it take the job.",
         ),
-        Column("fingerprint", Text, comment="Hex SHA-256 of url and request in canonical JSON."),
         Column("source", Text, nullable=False, comment="Where it came from: api or message."),
-        Column("idempotency_key", Text, comment="The caller's key; unique per tenant."),
-        Column("replay_of", Uuid, comment="Ended job that it runs once more; null if none."),
         Column(
             "metadata",
             JSONB,
@@ -162,8 +203,14 @@ def upgrade() -> None:
             "time_limit_s", Double, comment="Longest time an attempt may take; null is any time."
         ),
         Column(
-            "state", Text, nullable=False, comment="State; the last four of app.jobs are final."
+            "max_attempts",
+            SmallInteger,
+            server_default=text("3"),
+            nullable=False,
+            comment="Charged attempts after which the job fails.",
         ),
+        Column("created_at", Stamp, nullable=False, comment="Row written: the job is accepted."),
+        Column("state", Text, nullable=False, comment="queued or running."),
         Column(
             "attempt",
             Integer,
@@ -179,13 +226,6 @@ def upgrade() -> None:
             comment="Attempts that count towards max_attempts.",
         ),
         Column(
-            "max_attempts",
-            SmallInteger,
-            server_default=text("3"),
-            nullable=False,
-            comment="Charged attempts after which the job fails.",
-        ),
-        Column(
             "losses",
             SmallInteger,
             server_default=text("0"),
@@ -196,9 +236,12 @@ def upgrade() -> None:
         Column(
             "attempt_id", Uuid, comment="The running attempt: the fence of every write; else null."
         ),
-        Column("worker_id", Uuid, comment="Worker that runs it; null unless running."),
+        Column(
+            "worker_id",
+            Uuid,
+            comment="Worker that holds its message, while queued, or runs it; else null.",
+        ),
         Column("batch_id", Uuid, comment="Batch that it runs in; null unless running."),
-        Column("received_by", Uuid, comment="Worker that holds its message, while queued."),
         Column("enqueued_at", Stamp, comment="Message last sent; null if none is under way."),
         Column(
             "wake_count",
@@ -213,50 +256,19 @@ def upgrade() -> None:
             Stamp,
             comment="What it says was removed by the caller; null if it was not.",
         ),
-        Column("created_at", Stamp, nullable=False, comment="Row written: the job is accepted."),
         Column("queued_at", Stamp, nullable=False, comment="Last became queued."),
         Column("claimed_at", Stamp, comment="Last claimed."),
-        Column("finished_at", Stamp, comment="Reached its final state; null before."),
-        CheckConstraint(
-            "(state IN ('queued', 'running')) = (finished_at IS NULL)",
-            name=op.f("jobs_finished_at_check"),
-        ),
         CheckConstraint(
             "kind IN ('classify', 'embed', 'generate', 'rerank', 'translate')",
-            name=op.f("jobs_kind_check"),
+            name=op.f("open_jobs_kind_check"),
         ),
-        CheckConstraint(
-            "num_nulls(attempt_id, worker_id, batch_id)"
-            " = CASE state WHEN 'running' THEN 0 ELSE 3 END",
-            name=op.f("jobs_attempt_check"),
-        ),
-        CheckConstraint("source IN ('api', 'message')", name=op.f("jobs_source_check")),
-        CheckConstraint(
-            "state <> 'queued' OR cancel_requested_at IS NULL",
-            name=op.f("jobs_cancel_requested_at_check"),
-        ),
-        CheckConstraint(
-            "state IN ('cancelled', 'completed', 'expired', 'failed', 'queued', 'running')",
-            name=op.f("jobs_state_check"),
-        ),
-        CheckConstraint("max_attempts >= 1", name=op.f("jobs_max_attempts_check")),
-        CheckConstraint("priority BETWEEN 0 AND 9", name=op.f("jobs_priority_check")),
-        CheckConstraint("format >= 1", name=op.f("jobs_format_check")),
-        CheckConstraint(
-            "received_by IS NULL OR (state = 'queued' AND enqueued_at IS NOT NULL)",
-            name=op.f("jobs_delivery_check"),
-        ),
-        CheckConstraint(
-            "purged_at IS NULL OR (num_nonnulls(request, fingerprint, idempotency_key) = 0"
-            " AND metadata = '{}')",
-            name=op.f("jobs_purged_check"),
-        ),
-        CheckConstraint("wake_count >= 0", name=op.f("jobs_wake_count_check")),
-        CheckConstraint(
-            "time_limit_s > 0 AND time_limit_s < 'Infinity'", name=op.f("jobs_time_limit_check")
-        ),
+        CheckConstraint("state IN ('queued', 'running')", name=op.f("open_jobs_state_check")),
+        CheckConstraint("source IN ('api', 'message')", name=op.f("open_jobs_source_check")),
+        CheckConstraint("priority BETWEEN 0 AND 9", name=op.f("open_jobs_priority_check")),
+        CheckConstraint("max_attempts >= 1", name=op.f("open_jobs_max_attempts_check")),
+        CheckConstraint("format >= 1", name=op.f("open_jobs_format_check")),
         in_range(
-            "jobs",
+            "open_jobs",
             "not_before",
             "deadline",
             "enqueued_at",
@@ -265,126 +277,79 @@ def upgrade() -> None:
             "created_at",
             "queued_at",
             "claimed_at",
-            "finished_at",
         ),
         not_negative(
-            "jobs", "attempt", "attempts_charged", "losses", "input_tokens", "max_output_tokens"
+            "open_jobs",
+            "attempt",
+            "attempts_charged",
+            "losses",
+            "input_tokens",
+            "max_output_tokens",
         ),
         CheckConstraint(
             "input_tokens <= 1000000000 AND max_output_tokens <= 1000000000",
-            name=op.f("jobs_tokens_check"),
+            name=op.f("open_jobs_tokens_check"),
         ),
         CheckConstraint(
-            "char_length(tenant) <= 200 AND char_length(model) <= 200 AND char_length(url) <= 200"
-            " AND char_length(idempotency_key) BETWEEN 1 AND 255",
-            name=op.f("jobs_lengths_check"),
+            "char_length(tenant) <= 200 AND char_length(model) <= 200 AND char_length(url) <= 200",
+            name=op.f("open_jobs_lengths_check"),
+        ),
+        CheckConstraint("jsonb_typeof(metadata) = 'object'", name=op.f("open_jobs_metadata_check")),
+        CheckConstraint(
+            "purged_at IS NULL OR metadata = '{}'", name=op.f("open_jobs_purged_check")
+        ),
+        CheckConstraint("wake_count >= 0", name=op.f("open_jobs_wake_count_check")),
+        CheckConstraint(
+            "time_limit_s > 0 AND time_limit_s < 'Infinity'",
+            name=op.f("open_jobs_time_limit_check"),
         ),
         CheckConstraint(
-            "jsonb_typeof(request) = 'object' AND jsonb_typeof(metadata) = 'object'",
-            name=op.f("jobs_objects_check"),
+            "CASE state WHEN 'running' THEN num_nulls(attempt_id, worker_id, batch_id) = 0"
+            " ELSE num_nonnulls(attempt_id, batch_id) = 0"
+            " AND (worker_id IS NULL OR enqueued_at IS NOT NULL) END",
+            name=op.f("open_jobs_holder_check"),
         ),
-        PrimaryKeyConstraint("id", name=op.f("jobs_pkey")),
-        comment="One row per accepted job: its request, its state, and who may move it next.",
+        CheckConstraint(
+            "state <> 'queued' OR cancel_requested_at IS NULL",
+            name=op.f("open_jobs_cancel_requested_at_check"),
+        ),
+        PrimaryKeyConstraint("id", name=op.f("open_jobs_pkey")),
+        comment="One row per queued or running job: its state, and who may move it next.",
         postgresql_with={
+            "fillfactor": "70",
             "autovacuum_vacuum_scale_factor": "0.02",
             "autovacuum_vacuum_insert_scale_factor": "0.02",
             "autovacuum_vacuum_cost_limit": "2000",
         },
     )
-    op.create_index("jobs_by_model", "jobs", ["tenant", "model", "state", "created_at", "id"])
-    op.create_index("jobs_by_state", "jobs", ["tenant", "state", "created_at", "id"])
+    op.create_index("open_jobs_by_age", "open_jobs", ["tenant", "created_at", "id"])
     op.create_index(
-        "jobs_by_metadata",
-        "jobs",
+        "open_jobs_by_metadata",
+        "open_jobs",
         ["metadata"],
         postgresql_using="gin",
         postgresql_ops={"metadata": "jsonb_path_ops"},
         postgresql_where=text("metadata <> '{}'"),
     )
+    op.create_index("open_jobs_by_model", "open_jobs", ["tenant", "model", "created_at", "id"])
     op.create_index(
-        "jobs_deadline",
-        "jobs",
+        "open_jobs_by_worker",
+        "open_jobs",
+        ["worker_id"],
+        postgresql_where=text("worker_id IS NOT NULL"),
+    )
+    op.create_index(
+        "open_jobs_deadline",
+        "open_jobs",
         ["deadline"],
-        postgresql_where=text("state = 'queued' AND deadline IS NOT NULL"),
+        postgresql_where=text("deadline IS NOT NULL"),
     )
+    op.create_index("open_jobs_sent", "open_jobs", ["model", "enqueued_at"])
     op.create_index(
-        "jobs_idempotency_key",
-        "jobs",
-        ["tenant", "idempotency_key"],
-        unique=True,
-        postgresql_where=text("idempotency_key IS NOT NULL"),
-    )
-    op.create_index(
-        "jobs_received",
-        "jobs",
-        ["received_by"],
-        postgresql_where=text("state = 'queued' AND received_by IS NOT NULL"),
-    )
-    op.create_index(
-        "jobs_running", "jobs", ["worker_id"], postgresql_where=text("state = 'running'")
-    )
-    op.create_index(
-        "jobs_unsent",
-        "jobs",
+        "open_jobs_unsent",
+        "open_jobs",
         ["model", "priority", "not_before"],
-        postgresql_where=text("state = 'queued' AND received_by IS NULL AND enqueued_at IS NULL"),
-    )
-    op.create_index(
-        "jobs_waiting",
-        "jobs",
-        ["model", "enqueued_at"],
-        postgresql_where=text("state = 'queued' AND received_by IS NULL"),
-        postgresql_include=["input_tokens", "max_output_tokens"],
-    )
-    op.create_index(
-        "jobs_replay_of",
-        "jobs",
-        ["replay_of"],
-        unique=True,
-        postgresql_where=text("replay_of IS NOT NULL"),
-    )
-    op.create_index(
-        "jobs_finished",
-        "jobs",
-        ["tenant", "finished_at"],
-        postgresql_where=text("finished_at IS NOT NULL"),
-    )
-    op.create_index(
-        "jobs_requests",
-        "jobs",
-        ["tenant", "finished_at"],
-        postgresql_where=text("finished_at IS NOT NULL AND request IS NOT NULL"),
-    )
-    op.create_table(
-        "workers",
-        Column("id", Uuid, nullable=False, comment="A new id at each start of the process."),
-        Column("name", Text, nullable=False, comment="Celery node name."),
-        Column("host", Text, nullable=False, comment="Host name."),
-        Column("pid", Integer, nullable=False, comment="Process id on that host."),
-        Column("models", ARRAY(Text), nullable=False, comment="Models served."),
-        Column("device", Text, nullable=False, comment="Device as the engine names it."),
-        Column(
-            "engine",
-            JSONB,
-            server_default=text("'{}'::jsonb"),
-            nullable=False,
-            comment="Python's version, and the kernels that compute, by model.",
-        ),
-        Column("price_id", Text, nullable=False, comment="Entry of prices.toml in force."),
-        Column("currency", Text, nullable=False, comment="ISO 4217 code of the price."),
-        Column(
-            "price_per_device_hour", Money, nullable=False, comment="Money per device and hour."
-        ),
-        Column("started_at", Stamp, nullable=False, comment="Registered."),
-        Column("heartbeat_at", Stamp, nullable=False, comment="Lease last renewed."),
-        Column(
-            "lease_expires_at", Stamp, nullable=False, comment="Its attempts are lost after this."
-        ),
-        Column("stopped_at", Stamp, comment="Said goodbye; null while up, and for ever if killed."),
-        in_range("workers", "started_at", "heartbeat_at", "lease_expires_at", "stopped_at"),
-        PrimaryKeyConstraint("id", name=op.f("workers_pkey")),
-        comment="One row per start of a worker process: its lease, device and price.",
-        postgresql_with={"fillfactor": "50"},
+        postgresql_where=text("enqueued_at IS NULL"),
     )
     op.create_table(
         "attempts",
@@ -392,6 +357,7 @@ def upgrade() -> None:
         Column(
             "tenant", Text, server_default="default", nullable=False, comment="Owner of the job."
         ),
+        Column("created_at", Stamp, nullable=False, comment="The job's: the month it is kept in."),
         Column("job_id", Uuid, nullable=False, comment="Job that is tried."),
         Column("number", Integer, nullable=False, comment="1 for the job's first attempt."),
         Column(
@@ -414,18 +380,17 @@ def upgrade() -> None:
             "outcome IN ('failed', 'lost', 'released', 'succeeded')",
             name=op.f("attempts_outcome_check"),
         ),
+        in_range("attempts", "claimed_at", "started_at", "ended_at"),
+        not_negative("attempts", "number", "device_ns", "cost"),
         CheckConstraint(
             "num_nulls(ended_at, outcome, charged) IN (0, 3)", name=op.f("attempts_ended_check")
         ),
-        in_range("attempts", "claimed_at", "started_at", "ended_at"),
-        not_negative("attempts", "number", "device_ns", "cost"),
-        ForeignKeyConstraint(
-            ["job_id"], ["jobs.id"], name=op.f("attempts_job_id_fkey"), ondelete="CASCADE"
+        PrimaryKeyConstraint("id", "created_at", name=op.f("attempts_pkey")),
+        UniqueConstraint(
+            "created_at", "job_id", "number", name=op.f("attempts_created_at_job_id_number_key")
         ),
-        PrimaryKeyConstraint("id", name=op.f("attempts_pkey")),
-        UniqueConstraint("job_id", "number", name=op.f("attempts_job_id_number_key")),
         comment="One row per try of a job by a worker; never overwritten by the next try.",
-        postgresql_with={"fillfactor": "80"} | AGEING,
+        postgresql_partition_by="RANGE (created_at)",
     )
     op.create_table(
         "results",
@@ -478,6 +443,85 @@ def upgrade() -> None:
         ),
         Column("currency", Text, comment="ISO 4217 code; null if the job never ran."),
         Column("price_id", Text, comment="Entry of prices.toml that was charged."),
+        Column(
+            "url", Text, comment="OpenAI-style path of the request; null if it was never readable."
+        ),
+        Column(
+            "format",
+            SmallInteger,
+            server_default=text("1"),
+            nullable=False,
+            comment="Version of the request's format; only workers that know it take the job.",
+        ),
+        Column("source", Text, nullable=False, comment="Where it came from: api or message."),
+        Column(
+            "metadata",
+            JSONB,
+            server_default=text("'{}'::jsonb"),
+            nullable=False,
+            comment="The caller's own labels, returned as they came.",
+        ),
+        Column(
+            "priority",
+            SmallInteger,
+            server_default=text("0"),
+            nullable=False,
+            comment="0 (served first) to 9.",
+        ),
+        Column(
+            "expected_input_tokens",
+            Integer,
+            comment="Prompt tokens counted at submission, if they were.",
+        ),
+        Column("max_output_tokens", Integer, comment="Most output tokens allowed, if counted."),
+        Column("not_before", Stamp, nullable=False, comment="May be claimed from this time on."),
+        Column("deadline", Stamp, comment="Expires if not finished by this time; null is never."),
+        Column(
+            "time_limit_s", Double, comment="Longest time an attempt may take; null is any time."
+        ),
+        Column(
+            "max_attempts",
+            SmallInteger,
+            server_default=text("3"),
+            nullable=False,
+            comment="Charged attempts after which the job fails.",
+        ),
+        Column(
+            "attempt",
+            Integer,
+            server_default=text("0"),
+            nullable=False,
+            comment="Attempts opened so far; the number of the last one.",
+        ),
+        Column(
+            "attempts_charged",
+            Integer,
+            server_default=text("0"),
+            nullable=False,
+            comment="Attempts that count towards max_attempts.",
+        ),
+        Column(
+            "losses",
+            SmallInteger,
+            server_default=text("0"),
+            nullable=False,
+            comment="Times its worker was lost while it ran; "
+            "a suspect from app.jobs.SUSPECT_AFTER on.",
+        ),
+        Column("enqueued_at", Stamp, comment="Message last sent; null if none is under way."),
+        Column(
+            "wake_count",
+            SmallInteger,
+            server_default=text("0"),
+            nullable=False,
+            comment="Times the message was sent again because it seemed lost.",
+        ),
+        Column("cancel_requested_at", Stamp, comment="Cancelled by the caller while running."),
+        Column(
+            "purged_at",
+            Stamp,
+            comment="What it says was removed by the caller; null if it was not.",
+        ),
         CheckConstraint(
             "kind IN ('classify', 'embed', 'generate', 'rerank', 'translate')",
             name=op.f("results_kind_check"),
@@ -494,24 +538,26 @@ def upgrade() -> None:
             "started_at",
             "first_token_at",
             "finished_at",
+            "not_before",
+            "deadline",
+            "enqueued_at",
+            "cancel_requested_at",
+            "purged_at",
         ),
         not_negative(
             "results",
-            *("batch_size", "input_tokens", "cached_tokens", "output_tokens", "device_ns", "cost"),
+            "batch_size",
+            "input_tokens",
+            "cached_tokens",
+            "output_tokens",
+            "device_ns",
+            "cost",
         ),
+        CheckConstraint("purged_at IS NULL OR metadata = '{}'", name=op.f("results_purged_check")),
+        PrimaryKeyConstraint("job_id", "created_at", name=op.f("results_pkey")),
         CheckConstraint("jsonb_typeof(response) = 'object'", name=op.f("results_response_check")),
-        ForeignKeyConstraint(
-            ["job_id"], ["jobs.id"], name=op.f("results_job_id_fkey"), ondelete="CASCADE"
-        ),
-        PrimaryKeyConstraint("job_id", name=op.f("results_pkey")),
         comment="One row per final job, written once: the answer, its timing and its cost.",
-        postgresql_with=AGEING,
-    )
-    op.create_index(
-        "results_responses",
-        "results",
-        ["tenant", "finished_at"],
-        postgresql_where=text("response IS NOT NULL"),
+        postgresql_partition_by="RANGE (created_at)",
     )
     op.create_index(
         "results_by_error",
@@ -519,8 +565,125 @@ def upgrade() -> None:
         ["tenant", "error_code", "created_at", "job_id"],
         postgresql_where=text("error_code IS NOT NULL"),
     )
+    op.create_index(
+        "results_by_metadata",
+        "results",
+        ["metadata"],
+        postgresql_using="gin",
+        postgresql_ops={"metadata": "jsonb_path_ops"},
+        postgresql_where=text("metadata <> '{}'"),
+    )
+    op.create_index(
+        "results_by_model", "results", ["tenant", "model", "state", "created_at", "job_id"]
+    )
+    op.create_index("results_by_state", "results", ["tenant", "state", "created_at", "job_id"])
+    op.create_index("results_finished", "results", ["tenant", "finished_at"])
+    op.create_index(
+        "results_responses",
+        "results",
+        ["tenant", "finished_at"],
+        postgresql_where=text("response IS NOT NULL"),
+    )
+    op.create_table(
+        "batches",
+        Column("id", Uuid, nullable=False, comment="Admission batch id."),
+        Column("worker_id", Uuid, nullable=False, comment="Worker that claimed it."),
+        Column("model", Text, nullable=False, comment="Model of all members."),
+        Column("kind", Text, nullable=False, comment="Kind of all members."),
+        Column("engine", Text, nullable=False, comment="Engine that ran it."),
+        Column("close_reason", Text, nullable=False, comment="Why it was closed."),
+        Column("num_jobs", Integer, nullable=False, comment="Jobs claimed."),
+        Column("num_sequences", Integer, nullable=False, comment="Sequences of those jobs."),
+        Column("wait_ms", Double, nullable=False, comment="Wait of its oldest member, in ms."),
+        Column(
+            "useful_tokens",
+            BigInteger,
+            server_default=text("0"),
+            nullable=False,
+            comment="Prompt and output tokens that were asked for.",
+        ),
+        Column(
+            "padded_tokens",
+            BigInteger,
+            server_default=text("0"),
+            nullable=False,
+            comment="Token positions computed, padding included.",
+        ),
+        Column(
+            "device_ns",
+            BigInteger,
+            server_default=text("0"),
+            nullable=False,
+            comment="Device time of all members, in nanoseconds.",
+        ),
+        Column("opened_at", Stamp, nullable=False, comment="Its oldest member arrived."),
+        Column("claimed_at", Stamp, nullable=False, comment="Closed and claimed."),
+        Column(
+            "finished_at", Stamp, comment="Statistics last written; final once all members are."
+        ),
+        CheckConstraint(
+            "kind IN ('classify', 'embed', 'generate', 'rerank', 'translate')",
+            name=op.f("batches_kind_check"),
+        ),
+        CheckConstraint(
+            "close_reason IN ('join', 'size', 'tokens', 'wait')",
+            name=op.f("batches_close_reason_check"),
+        ),
+        in_range("batches", "opened_at", "claimed_at", "finished_at"),
+        not_negative(
+            "batches", "num_jobs", "num_sequences", "useful_tokens", "padded_tokens", "device_ns"
+        ),
+        PrimaryKeyConstraint("id", name=op.f("batches_pkey")),
+        comment="One row per admission batch. It may mix tenants, so it belongs to none.",
+        postgresql_with={"fillfactor": "80"} | AGEING,
+    )
+    op.create_index("batches_by_age", "batches", ["claimed_at"])
+    op.create_table(
+        "workers",
+        Column("id", Uuid, nullable=False, comment="A new id at each start of the process."),
+        Column("name", Text, nullable=False, comment="Celery node name."),
+        Column("host", Text, nullable=False, comment="Host name."),
+        Column("pid", Integer, nullable=False, comment="Process id on that host."),
+        Column("models", ARRAY(Text), nullable=False, comment="Models served."),
+        Column("device", Text, nullable=False, comment="Device as the engine names it."),
+        Column(
+            "engine",
+            JSONB,
+            server_default=text("'{}'::jsonb"),
+            nullable=False,
+            comment="Python's version, and the kernels that compute, by model.",
+        ),
+        Column("price_id", Text, nullable=False, comment="Entry of prices.toml in force."),
+        Column("currency", Text, nullable=False, comment="ISO 4217 code of the price."),
+        Column(
+            "price_per_device_hour", Money, nullable=False, comment="Money per device and hour."
+        ),
+        Column("started_at", Stamp, nullable=False, comment="Registered."),
+        Column("heartbeat_at", Stamp, nullable=False, comment="Lease last renewed."),
+        Column(
+            "lease_expires_at", Stamp, nullable=False, comment="Its attempts are lost after this."
+        ),
+        Column("stopped_at", Stamp, comment="Said goodbye; null while up, and for ever if killed."),
+        in_range("workers", "started_at", "heartbeat_at", "lease_expires_at", "stopped_at"),
+        PrimaryKeyConstraint("id", name=op.f("workers_pkey")),
+        comment="One row per start of a worker process: its lease, device and price.",
+        postgresql_with={"fillfactor": "50"},
+    )
+
+    for table, more in IN_MONTHS.items():
+        options = ", ".join(f"{name} = {value}" for name, value in (AGEING | more).items())
+        op.execute(f"CREATE TABLE {table}_default PARTITION OF {table} DEFAULT WITH ({options})")
+    op.execute(JOBS)
+    op.execute("COMMENT ON VIEW jobs IS 'One row per accepted job, open or ended.'")
+    op.execute(DELETE_JOB)
+    op.execute(
+        "CREATE TRIGGER delete_job INSTEAD OF DELETE ON jobs"
+        " FOR EACH ROW EXECUTE FUNCTION delete_job()"
+    )
 
 
 def downgrade() -> None:
-    for table in ("results", "attempts", "jobs", "batches", "workers"):
+    op.execute("DROP VIEW jobs")
+    op.execute("DROP FUNCTION delete_job")
+    for table in TABLES:
         op.drop_table(table)

@@ -88,11 +88,12 @@ def test_a_row_that_cannot_be_read_is_an_error_of_its_own_and_others_are_served(
     with psycopg.connect(settings.database.url, autocommit=True) as connection:
         for row in rows(
             settings,
-            "SELECT conname FROM pg_constraint WHERE conrelid = 'jobs'::regclass AND contype = 'c'",
+            "SELECT conname FROM pg_constraint"
+            " WHERE conrelid = 'open_jobs'::regclass AND contype = 'c'",
         ):
-            connection.execute(f"ALTER TABLE jobs DROP CONSTRAINT {row['conname']}")
+            connection.execute(f"ALTER TABLE open_jobs DROP CONSTRAINT {row['conname']}")
         for id_, assignment in odd.items():
-            connection.execute(f"UPDATE jobs SET {assignment} WHERE id = '{id_}'")
+            connection.execute(f"UPDATE open_jobs SET {assignment} WHERE id = '{id_}'")
 
     # when all of them are polled at once, long and short, and listed
     with ThreadPoolExecutor(20) as pool:

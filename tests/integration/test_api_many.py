@@ -142,9 +142,9 @@ def test_a_row_that_cannot_be_read_is_told_in_its_place(
 ) -> None:
     good, odd = submit(api, 2)
     with database.begin() as connection:
-        for name in ("jobs_state_check", "jobs_finished_at_check"):
-            connection.execute(text(f"ALTER TABLE jobs DROP CONSTRAINT {name}"))
-        odd_state = text("UPDATE jobs SET state = 'dreaming' WHERE id = :id")
+        for name in ("open_jobs_state_check", "open_jobs_holder_check"):
+            connection.execute(text(f"ALTER TABLE open_jobs DROP CONSTRAINT {name}"))
+        odd_state = text("UPDATE open_jobs SET state = 'dreaming' WHERE id = :id")
         connection.execute(odd_state, {"id": UUID(odd)})
 
     for path in ("status", "cancel"):
@@ -234,7 +234,9 @@ def test_a_filter_is_of_state_model_and_time_too(api: httpx.Client, hands: Hands
 
 
 def hold(connection: Connection, job_id: str) -> None:
-    connection.execute(text("SELECT id FROM jobs WHERE id = :id FOR UPDATE"), {"id": UUID(job_id)})
+    connection.execute(
+        text("SELECT id FROM open_jobs WHERE id = :id FOR UPDATE"), {"id": UUID(job_id)}
+    )
 
 
 def test_a_row_that_somebody_holds_keeps_no_other_waiting(

@@ -235,7 +235,7 @@ def test_while_somebody_holds_the_table_the_answer_is_to_try_again_and_no_job_is
 ) -> None:
     with running_api(impatient) as api:
         with psycopg.connect(impatient.database.url) as locking:
-            locking.execute("LOCK TABLE jobs IN ACCESS EXCLUSIVE MODE")
+            locking.execute("LOCK TABLE open_jobs IN ACCESS EXCLUSIVE MODE")
 
             assert refused_for_now(api.post("/v1/jobs", json=JOB))
             assert refused_for_now(api.post("/v1/jobs/bulk", json={"jobs": [JOB] * 3}))
@@ -251,7 +251,7 @@ def test_more_requests_than_a_stuck_database_has_connections_are_all_answered(
 ) -> None:
     with running_api(impatient) as api, ThreadPoolExecutor(12) as pool:
         with psycopg.connect(impatient.database.url) as locking:
-            locking.execute("LOCK TABLE jobs IN ACCESS EXCLUSIVE MODE")
+            locking.execute("LOCK TABLE open_jobs IN ACCESS EXCLUSIVE MODE")
             stuck = [pool.submit(api.post, "/v1/jobs", json=JOB) for _ in range(12)]
 
             assert all(refused_for_now(each.result(timeout=60)) for each in stuck)

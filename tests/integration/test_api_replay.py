@@ -114,7 +114,7 @@ def test_a_cancelled_job_is_replayed_and_a_deadline_that_passed_is_left_behind(
     old = api.post("/v1/jobs", json=JOB | {"deadline": soon.isoformat()}).json()["id"]
     api.post(f"/v1/jobs/{old}/cancel")
     with psycopg.connect(settings.database.url) as connection:
-        connection.execute("UPDATE jobs SET deadline = now() - interval '1 s'")
+        connection.execute("UPDATE results SET deadline = now() - interval '1 s'")
 
     new = api.post(f"/v1/jobs/{old}/replay").json()
 
@@ -126,7 +126,7 @@ def test_a_job_whose_request_was_removed_is_refused_with_the_reason(
 ) -> None:
     old = failed(api, hands)
     with psycopg.connect(settings.database.url) as connection:
-        connection.execute("UPDATE jobs SET request = NULL")
+        connection.execute("DELETE FROM requests")
 
     answer = api.post(f"/v1/jobs/{old}/replay")
 
@@ -186,6 +186,6 @@ def test_the_client_lists_and_replays(api: httpx.Client, hands: Hands, settings:
         assert [job.id for job in client.jobs(limit=1)] == [new.id]
         client.cancel(new.id)
         with psycopg.connect(settings.database.url) as connection:
-            connection.execute("UPDATE jobs SET request = NULL")
+            connection.execute("DELETE FROM requests")
         with pytest.raises(RequestRemoved):
             client.replay(new.id)

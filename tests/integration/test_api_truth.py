@@ -189,7 +189,7 @@ def test_a_bulk_of_several_pages_is_one_transaction_and_one_key_is_one_job(
 def test_a_job_that_the_store_refuses_is_refused_alone(settings: Settings) -> None:
     with psycopg.connect(settings.database.url, autocommit=True) as admin:
         admin.execute(
-            "ALTER TABLE jobs ADD CONSTRAINT no_chaff CHECK (request ->> 'prompt' <> 'chaff')"
+            "ALTER TABLE requests ADD CONSTRAINT no_chaff CHECK (request ->> 'prompt' <> 'chaff')"
         )
     prompts = ["wheat", "chaff", "rye", "oats", "chaff", "barley", "spelt"]
     with running_api(settings) as api:
@@ -311,7 +311,7 @@ def test_probes_are_answered_while_all_threads_wait_for_a_lock(settings: Setting
         running_api(settings) as api,
         psycopg.connect(settings.database.url) as locking,
     ):
-        locking.execute("LOCK TABLE jobs IN ACCESS EXCLUSIVE MODE")
+        locking.execute("LOCK TABLE open_jobs IN ACCESS EXCLUSIVE MODE")
         began = time.monotonic()
         ready = api.get("/readyz")
 

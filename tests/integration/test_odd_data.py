@@ -65,12 +65,15 @@ class Mill:
         job_id = uuid4()
         text = json.dumps(body, allow_nan=False).replace("\\u0000", "").replace("\\ud", "")
         self.rows(
-            "INSERT INTO jobs (id, model, kind, source, state, url, request, format, not_before,"
-            " created_at, queued_at, enqueued_at) VALUES (%s, 'stub', 'generate', 'api', 'queued',"
-            " %s, %s, %s, now(), now(), now(), now()) RETURNING id",
+            "WITH key AS (INSERT INTO job_keys (id, created_at) VALUES (%s, now()) RETURNING *),"
+            " asked AS (INSERT INTO requests (job_id, created_at, request)"
+            " SELECT id, created_at, %s FROM key)"
+            " INSERT INTO open_jobs (id, model, kind, source, state, url, format, not_before,"
+            " created_at, queued_at, enqueued_at) SELECT id, 'stub', 'generate', 'api', 'queued',"
+            " %s, %s, now(), created_at, now(), now() FROM key RETURNING id",
             job_id,
-            None if job_id.int % 4 == 0 else "/v1/completions",
             text,
+            None if job_id.int % 4 == 0 else "/v1/completions",
             format,
         )
         self.send(raw_message(job_id, Kind.GENERATE, {}, queue="x"), queue=queue_name("stub"))
@@ -102,7 +105,7 @@ class Mill:
         with redis.Redis.from_url(self._config.broker.url) as client:
             client.flushdb()
         with psycopg.connect(self._config.database.url, autocommit=True) as connection:
-            connection.execute("TRUNCATE jobs, results, attempts, batches CASCADE")
+            connection.execute("TRUNCATE job_keys, requests, open_jobs, results, attempts, batches")
         self._worker.start()
 
     def end(self) -> None:

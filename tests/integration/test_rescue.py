@@ -41,7 +41,7 @@ from app.store.pages import LEFT_OUT_S
 from app.store.submissions import Incoming
 from app.store.workers import NewWorker
 from tests.rescues import running_rescue
-from tests.rows import insert, new_job
+from tests.rows import accept_earlier, insert, new_job
 from tests.waiting import eventually
 
 MODEL = "stub"
@@ -98,7 +98,8 @@ class World:
     def submit(self, number: int = 1, **fields: Any) -> list[UUID]:
         """Rows without messages, as a crash between commit and send leaves them."""
         ids = insert(self.database, *(new_job(model=MODEL, **fields) for _ in range(number)))
-        self.change(ids, "created_at = created_at - %s, not_before = not_before - %s", LONG_AGO)
+        self.change(ids, "not_before = not_before - %s", LONG_AGO)
+        accept_earlier(self.database, ids, LONG_AGO)
         return ids
 
     def submit_and_send(self, number: int = 1, **fields: Any) -> list[UUID]:
@@ -112,7 +113,9 @@ class World:
     def change(self, ids: list[UUID], assignments: str, *values: Any) -> None:
         values = values * assignments.count("%s") if len(values) == 1 else values
         with psycopg.connect(self._settings.database.url) as connection:
-            connection.execute(f"UPDATE jobs SET {assignments} WHERE id = ANY(%s)", (*values, ids))
+            connection.execute(
+                f"UPDATE open_jobs SET {assignments} WHERE id = ANY(%s)", (*values, ids)
+            )
 
     def start_worker(self) -> UUID:
         worker = NewWorker(
@@ -490,7 +493,7 @@ def test_no_row_is_locked_while_rescue_talks_to_redis(
 
     def look(self: Publisher, messages: Any) -> None:
         with psycopg.connect(world.database_url) as connection:
-            free = connection.execute("SELECT id FROM jobs FOR UPDATE SKIP LOCKED").fetchall()
+            free = connection.execute("SELECT id FROM open_jobs FOR UPDATE SKIP LOCKED").fetchall()
         locked.append(2 - len(free))
 
     monkeypatch.setattr(Publisher, "send_many", look)
@@ -595,7 +598,8 @@ def test_a_row_that_cannot_be_moved_keeps_no_other_waiting(
     with psycopg.connect(world.database_url) as connection:
         connection.execute(
             "INSERT INTO results (job_id, model, kind, state, created_at, queued_at, finished_at, "
-            "total_ms) SELECT id, model, kind, 'failed', now(), now(), now(), 0 FROM jobs "
+            "total_ms, source, not_before) SELECT id, model, kind, 'failed', created_at, now(), "
+            "now(), 0, source, now() FROM open_jobs "
             "WHERE id = %s",
             late[:1],
         )
@@ -667,12 +671,12 @@ def test_what_was_kept_for_its_time_is_removed_and_then_deleted(
         world.claim(worker := world.start_worker(), [job_id])
         world.finish(worker, job_id)
     for job_id, age in ((month, timedelta(days=31)), (year, timedelta(days=366))):
-        world.change([job_id], "finished_at = finished_at - %s", age)
         with psycopg.connect(world.database_url) as connection:
             connection.execute(
                 "UPDATE results SET finished_at = finished_at - %s WHERE job_id = %s",
                 (age, job_id),
             )
+        accept_earlier(world.database, [job_id], age)
 
     # two requests and two responses, then the older job
     assert world.sweep().removed == 5

@@ -60,13 +60,13 @@ class Postgres:
 
     def let_pass(self, seconds: int) -> None:
         with self.database.begin() as connection:
-            for table in KEYS:
+            for table in metadata.sorted_tables:
                 stamps = [
                     f"{column.name} = {column.name} - interval '{seconds} s'"
-                    for column in metadata.tables[table].columns
+                    for column in table.columns
                     if isinstance(column.type, DateTime)
                 ]
-                connection.execute(text(f"UPDATE {table} SET {', '.join(stamps)}"))
+                connection.execute(text(f"UPDATE {table.name} SET {', '.join(stamps)}"))
 
 
 class Memory:
@@ -301,7 +301,7 @@ class Moves:
             lambda connection, _: delivery.send_again(connection, self.jobs, 1_700.0),
             lambda connection, _: submissions.queued(connection),
             lambda connection, _: submissions.ended(connection, 700.0),
-            lambda connection, _: retention.redact_requests(connection, 2_500.0, PAGE),
+            lambda connection, _: retention.remove_requests(connection, 2_500.0, PAGE),
             lambda connection, _: retention.redact_responses(connection, 2_500.0, PAGE),
             lambda connection, _: retention.delete_jobs(connection, 5_500.0, PAGE),
             lambda connection, _: retention.delete_batches(connection, 5_500.0, PAGE),

@@ -155,7 +155,7 @@ def test_a_server_that_has_no_connection_left_is_named_as_such(
 @pytest.mark.parametrize(
     ("setting", "statement"),
     [
-        ("lock_timeout_ms", "SELECT id FROM jobs FOR UPDATE"),
+        ("lock_timeout_ms", "SELECT id FROM open_jobs FOR UPDATE"),
         ("statement_timeout_ms", "SELECT pg_sleep(60)"),
     ],
 )
@@ -167,7 +167,7 @@ def test_a_statement_that_waits_too_long_is_unavailable(
         database.begin() as holder,
         closing(Database(database_url, **{setting: 50})) as impatient,
     ):
-        holder.execute(text("SELECT id FROM jobs FOR UPDATE"))
+        holder.execute(text("SELECT id FROM open_jobs FOR UPDATE"))
         with pytest.raises(Unavailable, match="SQLSTATE"), impatient.begin() as connection:
             connection.execute(text(statement))
 
@@ -176,7 +176,7 @@ def test_a_client_that_stands_still_in_a_transaction_loses_its_locks(
     database: Database, database_url: str
 ) -> None:
     insert(database, new_job())
-    locking = text("SELECT id FROM jobs FOR UPDATE")
+    locking = text("SELECT id FROM open_jobs FOR UPDATE")
 
     def stand_still() -> None:
         with (

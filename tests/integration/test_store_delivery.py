@@ -120,7 +120,9 @@ def test_taking_back_a_mark_waits_for_nobody(database: Database) -> None:
     ids = insert_sent(database, new_job(), new_job())
 
     with database.begin() as receiving:
-        receiving.execute(text("SELECT id FROM jobs WHERE id = :id FOR UPDATE"), {"id": ids[0]})
+        receiving.execute(
+            text("SELECT id FROM open_jobs WHERE id = :id FOR UPDATE"), {"id": ids[0]}
+        )
         with database.begin() as connection:
             delivery.not_sent(connection, ids)
 
@@ -175,7 +177,7 @@ def test_jobs_that_only_a_later_version_knows_are_left_to_it(
     never, known = insert(database, new_job(), new_job())
     [sent] = insert_sent(database, new_job())
     with database.begin() as connection:
-        connection.execute(text("ALTER TABLE jobs DROP CONSTRAINT jobs_kind_check"))
+        connection.execute(text("ALTER TABLE open_jobs DROP CONSTRAINT open_jobs_kind_check"))
     for job_id in (never, sent):
         rewrite(database, change, job_id)
     rewrite(database, "enqueued_at = now() - interval '1 day'", sent)
@@ -248,16 +250,17 @@ def test_a_job_that_leaves_the_queue_is_held_by_nobody(database: Database) -> No
 @pytest.mark.parametrize(
     "change",
     [
-        "received_by = gen_random_uuid()",  # held without ever having been sent
-        "received_by = gen_random_uuid(), enqueued_at = now(), state = 'failed', "
-        "finished_at = now()",
+        "worker_id = gen_random_uuid()",  # held without ever having been sent
+        "attempt_id = gen_random_uuid()",
+        "state = 'running'",
+        "state = 'failed'",
         "wake_count = -1",
     ],
 )
 def test_the_schema_refuses_what_cannot_be(database: Database, change: str) -> None:
     [job_id] = insert(database, new_job())
 
-    with pytest.raises(GristmillError, match=r"jobs_(delivery|wake_count)_check"):
+    with pytest.raises(GristmillError, match=r"open_jobs_(holder|state|wake_count)_check"):
         rewrite(database, change, job_id)
 
 
@@ -287,7 +290,7 @@ def test_a_revoked_message_of_a_job_that_is_there_cancels_it(database: Database)
 
 
 def test_nobody_but_the_delivery_writes_where_messages_are() -> None:
-    columns = r"\b(received_by|enqueued_at|wake_count)\s*=(?!=)"
+    columns = r"\b(enqueued_at|wake_count)\s*=(?!=)"
     package = Path(app.__file__).parent
 
     writers = {file.name for file in package.rglob("*.py") if re.search(columns, file.read_text())}

@@ -23,6 +23,7 @@ from app.store import cancellation, claims, delivery, submissions, sweeps, worke
 from app.store.claims import Finished, Member, NewBatch
 from app.store.database import Database
 from app.store.submissions import Incoming
+from app.store.tables import metadata
 from tests.integration.test_store_contract import (
     HALF_S,
     LEASE_S,
@@ -36,7 +37,6 @@ from tests.integration.test_store_contract import (
     new_worker,
     rows_of,
 )
-from tests.memory_store import KEYS
 from tests.rows import MODEL, new_job
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -55,7 +55,7 @@ class Histories(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         with self.postgres.begin() as connection:
-            connection.execute(text(f"TRUNCATE {', '.join(KEYS)}"))
+            connection.execute(text(f"TRUNCATE {', '.join(metadata.tables)}"))
         self.stores = (Memory(), Postgres(self.postgres))
         self.jobs = [uuid4() for _ in range(NUM_JOBS)]
         self.workers = [uuid4() for _ in range(NUM_WORKERS)]

@@ -34,6 +34,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 NUM_JOBS = 10_000
 GROUP = 500
+PARTITIONS = ("requests_default", "attempts_default", "results_default")
 DEBIAN_15 = Path("/usr/lib/postgresql/15/bin")
 
 STATES = {
@@ -41,14 +42,15 @@ STATES = {
     "vacuumed while empty": ("VACUUM ANALYZE",),
     "analysed with ended jobs, vacuumed while empty": (
         """
-        INSERT INTO jobs (
-            id, model, kind, source, state, not_before, created_at, queued_at, finished_at
+        INSERT INTO results (
+            job_id, model, kind, source, state, not_before, created_at, queued_at, finished_at,
+            total_ms
         )
-        SELECT gen_random_uuid(), 'm', 'generate', 'api', 'completed', now(), now(), now(), now()
+        SELECT gen_random_uuid(), 'm', 'generate', 'api', 'completed', now(), now(), now(), now(), 1
         FROM generate_series(1, 5000)
         """,
         "VACUUM ANALYZE",
-        "DELETE FROM jobs",
+        "DELETE FROM results",
         "VACUUM",
     ),
 }
@@ -99,7 +101,7 @@ def stale(server: str, request: pytest.FixtureRequest) -> Iterator[Database]:
     url = f"{server.rpartition('/')[0]}/{name}"
     migrate(url)
     with psycopg.connect(url, autocommit=True) as connection:
-        for table in ("jobs", "attempts", "results", "batches"):
+        for table in ("job_keys", "open_jobs", "batches", *PARTITIONS):
             connection.execute(f"ALTER TABLE {table} SET (autovacuum_enabled = off)")
         for statement in STATES[request.param]:
             connection.execute(statement)
@@ -181,7 +183,7 @@ def _steps(
     yield lambda c: sweeps.expire_leases(c, sweeps.find_lost(c, GROUP))
     yield lambda c: delivery.free_lost(c, GROUP)
     with worker.database.begin() as connection:
-        connection.execute(text("UPDATE jobs SET deadline = now() WHERE state = 'queued'"))
+        connection.execute(text("UPDATE open_jobs SET deadline = now() WHERE state = 'queued'"))
     yield lambda c: sweeps.expire_deadlines(c, sweeps.find_late(c, GROUP))
     yield lambda c: reads.states(c, group)
     yield lambda c: reads.list_jobs(c, Filter(metadata={"customer": "7"}), limit=100)

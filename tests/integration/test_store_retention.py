@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from uuid import UUID
 
 import pytest
@@ -10,7 +11,7 @@ from sqlalchemy import Connection, text
 
 from app.store import retention
 from app.store.database import Database
-from tests.rows import Worker, column, completed, insert, new_job, view, where_it_is
+from tests.rows import Worker, accept_earlier, column, completed, insert, new_job, view, where_it_is
 
 SECRET = "the miller has a secret"
 DAY_S = 86_400.0
@@ -27,10 +28,9 @@ def ended(database: Database, number: int = 1) -> list[UUID]:
 
 def age(database: Database, ids: list[UUID], days: float = 2.0) -> None:
     """Let days pass since these jobs ended."""
+    accept_earlier(database, ids, timedelta(days=days))
     with database.begin() as connection:
         for statement in (
-            "UPDATE jobs SET finished_at = finished_at - :days * interval '1 day' "
-            "WHERE id = ANY(:ids)",
             "UPDATE results SET finished_at = finished_at - :days * interval '1 day' "
             "WHERE job_id = ANY(:ids)",
             "UPDATE batches SET claimed_at = claimed_at - :days * interval '1 day', "
@@ -54,15 +54,15 @@ def test_a_request_is_removed_after_its_time_and_is_nowhere_else(database: Datab
     [old] = ended(database)
     [young] = ended(database)
     age(database, [old])
-    assert where_it_is(database, SECRET) == {"jobs", "results"}
+    assert where_it_is(database, SECRET) == {"requests", "results"}
 
-    assert run(database, retention.redact_requests) == 1
-    assert run(database, retention.redact_requests) == 0
+    assert run(database, retention.remove_requests) == 1
+    assert run(database, retention.remove_requests) == 0
 
     assert column(database, old, "request") is None
     assert column(database, young, "request") == {"prompt": SECRET}
     age(database, [young])
-    run(database, retention.redact_requests)
+    run(database, retention.remove_requests)
     run(database, retention.redact_responses)
     assert where_it_is(database, SECRET) == set()
 
@@ -84,15 +84,14 @@ def test_a_response_is_removed_and_the_record_of_its_cost_stays(database: Databa
 
 
 @pytest.mark.parametrize(
-    "step", [retention.redact_requests, retention.redact_responses, retention.delete_jobs]
+    "step", [retention.remove_requests, retention.redact_responses, retention.delete_jobs]
 )
 def test_jobs_that_have_not_ended_are_left_alone(
     database: Database, step: Callable[..., int]
 ) -> None:
     queued, running = insert(database, new_job(), new_job())
     Worker.registered(database).claim([running])
-    with database.begin() as connection:
-        connection.execute(text("UPDATE jobs SET created_at = created_at - interval '9 years'"))
+    accept_earlier(database, [queued, running], timedelta(days=3_000))
 
     assert run(database, step) == 0
 

@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import NullPool, create_engine, text
+from sqlalchemy import NullPool, create_engine, inspect, text
+from sqlalchemy.dialects import postgresql
 
 from app.errors import SchemaError
 from app.jobs import JobState
 from app.store.database import MIGRATIONS, Database, downgrade, migrate
 from app.store.submissions import Incoming
-from app.store.tables import metadata
+from app.store.tables import jobs, metadata
 from tests.rows import Worker, at_once, insert, new_job, view
 from tests.waiting import eventually
 
@@ -33,11 +34,11 @@ branch_labels = depends_on = None
 
 
 def upgrade() -> None:
-    op.add_column("jobs", Column("later", Integer, server_default=text("1"), nullable=False))
+    op.add_column("open_jobs", Column("later", Integer, server_default=text("1"), nullable=False))
 
 
 def downgrade() -> None:
-    op.drop_column("jobs", "later")
+    op.drop_column("open_jobs", "later")
 """
 
 
@@ -49,21 +50,29 @@ def driver_url(url: str) -> str:
 NEWEST = max(file.name[:4] for file in MIGRATIONS.glob("versions/0*.py"))
 
 # All that autogenerate does not compare: predicates of indexes, constraints, defaults, comments.
+# Partitions have what their table has.
+_TABLE = """
+    {} IN (
+        SELECT relname FROM pg_class
+        WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p') AND NOT relispartition
+    )
+"""
 _CATALOG = {
-    "indexes": "SELECT indexdef FROM pg_indexes WHERE schemaname = 'public'",
-    "constraints": """
+    "indexes": f"SELECT indexdef FROM pg_indexes WHERE {_TABLE.format('tablename')}",
+    "constraints": f"""
         SELECT conrelid::regclass::text, conname, pg_get_constraintdef(oid) FROM pg_constraint
-        WHERE connamespace = 'public'::regnamespace AND contype <> 'n'
+        WHERE contype <> 'n' AND {_TABLE.format("conrelid::regclass::text")}
     """,
-    "columns": """
+    "columns": f"""
         SELECT c.table_name, c.column_name, c.data_type, c.numeric_precision, c.numeric_scale,
             c.is_nullable, c.column_default,
             col_description(c.table_name::regclass, c.ordinal_position::int)
-        FROM information_schema.columns c WHERE table_schema = 'public'
+        FROM information_schema.columns c
+        WHERE table_schema = 'public' AND {_TABLE.format("table_name")}
     """,
-    "tables": """
-        SELECT relname, reloptions::text, obj_description(oid) FROM pg_class
-        WHERE relnamespace = 'public'::regnamespace AND relkind = 'r'
+    "tables": f"""
+        SELECT relname, reloptions::text, obj_description(oid), pg_get_partkeydef(oid) FROM pg_class
+        WHERE {_TABLE.format("relname")}
     """,
 }
 
@@ -103,8 +112,43 @@ def test_migrations_make_exactly_the_tables_of_the_code(
     assert catalog(database_url) == catalog(empty_database_url)
     migrated = create_engine(driver_url(database_url), poolclass=NullPool)
     with migrated.connect() as connection:
-        context = MigrationContext.configure(connection, opts={"compare_server_default": True})
+        options = {"compare_server_default": True, "include_name": _is_of_the_code}
+        context = MigrationContext.configure(connection, opts=options)
         assert compare_metadata(context, metadata) == []
+
+
+def _is_of_the_code(name: str | None, type_: str, _: Any) -> bool:
+    return type_ != "table" or name in metadata.tables
+
+
+def test_the_view_of_all_jobs_has_the_columns_that_the_code_reads(database_url: str) -> None:
+    with create_engine(driver_url(database_url), poolclass=NullPool).connect() as connection:
+        found = inspect(connection).get_columns("jobs")
+
+    assert [(each["name"], each["type"].compile(postgresql.dialect())) for each in found] == [
+        (each.name, each.type.compile(postgresql.dialect())) for each in jobs.columns
+    ]
+
+
+def test_a_job_that_is_deleted_by_hand_takes_all_with_it_that_is_its_own(
+    database: Database,
+) -> None:
+    # given an ended job, a running one and a queued one
+    ids = insert(database, new_job(), new_job(), new_job())
+    worker = Worker.registered(database)
+    worker.complete(worker.claim(ids[:1]))
+    worker.claim(ids[1:2])
+
+    # when the first two are deleted
+    with database.begin() as connection:
+        connection.execute(text("DELETE FROM jobs WHERE id = ANY(:ids)"), {"ids": ids[:2]})
+
+    # then nothing of them is left, and the third is whole
+    with database.begin() as connection:
+        for table, number in (("jobs", 1), ("job_keys", 1), ("requests", 1), ("open_jobs", 1)):
+            assert connection.scalar(text(f"SELECT count(*) FROM {table}")) == number, table
+        for table in ("attempts", "results"):
+            assert connection.scalar(text(f"SELECT count(*) FROM {table}")) == 0, table
 
 
 def test_migrations_go_up_and_down_and_up_again(empty_database_url: str) -> None:
@@ -202,7 +246,7 @@ def test_a_migration_waits_for_a_lock_without_keeping_others_waiting(
 ) -> None:
     # given a transaction that has read the table and stays open
     reader = create_engine(driver_url(database_url), poolclass=NullPool).connect()
-    reader.execute(text("SELECT count(*) FROM jobs"))
+    reader.execute(text("SELECT count(*) FROM open_jobs"))
 
     # when a migration wants to change it
     with newer_code(), ThreadPoolExecutor() as pool:
@@ -213,7 +257,7 @@ def test_a_migration_waits_for_a_lock_without_keeping_others_waiting(
         with closing(Database(database_url)) as others:
             for _ in range(5):
                 with others.begin() as connection:
-                    connection.execute(text("UPDATE jobs SET priority = 1 WHERE priority = 0"))
+                    connection.execute(text("UPDATE open_jobs SET priority = 1 WHERE priority = 0"))
         assert not migration.done()
 
         # and it goes through once the lock is free

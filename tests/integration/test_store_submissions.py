@@ -263,8 +263,12 @@ def test_the_queue_is_what_nobody_has_received(database: Database) -> None:
 def test_a_forged_message_for_a_job_of_a_later_version_leaves_it_alone(database: Database) -> None:
     [later, ours] = insert(database, new_job(), new_job())
     with database.begin() as connection:
-        connection.execute(text("ALTER TABLE jobs DROP CONSTRAINT IF EXISTS jobs_kind_check"))
-        connection.execute(text("UPDATE jobs SET kind = 'imagine' WHERE id = :id"), {"id": later})
+        connection.execute(
+            text("ALTER TABLE open_jobs DROP CONSTRAINT IF EXISTS open_jobs_kind_check")
+        )
+        connection.execute(
+            text("UPDATE open_jobs SET kind = 'imagine' WHERE id = :id"), {"id": later}
+        )
     worker = Worker.registered(database)
 
     with database.begin() as connection:

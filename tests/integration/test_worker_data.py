@@ -75,7 +75,7 @@ def test_doomed_jobs_that_were_lost_before_do_not_wedge_the_suspects(
         str(id_)
         for id_ in insert(database, *(new_job(model="stub", request=request) for _ in range(3)))
     ]
-    rows(config, f"UPDATE jobs SET losses = {SUSPECT_AFTER} RETURNING id")
+    rows(config, f"UPDATE open_jobs SET losses = {SUSPECT_AFTER} RETURNING id")
 
     # when a worker gets their messages, and others
     with (
@@ -99,18 +99,24 @@ def test_rows_that_were_written_by_hand_are_run_and_those_that_cannot_end_harm_n
 ) -> None:
     # given rows without a fingerprint, and rows whose counters are at the end of their columns
     def write(**columns: object) -> str:
-        columns = {"request": '{"prompt": "flour"}', **columns}
+        request = columns.pop("request", '{"prompt": "flour"}')
+        columns = {"model": "stub", **columns}
         names, marks = ", ".join(columns), ", ".join(["%s"] * len(columns))
         query = f"""
-            INSERT INTO jobs (
-                id, model, kind, source, state, not_before, created_at, queued_at, {names}
+            WITH key AS (
+                INSERT INTO job_keys (id, created_at) VALUES (gen_random_uuid(), now()) RETURNING *
+            ), asked AS (
+                INSERT INTO requests (job_id, created_at, request)
+                SELECT id, created_at, body FROM key, CAST(%s AS jsonb) AS body
+                WHERE body IS NOT NULL
             )
-            VALUES (
-                gen_random_uuid(), 'stub', 'generate', 'api', 'queued', now(), now(), now(), {marks}
+            INSERT INTO open_jobs (
+                id, kind, source, state, not_before, created_at, queued_at, {names}
             )
+            SELECT id, 'generate', 'api', 'queued', now(), created_at, now(), {marks} FROM key
             RETURNING id
         """
-        return str(rows(config, query, *columns.values())[0]["id"])
+        return str(rows(config, query, request, *columns.values())[0]["id"])
 
     plain = write()
     endless = [

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from datetime import datetime, timedelta
+from decimal import Decimal
 from typing import Final
 
 from app.jobs import MAX_UNCHARGED
 from app.store import claims
 from tests.memory_store.database import Answer, MemoryConnection, statement
-from tests.memory_store.rows import Params, Row, blank, ms, records
+from tests.memory_store.rows import Params, Row, ms, records
 
 
 @statement(claims._CLAIM)
@@ -41,7 +43,10 @@ def _claim(self: MemoryConnection, given: Params) -> Answer:
                     "id": job["attempt_id"],
                     "number": job["attempt"],
                     "job_id": job["id"],
-                    **{name: job[name] for name in ("tenant", "worker_id", "batch_id")},
+                    **{
+                        name: job[name]
+                        for name in ("tenant", "created_at", "worker_id", "batch_id")
+                    },
                     "claimed_at": self.now,
                 },
             )
@@ -92,7 +97,7 @@ def _claimed(job: Row) -> Row:
 @statement(claims._FINISH)
 def _finish(self: MemoryConnection, given: Params) -> Answer:
     counted = []
-    given_records = [blank("results") | each for each in records("results", given["finished"])]
+    given_records = [_RECORD | each for each in records("results", given["finished"])]
     for record in sorted(given_records, key=lambda each: each["job_id"]):
         job, earlier = self.jobs.get(record["job_id"]), self.results.get(record["job_id"])
         if earlier is not None and _is_repeated(self, earlier, record):
@@ -122,7 +127,8 @@ def _is_held(job: Row | None, given: Params) -> bool:
 
 
 def _record_finished(self: MemoryConnection, job: Row, record: Row) -> None:
-    self.update(
+    batch_id = job["batch_id"]
+    job = self.update(
         "jobs",
         job["id"],
         state=record["state"],
@@ -130,19 +136,14 @@ def _record_finished(self: MemoryConnection, job: Row, record: Row) -> None:
         attempts_charged=job["attempts_charged"] + 1,
         **_NOBODYS,
     )
-    names = ("tenant", "model", "kind", "batch_id", "created_at", "queued_at", "claimed_at")
     if job["purged_at"] is not None:
         record = record | {"response": None, "error_message": None}
-    self.insert(
-        "results",
-        record
-        | {name: job[name] for name in names}
-        | {
-            "finished_at": self.now,
-            "queue_ms": ms(job["created_at"], record["started_at"] or job["claimed_at"]),
-            "ttft_ms": ms(job["created_at"], record["first_token_at"]),
-            "total_ms": ms(job["created_at"], self.now),
-        },
+    self.record(
+        job,
+        **record,
+        batch_id=batch_id,
+        queue_ms=ms(job["created_at"], record["started_at"] or job["claimed_at"]),
+        ttft_ms=ms(job["created_at"], record["first_token_at"]),
     )
 
 
@@ -164,6 +165,11 @@ def _close_finished(self: MemoryConnection, record: Row, is_held: bool) -> None:
     )
 
 
+_RECORD: Final = dict.fromkeys(each.name for each in fields(claims.Finished)) | {
+    "device_ns": 0, "cost": Decimal(0),
+}  # fmt: skip
+AGAIN: Final = {"received_by": None, "enqueued_at": None, "wake_count": 0}
+"""`QUEUED_AGAIN`."""
 _NOBODYS: Final = {"attempt_id": None, "worker_id": None, "batch_id": None}
 
 
@@ -189,11 +195,7 @@ def give_back(self: MemoryConnection, job: Row, release: Row) -> Row:
         state=state,
         attempts_charged=job["attempts_charged"] + charged,
         losses=job["losses"] + (release["outcome"] == "lost"),
-        queued_at=self.now if state == "queued" else job["queued_at"],
-        finished_at=None if state == "queued" else self.now,
-        received_by=None,
-        enqueued_at=None,
-        wake_count=0,
+        **(AGAIN | {"queued_at": self.now} if state == "queued" else {"finished_at": self.now}),
         **_NOBODYS,
     )
     names = ("outcome", "charged", "error_code", "device_ns", "cost")

@@ -14,11 +14,12 @@ from typing import Any, Final
 from uuid import UUID
 
 from app.errors import NotStorable
+from app.store.results import COPIED
 from tests.memory_store.rows import KEYS, Params, Row, Table, blank, ms
 
-_COPIED: Final = (
-    "tenant", "model", "kind", "state", "created_at", "queued_at", "claimed_at", "finished_at",
-)  # fmt: skip
+_COPIED: Final = tuple(
+    {*COPIED, "state", "attempts_charged", "losses", "finished_at"} - {"batch_id"}
+)
 
 
 class Answer:
@@ -150,19 +151,22 @@ class MemoryConnection:
 
     def record_ended(self, job: Row, error_code: str, error_message: str, **last: Any) -> None:
         """`RECORD_ENDED`: the result of a job that ends without an answer."""
+        self.record(job, error_code=error_code, error_message=error_message, **last)
+        self.told.append(job["id"])
+
+    def record(self, job: Row, **result: Any) -> None:
+        """A result has all that its job has."""
         self.insert(
             "results",
             {
                 **{name: job[name] for name in _COPIED},
                 "job_id": job["id"],
+                "expected_input_tokens": job["input_tokens"],
                 "queue_ms": ms(job["created_at"], job["claimed_at"]),
                 "total_ms": ms(job["created_at"], job["finished_at"]),
-                "error_code": error_code,
-                "error_message": error_message,
-                **last,
+                **result,
             },
         )
-        self.told.append(job["id"])
 
 
 def _check(connection: MemoryConnection) -> None:

@@ -17,8 +17,8 @@ def _kept_for_long(self: MemoryConnection, rows: Iterable[Row], given: Params) -
     return sorted(old, key=lambda row: row["finished_at"])[: given["page"]]
 
 
-@statement(retention._REDACT_REQUESTS)
-def _redact_requests(self: MemoryConnection, given: Params) -> Answer:
+@statement(retention._REMOVE_REQUESTS)
+def _remove_requests(self: MemoryConnection, given: Params) -> Answer:
     kept = [job for job in of_tenant(self.jobs, given) if job["request"] is not None]
     old = _kept_for_long(self, kept, given)
     for job in old:

@@ -13,7 +13,7 @@ from sqlalchemy import DateTime, Numeric, Uuid
 
 from app.jobs import Kind
 from app.requests import bodies
-from app.store.tables import metadata
+from app.store.tables import jobs, metadata
 
 Row = dict[str, Any]
 Table = dict[UUID, Row]
@@ -26,6 +26,9 @@ KEYS: Final = {
     "batches": "id",
     "workers": "id",
 }
+TABLES: Final = {**metadata.tables, "jobs": jobs}
+"""Jobs are here as their view shows them: one row each, open or ended, request included."""
+
 FINAL: Final = ("completed", "failed", "cancelled", "expired")
 
 
@@ -40,19 +43,23 @@ _DEFAULTS: Final = {
         "max_attempts": 3, "losses": 0, "wake_count": 0, "format": 1,
     },
     "attempts": {"tenant": "default"},
-    "results": {"tenant": "default", "device_ns": 0, "cost": Decimal(0)},
+    "results": {
+        "tenant": "default", "device_ns": 0, "cost": Decimal(0), "metadata": {}, "priority": 0,
+        "attempt": 0, "attempts_charged": 0, "max_attempts": 3, "losses": 0, "wake_count": 0,
+        "format": 1,
+    },
     "batches": {"useful_tokens": 0, "padded_tokens": 0, "device_ns": 0},
     "workers": {"engine": {}},
 }  # fmt: skip
 
 _BLANKS: Final = {
-    table: dict.fromkeys(metadata.tables[table].columns.keys()) | _DEFAULTS[table] for table in KEYS
+    table: dict.fromkeys(TABLES[table].columns.keys()) | _DEFAULTS[table] for table in KEYS
 }
 
 
 def _parsers(table: str) -> dict[str, Callable[[Any], Any]]:
     parsers: dict[str, Callable[[Any], Any]] = {}
-    for column in metadata.tables[table].columns:
+    for column in TABLES[table].columns:
         for type_, parser in _PARSERS.items():
             if isinstance(column.type, type_):
                 parsers[column.name] = parser

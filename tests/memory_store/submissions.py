@@ -9,7 +9,7 @@ from uuid import UUID
 
 from app.store import submissions
 from tests.memory_store.database import Answer, MemoryConnection, statement
-from tests.memory_store.rows import Params, Row, is_known, is_waiting, of_tenant, records
+from tests.memory_store.rows import FINAL, Params, Row, is_known, is_waiting, of_tenant, records
 
 
 def _new_row(self: MemoryConnection, job: Row, **more: Any) -> Row:
@@ -59,20 +59,26 @@ def _find_earlier(self: MemoryConnection, given: Params) -> Answer:
 def _receive(self: MemoryConnection, given: Params) -> Answer:
     brought = {job["id"]: job for job in records("jobs", given["jobs"])}
     rows = []
-    for job_id in [*brought, *given["ids"]]:
+    for job_id, fingerprint in zip(given["ids"], given["fingerprints"], strict=True):
         row, job = self.jobs.get(job_id), brought.get(job_id)
-        if row is not None:
+        if row is not None and row["state"] not in FINAL:
             row = self.update("jobs", job_id, **_noted(row, given["worker_id"], self.now))
-        elif job is not None:
-            due = (job.get("not_before") or self.now) <= self.now
-            row = _new_row(
-                self,
-                job,
-                received_by=given["worker_id"] if due else None,
-                enqueued_at=self.now if due else None,
-            )
-        if row is not None:
-            rows.append(_received(row, job, self.now))
+            rows.append(_received(row, fingerprint, self.now))
+        elif row is None and job is not None:
+            is_due = (job.get("not_before") or self.now) <= self.now
+            holder, sent_at = (given["worker_id"], self.now) if is_due else (None, None)
+            row = _new_row(self, job, received_by=holder, enqueued_at=sent_at)
+            rows.append(_received(row, fingerprint, self.now))
+    return Answer(rows)
+
+
+@statement(submissions._LOOK_BACK)
+def _look_back(self: MemoryConnection, given: Params) -> Answer:
+    rows = []
+    for job_id, fingerprint in zip(given["ids"], given["fingerprints"], strict=True):
+        row = self.jobs.get(job_id)
+        if row is not None and row["state"] in FINAL:
+            rows.append(_received(row, fingerprint, self.now))
     return Answer(rows)
 
 
@@ -89,12 +95,12 @@ def _noted(row: Row, worker_id: UUID, now: datetime) -> Row:
     }
 
 
-def _received(row: Row, job: Row | None, now: datetime) -> Row:
+def _received(row: Row, fingerprint: str | None, now: datetime) -> Row:
     names = (
         "not_before", "deadline", "time_limit_s", "format", "priority", "attempts_charged",
         "losses", "created_at",
     )  # fmt: skip
-    is_same = job is not None and job.get("fingerprint") == row["fingerprint"]
+    is_same = fingerprint is not None and fingerprint == row["fingerprint"]
     return {
         **{name: row[name] for name in ("id", "tenant", "model", "kind", "state")},
         "is_due": row["not_before"] <= now,

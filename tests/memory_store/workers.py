@@ -8,7 +8,7 @@ from uuid import UUID
 
 from app.store import cancellation, notices, purging, workers
 from tests.memory_store.database import Answer, MemoryConnection, statement
-from tests.memory_store.rows import Params, records
+from tests.memory_store.rows import FINAL, Params, records
 
 
 @statement(workers._REGISTER)
@@ -57,12 +57,21 @@ def _stop(self: MemoryConnection, given: Params) -> Answer:
 @statement(cancellation._LOCK)
 @statement(cancellation._LOCK_FREE)
 def _lock(self: MemoryConnection, given: Params) -> Answer:
+    return _states(self, given, is_ended=False)
+
+
+@statement(cancellation._ENDED)
+def _ended(self: MemoryConnection, given: Params) -> Answer:
+    return _states(self, given, is_ended=True)
+
+
+def _states(self: MemoryConnection, given: Params, *, is_ended: bool) -> Answer:
     found = [self.jobs[id] for id in given["ids"] if id in self.jobs]
     return Answer(
         [
             {"id": job["id"], "state": job["state"]}
             for job in found
-            if job["tenant"] == given["tenant"]
+            if job["tenant"] == given["tenant"] and (job["state"] in FINAL) == is_ended
         ]
     )
 
@@ -105,5 +114,6 @@ def _purge(self: MemoryConnection, given: Params) -> Answer:
     said = {"request": None, "fingerprint": None, "idempotency_key": None, "metadata": {}}
     self.update("jobs", job["id"], **said, purged_at=job["purged_at"] or self.now)
     if job["id"] in self.results:
-        self.update("results", job["id"], response=None, error_message=None)
+        said = {"response": None, "error_message": None, "metadata": {}}
+        self.update("results", job["id"], **said, purged_at=job["purged_at"] or self.now)
     return Answer([])

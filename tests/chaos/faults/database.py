@@ -218,15 +218,13 @@ def database_busy(scene: Scene) -> None:
         time.sleep(hold_s)
     submit_for(scene, 0.5)
     with scene.world.admin(autocommit=False) as idle:
-        rows = idle.execute(
-            "SELECT id FROM jobs WHERE finished_at IS NULL LIMIT 50 FOR UPDATE"
-        ).fetchall()
+        rows = idle.execute("SELECT id FROM open_jobs LIMIT 50 FOR UPDATE").fetchall()
         idle.execute("SELECT txid_current()")
         scene.note(f"{len(rows)} rows were held by an idle transaction.")
         time.sleep(hold_s)
         idle.rollback()
     with _submitting(scene), scene.world.admin(autocommit=False) as holder:
-        holder.execute("LOCK TABLE jobs IN ACCESS EXCLUSIVE MODE")
+        holder.execute("LOCK TABLE open_jobs IN ACCESS EXCLUSIVE MODE")
         time.sleep(hold_s)
         holder.rollback()
     scene.afterwards(partial(expect_refusals, scene))

@@ -22,9 +22,9 @@ _KINDS: Final = ", ".join(f"'{kind}'" for kind in Kind)
 # What a next version's migration does: it adds, and takes nothing away.
 _EXPAND: Final = f"""
     SET LOCAL lock_timeout = '5s';
-    ALTER TABLE jobs ADD COLUMN next_version text;
-    ALTER TABLE jobs DROP CONSTRAINT jobs_kind_check;
-    ALTER TABLE jobs ADD CONSTRAINT jobs_kind_check
+    ALTER TABLE open_jobs ADD COLUMN next_version text;
+    ALTER TABLE open_jobs DROP CONSTRAINT open_jobs_kind_check;
+    ALTER TABLE open_jobs ADD CONSTRAINT open_jobs_kind_check
         CHECK (kind IN ({_KINDS}, '{NEW_KIND}')) NOT VALID;
     CREATE TABLE next_versions (id uuid PRIMARY KEY);
     UPDATE alembic_version SET version_num = 'next';
@@ -32,17 +32,25 @@ _EXPAND: Final = f"""
 _CONTRACT: Final = f"""
     DELETE FROM jobs WHERE kind = '{NEW_KIND}';
     DROP TABLE next_versions;
-    ALTER TABLE jobs DROP CONSTRAINT jobs_kind_check;
-    ALTER TABLE jobs ADD CONSTRAINT jobs_kind_check CHECK (kind IN ({_KINDS})) NOT VALID;
-    ALTER TABLE jobs DROP COLUMN next_version;
+    ALTER TABLE open_jobs DROP CONSTRAINT open_jobs_kind_check;
+    ALTER TABLE open_jobs ADD CONSTRAINT open_jobs_kind_check
+        CHECK (kind IN ({_KINDS})) NOT VALID;
+    ALTER TABLE open_jobs DROP COLUMN next_version;
 """
 
 # Jobs of a kind that only the next version knows, as its API writes them, never sent yet.
 _NEW_JOBS: Final = f"""
-    INSERT INTO jobs (id, model, kind, source, state, request, not_before, created_at, queued_at)
-    SELECT gen_random_uuid(), 'stub', '{NEW_KIND}', 'api', 'queued', '{{"query": "x"}}', now(),
-        now() - interval '1 hour', now()
-    FROM generate_series(1, 3) RETURNING id
+    WITH key AS (
+        INSERT INTO job_keys (id, created_at)
+        SELECT gen_random_uuid(), now() - interval '1 hour' FROM generate_series(1, 3)
+        RETURNING *
+    ), asked AS (
+        INSERT INTO requests (job_id, created_at, request)
+        SELECT id, created_at, '{{"query": "x"}}' FROM key
+    )
+    INSERT INTO open_jobs (id, model, kind, source, state, not_before, created_at, queued_at)
+    SELECT id, 'stub', '{NEW_KIND}', 'api', 'queued', now(), created_at, now() FROM key
+    RETURNING id
 """
 
 

@@ -50,8 +50,8 @@ def _lock_until_commit(scene: Scene, part: str) -> str:
         world.wait_running(part)
         with world.admin(autocommit=False) as connection:
             row = connection.execute(
-                "SELECT jobs.id FROM jobs JOIN workers ON workers.id = worker_id"
-                " WHERE state = 'running' AND pid = %s LIMIT 1 FOR UPDATE OF jobs SKIP LOCKED",
+                "SELECT job.id FROM open_jobs AS job JOIN workers ON workers.id = worker_id"
+                " WHERE state = 'running' AND pid = %s LIMIT 1 FOR UPDATE OF job SKIP LOCKED",
                 (world.pid(part),),
             ).fetchone()
             deadline = time.monotonic() + 1.0
