@@ -38,10 +38,11 @@ from app.broker.publisher import Publisher
 from app.broker.queues import room
 from app.config.settings import Settings
 from app.errors import GristmillError, SchemaError, Unavailable
-from app.store import delivery, retention, sweeps
+from app.store import delivery, months, retention, sweeps
 from app.store.contact import Contact
 from app.store.database import Database
 from app.store.delivery import WakeUp
+from app.store.months import Month
 from app.store.pages import Pages
 from app.store.translation import Locked, TookTooLong
 
@@ -54,6 +55,11 @@ MAX_PAGES: Final = 20
 MAX_RETENTION_PAGES: Final = 10
 """The same for what nobody waits for."""
 
+
+KEYS_PAGE: Final = 20_000
+"""Keys of old jobs that are deleted at once: there is one small row for each."""
+
+FIRST_ID: Final = UUID(int=0)
 
 DAY_S: Final = 86_400
 
@@ -109,6 +115,8 @@ class Rescue:
         self._contact = Contact(self._lease_s / 2, now_s)
         self._pages = Pages(self._begin, settings.rescue.page_size, now_s)
         self._page = settings.rescue.page_size
+        self._keys = Pages(self._begin, KEYS_PAGE, now_s)
+        self._forgotten: dict[Month, UUID] = {}  #: months that are going, and how far they are
         self._missing: frozenset[UUID] = frozenset()
         self._look_again_at = 0.0
         self._hindered: dict[str, str] = {}  #: kinds of work that cannot be done, and why
@@ -192,7 +200,42 @@ class Rescue:
         )
         return ran, held
 
+    def _make_months(self) -> int:
+        with self._begin() as connection:
+            return months.prepare(connection)
+
+    def _drop_months(self) -> int:
+        """Whole months go where nothing in them is to be kept; how many tables."""
+        kept = self._retention
+        with self._begin() as connection:
+            asked = months.over(connection, "requests", kept.prompts_days * DAY_S)
+            for month in asked:
+                months.drop(connection, month, ["requests"])
+        with self._begin() as connection:
+            ended = months.over(connection, "results", kept.jobs_days * DAY_S)
+        return len(asked) + sum(map(self._forget, ended))
+
+    def _forget(self, month: Month) -> int:
+        """Delete the keys of a month's jobs, some in each sweep, and in the end the month."""
+        dropped = 0
+
+        def step(connection: Any, size: int) -> int:
+            nonlocal dropped
+            last = months.forget(connection, month, self._forgotten.get(month, FIRST_ID), size)
+            if last is None:
+                dropped = months.drop(connection, month)
+                return 0
+            self._forgotten[month] = last
+            return size
+
+        self._keys.repeat("Forgot old jobs.", step, MAX_RETENTION_PAGES)
+        if dropped:
+            self._forgotten.pop(month, None)
+        return dropped
+
     def _remove_old(self) -> int:
+        self._told("Made tables for the months to come.", lambda _: self._make_months())
+        self._told("Dropped tables of old months.", lambda _: self._drop_months())
         kept = self._retention
         steps: tuple[tuple[Callable[..., int], float, str], ...] = (
             (retention.remove_requests, kept.prompts_days, "Removed requests of old jobs."),

@@ -19,6 +19,7 @@ BENCHES: Final = (
     "outside",
     "overload",
     "retention",
+    "history",
     "recovery",
     "poison",
     "workers",

@@ -15,75 +15,20 @@ import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import closing
-from dataclasses import dataclass
-from decimal import Decimal
 from pathlib import Path
 from statistics import median
 from typing import Final
-from uuid import UUID
 
 from app.bench.report import machine, print_json, print_table
-from app.jobs import CloseReason, JobState, Kind, new_id
+from app.bench.store import BATCH, DAY_S, MODEL, PROMPT, Store
 from app.local.servers import EmbeddedPostgres
-from app.store import claims, retention, sizes, submissions, workers
+from app.store import claims, retention, sizes
 from app.store.database import Database, migrate
 from app.store.sizes import Size
-from app.store.submissions import Incoming, NewJob
 
-MODEL: Final = "bench"
-BATCH: Final = 64
 PAGE: Final = 500
-PROMPT: Final = "The old miller had never cared for the river. " * 12
-DAY_S: Final = 86_400
 KEEP_S: Final = DAY_S
 """Ended jobs of the history are older, those of the churn are not."""
-
-
-@dataclass(slots=True)
-class Store:
-    database: Database
-    worker_id: UUID
-
-    def submit(self, number: int) -> list[UUID]:
-        jobs = [_new_job() for _ in range(number)]
-        ids = [job.id for job in jobs]
-        with self.database.begin() as connection:
-            submissions.insert_jobs(connection, jobs, sent=ids)
-        return ids
-
-    def receive(self, ids: Seq[UUID]) -> None:
-        with self.database.begin() as connection:
-            submissions.receive(connection, self.worker_id, map(Incoming, ids))
-
-    def claim(self, ids: Seq[UUID]) -> list[claims.Claimed]:
-        batch = claims.NewBatch(
-            id=new_id(),
-            worker_id=self.worker_id,
-            model=MODEL,
-            engine="stub",
-            close_reason=CloseReason.SIZE,
-            wait_ms=1.0,
-        )
-        with self.database.begin() as connection:
-            return claims.claim(connection, batch, [claims.Member(id, new_id()) for id in ids])
-
-    def finish(self, claimed: Seq[claims.Claimed]) -> None:
-        response = {"choices": [{"text": PROMPT}]}
-        done = [
-            claims.Finished(
-                job_id=each.job_id,
-                attempt_id=each.attempt_id,
-                state=JobState.COMPLETED,
-                response=response,
-            )
-            for each in claimed
-        ]
-        with self.database.begin() as connection:
-            claims.finish(connection, done)
-
-    def remove(self, step: Callable[..., int]) -> int:
-        with self.database.begin() as connection:
-            return step(connection, KEEP_S, PAGE)
 
 
 def main(arguments: Seq[str]) -> None:
@@ -94,7 +39,7 @@ def main(arguments: Seq[str]) -> None:
     ):
         migrate(server.url)
         with closing(Database(server.url, statement_timeout_ms=600_000)) as database:
-            store = Store(database, _register(database))
+            store = Store.of(database)
             _fill(database, options.jobs)
             before, quick = _sizes(database), _times(store)
             began = time.monotonic()
@@ -113,40 +58,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _new_job() -> NewJob:
-    return NewJob(
-        id=new_id(),
-        model=MODEL,
-        kind=Kind.GENERATE,
-        url="/v1/completions",
-        request={"prompt": PROMPT},
-        fingerprint="f00d",
-        source="api",
-        input_tokens=100,
-        max_output_tokens=100,
-    )
-
-
-def _register(database: Database) -> UUID:
-    worker = workers.NewWorker(
-        id=new_id(),
-        name="bench",
-        host="here",
-        pid=1,
-        models=[MODEL],
-        device="none",
-        price_id="cpu",
-        currency="USD",
-        price_per_device_hour=Decimal(0),
-    )
-    with database.begin() as connection:
-        workers.register_worker(connection, worker, lease_s=DAY_S)
-    return worker.id
-
-
 def _fill(database: Database, jobs: int) -> None:
     began = time.monotonic()
-    sizes.fill(database, jobs, MODEL, PROMPT, older_than_s=2 * KEEP_S)
+    sizes.fill(database, jobs, MODEL, PROMPT, age_s=jobs + 2 * KEEP_S, over_s=jobs)
+    sizes.vacuum(database)
     print(f"filled in {time.monotonic() - began:.0f} s", flush=True)
 
 
@@ -156,9 +71,7 @@ def _churn(store: Store, seconds: float) -> tuple[int, int]:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         for _ in range(8):
-            ids = store.submit(BATCH)
-            store.receive(ids)
-            store.finish(store.claim(ids))
+            store.run(BATCH)
             done += BATCH
         for step in (
             retention.delete_jobs,
@@ -166,7 +79,7 @@ def _churn(store: Store, seconds: float) -> tuple[int, int]:
             retention.redact_responses,
             retention.delete_batches,
         ):
-            removed += store.remove(step)
+            removed += store.remove(step, KEEP_S, PAGE)
     return done, removed
 
 
@@ -216,7 +129,7 @@ def _print(
     )
     growth = {
         f"{name}_bytes_per_row": round(after[name].per_row / before[name].per_row, 3)
-        for name in ("jobs", "results", "attempts")
+        for name in ("requests", "results", "attempts")
     }
     slower = {f"{name}_time": round(still_quick[name] / quick[name], 2) for name in quick}
     print()

@@ -22,6 +22,7 @@ from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from app.errors import SchemaError
+from app.store import months
 from app.store.address import Address
 from app.store.link import Found, Link, connect, is_lost
 from app.store.translation import Locked, translated_errors
@@ -266,6 +267,7 @@ def _upgrade(config: Config, revision: str) -> None:
     connection: Connection = config.attributes["connection"]
     connection.execute(text("ALTER TABLE alembic_version ADD COLUMN IF NOT EXISTS fits_from text"))
     connection.execute(text("UPDATE alembic_version SET fits_from = :it"), {"it": _FITS_FROM})
+    months.prepare(connection)
 
 
 def downgrade(url: str, revision: str) -> str:

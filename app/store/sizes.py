@@ -1,14 +1,17 @@
-"""How large the tables are, and a way to fill them: for the benchmark of retention. How many
-connections there are."""
+"""How large the tables are, and a way to fill them, for benchmarks; how many connections are open."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import Final
 
 from sqlalchemy import Connection, text
 
+from app.store import months
 from app.store.database import Database
+from app.store.months import Month
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +27,14 @@ class Size:
         return self.bytes / max(1, self.rows)
 
 
-_TABLES: Final = ("jobs", "attempts", "results", "batches")
+_TABLES: Final = ("job_keys", "requests", "open_jobs", "attempts", "results", "batches")
 
-# Rows, dead rows and bytes of a table.
+# Rows, bytes and dead rows of a table, or of all its partitions.
 _SIZE: Final = """
-    SELECT (SELECT count(*) FROM {table}), pg_total_relation_size('{table}'),
-        (SELECT n_dead_tup FROM pg_stat_user_tables WHERE relname = '{table}')
+    SELECT (SELECT count(*) FROM {table}), CAST(sum(pg_total_relation_size(relid)) AS bigint),
+        CAST(sum(n_dead_tup) AS bigint)
+    FROM pg_stat_user_tables WHERE relid = '{table}'::regclass
+        OR relid IN (SELECT inhrelid FROM pg_inherits WHERE inhparent = '{table}'::regclass)
 """
 
 
@@ -58,45 +63,114 @@ def connections(connection: Connection) -> tuple[int, int]:
     return used, most
 
 
-# Ended jobs, each with its attempt and its result; 64 to a batch.
-_JOBS: Final = text("""
-    INSERT INTO jobs (
-        id, model, kind, url, request, fingerprint, source, state, input_tokens, max_output_tokens,
-        not_before, created_at, queued_at, claimed_at, finished_at, attempt,
-        attempts_charged
-    )
-    SELECT
-        gen_random_uuid(), :model, 'generate', '/v1/completions',
-        jsonb_build_object('prompt', CAST(:prompt AS text)), 'f00d', 'api', 'completed', 100, 100,
-        made, made, made, made, made, 1, 1
-    FROM generate_series(1, :jobs) AS n
+def logged(connection: Connection) -> int:
+    """Bytes that Postgres has written into its log, by all and ever."""
+    position = "SELECT CAST(pg_wal_lsn_diff(pg_current_wal_insert_lsn(), '0/0') AS bigint)"
+    return connection.execute(text(position)).scalar_one()
+
+
+def heap_only(connection: Connection, table: str) -> tuple[int, int]:
+    """Updates of a table's rows since it was made, and how many of them were heap-only."""
+    connection.execute(text("SELECT pg_stat_force_next_flush()"))
+    found = connection.execute(
+        text(
+            "SELECT pg_stat_get_tuples_updated(CAST(:table AS regclass)),"
+            " pg_stat_get_tuples_hot_updated(CAST(:table AS regclass))"
+        ),
+        {"table": table},
+    ).one()
+    return found[0], found[1]
+
+
+# Ids of version 7, as `app.jobs.new_id` makes them.
+_MADE: Final = """
+    SELECT stamp, CAST(
+        lpad(to_hex(CAST(1000 * extract(epoch FROM stamp) AS bigint)), 12, '0') || '7'
+        || substr(random, 14, 3) || '8' || substr(random, 18, 15) AS uuid
+    ) AS id
+    FROM generate_series(CAST(:first AS bigint), CAST(:last AS bigint)) AS n
     CROSS JOIN LATERAL (
-        SELECT now() - (:older_than_s + :jobs - n) * interval '1 s' AS made
-    ) AS stamp
-""")
-_RESULTS: Final = text("""
+        SELECT now() - (:age_s - n * :apart_s) * interval '1 s' AS stamp,
+            replace(CAST(gen_random_uuid() AS text), '-', '') AS random
+    ) AS each
+"""
+
+# Ended jobs with all that is of them.
+_ENDED: Final = text(f"""
+    WITH made AS MATERIALIZED ({_MADE}), known AS (
+        INSERT INTO job_keys (id, created_at, fingerprint)
+        SELECT id, stamp, repeat('f00d', 16) FROM made
+    ), asked AS (
+        INSERT INTO requests (job_id, created_at, request)
+        SELECT id, stamp, jsonb_build_object('prompt', CAST(:prompt AS text)) FROM made
+        WHERE :has_prompts
+    ), tried AS (
+        INSERT INTO attempts (
+            id, created_at, job_id, number, worker_id, batch_id, claimed_at, ended_at, outcome,
+            charged
+        )
+        SELECT gen_random_uuid(), stamp, id, 1, id, id, stamp, stamp, 'succeeded', true FROM made
+    )
     INSERT INTO results (
-        job_id, model, kind, state, response, created_at, queued_at, finished_at, total_ms
+        job_id, model, kind, url, source, state, response, not_before, created_at, queued_at,
+        claimed_at, finished_at, total_ms, attempt, attempts_charged
     )
-    SELECT id, model, kind, state, jsonb_build_object('choices', request), created_at, queued_at,
-        finished_at, 1
-    FROM jobs
-""")
-_ATTEMPTS: Final = text("""
-    INSERT INTO attempts (
-        id, job_id, number, worker_id, batch_id, claimed_at, ended_at, outcome, charged
-    )
-    SELECT gen_random_uuid(), id, 1, id, id, claimed_at, finished_at, 'succeeded', true FROM jobs
+    SELECT id, :model, 'generate', '/v1/completions', 'api', 'completed',
+        CASE WHEN :has_prompts THEN jsonb_build_object('text', CAST(:prompt AS text)) END,
+        stamp, stamp, stamp, stamp, stamp, 1, 1, 1
+    FROM made
 """)
 
+# Queued jobs whose messages were sent.
+_OPEN: Final = text(f"""
+    WITH made AS MATERIALIZED ({_MADE}), known AS (
+        INSERT INTO job_keys (id, created_at, fingerprint)
+        SELECT id, stamp, repeat('f00d', 16) FROM made
+    ), asked AS (
+        INSERT INTO requests (job_id, created_at, request)
+        SELECT id, stamp, jsonb_build_object('prompt', CAST(:prompt AS text)) FROM made
+        WHERE :has_prompts
+    )
+    INSERT INTO open_jobs (
+        id, model, kind, url, source, state, input_tokens, max_output_tokens, not_before,
+        created_at, queued_at, enqueued_at
+    )
+    SELECT id, :model, 'generate', '/v1/completions', 'api', 'queued', 100, 100, stamp, stamp,
+        stamp, stamp
+    FROM made
+""")
 
-def fill(database: Database, jobs: int, model: str, prompt: str, *, older_than_s: float) -> None:
-    """Write jobs that ended a second apart, the youngest `older_than_s` ago."""
-    given = {"jobs": jobs, "model": model, "prompt": prompt, "older_than_s": older_than_s}
-    with database.begin() as connection:
-        connection.execute(_JOBS, given)
-        connection.execute(_RESULTS)
-        connection.execute(_ATTEMPTS)
+CHUNK: Final = 100_000
+
+
+def fill(
+    database: Database,
+    jobs: int,
+    model: str,
+    prompt: str,
+    *,
+    age_s: float,
+    over_s: float,
+    is_open: bool = False,
+) -> None:
+    """Write ended jobs, or open ones, the first `age_s` old, spread over `over_s`. Without a prompt
+    they are as old ones are: without request and response."""
+    now = datetime.now(UTC)
+    month, last = (Month.of(now - timedelta(seconds=s)) for s in (age_s, age_s - over_s))
+    while month <= last:
+        with database.begin() as connection:
+            for table in months.TABLES:
+                months.make(connection, table, month)
+        month = month.next
+    given = {"model": model, "prompt": prompt, "has_prompts": bool(prompt), "age_s": age_s}
+    given["apart_s"] = over_s / max(1, jobs)
+    for first in range(0, jobs, CHUNK):
+        chunk = {"first": first, "last": min(first + CHUNK, jobs) - 1}
+        with database.begin() as connection:
+            connection.execute(_OPEN if is_open else _ENDED, given | chunk)
+
+
+def vacuum(database: Database, tables: Sequence[str] = _TABLES) -> None:
     with database.autocommit() as connection:
-        for table in _TABLES:
+        for table in tables:
             connection.execute(text(f"VACUUM ANALYZE {table}"))

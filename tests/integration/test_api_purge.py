@@ -68,7 +68,7 @@ def test_what_a_job_says_is_gone_and_what_it_took_stays(
     job_id = submit(api, KEY)
     end(hands, job_id, state=JobState.FAILED, error_code="oops", error_message=SECRET)
     before = api.get(f"/v1/jobs/{job_id}").json()
-    assert where_it_is(database, SECRET) == {"jobs", "results"}
+    assert where_it_is(database, SECRET) == {"requests", "results"}
 
     answers = [api.delete(f"/v1/jobs/{job_id}") for _ in range(2)]
 

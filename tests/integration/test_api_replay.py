@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
@@ -16,8 +17,9 @@ from app.client import Client
 from app.config.settings import Settings
 from app.errors import JobStateConflict, RequestRemoved
 from app.jobs import JobState
+from app.store.database import Database
 from tests.apis import Hands, running_api
-from tests.rows import at_once
+from tests.rows import accept_earlier, at_once
 from tests.workers import rows
 
 JOB: dict[str, Any] = {
@@ -156,11 +158,8 @@ def test_jobs_are_listed_by_what_went_wrong_and_since_when(
     crashed = failed(api, hands, "engine_crash")
     old = failed(api, hands, "out_of_memory")
     other = failed(api, hands, "engine_error")
-    with psycopg.connect(settings.database.url) as connection:
-        for table, id in (("jobs", "id"), ("results", "job_id")):
-            connection.execute(
-                f"UPDATE {table} SET created_at = now() - interval '2 days' WHERE {id} = %s", [old]
-            )
+    with closing(Database(settings.database.url)) as database:
+        accept_earlier(database, [UUID(old)], timedelta(days=2))
 
     def listed(**query: object) -> list[str]:
         return [job["id"] for job in api.get("/v1/jobs", params=query).json()["data"]]

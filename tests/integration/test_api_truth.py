@@ -242,7 +242,7 @@ def refuse_inserts(url: str) -> None:
             "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS "
             "$$ BEGIN RAISE EXCEPTION USING ERRCODE = 'XX000'; END $$"
         )
-        admin.execute("CREATE TRIGGER refuse BEFORE INSERT ON jobs EXECUTE FUNCTION refuse()")
+        admin.execute("CREATE TRIGGER refuse BEFORE INSERT ON open_jobs EXECUTE FUNCTION refuse()")
 
 
 def test_an_api_whose_submissions_fail_for_whatever_reason_is_not_ready(

@@ -23,6 +23,7 @@ from uuid import UUID, uuid4
 import psycopg
 import pytest
 import redis
+from sqlalchemy import text
 
 from app import rescue
 from app.broker import publisher
@@ -34,9 +35,10 @@ from app.errors import Unavailable
 from app.jobs import ALONE_AFTER, CloseReason, JobState, Kind
 from app.local.ports import free_port
 from app.rescue import Rescue, SweepReport
-from app.store import claims, submissions, workers
+from app.store import claims, months, submissions, workers
 from app.store.claims import Member, NewBatch
 from app.store.database import Database
+from app.store.months import Month
 from app.store.pages import LEFT_OUT_S
 from app.store.submissions import Incoming
 from app.store.workers import NewWorker
@@ -687,6 +689,32 @@ def test_what_was_kept_for_its_time_is_removed_and_then_deleted(
             "SELECT id, request, response, cost FROM jobs JOIN results ON job_id = id"
         ).fetchall()
     assert left == [(month, None, None, Decimal("0.5"))]
+
+
+def test_a_month_of_old_jobs_is_dropped_as_a_whole_and_the_months_to_come_are_made(
+    world: World,
+) -> None:
+    # given a month of jobs that ended two years ago, a young job, and no table for next month
+    ids = world.submit(3)
+    world.claim(worker := world.start_worker(), ids)
+    for job_id in ids[:2]:
+        world.finish(worker, job_id)
+    age = timedelta(days=2 * 365)
+    with world.database.begin() as connection:
+        now = connection.execute(text("SELECT now()")).scalar_one()
+        old, soon = Month.of(now - age), Month.of(now).next
+        for table in months.TABLES:
+            months.make(connection, table, old)
+        months.drop(connection, soon)
+        connection.execute(text("UPDATE results SET finished_at = finished_at - :by"), {"by": age})
+    accept_earlier(world.database, ids[:2], age)
+
+    world.sweep()
+
+    with world.database.begin() as connection:
+        for table in months.TABLES:
+            assert months.kept(connection, table) == list(months.upcoming(now))
+        assert list(connection.scalars(text("SELECT id FROM job_keys"))) == ids[2:]
 
 
 def test_while_redis_is_away_leases_and_deadlines_are_kept_and_nothing_counts_as_sent(

@@ -167,7 +167,7 @@ def service(empty_databases: Callable[[str], str], migrated_template: str) -> It
         with database.begin() as connection:
             for statement in _HISTORY:
                 connection.execute(text(statement), {"worker_id": worker.id})
-            indexes = dict(row._tuple() for row in connection.execute(text(_OF_PARTITIONS)))
+            indexes = dict(tuple(row) for row in connection.execute(text(_OF_PARTITIONS)))
             pick = text("SELECT id FROM jobs WHERE state = :state AND received_by IS NULL LIMIT 64")
             queued = list(connection.scalars(pick, {"state": "queued"}))
             finished = connection.scalar(pick, {"state": "completed"})

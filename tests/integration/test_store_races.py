@@ -5,6 +5,8 @@ The first move's transaction stays open until Postgres says that the second one 
 
 from __future__ import annotations
 
+import random
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -15,12 +17,13 @@ import pytest
 from sqlalchemy import Connection, text
 
 from app.errors import JobStateConflict
-from app.jobs import AttemptOutcome, JobState
-from app.store import cancellation, claims, submissions, sweeps, workers
+from app.jobs import AttemptOutcome, JobState, can_move
+from app.store import cancellation, claims, purging, reads, submissions, sweeps, workers
 from app.store.claims import Claimed, Member, Release
 from app.store.database import Database
-from app.store.submissions import Incoming, Inserted
-from tests.rows import Worker, completed, end_lease, insert, new_job, view
+from app.store.reads import JobView
+from app.store.submissions import Incoming, Inserted, RejectedJob
+from tests.rows import Worker, completed, end_lease, insert, new_job, view, where_it_is
 from tests.waiting import eventually
 
 T = TypeVar("T")
@@ -244,3 +247,163 @@ def test_a_message_that_arrives_during_a_cancel_finds_the_job_ended(database: Da
     )
 
     assert received[job_id].state is JobState.CANCELLED
+
+
+def receive_whole(worker: Worker, job_id: UUID) -> Move[dict[UUID, submissions.Received]]:
+    """A message that brings all of a job, as a producer sends it, or somebody who forges it."""
+    arrivals = [Incoming(job_id, new_job(id=job_id, source="message"))]
+    return lambda connection: submissions.receive(connection, worker.id, arrivals)
+
+
+def test_a_whole_message_that_comes_while_its_job_ends_finds_it_and_writes_nothing(
+    database: Database,
+) -> None:
+    worker, claimed = running(database)
+
+    _, received = race(database, finish(claimed), receive_whole(worker, claimed.job_id))
+
+    assert received[claimed.job_id].state is JobState.COMPLETED
+    assert rows_of(database, claimed.job_id) == {"job_keys": 1, "open_jobs": 0, "results": 1}
+
+
+def test_a_whole_message_that_comes_while_its_job_is_cancelled_finds_it_cancelled(
+    database: Database,
+) -> None:
+    [job_id] = insert(database, new_job())
+    worker = Worker.registered(database)
+
+    _, received = race(database, cancel(job_id), receive_whole(worker, job_id))
+
+    assert received[job_id].state is JobState.CANCELLED
+    assert rows_of(database, job_id) == {"job_keys": 1, "open_jobs": 0, "results": 1}
+
+
+@pytest.mark.parametrize("is_taken_back", [False, True])
+def test_of_two_whole_messages_at_once_one_writes_the_job_and_both_hear_of_it(
+    database: Database, is_taken_back: bool
+) -> None:
+    job_id = uuid4()
+    one, other = Worker.registered(database), Worker.registered(database)
+
+    _, received = race(
+        database,
+        receive_whole(one, job_id),
+        receive_whole(other, job_id),
+        is_taken_back=is_taken_back,
+    )
+
+    assert received[job_id].state is JobState.QUEUED
+    assert rows_of(database, job_id) == {"job_keys": 1, "open_jobs": 1, "results": 0}
+
+
+def test_a_refused_message_that_comes_while_its_job_is_written_changes_nothing(
+    database: Database,
+) -> None:
+    job = new_job(source="message")
+    bad = RejectedJob(id=job.id, kind=job.kind, error_code="bad", error_message="Bad.")
+    worker = Worker.registered(database)
+
+    _, written = race(
+        database,
+        receive_whole(worker, job.id),
+        lambda connection: submissions.reject(connection, [bad]),
+    )
+
+    assert written == set()
+    assert rows_of(database, job.id) == {"job_keys": 1, "open_jobs": 1, "results": 0}
+
+
+def test_a_key_and_a_replay_stay_taken_while_their_job_ends(database: Database) -> None:
+    # given a running job with a key, which replays another
+    replayed = uuid4()
+    _, claimed = running(database, idempotency_key="k", replay_of=replayed)
+    with database.begin() as ending:
+        finish(claimed)(ending)
+
+        # when the same is submitted while it ends, and after that
+        again = [new_job(idempotency_key="k"), new_job(replay_of=replayed)]
+        with database.begin() as connection:
+            answers = submissions.insert_jobs(connection, again)
+    with database.begin() as connection:
+        answers += submissions.insert_jobs(connection, again)
+
+    # then it is that job
+    assert {(each.id, each.created) for each in answers} == {(claimed.job_id, False)}
+
+
+@pytest.mark.parametrize("is_finished_first", [True, False])
+def test_a_job_that_is_purged_while_it_ends_says_nothing_afterwards(
+    database: Database, is_finished_first: bool
+) -> None:
+    _, claimed = running(database, request={"prompt": "a secret"}, metadata={"of": "a secret"})
+    says = completed(claimed, response={"text": "a secret"})
+    moves: list[Move[Any]] = [
+        lambda connection: claims.finish(connection, [says]),
+        lambda connection: purging.purge(connection, claimed.job_id),
+    ]
+
+    race(database, *(moves if is_finished_first else moves[::-1]))
+
+    assert view(database, claimed.job_id).state is JobState.COMPLETED
+    assert where_it_is(database, "a secret") == set()
+
+
+def test_every_look_finds_every_job_in_one_state_while_jobs_end(database: Database) -> None:
+    """Messages come late, doubled and forged, lists and states are asked for, and jobs end."""
+    ids = insert(database, *(new_job() for _ in range(60)))
+    others = [Worker.registered(database) for _ in range(2)]
+    is_over = threading.Event()
+
+    def work(worker: Worker) -> int:
+        done = 0
+        for group in (ids[n : n + 3] for n in range(0, len(ids), 3)):
+            done += len(worker.complete(worker.claim(group)))
+        return done
+
+    def forge(worker: Worker) -> None:
+        seen: dict[UUID, JobState] = {}
+        while not is_over.is_set():
+            some = random.Random(len(seen)).sample(ids, 5)
+            arrivals = [Incoming(id, new_job(id=id, source="message")) for id in some]
+            for id, row in worker.receive(*arrivals).items():
+                assert can_move(seen.get(id, row.state), row.state) or seen[id] is row.state
+                seen[id] = row.state
+            assert seen.keys() >= set(some)
+
+    def look() -> None:
+        while not is_over.is_set():
+            with database.begin() as connection:
+                assert reads.states(connection, ids).keys() == set(ids)
+                views = reads.find(connection, ids)
+            assert [each.id for each in views] == ids
+            assert all(
+                (each.result is not None) == each.state.is_final
+                for each in views
+                if isinstance(each, JobView)
+            )
+
+    with ThreadPoolExecutor(5) as pool:
+        lookers = [pool.submit(forge, worker) for worker in others] + [pool.submit(look)]
+        try:
+            done = sum(pool.map(work, [Worker.registered(database) for _ in range(2)]))
+        finally:
+            is_over.set()
+        for looker in lookers:
+            looker.result()
+
+    assert done == len(ids)
+    with database.begin() as connection:
+        for table, number in (("job_keys", 60), ("open_jobs", 0), ("results", 60)):
+            assert connection.scalar(text(f"SELECT count(*) FROM {table}")) == number, table
+
+
+def rows_of(database: Database, job_id: UUID) -> dict[str, int]:
+    """How many rows a job has, by table."""
+    with database.begin() as connection:
+        return {
+            table: connection.scalar(
+                text(f"SELECT count(*) FROM {table} WHERE {key} = :id"), {"id": job_id}
+            )
+            or 0
+            for table, key in (("job_keys", "id"), ("open_jobs", "id"), ("results", "job_id"))
+        }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from datetime import timedelta
 
-from app.store import retention
+from app.store import months, retention
 from tests.memory_store.database import Answer, MemoryConnection, statement
 from tests.memory_store.rows import Params, Row, of_tenant
 
@@ -15,6 +15,23 @@ def _kept_for_long(self: MemoryConnection, rows: Iterable[Row], given: Params) -
     until = self.now - timedelta(seconds=given["keep_s"])
     old = [row for row in rows if row["finished_at"] is not None and row["finished_at"] < until]
     return sorted(old, key=lambda row: row["finished_at"])[: given["page"]]
+
+
+@statement(months._NOW)
+def _now(self: MemoryConnection, _: Params) -> Answer:
+    return Answer([{"now": self.now}])
+
+
+@statement(months._PARTITIONS)
+def _partitions(self: MemoryConnection, given: Params) -> Answer:
+    """All that are made ahead. Here no month is ever over."""
+    upcoming = months.upcoming(self.now)
+    return Answer([{"relname": month.partition(given["name"])} for month in upcoming])
+
+
+@statement(months._IS_OVER)
+def _is_over(self: MemoryConnection, _: Params) -> Answer:
+    return Answer([{"is_over": False}])
 
 
 @statement(retention._REMOVE_REQUESTS)
