@@ -8,7 +8,7 @@ all looked at, found by the index of labels; where there are many, the newest ar
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Final
 from uuid import UUID
@@ -70,7 +70,12 @@ def newest(
     elif given.metadata and _are_few(connection, given.metadata):
         found = [_matching(given, here, tenant, _labelled(given.metadata))]
     else:
-        found = [_walk(given, here, tenant, state).limit(limit) for state in given.states]
+        walked = [
+            each for state in given.states for each in _parts(connection, given, tenant, state)
+        ]
+        found = [_walk(part, here, tenant, state).limit(limit) for part, state in walked]
+    if not found:
+        return []
     merged = union_all(*(each.subquery().select() for each in found)).subquery()
     page = select(merged.c.id).order_by(merged.c.created_at.desc(), merged.c.id.desc()).limit(limit)
     return list(connection.scalars(page))
@@ -86,6 +91,31 @@ def _place(connection: Connection, job_id: UUID, tenant: str) -> Tuple:
     return tuple_(literal(created_at, Stamp), literal(job_id, Uuid))
 
 
+# The models of open jobs, by steps from each to the next in the index.
+_OPEN_MODELS: Final = text("""
+    WITH RECURSIVE found (model) AS (
+        (SELECT model FROM open_jobs WHERE tenant = :tenant ORDER BY model LIMIT 1)
+        UNION ALL
+        SELECT (
+            SELECT open_jobs.model FROM open_jobs
+            WHERE tenant = :tenant AND open_jobs.model > found.model
+            ORDER BY open_jobs.model LIMIT 1
+        ) FROM found WHERE found.model IS NOT NULL
+    )
+    SELECT model FROM found WHERE model IS NOT NULL
+""")
+
+
+def _parts(
+    connection: Connection, given: Filter, tenant: str, state: JobState
+) -> list[tuple[Filter, JobState]]:
+    """What can be walked by one index: of queued jobs those of one model."""
+    if state is not JobState.QUEUED or given.model is not None or given.error_code is not None:
+        return [(given, state)]
+    models = connection.scalars(_OPEN_MODELS, {"tenant": tenant})
+    return [(replace(given, model=model), state) for model in models]
+
+
 def _walk(given: Filter, here: Tuple | None, tenant: str, state: JobState) -> Select[Any]:
     """The jobs of one state, in the order of an index of `open_jobs` or of `results`."""
     is_ended = state.is_final or given.error_code is not None
@@ -95,6 +125,8 @@ def _walk(given: Filter, here: Tuple | None, tenant: str, state: JobState) -> Se
     )
     if given.error_code is not None:
         query = query.where(results.c.error_code == given.error_code)
+    elif state is JobState.RUNNING:  # few among many that are queued: by the index of workers
+        query = query.where(open_jobs.c.worker_id.is_not(None))
     if given.metadata:
         query = query.where(table.c.metadata.contains(given.metadata))
     return query.order_by(table.c.created_at.desc(), id.desc())

@@ -23,7 +23,7 @@ from app.store.tables import DEFAULT_TENANT
 
 TABLES: Final = {
     "requests": "",
-    "attempts": "fillfactor = 80, ",  # each is updated once, when it ends
+    "attempts": "fillfactor = 50, ",  # each is updated once, when it ends
     "results": "",
 }
 """The tables in months, and what their partitions have beside these settings."""

@@ -283,8 +283,7 @@ open_jobs = Table(
         name="holder",
     ),
     CheckConstraint("state <> 'queued' OR cancel_requested_at IS NULL", name="cancel_requested_at"),
-    # Listing, with and without a model.
-    Index("open_jobs_by_age", "tenant", "created_at", "id"),
+    # Listing, model by model if none is asked for.
     Index("open_jobs_by_model", "tenant", "model", "created_at", "id"),
     # Listing by labels. Those without any are left out: they would all be one entry of it.
     Index(
@@ -305,7 +304,7 @@ open_jobs = Table(
     Index("open_jobs_sent", "model", "enqueued_at"),
     Index("open_jobs_by_worker", "worker_id", postgresql_where=text("worker_id IS NOT NULL")),
     Index("open_jobs_deadline", "deadline", postgresql_where=text("deadline IS NOT NULL")),
-    postgresql_with={"fillfactor": "70"} | _BUSY,
+    postgresql_with={"fillfactor": "50"} | _BUSY,
     comment="One row per queued or running job: its state, and who may move it next.",
 )
 

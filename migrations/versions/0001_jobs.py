@@ -29,7 +29,7 @@ branch_labels = None
 depends_on = None
 
 TABLES = ("job_keys", "requests", "open_jobs", "attempts", "results", "batches", "workers")
-IN_MONTHS = {"requests": {}, "attempts": {"fillfactor": "80"}, "results": {}}
+IN_MONTHS = {"requests": {}, "attempts": {"fillfactor": "50"}, "results": {}}
 """Tables in monthly partitions, and what their partitions have beside `AGEING`. Rescue makes one
 for each month in time; what belongs to none is in the default partition."""
 
@@ -316,13 +316,12 @@ def upgrade() -> None:
         PrimaryKeyConstraint("id", name=op.f("open_jobs_pkey")),
         comment="One row per queued or running job: its state, and who may move it next.",
         postgresql_with={
-            "fillfactor": "70",
+            "fillfactor": "50",
             "autovacuum_vacuum_scale_factor": "0.02",
             "autovacuum_vacuum_insert_scale_factor": "0.02",
             "autovacuum_vacuum_cost_limit": "2000",
         },
     )
-    op.create_index("open_jobs_by_age", "open_jobs", ["tenant", "created_at", "id"])
     op.create_index(
         "open_jobs_by_metadata",
         "open_jobs",

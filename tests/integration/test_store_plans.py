@@ -373,7 +373,7 @@ def test_lists(service: Service, state: JobState | None, model: str | None) -> N
         reads.list_jobs(connection, wanted, after=service.finished, limit=100)
 
     by_model = {"open_jobs_by_model", "results_by_model"}
-    by_state = {"open_jobs_by_age", "results_by_state"}
+    by_state = {"open_jobs_by_model", "results_by_state"}
     indexes = {name for name in service.explain(list_jobs) if "_by_" in name}
 
     assert indexes
@@ -382,7 +382,7 @@ def test_lists(service: Service, state: JobState | None, model: str | None) -> N
 
 @pytest.mark.parametrize(
     ("labels", "best"),
-    [({"customer": "20"}, "open_jobs_by_metadata"), ({"source": "crm"}, "open_jobs_by_age")],
+    [({"customer": "20"}, "open_jobs_by_metadata"), ({"source": "crm"}, "open_jobs_by_model")],
 )
 def test_lists_by_labels(service: Service, labels: dict[str, str], best: str) -> None:
     def list_jobs(connection: Connection) -> None:

@@ -17,7 +17,7 @@ import pytest
 from sqlalchemy import Connection, text
 
 from app.errors import JobStateConflict
-from app.jobs import AttemptOutcome, JobState, can_move
+from app.jobs import AttemptOutcome, JobState
 from app.store import cancellation, claims, purging, reads, submissions, sweeps, workers
 from app.store.claims import Claimed, Member, Release
 from app.store.database import Database
@@ -366,9 +366,10 @@ def test_every_look_finds_every_job_in_one_state_while_jobs_end(database: Databa
             some = random.Random(len(seen)).sample(ids, 5)
             arrivals = [Incoming(id, new_job(id=id, source="message")) for id in some]
             for id, row in worker.receive(*arrivals).items():
-                assert can_move(seen.get(id, row.state), row.state) or seen[id] is row.state
+                before = seen.get(id, JobState.QUEUED)
+                assert before is row.state or not before.is_final
                 seen[id] = row.state
-            assert seen.keys() >= set(some)
+            assert seen.keys() >= set(some)  # whatever happens just then
 
     def look() -> None:
         while not is_over.is_set():
