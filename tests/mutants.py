@@ -458,7 +458,7 @@ MUTANTS: Final = (
     Mutant(
         "an end that rescue wrote is told as the worker's own",
         STORE,
-        "\n            AND outcome IN ('succeeded', 'failed')",
+        " AND outcome IN ('succeeded', 'failed')",
         "",
         CLAIMS,
     ),

@@ -27,7 +27,7 @@ from app.errors import AttemptsExhausted, Unavailable
 from app.jobs import MAX_UNCHARGED, AttemptOutcome, CloseReason, JobState
 from app.store.delivery import QUEUED_AGAIN
 from app.store.encoding import encode
-from app.store.lookup import accepted, locked
+from app.store.lookup import locked
 from app.store.results import COPIED, RECORD_ENDED, copied, elapsed_ms
 
 
@@ -181,13 +181,19 @@ class BatchStats:
     device_ns: int
 
 
+# Find the months of some jobs: given to the statement that finishes them, they keep its plan from
+# all others, however many there are.
+_ACCEPTED: Final = text("SELECT id, created_at FROM job_keys WHERE id = ANY(CAST(:ids AS uuid[]))")
+
 # Finish attempts: job state, result, attempt and batch. An attempt that is not
 # the job's any more only gets its device time noted: it was wasted.
+_MONTHS: Final = "CAST(:accepted AS timestamptz[])"
 _FINISH: Final = text(f"""
     WITH given AS MATERIALIZED (
         SELECT given.*, accepted_at
         FROM jsonb_populate_recordset(NULL::results, CAST(:finished AS jsonb)) AS given
-        {accepted("given.job_id")}
+        JOIN unnest(CAST(:ids AS uuid[]), {_MONTHS}) AS key(id, accepted_at)
+            ON key.id = given.job_id
         ORDER BY job_id
     ), held AS MATERIALIZED (
         SELECT job.*, job.purged_at IS NULL AS is_kept
@@ -226,6 +232,7 @@ _FINISH: Final = text(f"""
             started_at = given.started_at, device_ns = given.device_ns, cost = given.cost
         FROM given
         WHERE attempts.id = given.attempt_id AND attempts.created_at = accepted_at
+            AND attempts.created_at = ANY({_MONTHS})
             AND (given.job_id IN (SELECT id FROM held) OR attempts.device_ns IS NULL)
     ), summed AS (
         UPDATE batches SET
@@ -239,12 +246,12 @@ _FINISH: Final = text(f"""
     SELECT attempt_id FROM given
     WHERE job_id NOT IN (SELECT id FROM held) AND EXISTS (
         SELECT FROM results
-        WHERE results.created_at = accepted_at AND results.job_id = given.job_id
-            AND results.attempt_id = given.attempt_id
+        WHERE results.created_at = accepted_at AND results.created_at = ANY({_MONTHS})
+            AND results.job_id = given.job_id AND results.attempt_id = given.attempt_id
     ) AND EXISTS (
         SELECT FROM attempts
-        WHERE attempts.created_at = accepted_at AND attempts.id = given.attempt_id
-            AND outcome IN ('succeeded', 'failed')
+        WHERE attempts.created_at = accepted_at AND attempts.created_at = ANY({_MONTHS})
+            AND attempts.id = given.attempt_id AND outcome IN ('succeeded', 'failed')
     )
 """)
 
@@ -257,9 +264,14 @@ def finish(
     An attempt is missing from the answer if its job was taken from this worker: another one has
     answered or will. Whoever waits hears of it by `notices.tell_ended`, after the commit.
     """
-    return set(
-        connection.scalars(_FINISH, {"finished": encode(finished), "batches": encode(batches)})
-    )
+    keys = connection.execute(_ACCEPTED, {"ids": [each.job_id for each in finished]}).all()
+    given = {
+        "finished": encode(finished),
+        "batches": encode(batches),
+        "ids": [key.id for key in keys],
+        "accepted": [key.created_at for key in keys],
+    }
+    return set(connection.scalars(_FINISH, given))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

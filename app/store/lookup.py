@@ -24,12 +24,3 @@ def result(job_id: str) -> str:
     """SQL for a lateral join: the result of the job with this id."""
     looked_up = f"SELECT * FROM results WHERE results.job_id = {job_id} OFFSET 0"
     return f"CROSS JOIN LATERAL ({looked_up}) AS job"
-
-
-def accepted(job_id: str) -> str:
-    """SQL for a lateral join: when the job with this id was accepted, as `accepted_at`. All its
-    rows are in that month."""
-    return (
-        "CROSS JOIN LATERAL (SELECT created_at AS accepted_at FROM job_keys"
-        f" WHERE job_keys.id = {job_id} OFFSET 0) AS job_key"
-    )

@@ -161,7 +161,8 @@ def forget(connection: Connection, month: Month, after: UUID, page: int) -> UUID
     """Delete the keys of the month's next jobs after this one; the last of them, None if there is
     none left."""
     statement = text(_FORGET.format(partition=month.partition("results")))
-    return connection.scalar(statement, {"after": after, "page": page})
+    last: UUID | None = connection.scalar(statement, {"after": after, "page": page})
+    return last
 
 
 def drop(connection: Connection, month: Month, tables: Sequence[str] = tuple(TABLES)) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
 from decimal import Decimal
@@ -11,17 +11,15 @@ from uuid import UUID
 
 from sqlalchemy import (
     ARRAY,
+    BindParameter,
     Column,
     Connection,
     Row,
     Select,
     Table,
     Uuid,
-    and_,
     any_,
     bindparam,
-    column,
-    func,
     select,
     text,
 )
@@ -31,7 +29,15 @@ from app.jobs import JobState
 from app.store import lists
 from app.store.encoding import UNREADABLE, state_of
 from app.store.lists import ANY, Filter
-from app.store.tables import DEFAULT_TENANT, Stamp, attempts, batches, jobs, results
+from app.store.tables import (
+    DEFAULT_TENANT,
+    Stamp,
+    attempts,
+    batches,
+    job_keys,
+    open_jobs,
+    results,
+)
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -142,51 +148,55 @@ def _columns(view: type[DataclassInstance], table: Table) -> list[Column[Any]]:
 
 _OF_ATTEMPT: Final = _columns(AttemptView, attempts)
 _OF_BATCH: Final = _columns(BatchView, batches)
-_OF_JOB: Final = _columns(JobView, jobs)
+_OF_OPEN: Final = _columns(JobView, open_jobs)
+_OF_ENDED: Final = _columns(JobView, results)
 _OF_RESULT: Final = _columns(ResultView, results)
+_SHOWN: Final = {*_OF_ENDED, *_OF_RESULT} - {results.c.response}
 
 _IDS: Final = any_(bindparam("ids", type_=ARRAY(Uuid)))
+_ACCEPTED: Final = any_(bindparam("accepted", type_=ARRAY(Stamp)))
+"""When these jobs were accepted: so that their months alone are planned for and looked into."""
+_TENANT: Final[BindParameter[str]] = bindparam("tenant")
 
-# The attempts of some jobs, each kept where its job was accepted, oldest first.
-_GIVEN: Final = (
-    func.unnest(bindparam("ids", type_=ARRAY(Uuid)), bindparam("accepted", type_=ARRAY(Stamp)))
-    .table_valued(column("job_id", Uuid), column("accepted_at", Stamp))
-    .render_derived("given")
-)
-_TRIED: Final = (
-    select(attempts.c.job_id, *_OF_ATTEMPT)
-    .join_from(
-        _GIVEN,
-        attempts,
-        and_(attempts.c.created_at == _GIVEN.c.accepted_at, attempts.c.job_id == _GIVEN.c.job_id),
-    )
-    .order_by(attempts.c.number)
+# What some jobs are known by, and when they were accepted.
+_KEYS: Final = select(job_keys.c.id, job_keys.c.created_at, job_keys.c.replay_of).where(
+    job_keys.c.id == _IDS, job_keys.c.tenant == _TENANT
 )
 
-# Some jobs without their responses, each with the batch that it is in, or was in when it ended.
-_LISTED: Final = (
+# Those that are open, each with the batch that it is in.
+_OPEN: Final = (
+    select(*_OF_OPEN, *_OF_BATCH)
+    .join_from(open_jobs, batches, batches.c.id == open_jobs.c.batch_id, isouter=True)
+    .where(open_jobs.c.id == _IDS)
+)
+
+# Those that have ended, without their responses, each with the batch that it was in.
+_ENDED: Final = (
     select(
-        *_OF_JOB,
         results.c.job_id,
-        *(column for column in _OF_RESULT if column is not results.c.response),
+        *(column for column in results.c if column in _SHOWN),
         *_OF_BATCH,
     )
-    .join_from(
-        jobs,
-        results,
-        and_(results.c.job_id == jobs.c.id, results.c.created_at == jobs.c.created_at),
-        isouter=True,
-    )
-    .join(batches, batches.c.id == func.coalesce(jobs.c.batch_id, results.c.batch_id), isouter=True)
-    .where(jobs.c.id == _IDS, jobs.c.tenant == bindparam("tenant"))
+    .join_from(results, batches, batches.c.id == results.c.batch_id, isouter=True)
+    .where(results.c.job_id == _IDS, results.c.created_at == _ACCEPTED)
 )
 
 # The same with their responses.
-_WHOLE: Final = _LISTED.add_columns(results.c.response)
+_WHOLE: Final = _ENDED.add_columns(results.c.response)
 
-# The states of some jobs.
-_STATES: Final = select(jobs.c.id, jobs.c.state).where(
-    jobs.c.id == _IDS, jobs.c.tenant == bindparam("tenant")
+# Their attempts, oldest first.
+_TRIED: Final = (
+    select(attempts.c.job_id, *_OF_ATTEMPT)
+    .where(attempts.c.job_id == _IDS, attempts.c.created_at == _ACCEPTED)
+    .order_by(attempts.c.number)
+)
+
+# The states of open jobs, and of ended ones.
+_OPEN_STATES: Final = select(open_jobs.c.id, open_jobs.c.state).where(
+    open_jobs.c.id == _IDS, open_jobs.c.tenant == _TENANT
+)
+_ENDED_STATES: Final = select(results.c.job_id, results.c.state).where(
+    results.c.job_id == _IDS, results.c.created_at == _ACCEPTED
 )
 
 
@@ -210,7 +220,7 @@ def summaries(
     connection: Connection, ids: Sequence[UUID], *, tenant: str = DEFAULT_TENANT
 ) -> list[JobView | Unreadable]:
     """The same without their responses."""
-    return _views(connection, _LISTED, list(ids), tenant)
+    return _views(connection, _ENDED, list(ids), tenant)
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,8 +256,13 @@ def states(
     connection: Connection, ids: Collection[UUID], *, tenant: str = DEFAULT_TENANT
 ) -> dict[UUID, JobState | JobUnreadable]:
     """The states of those of the jobs that this tenant has."""
-    rows = connection.execute(_STATES, {"ids": list(ids), "tenant": tenant})
-    return {id: state_of(state) for id, state in rows}
+    given = {"ids": list(ids), "tenant": tenant}
+    found = {id: state_of(state) for id, state in connection.execute(_OPEN_STATES, given)}
+    if rest := [id for id in given["ids"] if id not in found]:
+        keys = connection.execute(_KEYS, given | {"ids": rest}).all()
+        ended = connection.execute(_ENDED_STATES, _places(keys))
+        found |= {id: state_of(state) for id, state in ended}
+    return found
 
 
 def list_jobs(
@@ -268,31 +283,50 @@ def _views(
     connection: Connection, query: Select[*tuple[Any, ...]], ids: list[UUID], tenant: str
 ) -> list[JobView | Unreadable]:
     """The jobs in the order of `ids`, as far as this tenant has them."""
-    # Jobs before attempts: a final job's attempts are then final too.
-    rows = connection.execute(query, {"ids": ids, "tenant": tenant}).all()
+    keys = {row.id: row for row in connection.execute(_KEYS, {"ids": ids, "tenant": tenant})}
+    # Open jobs before ended ones, and both before attempts: what has moved meanwhile is found where
+    # it has come to, and a final job's attempts are then final too.
+    given = _places(keys.values())
+    rows = {row._mapping[open_jobs.c.id]: row for row in connection.execute(_OPEN, given)}
+    open_ids = set(rows)
+    if rest := [key for id, key in keys.items() if id not in rows]:
+        for row in connection.execute(query, _places(rest)):
+            rows[row._mapping[results.c.job_id]] = row
     tried: dict[UUID, list[Row[Any]]] = {id: [] for id in ids}
-    given = [(row._mapping[jobs.c.id], row._mapping[jobs.c.created_at]) for row in rows]
-    found = {"ids": [id for id, _ in given], "accepted": [accepted for _, accepted in given]}
-    for attempt in connection.execute(_TRIED, found):
+    for attempt in connection.execute(_TRIED, given):
         tried[attempt.job_id].append(attempt)
     views: dict[UUID, JobView | Unreadable] = {}
-    for row in rows:
-        id = row._mapping[jobs.c.id]
+    for id, row in rows.items():
         try:
-            views[id] = _job(row, tried[id])
+            views[id] = _job(keys[id], row, tried[id], is_open=id in open_ids)
         except (TypeError, ValueError) as error:
             views[id] = Unreadable(id, JobUnreadable(f"The job's row cannot be read: {error}."))
     return [views[id] for id in ids if id in views]
 
 
-def _job(row: Row[*tuple[Any, ...]], tried: Sequence[Row[Any]]) -> JobView:
+def _places(keys: Iterable[Row[*tuple[Any, ...]]]) -> dict[str, Any]:
+    """Where the rows of these jobs are."""
+    ids = {key.id: key.created_at for key in keys}
+    return {"ids": list(ids), "accepted": list(set(ids.values()))}
+
+
+def _job(
+    key: Row[*tuple[Any, ...]],
+    row: Row[*tuple[Any, ...]],
+    tried: Sequence[Row[Any]],
+    *,
+    is_open: bool,
+) -> JobView:
     """Raises `ValueError` for a word that is not known here, or JSON that cannot be held."""
+    known = {"finished_at": None} if is_open else {"id": key.id}
     return _view(
         row,
         JobView,
-        _OF_JOB,
+        _OF_OPEN if is_open else _OF_ENDED,
+        **known,
+        replay_of=key.replay_of,
         attempts=tuple(_view(attempt, AttemptView, _OF_ATTEMPT) for attempt in tried),
-        result=_view(row, ResultView, _OF_RESULT) if row._mapping[results.c.job_id] else None,
+        result=None if is_open else _view(row, ResultView, _OF_RESULT),
         batch=_view(row, BatchView, _OF_BATCH) if row._mapping[batches.c.id] else None,
     )
 

@@ -1,4 +1,5 @@
-"""How large the tables are, and a way to fill them, for benchmarks; how many connections are open."""
+"""How large the tables are, and a way to fill them, for benchmarks. How many connections there
+are."""
 
 from __future__ import annotations
 
@@ -66,7 +67,7 @@ def connections(connection: Connection) -> tuple[int, int]:
 def logged(connection: Connection) -> int:
     """Bytes that Postgres has written into its log, by all and ever."""
     position = "SELECT CAST(pg_wal_lsn_diff(pg_current_wal_insert_lsn(), '0/0') AS bigint)"
-    return connection.execute(text(position)).scalar_one()
+    return int(connection.execute(text(position)).scalar_one())
 
 
 def heap_only(connection: Connection, table: str) -> tuple[int, int]:

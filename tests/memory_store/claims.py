@@ -94,6 +94,12 @@ def _claimed(job: Row) -> Row:
     return dict(zip(CLAIMED, values, strict=True))
 
 
+@statement(claims._ACCEPTED)
+def _accepted(self: MemoryConnection, given: Params) -> Answer:
+    found = [self.jobs[id] for id in given["ids"] if id in self.jobs]
+    return Answer([{name: job[name] for name in ("id", "created_at")} for job in found])
+
+
 @statement(claims._FINISH)
 def _finish(self: MemoryConnection, given: Params) -> Answer:
     counted = []
