@@ -185,9 +185,10 @@ class BatchStats:
 # all others, however many there are.
 _ACCEPTED: Final = text("SELECT id, created_at FROM job_keys WHERE id = ANY(CAST(:ids AS uuid[]))")
 
+_MONTHS: Final = "CAST(:accepted AS timestamptz[])"
+
 # Finish attempts: job state, result, attempt and batch. An attempt that is not
 # the job's any more only gets its device time noted: it was wasted.
-_MONTHS: Final = "CAST(:accepted AS timestamptz[])"
 _FINISH: Final = text(f"""
     WITH given AS MATERIALIZED (
         SELECT given.*, accepted_at
