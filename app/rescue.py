@@ -59,6 +59,10 @@ MAX_RETENTION_PAGES: Final = 10
 KEYS_PAGE: Final = 20_000
 """Keys of old jobs that are deleted at once: there is one small row for each."""
 
+MONTHS_EVERY_S: Final = 60.0
+"""Between looks whether a month is to be made or dropped: either may have to wait for a lock, and
+everybody else behind it."""
+
 FIRST_ID: Final = UUID(int=0)
 
 DAY_S: Final = 86_400
@@ -115,6 +119,7 @@ class Rescue:
         self._contact = Contact(self._lease_s / 2, now_s)
         self._pages = Pages(self._begin, settings.rescue.page_size, now_s)
         self._page = settings.rescue.page_size
+        self._months_at = 0.0
         self._keys = Pages(self._begin, KEYS_PAGE, now_s)
         self._forgotten: dict[Month, UUID] = {}  #: months that are going, and how far they are
         self._missing: frozenset[UUID] = frozenset()
@@ -234,8 +239,10 @@ class Rescue:
         return dropped
 
     def _remove_old(self) -> int:
-        self._told("Made tables for the months to come.", lambda _: self._make_months())
-        self._told("Dropped tables of old months.", lambda _: self._drop_months())
+        if self._forgotten or self._now_s() >= self._months_at:
+            self._months_at = self._now_s() + MONTHS_EVERY_S
+            self._told("Made tables for the months to come.", lambda _: self._make_months())
+            self._told("Dropped tables of old months.", lambda _: self._drop_months())
         kept = self._retention
         steps: tuple[tuple[Callable[..., int], float, str], ...] = (
             (retention.remove_requests, kept.prompts_days, "Removed requests of old jobs."),

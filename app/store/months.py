@@ -32,9 +32,9 @@ _AGEING: Final = "autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_cost_
 AHEAD: Final = 2
 """Months that are made before they begin."""
 
-_LOCK_TIMEOUT_MS: Final = 500
-"""Making and dropping a partition locks its table, and whoever comes after waits behind: shortly,
-and another time."""
+_LOCK_TIMEOUT_MS: Final = 100
+"""Making and dropping a partition locks its table, and whoever comes after waits behind it: only
+shortly. Another time nobody may be in the way."""
 
 
 @dataclass(frozen=True, slots=True, order=True)

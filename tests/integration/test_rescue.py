@@ -34,7 +34,7 @@ from app.config.settings import Settings
 from app.errors import Unavailable
 from app.jobs import ALONE_AFTER, CloseReason, JobState, Kind
 from app.local.ports import free_port
-from app.rescue import Rescue, SweepReport
+from app.rescue import MONTHS_EVERY_S, Rescue, SweepReport
 from app.store import claims, months, submissions, workers
 from app.store.claims import Member, NewBatch
 from app.store.database import Database
@@ -691,30 +691,62 @@ def test_what_was_kept_for_its_time_is_removed_and_then_deleted(
     assert left == [(month, None, None, Decimal("0.5"))]
 
 
-def test_a_month_of_old_jobs_is_dropped_as_a_whole_and_the_months_to_come_are_made(
-    world: World,
-) -> None:
-    # given a month of jobs that ended two years ago, a young job, and no table for next month
-    ids = world.submit(3)
+def a_month_of_old_jobs(world: World, ids: list[UUID]) -> Month:
+    """Jobs that ended two years ago, in partitions of their own."""
     world.claim(worker := world.start_worker(), ids)
-    for job_id in ids[:2]:
+    for job_id in ids:
         world.finish(worker, job_id)
     age = timedelta(days=2 * 365)
     with world.database.begin() as connection:
         now = connection.execute(text("SELECT now()")).scalar_one()
-        old, soon = Month.of(now - age), Month.of(now).next
+        month = Month.of(now - age)
         for table in months.TABLES:
-            months.make(connection, table, old)
-        months.drop(connection, soon)
+            months.make(connection, table, month)
         connection.execute(text("UPDATE results SET finished_at = finished_at - :by"), {"by": age})
-    accept_earlier(world.database, ids[:2], age)
+    accept_earlier(world.database, ids, age)
+    return month
+
+
+def kept(world: World, table: str = "results") -> list[Month]:
+    with world.database.begin() as connection:
+        return months.kept(connection, table)
+
+
+def test_a_month_of_old_jobs_is_dropped_as_a_whole_and_the_months_to_come_are_made(
+    world: World,
+) -> None:
+    # given a month of old jobs, a young job, and no tables for next month
+    ids = world.submit(3)
+    now, later, last = kept(world)
+    a_month_of_old_jobs(world, ids[:2])
+    with world.database.begin() as connection:
+        months.drop(connection, later)
 
     world.sweep()
 
+    assert [kept(world, table) for table in months.TABLES] == [[now, later, last]] * 3
     with world.database.begin() as connection:
-        for table in months.TABLES:
-            assert months.kept(connection, table) == list(months.upcoming(now))
         assert list(connection.scalars(text("SELECT id FROM job_keys"))) == ids[2:]
+
+
+def test_a_month_that_somebody_reads_is_dropped_another_time(world: World) -> None:
+    # given a month of old jobs, and somebody who reads results for long
+    old = a_month_of_old_jobs(world, world.submit(2))
+    with psycopg.connect(world.database_url) as reader:
+        reader.execute("SELECT count(*) FROM results")
+
+        # when rescue sweeps, then it does all else, and does not stand in the way at every sweep
+        [unsent] = world.submit(1)
+        world.sweep()
+        assert world.messages() == [unsent]
+        assert old in kept(world)
+    world.rescue.sweep()
+    assert old in kept(world)
+
+    # and drops it after a while
+    world.passed_s += MONTHS_EVERY_S
+    world.sweep()
+    assert old not in kept(world)
 
 
 def test_while_redis_is_away_leases_and_deadlines_are_kept_and_nothing_counts_as_sent(
