@@ -126,8 +126,8 @@ MUTANTS: Final = (
     Mutant(
         "the idempotency key is not kept",
         "app/store/submissions.py",
-        "SELECT id, tenant, fingerprint, idempotency_key, replay_of, now()",
-        "SELECT id, tenant, fingerprint, NULL, replay_of, now()",
+        "SELECT id, tenant, decode(fingerprint, 'hex'), idempotency_key, replay_of, now()",
+        "SELECT id, tenant, decode(fingerprint, 'hex'), NULL, replay_of, now()",
         "tests/integration/test_store_submissions.py",
     ),
     Mutant(

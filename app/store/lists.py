@@ -70,9 +70,7 @@ def newest(
     elif given.metadata and _are_few(connection, given.metadata):
         found = [_matching(given, here, tenant, _labelled(given.metadata))]
     else:
-        walked = [
-            each for state in given.states for each in _parts(connection, given, tenant, state)
-        ]
+        walked = [each for state in given.states for each in _parts(connection, given, state)]
         found = [_walk(part, here, tenant, state).limit(limit) for part, state in walked]
     if not found:
         return []
@@ -94,11 +92,10 @@ def _place(connection: Connection, job_id: UUID, tenant: str) -> Tuple:
 # The models of open jobs, by steps from each to the next in the index.
 _OPEN_MODELS: Final = text("""
     WITH RECURSIVE found (model) AS (
-        (SELECT model FROM open_jobs WHERE tenant = :tenant ORDER BY model LIMIT 1)
+        (SELECT model FROM open_jobs ORDER BY model LIMIT 1)
         UNION ALL
         SELECT (
-            SELECT open_jobs.model FROM open_jobs
-            WHERE tenant = :tenant AND open_jobs.model > found.model
+            SELECT open_jobs.model FROM open_jobs WHERE open_jobs.model > found.model
             ORDER BY open_jobs.model LIMIT 1
         ) FROM found WHERE found.model IS NOT NULL
     )
@@ -106,13 +103,11 @@ _OPEN_MODELS: Final = text("""
 """)
 
 
-def _parts(
-    connection: Connection, given: Filter, tenant: str, state: JobState
-) -> list[tuple[Filter, JobState]]:
+def _parts(connection: Connection, given: Filter, state: JobState) -> list[tuple[Filter, JobState]]:
     """What can be walked by one index: of queued jobs those of one model."""
     if state is not JobState.QUEUED or given.model is not None or given.error_code is not None:
         return [(given, state)]
-    models = connection.scalars(_OPEN_MODELS, {"tenant": tenant})
+    models = connection.scalars(_OPEN_MODELS)
     return [(replace(given, model=model), state) for model in models]
 
 

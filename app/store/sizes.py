@@ -100,7 +100,7 @@ _MADE: Final = """
 _ENDED: Final = text(f"""
     WITH made AS MATERIALIZED ({_MADE}), known AS (
         INSERT INTO job_keys (id, created_at, fingerprint)
-        SELECT id, stamp, repeat('f00d', 16) FROM made
+        SELECT id, stamp, decode(repeat('f00d', 16), 'hex') FROM made
     ), asked AS (
         INSERT INTO requests (job_id, created_at, request)
         SELECT id, stamp, jsonb_build_object('prompt', CAST(:prompt AS text)) FROM made
@@ -126,7 +126,7 @@ _ENDED: Final = text(f"""
 _OPEN: Final = text(f"""
     WITH made AS MATERIALIZED ({_MADE}), known AS (
         INSERT INTO job_keys (id, created_at, fingerprint)
-        SELECT id, stamp, repeat('f00d', 16) FROM made
+        SELECT id, stamp, decode(repeat('f00d', 16), 'hex') FROM made
     ), asked AS (
         INSERT INTO requests (job_id, created_at, request)
         SELECT id, stamp, jsonb_build_object('prompt', CAST(:prompt AS text)) FROM made

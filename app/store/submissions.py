@@ -95,7 +95,7 @@ _WRITE: Final = """
         {where}
     ), new AS (
         INSERT INTO job_keys (id, tenant, fingerprint, idempotency_key, replay_of, created_at)
-        SELECT id, tenant, fingerprint, idempotency_key, replay_of, now()
+        SELECT id, tenant, decode(fingerprint, 'hex'), idempotency_key, replay_of, now()
         FROM given ORDER BY idempotency_key COLLATE "C", ordinality
         ON CONFLICT {conflict} DO NOTHING
         RETURNING id
@@ -127,7 +127,8 @@ _INSERT_NEW: Final = text(
 _FIND_EARLIER: Final = text("""
     SELECT
         new.id AS asked, old.id,
-        (old.tenant, old.fingerprint) IS NOT DISTINCT FROM (new.tenant, new.fingerprint)
+        (old.tenant, encode(old.fingerprint, 'hex'))
+            IS NOT DISTINCT FROM (new.tenant, new.fingerprint)
             AS fingerprint_matches
     FROM jsonb_populate_recordset(NULL::jobs, CAST(:jobs AS jsonb)) AS new
     JOIN LATERAL (
@@ -188,7 +189,7 @@ _RECEIVED: Final = """
 _REQUEST: Final = """
     CASE WHEN NOT EXISTS (
         SELECT FROM job_keys
-        WHERE job_keys.id = asked.id AND job_keys.fingerprint = asked.fingerprint
+        WHERE job_keys.id = asked.id AND job_keys.fingerprint = decode(asked.fingerprint, 'hex')
     ) THEN (
         SELECT request FROM requests
         WHERE requests.created_at = job.created_at AND requests.job_id = asked.id

@@ -32,6 +32,7 @@ from sqlalchemy import (
     Double,
     Index,
     Integer,
+    LargeBinary,
     MetaData,
     Numeric,
     PrimaryKeyConstraint,
@@ -109,7 +110,7 @@ job_keys = Table(
         server_default=DEFAULT_TENANT,
         comment="Who owns the job; one tenant never sees another's.",
     ),
-    Column("fingerprint", Text, comment="Hex SHA-256 of url and request in canonical JSON."),
+    Column("fingerprint", LargeBinary, comment="SHA-256 of url and request in canonical JSON."),
     Column("idempotency_key", Text, comment="The caller's key; unique per tenant."),
     Column("replay_of", Uuid, comment="Ended job that it runs once more; null if none."),
     Column("created_at", Stamp, nullable=False, comment="The job's: the month its rows are in."),
@@ -284,7 +285,7 @@ open_jobs = Table(
     ),
     CheckConstraint("state <> 'queued' OR cancel_requested_at IS NULL", name="cancel_requested_at"),
     # Listing, model by model if none is asked for.
-    Index("open_jobs_by_model", "tenant", "model", "created_at", "id"),
+    Index("open_jobs_by_model", "model", "created_at", "id"),
     # Listing by labels. Those without any are left out: they would all be one entry of it.
     Index(
         "open_jobs_by_metadata",

@@ -9,6 +9,7 @@ from sqlalchemy import (
     DateTime,
     Double,
     Integer,
+    LargeBinary,
     Numeric,
     PrimaryKeyConstraint,
     SmallInteger,
@@ -42,7 +43,8 @@ SELECT
         SELECT request FROM requests
         WHERE requests.created_at = job.created_at AND requests.job_id = job.id
     ) AS request,
-    job.format, job_keys.fingerprint, job.source, job_keys.idempotency_key, job_keys.replay_of,
+    job.format, encode(job_keys.fingerprint, 'hex') AS fingerprint, job.source,
+    job_keys.idempotency_key, job_keys.replay_of,
     job.metadata, job.priority, job.input_tokens, job.max_output_tokens, job.not_before,
     job.deadline, job.time_limit_s, job.state, job.attempt, job.attempts_charged,
     job.max_attempts, job.losses, job.attempt_id, job.worker_id, job.batch_id, job.received_by,
@@ -107,7 +109,7 @@ def upgrade() -> None:
             nullable=False,
             comment="Who owns the job; one tenant never sees another's.",
         ),
-        Column("fingerprint", Text, comment="Hex SHA-256 of url and request in canonical JSON."),
+        Column("fingerprint", LargeBinary, comment="SHA-256 of url and request in canonical JSON."),
         Column("idempotency_key", Text, comment="The caller's key; unique per tenant."),
         Column("replay_of", Uuid, comment="Ended job that it runs once more; null if none."),
         Column(
@@ -330,7 +332,7 @@ def upgrade() -> None:
         postgresql_ops={"metadata": "jsonb_path_ops"},
         postgresql_where=text("metadata <> '{}'"),
     )
-    op.create_index("open_jobs_by_model", "open_jobs", ["tenant", "model", "created_at", "id"])
+    op.create_index("open_jobs_by_model", "open_jobs", ["model", "created_at", "id"])
     op.create_index(
         "open_jobs_by_worker",
         "open_jobs",
