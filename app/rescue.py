@@ -236,10 +236,12 @@ class Rescue:
         self._keys.repeat("Forgot old jobs.", step, MAX_RETENTION_PAGES)
         if dropped:
             self._forgotten.pop(month, None)
+        else:
+            self._months_at = self._now_s()  # there are more keys: on with the next sweep
         return dropped
 
     def _remove_old(self) -> int:
-        if self._forgotten or self._now_s() >= self._months_at:
+        if self._now_s() >= self._months_at:
             self._months_at = self._now_s() + MONTHS_EVERY_S
             self._told("Made tables for the months to come.", lambda _: self._make_months())
             self._told("Dropped tables of old months.", lambda _: self._drop_months())
