@@ -221,23 +221,25 @@ class Rescue:
         return len(asked) + sum(map(self._forget, ended))
 
     def _forget(self, month: Month) -> int:
-        """Delete the keys of a month's jobs, some in each sweep, and in the end the month."""
-        dropped = 0
+        """Delete the keys of a month's jobs, some in each sweep, and in the end the month; how many
+        tables were dropped."""
+        after, dropped = self._forgotten.get(month, FIRST_ID), 0
 
         def step(connection: Any, size: int) -> int:
-            nonlocal dropped
-            last = months.forget(connection, month, self._forgotten.get(month, FIRST_ID), size)
+            nonlocal after, dropped
+            last = months.forget(connection, month, after, size)
             if last is None:
                 dropped = months.drop(connection, month)
                 return 0
-            self._forgotten[month] = last
+            after = last
             return size
 
         self._keys.repeat("Forgot old jobs.", step, MAX_RETENTION_PAGES)
         if dropped:
             self._forgotten.pop(month, None)
-        else:
-            self._months_at = self._now_s()  # there are more keys: on with the next sweep
+        else:  # there are more keys: on with the next sweep
+            self._forgotten[month] = after
+            self._months_at = self._now_s()
         return dropped
 
     def _remove_old(self) -> int:
