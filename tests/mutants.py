@@ -458,7 +458,7 @@ MUTANTS: Final = (
     Mutant(
         "an end that rescue wrote is told as the worker's own",
         STORE,
-        " AND outcome IN ('succeeded', 'failed')",
+        "\n            AND outcome IN ('succeeded', 'failed')",
         "",
         CLAIMS,
     ),

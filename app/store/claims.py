@@ -232,8 +232,8 @@ _FINISH: Final = text(f"""
             error_code = coalesce(attempts.error_code, given.error_code),
             started_at = given.started_at, device_ns = given.device_ns, cost = given.cost
         FROM given
-        WHERE attempts.id = given.attempt_id AND attempts.created_at = accepted_at
-            AND attempts.created_at = ANY({_MONTHS})
+        WHERE attempts.created_at = accepted_at AND attempts.created_at = ANY({_MONTHS})
+            AND attempts.job_id = given.job_id AND attempts.id = given.attempt_id
             AND (given.job_id IN (SELECT id FROM held) OR attempts.device_ns IS NULL)
     ), summed AS (
         UPDATE batches SET
@@ -252,7 +252,8 @@ _FINISH: Final = text(f"""
     ) AND EXISTS (
         SELECT FROM attempts
         WHERE attempts.created_at = accepted_at AND attempts.created_at = ANY({_MONTHS})
-            AND attempts.id = given.attempt_id AND outcome IN ('succeeded', 'failed')
+            AND attempts.job_id = given.job_id AND attempts.id = given.attempt_id
+            AND outcome IN ('succeeded', 'failed')
     )
 """)
 
@@ -337,7 +338,8 @@ GIVE_BACK: Final = f"""
         UPDATE attempts SET
             ended_at = now(), outcome = next.outcome, charged = next.charged,
             error_code = next.error_code, device_ns = next.device_ns, cost = next.cost
-        FROM next WHERE attempts.id = next.attempt_id AND attempts.created_at = next.created_at
+        FROM next WHERE attempts.created_at = next.created_at
+            AND attempts.job_id = next.job_id AND attempts.id = next.attempt_id
     ), {RECORD_ENDED}
     SELECT job_id, attempt_id, next_state FROM next
 """

@@ -17,9 +17,13 @@ from app.store.tables import DEFAULT_TENANT
 _REMOVE_REQUESTS: Final = text("""
     WITH due AS MATERIALIZED (
         SELECT requests.created_at, requests.job_id
-        FROM requests JOIN results USING (created_at, job_id)
+        FROM requests CROSS JOIN LATERAL (
+            SELECT FROM results
+            WHERE results.created_at = requests.created_at AND results.job_id = requests.job_id
+                AND finished_at < now() - :keep_s * interval '1 s' AND tenant = :tenant
+            OFFSET 0  -- oldest first, each looked up: never all of a month
+        ) AS ended
         WHERE requests.created_at < now() - :keep_s * interval '1 s'
-            AND finished_at < now() - :keep_s * interval '1 s' AND tenant = :tenant
         ORDER BY requests.created_at, requests.job_id LIMIT :page
         FOR UPDATE OF requests SKIP LOCKED
     )

@@ -23,7 +23,8 @@ from app.store.results import RECORD_ENDED
 # Find running jobs of workers whose lease is over.
 _FIND_LOST: Final = text(f"""
     SELECT id FROM open_jobs
-    WHERE state = 'running' AND {LEASE_OVER.format(worker="open_jobs.worker_id")}
+    WHERE state = 'running' AND worker_id IS NOT NULL
+        AND {LEASE_OVER.format(worker="open_jobs.worker_id")}
         AND id <> ALL(CAST(:but AS uuid[]))
     LIMIT :page
     FOR NO KEY UPDATE OF open_jobs SKIP LOCKED

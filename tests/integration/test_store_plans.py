@@ -244,7 +244,6 @@ def test_claiming_finishing_and_releasing(service: Service) -> None:
     assert service.explain(run) >= {
         "open_jobs_pkey",
         "job_keys_pkey",
-        "attempts_pkey",
         "results_pkey",
         "batches_pkey",
     }
@@ -356,10 +355,9 @@ def test_the_leases(service: Service) -> None:
     indexes = service.explain(expire)
 
     service.worker.heartbeat(3600)
-    assert indexes == {
+    assert indexes - {"attempts_pkey", "attempts_created_at_job_id_number_key"} == {
         "open_jobs_by_worker",
         "open_jobs_pkey",
-        "attempts_pkey",
     }
 
 
@@ -383,6 +381,8 @@ def test_lists(service: Service, state: JobState | None, model: str | None) -> N
         reads.list_jobs(connection, wanted, after=service.finished, limit=100)
 
     by_model = {"open_jobs_by_model", "results_by_model"}
+    if model == "rare":  # so are jobs that have failed
+        by_model.add("results_by_state")
     by_state = {"open_jobs_by_model", "results_by_state"}
     indexes = {name for name in service.explain(list_jobs) if "_by_" in name}
 
