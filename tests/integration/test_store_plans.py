@@ -1,4 +1,4 @@
-"""Every statement finds its rows by an index, at a million jobs.
+"""Every statement finds its rows by an index, at four hundred thousand jobs.
 
 The store's own functions run, and Postgres explains each of their statements with the parameters
 that it is sent with.
@@ -37,7 +37,7 @@ from tests.rows import MODEL, Worker, completed, end_lease, new_job
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
-# A service with a history: 900,000 finished jobs of four models, and 100,000 open ones.
+# A service with a history: 300,000 finished jobs of four models, and 100,000 open ones.
 _HISTORY = (
     """
     CREATE TEMPORARY TABLE history AS
@@ -51,7 +51,7 @@ _HISTORY = (
         CASE WHEN n <= 200 THEN 'running' WHEN n <= 100000 THEN 'queued'
             ELSE coalesce((ARRAY['failed', 'cancelled', 'expired'])[n % 97], 'completed')
             END AS state
-    FROM generate_series(1, 1000000) AS n
+    FROM generate_series(1, 400000) AS n
     """,
     """
     INSERT INTO job_keys (id, idempotency_key, created_at)
