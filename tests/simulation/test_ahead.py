@@ -114,10 +114,13 @@ def test_an_urgent_job_goes_before_all_that_are_not_claimed() -> None:
 
 def test_who_is_claimed_is_no_suspect_when_the_engine_dies_of_the_batch_before() -> None:
     ahead = Ahead("poison 3", *("good 9",) * (MAX_ROWS - 1))
-    host = ahead.worker.host
+    host, jobs = ahead.worker.host, ahead.worker.runner._jobs
 
+    ahead._go_until(lambda: bool(host.lost_with))
+
+    assert {jobs[job_id].claimed_run.deaths for job_id in ahead.running} == {1}
+    assert {jobs[job_id].claimed_run.deaths for job_id in ahead.next} == {0}
     ahead.world.heal()
-
     prompts = {ahead.world.expected[job_id].prompt for job_id in ahead.next}
     assert host.lost_with and not any(prompts & inside for inside in host.lost_with)
     assert {each["outcome"] for each in ahead.attempts(ahead.next)} == {"succeeded"}
