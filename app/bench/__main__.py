@@ -12,6 +12,7 @@ from app.errors import ConfigError
 BENCHES: Final = (
     "engine",
     "step",
+    "embeddings",
     "answers",
     "pipeline",
     "jobs",

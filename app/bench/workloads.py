@@ -122,3 +122,11 @@ def _text(encode: Encode, num_tokens: int, rng: random.Random) -> tuple[int, ...
     while len(tokens) < num_tokens:
         tokens += encode(_prompt(rng.randrange(1000), rng) + "\n")
     return tokens[:num_tokens]
+
+
+def words(count: int, rng: random.Random) -> list[str]:
+    """Running text of so many words."""
+    found: list[str] = []
+    while len(found) < count:
+        found += _prompt(rng.randrange(1000), rng).split()
+    return found[:count]
