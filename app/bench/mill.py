@@ -303,8 +303,8 @@ class Mill:
             family += family[0].children(recursive=True)
             for process in family:
                 with suppress(psutil.Error):
-                    times = process.cpu_times()
-                    used[child.name.partition("-")[0]] += times.user + times.system
+                    # Those that have ended meanwhile are in the times of who waited for them.
+                    used[child.name.partition("-")[0]] += sum(process.cpu_times()[:4])
         return used
 
     @contextmanager
