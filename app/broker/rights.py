@@ -36,12 +36,16 @@ _CELERY: Final = (
     *("sadd", "srem", "smembers", "exists", "pexpire"),  # bindings
     *("publish", "subscribe", "psubscribe", "unsubscribe", "punsubscribe"),
 )
+_SEND: Final = (
+    *("lpush", "lpushx", "llen", "publish"),
+    *("lrange", "evalsha", "script|load"),  # rescue looks for lost messages
+)
 _LOOK: Final = ("info", "scan", "lindex")
 """For `doctor` and the metric of messages that nobody reads; without them they say less."""
 
 COMMANDS: Final = {
     Role.WORKER: (*_CONNECT, *_CELERY, *_LOOK),
-    Role.SENDER: (*_CONNECT, "lpush", "lpushx", "llen", "publish", *_LOOK),
+    Role.SENDER: (*_CONNECT, *_SEND, *_LOOK),
     Role.PRODUCER: (*_CONNECT, "lpush"),
 }
 
@@ -98,6 +102,7 @@ def _samples(settings: Settings, role: Role) -> Iterator[tuple[str, ...]]:
     for key in lists:
         yield "BRPOP", key, "0"
         yield from (("RPOP", key), ("LPUSH", key, ""), ("RPUSH", key, ""), ("LLEN", key))
+        yield "LRANGE", key, "0", "0"
     yield "LPUSHX", prefix + NO_LIST, ""
     if role is Role.WORKER:
         yield "LPUSH", f"{prefix}x.reply.celery.pidbox", ""

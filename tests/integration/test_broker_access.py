@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -104,6 +105,9 @@ def test_with_the_rights_that_are_written_down_all_parts_work_and_nothing_is_den
             assert unread(worker_settings, looking) == {}
         with connected(sender_settings) as looking:
             assert missing(sender_settings, looking, Role.SENDER) == []
+        with closing(Publisher(sender_settings)) as publisher:
+            lost = {uuid4()}
+            assert publisher.without_message(lost, ["stub"]) == lost
 
         denied = {entry["object"] for entry in client.acl_log()}
         assert denied <= {"client"}  # redis-py asks for news that a server of this version has not
