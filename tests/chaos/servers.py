@@ -34,8 +34,18 @@ _WATCH: Final = """
         END IF;
         RETURN NULL;
     END $$;
-    CREATE TRIGGER chaos_note AFTER INSERT OR UPDATE OF state ON public.jobs
+    CREATE FUNCTION chaos.note_end() RETURNS trigger LANGUAGE plpgsql AS $$
+    BEGIN
+        INSERT INTO chaos.transitions (job_id, before, after) VALUES (NEW.job_id, (
+            SELECT after FROM chaos.transitions WHERE job_id = NEW.job_id
+            ORDER BY number DESC LIMIT 1
+        ), NEW.state);
+        RETURN NULL;
+    END $$;
+    CREATE TRIGGER chaos_note AFTER INSERT OR UPDATE OF state ON public.open_jobs
         FOR EACH ROW EXECUTE FUNCTION chaos.note();
+    CREATE TRIGGER chaos_note AFTER INSERT ON public.results
+        FOR EACH ROW EXECUTE FUNCTION chaos.note_end();
 """
 
 

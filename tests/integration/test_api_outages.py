@@ -325,13 +325,13 @@ def test_what_passes_in_postgres_is_no_fault_of_the_request_and_leaves_no_half_j
             f"$$ BEGIN RAISE EXCEPTION USING ERRCODE = '{sqlstate}'; END $$"
         )
         admin.execute(
-            "CREATE TRIGGER refuse AFTER INSERT ON jobs FOR EACH ROW EXECUTE FUNCTION refuse()"
+            "CREATE TRIGGER refuse AFTER INSERT ON open_jobs FOR EACH ROW EXECUTE FUNCTION refuse()"
         )
         with running_api(impatient) as api:
             assert refused_for_now(api.post("/v1/jobs", json=JOB))
             assert refused_for_now(api.post("/v1/jobs/bulk", json={"jobs": [JOB] * 3}))
             assert rows(impatient, "SELECT id FROM jobs") == []
-            admin.execute("DROP TRIGGER refuse ON jobs")
+            admin.execute("DROP TRIGGER refuse ON open_jobs")
 
             assert api.post("/v1/jobs", json=JOB).status_code == 202
 

@@ -303,7 +303,7 @@ def test_a_wrong_rerank_or_score_is_refused_by_its_field(body: dict[str, Any], p
 def test_every_kind_has_a_task_a_call_and_a_place_in_each_table() -> None:
     assert set(TASK_NAMES) == set(TASKS.values()) == {body.KIND for body in BODIES.values()}
     assert set(Kind) == set(TASK_NAMES)
-    for table in ("jobs", "results", "batches"):
+    for table in ("open_jobs", "results", "batches"):
         [check] = [
             str(each.sqltext)  # type: ignore[attr-defined]
             for each in metadata.tables[table].constraints
