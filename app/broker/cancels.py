@@ -30,6 +30,8 @@ PING_S: Final = 5.0
 """A server that has been silent for so long is asked for a word, and is away without one."""
 POLL_S: Final = 1.0
 """Pause between looks while the server is away."""
+LOOKS_AWAY: Final = 5
+"""Looks before the next try to connect: one that stands still keeps what is left of each."""
 
 
 def channel_of(worker_id: UUID) -> str:
@@ -60,8 +62,10 @@ def hear(
             if not is_told:
                 log.warning("No news of cancels: %s", error, extra={"action": "news_away"})
             is_told = True
-            yield None
-            stop.wait(POLL_S)
+            for _ in range(LOOKS_AWAY):
+                yield None
+                if stop.wait(POLL_S):
+                    return
 
 
 def _heard(subscription: Any, stop: threading.Event) -> Iterator[frozenset[UUID] | None]:
