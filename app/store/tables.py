@@ -22,6 +22,7 @@ update: Postgres compares values, and what is set to what it was has not changed
 from __future__ import annotations
 
 import enum
+from typing import Any
 
 from sqlalchemy import (
     BigInteger,
@@ -99,17 +100,117 @@ def _not_negative(*counts: str) -> CheckConstraint:
     return CheckConstraint(" AND ".join(f"{count} >= 0" for count in counts), name="counts")
 
 
+def _tenant(comment: str) -> Column[Any]:
+    return Column("tenant", Text, nullable=False, server_default=DEFAULT_TENANT, comment=comment)
+
+
+def _terms() -> list[Column[Any]]:
+    """How a job is to be run, and what its caller notes of it: in its row as long as it is open,
+    then in its result."""
+    return [
+        Column(
+            "url", Text, comment="OpenAI-style path of the request; null if it was never readable."
+        ),
+        Column(
+            "format",
+            SmallInteger,
+            nullable=False,
+            server_default=text("1"),
+            comment="Version of the request's format; only workers that know it take the job.",
+        ),
+        Column("source", Text, nullable=False, comment="Where it came from: api or message."),
+        Column(
+            "metadata",
+            JSONB,
+            nullable=False,
+            server_default=text("'{}'::jsonb"),
+            comment="The caller's own labels, returned as they came.",
+        ),
+        Column(
+            "priority",
+            SmallInteger,
+            nullable=False,
+            server_default=text("0"),
+            comment="0 (served first) to 9.",
+        ),
+        Column("max_output_tokens", Integer, comment="Most output tokens allowed, if counted."),
+        Column("not_before", Stamp, nullable=False, comment="May be claimed from this time on."),
+        Column("deadline", Stamp, comment="Expires if not finished by this time; null is never."),
+        Column(
+            "time_limit_s", Double, comment="Longest time an attempt may take; null is any time."
+        ),
+        Column(
+            "max_attempts",
+            SmallInteger,
+            nullable=False,
+            server_default=text("3"),
+            comment="Charged attempts after which the job fails.",
+        ),
+    ]
+
+
+def _tries() -> list[Column[Any]]:
+    return [
+        Column(
+            "attempt",
+            Integer,
+            nullable=False,
+            server_default=text("0"),
+            comment="Attempts opened so far; the number of the last one.",
+        ),
+        Column(
+            "attempts_charged",
+            Integer,
+            nullable=False,
+            server_default=text("0"),
+            comment="Attempts that count towards max_attempts.",
+        ),
+        Column(
+            "losses",
+            SmallInteger,
+            nullable=False,
+            server_default=text("0"),
+            comment="Times its worker was lost while it ran; a suspect from "
+            "app.jobs.SUSPECT_AFTER on.",
+        ),
+    ]
+
+
+def _delivery() -> list[Column[Any]]:
+    return [
+        Column("enqueued_at", Stamp, comment="Message last sent; null if none is under way."),
+        Column(
+            "wake_count",
+            SmallInteger,
+            nullable=False,
+            server_default=text("0"),
+            comment="Times the message was sent again because it seemed lost.",
+        ),
+        Column("cancel_requested_at", Stamp, comment="Cancelled by the caller while running."),
+        Column(
+            "purged_at",
+            Stamp,
+            comment="What it says was removed by the caller; null if it was not.",
+        ),
+    ]
+
+
+def _by_metadata(table: str) -> Index:
+    """Jobs without labels are left out: they would all be one entry of it."""
+    return Index(
+        f"{table}_by_metadata",
+        "metadata",
+        postgresql_using="gin",
+        postgresql_ops={"metadata": "jsonb_path_ops"},
+        postgresql_where=text("metadata <> '{}'"),
+    )
+
+
 job_keys = Table(
     "job_keys",
     metadata,
     Column("id", Uuid, primary_key=True, comment="Job id; also the id of its Celery message."),
-    Column(
-        "tenant",
-        Text,
-        nullable=False,
-        server_default=DEFAULT_TENANT,
-        comment="Who owns the job; one tenant never sees another's.",
-    ),
+    _tenant("Who owns the job; one tenant never sees another's."),
     Column("fingerprint", LargeBinary, comment="SHA-256 of url and request in canonical JSON."),
     Column("idempotency_key", Text, comment="The caller's key; unique per tenant."),
     Column("replay_of", Uuid, comment="Ended job that it runs once more; null if none."),
@@ -153,13 +254,7 @@ open_jobs = Table(
     "open_jobs",
     metadata,
     Column("id", Uuid, primary_key=True, comment="Job id; also the id of its Celery message."),
-    Column(
-        "tenant",
-        Text,
-        nullable=False,
-        server_default=DEFAULT_TENANT,
-        comment="Who owns the job; one tenant never sees another's.",
-    ),
+    _tenant("Who owns the job; one tenant never sees another's."),
     Column(
         "model", Text, nullable=False, comment="Name of a configured model; empty if unreadable."
     ),
@@ -169,65 +264,12 @@ open_jobs = Table(
         nullable=False,
         comment="What the model does: generate, embed, classify, rerank or translate.",
     ),
-    Column("url", Text, comment="OpenAI-style path of the request; null if it was never readable."),
-    Column(
-        "format",
-        SmallInteger,
-        nullable=False,
-        server_default=text("1"),
-        comment="Version of the request's format; only workers that know it take the job.",
-    ),
-    Column("source", Text, nullable=False, comment="Where it came from: api or message."),
-    Column(
-        "metadata",
-        JSONB,
-        nullable=False,
-        server_default=text("'{}'::jsonb"),
-        comment="The caller's own labels, returned as they came.",
-    ),
-    Column(
-        "priority",
-        SmallInteger,
-        nullable=False,
-        server_default=text("0"),
-        comment="0 (served first) to 9.",
-    ),
+    *_terms(),
     Column("input_tokens", Integer, comment="Prompt tokens counted at submission, if they were."),
-    Column("max_output_tokens", Integer, comment="Most output tokens allowed, if counted."),
-    Column("not_before", Stamp, nullable=False, comment="May be claimed from this time on."),
-    Column("deadline", Stamp, comment="Expires if not finished by this time; null is never."),
-    Column("time_limit_s", Double, comment="Longest time an attempt may take; null is any time."),
-    Column(
-        "max_attempts",
-        SmallInteger,
-        nullable=False,
-        server_default=text("3"),
-        comment="Charged attempts after which the job fails.",
-    ),
     Column("created_at", Stamp, nullable=False, comment="Row written: the job is accepted."),
     # What changes comes last: what is logged of an update is from its first change to its last.
     Column("state", Text, nullable=False, comment="queued or running."),
-    Column(
-        "attempt",
-        Integer,
-        nullable=False,
-        server_default=text("0"),
-        comment="Attempts opened so far; the number of the last one.",
-    ),
-    Column(
-        "attempts_charged",
-        Integer,
-        nullable=False,
-        server_default=text("0"),
-        comment="Attempts that count towards max_attempts.",
-    ),
-    Column(
-        "losses",
-        SmallInteger,
-        nullable=False,
-        server_default=text("0"),
-        comment="Times its worker was lost while it ran; a suspect from app.jobs.SUSPECT_AFTER on.",
-    ),
+    *_tries(),
     Column("attempt_id", Uuid, comment="The running attempt: the fence of every write; else null."),
     Column(
         "worker_id",
@@ -235,18 +277,7 @@ open_jobs = Table(
         comment="Worker that holds its message, while queued, or runs it; else null.",
     ),
     Column("batch_id", Uuid, comment="Batch that it runs in; null unless running."),
-    Column("enqueued_at", Stamp, comment="Message last sent; null if none is under way."),
-    Column(
-        "wake_count",
-        SmallInteger,
-        nullable=False,
-        server_default=text("0"),
-        comment="Times the message was sent again because it seemed lost.",
-    ),
-    Column("cancel_requested_at", Stamp, comment="Cancelled by the caller while running."),
-    Column(
-        "purged_at", Stamp, comment="What it says was removed by the caller; null if it was not."
-    ),
+    *_delivery(),
     Column("queued_at", Stamp, nullable=False, comment="Last became queued."),
     Column("claimed_at", Stamp, comment="Last claimed."),
     _one_of("kind", Kind),
@@ -286,14 +317,8 @@ open_jobs = Table(
     CheckConstraint("state <> 'queued' OR cancel_requested_at IS NULL", name="cancel_requested_at"),
     # Listing, model by model if none is asked for.
     Index("open_jobs_by_model", "model", "created_at", "id"),
-    # Listing by labels. Those without any are left out: they would all be one entry of it.
-    Index(
-        "open_jobs_by_metadata",
-        "metadata",
-        postgresql_using="gin",
-        postgresql_ops={"metadata": "jsonb_path_ops"},
-        postgresql_where=text("metadata <> '{}'"),
-    ),
+    # Listing by labels.
+    _by_metadata("open_jobs"),
     # Rescue: never sent; sent longest ago; with a worker; with a deadline.
     Index(
         "open_jobs_unsent",
@@ -313,13 +338,7 @@ attempts = Table(
     "attempts",
     metadata,
     Column("id", Uuid, nullable=False, comment="Attempt id, made by the worker: the fence."),
-    Column(
-        "tenant",
-        Text,
-        nullable=False,
-        server_default=DEFAULT_TENANT,
-        comment="Owner of the job.",
-    ),
+    _tenant("Owner of the job."),
     Column("created_at", Stamp, nullable=False, comment="The job's: the month it is kept in."),
     Column("job_id", Uuid, nullable=False, comment="Job that is tried."),
     Column("number", Integer, nullable=False, comment="1 for the job's first attempt."),
@@ -354,13 +373,7 @@ results = Table(
     "results",
     metadata,
     Column("job_id", Uuid, nullable=False, comment="Job; its only result."),
-    Column(
-        "tenant",
-        Text,
-        nullable=False,
-        server_default=DEFAULT_TENANT,
-        comment="Owner of the job.",
-    ),
+    _tenant("Owner of the job."),
     Column("model", Text, nullable=False, comment="Model of the job."),
     Column("kind", Text, nullable=False, comment="Kind of the job."),
     Column("state", Text, nullable=False, comment="Final state of the job."),
@@ -405,78 +418,14 @@ results = Table(
     Column("currency", Text, comment="ISO 4217 code; null if the job never ran."),
     Column("price_id", Text, comment="Entry of prices.toml that was charged."),
     # What else is known of the job.
-    Column("url", Text, comment="OpenAI-style path of the request; null if it was never readable."),
-    Column(
-        "format",
-        SmallInteger,
-        nullable=False,
-        server_default=text("1"),
-        comment="Version of the request's format; only workers that know it take the job.",
-    ),
-    Column("source", Text, nullable=False, comment="Where it came from: api or message."),
-    Column(
-        "metadata",
-        JSONB,
-        nullable=False,
-        server_default=text("'{}'::jsonb"),
-        comment="The caller's own labels, returned as they came.",
-    ),
-    Column(
-        "priority",
-        SmallInteger,
-        nullable=False,
-        server_default=text("0"),
-        comment="0 (served first) to 9.",
-    ),
+    *_terms(),
     Column(
         "expected_input_tokens",
         Integer,
         comment="Prompt tokens counted at submission, if they were.",
     ),
-    Column("max_output_tokens", Integer, comment="Most output tokens allowed, if counted."),
-    Column("not_before", Stamp, nullable=False, comment="May be claimed from this time on."),
-    Column("deadline", Stamp, comment="Expires if not finished by this time; null is never."),
-    Column("time_limit_s", Double, comment="Longest time an attempt may take; null is any time."),
-    Column(
-        "max_attempts",
-        SmallInteger,
-        nullable=False,
-        server_default=text("3"),
-        comment="Charged attempts after which the job fails.",
-    ),
-    Column(
-        "attempt",
-        Integer,
-        nullable=False,
-        server_default=text("0"),
-        comment="Attempts opened so far; the number of the last one.",
-    ),
-    Column(
-        "attempts_charged",
-        Integer,
-        nullable=False,
-        server_default=text("0"),
-        comment="Attempts that count towards max_attempts.",
-    ),
-    Column(
-        "losses",
-        SmallInteger,
-        nullable=False,
-        server_default=text("0"),
-        comment="Times its worker was lost while it ran; a suspect from app.jobs.SUSPECT_AFTER on.",
-    ),
-    Column("enqueued_at", Stamp, comment="Message last sent; null if none is under way."),
-    Column(
-        "wake_count",
-        SmallInteger,
-        nullable=False,
-        server_default=text("0"),
-        comment="Times the message was sent again because it seemed lost.",
-    ),
-    Column("cancel_requested_at", Stamp, comment="Cancelled by the caller while running."),
-    Column(
-        "purged_at", Stamp, comment="What it says was removed by the caller; null if it was not."
-    ),
+    *_tries(),
+    *_delivery(),
     _one_of("kind", Kind),
     _one_of("state", FINAL_STATES),
     _in_range(
@@ -500,13 +449,7 @@ results = Table(
     # Listing, with and without a model, and by labels.
     Index("results_by_state", "tenant", "state", "created_at", "job_id"),
     Index("results_by_model", "tenant", "model", "state", "created_at", "job_id"),
-    Index(
-        "results_by_metadata",
-        "metadata",
-        postgresql_using="gin",
-        postgresql_ops={"metadata": "jsonb_path_ops"},
-        postgresql_where=text("metadata <> '{}'"),
-    ),
+    _by_metadata("results"),
     # How fast the queue drains; retention: jobs to delete, by age.
     Index("results_finished", "tenant", "finished_at"),
     CheckConstraint("jsonb_typeof(response) = 'object'", name="response"),
