@@ -27,8 +27,8 @@ import psycopg
 from celery import Celery
 
 from app.bench import plain_celery
+from app.bench.own_system import OwnSystem
 from app.bench.report import machine, print_json, print_table
-from app.bench.stub_system import StubSystem
 from app.client import AsyncClient, Client
 from app.config.settings import Settings
 from app.errors import GristmillError
@@ -73,7 +73,7 @@ class Heat:
 class Race:
     """The running system, and one heat after the other on it."""
 
-    def __init__(self, system: StubSystem) -> None:
+    def __init__(self, system: OwnSystem) -> None:
         self._settings: Settings = system.settings
         self._url = psycopg.conninfo.make_conninfo(_libpq(system.settings.database.url))
         self._roots = {
@@ -143,7 +143,7 @@ class Race:
 def main(arguments: Seq[str]) -> None:
     options = _parser().parse_args(arguments)
     heats: dict[str, list[Heat]] = {}
-    with StubSystem("", _MODELS) as system:
+    with OwnSystem("", _MODELS) as system:
         for part in system.parts:
             if part.name == "flower":
                 part.stop(1)

@@ -17,23 +17,21 @@ from __future__ import annotations
 import argparse
 import asyncio
 import random
-import tempfile
 import time
 from collections.abc import Sequence as Seq
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import product
-from pathlib import Path
 from statistics import median
 from typing import Any, Final
 
 import httpx
 
+from app.bench.own_system import OwnSystem
 from app.bench.report import machine, print_json, print_table
 from app.bench.workloads import WORKLOADS, Request, make
 from app.client import Client, Job
-from app.config.file import load
 from app.engines.catalog import load_catalog
 from app.errors import GristmillError
 from app.jobs import Kind
@@ -48,13 +46,6 @@ pace."""
 OWN: Final = "own"
 """What suits the engine: `max_wait_ms` is left out."""
 
-_SETTINGS: Final = """
-cache_dir = "{folder}/cache"
-[api]
-port = 0
-[flower]
-port = 0
-"""
 _MODEL: Final = """
 [models.m]
 source = "{source}"
@@ -63,11 +54,6 @@ engine = "{engine}"
 default = true
 max_batch_size = {rows}
 {wait}
-"""
-_PRICES: Final = """
-[prices.cpu]
-per_device_hour = "0.08"
-currency = "USD"
 """
 
 
@@ -98,7 +84,7 @@ def main(arguments: Seq[str]) -> None:
     options = _parser().parse_args(arguments)
     phases: dict[str, dict[str, Phase]] = {wait: {} for wait in options.waits}
     with ExitStack() as held:
-        systems = {wait: held.enter_context(_system(held, options, wait)) for wait in options.waits}
+        systems = {wait: held.enter_context(_system(options, wait)) for wait in options.waits}
         bodies = [_body(each) for each in _requests(systems[options.waits[0]], options)]
         capacity = max(_capacity(system, bodies) for system in systems.values())
         print(f"{machine()}\ncapacity: {capacity:.2f} jobs/s\n", flush=True)
@@ -123,20 +109,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _system(held: ExitStack, options: argparse.Namespace, wait: str) -> System:
-    """Everything, with the one model, in a folder of its own."""
-    folder = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="gristmill-latency-")))
-    (folder / "default.toml").write_text(_SETTINGS.format(folder=folder))
-    (folder / "models.toml").write_text(
-        _MODEL.format(
-            source=options.source,
-            engine=options.engine,
-            rows=options.rows,
-            wait="" if wait == OWN else f"max_wait_ms = {float(wait)}",
-        )
+def _system(options: argparse.Namespace, wait: str) -> System:
+    """Everything, with the one model."""
+    model = _MODEL.format(
+        source=options.source,
+        engine=options.engine,
+        rows=options.rows,
+        wait="" if wait == OWN else f"max_wait_ms = {float(wait)}",
     )
-    (folder / "prices.toml").write_text(_PRICES)
-    return System(load(folder / "default.toml", {}), lambda _: None)
+    return OwnSystem("", model)
 
 
 def _requests(system: System, options: argparse.Namespace) -> list[Request]:

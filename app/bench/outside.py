@@ -13,7 +13,6 @@ import functools
 import json
 import os
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
@@ -24,29 +23,21 @@ from typing import Any, Final
 
 import httpx
 
+from app.bench.own_system import OwnSystem
 from app.bench.pipeline import run_path
 from app.bench.report import machine, print_json, print_table
 from app.bench.workloads import WORKLOADS, Request, make
-from app.config.file import load
 from app.config.settings import ModelSettings
 from app.engines.checkpoint.models import ensure_files
 from app.engines.device import pick_device, pick_dtype
 from app.engines.text.tokenizer import load_tokenizer
 from app.jobs import Kind
 from app.local.ports import free_port
-from app.local.supervisor import System
 
 ROWS: Final = 64
 CONTEXT: Final = 2048
 WARM_UP: Final = 8
 
-_SETTINGS: Final = """
-cache_dir = "{folder}/cache"
-[api]
-port = 0
-[flower]
-port = 0
-"""
 _MODEL: Final = """
 [models.m]
 source = "{source}"
@@ -59,11 +50,6 @@ max_batch_tokens = 1_000_000
 context_tokens = {context}
 [models.m.options]
 {options}
-"""
-_PRICES: Final = """
-[prices.cpu]
-per_device_hour = "0.08"
-currency = "USD"
 """
 
 Way = Callable[[Seq[Request]], float]
@@ -110,17 +96,12 @@ def _parser() -> argparse.ArgumentParser:
 
 @contextmanager
 def _system(engine: str, folder: Path, dtype: str, options: dict[str, Any]) -> Iterator[Way]:
-    """Everything, with the one model, in a folder of its own."""
+    """Everything, with the one model."""
     written = "\n".join(f"{name} = {json.dumps(value)}" for name, value in options.items())
     values = {"engine": engine, "source": folder, "dtype": dtype, "options": written}
-    with tempfile.TemporaryDirectory(prefix="gristmill-outside-") as name:
-        into = Path(name)
-        model = _MODEL.format(rows=ROWS, context=CONTEXT, **values)
-        (into / "default.toml").write_text(_SETTINGS.format(folder=name))
-        (into / "models.toml").write_text(model)
-        (into / "prices.toml").write_text(_PRICES)
-        with System(load(into / "default.toml"), print) as system:
-            yield functools.partial(run_path, system.settings)
+    model = _MODEL.format(rows=ROWS, context=CONTEXT, **values)
+    with OwnSystem("", model, print) as system:
+        yield functools.partial(run_path, system.settings)
 
 
 @contextmanager

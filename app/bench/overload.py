@@ -23,8 +23,8 @@ from typing import Final
 import httpx
 import psutil
 
+from app.bench.own_system import OwnSystem
 from app.bench.report import machine, print_json, print_table
-from app.bench.stub_system import StubSystem
 from app.client import Client, Job
 from app.errors import GristmillError
 from app.jobs import JobState
@@ -98,7 +98,7 @@ def main(arguments: Seq[str]) -> None:
     options = _parser().parse_args(arguments)
     most = BATCH_SIZE * max(3, round(QUEUE_S / (STEPS * options.step_ms / 1000)))
     models = _MODELS.format(step_ms=options.step_ms, batch_size=BATCH_SIZE)
-    with StubSystem(f"max_queued_jobs = {most}", models) as system:
+    with OwnSystem(f"max_queued_jobs = {most}", models) as system:
         url = system.settings.api.url
         _work_off(url, BATCH_SIZE)
         capacity = _capacity(url, most)

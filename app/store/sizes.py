@@ -96,8 +96,7 @@ _MADE: Final = """
     ) AS each
 """
 
-# Ended jobs with all that is of them.
-_ENDED: Final = text(f"""
+_WITH_REQUESTS: Final = f"""
     WITH made AS MATERIALIZED ({_MADE}), known AS (
         INSERT INTO job_keys (id, created_at, fingerprint)
         SELECT id, stamp, decode(repeat('f00d', 16), 'hex') FROM made
@@ -105,7 +104,12 @@ _ENDED: Final = text(f"""
         INSERT INTO requests (job_id, created_at, request)
         SELECT id, stamp, jsonb_build_object('prompt', CAST(:prompt AS text)) FROM made
         WHERE :has_prompts
-    ), tried AS (
+    )
+"""
+
+# Ended jobs with all that is of them.
+_ENDED: Final = text(f"""
+    {_WITH_REQUESTS}, tried AS (
         INSERT INTO attempts (
             id, created_at, job_id, number, worker_id, batch_id, claimed_at, ended_at, outcome,
             charged
@@ -124,14 +128,7 @@ _ENDED: Final = text(f"""
 
 # Queued jobs whose messages were sent.
 _OPEN: Final = text(f"""
-    WITH made AS MATERIALIZED ({_MADE}), known AS (
-        INSERT INTO job_keys (id, created_at, fingerprint)
-        SELECT id, stamp, decode(repeat('f00d', 16), 'hex') FROM made
-    ), asked AS (
-        INSERT INTO requests (job_id, created_at, request)
-        SELECT id, stamp, jsonb_build_object('prompt', CAST(:prompt AS text)) FROM made
-        WHERE :has_prompts
-    )
+    {_WITH_REQUESTS}
     INSERT INTO open_jobs (
         id, model, kind, url, source, state, input_tokens, max_output_tokens, not_before,
         created_at, queued_at, enqueued_at

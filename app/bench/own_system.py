@@ -1,8 +1,9 @@
-"""The whole system with a stub engine, in a folder of its own that is gone afterwards."""
+"""The whole system with models of a benchmark, in a folder of its own that is gone afterwards."""
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -16,16 +17,18 @@ currency = "USD"
 """
 
 
-class StubSystem(System):
+class OwnSystem(System):
     """`settings` and `models` are texts of TOML, beside the folder and the ports."""
 
-    def __init__(self, settings: str, models: str) -> None:
+    def __init__(
+        self, settings: str, models: str, say: Callable[[str], None] = lambda _: None
+    ) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="gristmill-bench-")
         folder = Path(self._folder.name)
         settings = f'cache_dir = "{folder}/cache"\n[flower]\nport = 0\n[api]\nport = 0\n{settings}'
         for name, text in (("default", settings), ("models", models), ("prices", _PRICES)):
             (folder / f"{name}.toml").write_text(text)
-        super().__init__(load(folder / "default.toml", {}), lambda _: None)
+        super().__init__(load(folder / "default.toml", {}), say)
 
     def stop(self) -> None:
         super().stop()
