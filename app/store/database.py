@@ -38,7 +38,7 @@ PING_AFTER_S: Final = 0.5
 CLOCK_S: Final = 10.0
 """How long this machine's clock may go on from a reading of the database's."""
 
-_FITS_FROM: Final = "0001"
+_FITS_FROM: Final = "0002"
 """Code of this revision and of all later ones runs on the newest schema. Migrations only add, so
 that old and new versions run side by side; one that takes something away raises this."""
 
@@ -313,8 +313,9 @@ def _check_schema(present: str | None, fits_from: str | None) -> None:
 
 def _newer(present: str) -> str:
     return (
-        f"The database schema is at {present}, which this Gristmill does not know: it is newer. "
-        "Install the newer Gristmill; it brings its own: gristmill migrate"
+        f"The database schema is at {present}, which this Gristmill does not know: it is newer, or "
+        "of before the first release. Install the newer Gristmill, which brings its own "
+        "(gristmill migrate), or begin with an empty database."
     )
 
 

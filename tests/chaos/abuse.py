@@ -158,5 +158,5 @@ async def main(url: str) -> None:
 
 
 if __name__ == "__main__":
-    os.nice(19)  # of this machine's cores, the system under test comes first
+    os.nice(5)  # of this machine's cores, the system under test comes first
     asyncio.run(main(sys.argv[1]))

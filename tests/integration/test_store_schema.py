@@ -241,6 +241,18 @@ def test_a_newer_schema_that_has_taken_something_away_is_refused(
         database.check_schema()
 
 
+def test_a_database_of_before_the_first_release_is_refused_with_what_to_do(
+    database: Database, database_url: str
+) -> None:
+    with database.begin() as connection:
+        before = "UPDATE alembic_version SET version_num = '0001', fits_from = '0001'"
+        connection.execute(text(before))
+
+    for refused in (database.check_schema, lambda: migrate(database_url)):
+        with pytest.raises(SchemaError, match=r"before the first release.*an empty database"):
+            refused()
+
+
 def test_a_migration_waits_for_a_lock_without_keeping_others_waiting(
     database_url: str, newer_code: Callable[[], Any]
 ) -> None:

@@ -20,6 +20,8 @@ from app.api.app import (
     listen_on,
 )
 from app.api.connections import SPARE_FILES
+from app.client.exchange import CONNECTIONS
+from app.client.timer import HOLD_S
 from app.config.settings import Settings
 from app.errors import ConfigError
 
@@ -80,6 +82,20 @@ def test_those_who_come_at_once_are_accepted_a_few_in_each_turn_of_the_loop(
 
     steps = [now - before for before, now in pairwise(accepted)]
     assert 0 < max(steps) <= ACCEPTED_A_TURN
+
+
+def test_connections_are_kept_for_longer_than_the_client_keeps_them(
+    make_settings: Callable[..., Settings],
+) -> None:
+    settings = make_settings(
+        database={"url": "postgresql://nobody@127.0.0.1:1/none"},
+        broker={"url": "redis://127.0.0.1:1/0"},
+    )
+    kept_s = CONNECTIONS.keepalive_expiry
+
+    assert kept_s is not None
+    assert kept_s < Server(create_app(settings)).config.timeout_keep_alive
+    assert kept_s > HOLD_S  # from one look at a job to the next
 
 
 def test_what_the_system_holds_of_each_connection_is_bounded() -> None:

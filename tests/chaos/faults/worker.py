@@ -138,12 +138,12 @@ def zombie(scene: Scene) -> None:
         scene.note(f"{part} froze with {held} jobs")
 
 
-SLOW_S: Final = 6.0
-"""Of a job that is given back: it runs again from its beginning, behind a batch of others like it
-if both are one static model's."""
+SLOW_S: Final = 2 * GRACE_S
+"""Of a job that is given back: it outlasts the grace period, and may run again behind a batch of
+others like it."""
 
 
-@fault(6, "SIGTERM mid-batch, and SIGTERM twice", extra_s=GRACE_S + 2 * SLOW_S, checks=("I7",))
+@fault(6, "SIGTERM mid-batch, and SIGTERM twice", extra_s=GRACE_S + 4, checks=("I7",))
 def asked_to_end(scene: Scene) -> None:
     world = scene.world
     ended: list[str | None] = []
