@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import (
     AutoModelForCausalLM,
@@ -180,6 +180,12 @@ fields_of_rules = st.fixed_dictionaries(
     prompt=st.just([START]) | st.lists(tokens, min_size=1, max_size=12),
     penalty=st.sampled_from([1.0, 0.7, 1.5]),
     seed=st.integers(0, 9999),
+)
+@example(  # what came before raises a token that is penalised, too
+    fields={"eos_token_id": END, "suppress_tokens": [], "sequence_bias": [[[27, 1], 4.0]]},
+    prompt=[0],
+    penalty=1.5,
+    seed=2048,
 )
 @settings(max_examples=200, deadline=None)
 def test_a_models_rules_leave_the_token_that_generate_takes(

@@ -210,10 +210,12 @@ class RowSampler:
         rows = logits[plan.changed].float()
         if len(plan.bias):
             rows.index_put_((plan.bias_row, plan.bias_token), plan.bias[:, 0], accumulate=True)
+        past = self._past(plan)
+        self._add(rows, [each for each in past if each[2] != FORBIDDEN])
         if len(plan.penalised_slots):
             self._penalise(rows, plan)
         mask = self._mask(plan) if plan.matchers else None
-        allowed = self._allow(rows, plan)
+        allowed = self._allow(rows, plan, [each for each in past if each[2] == FORBIDDEN])
         if mask is not None:
             rows.index_add_(0, plan.masked, mask)
         if allowed is not rows:
@@ -236,22 +238,27 @@ class RowSampler:
         seen = torch.where(seen > 0, seen / repetition, seen * repetition)
         rows[place, token] = seen - frequency * count - presence * (count > 0)
 
-    def _allow(self, rows: Tensor, plan: Plan) -> Tensor:
-        """The same with -inf for what is forbidden, or itself if nothing is."""
-        past = [
+    def _past(self, plan: Plan) -> list[tuple[int, int, float]]:
+        """Row, token and bias of all that follows from the rows' own tokens."""
+        return [
             (place, token, bias)
             for place, biases in plan.looking_back
             if biases.past
             for token, bias in biases.past.biases()
         ]
+
+    def _add(self, rows: Tensor, past: list[tuple[int, int, float]]) -> None:
+        if past:
+            row, token, bias = torch.tensor(past, dtype=torch.float64, device=self.device).T
+            rows.index_put_((row.long(), token.long()), bias.float(), accumulate=True)
+
+    def _allow(self, rows: Tensor, plan: Plan, past: list[tuple[int, int, float]]) -> Tensor:
+        """The same with -inf for what is forbidden, `past` among it, or itself if nothing is."""
         if not (past or len(plan.forbidden_row) or len(plan.forced_row)):
             return rows
         allowed = rows.clone()
         allowed[plan.forbidden_row, plan.forbidden_token] += FORBIDDEN
-        if past:
-            row, token, bias = torch.tensor(past, dtype=torch.float64, device=self.device).T
-            at = row.long(), token.long()
-            allowed.index_put_(at, bias.float(), accumulate=True)
+        self._add(allowed, past)
         if len(plan.forced_row):
             kept = allowed[plan.forced_row, plan.forced_token]
             allowed[plan.forced_row] += FORBIDDEN
