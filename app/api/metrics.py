@@ -127,11 +127,12 @@ class SystemCollector(Collector):
     def _queues(self) -> Iterator[Metric]:
         up = GaugeMetricFamily("gristmill_redis_up", "Whether Redis takes messages.")
         try:
-            self._publisher.try_to_send()
+            self._sender.try_to_send()
         except GristmillError:
             up.add_metric([], 0)
-        else:
-            up.add_metric([], 1)
+            yield up
+            return
+        up.add_metric([], 1)
         yield up
         try:
             lengths = self._publisher.queue_lengths(self._models)

@@ -82,7 +82,7 @@ class Services:
         object.__setattr__(self, "read_slots", slots)
         object.__setattr__(self, "send_slots", CapacityLimiter(self.settings.database.pool_size))
         object.__setattr__(self, "postgres", Probe(self._store_takes_jobs))
-        object.__setattr__(self, "redis", Probe(self.publisher.try_to_send))
+        object.__setattr__(self, "redis", Probe(self.submitter.sender.try_to_send))
         object.__setattr__(self, "scrape", Probe(self.metrics.text, SCRAPE_S))
         reader = Reader(lambda ids: self.read(snapshots, self.database, ids))
         object.__setattr__(self, "reader", reader)

@@ -13,7 +13,8 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
 from uuid import UUID
@@ -93,15 +94,26 @@ class Sender:
     def tell_cancelled(self, told: Mapping[UUID, Sequence[UUID]]) -> None:
         """Tell workers, by id, which of the jobs that they run were cancelled. Raises nothing: who
         is not told finds it in the row, with the next heartbeat."""
-        if not self._may_try():
-            return
-        try:
+        with suppress(Unavailable), self._trying("Workers see cancels with their next heartbeat."):
             for worker_id, job_ids in told.items():
                 self._publisher.tell_cancelled(worker_id, job_ids)
+
+    def try_to_send(self) -> None:
+        """Do what a message does to Redis. Raises `Unavailable`, as before where nobody tries."""
+        with self._trying("Rescue sends later."):
+            self._publisher.try_to_send()
+
+    @contextmanager
+    def _trying(self, otherwise: str) -> Iterator[None]:
+        """Inside, Redis is spoken to; raises `Unavailable` while nobody is to, and begins that."""
+        if not self._may_try():
+            raise Unavailable("Redis did not answer, or refused; it is tried again in a moment.")
+        try:
+            yield
         except Unavailable as error:
-            self._pause(error, "Workers see cancels with their next heartbeat.")
-        else:
-            self._try_again_at = None
+            self._pause(error, otherwise)
+            raise
+        self._try_again_at = None
 
     def _message(self, job: NewJob) -> Message:
         """With the request if that is small, so that Redis is; else the worker reads the row."""
@@ -116,10 +128,10 @@ class Sender:
             priority=job.priority,
         )
 
-    def _pause(self, error: Exception, therefore: str = "Rescue sends later.") -> None:
+    def _pause(self, error: Exception, otherwise: str = "Rescue sends later.") -> None:
         self._try_again_at = time.monotonic() + BREAK_S
         said = error if isinstance(error, GristmillError) else type(error).__name__
-        log.warning("%s %s", said, therefore, extra={"action": "send_failed"})
+        log.warning("%s %s", said, otherwise, extra={"action": "send_failed"})
 
     def _take_back(self, ids: Sequence[UUID]) -> None:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -44,6 +45,9 @@ class Redis:
     def tell_cancelled(self, worker_id: UUID, job_ids: Iterable[UUID]) -> None:
         self._answer()
         self.told += job_ids
+
+    def try_to_send(self) -> None:
+        self._answer()
 
     def list_lengths(self, models: Collection[str]) -> dict[str, list[int]]:
         self._answer()
@@ -302,6 +306,28 @@ def test_while_redis_is_away_no_cancel_waits_for_it_either(sender: Sender, redis
 
     # Then it was tried once
     assert redis.num_failures == 1
+
+
+def test_while_redis_is_away_readiness_does_not_try_it_anew_each_time(
+    sender: Sender, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # given a Redis that is away, and is asked for again and again
+    now = time.monotonic()
+    monkeypatch.setattr(sending.time, "monotonic", lambda: now)
+    redis.is_away = True
+    for _ in range(20):
+        with pytest.raises(Unavailable):
+            sender.try_to_send()
+    assert redis.num_failures == 1
+
+    # when it is back
+    redis.is_away = False
+    now += sending.BREAK_S
+
+    # then the next one finds it, and jobs are sent
+    sender.try_to_send()
+    submit(sender, [new_job()])
+    assert len(redis.sent) == 1
 
 
 def test_a_cancel_is_told_to_each_worker(sender: Sender, redis: Redis) -> None:
