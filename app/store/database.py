@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -178,7 +178,7 @@ def make_engine(address: Address, **given: Any) -> Engine:
     """An engine whose connections are links, and go with the whole pool when one is lost."""
     engine = create_engine(
         "postgresql+psycopg://",
-        creator=partial(connect, address),
+        creator=functools.partial(connect, address),
         hide_parameters=True,
         use_native_hstore=False,
         **given,
@@ -288,7 +288,7 @@ def _run_alembic(url: str, move: Callable[[Config, str], None], revision: str) -
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
             connection.execute(text(f"SET LOCAL lock_timeout = {_MIGRATION_LOCK_TIMEOUT_MS}"))
             present = _revision(connection)
-            if present is not None and present not in _known_revisions():
+            if present is not None and present not in _known_revisions(MIGRATIONS):
                 raise SchemaError(_newer(present))
             config.attributes["connection"] = connection
             move(config, revision)
@@ -298,7 +298,7 @@ def _run_alembic(url: str, move: Callable[[Config, str], None], revision: str) -
 
 
 def _check_schema(present: str | None, fits_from: str | None) -> None:
-    known = _known_revisions()
+    known = _known_revisions(MIGRATIONS)
     if present == known[0] or (present not in known and fits_from in known):
         return
     if present is None:
@@ -319,9 +319,11 @@ def _newer(present: str) -> str:
     )
 
 
-def _known_revisions() -> list[str]:
-    """Revisions of this code, newest first."""
-    return [script.revision for script in ScriptDirectory(str(MIGRATIONS)).walk_revisions()]
+@functools.cache
+def _known_revisions(migrations: Path) -> tuple[str, ...]:
+    """Revisions of this code, newest first. Looked up once: all their files are run for it."""
+    scripts = ScriptDirectory(str(migrations)).walk_revisions()
+    return tuple(script.revision for script in scripts)
 
 
 def _revision(connection: Connection) -> str | None:

@@ -187,6 +187,15 @@ def test_a_fitting_schema_is_accepted(database: Database) -> None:
     database.check_schema()
 
 
+def test_readiness_does_not_run_the_migrations_files_each_time(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database.check_schema()
+    monkeypatch.setattr("app.store.database.ScriptDirectory", None)
+
+    database.check_schema()
+
+
 def test_an_older_schema_is_refused_until_it_is_migrated(
     database: Database, database_url: str, newer_code: Callable[[], Any]
 ) -> None:
