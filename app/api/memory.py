@@ -1,10 +1,11 @@
-"""Memory that is free goes back to the system, and what stays is not looked through again."""
+"""Memory that is free goes back to the system; what stays is not looked through again and again."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
 import threading
+import time
 from typing import Final
 
 _MMAP_THRESHOLD: Final = -3  # the names are those of glibc's malloc.h
@@ -14,6 +15,13 @@ _LARGE_BYTES: Final = 131_072
 
 TRIM_S: Final = 5.0
 """Between two looks for pages that are free in the middle of the heap."""
+
+COLLECT_S: Final = 60.0
+"""Between two looks through all objects for circles of them that nobody holds. Large bodies are
+hundreds of thousands, and every thread waits for 50 ms. By itself Python would do it whenever a
+quarter more has come: every few seconds, while there are such bodies."""
+
+_NEVER: Final = 2**31 - 1
 
 
 def give_back() -> None:
@@ -32,10 +40,14 @@ def give_back() -> None:
 def keep_small(stop: threading.Event) -> None:
     """Until it is to stop, free pages between blocks in use go back, too: storms leave many.
 
-    Not on the event loop; lets other threads run.
+    Not on the event loop; lets other threads run, but while it collects.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
-    while trim is not None and not stop.wait(TRIM_S):
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)  # glibc's
+    collect_at = time.monotonic() + COLLECT_S
+    while not stop.wait(TRIM_S):
+        if time.monotonic() >= collect_at:
+            gc.collect()
+            collect_at = time.monotonic() + COLLECT_S
         trim(0)
 
 
@@ -43,7 +55,10 @@ def settle() -> None:
     """Say that what is there now stays: libraries, models of requests, tokenizers.
 
     Python's collector would look through all of it again whenever some ten thousand objects came
-    and went, and hold every thread for a tenth of a second.
+    and went, and hold every thread for a tenth of a second. Young objects are its own affair, old
+    ones that of `keep_small`.
     """
     gc.collect()
     gc.freeze()
+    young, middle, _ = gc.get_threshold()
+    gc.set_threshold(young, middle, _NEVER)

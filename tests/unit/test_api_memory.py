@@ -88,6 +88,40 @@ def test_what_was_there_at_the_start_is_not_looked_through_by_the_collector() ->
     assert frozen > 100_000 and looked_through < frozen / 100
 
 
+OLD = """
+import gc, time, weakref
+from app.api import memory
+from app.threads import beside
+
+class Circle:
+    def __init__(self):
+        self.me = self
+
+memory.settle()
+held = [Circle() for _ in range(200_000)]
+old = weakref.ref(held[0])
+gc.collect(1)
+looks = []
+gc.callbacks.append(lambda phase, about: looks.append(about["generation"]))
+young = [[] for _ in range(200_000)]
+print(looks.count(2))
+del held
+memory.TRIM_S = memory.COLLECT_S = 0.01
+with beside("trim", memory.keep_small):
+    while old():
+        time.sleep(0.01)
+print("collected")
+"""
+
+
+def test_old_objects_are_looked_through_once_in_a_while_and_not_for_young_ones() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", OLD], capture_output=True, text=True, check=True, timeout=60
+    )
+
+    assert done.stdout.split() == ["0", "collected"]
+
+
 def test_what_is_refused_of_a_bulk_keeps_nothing_of_what_was_sent(
     make_settings: Callable[..., Settings],
 ) -> None:
