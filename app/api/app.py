@@ -13,7 +13,6 @@ from importlib.metadata import version
 from typing import Final
 
 import uvicorn
-from anyio import to_thread
 from fastapi import Depends, FastAPI
 from fastapi_offline import FastAPIOffline
 
@@ -119,8 +118,6 @@ def _services(settings: Settings) -> Services:
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     services: Services = app.state.services
     settings = services.settings
-    # One thread a connection: requests then queue for a thread, not with a thread for a connection.
-    to_thread.current_default_thread_limiter().total_tokens = settings.database.pool_size
     services.waiters.open()
     listen = partial(_listen, settings.database.news_url, services.waiters)
     with beside("trim", memory.keep_small), beside("listen", listen):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import partial
 from http import HTTPStatus
 from typing import Annotated, Any, Final
 from uuid import UUID
 
-from anyio import to_thread
 from fastapi import APIRouter, Header, Path, Request, Response
 
 from app.api import raw_bodies
@@ -162,13 +162,13 @@ async def submit_bulk(request: Request, here: Here) -> Response:
         raw.clear()  # Postgres may take as long again
         stored = await here.write(here.submitter.store, checked)
         await here.send(stored)
-        return await to_thread.run_sync(_bulk_answer, here, stored, limiter=here.bulk_answers)
+        return await here.tellers.begin(partial(_bulk_answer, here, stored))
 
 
 async def _check_bulk(here: Services, raw: bytearray) -> list[NewJob | RequestError]:
     """Piece by piece, so that others have their turns, and of the values few are there at once."""
     limit = here.settings.api.max_bulk_items
-    items = await here.work.run(0, json_text.items_of, raw, "jobs", limit)
+    items = await here.work.run(len(raw), json_text.items_of, raw, "jobs", limit)
     if not items:
         raise RequestError(
             f'The body must be {{"jobs": [...]}} with 1 to {limit} jobs and nothing else.',

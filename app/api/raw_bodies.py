@@ -62,6 +62,7 @@ async def _read(request: Request, max_bytes: int, share: Share) -> bytearray:
             body.clear()
             share.give_back()
             dropped += len(chunk)
+            await share.drop()
             if dropped > DRAIN_BYTES:
                 break
     if refused:

@@ -6,8 +6,8 @@ no room                      they wait unread, so that TCP holds their sender ba
 the way out                  one body at a time is taken beyond that, up to its end: so bodies
                              that have half arrived never wait for each other
 while anybody waits          bodies that stand still are given up much sooner
-in each turn of the loop     a few pieces of large bodies are taken, and a few bodies given up: no
-                             storm of them keeps small requests waiting
+in each turn of the loop     a few pieces of large bodies are taken, a few are dropped, and a few
+                             bodies given up: no storm of them keeps small requests waiting
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ class Room:
         self._num_waiting = 0
         self._arriving: set[Share] = set()
         self.turns = Turns(PIECES_A_TURN)
+        self.drops = Turns(PIECES_A_TURN)  #: of bodies that are refused: they hold up no others
         self.held = 0
 
     @contextmanager
@@ -165,6 +166,11 @@ class Share:
         except TimeoutError:
             raise Busy("There is no room for a body of this size now. Try again.") from None
         self._held += num
+
+    async def drop(self) -> None:
+        """Returns when a further piece of this body, which is refused, may be dropped."""
+        with self._standing_still():
+            await self._room.drops.come()
 
     async def _take(self, num: int) -> None:
         now = asyncio.get_running_loop().time

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Concatenate, Final, ParamSpec, TypeVar
 from uuid import UUID
 
-from anyio import CapacityLimiter, fail_after, to_thread
 from fastapi import Depends, Request
 
 from app.api.metrics import Metrics
 from app.api.probe import Probe
 from app.api.reader import Reader, Snapshot, snapshots
 from app.api.room import Room
+from app.api.threads import Threads
 from app.api.waiting import Waiters
-from app.api.work import Call, Work
+from app.api.work import LARGE_AT_ONCE, Call, Work
 from app.api.writer import Writer
 from app.broker.publisher import Publisher
 from app.config.settings import Settings
@@ -62,10 +62,11 @@ class Services:
     room: Room = field(init=False)  #: for bodies, arriving and worked on
     work: Work = field(init=False)  #: on what has arrived
     bulk_turns: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_BULKS))
-    read_slots: CapacityLimiter = field(init=False)  #: threads that reads may take
-    bulk_answers: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(MAX_BULKS))
-    send_slots: CapacityLimiter = field(init=False)  #: the same for what follows an answer
-    behind: set[asyncio.Task[object]] = field(default_factory=set)  #: it, on its way
+    readers: Threads = field(init=False)
+    writers: Threads = field(init=False)
+    senders: Threads = field(init=False)  #: for what follows an answer
+    tellers: Threads = field(default_factory=lambda: Threads(LARGE_AT_ONCE))  #: of bulks
+    behind: set[asyncio.Future[object]] = field(default_factory=set)  #: answers, on its way
     reader: Reader = field(init=False)
     writer: Writer = field(init=False)
     postgres: Probe[None] = field(init=False)
@@ -76,11 +77,13 @@ class Services:
         api = self.settings.api
         room = Room(api.max_held_bytes, max(api.max_body_bytes, api.max_bulk_bytes))
         object.__setattr__(self, "room", room)
-        object.__setattr__(self, "work", Work(api.max_body_bytes))
-        # Half of the connections, so that no storm of polls keeps a submission waiting.
-        slots = CapacityLimiter(self.settings.database.pool_size // 2)
-        object.__setattr__(self, "read_slots", slots)
-        object.__setattr__(self, "send_slots", CapacityLimiter(self.settings.database.pool_size))
+        object.__setattr__(self, "work", Work())
+        # One thread a connection: requests queue for a thread, not with a thread for a connection.
+        # Reads have half of them, so that no storm of polls keeps a submission waiting.
+        pool_size = self.settings.database.pool_size
+        object.__setattr__(self, "readers", Threads(pool_size // 2))
+        object.__setattr__(self, "writers", Threads(pool_size))
+        object.__setattr__(self, "senders", Threads(pool_size))
         object.__setattr__(self, "postgres", Probe(self._store_takes_jobs))
         object.__setattr__(self, "redis", Probe(self.submitter.sender.try_to_send))
         object.__setattr__(self, "scrape", Probe(self.metrics.text, SCRAPE_S))
@@ -94,8 +97,13 @@ class Services:
 
     async def job(self, job_id: UUID) -> Snapshot:
         """A job as it is now. Raises `JobNotFound` and `Unavailable`."""
-        with self._in_time():
-            return await self.reader.read(job_id)
+        # Timeouts of Postgres hold only while it runs. One that is frozen keeps the thread and its
+        # connection until the system gives up on it; who waits is told in time to try again.
+        try:
+            async with asyncio.timeout(self._limit_s):
+                return await self.reader.read(job_id)
+        except TimeoutError:
+            raise Unavailable("Postgres does not answer.") from None
 
     @asynccontextmanager
     async def bulk_turn(self) -> AsyncIterator[None]:
@@ -114,9 +122,9 @@ class Services:
             self.bulk_turns.release()
 
     async def read(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run what only reads in a thread, no more at once than `read_slots`. Raises `Unavailable`
-        if Postgres keeps it for too long."""
-        work = Call(partial(call, *args, **kwargs), self.read_slots)
+        """Run what only reads in a thread. Raises `Unavailable` if Postgres keeps it for too
+        long."""
+        work = Call(partial(call, *args, **kwargs), self.readers)
         if not await work.ends(self._limit_s):
             work.leave()
             raise Unavailable("Postgres does not answer.")
@@ -129,7 +137,7 @@ class Services:
         will be, or if the commit itself is not answered for as long again. Postgres has the whole
         time for each step of the decision."""
         decision = Decision()
-        work = Call(partial(call, decision, *args, **kwargs))
+        work = Call(partial(call, decision, *args, **kwargs), self.writers)
         is_over, num_steps = False, -1
         while not is_over and num_steps < decision.num_steps:  # it goes on
             num_steps = decision.num_steps
@@ -170,25 +178,15 @@ class Services:
 
     async def _behind(self, call: Callable[[], object]) -> None:
         """Do what an answer does not depend on; it waits a moment for that."""
-        work = asyncio.create_task(to_thread.run_sync(call, limiter=self.send_slots))
+        work = self.senders.begin(call)
         self.behind.add(work)
         work.add_done_callback(self._ended)
         await asyncio.wait({work}, timeout=SEND_S)
 
-    def _ended(self, work: asyncio.Task[object]) -> None:
+    def _ended(self, work: asyncio.Future[object]) -> None:
         self.behind.discard(work)
         if not work.cancelled() and (error := work.exception()):
             log.error("After an answer: %s.", type(error).__name__, extra={"action": "send_failed"})
-
-    @contextmanager
-    def _in_time(self) -> Iterator[None]:
-        # Timeouts of Postgres hold only while it runs. One that is frozen keeps the thread and its
-        # connection until the system gives up on it; who waits is told in time to try again.
-        try:
-            with fail_after(self._limit_s):
-                yield
-        except TimeoutError:
-            raise Unavailable("Postgres does not answer.") from None
 
     @property
     def _limit_s(self) -> float:
@@ -198,6 +196,11 @@ class Services:
     async def close(self) -> None:
         if self.behind:
             await asyncio.wait(self.behind, timeout=SEND_S)
+        for threads in (self.readers, self.writers, self.senders, self.tellers):
+            threads.close()
+        for probe in (self.postgres, self.redis, self.scrape):
+            probe.close()
+        self.work.close()
         self.publisher.close()
         self.database.close()
 

@@ -198,6 +198,43 @@ def test_a_storm_of_large_bodies_takes_a_few_pieces_in_each_turn_of_the_loop() -
     asyncio.run(arrive())
 
 
+def test_what_is_refused_is_dropped_a_few_pieces_in_each_turn_of_the_loop() -> None:
+    async def arrive() -> None:
+        # given a hundred bodies that are refused, and come as fast as they are read
+        room = Room(100 * LARGEST, LARGEST)
+        num_dropped = 0
+
+        async def receive() -> dict[str, object]:
+            nonlocal num_dropped
+            num_dropped += 1
+            return {"type": "http.request", "body": b"x" * 1_000, "more_body": True}
+
+        async def come() -> None:
+            scope = {"type": "http", "method": "POST", "headers": []}
+            with pytest.raises(HTTPException, match="415"):
+                async with body_of(Request(scope, receive), LARGEST, room):
+                    pass
+
+        bodies = [asyncio.create_task(come()) for _ in range(100)]
+        await asyncio.sleep(0)
+
+        # when
+        in_each_turn = []
+        for _ in range(1_000):
+            before = num_dropped
+            await asyncio.sleep(0)
+            in_each_turn.append(num_dropped - before)
+
+        # then each of them gets on
+        assert max(in_each_turn) <= rooms.PIECES_A_TURN
+        assert num_dropped > 900
+        for body in bodies:
+            body.cancel()
+        await asyncio.gather(*bodies, return_exceptions=True)
+
+    asyncio.run(asyncio.wait_for(arrive(), 30))
+
+
 def test_bodies_that_stood_still_together_are_given_up_a_few_in_each_turn_of_the_loop() -> None:
     async def arrive() -> None:
         # given a hundred that have sent nothing yet

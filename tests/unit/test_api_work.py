@@ -6,15 +6,15 @@ import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Final
 
 import pytest
-from anyio import CapacityLimiter
 
 from app.api import services, work
 from app.api.probe import Probe
 from app.api.services import Services
-from app.api.work import THREADS, Call, Work
+from app.api.threads import Threads
+from app.api.work import SMALL_AT_ONCE, SMALL_BYTES, Call, Work
 from app.errors import Busy, Unavailable
 from app.intake.decision import Decision
 
@@ -28,11 +28,14 @@ async def until(holds: Callable[[], bool]) -> None:
         await asyncio.sleep(0.001)
 
 
+LARGE: Final = SMALL_BYTES + 1
+
+
 class Bench:
-    """Work for bodies of 100 bytes: 200 at once. Each piece lasts until it is told to end."""
+    """Each piece of work lasts until it is told to end."""
 
     def __init__(self) -> None:
-        self.work = Work(100)
+        self.work = Work()
         self.begun: list[str] = []
         self._ends: dict[str, threading.Event] = {}
 
@@ -49,29 +52,35 @@ class Bench:
         for name in names:
             self._ends[name].set()
 
+    async def has_begun(self, *names: str) -> None:
+        """Returns when these have, and sees that no other one does."""
+        await until(lambda: set(self.begun) >= set(names))
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert set(self.begun) == set(names)
 
-def test_as_many_bytes_are_worked_on_as_two_bodies_have_and_small_ones_pass_by() -> None:
+
+@pytest.fixture(autouse=True)
+def one_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(work, "LARGE_AT_ONCE", 1)
+
+
+def test_large_ones_are_worked_on_in_turn_and_small_ones_pass_them_by() -> None:
     async def test() -> None:
-        # given work that is nearly all the bytes there may be
+        # given a large one in hand, and one that waits
         bench = Bench()
-        first, second = bench.start("first", 100), bench.start("second", 90)
-        await until(lambda: len(bench.begun) == 2)
+        first, second = bench.start("first", LARGE), bench.start("second", LARGE)
+        await bench.has_begun("first")
 
-        # when a large one comes, and then a small one
-        large, small = bench.start("large", 100), bench.start("small", 10)
-        await until(lambda: "small" in bench.begun)
+        # when a small one comes
+        small = bench.start("small", SMALL_BYTES)
 
-        # then the large one waits until there is room for it
-        assert "large" not in bench.begun
-        bench.end("first", "small")
-        await until(lambda: "large" in bench.begun)
-        bench.end("second", "large")
-        assert await asyncio.gather(first, second, large, small) == [
-            "first",
-            "second",
-            "large",
-            "small",
-        ]
+        # then it does not wait; the large one does, until its turn
+        await bench.has_begun("first", "small")
+        bench.end("first")
+        await bench.has_begun("first", "small", "second")
+        bench.end("second", "small")
+        assert await asyncio.gather(first, second, small) == ["first", "second", "small"]
 
     run(test)
 
@@ -79,16 +88,14 @@ def test_as_many_bytes_are_worked_on_as_two_bodies_have_and_small_ones_pass_by()
 def test_work_that_its_caller_has_left_counts_until_it_has_ended() -> None:
     async def test() -> None:
         bench = Bench()
-        left = bench.start("left", 200)
-        await until(lambda: bench.begun == ["left"])
+        left = bench.start("left", LARGE)
+        await bench.has_begun("left")
         left.cancel()
         with pytest.raises(asyncio.CancelledError):
             await left
 
-        following = bench.start("following", 1)
-        for _ in range(20):
-            await asyncio.sleep(0)
-        assert bench.begun == ["left"]
+        following = bench.start("following", LARGE)
+        await bench.has_begun("left")
 
         bench.end("left", "following")
         assert await following == "following"
@@ -103,36 +110,34 @@ def test_who_waits_for_too_long_is_told_that_there_is_too_much_in_hand(
 
     async def test() -> None:
         bench = Bench()
-        first = bench.start("first", 150)
-        await until(lambda: bench.begun == ["first"])
+        first = bench.start("first", LARGE)
+        await bench.has_begun("first")
         with pytest.raises(Busy):
-            await bench.start("second", 60)
+            await bench.start("second", LARGE)
 
-        # then nothing is kept of it, and room is as it was
+        # then nothing is kept of it, and its turn is not lost
         bench.end("first")
         await first
-        whole = bench.start("whole", 10_000)  # larger than all: alone
-        bench.end("whole")
-        assert await whole == "whole"
-        assert bench.begun == ["first", "whole"]
+        third = bench.start("third", LARGE)
+        bench.end("third")
+        assert await third == "third"
+        assert bench.begun == ["first", "third"]
 
     run(test)
 
 
-def test_small_pieces_are_bounded_in_number_and_an_error_gives_back_its_room() -> None:
+def test_small_ones_are_bounded_in_number_and_an_error_ends_a_turn() -> None:
     async def test() -> None:
         bench = Bench()
-        many = [bench.start(str(place), 0) for place in range(THREADS + 3)]
-        await until(lambda: len(bench.begun) == THREADS)
-        for _ in range(20):
-            await asyncio.sleep(0)
-        assert len(bench.begun) == THREADS
-        bench.end(*map(str, range(THREADS + 3)))
+        names = [str(place) for place in range(SMALL_AT_ONCE + 3)]
+        many = [bench.start(name, 0) for name in names]
+        await bench.has_begun(*names[:SMALL_AT_ONCE])
+        bench.end(*names)
         await asyncio.gather(*many)
 
         for _ in range(3):
             with pytest.raises(ZeroDivisionError):
-                await bench.work.run(200, lambda: 1 / 0)
+                await bench.work.run(LARGE, lambda: 1 / 0)
 
     run(test)
 
@@ -140,9 +145,9 @@ def test_small_pieces_are_bounded_in_number_and_an_error_gives_back_its_room() -
 def test_a_call_keeps_its_thread_until_it_has_ended_and_none_begins_that_was_left() -> None:
     async def test() -> None:
         # given the only thread, taken by a call whose caller has left
-        threads, ended, begun = CapacityLimiter(1), threading.Event(), []
-        first = Call(lambda: ended.wait(60), threads)
-        await until(lambda: threads.borrowed_tokens == 1)
+        threads, ended, begun = Threads(1), threading.Event(), []
+        first = Call(lambda: (begun.append("first"), ended.wait(60)), threads)
+        await until(lambda: begun == ["first"])
         assert not await first.ends(0)
         first.leave()
 
@@ -150,13 +155,13 @@ def test_a_call_keeps_its_thread_until_it_has_ended_and_none_begins_that_was_lef
         second = Call(lambda: begun.append("second"), threads)
         assert not await second.ends(0)
         second.leave()
-        assert threads.borrowed_tokens == 1
 
         # then the thread is free when the first has ended, and the second never began
         third = Call(lambda: "third", threads)
+        assert not await third.ends(0.01)
         ended.set()
         assert await third.ends(60)
-        assert (third.result(), begun) == ("third", [])
+        assert (third.result(), begun) == ("third", ["first"])
 
     run(test)
 
@@ -168,7 +173,7 @@ def writing(ends: Callable[[Decision], bool]) -> type:
     """In place of a call that is committed: `ends` says each time whether it has ended."""
 
     class Writing:
-        def __init__(self, call: Any) -> None:
+        def __init__(self, call: Any, threads: object) -> None:
             self._decision = call.args[0]
 
         async def ends(self, within_s: float) -> bool:
@@ -183,7 +188,7 @@ def writing(ends: Callable[[Decision], bool]) -> type:
 
 
 def write() -> Awaitable[str]:
-    here: Any = SimpleNamespace(_limit_s=1.0)
+    here: Any = SimpleNamespace(_limit_s=1.0, writers=None)
     return Services.write(here, lambda _: "")
 
 
