@@ -333,9 +333,7 @@ class Rescue:
             # More than can be there in Redis, or those would hide a lost one behind them.
             most = max(MAX_LOOKED_FOR, 2 * self._max_messages)
             late = delivery.overdue(connection, self._lost_after_s, most)
-        if not late:
-            return set()
-        return self._publisher.without_message(late, set(late.values()))
+        return self._publisher.without_message(late) if late else set()
 
     def _send_again(self, ids: Sequence[UUID]) -> int:
         with self._begin() as connection:

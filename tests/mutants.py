@@ -418,7 +418,7 @@ MUTANTS: Final = (
     Mutant(
         "messages are counted, not looked for",
         "app/rescue.py",
-        "return self._publisher.without_message(late, set(late.values()))",
+        "return self._publisher.without_message(late) if late else set()",
         "lengths = self._publisher.queue_lengths(set(late.values()))\n"
         "        return set(late) if sum(lengths.values()) < len(late) else set()",
     ),

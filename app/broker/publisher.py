@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final
 from uuid import UUID
@@ -122,17 +123,20 @@ class Publisher:
             self._look_again_at = now + LOOK_EVERY_S
         return self._unread
 
-    def without_message(self, ids: Collection[UUID], models: Collection[str]) -> set[UUID]:
-        """Those of these jobs that have no message, in these models' queues, those of
-        formats of before among them, or the default one."""
-        queues = [*queues_of(models), self._default_queue]
-        lists = [self.layout.name(queue, step) for queue in queues for step in self.layout.steps]
+    def without_message(self, models: Mapping[UUID, str]) -> set[UUID]:
+        """Those of these jobs, each with its model, that have no message: in the model's queue,
+        those of formats of before among them, or the default one."""
+        lists: defaultdict[str, list[UUID]] = defaultdict(list)
+        for job_id, model in models.items():
+            for queue in [*queues_of([model]), self._default_queue]:
+                for step in self.layout.steps:
+                    lists[self.layout.name(queue, step)].append(job_id)
         with (
             as_unavailable(),
             self._app.pool.acquire(block=True) as connection,
             _left_on_error(connection),
         ):
-            return without_message(connection.default_channel.client, ids, lists)
+            return without_message(connection.default_channel.client, lists)
 
     def tell_cancelled(self, worker_id: UUID, job_ids: Iterable[UUID]) -> None:
         """Tell a worker that jobs which it runs were cancelled. Raises `Unavailable`."""

@@ -12,7 +12,7 @@ moves nothing, and what is added moves messages to where they are still met.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Mapping
 from typing import Any, Final
 from uuid import UUID
 
@@ -40,17 +40,20 @@ return {at + #ids, ids}
 counts as "". """
 
 
-def without_message(client: Any, ids: Collection[UUID], lists: Iterable[str]) -> set[UUID]:
-    """Those of these jobs that have no message in any of these lists.
+def without_message(client: Any, lists: Mapping[str, Collection[UUID]]) -> set[UUID]:
+    """Those of these jobs that have no message in any of their lists. `lists` has the jobs whose
+    messages may be in each: in another one nobody looks for them.
 
     Also without one is a job whose message a worker is just taking, so ask twice. Raises what
     redis-py raises.
     """
-    missing = set(ids)
+    missing: set[UUID] = set().union(*lists.values())
     read_ids = client.register_script(_READ_IDS)
-    for key in lists:
-        at = 0
-        while at >= 0 and missing:
+    for key, ids in lists.items():
+        at, looked_for = 0, missing & set(ids)
+        while at >= 0 and looked_for:
             at, found = read_ids(keys=[key], args=[at, MAX_IDS, MAX_BYTES])
-            missing.difference_update(job_id_of(id.decode("utf-8", "replace")) for id in found)
+            there = looked_for & {job_id_of(id.decode("utf-8", "replace")) for id in found}
+            looked_for -= there
+            missing -= there
     return missing

@@ -439,9 +439,18 @@ def test_a_look_at_redis_reads_past_whatever_lies_there(world: World, client: re
     for item in [*garbage, '{"headers": {"id": 7}}', '{"headers": {"id": "\\u0000"}}'] * 300:
         client.linsert(key, "before", client.lindex(key, -1), item)
 
-    found = world.publisher.without_message({first, last, lost}, {MODEL})
+    found = world.publisher.without_message(dict.fromkeys([first, last, lost], MODEL))
 
     assert found == {lost}
+
+
+def test_a_message_in_another_model_s_queue_is_lost(world: World, client: redis.Redis) -> None:
+    [job] = world.submit_and_send(1)
+    client.rename(queue_name(MODEL), queue_name("another"))
+
+    assert world.publisher.without_message({job: MODEL, uuid4(): "another"}) >= {job}
+    assert [world.sweep().sent_again for _ in range(3)] == [0, 1, 0]
+    assert world.messages() == [job]
 
 
 def test_a_message_in_the_default_queue_is_not_lost(world: World, client: redis.Redis) -> None:

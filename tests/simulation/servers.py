@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -169,10 +169,13 @@ class Queue:
         }
         return {model: list(map(found.count, _STEPS)) for model, found in steps.items()}
 
-    def without_message(self, ids: Iterable[UUID], models: Iterable[str]) -> set[UUID]:
+    def without_message(self, models: Mapping[UUID, str]) -> set[UUID]:
         self._reach()
-        queues = [*queues_of(models, bodies.FORMAT), DEFAULT]
-        return set(ids) - {message.job_id for name in queues for message in self.lists[name]}
+        return {id for id, model in models.items() if not self._has_message(id, model)}
+
+    def _has_message(self, job_id: UUID, model: str) -> bool:
+        queues = [*queues_of([model], bodies.FORMAT), DEFAULT]
+        return any(message.job_id == job_id for name in queues for message in self.lists[name])
 
     def queue_lengths(self, models: Iterable[str]) -> dict[str, int]:
         return {model: sum(lengths) for model, lengths in self.list_lengths(models).items()}

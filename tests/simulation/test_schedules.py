@@ -332,6 +332,10 @@ def test_messages_of_others_hide_no_lost_one() -> None:
     assert [each.job_id for each in world.queue.lists[STATIC] if each.job_id]
 
 
+def test_a_message_that_lies_behind_a_flood_of_another_model_is_sent_to_its_own_queue() -> None:
+    play([("flood", (3113, 6314)), ("misplace_message", (1253, 1980))])
+
+
 @pytest.mark.parametrize("way", range(4))
 @pytest.mark.parametrize("busy", [0, 1])
 def test_a_job_of_an_idle_model_does_not_wait_for_a_busy_one(way: int, busy: int) -> None:
