@@ -169,7 +169,7 @@ MUTANTS: Final = (
         "app/store/lookup.py",
         "open_jobs.id = {job_id} OFFSET 0",
         "open_jobs.id = {job_id}",
-        "tests/integration/test_store_plans_stale.py",
+        "tests/integration/test_store_plans.py::test_the_leases",
     ),
     Mutant(
         "a page that holds a row which cannot be moved is given up",
