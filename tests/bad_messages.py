@@ -109,6 +109,9 @@ UNRUNNABLE = {
     "args an object": with_body([{"prompt": PROMPT}, {}, {}]),
     "kwargs a list": with_body([[], [PROMPT], {}]),
     "an unknown argument": with_body([[], {"prompt": PROMPT, "color": "red"}, {}]),
+    "an unknown argument of half a surrogate pair": with_body(
+        [[], {"prompt": PROMPT, "\ud800": 1}, {}]
+    ),
     "a prompt of the wrong type": with_body([[], {"prompt": {"text": PROMPT}}, {}]),
     "half a surrogate pair": with_body([[], {"prompt": PROMPT + "\ud800"}, {}]),
     "an unknown model": with_body([[], {"prompt": PROMPT, "model": "gpt-9"}, {}]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, Final
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, model_validator
@@ -33,5 +34,12 @@ class Part(BaseModel):
         if info.context is not DROP_UNKNOWN:
             for name in given:
                 if name not in known:
-                    raise PydanticCustomError(UNKNOWN_FIELD, "Unknown field", {"name": name})
+                    told = {"name": printable(name)}
+                    raise PydanticCustomError(UNKNOWN_FIELD, "Unknown field", told)
         return {name: it for name, it in given.items() if it is not None and name in known}
+
+
+def printable(name: object) -> str:
+    """A field's name as somebody sent it, fit for one line of an error: JSON can spell half of a
+    surrogate pair, with which no error could be told."""
+    return json.dumps(str(name))[1:-1][:200]

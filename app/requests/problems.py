@@ -5,13 +5,12 @@ No sentence quotes the value: it may be a prompt.
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from pydantic import ValidationError
 
 from app.errors import InvalidSchema, RequestError
-from app.requests.part import UNKNOWN_FIELD
+from app.requests.part import UNKNOWN_FIELD, printable
 from app.requests.schemas import INVALID_SCHEMA
 
 
@@ -20,20 +19,15 @@ def first_problem(error: ValidationError, raw: dict[str, Any]) -> RequestError:
     problem = error.errors(include_url=False, include_input=False)[0]
     path = _path_in(raw, problem["loc"], is_missing=problem["type"] == "missing")
     if problem["type"] == UNKNOWN_FIELD:
-        param = _printable(".".join([*path, problem["ctx"]["name"]]))
+        param = ".".join([*map(printable, path), problem["ctx"]["name"]])
         return RequestError(f"Unknown field {param}.", param=param)
-    param = _printable(".".join(path) or "body")
+    param = printable(".".join(path) or "body")
     if problem["type"] == "missing":
         return RequestError(f"The field {param} is required.", param=param)
     if problem["type"] == INVALID_SCHEMA:
         return InvalidSchema(problem["msg"], param=param)
     reason = problem["msg"].removeprefix("Value error, ")
     return RequestError(f"{param}: {reason}.", param=param)
-
-
-def _printable(name: str) -> str:
-    """A field's name as somebody sent it, fit for one line of an error."""
-    return json.dumps(name)[1:-1][:200]
 
 
 def _path_in(value: Any, place: tuple[int | str, ...], *, is_missing: bool) -> list[str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any, Final
 
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from app.config.settings import ModelSettings
 from app.engines.base import Generation, TokenLogprob
@@ -127,3 +129,13 @@ def meaning(request: Request, tokenizers: dict[Kind, Tokenizer]) -> object:
         response,
         (body.model, body.parse_special, body.metadata, getattr(body, "offer", None)),
     )
+
+
+@pytest.mark.parametrize("url", Url)
+@given(name=st.text(st.characters(), min_size=1, max_size=5) | st.just("\ud800"))
+def test_an_unknown_field_is_told_whatever_its_name(url: Url, name: str) -> None:
+    assume(name not in BODIES[url].model_fields)
+    with pytest.raises(RequestError, match="Unknown field") as refused:
+        parse({name: 1}, url)
+
+    assert str(refused.value).isascii()
