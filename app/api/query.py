@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from difflib import get_close_matches
-from typing import Any, Final
+from typing import Any
 
 from fastapi import Request
 from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIRoute
 
 from app.errors import RequestError
-
-MAX_TOLD: Final = 100
-"""Characters of a name that is told back."""
+from app.requests.part import MAX_TOLD, printable
 
 
 async def only_declared(request: Request) -> None:
@@ -33,7 +30,7 @@ async def only_declared(request: Request) -> None:
         if name not in names and family_of(name) not in families:
             raise _unknown(name, sorted(names) + [f"{family}[KEY]" for family in sorted(families)])
         if times > 1:
-            told = _printable(name)
+            told = printable(name)
             raise RequestError(f"The parameter {told} is given {times} times.", param=told)
 
 
@@ -80,13 +77,9 @@ def _families(route: APIRoute) -> Iterator[str]:
 
 
 def _unknown(name: str, known: list[str]) -> RequestError:
-    told = _printable(name)
+    told = printable(name)
     if not known:
         return RequestError(f"Unknown parameter {told}: this call takes none.", param=told)
     near = get_close_matches(name[:MAX_TOLD], known, n=1, cutoff=0.5)
     hint = f"Did you mean {near[0]}?" if near else f"One of: {', '.join(known)}."
     return RequestError(f"Unknown parameter {told}. {hint}", param=told)
-
-
-def _printable(name: str) -> str:
-    return json.dumps(name)[1:-1][:MAX_TOLD]

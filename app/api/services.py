@@ -17,9 +17,9 @@ from app.api.metrics import Metrics
 from app.api.probe import Probe
 from app.api.reader import Reader, Snapshot, snapshots
 from app.api.room import Room
-from app.api.threads import Threads
+from app.api.threads import Call, Threads
 from app.api.waiting import Waiters
-from app.api.work import LARGE_AT_ONCE, Call, Work
+from app.api.work import LARGE_AT_ONCE, Work
 from app.api.writer import Writer
 from app.broker.publisher import Publisher
 from app.config.settings import Settings

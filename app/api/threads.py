@@ -1,4 +1,4 @@
-"""Threads for calls that block, of which no more are at work at once.
+"""Calls that block or compute, in threads, of which no more are at work at once.
 
 An answer of them reaches the event loop in one turn. In a storm each turn is long, and those that a
 general library takes for each call add up.
@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -41,3 +41,20 @@ def _forget(call: asyncio.Future[Any]) -> None:
     """Whoever left does not ask how it ended."""
     if not call.cancelled():
         call.exception()
+
+
+class Call(Generic[T]):
+    """A call that blocks, in one of some threads, and that whoever waits for it may leave."""
+
+    def __init__(self, call: Callable[[], T], threads: Threads) -> None:
+        self._call = threads.begin(call)
+
+    async def ends(self, within_s: float) -> bool:
+        await asyncio.wait({self._call}, timeout=within_s)
+        return self._call.done()
+
+    def leave(self) -> None:
+        self._call.cancel()
+
+    def result(self) -> T:
+        return self._call.result()

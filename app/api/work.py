@@ -1,4 +1,4 @@
-"""What blocks or computes, in threads: each keeps its thread until it has ended."""
+"""What computes for submissions, in threads."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import os
 from collections.abc import Callable
 from functools import partial
-from typing import Final, Generic, ParamSpec, TypeVar
+from typing import Final, ParamSpec, TypeVar
 
 from app.api.threads import Threads
 from app.errors import Busy
@@ -26,23 +26,6 @@ PATIENCE_S: Final = 10.0
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-
-class Call(Generic[T]):
-    """A call that blocks, in one of some threads, and that whoever waits for it may leave."""
-
-    def __init__(self, call: Callable[[], T], threads: Threads) -> None:
-        self._call = threads.begin(call)
-
-    async def ends(self, within_s: float) -> bool:
-        await asyncio.wait({self._call}, timeout=within_s)
-        return self._call.done()
-
-    def leave(self) -> None:
-        self._call.cancel()
-
-    def result(self) -> T:
-        return self._call.result()
 
 
 class Work:

@@ -126,11 +126,17 @@ class Publisher:
     def without_message(self, models: Mapping[UUID, str]) -> set[UUID]:
         """Those of these jobs, each with its model, that have no message: in the model's queue,
         those of formats of before among them, or the default one."""
-        lists: defaultdict[str, list[UUID]] = defaultdict(list)
+        by_model: defaultdict[str, set[UUID]] = defaultdict(set)
         for job_id, model in models.items():
-            for queue in [*queues_of([model]), self._default_queue]:
-                for step in self.layout.steps:
-                    lists[self.layout.name(queue, step)].append(job_id)
+            by_model[model].add(job_id)
+        queues = {queue: ids for model, ids in by_model.items() for queue in queues_of([model])} | {
+            self._default_queue: models.keys()
+        }
+        lists = {
+            self.layout.name(queue, step): ids
+            for queue, ids in queues.items()
+            for step in self.layout.steps
+        }
         with (
             as_unavailable(),
             self._app.pool.acquire(block=True) as connection,

@@ -12,7 +12,7 @@ moves nothing, and what is added moves messages to where they are still met.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Set
 from typing import Any, Final
 from uuid import UUID
 
@@ -40,7 +40,7 @@ return {at + #ids, ids}
 counts as "". """
 
 
-def without_message(client: Any, lists: Mapping[str, Collection[UUID]]) -> set[UUID]:
+def without_message(client: Any, lists: Mapping[str, Set[UUID]]) -> set[UUID]:
     """Those of these jobs that have no message in any of their lists. `lists` has the jobs whose
     messages may be in each: in another one nobody looks for them.
 
@@ -50,7 +50,7 @@ def without_message(client: Any, lists: Mapping[str, Collection[UUID]]) -> set[U
     missing: set[UUID] = set().union(*lists.values())
     read_ids = client.register_script(_READ_IDS)
     for key, ids in lists.items():
-        at, looked_for = 0, missing & set(ids)
+        at, looked_for = 0, missing & ids
         while at >= 0 and looked_for:
             at, found = read_ids(keys=[key], args=[at, MAX_IDS, MAX_BYTES])
             there = looked_for & {job_id_of(id.decode("utf-8", "replace")) for id in found}

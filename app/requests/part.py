@@ -10,6 +10,9 @@ from pydantic_core import PydanticCustomError
 
 UNKNOWN_FIELD: Final = "unknown_field"
 
+MAX_TOLD: Final = 100
+"""Characters of a field's name that are told."""
+
 DROP_UNKNOWN: Final = {"drop_unknown": True}
 """As the context of a validation: what is not known is left out, at any depth."""
 
@@ -42,4 +45,4 @@ class Part(BaseModel):
 def printable(name: object) -> str:
     """A field's name as somebody sent it, fit for one line of an error: JSON can spell half of a
     surrogate pair, with which no error could be told."""
-    return json.dumps(str(name))[1:-1][:200]
+    return json.dumps(str(name))[1:-1][:MAX_TOLD]

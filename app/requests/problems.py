@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from app.errors import InvalidSchema, RequestError
-from app.requests.part import UNKNOWN_FIELD, printable
+from app.requests.part import MAX_TOLD, UNKNOWN_FIELD, printable
 from app.requests.schemas import INVALID_SCHEMA
 
 
@@ -19,7 +19,7 @@ def first_problem(error: ValidationError, raw: dict[str, Any]) -> RequestError:
     problem = error.errors(include_url=False, include_input=False)[0]
     path = _path_in(raw, problem["loc"], is_missing=problem["type"] == "missing")
     if problem["type"] == UNKNOWN_FIELD:
-        param = ".".join([*map(printable, path), problem["ctx"]["name"]])
+        param = ".".join([*map(printable, path), problem["ctx"]["name"]])[:MAX_TOLD]
         return RequestError(f"Unknown field {param}.", param=param)
     param = printable(".".join(path) or "body")
     if problem["type"] == "missing":

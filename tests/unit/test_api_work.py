@@ -13,8 +13,8 @@ import pytest
 from app.api import services, work
 from app.api.probe import Probe
 from app.api.services import Services
-from app.api.threads import Threads
-from app.api.work import SMALL_AT_ONCE, SMALL_BYTES, Call, Work
+from app.api.threads import Call, Threads
+from app.api.work import SMALL_AT_ONCE, SMALL_BYTES, Work
 from app.errors import Busy, Unavailable
 from app.intake.decision import Decision
 
