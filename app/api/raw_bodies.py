@@ -36,7 +36,7 @@ async def body_of(request: Request, max_bytes: int, room: Room) -> AsyncIterator
                 body = await _read(request, max_bytes, share)
         except TimeoutError:
             await room.turns.come()  # those that stood still together end together
-            if room.is_short:
+            if share.is_hurried:
                 raise Busy("The body came slowly while others waited for room.") from None
             raise HTTPException(408, "The body did not arrive in time.", _CLOSE) from None
         yield body

@@ -136,6 +136,7 @@ class Share:
         now = asyncio.get_running_loop().time()
         self._end = now + READ_TIMEOUT_S
         self._slack_ends = {False: now + PATIENT_S, True: now + HURRIED_S}  #: by `is_short`
+        self.is_hurried = False  #: as it was when the limit ended it, if it did
 
     @asynccontextmanager
     async def arriving(self) -> AsyncIterator[None]:
@@ -201,5 +202,6 @@ class Share:
     def heed_time(self) -> None:
         """See to it that the reading ends when its time is over."""
         if not self._limit.expired():
-            at = min(self._end, self._slack_ends[self._room.is_short])
+            self.is_hurried = self._room.is_short
+            at = min(self._end, self._slack_ends[self.is_hurried])
             self._limit.reschedule(at if at < math.inf else None)

@@ -11,7 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic import (
+    BeforeValidator,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+)
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
@@ -73,8 +79,12 @@ def whole(value: Any) -> Any:
 Whole = Annotated[int, BeforeValidator(whole)]
 
 
-def all_whole(values: Any) -> Any:
-    """The same for each item of a list."""
-    if isinstance(values, list) and float in set(map(type, values)):
-        return [whole(each) for each in values]
-    return values
+def all_whole(values: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    """The same for each item of a list, once one is in the way."""
+    try:
+        return check(values)
+    except ValidationError as error:
+        given = error.errors(include_url=False)[0]["input"]
+        if not (isinstance(values, list) and isinstance(given, float)):
+            raise
+    return check([whole(each) for each in values])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Final
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field, WrapValidator
 
 from app.requests.conversation import Conversation
 from app.requests.handling import all_whole
@@ -18,7 +18,7 @@ TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
 TokenIds = Annotated[
     list[TokenId],
     Field(min_length=1, fail_fast=True),
-    BeforeValidator(all_whole),
+    WrapValidator(all_whole),
 ]
 Text = Annotated[str, Field(min_length=1)]
 Prompts = (

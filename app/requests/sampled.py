@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Final, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, WrapValidator
 
 from app.engines.checkpoint.generation_config import GenerationRules
 from app.engines.generate.search import search_of
@@ -113,7 +113,7 @@ class SampledBody(Body):
     stop_token_ids: Annotated[
         list[TokenId],
         Field(max_length=MAX_WORDS, fail_fast=True),
-        BeforeValidator(all_whole),
+        WrapValidator(all_whole),
     ] = Field(
         default_factory=list,
         description="Up to 128 token ids that end an answer.",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 from app.errors import RequestError
 
 
@@ -30,12 +28,6 @@ def refuse_unstorable(value: object, *path: str) -> None:
     That is text with a NUL character or half of a surrogate pair: JSON can spell both. `path`
     leads to `value` and names it in the error.
     """
-    text = json.dumps(value, ensure_ascii=False)
-    if "\\u0000" in text or not is_unicode(text):  # so it may be: look closely
-        _refuse_unstorable(value, path)
-
-
-def _refuse_unstorable(value: object, path: tuple[str, ...]) -> None:
     match value:
         case str():
             if "\0" in value or not is_unicode(value):
@@ -44,15 +36,18 @@ def _refuse_unstorable(value: object, path: tuple[str, ...]) -> None:
                 )
         case dict():
             for key, item in value.items():
-                _refuse_unstorable(key, path)
-                _refuse_unstorable(item, (*path, key))
+                refuse_unstorable(key, *path)
+                refuse_unstorable(item, *path, key)
         case list():
-            for index, item in enumerate(value):
-                _refuse_unstorable(item, (*path, str(index)))
+            if any(not issubclass(each, int | float) for each in set(map(type, value))):
+                for index, item in enumerate(value):
+                    refuse_unstorable(item, *path, str(index))
 
 
 def is_unicode(text: str) -> bool:
     """Whether a text can be written: it holds no half of a surrogate pair."""
+    if text.isascii():
+        return True
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -16,6 +16,11 @@ from app.api.room import FREE_BYTES, Room
 from app.errors import Busy
 
 LARGEST = 100_000
+JSON = {
+    "type": "http",
+    "method": "POST",
+    "headers": [(b"content-type", b"application/json")],
+}
 
 
 class Body:
@@ -149,6 +154,36 @@ def test_a_body_that_stands_still_gives_way_once_another_waits_and_not_before(
     asyncio.run(arrive())
 
 
+def test_all_that_give_way_together_are_told_so_though_room_is_there_once_the_first_has_left(
+    short: pytest.MonkeyPatch,
+) -> None:
+    async def arrive() -> None:
+        room = Room(2 * LARGEST, LARGEST)
+
+        async def stand_still() -> None:
+            pieces = iter([b"x" * LARGEST])
+
+            async def receive() -> dict[str, object]:
+                for piece in pieces:
+                    return {"type": "http.request", "body": piece, "more_body": True}
+                return await asyncio.Future()
+
+            async with body_of(Request(JSON, receive), LARGEST, room):
+                pass
+
+        still = [asyncio.create_task(stand_still()) for _ in range(2)]
+        await settle()
+        one_more = Body(room, LARGEST)
+
+        outcomes = await asyncio.gather(*still, return_exceptions=True)
+        assert [type(outcome) for outcome in outcomes] == [Busy, Busy]
+
+        one_more.let_go.set()
+        await one_more.task
+
+    asyncio.run(asyncio.wait_for(arrive(), 30))
+
+
 def test_who_is_cancelled_while_it_waits_leaves_the_room_to_others() -> None:
     async def arrive() -> None:
         room = Room(LARGEST, LARGEST)
@@ -239,17 +274,12 @@ def test_bodies_that_stood_still_together_are_given_up_a_few_in_each_turn_of_the
     async def arrive() -> None:
         # given a hundred that have sent nothing yet
         room = Room(100 * LARGEST, LARGEST)
-        scope = {
-            "type": "http",
-            "method": "POST",
-            "headers": [(b"content-type", b"application/json")],
-        }
         num_ended = 0
 
         async def stand_still() -> None:
             nonlocal num_ended
             with pytest.raises(HTTPException):
-                async with body_of(Request(scope, asyncio.Future), LARGEST, room):
+                async with body_of(Request(JSON, asyncio.Future), LARGEST, room):
                     pass
             num_ended += 1
 
