@@ -278,25 +278,30 @@ class Rescue:
         return sent
 
     def _fill(self, model: str, lengths: Sequence[int]) -> int:
-        """Send the unsent jobs of one model as far as its lists take them."""
+        """Send the unsent jobs of one model as far as its lists take their messages."""
         filled = list(lengths)
-        for step, priorities in enumerate(self._publisher.layout.bands):
-            free = room(filled, step, self._max_messages)
-            filled[step] += self._send_pages(model, priorities, free)
-        return sum(filled) - sum(lengths)
+        return sum(
+            sent
+            for step, priorities in enumerate(self._publisher.layout.bands)
+            for sent in self._send_pages(model, step, priorities, filled)
+        )
 
-    def _send_pages(self, model: str, priorities: Sequence[int], free: int) -> int:
-        sent = 0
+    def _send_pages(
+        self, model: str, step: int, priorities: Sequence[int], filled: list[int]
+    ) -> Iterator[int]:
+        """Yields how many jobs were sent, and counts their messages in `filled`."""
+        together = self._publisher.bundle_size(model)
         for _ in range(MAX_PAGES):
-            page = min(free - sent, self._page)
+            free = int(room(filled, step, self._max_messages))
+            page = min(free * together, self._page)
             if page <= 0:
                 break
             with self._begin() as connection:
                 wake_ups = delivery.send_due(connection, model, priorities, page)
-            sent += self._send(wake_ups)
+            yield self._send(wake_ups)
+            filled[step] += -(-len(wake_ups) // together)
             if len(wake_ups) < page:
                 break
-        return sent
 
     def _send(self, wake_ups: Sequence[WakeUp]) -> int:
         """Send what was marked as sent; nothing is locked meanwhile."""

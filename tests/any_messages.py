@@ -146,6 +146,8 @@ _OPTIONS: Final = {
     "retries": ANYTHING,
     "group": ANYTHING,
     "request_format": st.integers(0, 3),
+    "more": st.lists(st.builds(lambda: str(uuid4())) | TEXTS, max_size=3),
+    "num_jobs": ANYTHING,
 }
 
 

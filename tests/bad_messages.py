@@ -141,6 +141,10 @@ UNRUNNABLE = {
     "timelimit below 0": with_header("timelimit", [-1, None]),
     "timelimit not a number": with_header("timelimit", [math.nan, None]),
     "timelimit without end": with_header("timelimit", [math.inf, None]),
+    "more a word": with_header("more", "x"),
+    "more of numbers": with_header("more", [1]),
+    "more beyond a thousand": with_header("more", ["x"] * 1_000),
+    "more half a surrogate pair": with_header("more", ["x", "\ud800"]),
 }
 
 NAMELESS = {

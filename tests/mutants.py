@@ -32,6 +32,7 @@ ARRIVALS: Final = "app/worker/pool/arrivals.py"
 ANY_MESSAGE: Final = "tests/unit/test_any_message.py"
 FETCHING: Final = "app/broker/fetching.py"
 FETCHES: Final = "tests/integration/test_broker_fetching.py"
+SETTLING: Final = "tests/unit/test_settling.py"
 SAMPLING: Final = "app/engines/sampling/sampler.py"
 
 
@@ -334,7 +335,7 @@ MUTANTS: Final = (
     Mutant(
         "a task id may be half of a surrogate pair",
         ARRIVALS,
-        " and is_unicode(task_id)",
+        " and is_unicode(given)",
         "",
         ANY_MESSAGE,
     ),
@@ -437,8 +438,8 @@ MUTANTS: Final = (
     Mutant(
         "urgent messages keep patient ones waiting for ever",
         FETCHING,
-        "local most, patient = tonumber(ARGV[3]), tonumber(ARGV[5])",
-        "local most, patient = tonumber(ARGV[3]), 0",
+        "local most, patient, early = tonumber(ARGV[3]), tonumber(ARGV[5]), 0",
+        "local most, patient, early = tonumber(ARGV[3]), 0, 0",
         FETCHES,
     ),
     Mutant(
@@ -453,6 +454,48 @@ MUTANTS: Final = (
         "app/broker/transport.py",
         "self.qos.expect(self._fetcher.tags(most))",
         "pass",
+        FETCHES,
+    ),
+    Mutant(
+        "a message is acknowledged with the first of its jobs",
+        "app/broker/settling.py",
+        "        if self._left:\n",
+        "        if False:\n",
+        SETTLING,
+    ),
+    Mutant(
+        "a message of which a job is to come again is taken off",
+        "app/broker/settling.py",
+        "self._comes_again = self._comes_again or requeue",
+        "self._comes_again = False",
+        SETTLING,
+    ),
+    Mutant(
+        "the last job of a message is lost",
+        ARRIVALS,
+        "for task_id in self.more\n",
+        "for task_id in self.more[:-1]\n",
+        "tests/unit/test_arrivals.py",
+    ),
+    Mutant(
+        "a job is in two messages",
+        "app/broker/publisher.py",
+        "group[start : start + size]",
+        "group[start : start + size + 1]",
+        "tests/integration/test_broker.py",
+    ),
+    Mutant(
+        "rescue does not see the further jobs of a message",
+        "app/broker/waiting.py",
+        "for place = 0, #more do",
+        "for place = 0, 0 do",
+        "tests/integration/test_broker.py",
+    ),
+    Mutant(
+        "a message of many jobs counts as one",
+        "app/broker/message.py",
+        "return 1 + len(more) if isinstance(more, list) else 1",
+        "return 1",
         FETCHES,
     ),
     Mutant(

@@ -89,6 +89,7 @@ HEADERS: Final = (
     "id", "task", "lang", "eta", "eta", "expires", "expires", "timelimit", "timelimit", "retries",
     "root_id", "parent_id", "group", "group_index", "argsrepr", "kwargsrepr", "origin",
     "compression", "stamps", "stamped_headers", "shadow", "ignore_result", "meth", "redelivered",
+    "more", "more", "num_jobs",
 )  # fmt: skip
 PROPERTIES: Final = (
     "priority", "priority", "priority", "delivery_tag", "correlation_id", "reply_to",

@@ -21,6 +21,9 @@ from app.broker.queues import PATIENT_SHARE
 MAX_BYTES: Final = 4_000_000
 """Of messages that are taken at once, as far as the last of them goes beyond it."""
 
+MOST_OWED: Final = 100
+"""Jobs that the patient end has given beyond its share, as far as they are held against it."""
+
 _FETCH: Final = """
 local bytes, queues = tonumber(ARGV[4]), tonumber(ARGV[6])
 local room, taken = {}, {''}
@@ -31,34 +34,36 @@ local function note(tag, text)
   end
 end
 local function take(list, most)
-  local queue, before = (list - 3) % queues, #taken
+  local queue, got = (list - 3) % queues, 0
   room[queue] = room[queue] or tonumber(ARGV[8 + 2 * queue])
-  while #taken - before < 2 * most and room[queue] > 0 and bytes > 0 do
+  while got < most and room[queue] > 0 and bytes > 0 do
     local item = redis.pcall('RPOP', KEYS[list])
     if type(item) == 'table' then taken[1] = item.err end
     if type(item) ~= 'string' then break end
     if #item < 64000000 then  -- nobody takes a larger one
-      note(ARGV[1] .. (#taken - 1) / 2, '[' .. item .. ARGV[9 + 2 * queue])
+      note(ARGV[1] .. (#taken - 1) / 3, '[' .. item .. ARGV[9 + 2 * queue])
     end
-    taken[#taken + 1], taken[#taken + 2] = list - 3, item
-    room[queue], bytes = room[queue] - 1, bytes - #item
+    local jobs = math.min(tonumber(string.match(item, '"num_jobs": ?(%d+)') or 1), 1000)
+    taken[#taken + 1], taken[#taken + 2], taken[#taken + 3] = list - 3, item, jobs
+    room[queue], bytes, got = room[queue] - jobs, bytes - #item, got + jobs
   end
-  return (#taken - before) / 2
+  return got
 end
 if ARGV[7] ~= '' then note(ARGV[1], ARGV[7]) end
-local most, patient = tonumber(ARGV[3]), tonumber(ARGV[5])
+local most, patient, early = tonumber(ARGV[3]), tonumber(ARGV[5]), 0
 for last = #KEYS - queues, 2, -math.max(queues, 1) do
-  for queue = 1, queues do patient = patient - take(last + queue, patient) end
+  for queue = 1, queues do early = early + take(last + queue, patient - early) end
 end
-most = most - (#taken - 1) / 2
+most = most - early
 for list = 3, #KEYS do most = most - take(list, most) end
+taken[#taken + 1] = early
 return taken
 """
 """KEYS: the hash and the index of the unacknowledged, then each queue's list for the first step of
-priority, for the next one, and so on. ARGV: what tags begin with, now, most messages, most bytes,
+priority, for the next one, and so on. ARGV: what tags begin with, now, most jobs, most bytes,
 how many of them from the patient end, the number of queues, the note of a message that was taken
 before, and for each queue its room and the end of its notes. Returns the last error, then each
-message's list and item."""
+message's list, item and jobs, then how many of these jobs came from the patient end."""
 
 _SHA: Final = hashlib.sha1(_FETCH.encode(), usedforsecurity=False).hexdigest()
 
@@ -70,6 +75,7 @@ class Taken:
     tag: str
     queue: str
     item: bytes
+    num_jobs: int = 1
     payload: dict[str, Any] | None = None  #: if it is read already
 
 
@@ -79,7 +85,7 @@ class Fetcher:
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix
         self._number = 0  #: of calls
-        self._taken = 0
+        self._due = 0.0  #: jobs that the patient end may give first
         self._first: Taken | None = None
         self._call: tuple[Any, ...] = ()
 
@@ -93,11 +99,11 @@ class Fetcher:
         first: Taken | None,
     ) -> None:
         """Add a call to a pipeline. `lists` are those of each step of priority, of the queues of
-        `rooms` in their order; `most` bounds all of them together. All keys are whole. `first`
+        `rooms` in their order; `most` bounds the jobs of all. All keys are whole. `first`
         was taken already and is to be noted with the others."""
         self._number += 1
         self._first = first
-        patient = (self._taken + most) // PATIENT_SHARE - self._taken // PATIENT_SHARE
+        patient = max(0, int(self._due + most / PATIENT_SHARE))
         note = b"[" + first.item + _end(first.queue).encode() if first else b""
         given: list[Any] = [self._tag(""), time.time(), most, MAX_BYTES, patient, len(rooms), note]
         for queue, room in rooms.items():
@@ -125,13 +131,14 @@ class Fetcher:
 
     def read(self, reply: Sequence[Any], queues: Sequence[str]) -> tuple[str, list[Taken]]:
         """What was refused, or "", and the messages in the order to handle them."""
-        error, *pairs = reply
-        found = enumerate(zip(map(int, pairs[::2]), pairs[1::2], strict=True))
+        error, *given, early = reply
+        rows = enumerate(zip(given[::3], given[1::3], given[2::3], strict=True))
         taken = [
-            Taken(self._tag(number), queues[place % len(queues)], item)
-            for number, (place, item) in sorted(found, key=lambda each: each[1][0])
+            Taken(self._tag(number), queues[int(place) % len(queues)], item, int(num_jobs))
+            for number, (place, item, num_jobs) in sorted(rows, key=lambda row: int(row[1][0]))
         ]
-        self._taken += len(taken)
+        total = sum(each.num_jobs for each in taken)
+        self._due = max(-MOST_OWED, self._due + total / PATIENT_SHARE - int(early))
         return error.decode(errors="replace"), taken
 
     def _tag(self, number: object) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 from uuid import UUID, uuid4
@@ -13,6 +14,12 @@ from app.jobs import Kind
 TASK_NAMES: Final = {kind: f"inference.{kind}" for kind in Kind}
 TASKS: Final = {name: kind for kind, name in TASK_NAMES.items()} | {"inference.score": Kind.RERANK}
 """The tasks that a message may name, and the kind of each."""
+
+MORE_HEADER: Final = "more"
+"""Header with the ids of further jobs that a message wakes, whose requests are in their rows."""
+JOBS_HEADER: Final = "num_jobs"
+"""Header with the number of all its jobs, where a server finds it without parsing."""
+MAX_MORE: Final = 999
 
 FORMAT_HEADER: Final = "request_format"
 """Header with the version of the format of the request inside; the first one when left out."""
@@ -28,6 +35,12 @@ class Message:
     request: dict[str, Any] | None = None
     url: str | None = None
     priority: int = 0
+
+
+def num_jobs(headers: Mapping[str, Any]) -> int:
+    """How many jobs a message wakes."""
+    more = headers.get(MORE_HEADER)
+    return 1 + len(more) if isinstance(more, list) else 1
 
 
 def raw_message(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 from uuid import UUID
@@ -14,17 +14,35 @@ import redis
 
 from app.broker import cancels
 from app.broker.app import make_app
-from app.broker.message import FORMAT_HEADER, TASK_NAMES, Message
+from app.broker.message import FORMAT_HEADER, JOBS_HEADER, MORE_HEADER, TASK_NAMES, Message
 from app.broker.queues import NO_LIST, Layout, queue_name, queues_of
 from app.broker.refusal import as_unavailable
 from app.broker.unread import unread
 from app.broker.waiting import without_message
 from app.config.settings import Settings
-from app.jobs import digits_of
+from app.jobs import Kind, digits_of
 from app.requests.bodies import FORMAT
+
+MAX_BUNDLE: Final = 100
+"""Most jobs of one message, which never has more than its model's engine runs at once: it goes to
+one worker."""
+BUNDLE_OF_OTHERS: Final = 16
+"""The same for models that only other processes' settings know."""
 
 LOOK_EVERY_S: Final = 60.0
 """Pause between two looks for messages that nobody reads: each goes through many keys."""
+
+
+def bundled(messages: Iterable[Message], size_of: Callable[[str], int]) -> Iterator[list[Message]]:
+    """Those that share a message: of one kind, model and priority, in order, at most `size_of` the
+    model."""
+    alike: dict[tuple[Kind, str, int], list[Message]] = {}
+    for message in messages:
+        alike.setdefault((message.kind, message.model, message.priority), []).append(message)
+    for (_, model, _), group in alike.items():
+        size = size_of(model)
+        for start in range(0, len(group), size):
+            yield group[start : start + size]
 
 
 class Publisher:
@@ -40,6 +58,9 @@ class Publisher:
         self._unread: dict[str, int] = {}
         self._look_again_at = 0.0
         self._default_queue = settings.broker.default_queue
+        self._bundle_sizes = {
+            name: min(model.max_batch_size, MAX_BUNDLE) for name, model in settings.models.items()
+        }
         timeout_s = settings.broker.publish_timeout_s
         self._app = make_app(settings)
         self._app.conf.broker_pool_acquire_timeout = timeout_s
@@ -53,27 +74,41 @@ class Publisher:
         self.send_many([message])
 
     def send_many(self, messages: Iterable[Message]) -> None:
-        """Send in order, a few hundred to a round trip."""
+        """Send those of each model and priority in order, a few hundred to a round trip.
+
+        Where there are several, one message wakes many jobs, and their requests are in their rows.
+        """
         with (
             as_unavailable(),
             self._app.producer_or_acquire() as producer,
             _left_on_error(producer.connection),
             producer.batch(),
         ):
-            for message in messages:
-                self._app.send_task(
-                    TASK_NAMES[message.kind],
-                    kwargs=self._kwargs(message),
-                    task_id=str(message.job_id),
-                    queue=self._queue(message.model),
-                    priority=message.priority,
-                    headers={FORMAT_HEADER: FORMAT},
-                    # Without these Celery would print the prompt into two headers.
-                    argsrepr="()",
-                    kwargsrepr=f"(model={message.model})",
-                    retry=False,
-                    producer=producer,
-                )
+            for group in bundled(messages, self.bundle_size):
+                self._send(group, producer)
+
+    def bundle_size(self, model: str) -> int:
+        """Most jobs of one message."""
+        return self._bundle_sizes.get(model, BUNDLE_OF_OTHERS)
+
+    def _send(self, group: Sequence[Message], producer: Any) -> None:
+        first, *more = group
+        headers: dict[str, Any] = {FORMAT_HEADER: FORMAT}
+        if more:
+            headers |= {MORE_HEADER: [str(each.job_id) for each in more], JOBS_HEADER: len(group)}
+        self._app.send_task(
+            TASK_NAMES[first.kind],
+            kwargs={} if more else self._kwargs(first),
+            task_id=str(first.job_id),
+            queue=self._queue(first.model),
+            priority=first.priority,
+            headers=headers,
+            # Without these Celery would print the prompt into two headers.
+            argsrepr="()",
+            kwargsrepr=f"(model={first.model})",
+            retry=False,
+            producer=producer,
+        )
 
     def _queue(self, model: str) -> str:
         """The model's queue, also of one that only other processes' settings know."""

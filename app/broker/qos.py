@@ -17,6 +17,7 @@ from kombu.transport import redis, virtual
 from redis.exceptions import RedisError, ResponseError
 
 from app import telemetry
+from app.broker.message import num_jobs
 from app.broker.refusal import said
 
 log = logging.getLogger(__name__)
@@ -53,9 +54,10 @@ class UnlessLost:
 
 
 class QoS(redis.QoS):
-    """The messages that were taken and not yet acknowledged, and how many of them by queue.
+    """The messages that were taken and not yet acknowledged, and how many jobs of them by queue.
 
-    A message counts for the queue that its sender wrote into it, or that `count` says it is of.
+    A message has as many jobs as it wakes and are not done. It counts for the queue that its sender
+    wrote into it, or that `count_as` says it is of.
 
     What the server refused to note, full or for another reason, is in this worker's hands alone: if
     it is lost with the worker, rescue sends it again, as any that is missing.
@@ -65,11 +67,12 @@ class QoS(redis.QoS):
         super().__init__(*args, **options)  # type: ignore[no-untyped-call]
         self.held: Counter[str] = Counter()
         self.prefix: Final = f"{uuid4()}:"  #: of the tags of messages that are noted already
-        self._queue_of: dict[str, str] = {}
+        self._held_for: dict[str, list[Any]] = {}  #: by tag the queue, and the jobs left
         self._done: list[str] = []
 
     def append(self, message: Any, delivery_tag: str) -> None:
-        self.count(delivery_tag, message.delivery_info.get("routing_key", ""))
+        queue = message.delivery_info.get("routing_key", "")
+        self.count(delivery_tag, queue, num_jobs(message.headers))
         if delivery_tag.startswith(self.prefix):
             virtual.QoS.append(self, message, delivery_tag)  # type: ignore[no-untyped-call]
             return
@@ -79,11 +82,27 @@ class QoS(redis.QoS):
             log.warning("%s A message is held here alone.", said(error))
             virtual.QoS.append(self, message, delivery_tag)  # type: ignore[no-untyped-call]
 
-    def count(self, delivery_tag: str, queue: str) -> None:
-        """Count a message for this queue and for no other."""
+    def can_consume(self) -> bool:
+        return not self.prefetch_count or self.held.total() < self.prefetch_count
+
+    def can_consume_max_estimate(self) -> int | None:
+        return max(self.prefetch_count - self.held.total(), 0) if self.prefetch_count else None
+
+    def count(self, delivery_tag: str, queue: str, num_jobs: int = 1) -> None:
+        """Count a message of so many jobs for this queue."""
         self._let_go(delivery_tag)
-        self._queue_of[delivery_tag] = queue
-        self.held[queue] += 1
+        self._held_for[delivery_tag] = [queue, num_jobs]
+        self.held[queue] += num_jobs
+
+    def count_as(self, delivery_tag: str, queue: str) -> None:
+        """Count a message for this queue and for no other."""
+        self.count(delivery_tag, queue, self._let_go(delivery_tag) or 1)
+
+    def lighten(self, delivery_tag: str) -> None:
+        """A job of a message is done."""
+        if held := self._held_for.get(delivery_tag):
+            held[1] -= 1
+            self.held[held[0]] -= 1
 
     def ack(self, delivery_tag: str) -> None:
         """Its place is free at once, also where the server refuses or is away: it keeps its note
@@ -139,9 +158,10 @@ class QoS(redis.QoS):
         super().reject(delivery_tag, requeue)  # type: ignore[no-untyped-call]
         self._let_go(delivery_tag)
 
-    def _let_go(self, delivery_tag: str) -> None:
-        if queue := self._queue_of.pop(delivery_tag, None):
-            self.held[queue] -= 1
+    def _let_go(self, delivery_tag: str) -> int:
+        queue, num_jobs = self._held_for.pop(delivery_tag, ("", 0))
+        self.held[queue] -= num_jobs
+        return int(num_jobs)
 
     def _remove_from_indices(self, delivery_tag: str, pipe: Any = None) -> Any:
         if pipe is not None:

@@ -54,7 +54,7 @@ PATIENT_SHARE: Final = 16
 queue is kept for each list of it, however many urgent messages there are."""
 
 
-def room(lengths: Sequence[int], step: int, most: int) -> int:
+def room(lengths: Sequence[float], step: int, most: int) -> float:
     """How many messages the list of this step of a queue takes yet, or less than 1 if none: those
     that fewer than `most` messages would be served before, and its share in any case."""
     share = -(-most // PATIENT_SHARE)

@@ -27,15 +27,17 @@ from typing import Any, Final
 from uuid import uuid4
 
 import redis as plain
-from kombu.transport import redis, virtual
+from kombu.transport import redis
 from kombu.utils.json import dumps, loads
 from kombu.utils.scheduling import round_robin_cycle
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 from app import telemetry
 from app.broker.fetching import MAX_BYTES, Fetcher, Taken
+from app.broker.message import num_jobs
 from app.broker.qos import QoS, UnlessFull, UnlessLost
 from app.broker.refusal import said
+from app.broker.settling import Message
 
 log = logging.getLogger(__name__)
 telemetry.say_once(log)
@@ -65,36 +67,10 @@ SHARED: Final = "shared "
 """Before a queue's name in the count of its messages that came by others; no name has a space."""
 
 MOST_AT_ONCE: Final = 256
-"""Messages that are taken in one round trip."""
+"""Jobs that are taken in one round trip, as far as the last message of them goes beyond it."""
 
 LOOK_AGAIN_S: Final = 0.05
 """Longest wait for the other queues while one is left out: it may have room again."""
-
-
-class Message(virtual.Message):
-    """A message whose acknowledgement may fail, with a word and not with a traceback.
-
-    It then comes again, and its row says what became of it.
-    """
-
-    def ack_log_error(self, logger: object, errors: Any, multiple: bool = False) -> None:
-        try:
-            self.ack(multiple=multiple)  # type: ignore[no-untyped-call]
-        except errors as error:
-            _say_unsettled("acknowledged", error)
-            if isinstance(error, BrokenPipeError):  # Celery connects anew for this one
-                raise
-
-    def reject_log_error(self, logger: object, errors: Any, requeue: bool = False) -> None:
-        try:
-            self.reject(requeue=requeue)  # type: ignore[no-untyped-call]
-        except errors as error:
-            _say_unsettled("given back", error)
-
-
-def _say_unsettled(what: str, error: Exception) -> None:
-    sentence = "A message could not be %s (%s): it comes again, and its row is the truth."
-    log.warning(sentence, what, type(error).__name__, extra={"action": "not_settled"})
 
 
 def _read(queue: str, item: bytes) -> dict[str, Any] | None:
@@ -108,7 +84,7 @@ class _Outliving:
 
     Message = Message
     QoS = QoS
-    queue_budgets: Mapping[str, int] = MappingProxyType({})  #: most messages held, by queue
+    queue_budgets: Mapping[str, int] = MappingProxyType({})  #: most jobs held, by queue
     shared_budgets: Mapping[str, int] = MappingProxyType({})  #: and of those that came by others
     read = staticmethod(_read)
     """Makes the payload of an item of this queue, or says None: it is nothing for us."""
@@ -140,13 +116,13 @@ class _Outliving:
         held: Counter[str] = self.qos.held  # type: ignore[attr-defined]
         shared = f"{SHARED}{queue}"
         if held[shared] < self.shared_budgets.get(queue, 0):
-            self.qos.count(message.delivery_tag, shared)  # type: ignore[attr-defined]
+            self.qos.count_as(message.delivery_tag, shared)  # type: ignore[attr-defined]
             return True
         is_read = queue in self.active_queues  # type: ignore[attr-defined]
         if is_read and self._is_sated(queue) and not self._keeps_all:
             self._passing[message.delivery_tag] = message, queue
             return False
-        self.qos.count(message.delivery_tag, queue)  # type: ignore[attr-defined]
+        self.qos.count_as(message.delivery_tag, queue)  # type: ignore[attr-defined]
         return True
 
     def _is_sated(self, queue: str) -> bool:
@@ -192,7 +168,7 @@ class _Outliving:
 
         `first` was taken before and is to be noted.
         """
-        most, rooms = self._rooms(first.queue if first else None)
+        most, rooms = self._rooms(first)
         done = self.qos.take_done()  # type: ignore[attr-defined]
         if not (done or rooms or first):
             return
@@ -223,20 +199,23 @@ class _Outliving:
         if takes:
             self._take(replies[-1], most, rooms)
 
-    def _rooms(self, given: str | None) -> tuple[int, dict[str, int]]:
-        """How many messages to take now, and of each queue at most; none if none waits, as far as
-        is known. A message of the queue `given` is held, and not counted yet; one of each queue
-        that was asked for may be on its way."""
-        asked = self._asked if self._in_poll else {given}
+    def _rooms(self, first: Taken | None) -> tuple[int, dict[str, int]]:
+        """Jobs to take now, and of each queue at most; none if none waits, as far as is known. The
+        last message may go beyond it. `first` is held and not counted yet; and of the queues that
+        were asked for a message may be on its way."""
+        coming = dict.fromkeys(self._asked, 1) if self._in_poll else {}
+        if first:
+            coming = {first.queue: first.num_jobs}
         most = self.qos.can_consume_max_estimate()  # type: ignore[attr-defined]
-        most = MOST_AT_ONCE if most is None else min(most - bool(asked - {None}), MOST_AT_ONCE)
+        most = MOST_AT_ONCE if most is None else most - max(coming.values(), default=0)
+        most = min(most, MOST_AT_ONCE)
         if self._closing or most <= 0:
             return 0, {}
         rooms = {}
         for queue in self._queue_cycle.consume(len(self.active_queues)):  # type: ignore[attr-defined]
             if queue in self._unnoted:
                 continue
-            held = self.qos.held[queue] + (queue in asked)  # type: ignore[attr-defined]
+            held = self.qos.held[queue] + coming.get(queue, 0)  # type: ignore[attr-defined]
             if (room := min(most, self.queue_budgets.get(queue, most + held) - held)) > 0:
                 rooms[queue] = room
         if self._long.isdisjoint(rooms):
@@ -256,8 +235,10 @@ class _Outliving:
         if refused:
             sentence = "%s Messages are taken one by one, or are held here alone."
             log.warning(sentence, said(ResponseError(refused)))
-        by_queue = Counter(each.queue for each in more)
-        is_cut = len(more) >= most or sum(len(each.item) for each in more) >= MAX_BYTES
+        by_queue: Counter[str] = Counter()
+        for each in more:
+            by_queue[each.queue] += each.num_jobs
+        is_cut = by_queue.total() >= most or sum(len(each.item) for each in more) >= MAX_BYTES
         for queue, room in rooms.items():
             (self._long.add if is_cut or by_queue[queue] >= room else self._long.discard)(queue)
         for queue in by_queue:
@@ -306,7 +287,10 @@ class _Outliving:
                 self.connection._deliver(payload, queue)  # type: ignore[attr-defined]
             return True
         self._long.add(queue)
-        self.settle(None if payload is None else Taken("", queue, item, payload))
+        if payload:
+            self.settle(Taken("", queue, item, num_jobs(payload.get("headers") or {}), payload))
+        else:
+            self.settle()
         return True
 
     def basic_consume(self, queue: str, no_ack: bool = False, *args: Any, **options: Any) -> Any:

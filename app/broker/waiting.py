@@ -24,20 +24,26 @@ MAX_BYTES: Final = 1_000_000
 _READ_IDS: Final = """
 local at, ids, bytes = tonumber(ARGV[1]), {}, 0
 while #ids < tonumber(ARGV[2]) and bytes < tonumber(ARGV[3]) do
-  local messages = redis.call('LRANGE', KEYS[1], at + #ids, at + #ids + 49)
+  local messages = redis.call('LRANGE', KEYS[1], at, at + 49)
   if #messages == 0 then return {-1, ids} end
   for _, message in ipairs(messages) do
     bytes = bytes + #message
     local ok, read = pcall(cjson.decode, message)
     local headers = ok and type(read) == 'table' and read.headers
-    local id = type(headers) == 'table' and headers.id
-    ids[#ids + 1] = type(id) == 'string' and id or ''
+    if type(headers) == 'table' then
+      local more = type(headers.more) == 'table' and headers.more or {}
+      for place = 0, #more do
+        local id = more[place]
+        if place == 0 then id = headers.id end
+        if type(id) == 'string' then ids[#ids + 1] = id end
+      end
+    end
   end
+  at = at + #messages
 end
-return {at + #ids, ids}
+return {at, ids}
 """
-"""The task ids in a list from a place on, and the place to go on from, or -1. A message without one
-counts as "". """
+"""The ids of the jobs in a list from a place on, and the place to go on from, or -1."""
 
 
 def without_message(client: Any, lists: Mapping[str, Set[UUID]]) -> set[UUID]:

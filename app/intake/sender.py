@@ -13,6 +13,7 @@ import json
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -157,7 +158,7 @@ class Sender:
 class _Queue:
     """A queue of Redis as this process knows it."""
 
-    lengths: list[int]  #: of its lists, by the steps of `Publisher.layout`
+    lengths: list[float]  #: messages in its lists, by the steps of `Publisher.layout`
     looked_at: float  #: monotonic
     held: set[int] = field(default_factory=set)  #: lists whose jobs are left to rescue
 
@@ -182,9 +183,21 @@ class Queues:
 
     def take(self, jobs: Sequence[NewJob]) -> list[NewJob]:
         """Those of the jobs that are to be sent now. Raises `Unavailable`."""
-        self._look({job.model for job in jobs})
+        together = Counter((job.model, job.priority) for job in jobs)
+        self._look({model for model, _ in together})
+        # A job's part of the message that it shares with others.
+        parts = {
+            each: 1 / min(number, self._publisher.bundle_size(each[0]))
+            for each, number in together.items()
+        }
         with self._lock:
-            return [job for job in jobs if self._takes(self._queues[job.model], job.priority)]
+            return [
+                job
+                for job in jobs
+                if self._takes(
+                    self._queues[job.model], job.priority, parts[job.model, job.priority]
+                )
+            ]
 
     def _look(self, models: set[str]) -> None:
         oldest = time.monotonic() - LOOK_EVERY_S
@@ -200,15 +213,16 @@ class Queues:
         with self._lock:
             for model, lengths in found.items():
                 held = known[model].held if model in known else set()
-                known[model] = _Queue(lengths, now, held)
+                known[model] = _Queue([*map(float, lengths)], now, held)
 
-    def _takes(self, queue: _Queue, priority: int) -> bool:
+    def _takes(self, queue: _Queue, priority: int, part: float) -> bool:
         step = self._publisher.layout.step(priority)
-        if room(queue.lengths, step, self._max // 2 if step in queue.held else self._max) < 1:
+        most = self._max // 2 if step in queue.held else self._max
+        if room(queue.lengths, step, most) < 0.999 * part:  # parts do not add up to the last digit
             queue.held.add(step)
             return False
         queue.held.discard(step)
-        queue.lengths[step] += 1
+        queue.lengths[step] += part
         return True
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import signal
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from kombu import Message as KombuMessage
 
 from app.broker.app import make_app
 from app.broker.message import Message, raw_message
-from app.broker.publisher import Publisher
+from app.broker.publisher import MAX_BUNDLE, Publisher
 from app.broker.queues import Layout, most_bytes
 from app.config.settings import Settings
 from app.errors import RequestError, RequestTooLarge, Unavailable
@@ -105,7 +106,8 @@ def test_messages_of_one_priority_arrive_in_order_and_priorities_by_their_steps(
 ) -> None:
     sent = [wake_up(priority) for priority in (9, 0, 5, 3, 0, 7)]
 
-    publisher.send_many(sent)
+    for each in sent:
+        publisher.send(each)
 
     expected = [sent[1], sent[4], sent[2], sent[3], sent[5], sent[0]]
     assert reader.ids(6) == [str(message.job_id) for message in expected]
@@ -155,10 +157,63 @@ def test_flushall_leaves_nothing_to_repair(publisher: Publisher, client: redis.R
 
 def test_threads_share_a_publisher(publisher: Publisher) -> None:
     with ThreadPoolExecutor(8) as threads:
-        for _ in threads.map(lambda _: publisher.send_many([wake_up(), wake_up()]), range(100)):
+        for _ in threads.map(lambda _: publisher.send_many([wake_up(), wake_up(3)]), range(100)):
             pass
 
     assert publisher.queue_lengths(["stub"]) == {"stub": 200}
+
+
+# ── many jobs in one message ────────────────────────────────────────────────────────────────────
+
+
+def read_all(client: redis.Redis, priority: int = 0, model: str = "stub") -> list[dict[str, Any]]:
+    items = client.lrange(Layout().key(f"gristmill.{model}", priority), 0, -1)
+    return [json.loads(item) for item in reversed(items)]
+
+
+def ids_in(message: dict[str, Any]) -> list[str]:
+    return [message["headers"]["id"], *message["headers"].get("more", [])]
+
+
+def test_jobs_of_one_model_and_priority_travel_together_each_once_and_in_order(
+    publisher: Publisher, client: redis.Redis, settings: Settings
+) -> None:
+    size = min(settings.models["stub"].max_batch_size, MAX_BUNDLE)
+    urgent = [wake_up() for _ in range(2 * size + 1)]
+    patient = [wake_up(9) for _ in range(2)]
+    others = [wake_up(model="stub-embed")]
+
+    publisher.send_many([*urgent[:3], *patient, *others, *urgent[3:]])
+
+    messages = read_all(client)
+    ids = [each for message in messages for each in ids_in(message)]
+    assert ids == [str(each.job_id) for each in urgent]
+    assert [len(ids_in(message)) for message in messages] == [size, size, 1]
+    assert [message["headers"].get("num_jobs") for message in messages] == [size, size, None]
+    [together] = read_all(client, 9)
+    assert ids_in(together) == [str(each.job_id) for each in patient]
+    assert together["properties"]["priority"] == 9
+    assert len(read_all(client, model="stub-embed")) == 1
+
+
+def test_the_requests_of_jobs_that_travel_together_are_in_their_rows_alone(
+    publisher: Publisher, client: redis.Redis
+) -> None:
+    publisher.send_many([wake_up(), wake_up()])
+    publisher.send(wake_up())
+
+    bodies = [json.loads(base64.b64decode(each["body"]))[1] for each in read_all(client)]
+    assert bodies == [{}, {"prompt": "x", "url": "/v1/completions"}]
+
+
+def test_every_job_of_a_message_is_seen_by_who_looks_for_lost_ones(publisher: Publisher) -> None:
+    sent = [wake_up() for _ in range(700)]
+    lost = uuid4()
+
+    publisher.send_many(sent)
+
+    ids = {message.job_id for message in sent}
+    assert publisher.without_message(dict.fromkeys([*ids, lost], "stub")) == {lost}
 
 
 # ── Redis away ──────────────────────────────────────────────────────────────────────────────────

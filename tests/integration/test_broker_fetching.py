@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import redis
@@ -247,6 +249,54 @@ def test_a_worker_that_has_room_for_one_message_takes_one(
             assert unacked(client) == 1
             taker.held[-1].ack()
     assert unacked(client) == 0
+
+
+def send_together(client: redis.Redis, number: int, size: int) -> None:
+    """So many messages of so many jobs each."""
+    for _ in range(number):
+        more = [str(uuid4()) for _ in range(size - 1)]
+        headers = {"task": "inference.generate", "id": str(uuid4()), "more": more, "num_jobs": size}
+        message = {"body": "[[], {}, {}]", "headers": headers, "properties": {}}
+        properties = {"delivery_tag": "x", "delivery_info": {"exchange": "", "routing_key": QUEUE}}
+        item = message | {"properties": properties, "content-type": "application/json"}
+        client.lpush(f"mill:{QUEUE}", json.dumps(item))
+
+
+def test_messages_of_many_jobs_are_held_by_their_jobs(
+    client: redis.Redis, settings: Settings
+) -> None:
+    # given messages of 30 jobs, and a worker that holds 100
+    send_together(client, 10, 30)
+    with taking(settings, most=100) as taker:
+        # when it takes
+        assert len(taker.take_all()) == 4  # the last one went beyond it
+        # then what is done of one makes no room until there is some
+        tag = taker.held[0].delivery_tag
+        for _ in range(20):
+            taker.channel.qos.lighten(tag)
+        assert len(taker.take_all()) == 4
+        taker.channel.qos.lighten(tag)
+        assert len(taker.take_all()) == 5
+
+
+def test_a_patient_message_of_many_jobs_takes_no_more_than_its_share_in_the_long_run(
+    client: redis.Redis, settings: Settings
+) -> None:
+    send(client, 400)
+    send_together(client, 20, 30)
+    for item in client.lrange(f"mill:{QUEUE}", 0, 19):
+        client.lpush(Layout(prefix="mill:").key(QUEUE, 9), item)
+    client.ltrim(f"mill:{QUEUE}", 20, -1)
+    with taking(settings, most=20) as taker:
+        for _ in range(400):
+            if not taker.held:
+                taker.take_all()
+            taker.held.pop(0).ack()
+            if not client.llen(f"mill:{QUEUE}"):
+                break
+
+        left = client.llen(Layout(prefix="mill:").key(QUEUE, 9))
+        assert 18 <= left < 20
 
 
 def test_what_nobody_acknowledges_is_not_noted(client: redis.Redis, settings: Settings) -> None:

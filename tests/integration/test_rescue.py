@@ -27,7 +27,7 @@ from sqlalchemy import text
 
 from app import rescue
 from app.broker import publisher
-from app.broker.message import Message
+from app.broker.message import MORE_HEADER, Message
 from app.broker.publisher import Publisher
 from app.broker.queues import Layout, queue_name, queues_of
 from app.config.settings import Settings
@@ -52,17 +52,28 @@ LONG_AGO = timedelta(minutes=5)
 
 @pytest.fixture
 def settings(make_settings: Callable[..., Settings], database_url: str, redis_url: str) -> Settings:
-    return make_settings(
+    """No two jobs share a message."""
+    settings = make_settings(
         database={"url": database_url},
         broker={"url": redis_url},
         rescue={"page_size": 7, "lost_after_s": 10, "sweep_ms": 500},
     )
+    return in_batches_of(1, settings)
+
+
+def in_batches_of(size: int, settings: Settings) -> Settings:
+    model = settings.models[MODEL].model_copy(update={"max_batch_size": size})
+    return settings.model_copy(update={"models": settings.models | {MODEL: model}})
 
 
 @pytest.fixture
 def client(redis_url: str) -> Iterator[redis.Redis]:
     with redis.Redis.from_url(redis_url) as client:
         yield client
+
+
+def job_ids_in(headers: dict[str, Any]) -> list[str]:
+    return [headers["id"], *headers.get(MORE_HEADER, [])]
 
 
 class World:
@@ -166,10 +177,10 @@ class World:
             assert claims.finish(connection, [finished])
 
     def messages(self) -> list[UUID]:
-        """Ids of the messages in Redis, in any order."""
+        """Ids of the jobs that have messages in Redis, in any order."""
         keys = [Layout().key(queue_name(MODEL), priority) for priority in (0, 3, 6, 9)]
         items = [item for key in keys for item in self._client.lrange(key, 0, -1)]
-        return [UUID(json.loads(item)["headers"]["id"]) for item in items]
+        return [UUID(id) for item in items for id in job_ids_in(json.loads(item)["headers"])]
 
     def lose_messages(self) -> None:
         self._client.flushdb()
@@ -285,6 +296,37 @@ def test_two_rescues_at_once_send_a_job_once(world: World) -> None:
 
     assert sorted(world.messages()) == sorted(ids)
     assert sum(report.sent for report in reports) == 60
+
+
+def test_jobs_that_are_sent_together_share_messages_and_the_queue_takes_as_many_of_these(
+    settings: Settings, client: redis.Redis
+) -> None:
+    broker = settings.broker.model_copy(update={"max_messages": 100})
+    sharing = in_batches_of(3, settings.model_copy(update={"broker": broker}))
+    with closing(World(sharing, client)) as world:
+        ids = world.submit(400)
+
+        sent = [world.sweep().sent for _ in range(5)]
+
+        # A page of 7 jobs is three messages.
+        assert client.llen(queue_name(MODEL)) == 100
+        assert sum(sent) == len(world.messages()) == len(set(world.messages())) > 200
+        assert set(world.messages()) <= set(ids)
+
+
+def test_a_lost_message_of_several_jobs_is_found_and_the_others_left_alone(
+    settings: Settings, client: redis.Redis
+) -> None:
+    with closing(World(in_batches_of(10, settings), client)) as world:
+        ids = world.submit_and_send(50)
+        lost = json.loads(client.rpop(queue_name(MODEL)))["headers"]
+
+        reports = [world.sweep() for _ in range(4)]
+
+        assert [report.sent_again for report in reports] == [0, 10, 0, 0]
+        assert sorted(world.messages()) == sorted(ids)
+        assert client.llen(queue_name(MODEL)) == 4 + 1
+        assert len(job_ids_in(lost)) == 10
 
 
 # ── messages that were lost in Redis ────────────────────────────────────────────────────────────

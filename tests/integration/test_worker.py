@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import threading
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,13 @@ import pytest
 import redis
 from celery import Celery
 
+from app.broker.message import Message
+from app.broker.publisher import Publisher
 from app.config.settings import Settings
+from app.rescue import Rescue
 from app.store.cancellation import cancel
 from app.store.database import Database
+from tests.rows import insert_sent, new_job
 from tests.waiting import eventually
 from tests.workers import Worker, results, rows, running_worker
 
@@ -347,3 +352,71 @@ def test_a_prompt_shows_neither_in_the_log_nor_in_inspect_nor_in_events(
     assert canary in str(results(config)[slow]["response"])
     for place in (shown, str(seen), worker.log):
         assert canary not in place
+
+
+def test_jobs_of_one_message_have_ends_of_their_own_and_are_acknowledged_together(
+    config: Settings, worker: Worker, producer: Celery
+) -> None:
+    # given six jobs in one message, one of which runs for long
+    prompts = ["quick"] * 4 + ["sleep 60000", "sleep 3000"]
+    jobs = [
+        new_job(model="stub", request={"prompt": prompt}, fingerprint=f"{number:064x}")
+        for number, prompt in enumerate(prompts)
+    ]
+    ids = [str(job.id) for job in jobs]
+    with (
+        closing(Database(config.database.url)) as database,
+        closing(Publisher(config)) as publisher,
+        redis.Redis.from_url(config.broker.url) as client,
+        events_of(producer) as seen,
+    ):
+        insert_sent(database, *jobs)
+        # when a worker takes it
+        publisher.send_many(Message(job.id, job.kind, job.model) for job in jobs)
+        ended(config, ids[:4])
+        # then Celery knows each job that is left, and the message is kept for them
+        active = str(producer.control.inspect(timeout=1).active())
+        assert [each in active for each in ids] == [False] * 4 + [True] * 2
+        assert client.hlen("unacked") == 1
+        # and one of them can be revoked
+        producer.control.revoke(ids[4], terminate=True)
+        states = {each: row["state"] for each, row in ended(config, ids).items()}
+        assert list(states.values()) == ["completed"] * 4 + ["cancelled", "completed"]
+        eventually(lambda: client.hlen("unacked") == 0)
+        done = {"task-received", "task-started", "task-succeeded"}
+        quick = set(ids) - {ids[4]}
+        eventually(
+            lambda: all(
+                {event["type"] for event in seen if event.get("uuid") == each} >= done
+                for each in quick
+            )
+        )
+
+
+def test_a_killed_worker_loses_and_doubles_no_job_of_a_message(
+    config: Settings, worker: Worker, producer: Celery, tmp_path: Path
+) -> None:
+    # given a message of twelve jobs, some of which have ended when their worker is killed
+    prompts = ["quick", "sleep 500"] * 6
+    jobs = [
+        new_job(model="stub", request={"prompt": prompt}, fingerprint=f"{number:064x}")
+        for number, prompt in enumerate(prompts)
+    ]
+    ids = [str(job.id) for job in jobs]
+    with (
+        closing(Database(config.database.url)) as database,
+        closing(Publisher(config)) as publisher,
+        redis.Redis.from_url(config.broker.url) as client,
+    ):
+        insert_sent(database, *jobs)
+        publisher.send_many(Message(job.id, job.kind, job.model) for job in jobs)
+        eventually(lambda: results(config))
+        worker.kill()
+        # when what it held comes again, whole
+        for note in client.hvals("unacked"):
+            client.lpush("gristmill.stub", json.dumps(json.loads(note)[0]))
+        rescue = Rescue(config, database, publisher)
+        with running_worker(config, tmp_path / "next"):
+            # then each job ends once, whoever ran it
+            eventually(lambda: rescue.sweep() and results(config).keys() >= set(ids), timeout_s=60)
+    assert {row["state"] for row in results(config).values()} == {"completed"}

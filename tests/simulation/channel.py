@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from app.broker.queues import queue_name, queues_of
 from app.broker.transport import QoS, Turns, _Outliving
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class _Held(QoS):
     def __init__(self) -> None:
         self.held: Counter[str] = Counter()
-        self._queue_of: dict[str, str] = {}
+        self._held_for: dict[str, list[Any]] = {}
 
 
 class SimulatedChannel(_Outliving):
@@ -50,7 +50,7 @@ class SimulatedChannel(_Outliving):
     def take(self, queue: str, slot: int) -> Message:
         message = self._queue.pop(queue)
         self._queue_cycle.rotate(queue)
-        self.qos.count(str(slot), message.queue)
+        self.qos.count(str(slot), message.queue, len(message.job_ids) or 1)
         return message
 
     def keeps_here(self, message: Message, slot: int) -> bool:

@@ -20,3 +20,4 @@ class Effect(enum.StrEnum):
     TIMED_OUT = "a time limit ended a job"
     TIMED_OUT_BY_ROW = "a time limit that only the row knew of ended a job"
     BESIDE_FLOOD = "a job waited beside the far longer queue of the other model"
+    SHARED = "a job ended whose message had others, too"

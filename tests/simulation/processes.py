@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
+from app.broker.settling import Bundle, Piece
 from app.config.settings import ModelSettings
 from app.errors import EngineError, LeaseLost, RequestError, Unavailable
 from app.jobs import JobState, Kind
@@ -49,7 +51,9 @@ class SimulatedWorker:
         self.format = format
         self.models = models = tuple(settings)
         self.database = ProcessDatabase(world)
-        self.unacked: dict[int, Message] = {}
+        self.unacked: dict[int, Message] = {}  #: of each job by its slot
+        self._bundles: dict[int, tuple[Bundle, Piece]] = {}  #: of jobs that share a message
+        self.shared: dict[int, Message] = {}  #: these messages, by the slot of the first job
         self.revoked: set[UUID] = set()  #: what Celery drops when it comes
         self.is_alive, self.is_registered, self.is_drained = True, False, False
         self.paused_until_ns = self.turn_ns = self.beat_ns = 0
@@ -163,10 +167,16 @@ class SimulatedWorker:
             self.give_back()
 
     def give_back(self) -> None:
-        for message in self.unacked.values():
+        for message in self.held_messages():
             self._world.queue.put(message)
-        self.unacked.clear()
+        for held in (self.unacked, self._bundles, self.shared):
+            held.clear()
         self._connect()
+
+    def held_messages(self) -> list[Message]:
+        """The messages that are not acknowledged."""
+        alone = [each for slot, each in self.unacked.items() if slot not in self._bundles]
+        return [*alone, *self.shared.values()]
 
     @contextmanager
     def _one_life(self) -> Iterator[None]:
@@ -193,15 +203,33 @@ class SimulatedWorker:
             self._world.note(Effect.GARBAGE)
             self.channel.settled(slot)
             self.post(Nameless())
+        elif message.more:
+            self._take_bundle(message, slot)
         elif message.job_id in self.revoked:  # Celery acknowledges it, and tells the pool
-            self._world.note(Effect.REVOKED_UNREAD)
+            self._drop_revoked(message.job_id)
             self.channel.settled(slot)
-            self.post(Revoked(message.job_id))
-            self._world.must_have_row(message.job_id, self)
         elif message.body is None or self.channel.keeps_here(message, slot):
             self.take(message, slot)
         else:
             self._world.note(Effect.PASSED_ON)
+
+    def _take_bundle(self, message: Message, tag: int) -> None:
+        """Celery gets a piece for each job."""
+        self.shared[tag] = message
+        bundle = Bundle(_Delivered(self, tag), len(message.job_ids))
+        for job_id in message.job_ids:
+            slot, piece = self._next_slot(), bundle.piece()
+            if job_id in self.revoked:
+                self._drop_revoked(job_id)
+                piece.ack()
+            else:
+                self._bundles[slot] = bundle, piece
+                self.take(replace(message, job_id=job_id, more=()), slot)
+
+    def _drop_revoked(self, job_id: UUID) -> None:
+        self._world.note(Effect.REVOKED_UNREAD)
+        self.post(Revoked(job_id))
+        self._world.must_have_row(job_id, self)
 
     def _next_slot(self) -> int:
         self._slots += 1
@@ -287,8 +315,26 @@ class SimulatedWorker:
             self.acks_until_death -= 1
             if self.acks_until_death < 0:
                 raise Died
-        if self.unacked.pop(slot, None):  # after a reconnect it is another's
+        if not self.unacked.pop(slot, None):  # after a reconnect it is another's
+            return
+        if shared := self._bundles.pop(slot, None):
+            self._world.note(Effect.SHARED)
+            shared[1].ack()
+        else:
             self.channel.settled(slot)
+
+
+class _Delivered:
+    """A message of several jobs as the transport gives it to the consumer."""
+
+    def __init__(self, worker: SimulatedWorker, tag: int) -> None:
+        self._worker = worker
+        self.delivery_tag, self.delivery_info = str(tag), {}
+        self.channel = worker.channel
+
+    def ack(self) -> None:
+        expect(self._worker.shared.pop(int(self.delivery_tag), None), "acked twice")
+        self.channel.settled(int(self.delivery_tag))
 
 
 def _new_worker(worker_id: UUID, models: tuple[str, ...]) -> NewWorker:

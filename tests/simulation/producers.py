@@ -8,8 +8,10 @@ from datetime import timedelta
 from typing import Final
 from uuid import UUID
 
+from app.broker.message import Message as WakeUp
 from app.broker.queues import queue_name
 from app.errors import JobStateConflict
+from app.jobs import Kind
 from app.store import cancellation, submissions
 from app.store.submissions import NewJob
 from app.worker.commands import Revoked
@@ -102,16 +104,18 @@ class Producers:
         words, size = ("good 9", "good 30", "good 60")[way // 8 % 3], LEAST_FLOOD + number % 40
         busy, idle = MODELS[way // 4 % 2], MODELS[way // 4 % 2 - 1]
         self._flooded, self._flood_size = busy, size + 1
+        sent: list[WakeUp] = []
         for model in [*[busy] * size, idle]:
             job_id, expected = self.new_id(), self._expect(words, model)
             self.expected[job_id] = expected
             if way % 4 < 2:
                 self._insert(new_job(job_id, expected.prompt, model), way % 4 == 1)
             if way % 4 == 1:
-                self.queue.put(Message(job_id, None, model))
+                sent.append(WakeUp(job_id, Kind.GENERATE, model))
             elif way % 4 > 1:
                 queue = DEFAULT if way % 4 == 2 else ""
                 self.queue.put(Message(job_id, expected.prompt, model, queue=queue))
+        self.queue.send_many(sent)
 
     def submit_unstorable(self, way: int) -> None:
         """A bare message with something that the store refuses, for all that come with it."""
@@ -163,7 +167,9 @@ class Producers:
     def revoke_unread(self, job: int, worker: int) -> None:
         """Celery's revoke of a task whose message lies in Redis: some workers note it, and drop
         the message when it comes to them."""
-        sent = [message.job_id for each in self.queue.lists.values() for message in each]
+        sent = [
+            id for each in self.queue.lists.values() for message in each for id in message.job_ids
+        ]
         if not (ours := [job_id for job_id in sent if job_id in self.expected]):
             return
         job_id = ours[job % len(ours)]

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID
 
 from app.broker.message import Message as WakeUp
+from app.broker.publisher import bundled
 from app.broker.queues import Layout, queue_name, queues_of
 from app.errors import Unavailable
 from app.requests import bodies
 from tests.simulation.engine import MODELS
+from tests.simulation.settings import SETTINGS
 from tests.simulation.versions import LATER, PRESENT
 
 if TYPE_CHECKING:
@@ -112,6 +114,11 @@ class Message:
     is_unstorable: bool = False  #: the store refuses what it would write of it
     format: int = PRESENT  #: of the request
     queue: str = ""  #: the one that it was sent to; its model's if left out
+    more: tuple[UUID, ...] = ()  #: further jobs that it wakes
+
+    @property
+    def job_ids(self) -> tuple[UUID, ...]:
+        return () if self.job_id is None else (self.job_id, *self.more)
 
     def __post_init__(self) -> None:
         if not self.queue:
@@ -156,10 +163,20 @@ class Queue:
 
     def send_many(self, messages: Iterable[WakeUp]) -> None:
         self._reach()
-        for each in messages:
+        for first, *more in bundled(messages, self.bundle_size):
             self.put(
-                Message(each.job_id, None, each.model, priority=each.priority, format=bodies.FORMAT)
+                Message(
+                    first.job_id,
+                    None,
+                    first.model,
+                    priority=first.priority,
+                    format=bodies.FORMAT,
+                    more=tuple(each.job_id for each in more),
+                )
             )
+
+    def bundle_size(self, model: str) -> int:
+        return SETTINGS.models[model].max_batch_size
 
     def list_lengths(self, models: Iterable[str]) -> dict[str, list[int]]:
         self._reach()
@@ -175,7 +192,7 @@ class Queue:
 
     def _has_message(self, job_id: UUID, model: str) -> bool:
         queues = [*queues_of([model], bodies.FORMAT), DEFAULT]
-        return any(message.job_id == job_id for name in queues for message in self.lists[name])
+        return any(job_id in message.job_ids for name in queues for message in self.lists[name])
 
     def queue_lengths(self, models: Iterable[str]) -> dict[str, int]:
         return {model: sum(lengths) for model, lengths in self.list_lengths(models).items()}

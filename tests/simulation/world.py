@@ -121,7 +121,7 @@ class World(Producers):
 
     def redeliver(self, worker: int) -> None:
         """The visibility timeout: what is being worked on comes again."""
-        for message in self._worker(worker).unacked.values():
+        for message in self._worker(worker).held_messages():
             self.queue.put(message)
 
     def flush_redis(self) -> None:

@@ -283,3 +283,19 @@ def test_a_message_crowded_with_parts_is_refused_before_values_are_made_of_it(
 
     with pytest.raises(RequestError, match="more than 50000 texts, objects and lists"):
         arrive(sent, config)
+
+
+def test_a_message_may_wake_further_jobs_by_their_ids(config: Settings) -> None:
+    more = [str(uuid.uuid4()), "order-17"]
+
+    arrival = arrive(message([[], {}, {}], headers={"more": more}), config)
+
+    assert [task_id for task_id, _ in arrival.others()] == more
+    assert [each.job_id for _, each in arrival.others()] == [job_id_of(each) for each in more]
+    assert all(each.request is None for _, each in arrival.others())
+
+
+@pytest.mark.parametrize("more", ["x", 5, {}, [5], [""], ["x" * 256], ["\ud800"], ["x"] * 1_000])
+def test_further_jobs_are_a_list_of_so_many_task_ids(more: Any, config: Settings) -> None:
+    with pytest.raises(RequestError, match="more must be a list"):
+        arrive(message(headers={"more": more}), config)

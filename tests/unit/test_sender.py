@@ -35,12 +35,16 @@ class Redis:
         self.sent: list[Message] = []
         self.told: list[UUID] = []
         self.waiting = [0, 0, 0, 0]
+        self.most_together = 1
 
     def send_many(self, messages: Iterable[Message]) -> None:
         self._answer()
         for message in messages:
             self.sent.append(message)
             self.waiting[self.layout.step(message.priority)] += 1
+
+    def bundle_size(self, model: str) -> int:
+        return self.most_together
 
     def tell_cancelled(self, worker_id: UUID, job_ids: Iterable[UUID]) -> None:
         self._answer()
@@ -231,6 +235,16 @@ def test_a_queue_takes_its_most_messages_and_the_rest_is_left_to_rescue(
     assert len(redis.sent) == 100
     assert (sender.num_sent, sender.num_left_to_rescue) == (100, 30)
     assert redis.num_looks == 1
+
+
+def test_jobs_that_share_messages_count_as_these(
+    sender: Sender, redis: Redis, postgres: Postgres, clock: Clock
+) -> None:
+    redis.most_together = 10
+
+    submit(sender, [new_job() for _ in range(1_300)])
+
+    assert (sender.num_sent, sender.num_left_to_rescue) == (1_000, 300)
 
 
 def test_who_was_held_back_is_not_overtaken_while_rescue_keeps_the_queue_filled(

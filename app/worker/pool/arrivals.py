@@ -15,14 +15,14 @@ import datetime as dt
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 from uuid import UUID
 
 from kombu.message import Message
 from kombu.serialization import loads
 from kombu.utils.encoding import str_to_bytes
 
-from app.broker.message import FORMAT_HEADER, TASK_NAMES, TASKS
+from app.broker.message import FORMAT_HEADER, MAX_MORE, MORE_HEADER, TASK_NAMES, TASKS
 from app.config.settings import Settings
 from app.errors import GristmillError, RequestError, RequestTooLarge
 from app.jobs import MAX_PRIORITY, Kind, bounded, job_id_of
@@ -49,6 +49,14 @@ class Arrival:
     deadline: dt.datetime | None
     metadata: dict[str, str]
     time_limit_s: float | None = None  #: positive and finite
+    more: tuple[str, ...] = ()  #: task ids of further jobs, whose rows are there
+
+    def others(self) -> list[tuple[str, Arrival]]:
+        """The further jobs by their task ids."""
+        return [
+            (task_id, Arrival(job_id_of(task_id), None, None, self.priority, None, None, {}))
+            for task_id in self.more
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +84,7 @@ def identify(message: Message, settings: Settings) -> tuple[str, str]:
     task_id, name = source.get("id"), source.get("task")
     if isinstance(task_id, UUID):  # a client of Python that gave one and not its text
         task_id = str(task_id)
-    if not (isinstance(task_id, str) and 0 < len(task_id) <= MAX_TASK_ID and is_unicode(task_id)):
+    if not _is_task_id(task_id):
         raise RequestError("it has no usable task id.")
     return task_id, name if isinstance(name, str) else ""
 
@@ -112,6 +120,7 @@ def read(message: Message, task_id: str, name: str, settings: Settings) -> Arriv
         deadline=_stamp(options, "expires"),
         metadata=request.body.metadata if request else {},
         time_limit_s=_time_limit(options),
+        more=_more(options),
     )
 
 
@@ -218,6 +227,19 @@ def _time_limit(options: dict[str, Any]) -> float | None:
             )
 
 
+def _more(options: dict[str, Any]) -> tuple[str, ...]:
+    more = options.get(MORE_HEADER)
+    if more is None:
+        return ()
+    if not (isinstance(more, list) and len(more) <= MAX_MORE and all(map(_is_task_id, more))):
+        raise RequestError(f"more must be a list of at most {MAX_MORE} task ids.", param="more")
+    return tuple(more)
+
+
+def _is_task_id(given: Any) -> TypeGuard[str]:
+    return isinstance(given, str) and 0 < len(given) <= MAX_TASK_ID and is_unicode(given)
+
+
 def _is_limit(given: Any) -> bool:
     is_number = isinstance(given, int | float) and not isinstance(given, bool)
     return given is None or (is_number and 0 <= given < math.inf)
@@ -239,5 +261,5 @@ def scrub(message: Message, task_id: str, name: str, arrival: Arrival) -> None:
         ARRIVAL_HEADER: arrival,
     }
     message.properties = {"priority": arrival.priority}
-    message.body = EMPTY_BODY
+    message.body, message._decoded_cache = EMPTY_BODY, ([], {}, {})
     message.content_type, message.content_encoding = "application/json", "utf-8"

@@ -25,6 +25,7 @@ from app.broker.message import TASKS
 from app.broker.queues import queue_name
 from app.broker.refusal import as_unavailable, reply_of, said
 from app.broker.rights import Role, missing
+from app.broker.settling import Bundle
 from app.config.settings import Settings
 from app.errors import GristmillError, RequestError, Unavailable
 from app.jobs import Kind, job_id_of
@@ -160,7 +161,14 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]
                 )
             if arrival.model and not message.channel.keeps(message, queue_name(arrival.model)):
                 return None
-            scrub(message, task_id, name, arrival)
-            return celery_takes(message)
+            if not arrival.more:
+                scrub(message, task_id, name, arrival)
+                return celery_takes(message)
+            bundle = Bundle(message, 1 + len(arrival.more))
+            for each_id, each in [(task_id, arrival), *arrival.others()]:
+                piece = bundle.piece()
+                scrub(piece, each_id, name, each)
+                celery_takes(piece)
+            return None
 
         return on_message

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
+from app.broker.message import MORE_HEADER
 from app.broker.queues import Layout
 from tests.chaos.checker import Evidence
 from tests.chaos.proxy import LOST
@@ -116,11 +117,12 @@ def _deliver_ended_again(scene: Scene, ended: dict[str, int]) -> dict[str, int]:
     with scene.world.redis_client() as client:
         for raw in client.hgetall("unacked").values():
             message, _, queue = json.loads(raw)
-            job_id = message["headers"]["id"]
-            if job_id in ended:
+            headers = message["headers"]
+            woken = {headers["id"], *(headers.get(MORE_HEADER) or [])} & ended.keys()
+            if woken:
                 key = Layout().key(queue, message["properties"].get("priority") or 0)
                 client.lpush(key, json.dumps(message))
-                sent[job_id] = ended[job_id]
+                sent |= {job_id: ended[job_id] for job_id in woken}
     return sent
 
 
