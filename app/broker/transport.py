@@ -96,6 +96,7 @@ class _Outliving:
         self._asked: set[str] = set()  #: the queues that BRPOP waits for, or did last
         self._passing: dict[str, tuple[Any, str]] = {}  #: messages for other lists, by tag
         self._keeps_all = False  #: for nothing can be passed on
+        self.num_heard = 1  #: who got the last message that is for all who listen
         super().__init__(*args, **options)
         self._queue_cycle = Turns(self)
         self._connparams(asynchronous=False)  # while the transport knows
@@ -297,6 +298,12 @@ class _Outliving:
         if no_ack:
             self._unnoted.add(queue)
         return super().basic_consume(queue, no_ack, *args, **options)  # type: ignore[misc]
+
+    def _put_fanout(self, exchange: str, message: Any, routing_key: str, **_: Any) -> None:
+        payload = dumps(message)  # type: ignore[no-untyped-call]
+        topics = self._get_publish_topics(exchange, routing_key)  # type: ignore[attr-defined]
+        with self.conn_or_acquire() as client:  # type: ignore[attr-defined]
+            self.num_heard = sum(client.publish(topic, payload) for topic in topics)
 
     # ── outliving ────────────────────────────────────────────────────────────────────────────
 

@@ -17,6 +17,7 @@ from app.worker.pool.events import EventDispatcher
 def dispatcher() -> Iterator[EventDispatcher]:
     app = make_app(Settings())
     with Connection("memory://") as connection:
+        connection.default_channel.num_heard = 1
         yield app.events.Dispatcher(
             connection, buffer_group=["task"], on_send_buffered=lambda: None
         )
@@ -54,3 +55,25 @@ def test_events_that_cannot_be_sent_are_bounded_and_the_newest_stay(
 
     # then
     assert [event["uuid"] for event in sent[0]] == [str(number) for number in range(90, 100)]
+
+
+def test_while_nobody_listens_no_task_events_are_made_until_a_heartbeat_is_heard(
+    dispatcher: EventDispatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # given
+    sent: list[object] = []
+    producer = dispatcher.producer
+    monkeypatch.setattr(producer, "publish", lambda event, **_: sent.append(event))
+
+    def told(num_heard: int) -> list[object]:
+        sent.clear()
+        producer.channel.num_heard = num_heard
+        dispatcher.send("worker-heartbeat")
+        dispatcher.send("task-started", uuid="one")
+        dispatcher.flush()
+        return [each["type"] if isinstance(each, dict) else len(each) for each in sent]
+
+    # when, then
+    assert told(1) == ["worker-heartbeat", 1]
+    assert told(0) == ["worker-heartbeat"]
+    assert told(1) == ["worker-heartbeat", 1]
