@@ -60,7 +60,7 @@ odd: setup  ## Send EXAMPLES=500 times ten messages, requests and rows bent by c
 mutants: setup  ## Plant deliberate defects one by one and show which test catches each
 	$(RUN) tests.mutants
 
-models: setup  ## Try every family of models, and write what came of it into docs/models.md
+models: setup  ## Try every family of models, and write what came of it into docs/models.md and README.md
 	$(RUN) tests.families
 
 chaos: setup  ## Do 36 faults to the whole system, under load, and check that nothing is lost

@@ -1,4 +1,6 @@
-"""`make models`: try every family of the catalogue, and write what came of it into docs/models.md.
+"""`make models`: try every family of the catalogue, and write what came of it.
+
+Into docs/models.md, that is, and in numbers into the README.
 
     python -m tests.families [FAMILY ...]
 
@@ -13,7 +15,7 @@ import sys
 
 from app.printable import printable
 from tests.families.catalogue import DECODERS, ENCODER_DECODERS, ENCODERS
-from tests.families.table import PAGE, Row, updated
+from tests.families.table import PAGE, README, Row, summed_up, updated
 from tests.families.trial import Result, try_decoder, try_encoder, try_encoder_decoder
 
 TRIED = (
@@ -33,6 +35,7 @@ def main(only: list[str]) -> int:
             rows.append(Row(title, family.name, trial(family)))
             print(printable(rows[-1].line), flush=True)
     PAGE.write_text(updated(PAGE.read_text(), rows))
+    README.write_text(summed_up(README.read_text(), PAGE.read_text()))
     return int(any(each.result is Result.WRONG for row in rows for each in row.outcomes))
 
 

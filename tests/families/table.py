@@ -1,4 +1,4 @@
-"""The tables of models in docs/models.md."""
+"""The tables of models in docs/models.md, and the one that sums them up in the README."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from tests.families.catalogue import DECODERS, ENCODER_DECODERS, ENCODERS
 from tests.families.trial import Outcome, Result
 
 PAGE: Final = Path(__file__).parents[2] / "docs" / "models.md"
+README: Final = PAGE.parents[1] / "README.md"
 
 COLUMNS: Final = {
     "decoders": ("decoder", "`inflight`", "`generate`"),
@@ -61,6 +62,26 @@ def updated(page: str, rows: Iterable[Row]) -> str:
         before, _, after = _cut(page, title)
         page = before + "".join(f"{line}\n" for line in lines) + after
     return page
+
+
+def summed_up(readme: str, page: str) -> str:
+    """The README with the numbers of the page's tables anew."""
+    lines = ["| | families | as transformers | of these not padded at will | refused by name |"]
+    lines += ["|---|---|---|---|---|"]
+    for title, columns in COLUMNS.items():
+        cells = [line.split("|")[2:-1] for line in lines_of(page, title)]
+        for column, name in enumerate(columns[1:]):
+            shown = [row[column].strip() for row in cells]
+            equal = [each for each in shown if each.startswith(Result.EQUAL.value)]
+            apart = [each for each in equal if each != Result.EQUAL.value]
+            refused = [each for each in shown if each.startswith(Result.REFUSED.value)]
+            tried = len(equal) + len(refused)
+            numbers = f"{tried} | {len(equal)} | {len(apart)} | {len(refused)}"
+            lines.append(f"| {title}, {name} | {numbers} |")
+    broken = len(lines_of(page, "broken folders"))
+    lines.append(f"| kinds of broken folders | {broken} | | | {broken} |")
+    before, _, after = _cut(readme, "models")
+    return before + "".join(f"{line}\n" for line in lines) + after
 
 
 def lines_of(page: str, title: str) -> list[str]:

@@ -6,7 +6,7 @@ import pytest
 
 from app.engines.checkpoint import folder
 from tests.families.catalogue import DECODERS, ENCODER_DECODERS, ENCODERS
-from tests.families.table import NAMES, PAGE, Row, lines_of, name_of
+from tests.families.table import NAMES, PAGE, README, Row, lines_of, name_of, summed_up
 from tests.families.trial import try_decoder, try_encoder_decoder
 
 LEAST = {"decoders": 60, "encoder-decoders": 15, "encoders": 15, "broken folders": 10}
@@ -25,6 +25,12 @@ def test_the_table_of_models_is_that_of_the_catalogue(title: str) -> None:
     assert names == NAMES[title]
     assert len(set(names)) == len(names) >= LEAST[title]
     assert not [line for line in lines if "| wrong" in line]
+
+
+def test_the_readme_has_the_numbers_of_these_tables() -> None:
+    readme = README.read_text()
+
+    assert readme == summed_up(readme, PAGE.read_text())
 
 
 @pytest.mark.parametrize("name", SAMPLE)
