@@ -122,6 +122,8 @@ def test_a_full_redis_takes_no_message_and_every_job_is_accepted(
             client.config_set("maxmemory", 1)
             for _ in range(3):
                 assert api.post("/v1/jobs", json=JOB).status_code == 202
+            unsent = "SELECT id FROM jobs WHERE enqueued_at IS NULL"
+            eventually(lambda: len(rows(settings, unsent)) == 3)
             assert client.llen(queue_name("stub")) == 0
 
             client.config_set("maxmemory", 0)
@@ -131,8 +133,7 @@ def test_a_full_redis_takes_no_message_and_every_job_is_accepted(
                 return client.llen(queue_name("stub")) > 0
 
             eventually(one_more_is_sent)
-        unsent = rows(settings, "SELECT id FROM jobs WHERE enqueued_at IS NULL")
-        assert len(unsent) >= 3
+        assert len(rows(settings, unsent)) >= 3
 
 
 def test_when_redis_is_back_messages_are_sent_again(
