@@ -18,7 +18,7 @@ from celery.worker.control import Panel
 from app.config.settings import Settings
 from app.worker.pool.control import REFUSED
 from tests.waiting import eventually
-from tests.workers import Worker, results, running_worker
+from tests.workers import Worker, results, rows, running_worker
 
 TASK = "inference.generate"
 
@@ -131,7 +131,7 @@ def test_a_terminal_that_closes_ends_a_worker_in_order(
 ) -> None:
     ask("ping")
     running = producer.send_task(TASK, kwargs={"prompt": "x\nsleep 1000"})
-    eventually(lambda: "received" in worker.log)
+    eventually(lambda: rows(settings, "SELECT FROM jobs WHERE id = %s", running.id))
 
     worker.send_signal(signal.SIGHUP)
 

@@ -24,7 +24,8 @@ def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
     """What this process logs; the loggers are put back as they were."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
-    levels = {name: logging.getLogger(name).level for name in telemetry._TALKATIVE}
+    names = [*telemetry._TALKATIVE, telemetry._LINE_A_JOB]
+    levels = {name: logging.getLogger(name).level for name in names}
     written = io.StringIO()
     monkeypatch.setattr(sys, "stderr", written)
     monkeypatch.delenv("GRISTMILL_LOG_FORMAT", raising=False)
@@ -71,6 +72,20 @@ def test_other_lines_of_celery_stay_whole(log: io.StringIO) -> None:
     )
 
     assert "Cannot connect to redis://127.0.0.1:6379//: refused" in log.getvalue()
+
+
+@pytest.mark.parametrize(("level", "is_told"), [("DEBUG", True), ("INFO", False)])
+def test_that_a_message_came_is_told_at_debug_alone(
+    log: io.StringIO, monkeypatch: pytest.MonkeyPatch, level: str, is_told: bool
+) -> None:
+    monkeypatch.setattr(sys, "stderr", log)
+    telemetry.setup_logging(level)
+
+    strategy.logger.info("Task %(name)s[%(id)s] received", {"name": "generate", "id": "1"})
+    strategy.logger.warning("Something is wrong.")
+
+    assert ("received" in log.getvalue()) is is_told
+    assert "wrong" in log.getvalue()
 
 
 def test_extra_fields_end_the_line(log: io.StringIO) -> None:
