@@ -34,7 +34,7 @@ from uuid import UUID
 
 from app import telemetry
 from app.broker.message import Message
-from app.broker.publisher import Publisher
+from app.broker.publisher import Publisher, bundled
 from app.broker.queues import room
 from app.config.settings import Settings
 from app.errors import GristmillError, SchemaError, Unavailable
@@ -290,16 +290,15 @@ class Rescue:
         self, model: str, step: int, priorities: Sequence[int], filled: list[int]
     ) -> Iterator[int]:
         """Yields how many jobs were sent, and counts their messages in `filled`."""
-        together = self._publisher.bundle_size(model)
         for _ in range(MAX_PAGES):
             free = int(room(filled, step, self._max_messages))
-            page = min(free * together, self._page)
+            page = min(free * self._publisher.bundle_size(model), self._page)
             if page <= 0:
                 break
             with self._begin() as connection:
                 wake_ups = delivery.send_due(connection, model, priorities, page)
             yield self._send(wake_ups)
-            filled[step] += -(-len(wake_ups) // together)
+            filled[step] += sum(1 for _ in bundled(wake_ups, self._publisher.bundle_size))
             if len(wake_ups) < page:
                 break
 

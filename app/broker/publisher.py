@@ -7,7 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any, Final, Protocol, TypeVar
 from uuid import UUID
 
 import redis
@@ -33,12 +33,26 @@ LOOK_EVERY_S: Final = 60.0
 """Pause between two looks for messages that nobody reads: each goes through many keys."""
 
 
-def bundled(messages: Iterable[Message], size_of: Callable[[str], int]) -> Iterator[list[Message]]:
+class Sent(Protocol):
+    """A job that has or gets a message."""
+
+    @property
+    def kind(self) -> Kind: ...
+    @property
+    def model(self) -> str: ...
+    @property
+    def priority(self) -> int: ...
+
+
+J = TypeVar("J", bound=Sent)
+
+
+def bundled(jobs: Iterable[J], size_of: Callable[[str], int]) -> Iterator[list[J]]:
     """Those that share a message: of one kind, model and priority, in order, at most `size_of` the
     model."""
-    alike: dict[tuple[Kind, str, int], list[Message]] = {}
-    for message in messages:
-        alike.setdefault((message.kind, message.model, message.priority), []).append(message)
+    alike: dict[tuple[Kind, str, int], list[J]] = {}
+    for job in jobs:
+        alike.setdefault((job.kind, job.model, job.priority), []).append(job)
     for (_, model, _), group in alike.items():
         size = size_of(model)
         for start in range(0, len(group), size):

@@ -13,7 +13,6 @@ import json
 import logging
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from typing import Any, Final
 from uuid import UUID
 
 from app.broker.message import Message
-from app.broker.publisher import Publisher
+from app.broker.publisher import Publisher, bundled
 from app.broker.queues import room
 from app.config.settings import BrokerSettings
 from app.errors import GristmillError, Unavailable
@@ -35,7 +34,7 @@ BREAK_S: Final = 5.0
 """After a failed send nobody tries again for this long: submissions do not wait for Redis."""
 
 PAGE_SIZE: Final = 1_000
-"""Messages that are sent at once."""
+"""Jobs whose messages are sent at once."""
 
 LOOK_EVERY_S: Final = 0.5
 """How old the length of a queue may be that is held against the limit."""
@@ -158,7 +157,7 @@ class Sender:
 class _Queue:
     """A queue of Redis as this process knows it."""
 
-    lengths: list[float]  #: messages in its lists, by the steps of `Publisher.layout`
+    lengths: list[int]  #: messages in its lists, by the steps of `Publisher.layout`
     looked_at: float  #: monotonic
     held: set[int] = field(default_factory=set)  #: lists whose jobs are left to rescue
 
@@ -183,20 +182,13 @@ class Queues:
 
     def take(self, jobs: Sequence[NewJob]) -> list[NewJob]:
         """Those of the jobs that are to be sent now. Raises `Unavailable`."""
-        together = Counter((job.model, job.priority) for job in jobs)
-        self._look({model for model, _ in together})
-        # A job's part of the message that it shares with others.
-        parts = {
-            each: 1 / min(number, self._publisher.bundle_size(each[0]))
-            for each, number in together.items()
-        }
+        self._look({job.model for job in jobs})
         with self._lock:
             return [
                 job
-                for job in jobs
-                if self._takes(
-                    self._queues[job.model], job.priority, parts[job.model, job.priority]
-                )
+                for group in bundled(jobs, self._publisher.bundle_size)
+                if self._takes(self._queues[group[0].model], group[0].priority)
+                for job in group
             ]
 
     def _look(self, models: set[str]) -> None:
@@ -213,16 +205,15 @@ class Queues:
         with self._lock:
             for model, lengths in found.items():
                 held = known[model].held if model in known else set()
-                known[model] = _Queue([*map(float, lengths)], now, held)
+                known[model] = _Queue(lengths, now, held)
 
-    def _takes(self, queue: _Queue, priority: int, part: float) -> bool:
+    def _takes(self, queue: _Queue, priority: int) -> bool:
         step = self._publisher.layout.step(priority)
-        most = self._max // 2 if step in queue.held else self._max
-        if room(queue.lengths, step, most) < 0.999 * part:  # parts do not add up to the last digit
+        if room(queue.lengths, step, self._max // 2 if step in queue.held else self._max) < 1:
             queue.held.add(step)
             return False
         queue.held.discard(step)
-        queue.lengths[step] += part
+        queue.lengths[step] += 1
         return True
 
 

@@ -39,7 +39,7 @@ def refuse_unstorable(value: object, *path: str) -> None:
                 refuse_unstorable(key, *path)
                 refuse_unstorable(item, *path, key)
         case list():
-            if any(not issubclass(each, int | float) for each in set(map(type, value))):
+            if not set(map(type, value)) <= {int, float}:
                 for index, item in enumerate(value):
                     refuse_unstorable(item, *path, str(index))
 

@@ -21,6 +21,7 @@ from app.config.settings import Settings
 from app.rescue import Rescue
 from app.store.cancellation import cancel
 from app.store.database import Database
+from app.store.submissions import NewJob
 from tests.rows import insert_sent, new_job
 from tests.waiting import eventually
 from tests.workers import Worker, results, rows, running_worker
@@ -354,15 +355,18 @@ def test_a_prompt_shows_neither_in_the_log_nor_in_inspect_nor_in_events(
         assert canary not in place
 
 
-def test_jobs_of_one_message_have_ends_of_their_own_and_are_acknowledged_together(
-    config: Settings, worker: Worker, producer: Celery
-) -> None:
-    # given six jobs in one message, one of which runs for long
-    prompts = ["quick"] * 4 + ["sleep 60000", "sleep 3000"]
-    jobs = [
+def jobs_of(prompts: list[str]) -> list[NewJob]:
+    return [
         new_job(model="stub", request={"prompt": prompt}, fingerprint=f"{number:064x}")
         for number, prompt in enumerate(prompts)
     ]
+
+
+def test_jobs_of_one_message_have_ends_of_their_own_and_are_acknowledged_together(
+    config: Settings, worker: Worker, producer: Celery
+) -> None:
+    # given six jobs in one message, two of which run for long
+    jobs = jobs_of(["quick"] * 4 + ["sleep 60000", "sleep 3000"])
     ids = [str(job.id) for job in jobs]
     with (
         closing(Database(config.database.url)) as database,
@@ -370,8 +374,8 @@ def test_jobs_of_one_message_have_ends_of_their_own_and_are_acknowledged_togethe
         redis.Redis.from_url(config.broker.url) as client,
         events_of(producer) as seen,
     ):
-        insert_sent(database, *jobs)
         # when a worker takes it
+        insert_sent(database, *jobs)
         publisher.send_many(Message(job.id, job.kind, job.model) for job in jobs)
         ended(config, ids[:4])
         # then Celery knows each job that is left, and the message is kept for them
@@ -397,11 +401,7 @@ def test_a_killed_worker_loses_and_doubles_no_job_of_a_message(
     config: Settings, worker: Worker, producer: Celery, tmp_path: Path
 ) -> None:
     # given a message of twelve jobs, some of which have ended when their worker is killed
-    prompts = ["quick", "sleep 500"] * 6
-    jobs = [
-        new_job(model="stub", request={"prompt": prompt}, fingerprint=f"{number:064x}")
-        for number, prompt in enumerate(prompts)
-    ]
+    jobs = jobs_of(["quick", "sleep 500"] * 6)
     ids = [str(job.id) for job in jobs]
     with (
         closing(Database(config.database.url)) as database,

@@ -3,8 +3,8 @@
 Celery's own dispatcher sends a full buffer from the thread that filled it. That would be the
 runner's, which must not wait: a Redis that does not answer would keep it for a socket's timeout.
 
-While nobody listens none are made: three for each job are a tenth of what a small job costs. The
-heartbeat, which goes out in any case, tells when somebody does.
+While nobody listens none are made: each job has three, which a small one notices. The heartbeat,
+which goes out in any case, tells when somebody does.
 """
 
 from __future__ import annotations
