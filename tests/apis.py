@@ -88,7 +88,10 @@ class Hands:
             "price_id": "cpu",
         }
         finished = claims.Finished(
-            job_id=claimed.job_id, attempt_id=claimed.attempt_id, **(ending | given)
+            job_id=claimed.job_id,
+            attempt_id=claimed.attempt_id,
+            created_at=claimed.created_at,
+            **(ending | given),
         )
         with self._database.begin() as connection:
             assert claims.finish(connection, [finished])

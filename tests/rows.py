@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any, TypeVar
 from uuid import UUID, uuid4
@@ -20,6 +20,7 @@ from app.store.database import Database
 from app.store.reads import JobView
 from app.store.submissions import NewJob
 from app.store.tables import metadata
+from tests.memory_store.database import MemoryConnection
 
 T = TypeVar("T")
 
@@ -187,11 +188,21 @@ class Worker:
             workers.stop_worker(connection, self.id)
 
 
+def created_at(connection: Any, job_id: UUID) -> datetime:
+    """Of a job in either store, or any time if there is none."""
+    if isinstance(connection, MemoryConnection):
+        job = connection.jobs.get(job_id)
+        return job["created_at"] if job else datetime.now(UTC)
+    [job] = reads.find(connection, [job_id]) or [None]
+    return job.created_at if job else datetime.now(UTC)
+
+
 def completed(claimed: Claimed, **given: Any) -> Finished:
     """The record of a successful attempt."""
     defaults: dict[str, Any] = {
         "job_id": claimed.job_id,
         "attempt_id": claimed.attempt_id,
+        "created_at": claimed.created_at,
         "state": JobState.COMPLETED,
         "response": {"choices": []},
         "device_ns": 1_000,

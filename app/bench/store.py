@@ -61,6 +61,7 @@ class Store:
             claims.Finished(
                 job_id=each.job_id,
                 attempt_id=each.attempt_id,
+                created_at=each.created_at,
                 state=JobState.COMPLETED,
                 response=response,
             )

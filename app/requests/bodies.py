@@ -96,6 +96,10 @@ KindOf = Callable[[str], Kind | None]
 """What a model of this name does; None if there is none."""
 
 
+def _kind_unknown(model: str) -> None:
+    """Where nobody says what models do."""
+
+
 @dataclass(frozen=True)
 class Request:
     """A checked request. `raw` is the body in its one form, without nulls, unknown fields and
@@ -145,7 +149,7 @@ def parse(
     url: str | None = None,
     *,
     unknown_fields: Literal["refuse", "ignore"] = "refuse",
-    kind_of: KindOf = lambda name: None,
+    kind_of: KindOf = _kind_unknown,
 ) -> Request:
     """Check a body and return the request. A known field that is null counts as left out. `kind_of`
     says what the models do that it may name.
@@ -153,8 +157,26 @@ def parse(
     Raises `RequestError` whose `param` names the first wrong field and whose message never quotes
     the value: it may be a prompt.
     """
+    known_url, body = _checked(_object(raw), url, kind_of, unknown_fields)
+    kept = body.model_dump(
+        mode="json", by_alias=True, exclude_unset=True, exclude_none=True, exclude={"metadata"}
+    )
+    refuse_unstorable(kept)
+    return Request(known_url, body, kept)
+
+
+def _object(raw: object) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise RequestError("The request body must be a JSON object.", param="body")
+    return raw
+
+
+def _checked(
+    raw: dict[str, Any],
+    url: str | None,
+    kind_of: KindOf,
+    unknown_fields: Literal["refuse", "ignore"],
+) -> tuple[Url, Body]:
     raw = {name: it for name, it in raw.items() if it is not None or name not in _TOP_FIELDS}
     known_url = _url(raw, url, kind_of)
     context = DROP_UNKNOWN if unknown_fields == "ignore" else None
@@ -163,21 +185,18 @@ def parse(
     except ValidationError as error:
         raise first_problem(error, raw) from None
     body.check()
-    kept = body.model_dump(
-        mode="json", by_alias=True, exclude_unset=True, exclude_none=True, exclude={"metadata"}
-    )
-    refuse_unstorable(kept)
-    return Request(known_url, body, kept)
+    return known_url, body
 
 
 def parse_stored(raw: object, url: str | None, format: int) -> Request:
-    """The request of a row, whoever wrote it.
+    """The request of a row, whoever wrote it: as it stands there, for that is its one form.
 
     Raises `LaterFormat` if it is for other workers to read, and `RequestError` if it is wrong.
     """
     if not readable(format):
         raise LaterFormat()
-    return parse(raw, url)
+    raw = _object(raw)
+    return Request(*_checked(raw, url, _kind_unknown, "refuse"), raw)
 
 
 def _url(raw: dict[str, Any], url: str | None, kind_of: KindOf) -> Url:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from typing import Any, Final
 
@@ -32,14 +33,17 @@ class Part(BaseModel):
     def _know_all(cls, given: Any, info: ValidationInfo) -> Any:
         if not isinstance(given, dict):
             return given
-        fields = cls.__pydantic_fields__
-        known = {field.alias or name for name, field in fields.items()}
-        if info.context is not DROP_UNKNOWN:
-            for name in given:
-                if name not in known:
-                    told = {"name": printable(name)}
-                    raise PydanticCustomError(UNKNOWN_FIELD, "Unknown field", told)
+        known = _names(cls)
+        if not given.keys() <= known and info.context is not DROP_UNKNOWN:
+            unknown = next(name for name in given if name not in known)
+            raise PydanticCustomError(UNKNOWN_FIELD, "Unknown field", {"name": printable(unknown)})
         return {name: it for name, it in given.items() if it is not None and name in known}
+
+
+@functools.cache
+def _names(part: type[Part]) -> frozenset[str]:
+    """Of its fields, as requests have them."""
+    return frozenset(field.alias or name for name, field in part.__pydantic_fields__.items())
 
 
 def printable(name: object) -> str:

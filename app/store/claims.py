@@ -60,6 +60,7 @@ class Claimed:
     attempt_id: UUID
     number: int
     claimed_at: datetime
+    created_at: datetime  #: of the job
 
 
 # Claim the members of a batch that may run now; open their attempts and the batch.
@@ -93,7 +94,7 @@ _CLAIM: Final = text(f"""
             state = 'running', attempt = number, attempt_id = opened.id,
             worker_id = :worker_id, batch_id = :id, claimed_at = now()
         FROM opened WHERE open_jobs.id = opened.job_id
-        RETURNING open_jobs.id AS job_id, kind, attempt_id, attempt AS number
+        RETURNING open_jobs.id AS job_id, kind, attempt_id, attempt AS number, created_at
     ), batch AS (
         INSERT INTO batches (
             id, worker_id, model, kind, engine, close_reason, num_jobs, num_sequences, wait_ms,
@@ -109,9 +110,9 @@ _CLAIM: Final = text(f"""
             num_sequences = batches.num_sequences + excluded.num_sequences
     )
     SELECT is_held, claimed.* FROM lease LEFT JOIN (
-        SELECT job_id, attempt_id, number, now() AS claimed_at FROM moved
+        SELECT job_id, attempt_id, number, now() AS claimed_at, created_at FROM moved
         UNION ALL  -- claimed by this very call before, if it is repeated
-        SELECT id, attempt_id, attempt, claimed_at FROM locked
+        SELECT id, attempt_id, attempt, claimed_at, created_at FROM locked
         WHERE state = 'running' AND attempt_id = new_attempt_id
     ) AS claimed ON true
 """)
@@ -153,6 +154,7 @@ class Finished:
 
     job_id: UUID
     attempt_id: UUID
+    created_at: datetime  #: of the job
     state: JobState  #: final
     response: dict[str, Any] | None = None  #: the answer, whole or partial
     error_code: str | None = None
@@ -181,25 +183,21 @@ class BatchStats:
     device_ns: int
 
 
-# Find the months of some jobs: given to the statement that finishes them, they keep its plan from
-# all others, however many there are.
-_ACCEPTED: Final = text("SELECT id, created_at FROM job_keys WHERE id = ANY(CAST(:ids AS uuid[]))")
-
-_MONTHS: Final = "CAST(:accepted AS timestamptz[])"
+_MONTHS: Final = "CAST(:created AS timestamptz[])"
+"""When the jobs were created: keeps a plan from all other months, however many there are."""
 
 # Finish attempts: job state, result, attempt and batch. An attempt that is not
 # the job's any more only gets its device time noted: it was wasted.
 _FINISH: Final = text(f"""
     WITH given AS MATERIALIZED (
-        SELECT given.*, accepted_at
-        FROM jsonb_populate_recordset(NULL::results, CAST(:finished AS jsonb)) AS given
-        JOIN unnest(CAST(:ids AS uuid[]), {_MONTHS}) AS key(id, accepted_at)
-            ON key.id = given.job_id
+        SELECT * FROM jsonb_populate_recordset(NULL::results, CAST(:finished AS jsonb))
         ORDER BY job_id
     ), held AS MATERIALIZED (
         SELECT job.*, job.purged_at IS NULL AS is_kept
         FROM given {locked("given.job_id")}
         WHERE job.state = 'running' AND job.attempt_id = given.attempt_id
+    ), others AS MATERIALIZED (
+        SELECT * FROM given WHERE job_id NOT IN (SELECT id FROM held)
     ), gone AS (
         DELETE FROM open_jobs USING held WHERE open_jobs.id = held.id
     ), recorded AS (
@@ -232,7 +230,7 @@ _FINISH: Final = text(f"""
             error_code = coalesce(attempts.error_code, given.error_code),
             started_at = given.started_at, device_ns = given.device_ns, cost = given.cost
         FROM given
-        WHERE attempts.created_at = accepted_at AND attempts.created_at = ANY({_MONTHS})
+        WHERE attempts.created_at = given.created_at AND attempts.created_at = ANY({_MONTHS})
             AND attempts.job_id = given.job_id AND attempts.id = given.attempt_id
             AND (given.job_id IN (SELECT id FROM held) OR attempts.device_ns IS NULL)
     ), summed AS (
@@ -244,17 +242,20 @@ _FINISH: Final = text(f"""
     )
     SELECT attempt_id FROM held
     UNION ALL  -- committed by this very call before, if it is repeated, and not by who took the job
-    SELECT attempt_id FROM given
-    WHERE job_id NOT IN (SELECT id FROM held) AND EXISTS (
+    SELECT attempt_id FROM others
+    CROSS JOIN LATERAL (
         SELECT FROM results
-        WHERE results.created_at = accepted_at AND results.created_at = ANY({_MONTHS})
-            AND results.job_id = given.job_id AND results.attempt_id = given.attempt_id
-    ) AND EXISTS (
+        WHERE results.created_at = others.created_at AND results.created_at = ANY({_MONTHS})
+            AND results.job_id = others.job_id AND results.attempt_id = others.attempt_id
+        OFFSET 0
+    ) AS result
+    CROSS JOIN LATERAL (
         SELECT FROM attempts
-        WHERE attempts.created_at = accepted_at AND attempts.created_at = ANY({_MONTHS})
-            AND attempts.job_id = given.job_id AND attempts.id = given.attempt_id
+        WHERE attempts.created_at = others.created_at AND attempts.created_at = ANY({_MONTHS})
+            AND attempts.job_id = others.job_id AND attempts.id = others.attempt_id
             AND outcome IN ('succeeded', 'failed')
-    )
+        OFFSET 0
+    ) AS attempt
 """)
 
 
@@ -266,12 +267,10 @@ def finish(
     An attempt is missing from the answer if its job was taken from this worker: another one has
     answered or will. Whoever waits hears of it by `notices.tell_ended`, after the commit.
     """
-    keys = connection.execute(_ACCEPTED, {"ids": [each.job_id for each in finished]}).all()
     given = {
         "finished": encode(finished),
         "batches": encode(batches),
-        "ids": [key.id for key in keys],
-        "accepted": [key.created_at for key in keys],
+        "created": [each.created_at for each in finished],
     }
     return set(connection.scalars(_FINISH, given))
 

@@ -63,6 +63,7 @@ class Ledger:
                 attempt_id=job.attempt_id,
                 batch=batch,
                 claimed_at=grants[job.id].claimed_at,
+                created_at=grants[job.id].created_at,
                 claimed_ns=claimed_ns,
                 generations=[None] * job.num_sequences,
             )
@@ -85,18 +86,20 @@ class Ledger:
         Raises `Unavailable` with nothing lost: the same call may be made again.
         """
         batch = Batch(doomed.batch_id, doomed.model, CloseReason.SIZE, 0)
-        record = Finished(
-            job_id=doomed.id,
-            attempt_id=doomed.attempt_id,
-            state=doomed.ending.state,
-            error_code=doomed.ending.code,
-            error_message=doomed.ending.message,
-        )
         member = Member(doomed.id, doomed.attempt_id)
         try:
             with self._database.autocommit() as connection:
-                if not claims.claim(connection, self._new_batch(batch), [member]):
+                claimed = claims.claim(connection, self._new_batch(batch), [member])
+                if not claimed:
                     return False
+                record = Finished(
+                    job_id=doomed.id,
+                    attempt_id=doomed.attempt_id,
+                    created_at=claimed[0].created_at,
+                    state=doomed.ending.state,
+                    error_code=doomed.ending.code,
+                    error_message=doomed.ending.message,
+                )
                 is_committed = doomed.attempt_id in claims.finish(connection, [record])
         except NotStorable as error:
             _is_refused(doomed, error)

@@ -69,6 +69,7 @@ class Settlement:
         return Finished(
             job_id=job.id,
             attempt_id=run.attempt_id,
+            created_at=run.created_at,
             state=ending.state if ending else JobState.COMPLETED,
             error_code=ending.code if ending else None,
             error_message=ending.message if ending else None,

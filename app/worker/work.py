@@ -43,6 +43,7 @@ class Run:
     attempt_id: UUID
     batch: Batch
     claimed_at: dt.datetime
+    created_at: dt.datetime  #: of the job
     claimed_ns: int
     generations: list[Generation | None]
     began_ns: int | None = None  #: when it first went into the engine; it may be claimed before

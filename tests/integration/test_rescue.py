@@ -167,10 +167,12 @@ class World:
 
     def finish(self, worker_id: UUID, job_id: UUID) -> None:
         with psycopg.connect(self.database_url) as connection:
-            row = connection.execute("SELECT attempt_id FROM jobs WHERE id = %s", [job_id])
-            [attempt_id] = row.fetchone() or [None]
+            row = connection.execute(
+                "SELECT attempt_id, created_at FROM jobs WHERE id = %s", [job_id]
+            )
+            [attempt_id, created_at] = row.fetchone() or [None, None]
         finished = claims.Finished(
-            job_id=job_id, attempt_id=attempt_id, state=JobState.COMPLETED,
+            job_id=job_id, attempt_id=attempt_id, created_at=created_at, state=JobState.COMPLETED,
             response={"choices": []}, cost=Decimal("0.5"), currency="USD",
         )  # fmt: skip
         with self.database.begin() as connection:

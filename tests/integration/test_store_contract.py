@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -36,7 +37,7 @@ from app.store.submissions import Incoming, RejectedJob
 from app.store.tables import metadata
 from app.store.workers import NewWorker
 from tests.memory_store import KEYS, MemoryDatabase
-from tests.rows import MODEL, new_job
+from tests.rows import MODEL, created_at, new_job
 
 UNIT_S = 1_000
 HALF_S = 500
@@ -226,8 +227,9 @@ class Moves:
 
     def finish(self) -> Move:
         batch, members = self._some_members()
-        records = [
-            Finished(
+        given = [
+            partial(
+                Finished,
                 job_id=member.job_id,
                 attempt_id=member.attempt_id,
                 state=self.chance.choice(sorted(FINAL_STATES)),
@@ -239,7 +241,14 @@ class Moves:
             for member in members
         ]
         stats = [BatchStats(batch.id, 3, 4, 5)] if batch else []
-        return lambda connection, _: claims.finish(connection, records, stats)
+
+        def move(connection: Any, _: datetime) -> set[UUID]:
+            records = [
+                each(created_at=created_at(connection, each.keywords["job_id"])) for each in given
+            ]
+            return claims.finish(connection, records, stats)
+
+        return move
 
     def release(self) -> Move:
         releases = [

@@ -37,7 +37,7 @@ from tests.integration.test_store_contract import (
     new_worker,
     rows_of,
 )
-from tests.rows import MODEL, new_job
+from tests.rows import MODEL, created_at, new_job
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -132,7 +132,7 @@ class Histories(RuleBasedStateMachine):
     @rule(job=JOB)
     def finish(self, job: int) -> None:
         if member := self.members.get(self.jobs[job]):
-            self.both(lambda c, _: claims.finish(c, [_finished(member)]))
+            self.both(lambda c, _: claims.finish(c, [_finished(c, member)]))
 
     @rule(job=JOB, is_charged=st.booleans())
     def release(self, job: int, is_charged: bool) -> None:
@@ -196,7 +196,7 @@ class Histories(RuleBasedStateMachine):
         members = [Member(id, uuid4()) for id in ids]
         batch = _batch(worker_id)
         self.both(lambda c, _: claims.claim(c, batch, members))
-        self.both(lambda c, _: claims.finish(c, [_finished(member) for member in members]))
+        self.both(lambda c, _: claims.finish(c, [_finished(c, member) for member in members]))
         left = [row for row in self.stores[0].rows("jobs") if row["finished_at"] is None]
         assert not left
 
@@ -212,10 +212,11 @@ def _batch(worker_id: UUID) -> NewBatch:
     )
 
 
-def _finished(member: Member) -> Finished:
+def _finished(connection: Any, member: Member) -> Finished:
     return Finished(
         job_id=member.job_id,
         attempt_id=member.attempt_id,
+        created_at=created_at(connection, member.job_id),
         state=JobState.COMPLETED,
         response={"text": "Flour."},
     )

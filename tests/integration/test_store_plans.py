@@ -243,7 +243,6 @@ def test_claiming_finishing_and_releasing(service: Service) -> None:
 
     assert service.explain(run) >= {
         "open_jobs_pkey",
-        "job_keys_pkey",
         "results_pkey",
         "batches_pkey",
     }

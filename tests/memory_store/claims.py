@@ -86,18 +86,13 @@ def _may_start(job: Row, now: datetime) -> bool:
     return job["state"] == "queued" and job["not_before"] <= now and not late
 
 
-CLAIMED = ("job_id", "attempt_id", "number", "claimed_at")
+CLAIMED = ("job_id", "attempt_id", "number", "claimed_at", "created_at")
 
 
 def _claimed(job: Row) -> Row:
-    values = (job["id"], job["attempt_id"], job["attempt"], job["claimed_at"])
+    names = ("id", "attempt_id", "attempt", "claimed_at", "created_at")
+    values = [job[name] for name in names]
     return dict(zip(CLAIMED, values, strict=True))
-
-
-@statement(claims._ACCEPTED)
-def _accepted(self: MemoryConnection, given: Params) -> Answer:
-    found = [self.jobs[id] for id in given["ids"] if id in self.jobs]
-    return Answer([{name: job[name] for name in ("id", "created_at")} for job in found])
 
 
 @statement(claims._FINISH)
