@@ -50,9 +50,9 @@ MUTANTS: Final = (
         "finish is not fenced",
         STORE,
         """ AND job.attempt_id = given.attempt_id
-    ), gone AS (""",
+    ), others AS""",
         """
-    ), gone AS (""",
+    ), others AS""",
         CLAIMS,
     ),
     Mutant(
