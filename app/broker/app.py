@@ -38,7 +38,7 @@ def make_app(settings: Settings) -> Celery:
     app.events.dispatcher_cls = "app.worker.pool.events:EventDispatcher"
     app.conf.update(_celery_settings(settings))
     for name in TASKS:
-        app.task(_never_run, name=name, lazy=False)
+        app.task(_never_run, name=name, lazy=False, Strategy="app.worker.pool.strategy:strategy")
     app.amqp.queues.select([*queues_of(served_models(settings)), settings.broker.default_queue])
     signals.setup_logging.connect(_setup_logging, weak=False)
     return app

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from kombu import message as kombu_message
 from kombu.transport import virtual
 
 from app import telemetry
@@ -24,6 +23,8 @@ class _Quiet:
 
     It then comes again, and its row says what became of it.
     """
+
+    __slots__ = ()
 
     def ack_log_error(self, logger: object, errors: Any, multiple: bool = False) -> None:
         try:
@@ -49,14 +50,34 @@ class Message(_Quiet, virtual.Message):
     """What a channel makes of an item of a list."""
 
 
-class Piece(_Quiet, kombu_message.Message):
-    """One job of a message."""
+class Piece(_Quiet):
+    """One job of a message; what it is settled as first counts."""
+
+    __slots__ = ("_bundle", "_is_settled")
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._bundle = bundle
+        self._is_settled = False
+
+    @property
+    def delivery_info(self) -> dict[str, Any]:
+        """Of the message."""
+        return self._bundle.delivery_info
+
+    def ack(self, multiple: bool = False) -> None:
+        self._settle(requeue=False)
+
+    def reject(self, requeue: bool = False) -> None:
+        self._settle(requeue=requeue)
+
+    def _settle(self, *, requeue: bool) -> None:
+        if not self._is_settled:
+            self._is_settled = True
+            self._bundle.settle(requeue=requeue)
 
 
 class Bundle:
-    """A message of many jobs; in the eyes of its pieces, their channel."""
-
-    no_ack_consumers = None
+    """A message of many jobs, which have pieces of it."""
 
     def __init__(self, message: Any, num_jobs: int) -> None:
         self._message = message
@@ -65,17 +86,14 @@ class Bundle:
 
     def piece(self) -> Piece:
         """To be called once for each job."""
-        info = dict(self._message.delivery_info)
-        tag = self._message.delivery_tag
-        return Piece(delivery_tag=tag, delivery_info=info, channel=self)  # type: ignore[no-untyped-call]
+        return Piece(self)
 
-    def basic_ack(self, delivery_tag: str, multiple: bool = False) -> None:
-        self._settle(requeue=False)
+    @property
+    def delivery_info(self) -> dict[str, Any]:
+        info: dict[str, Any] = self._message.delivery_info
+        return info
 
-    def basic_reject(self, delivery_tag: str, requeue: bool = False) -> None:
-        self._settle(requeue=requeue)
-
-    def _settle(self, *, requeue: bool) -> None:
+    def settle(self, *, requeue: bool) -> None:
         """A piece is done with, or to come again: then all do, once the last one is."""
         self._left -= 1
         self._comes_again = self._comes_again or requeue

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from app.jobs import JobState
 from app.store.claims import Finished
 from app.worker.work import TIMED_OUT, Doomed, Job
@@ -15,7 +17,7 @@ def tell_ended(job: Job, *, is_committed: bool) -> None:
         return
     runtime_s = record.device_ns / 1e9
     if record.state is JobState.COMPLETED:
-        job.ticket.succeeded(_summary(job, record), runtime_s)
+        job.ticket.succeeded(partial(_summary, job, record), runtime_s)
     elif run.ending is TIMED_OUT:
         job.ticket.timed_out()
     elif run.ending is not None:

@@ -236,7 +236,7 @@ class SimulatedWorker:
         return self._slots
 
     def take(self, message: Message, slot: int = 0) -> None:
-        """A message becomes a ticket: `EnginePool.on_apply`."""
+        """A message becomes a ticket: `EnginePool.take`."""
         slot = slot or self._next_slot()
         assert message.job_id is not None
         self.unacked[slot] = message
@@ -262,7 +262,6 @@ class SimulatedWorker:
             end=lambda news: self._hear(self._told_end, slot, *news),
             time_out=lambda *_: self._hear(self._told_time_out, slot),
             time_limit_s=message.time_limit_s,
-            detach=lambda _: None,
             revoke=lambda job_id: self.post(Revoked(job_id)),
         )
         self.post(ticket)

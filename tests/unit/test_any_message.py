@@ -6,6 +6,7 @@ import json
 from datetime import UTC
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from uuid import uuid4
 
 import pytest
@@ -24,11 +25,14 @@ from app.jobs import EARLIEST, LATEST, Kind
 from app.requests import bodies
 from app.requests.prepare import prepare
 from app.worker.pool import envelope
-from app.worker.pool.arrivals import Arrival, identify, read, scrub
+from app.worker.pool.arrivals import Arrival, identify, read
+from app.worker.pool.request import Request
 from tests.any_messages import ANYTHING, items, requests
 from tests.conftest import STUB_MODELS
 
 CONFIG = Settings(models=STUB_MODELS)
+TASK = SimpleNamespace(name="inference.generate")
+CONSUMER = SimpleNamespace(acks=None, hostname="mill", event_dispatcher=None, connection_errors=())
 many = partial(
     settings, max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
@@ -53,8 +57,8 @@ def arrival_of(item: bytes) -> Arrival | None:
     except GristmillError as error:
         json.dumps([error.message, getattr(error, "param", None)]).encode()
         return None
-    scrub(message, task_id, name, arrival)
-    json.dumps([message.headers | {"gristmill": None}, message.properties], allow_nan=False)
+    request = Request.of(TASK, None, CONSUMER)(task_id, arrival, message)
+    json.dumps(request.info(), allow_nan=False)
     return arrival
 
 

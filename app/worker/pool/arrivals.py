@@ -2,8 +2,8 @@
 
 Everything that can be wrong with a message is found here, on the hub thread, before Celery makes a
 Request of it: an exception there would end in a log line with the prompt in it, or end the worker.
-A good message goes on with an empty body and clean headers, so that nothing in Celery (events,
-`inspect active`, DEBUG logs, Flower) can show a prompt.
+A good message goes on as its arrival, and what is kept of it to be settled is empty, so that
+nothing in Celery (events, `inspect active`, DEBUG logs, Flower) can show a prompt.
 
 Celery would hold a message with `eta` in memory and drop an expired one without a trace. Here they
 become the row's `not_before` and `deadline`, and the store keeps them.
@@ -30,7 +30,6 @@ from app.requests import bodies, json_text
 from app.requests.bodies import URL_OF_INPUT, Request
 from app.requests.storable import is_unicode
 
-ARRIVAL_HEADER: Final = "gristmill"
 EMPTY_BODY: Final = "[[], {}, {}]"
 EMBEDS: Final = ("callbacks", "errbacks", "chain", "chord")
 MAX_TASK_ID: Final = 255
@@ -245,21 +244,8 @@ def _is_limit(given: Any) -> bool:
     return given is None or (is_number and 0 <= given < math.inf)
 
 
-def scrub(message: Message, task_id: str, name: str, arrival: Arrival) -> None:
-    """Leave in the message only what Celery needs, and the arrival for the pool."""
-    message.headers = {
-        "lang": "py",
-        "task": name,
-        "id": task_id,
-        "root_id": task_id,
-        "parent_id": None,
-        "retries": 0,
-        "timelimit": [arrival.time_limit_s, None],
-        "argsrepr": "()",
-        "kwargsrepr": f"(model={arrival.model})" if arrival.model else "()",
-        "ignore_result": True,
-        ARRIVAL_HEADER: arrival,
-    }
-    message.properties = {"priority": arrival.priority}
+def scrub(message: Message) -> None:
+    """Leave in the message only what it takes to settle it."""
+    message.headers, message.properties = {}, {}
     message.body, message._decoded_cache = EMPTY_BODY, ([], {}, {})
     message.content_type, message.content_encoding = "application/json", "utf-8"

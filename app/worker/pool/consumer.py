@@ -29,6 +29,7 @@ from app.broker.settling import Bundle
 from app.config.settings import Settings
 from app.errors import GristmillError, RequestError, Unavailable
 from app.jobs import Kind, job_id_of
+from app.worker.pool.acks import Acks
 from app.worker.pool.arrivals import Refusal, identify, read, scrub
 from app.worker.pool.control import REFUSED
 from app.worker.pool.envelope import reader
@@ -46,6 +47,8 @@ telemetry.say_once(logging.getLogger(CeleryConsumer.__module__))
 
 class Consumer(CeleryConsumer):  # type: ignore[misc]
     """Celery's consumer with the check in front; set as `worker_consumer`."""
+
+    acks: Acks  #: of this connection
 
     _events_leave_at = 0.0  #: by the monotonic clock
 
@@ -119,6 +122,7 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]
     def connect(self) -> Any:
         """Called again after every reconnect, with a new channel each time."""
         connection = super().connect()
+        self.acks = Acks(self)
         settings: Settings = self.app.settings
         read = reader(settings.worker.max_request_bytes, self._refuse_raw)
         connection.default_channel.read = read
@@ -135,8 +139,7 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]
         log.warning("A message was dropped: %s", error, extra={"action": "message_dropped"})
         self.pool.note_nameless()
 
-    def create_task_handler(self, *args: Any, **options: Any) -> Callable[[Message], object]:
-        celery_takes = super().create_task_handler(*args, **options)
+    def create_task_handler(self, *_: Any, **__: Any) -> Callable[[Message], object]:
         settings: Settings = self.app.settings
 
         def on_message(message: Message) -> object:
@@ -149,7 +152,7 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]
                 arrival = read(message, task_id, name, settings)
             except GristmillError as error:
                 acknowledge = partial(
-                    self.call_soon_ack, message.ack_log_error, log, self.connection_errors
+                    self.acks.add, message.ack_log_error, log, self.connection_errors
                 )
                 return self.pool.refuse(
                     Refusal(
@@ -161,14 +164,13 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]
                 )
             if arrival.model and not message.channel.keeps(message, queue_name(arrival.model)):
                 return None
+            scrub(message)
+            take = self.strategies[name]
             if not arrival.more:
-                scrub(message, task_id, name, arrival)
-                return celery_takes(message)
+                return take(task_id, arrival, message)
             bundle = Bundle(message, 1 + len(arrival.more))
             for each_id, each in [(task_id, arrival), *arrival.others()]:
-                piece = bundle.piece()
-                scrub(piece, each_id, name, each)
-                celery_takes(piece)
+                take(each_id, each, bundle.piece())
             return None
 
         return on_message

@@ -23,11 +23,11 @@ class EventDispatcher(CeleryDispatcher):  # type: ignore[misc]
     """Celery's, but only `flush` sends; `Consumer.on_send_event_buffered` sees to that."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        self._is_heard = True  #: as far as is known
+        self.is_heard = True  #: as far as is known
         super().__init__(*args, **options | {"buffer_limit": math.inf})
 
     def send(self, type: str, *args: Any, **fields: Any) -> None:
-        if not self._is_heard and group_from(type) in self.buffer_group:
+        if not self.is_heard and group_from(type) in self.buffer_group:
             return
         super().send(type, *args, **fields)
         for events in self._group_buffer.values():
@@ -36,4 +36,4 @@ class EventDispatcher(CeleryDispatcher):  # type: ignore[misc]
     def _publish(self, event: Any, producer: Any, *args: Any, **options: Any) -> None:
         super()._publish(event, producer, *args, **options)
         if producer is not None:
-            self._is_heard = producer.channel.num_heard > 0
+            self.is_heard = producer.channel.num_heard > 0

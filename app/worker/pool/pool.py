@@ -13,10 +13,8 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable
 from typing import Any, Final
 from uuid import UUID
-from weakref import WeakValueDictionary
 
 from celery import signals
 from celery.concurrency.base import BasePool
@@ -31,7 +29,8 @@ from app.jobs import Kind, job_id_of
 from app.worker.assembly import Assembly, assemble
 from app.worker.commands import Drain, Flush, Nameless, Revoked
 from app.worker.pool import control as _control  # noqa: F401  its commands are there once imported
-from app.worker.pool.arrivals import ARRIVAL_HEADER, Refusal
+from app.worker.pool.arrivals import Refusal
+from app.worker.pool.request import Request
 from app.worker.pool.ticket import Ticket
 
 log = logging.getLogger(__name__)
@@ -50,8 +49,6 @@ class EnginePool(BasePool):  # type: ignore[misc]
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._slots: Final = itertools.count(FIRST_SLOT)
-        # The runner holds a ticket for as long as it matters.
-        self._tickets: WeakValueDictionary[int, Ticket] = WeakValueDictionary()
         self._hub: Any = None
         self._has_added = False  #: messages, since the runner was woken
         self._times_asked = 0  #: to shut down
@@ -114,30 +111,17 @@ class EnginePool(BasePool):  # type: ignore[misc]
 
     # ── messages ─────────────────────────────────────────────────────────────────────────────
 
-    def on_apply(
-        self,
-        target: Callable[..., Any],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-        callback: Callable[..., Any] | None = None,
-        accept_callback: Callable[..., Any] | None = None,
-        timeout_callback: Callable[..., Any] | None = None,
-        timeout: float | None = None,
-        **_: Any,
-    ) -> Ticket:
-        """Hand one message to the runner. `args[2]` is Celery's request with the arrival in it."""
-        assert callback and accept_callback and timeout_callback
+    def take(self, request: Request) -> Ticket:
+        """Hand one job to the runner, which holds its ticket for as long as it matters."""
         ticket = Ticket(
             next(self._slots),
-            args[2][ARRIVAL_HEADER],
-            accept=accept_callback,
-            end=callback,
-            time_out=timeout_callback,
-            time_limit_s=timeout,
-            detach=self.terminate_job,
+            request.arrival,
+            accept=request.on_accepted,
+            end=request.on_success,
+            time_out=request.on_timeout,
+            time_limit_s=request.time_limits[0] or request.task.time_limit,
             revoke=self._revoke,
         )
-        self._tickets[ticket.slot] = ticket
         self._parts.runner.add(ticket)
         self._has_added = True
         return ticket
@@ -162,8 +146,9 @@ class EnginePool(BasePool):  # type: ignore[misc]
         What becomes of the job is decided elsewhere: a revoke is announced by a signal of its own,
         a cold shutdown stops the pool.
         """
-        if ticket := self._tickets.get(pid):
-            ticket.detached = True
+        for request in list(celery_state.requests.values()):
+            if request.worker_pid == pid and (ticket := request._apply_result()):
+                ticket.detached = True
 
     def _revoked(self, request: Any = None, **_: Any) -> None:
         """Celery's signal; it comes after terminate_job, and before a job is even received."""

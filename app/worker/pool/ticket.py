@@ -1,4 +1,4 @@
-"""A ticket ties a job to the Celery message that brought it, from on_apply to the ack.
+"""A ticket ties a job to the Celery message that brought it, from `EnginePool.take` to the ack.
 
 Celery is told at most one start and exactly one ending, and always from the runner thread. A
 detached ticket tells nothing: Celery itself has ended the request (a revoke, a cold shutdown).
@@ -30,7 +30,6 @@ class Ticket:
     __slots__ = (
         "__weakref__",
         "_accept",
-        "_detach",
         "_end",
         "_is_started",
         "_revoke",
@@ -50,7 +49,6 @@ class Ticket:
         end: Callable[[tuple[int, Any, float]], object],
         time_out: Callable[[bool, float], object],
         time_limit_s: float | None,
-        detach: Callable[[int], object],
         revoke: Callable[[UUID], object],
     ) -> None:
         self.slot = slot
@@ -59,7 +57,7 @@ class Ticket:
         self.detached = False
         self._is_started = False
         self._accept, self._end, self._time_out = accept, end, time_out
-        self._detach, self._revoke = detach, revoke
+        self._revoke = revoke
 
     @property
     def job_id(self) -> UUID:
@@ -68,7 +66,7 @@ class Ticket:
     def terminate(self, signum: int) -> None:
         """Celery terminates this request. If it has not started, it waits for us to say more."""
         if self._is_started:
-            self._detach(self.slot)
+            self.detached = True
         else:
             self._revoke(self.job_id)
 
@@ -78,8 +76,8 @@ class Ticket:
             self._is_started = True
             self._tell(lambda: self._accept(self.slot, time.monotonic()))
 
-    def succeeded(self, summary: str, runtime_s: float) -> None:
-        """Ack, and show `summary` as the result."""
+    def succeeded(self, summary: Callable[[], str], runtime_s: float) -> None:
+        """Ack, and show what `summary` says as the result, if anybody wants to see it."""
         self._finish(lambda: self._end((0, summary, runtime_s)))
 
     def failed(self, code: str, message: str, runtime_s: float) -> None:
