@@ -1,11 +1,12 @@
 """Open jobs over a long history: does what was done slow down what is to be done?
 
-The same is measured on empty tables and on full ones, which a bulk loader fills with ended jobs,
-month by month, and with queued ones: what a batch takes to be submitted, received, claimed and
-finished, what a status, a list, a look of rescue and a count take; the log that Postgres writes for
-a job from its submission to its result, in units of what its request and response hold; and how
-many updates of open jobs are heap-only. Then a month of the history is dropped, and the hot table
-is vacuumed. The embedded Postgres writes its log as always, but waits for no disk.
+The same is measured in turns on empty tables and on full ones, in two databases of one server. A
+bulk loader fills the latter with ended jobs, month by month, and with queued ones. Measured is what
+a batch takes to be submitted, received, claimed and finished; what a status, a list, a look of
+rescue and a count take; the log that Postgres writes for a job from its submission to its result,
+in units of what its request and response hold; and how many updates of open jobs are heap-only.
+Then a month of the history is dropped, and the hot table is vacuumed. The embedded Postgres writes
+its log as always, but waits for no disk.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from statistics import median
 from typing import Any, Final
 from uuid import UUID
 
+from sqlalchemy import make_url, text
+
 from app.bench.report import machine, print_json, print_table
 from app.bench.store import BATCH, DAY_S, MODEL, Store
 from app.local.servers import EmbeddedPostgres
@@ -29,7 +32,7 @@ from app.store import delivery, months, reads, retention, sizes, submissions, sw
 from app.store.database import Database, migrate
 from app.store.lists import Filter
 
-ROUNDS: Final = 15
+ROUNDS: Final = 31
 PAGE: Final = 500
 KEYS_PAGE: Final = 20_000
 FIRST_ID: Final = UUID(int=0)
@@ -42,10 +45,24 @@ def main(arguments: Sequence[str]) -> None:
         tempfile.TemporaryDirectory(prefix="gristmill-history-", dir=options.folder) as folder,
         EmbeddedPostgres(Path(folder) / "postgres", durable=False) as server,
     ):
-        migrate(server.url)
-        with closing(Database(server.url, statement_timeout_ms=600_000)) as database:
-            texts = {"prompt": _text(options.prompt_bytes), "response": _text(100)}
-            _measure_all(options, Store.of(database, **texts))
+        texts = {"prompt": _text(options.prompt_bytes), "response": _text(100)}
+        with (
+            closing(_database(server.url)) as filled,
+            closing(_database(_beside(server.url))) as empty,
+        ):
+            _measure_all(options, Store.of(empty, **texts), Store.of(filled, **texts))
+
+
+def _database(url: str) -> Database:
+    migrate(url)
+    return Database(url, statement_timeout_ms=600_000)
+
+
+def _beside(url: str) -> str:
+    """Another database on the same server."""
+    with closing(Database(url)) as database, database.autocommit() as connection:
+        connection.execute(text("CREATE DATABASE empty"))
+    return make_url(url).set(database="empty").render_as_string(hide_password=False)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -64,9 +81,8 @@ def _text(size: int) -> str:
     return "".join(random.Random(size).choices(string.ascii_letters + " ", k=size))
 
 
-def _measure_all(options: argparse.Namespace, store: Store) -> None:
+def _measure_all(options: argparse.Namespace, reference: Store, store: Store) -> None:
     database = store.database
-    empty = _measure(store, options.jobs)
     began = time.monotonic()
     history_s = options.months * 31 * DAY_S
     sizes.fill(database, options.ended, MODEL, "", age_s=history_s + DAY_S, over_s=history_s)
@@ -75,7 +91,7 @@ def _measure_all(options: argparse.Namespace, store: Store) -> None:
     )
     sizes.vacuum(database)
     filled_s = time.monotonic() - began
-    full = _measure(store, options.jobs)
+    empty, full = _measure([reference, store], options.jobs)
     with database.begin() as connection:
         tables = sizes.tables(connection)
         updated, heap_only = sizes.heap_only(connection, "open_jobs")
@@ -119,17 +135,26 @@ def _unit(store: Store) -> int:
     return len(store.prompt) + len(store.response) + JSON_AROUND
 
 
-def _measure(store: Store, jobs: int) -> dict[str, float]:
-    """Milliseconds, medians of some rounds, and bytes of the log for each job."""
-    found: dict[str, list[float]] = {}
+def _measure(stores: Sequence[Store], jobs: int) -> list[dict[str, float]]:
+    """Of each store milliseconds, medians of some rounds, and bytes of the log for each job."""
+    found: list[dict[str, list[float]]] = [{} for _ in stores]
+    for store in stores:
+        store.run(4 * BATCH)  # warm
     for _ in range(ROUNDS):
-        for name, call in _steps(store):
-            found.setdefault(name, []).append(1000 * _timed(call))
+        for store, times in zip(stores, found, strict=True):
+            for name, call in _steps(store):
+                times.setdefault(f"{name}, ms", []).append(1000 * _timed(call))
+    return [
+        {name: median(each) for name, each in times.items()}
+        | {"log, bytes a job": _logged_per_job(store, jobs)}
+        for store, times in zip(stores, found, strict=True)
+    ]
+
+
+def _logged_per_job(store: Store, jobs: int) -> float:
     before = _logged(store)
     store.run(jobs)
-    per_job = (_logged(store) - before) / (jobs // BATCH * BATCH)
-    times = {f"{name}, ms": median(times) for name, times in found.items()}
-    return times | {"log, bytes a job": per_job}
+    return (_logged(store) - before) / (jobs // BATCH * BATCH)
 
 
 def _logged(store: Store) -> int:
