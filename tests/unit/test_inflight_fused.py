@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from app.engines.inflight import native
 from app.engines.inflight.attention import NAME, Packed, PortableStep, run
 from app.engines.inflight.cache import BLOCK, KVCache, LayerShape
-from app.engines.inflight.fused import FusedLayer, fuse_layers
+from app.engines.inflight.fused import FusedLayer, FusedLayers, fuse_layers
 from app.engines.inflight.library import products
 from app.engines.inflight.weights import NativeLinear
 from tests.unit.inflight_tiny import FAMILIES
@@ -77,9 +77,23 @@ def test_every_plain_family_is_one_call_a_layer_that_gives_the_same(family: str)
     fuse_layers(model, shapes)
 
     layers = [each for each in model.modules() if isinstance(each, FusedLayer)]
-    assert [each._place for each in layers] == [0, 1]
+    assert [each.layer.place for each in layers] == [0, 1]
     got = logits(model, step, shapes, packed)
     assert (got - wanted).norm() < 0.03 * wanted.norm()
+
+
+def test_layers_that_follow_each_other_as_they_are_are_one_call() -> None:
+    model, shapes = model_of("llama")
+    fuse_layers(model, shapes)
+    assert [type(each) for each in model.get_submodule("model.layers").children()] == [FusedLayers]
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "olmo3"])
+def test_layers_that_are_rotated_each_in_its_own_way_are_calls_of_their_own(family: str) -> None:
+    model, shapes = model_of(family)
+    fuse_layers(model, shapes)
+    layers = model.get_submodule("model.layers").children()
+    assert [type(each) for each in layers] == [FusedLayer, FusedLayer]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "ministral3", "cohere"])

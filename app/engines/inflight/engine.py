@@ -114,7 +114,9 @@ class InflightEngine(JoiningEngine):
         self._budget = PromptBudget(options.stall_ms, options.prefill_tokens)
         num_rows = settings.max_batch_size
         ends = self._tokenizer.eos_token_ids
-        self._sampler = RowSampler(num_rows, vocab_size, self._device, self._rules, ends)
+        self._sampler = RowSampler(
+            num_rows, vocab_size, self._device, self._rules, ends, native.largest
+        )
         enough = num_rows * blocks_for(self._context_tokens)
         num_blocks = min(self._num_blocks(options, layers, num_rows), enough)
         least_copied = LEAST_COPIED[self._device.type]

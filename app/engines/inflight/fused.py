@@ -1,13 +1,15 @@
-"""Decoder layers as one call of our kernels each.
+"""Decoder layers as calls of our kernels: one for each, or for all.
 
 Layers are replaced by their class: what those named below compute has been read, at every position
 and in every branch. What else may differ (a hook, a later version of the class) is tried: the call
-has to give what the layer gave on the same tokens. Other layers stay transformers' own.
+has to give what the layer gave on the same tokens. Other layers stay transformers' own. Where all
+are replaced, and the model hands on what each gives as it is, they become one.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +24,7 @@ from transformers import PreTrainedModel
 from app.engines.inflight.attention import STEP, Packed, PortableStep, run
 from app.engines.inflight.cache import BLOCK, KVCache, LayerShape
 from app.engines.inflight.library import LANES, products
-from app.engines.inflight.native import Attention, Layer, NativeKernel, NativeStep, Norm
+from app.engines.inflight.native import Attention, Layer, Layers, NativeKernel, NativeStep, Norm
 from app.engines.inflight.weights import NativeLinear, is_cpu_linear
 
 log = logging.getLogger(__name__)
@@ -131,7 +133,6 @@ class FusedLayer(nn.Module):
         """The layer at this place of the cache; `how` it attends: scale, window, softcap."""
         super().__init__()
         linear = functools.partial(NativeLinear, int8=int8)
-        self._place = place
         self.qkv = linear(*_stacked(parts.projections))
         self.mixed = linear(parts.mixed.weight, parts.mixed.bias)
         gates = _stacked(parts.gates)
@@ -142,7 +143,7 @@ class FusedLayer(nn.Module):
         if across := parts.norms["query"] is not None and _width(parts.norms["query"]) > shape.dim:
             widths = {"query": heads * shape.dim, "key": shape.kv_heads * shape.dim}
         self._held: list[Tensor] = []
-        self._layer = Layer(
+        self.layer = Layer(
             *(part.product for part in (self.qkv, self.mixed, self.gated, self.down)),
             **{
                 role: self._norm(norm, widths.get(role, self.qkv.in_features))
@@ -155,6 +156,7 @@ class FusedLayer(nn.Module):
             across=across,
             activation=parts.activation,
             gates=parts.is_gated,
+            place=place,
             times=parts.times,
             attention=Attention(
                 heads=heads,
@@ -165,6 +167,7 @@ class FusedLayer(nn.Module):
                 softcap=how["softcap"],
             ),
         )
+        self._alone = Layers([self.layer])
 
     def forward(self, hidden_states: Tensor, **others: Any) -> Tensor:
         step: NativeStep = others[STEP]
@@ -173,13 +176,13 @@ class FusedLayer(nn.Module):
     def run(
         self, step: NativeStep, x: Tensor, cos: Tensor | None = None, sin: Tensor | None = None
     ) -> Tensor:
-        return step.run(self._place, self._layer, x, cos, sin)
+        return step.run(self._alone, x, cos, sin)
 
     def add_bias(self, bias: Tensor) -> None:
         """Numbers [heads, 2 * reach] float32 to add to scores, by reach + place - own."""
         self._held.append(bias)
-        self._layer.attention.bias = bias.data_ptr()
-        self._layer.attention.reach = bias.shape[1] // 2
+        self.layer.attention.bias = bias.data_ptr()
+        self.layer.attention.reach = bias.shape[1] // 2
 
     def _norm(self, norm: Any, width: int) -> Norm:
         """As the kernel takes it; the class says where numbers are rounded, and what is a gain."""
@@ -199,6 +202,19 @@ class FusedLayer(nn.Module):
             centred=centred,
             rounds=not (centred or kind.startswith(("Gemma", "Olmo"))),
         )
+
+
+class FusedLayers(nn.Module):
+    """All layers of a model, in the place of the first."""
+
+    def __init__(self, layers: list[FusedLayer]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self._all = Layers([each.layer for each in layers])
+
+    def forward(self, hidden_states: Tensor, **others: Any) -> Tensor:
+        step: NativeStep = others[STEP]
+        return step.run(self._all, hidden_states, *others["position_embeddings"])
 
 
 def fuse_layers(model: PreTrainedModel, shapes: list[LayerShape], *, int8: bool = False) -> None:
@@ -223,6 +239,25 @@ def fuse_layers(model: PreTrainedModel, shapes: list[LayerShape], *, int8: bool 
             log.info("layer %d runs as transformers has it", place)
         else:
             model.set_submodule(name, fused)
+    lists = {name.rpartition(".")[0] for name in layers}
+    if len(lists) == 1 and len(seen) == len(shapes) and _are_chained(seen):
+        _join(model, lists.pop())
+
+
+def _are_chained(seen: dict[int, _Seen]) -> bool:
+    """Whether each layer was handed just what the one before it gave, and all the same turns."""
+    places = [seen[place] for place in range(len(seen))]
+    turns = [(each.others or {}).get("position_embeddings") for each in places]
+    return all(turn is turns[0] for turn in turns) and all(
+        each.inputs[0] is before.output for before, each in itertools.pairwise(places)
+    )
+
+
+def _join(model: PreTrainedModel, name: str) -> None:
+    """Put all layers of this list into its first place, if all are fused."""
+    layers = [each for each in model.get_submodule(name).children() if isinstance(each, FusedLayer)]
+    if len(layers) == len(list(model.get_submodule(name).children())):
+        model.set_submodule(name, nn.ModuleList([FusedLayers(layers)]))
 
 
 def _is_known(layer: Any) -> bool:

@@ -1,4 +1,4 @@
-// One layer of a decoder or an encoder over packed tokens, in bfloat16 or float32, for CPUs that
+// Layers of a decoder or an encoder over packed tokens, in bfloat16 or float32, for CPUs that
 // multiply bfloat16: attention and a feed-forward part, each behind a norm, before one, or both, and
 // added to what came in, with a norm of the sum or without.
 //
@@ -7,9 +7,13 @@
 // float32 [panel][input][WIDE]: a product walks a panel once for each ROWS rows, with all its sums
 // in registers. Weights in int8 lie in fours, [panel][input / 4][WIDE][4], each 128 more than it
 // means; for these each row of x is rounded to int8, too, by its largest number, and sums are exact.
+//
+// Memory is read ahead all along: a panel while the one before is used, also from product to
+// product, and where many rows make a product long, the next layer's keys and values.
 
-#include <initializer_list>
 #include <type_traits>
+
+#include <omp.h>
 
 #include "kernels.h"
 
@@ -173,19 +177,22 @@ struct Fours {              // of int8, weights without sign
     static f32 value(Sum sum) { return (f32)_mm512_cvtepi32_ps(sum); }
 };
 
+// Where lines of memory begin that are wanted next, and how many pairs of them.
+struct Lines { const uint32_t* from; int pairs; };
+
 // COUNT rows of x times one panel; a step is 32 bits of each output's inputs.
 template <class Kind, int COUNT_, class Finish>
-void block(const uint32_t* x, int64_t stride, const uint32_t* panel, const uint32_t* next,
-           int steps, int row, int first, const Finish& finish) {
+void block(const uint32_t* x, int64_t stride, const uint32_t* panel, Lines next, int steps, int row,
+           int first, const Finish& finish) {
     typename Kind::Sum sums[COUNT_][2];
 #pragma GCC unroll 12
     for (int r = 0; r < COUNT_; ++r) sums[r][0] = sums[r][1] = typename Kind::Sum{};
     for (int k = 0; k < steps; ++k) {
         const __m512i low = _mm512_loadu_si512(panel + k * WIDE);
         const __m512i high = _mm512_loadu_si512(panel + k * WIDE + LANES);
-        if (next) {         // each panel is fetched while the one before it is used
-            _mm_prefetch((const char*)(next + k * WIDE), _MM_HINT_T1);
-            _mm_prefetch((const char*)(next + k * WIDE + LANES), _MM_HINT_T1);
+        if (k < next.pairs) {
+            _mm_prefetch((const char*)(next.from + k * WIDE), _MM_HINT_T1);
+            _mm_prefetch((const char*)(next.from + k * WIDE + LANES), _MM_HINT_T1);
         }
 #pragma GCC unroll 12
         for (int r = 0; r < COUNT_; ++r) {
@@ -202,19 +209,81 @@ void block(const uint32_t* x, int64_t stride, const uint32_t* panel, const uint3
     for (int r = 0; r < COUNT_; ++r) finish(row + r, first, done[r][0], done[r][1]);
 }
 
+template <class T> int steps_of(const Product& product) {
+    return product.inputs * (product.scale ? 1 : (int)sizeof(T)) / 4;
+}
+inline int panels_of(const Product& product) { return (product.outputs + WIDE - 1) / WIDE; }
+// The first of so many that are this thread's; with 1 the first that is not.
+inline int share(int all, int behind = 0) {
+    return (int64_t)all * (omp_get_thread_num() + behind) / omp_get_num_threads();
+}
+
+// Keys and values that a layer's attention will read, once each: this thread's part.
+class Cached {
+public:
+    Cached() = default;
+    Cached(const Step& step, const Attention& layer, int64_t block_bytes)
+        : step(&step), layer(&layer), bytes(block_bytes), run(omp_get_thread_num()) { begin(); }
+
+    Lines take(int most) {
+        if (!step || run >= step->num_runs) return {nullptr, 0};
+        const char* base = (const char*)(of_values ? layer->values : layer->keys);
+        const int64_t id = step->tables[(int64_t)entry()[0] * step->table_width + block];
+        const Lines found{(const uint32_t*)(base + id * bytes + done),
+                          (int)std::min<int64_t>(most, (bytes - done) / PAIR)};
+        done += found.pairs * PAIR;
+        if (done + PAIR > bytes) go_on();
+        return found;
+    }
+
+private:
+    static constexpr int PAIR = 4 * WIDE;
+    const Step* step = nullptr;
+    const Attention* layer = nullptr;
+    int64_t bytes = 0, done = 0;
+    int run = 0, block = 0, last = 0;
+    bool of_values = false;
+
+    const int32_t* entry() const { return step->runs + run * 4; }
+    void begin() {          // a sequence has its runs one after the other, and is read once
+        while (run < step->num_runs && run && entry()[0] == entry()[-4])
+            run += omp_get_num_threads();
+        if (run >= step->num_runs) return;
+        block = sight(*step, *layer, entry()[0], entry()[3]).from / BLOCK;
+        last = entry()[3] / BLOCK;
+    }
+    void go_on() {
+        done = 0;
+        of_values = !of_values;
+        if (of_values || ++block <= last) return;
+        run += omp_get_num_threads();
+        begin();
+    }
+};
+
+// What is read behind a product's own panels.
+struct Ahead { const Product* product; Cached* cached; };
+
 // Panels shared out among the threads of the parallel region. Waits for nobody at its end.
-template <class Kind, class Finish>
-void walk(const Product& product, const uint32_t* x, int steps, int rows, const Finish& finish) {
-    const int panels = (product.outputs + WIDE - 1) / WIDE, blocks = (rows + ROWS - 1) / ROWS;
-#pragma omp for schedule(static) nowait
-    for (int p = 0; p < panels; ++p) {
+template <class T, class Kind, class Finish>
+void walk(const Product& product, const uint32_t* x, int rows, const Ahead& ahead,
+          const Finish& finish) {
+    const int steps = steps_of<T>(product), panels = panels_of(product), end = share(panels, 1);
+    const int blocks = (rows + ROWS - 1) / ROWS;
+    for (int p = share(panels); p < end; ++p) {
         const uint32_t* panel = product.weight + (int64_t)p * steps * WIDE;
+        Lines next{panel + steps * WIDE, steps};
+        if (p + 1 == end) {
+            next.pairs = ahead.product ? std::min(steps, steps_of<T>(*ahead.product)) : 0;
+            if (next.pairs)
+                next.from = ahead.product->weight + (int64_t)share(panels_of(*ahead.product)) *
+                                                        steps_of<T>(*ahead.product) * WIDE;
+        }
         for (int b = 0; b < blocks; ++b) {
             const int row = (int64_t)rows * b / blocks, count = (int64_t)rows * (b + 1) / blocks - row;
             const uint32_t* from = x + (int64_t)row * steps;
-            const uint32_t* next = b == 0 && p + 1 < panels ? panel + steps * WIDE : nullptr;
-#define CASE(N) \
-    case N: block<Kind, N>(from, steps, panel, next, steps, row, p * WIDE, finish); break;
+            if (b) next = ahead.cached ? ahead.cached->take(steps) : Lines{nullptr, 0};
+#define CASE(N) case N: block<Kind, N>(from, steps, panel, next, steps, row, p * WIDE, finish); break;
             switch (count) {
                 CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
                 CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
@@ -265,23 +334,18 @@ template <class T> void round_rows(const T* x, int rows, int inputs, const Round
 // x [rows][inputs]
 template <class T, class Finish>
 void multiply(const Product& product, const T* x, int rows, const Rounded& rounded,
-              const Finish& finish) {
+              const Ahead& ahead, const Finish& finish) {
     typedef std::conditional_t<sizeof(T) == sizeof(bf16), Pairs, Singles> Kind;
-    if (!product.scale)
-        return walk<Kind>(product, (const uint32_t*)x, product.inputs * sizeof(T) / 4, rows,
-                          finish);
+    if (!product.scale) return walk<T, Kind>(product, (const uint32_t*)x, rows, ahead, finish);
     round_rows(x, rows, product.inputs, rounded);
-    walk<Fours>(product, (const uint32_t*)rounded.numbers, product.inputs / 4, rows,
-                Scaled<Finish>{product.scale, rounded, finish});
+    walk<T, Fours>(product, (const uint32_t*)rounded.numbers, rows, ahead,
+                   Scaled<Finish>{product.scale, rounded, finish});
 }
 
-// Room for the rows of the largest of some products, until the next call in this thread.
-Rounded room_for(int rows, std::initializer_list<const Product*> products) {
+// Room for so many rows, until the next call in this thread.
+Rounded room_for(int rows, int inputs) {
     static thread_local std::vector<float> room;
-    int64_t inputs = 0;
-    for (const Product* each : products)
-        if (each->scale) inputs = std::max<int64_t>(inputs, each->inputs);
-    const size_t needed = 2 * rows + rows * inputs / 4;
+    const size_t needed = 2 * rows + (size_t)rows * inputs / 4;
     if (room.size() < needed) room.resize(needed);
     float* scales = room.data();
     return {(int8_t*)(scales + 2 * rows), scales, scales + rows};
@@ -346,8 +410,9 @@ struct Layer {              // native.py mirrors it
     int32_t rotated;        // dims of each head, from the first on; cos and sin are as wide
     int32_t across;         // whether queries and keys are normalised across all their heads
     int32_t activation, gates;  // gates: the activated numbers are for others
+    int32_t place;          // in the cache
     float times;            // of what is added to a residual
-    Attention attention;    // but for query, key, value, out and their strides
+    Attention attention;    // how; not of what
 };
 
 #ifdef __AVX512VNNI__
@@ -380,73 +445,120 @@ template <class T> void turn(const Layer& layer, T* qkv, int rows, const T* cos,
 // [rows][width]
 template <class T>
 void add(const Product& product, const Norm& norm, const Norm& sum_norm, const T* x,
-         const T* residual, const Rounded& rounded, T* room, T* out, int rows, float times) {
+         const T* residual, const Rounded& rounded, const Ahead& ahead, T* room, T* out, int rows,
+         float times) {
     const int width = product.outputs;
     const T* bias = (const T*)product.bias;
     if (norm.gain) {
-        multiply(product, x, rows, rounded, Plain<T>{room, width, bias, width});
+        multiply(product, x, rows, rounded, ahead, Plain<T>{room, width, bias, width});
 #pragma omp barrier
         normalise(room, norm, rows, width, out, residual, times);
     } else {
-        multiply(product, x, rows, rounded, Added<T>{out, residual, width, bias, width, times});
+        multiply(product, x, rows, rounded, ahead,
+                 Added<T>{out, residual, width, bias, width, times});
 #pragma omp barrier
     }
     if (sum_norm.gain) normalise(out, sum_norm, rows, width, out);
 }
 
-// x and out [rows][width], not the same; cos and sin [rows][rotated].
+// What layers write between their operations: of the widest of them.
+template <class T> struct Room {
+    T *normed, *qkv, *mixed, *gated;
+    Rounded rounded;
+
+    Room(const Layer* const* layers, int count, int rows) {
+        size_t widths[4] = {};
+        int inputs = 0;
+        for (int l = 0; l < count; ++l) {
+            const Layer& layer = *layers[l];
+            const int own[4] = {layer.width, layer.qkv.outputs, layer.mixed.inputs, layer.inner};
+            for (int i = 0; i < 4; ++i) widths[i] = std::max<size_t>(widths[i], own[i]);
+            for (const Product* each : {&layer.qkv, &layer.mixed, &layer.gated, &layer.down})
+                if (each->scale) inputs = std::max(inputs, each->inputs);
+        }
+        static thread_local std::vector<T> room;
+        const size_t needed = rows * (widths[0] + widths[1] + widths[2] + widths[3]);
+        if (room.size() < needed) room.resize(needed);
+        normed = room.data();
+        qkv = normed + rows * widths[0];
+        mixed = qkv + rows * widths[1];
+        gated = mixed + rows * widths[2];
+        rounded = room_for(rows, inputs);
+    }
+};
+
+// One layer by all threads: x and out [rows][width], which may be the same; cos and sin
+// [rows][rotated]. `next` is the layer behind it, or null.
 template <class T>
-void run(const Step& step, const Layer& layer, const T* x, const T* cos, const T* sin, T* out,
-         int rows) {
-    Attention attention = layer.attention;
-    const int dim = attention.dim, width = layer.width, inner = layer.inner;
-    const int mixed_width = attention.heads * dim, qkv_width = layer.qkv.outputs;
-    static thread_local std::vector<T> room;
-    const size_t needed = (size_t)rows * (width + qkv_width + mixed_width + inner);
-    if (room.size() < needed) room.resize(needed);
-    T *normed = room.data(), *qkv = normed + (size_t)rows * width;
-    T *mixed = qkv + (size_t)rows * qkv_width, *gated = mixed + (size_t)rows * mixed_width;
-    attention.query = qkv;
-    attention.key = qkv + mixed_width;
-    attention.value = qkv + mixed_width + attention.kv_heads * dim;
-    attention.out = mixed;
-    attention.query_token = attention.key_token = attention.value_token = qkv_width;
-    attention.query_head = attention.key_head = attention.value_head = dim;
-    const Rounded rounded = room_for(rows, {&layer.qkv, &layer.mixed, &layer.gated, &layer.down});
+void run_one(const Step& step, const Layer& layer, const Attention& attention, const Layer* next,
+             Cached& cached, const Room<T>& room, const T* x, const T* cos, const T* sin, T* out,
+             int rows) {
+    const int width = layer.width, qkv_width = layer.qkv.outputs;
+    const Rounded& rounded = room.rounded;
     const auto prepared = [&](const Norm& norm, const T* from) {
-        if (norm.gain) normalise(from, norm, rows, width, normed);
-        return norm.gain ? normed : from;
+        if (norm.gain) normalise(from, norm, rows, width, room.normed);
+        return norm.gain ? room.normed : from;
     };
+    multiply(layer.qkv, prepared(layer.before_attention, x), rows, rounded,
+             Ahead{&layer.mixed, nullptr},
+             Plain<T>{room.qkv, qkv_width, (const T*)layer.qkv.bias, qkv_width});
+#pragma omp barrier
+    turn(layer, room.qkv, rows, cos, sin);
+    attend<T>(step, attention);
+#pragma omp barrier
+    add(layer.mixed, layer.after_attention, layer.attention_sum, room.mixed, x, rounded,
+        Ahead{&layer.gated, &cached}, room.normed, out, rows, layer.times);
+    const T* from = prepared(layer.before_mlp, out);
+    const T* bias = (const T*)layer.gated.bias;
+    const Ahead ahead{&layer.down, &cached};
+    if (layer.gates)
+        multiply(layer.gated, from, rows, rounded, ahead,
+                 Gated<T>{room.gated, layer.inner, bias, layer.activation});
+    else
+        multiply(layer.gated, from, rows, rounded, ahead,
+                 Activated<T>{room.gated, layer.inner, bias, layer.activation});
+#pragma omp barrier
+    add(layer.down, layer.after_mlp, layer.mlp_sum, room.gated, out, rounded,
+        Ahead{next ? &next->qkv : nullptr, &cached}, room.normed, out, rows, layer.times);
+}
+
+// How a layer attends, with what is kept at its place.
+template <class T>
+Attention attention_of(const Layer& layer, const Attention* caches, const Room<T>& room) {
+    Attention found = layer.attention;
+    found.keys = caches[layer.place].keys;
+    found.values = caches[layer.place].values;
+    found.query = room.qkv;
+    found.key = room.qkv + found.heads * found.dim;
+    found.value = room.qkv + (found.heads + found.kv_heads) * found.dim;
+    found.out = room.mixed;
+    found.query_token = found.key_token = found.value_token = layer.qkv.outputs;
+    found.query_head = found.key_head = found.value_head = found.dim;
+    return found;
+}
+
+// Layers one after the other: x and out [rows][width], cos and sin [rows][rotated].
+template <class T>
+void run(const Step& step, const Layer* const* layers, int count, const Attention* caches,
+         const T* x, const T* cos, const T* sin, T* out, int rows) {
+    const Room<T> room(layers, count, rows);
 #pragma omp parallel
-    {
-        multiply(layer.qkv, prepared(layer.before_attention, x), rows, rounded,
-                 Plain<T>{qkv, qkv_width, (const T*)layer.qkv.bias, qkv_width});
-#pragma omp barrier
-        turn(layer, qkv, rows, cos, sin);
-        attend<T>(step, attention);
-#pragma omp barrier
-        add(layer.mixed, layer.after_attention, layer.attention_sum, mixed, x, rounded, normed, out,
-            rows, layer.times);
-        const T* from = prepared(layer.before_mlp, out);
-        const T* bias = (const T*)layer.gated.bias;
-        if (layer.gates)
-            multiply(layer.gated, from, rows, rounded,
-                     Gated<T>{gated, inner, bias, layer.activation});
-        else
-            multiply(layer.gated, from, rows, rounded,
-                     Activated<T>{gated, inner, bias, layer.activation});
-#pragma omp barrier
-        add(layer.down, layer.after_mlp, layer.mlp_sum, gated, out, rounded, normed, out, rows,
-            layer.times);
+    for (int l = 0; l < count; ++l) {
+        const Layer* next = l + 1 < count ? layers[l + 1] : nullptr;
+        const Attention attention = attention_of(*layers[l], caches, room);
+        const Attention later = next ? attention_of(*next, caches, room) : attention;
+        const int64_t bytes = (int64_t)later.kv_heads * later.dim * BLOCK * sizeof(T);
+        Cached cached = next ? Cached(step, later, bytes) : Cached();
+        run_one(step, *layers[l], attention, next, cached, room, l ? out : x, cos, sin, out, rows);
     }
 }
 
 // out = x W (+ bias): x [rows][inputs], out [rows][outputs]
 template <class T> void multiply_alone(const Product& product, const T* x, T* out, int rows) {
     const Plain<T> finish{out, product.outputs, (const T*)product.bias, product.outputs};
-    const Rounded rounded = room_for(rows, {&product});
+    const Rounded rounded = room_for(rows, product.scale ? product.inputs : 0);
 #pragma omp parallel
-    multiply(product, x, rows, rounded, finish);
+    multiply(product, x, rows, rounded, Ahead{nullptr, nullptr}, finish);
 }
 
 }  // namespace
@@ -456,9 +568,10 @@ extern "C" {
     void multiply_##NAME(const Product* product, const T* x, T* out, int32_t rows) {         \
         multiply_alone(*product, x, out, rows);                                              \
     }                                                                                        \
-    void layer_##NAME(const Step* step, const Layer* layer, const T* x, const T* cos,        \
-                      const T* sin, T* out, int32_t rows) {                                  \
-        run(*step, *layer, x, cos, sin, out, rows);                                          \
+    void layers_##NAME(const Step* step, const Layer* const* layers, int32_t count,          \
+                       const Attention* caches, const T* x, const T* cos, const T* sin, T* out, \
+                       int32_t rows) {                                                       \
+        run(*step, layers, count, caches, x, cos, sin, out, rows);                           \
     }
 OF_TYPE(bf16, bfloat16)
 OF_TYPE(float, float32)

@@ -7,6 +7,7 @@ slowly.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
@@ -17,12 +18,15 @@ from app.engines.inflight.attention import Packed
 from app.engines.inflight.cache import KVCache
 from app.engines.inflight.library import LANES, library
 from app.engines.inflight.weights import Product
+from app.engines.sampling import draws
 
 _RUN: Final = 16
 """Most tokens that the kernel treats at once. kernels.h says the same."""
 
 _KERNELS: Final = {torch.float32: "attend_float32", torch.bfloat16: "attend_bfloat16"}
-_LAYERS: Final = {torch.float32: "layer_float32", torch.bfloat16: "layer_bfloat16"}
+_LAYERS: Final = {torch.float32: "layers_float32", torch.bfloat16: "layers_bfloat16"}
+
+_LARGEST: Final = {torch.float32: "largest_float32", torch.bfloat16: "largest_bfloat16"}
 
 
 class _Step(ctypes.Structure):
@@ -65,10 +69,18 @@ class Layer(ctypes.Structure):
         *((name, Norm) for name in ("before_mlp", "after_mlp", "query", "key")),
         *((name, Norm) for name in ("attention_sum", "mlp_sum")),
         *((name, ctypes.c_int32) for name in ("width", "inner", "rotated", "across")),
-        *((name, ctypes.c_int32) for name in ("activation", "gates")),
+        *((name, ctypes.c_int32) for name in ("activation", "gates", "place")),
         ("times", ctypes.c_float),
         ("attention", Attention),
     )
+
+
+class Layers:
+    """Layers of one model, one after the other, as the kernel takes them."""
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self._held = layers
+        self.pointers = (ctypes.POINTER(Layer) * len(layers))(*map(ctypes.pointer, layers))
 
 
 class NativeKernel:
@@ -78,10 +90,12 @@ class NativeKernel:
         self.cache = cache
         self.compiled = compiled
         self.function = getattr(compiled, _KERNELS[cache.keys[0].dtype])
-        self.layers = [
-            Attention(keys=keys.data_ptr(), values=values.data_ptr())
-            for keys, values in zip(cache.keys, cache.values, strict=True)
-        ]
+        self.layers = (Attention * len(cache.keys))(
+            *(
+                Attention(keys=keys.data_ptr(), values=values.data_ptr())
+                for keys, values in zip(cache.keys, cache.values, strict=True)
+            )
+        )
 
 
 class NativeStep:
@@ -133,24 +147,39 @@ class NativeStep:
         self._kernel.function(ctypes.byref(self._step), ctypes.byref(to))
         return out
 
-    def run(
-        self, place: int, layer: Layer, x: Tensor, cos: Tensor | None, sin: Tensor | None
-    ) -> Tensor:
-        """A whole layer, the cache's at this place: x [1, tokens, width] → the same; cos and sin
-        [1, tokens, rotated], None where nothing is rotated."""
+    def run(self, layers: Layers, x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+        """Whole layers: x [1, tokens, width] → the same; cos and sin [1, tokens, rotated], None
+        where nothing is rotated."""
         x = x.contiguous()
         turn = [None if part is None else part.to(x.dtype).contiguous() for part in (cos, sin)]
         out = torch.empty_like(x)
         arrays = (None if part is None else part.data_ptr() for part in (x, *turn, out))
-        kept = self._kernel.layers[place]
-        layer.attention.keys, layer.attention.values = kept.keys, kept.values
         getattr(self._kernel.compiled, _LAYERS[x.dtype])(
             ctypes.byref(self._step),
-            ctypes.byref(layer),
+            layers.pointers,
+            len(layers.pointers),
+            self._kernel.layers,
             *map(ctypes.c_void_p, arrays),
             x.shape[1],
         )
         return out
+
+
+def largest(values: Tensor) -> tuple[Tensor, Tensor]:
+    """`draws.largest`, the maxima in float32, by the kernel where there is one."""
+    compiled = library() if values.device.type == "cpu" and values.dtype in _LARGEST else None
+    if compiled is None:
+        return draws.largest(values)
+    values = values.contiguous()
+    tops = torch.empty(len(values), dtype=torch.float32)
+    places = torch.empty(len(values), dtype=torch.int64)
+    getattr(compiled, _LARGEST[values.dtype])(
+        ctypes.c_void_p(values.data_ptr()),
+        *values.shape,
+        ctypes.c_void_p(tops.data_ptr()),
+        ctypes.c_void_p(places.data_ptr()),
+    )
+    return tops, places
 
 
 def _runs(segments: np.ndarray) -> np.ndarray:

@@ -79,13 +79,16 @@ class RowSampler:
         device: str | torch.device,
         rules: GenerationRules = _NO_RULES,
         eos_token_ids: Collection[int] = (),
+        largest: Callable[[Tensor], tuple[Tensor, Tensor]] = draws.largest,
     ) -> None:
         """`vocab_size` is the width of the logits, whatever the tokenizer's; `rules` are the
-        model's own, and `eos_token_ids` end its outputs."""
+        model's own, and `eos_token_ids` end its outputs. `largest` is `draws.largest`, or does the
+        same."""
         self.device = torch.device(device)
         self.vocab_size = vocab_size
         self._rules = rules
         self._eos_token_ids = eos_token_ids
+        self._largest = largest
         self._slots: list[SampledRow | None] = [None] * num_slots
         self._positions = np.zeros(num_slots, np.int64)  #: tokens of each row's output
         octet, bit = torch.arange(256)[:, None], torch.arange(8)
@@ -177,7 +180,7 @@ class RowSampler:
 
     def _choose(self, logits: Tensor, plan: Plan) -> Tensor:
         """A token for each row, or `BAD_ROW`."""
-        top, tokens = draws.largest(logits)
+        top, tokens = self._largest(logits)
         if len(plan.random):
             drawn = self._draw(logits[plan.random], top[plan.random], plan)
             tokens = tokens.index_copy(0, plan.random, drawn)
