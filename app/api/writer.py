@@ -1,7 +1,8 @@
 """Stores single submissions for all who come at about the same time, in one transaction.
 
-While a group is on its way, whoever comes waits for the next one, together with all others. So one
-caller is stored at once, and a thousand take a few commits and not a thousand.
+Whoever comes alone is stored at once. Where some came together, more do: these wait for each other
+for a moment, or until a group is back. So a thousand take a few commits and messages, and not a
+thousand.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from app.store.submissions import NewJob
 
 AT_ONCE: Final = 4
 """Groups that may be on their way: one that waits for a lock does not hold up the others."""
+GATHER_S: Final = 0.01
+"""From the beginning of a group with company to that of the next one."""
 MOST_JOBS: Final = 100
 """Of one group: no submission waits for the writing of too many others."""
 
@@ -34,6 +37,8 @@ class Writer:
         self._send = send
         self._waiting: deque[tuple[NewJob, asyncio.Future[Stored]]] = deque()
         self._writing: set[asyncio.Task[None]] = set()
+        self._gathers = False  #: one of them waits for company
+        self._next_at = 0.0  #: by the loop's clock
 
     async def store(self, job: NewJob) -> Stored:
         """What became of it alone. Raises `QueueFull` and `Unavailable`, and then it is not
@@ -43,18 +48,31 @@ class Writer:
         """
         stored: asyncio.Future[Stored] = asyncio.get_running_loop().create_future()
         self._waiting.append((job, stored))
-        if len(self._writing) < AT_ONCE:
+        self._begin()
+        return await stored
+
+    def _begin(self) -> None:
+        if self._waiting and len(self._writing) < AT_ONCE and not self._gathers:
             task = asyncio.create_task(self._work_off())
             self._writing.add(task)
             task.add_done_callback(self._writing.discard)
-        return await stored
 
     async def _work_off(self) -> None:
-        while self._waiting:
+        while self._waiting and not self._gathers:
+            await self._gather()
             number = min(MOST_JOBS, len(self._waiting))
             group = [self._waiting.popleft() for _ in range(number)]
+            self._next_at = asyncio.get_running_loop().time() + GATHER_S if number > 1 else 0.0
+            self._begin()
             if stays := [each for each in group if not each[1].cancelled()]:
                 await self._store(stays)
+
+    async def _gather(self) -> None:
+        pause_s = self._next_at - asyncio.get_running_loop().time()
+        if pause_s > 0:
+            self._gathers = True
+            await asyncio.sleep(pause_s)
+            self._gathers = False
 
     async def _store(self, group: Sequence[tuple[NewJob, asyncio.Future[Stored]]]) -> None:
         try:

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from app.api import writer as writing
 from app.api.writer import AT_ONCE, MOST_JOBS, Writer
 from app.errors import GristmillError, QueueFull, RequestError, Unavailable
 from app.intake.submit import Stored, Submitted
@@ -178,4 +179,40 @@ def test_an_outage_is_told_to_all_of_the_group_and_the_next_one_is_tried() -> No
         # Then it is stored
         assert later[0].result().only.created
 
+    play(scene)
+
+
+def test_submissions_that_come_together_wait_for_more_and_a_lone_one_for_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scene(postgres: Postgres, writer: Writer) -> None:
+        turn, pause_is_over = asyncio.sleep, asyncio.Event()
+
+        async def sleep(seconds: float) -> None:
+            await (pause_is_over.wait() if seconds else turn(0))
+
+        monkeypatch.setattr(asyncio, "sleep", sleep)
+
+        # Given one alone, and two that came together
+        tasks = await submit(writer, 0)
+        tasks += await submit(writer, 1, 2)
+        assert [len(group) for group in postgres.groups] == [1, 2]
+
+        # When others come, one by one, while both groups are on their way
+        for number in range(3, 7):
+            tasks += await submit(writer, number)
+        assert len(postgres.groups) == 2
+        pause_is_over.set()
+        await turn(0)
+        await submit(writer)
+
+        # Then they are a group, and who comes alone after that is one
+        assert [len(group) for group in postgres.groups] == [1, 2, 4]
+        await postgres.let_all_through(tasks)
+        tasks = await submit(writer, 7)
+        tasks += await submit(writer, 8)
+        assert [len(group) for group in postgres.groups] == [1, 2, 4, 1, 1]
+        await postgres.let_all_through(tasks)
+
+    monkeypatch.setattr(writing, "GATHER_S", 1e9)
     play(scene)
