@@ -42,6 +42,13 @@ _FITS_FROM: Final = "0002"
 """Code of this revision and of all later ones runs on the newest schema. Migrations only add, so
 that old and new versions run side by side; one that takes something away raises this."""
 
+_PLANNED_EACH_TIME: Final = {"plan_cache_mode": "force_custom_plan"}
+"""A plan that was made while a table was empty is of no use when it is full."""
+
+_PLANNED_ONCE: Final = {"plan_cache_mode": "force_generic_plan", "enable_seqscan": "off"}
+"""To plan a statement for one job takes longer than to run it. Where all is looked up by key, there
+is one plan that is right however full the tables are."""
+
 _MIGRATION_LOCK: Final = 0x6772697374  # any constant will do, as long as it stays the same
 _MIGRATION_LOCK_TIMEOUT_MS: Final = 2_000
 """Shorter than any `database.lock_timeout_ms` in use: whoever waits behind a migration that waits
@@ -70,15 +77,15 @@ class Database:
         connect_timeout_s: int = 3,
         statement_timeout_ms: int = 15_000,
         lock_timeout_ms: int = 3_000,
+        looks_up_only: bool = False,
     ) -> None:
+        """`looks_up_only`: whoever this is for reads and writes rows by their keys alone."""
         settings = {
             "statement_timeout": str(statement_timeout_ms),
             "idle_in_transaction_session_timeout": str(statement_timeout_ms),
             "lock_timeout": str(lock_timeout_ms),
             "timezone": "UTC",
-            # A plan that was made while a table was empty is of no use when it is full.
-            "plan_cache_mode": "force_custom_plan",
-        }
+        } | (_PLANNED_ONCE if looks_up_only else _PLANNED_EACH_TIME)
         address = (
             Address.of(url)
             .with_defaults(

@@ -125,6 +125,7 @@ def assemble(
         connect_timeout_s=settings.database.connect_timeout_s,
         statement_timeout_ms=settings.database.statement_timeout_ms,
         lock_timeout_ms=settings.database.lock_timeout_ms,
+        looks_up_only=True,
     )
     publisher = Publisher(settings)
     limits: dict[str, Limits] = {name: Limits.of(model.settings) for name, model in catalog.items()}

@@ -27,7 +27,7 @@ from app.store import cancellation, claims, delivery, purging, reads, submission
 from app.store.claims import Member
 from app.store.database import Database, migrate
 from app.store.lists import Filter
-from app.store.submissions import Incoming
+from app.store.submissions import Incoming, NewJob
 from tests.rows import Worker, completed, end_lease, new_job
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -146,6 +146,47 @@ def test_statements_for_a_group_read_each_row_a_few_times(stale: Database) -> No
     for step in _steps(worker, group, others):
         with stale.begin() as connection, bounded(connection):
             step(connection)
+
+
+def test_plans_that_a_worker_made_on_empty_tables_read_each_row_a_few_times_when_they_are_full(
+    server: str, stale: Database
+) -> None:
+    with stale.begin() as connection:
+        name = connection.scalar(text("SELECT current_database()"))
+    url = f"{server.rpartition('/')[0]}/{name}"
+    with closing(Database(url, pool_size=1, looks_up_only=True)) as database:
+        worker = Worker.registered(database)
+        for _ in range(10):  # the driver prepares what it has sent a few times
+            _run(worker, [new_job()])
+        before = _read(database)
+        jobs = [new_job() for _ in range(NUM_JOBS)]
+        with stale.begin() as connection:
+            submissions.insert_jobs(connection, jobs, sent=[job.id for job in jobs])
+
+        _run(worker, jobs[:GROUP])
+
+        assert _read(database) - before < 20 * GROUP + 4 * NUM_JOBS
+
+
+def _run(worker: Worker, jobs: list[NewJob]) -> None:
+    """The life of jobs, from the first message on."""
+    arrivals = [Incoming(job.id, job) for job in jobs]
+    with worker.database.autocommit() as connection:
+        submissions.receive(connection, worker.id, arrivals)
+    members = [Member(job.id, uuid4()) for job in jobs]
+    with worker.database.autocommit() as connection:
+        claimed = claims.claim(connection, worker.batch(), members)
+    assert len(claimed) == len(jobs)
+    with worker.database.autocommit() as connection:
+        assert len(claims.finish(connection, [completed(each) for each in claimed])) == len(jobs)
+
+
+def _read(database: Database) -> int:
+    """Rows of all tables that scans have looked at."""
+    with database.autocommit() as connection:
+        connection.execute(text("SELECT pg_stat_force_next_flush()"))
+        read = "SELECT sum(seq_tup_read + coalesce(idx_tup_fetch, 0)) FROM pg_stat_user_tables"
+        return int(connection.execute(text(read)).scalar_one())
 
 
 def _steps(
