@@ -82,7 +82,7 @@ class Sender:
         try:
             for start in range(0, len(jobs), PAGE_SIZE):
                 page = jobs[start : start + PAGE_SIZE]
-                self._publisher.send_many(map(self._message, page))
+                self._publisher.send_many(self._messages(page))
                 num_sent += len(page)
         except Exception as error:  # the jobs are accepted, whatever it is
             self._pause(error)
@@ -115,18 +115,23 @@ class Sender:
             raise
         self._try_again_at = None
 
-    def _message(self, job: NewJob) -> Message:
-        """With the request if that is small, so that Redis is; else the worker reads the row."""
-        size = len(json.dumps(job.request))  # in ASCII, as Celery writes it
-        is_inline = size <= self._max_inline_bytes
-        return Message(
-            job_id=job.id,
-            kind=job.kind,
-            model=job.model,
-            request=job.request if is_inline else None,
-            url=job.url if is_inline else None,
-            priority=job.priority,
-        )
+    def _messages(self, jobs: Sequence[NewJob]) -> Iterator[Message]:
+        """Those of jobs that share a message have their requests in their rows alone."""
+        for group in bundled(jobs, self._publisher.bundle_size):
+            for job in group:
+                is_inline = len(group) == 1 and self._is_small(job.request)
+                yield Message(
+                    job_id=job.id,
+                    kind=job.kind,
+                    model=job.model,
+                    request=job.request if is_inline else None,
+                    url=job.url if is_inline else None,
+                    priority=job.priority,
+                )
+
+    def _is_small(self, request: dict[str, Any]) -> bool:
+        """So that Redis is; of a large one the worker reads the row."""
+        return len(json.dumps(request)) <= self._max_inline_bytes  # in ASCII, as Celery writes it
 
     def _pause(self, error: Exception, otherwise: str = "Rescue sends later.") -> None:
         self._try_again_at = time.monotonic() + BREAK_S

@@ -138,6 +138,19 @@ def test_a_large_request_stays_in_its_row(sender: Sender, redis: Redis) -> None:
     assert [message.url for message in redis.sent] == ["/v1/completions", None, None]
 
 
+def test_requests_of_jobs_that_share_a_message_are_not_even_measured(
+    sender: Sender, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sending.json, "dumps", lambda _: pytest.fail("A request was written out."))
+    redis.most_together = 64
+    jobs = [new_job() for _ in range(100)]
+
+    sender.send(jobs)
+
+    assert [each.job_id for each in redis.sent] == [job.id for job in jobs]
+    assert all(each.request is None for each in redis.sent)
+
+
 def test_without_room_in_messages_no_prompt_is_in_redis(redis: Redis, postgres: Postgres) -> None:
     sender = Sender(postgres, redis, BrokerSettings(max_inline_bytes=0))  # type: ignore[arg-type]
 
