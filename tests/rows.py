@@ -175,7 +175,14 @@ class Worker:
         with self.database.begin() as connection:
             released = claims.release(
                 connection,
-                [Release(job_id=claimed.job_id, attempt_id=claimed.attempt_id, **given)],
+                [
+                    Release(
+                        job_id=claimed.job_id,
+                        attempt_id=claimed.attempt_id,
+                        created_at=claimed.created_at,
+                        **given,
+                    )
+                ],
             )
         return released[0].state if released else None
 

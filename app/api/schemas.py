@@ -39,11 +39,12 @@ class Attempt(BaseModel):
         None, description="Whether it counts towards the most attempts; null while it runs."
     )
     device_seconds: float | None = Field(
-        None, description="Device time spent on it, in seconds.", examples=[0.412]
+        None, description="Device time of its answer, in seconds; 0 without one.", examples=[0.412]
     )
-    cost: Money | None = Field(
-        None, description="The price of that time.", examples=["0.000004120"]
+    wasted_seconds: float | None = Field(
+        None, description="Device time that nobody pays: it brought no answer.", examples=[0.0]
     )
+    cost: Money | None = Field(None, description="What it is billed.", examples=["0.000004120"])
     error_code: str | None = Field(
         None, description="What ended it, if an error did.", examples=["engine_crash"]
     )
@@ -81,6 +82,10 @@ class Cost(BaseModel):
     currency: str | None = Field(description="ISO 4217 code.", examples=["EUR"])
     price_id: str | None = Field(description="The entry of prices.toml.", examples=["cpu"])
     device_seconds: float = Field(description="The time charged, in seconds.", examples=[0.512])
+    wasted_seconds: float = Field(
+        description="Time of the attempt that ended it that is not charged: it was spent again.",
+        examples=[0.0],
+    )
 
 
 class Batch(BaseModel):

@@ -139,6 +139,7 @@ def _attempt(view: AttemptView) -> Attempt:
         outcome=view.outcome and AttemptOutcome(view.outcome),
         charged=view.charged,
         device_seconds=None if view.device_ns is None else view.device_ns / NS_PER_S,
+        wasted_seconds=None if view.wasted_ns is None else view.wasted_ns / NS_PER_S,
         cost=view.cost,
         error_code=view.error_code,
     )
@@ -161,6 +162,7 @@ def _cost(result: ResultView) -> Cost:
         currency=result.currency,
         price_id=result.price_id,
         device_seconds=result.device_ns / NS_PER_S,
+        wasted_seconds=result.wasted_ns / NS_PER_S,
     )
 
 

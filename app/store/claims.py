@@ -168,6 +168,7 @@ class Finished:
     inference_ms: float | None = None
     batch_size: int | None = None
     device_ns: int = 0
+    wasted_ns: int = 0
     cost: Decimal = Decimal(0)
     currency: str | None = None
     price_id: str | None = None
@@ -186,8 +187,18 @@ class BatchStats:
 _MONTHS: Final = "CAST(:created AS timestamptz[])"
 """When the jobs were created: keeps a plan from all other months, however many there are."""
 
-# Finish attempts: job state, result, attempt and batch. An attempt that is not
-# the job's any more only gets its device time noted: it was wasted.
+_SUM_BATCHES: Final = """
+    summed AS (
+        UPDATE batches SET
+            useful_tokens = stats.useful_tokens, padded_tokens = stats.padded_tokens,
+            device_ns = stats.device_ns, finished_at = now()
+        FROM jsonb_populate_recordset(NULL::batches, CAST(:batches AS jsonb)) AS stats
+        WHERE batches.id = stats.id
+    )
+"""
+
+# Finish attempts: job state, result, attempt and batch. An attempt that was taken from this worker
+# is billed nothing: all its device time was wasted, and is noted as that.
 _FINISH: Final = text(f"""
     WITH given AS MATERIALIZED (
         SELECT * FROM jsonb_populate_recordset(NULL::results, CAST(:finished AS jsonb))
@@ -207,7 +218,7 @@ _FINISH: Final = text(f"""
             input_tokens, cached_tokens, output_tokens,
             started_at, first_token_at, finished_at,
             queue_ms, batch_wait_ms, ttft_ms, inference_ms, total_ms,
-            device_ns, cost, currency, price_id
+            device_ns, wasted_ns, cost, currency, price_id
         )
         SELECT
             id, held.input_tokens, held.attempts_charged + 1, held.losses, {copied("held")},
@@ -219,7 +230,7 @@ _FINISH: Final = text(f"""
             batch_wait_ms,
             {elapsed_ms("held.created_at", "first_token_at")}, inference_ms,
             {elapsed_ms("held.created_at", "now()")},
-            device_ns, cost, currency, price_id
+            device_ns, wasted_ns, cost, currency, price_id
         FROM held JOIN given ON given.job_id = held.id
     ), closed AS (
         UPDATE attempts SET
@@ -228,18 +239,16 @@ _FINISH: Final = text(f"""
                 outcome, CASE given.state WHEN 'completed' THEN 'succeeded' ELSE 'failed' END),
             charged = coalesce(charged, true),
             error_code = coalesce(attempts.error_code, given.error_code),
-            started_at = given.started_at, device_ns = given.device_ns, cost = given.cost
+            started_at = coalesce(attempts.started_at, given.started_at),
+            device_ns = coalesce(attempts.device_ns, given.device_ns),
+            cost = coalesce(attempts.cost, given.cost),
+            wasted_ns = CASE WHEN outcome IS NULL THEN given.wasted_ns
+                ELSE greatest(attempts.wasted_ns, given.device_ns + given.wasted_ns) END
         FROM given
         WHERE attempts.created_at = given.created_at AND attempts.created_at = ANY({_MONTHS})
             AND attempts.job_id = given.job_id AND attempts.id = given.attempt_id
-            AND (given.job_id IN (SELECT id FROM held) OR attempts.device_ns IS NULL)
-    ), summed AS (
-        UPDATE batches SET
-            useful_tokens = stats.useful_tokens, padded_tokens = stats.padded_tokens,
-            device_ns = stats.device_ns, finished_at = now()
-        FROM jsonb_populate_recordset(NULL::batches, CAST(:batches AS jsonb)) AS stats
-        WHERE batches.id = stats.id
-    )
+            AND (given.job_id IN (SELECT id FROM held) OR outcome IN ('lost', 'released'))
+    ), {_SUM_BATCHES}
     SELECT attempt_id FROM held
     UNION ALL  -- committed by this very call before, if it is repeated, and not by who took the job
     SELECT attempt_id FROM others
@@ -281,12 +290,12 @@ class Release:
 
     job_id: UUID
     attempt_id: UUID
+    created_at: datetime  #: of the job
     outcome: AttemptOutcome
     charged: bool  #: counts towards the job's max_attempts
     error_code: str | None = None
     error_message: str | None = None  #: shown if this was the last attempt
-    device_ns: int = 0  #: wasted
-    cost: Decimal = Decimal(0)
+    wasted_ns: int = 0  #: all that it took of the device's time
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,7 +345,7 @@ GIVE_BACK: Final = f"""
     ), closed AS (
         UPDATE attempts SET
             ended_at = now(), outcome = next.outcome, charged = next.charged,
-            error_code = next.error_code, device_ns = next.device_ns, cost = next.cost
+            error_code = next.error_code, device_ns = 0, wasted_ns = next.wasted_ns, cost = 0
         FROM next WHERE attempts.created_at = next.created_at
             AND attempts.job_id = next.job_id AND attempts.id = next.attempt_id
     ), {RECORD_ENDED}
@@ -347,29 +356,41 @@ of `Release` beside those of the locked row that decide. A job that was cancelle
 passed meanwhile ends so, and one that was given up `MAX_UNCHARGED` times, though never charged, as
 failed."""
 
-# Give up attempts.
+# Give up attempts. One that was taken from this worker before only has its waste noted.
 _RELEASE: Final = text(f"""
     WITH given AS MATERIALIZED (
         SELECT * FROM jsonb_to_recordset(CAST(:releases AS jsonb)) AS given(
-            job_id uuid, attempt_id uuid, outcome text, charged bool,
-            error_code text, error_message text, device_ns bigint, cost numeric
+            job_id uuid, attempt_id uuid, created_at timestamptz, outcome text, charged bool,
+            error_code text, error_message text, wasted_ns bigint
         )
         ORDER BY job_id
     ), held AS MATERIALIZED (
         SELECT
-            given.*, created_at, cancel_requested_at, deadline, attempt, attempts_charged,
-            max_attempts
+            given.*, cancel_requested_at, deadline, attempt, attempts_charged, max_attempts
         FROM given {locked("given.job_id")}
         WHERE job.state = 'running' AND job.attempt_id = given.attempt_id
-    ), {GIVE_BACK}
+    ), noted AS (
+        UPDATE attempts SET wasted_ns = greatest(attempts.wasted_ns, given.wasted_ns)
+        FROM given
+        WHERE attempts.created_at = given.created_at AND attempts.created_at = ANY({_MONTHS})
+            AND attempts.job_id = given.job_id AND attempts.id = given.attempt_id
+            AND attempts.outcome = 'lost'
+    ), {_SUM_BATCHES}, {GIVE_BACK}
 """)
 
 
-def release(connection: Connection, releases: Sequence[Release]) -> list[Released]:
+def release(
+    connection: Connection, releases: Sequence[Release], batches: Sequence[BatchStats] = ()
+) -> list[Released]:
     """Give up attempts; returns those that were still held.
 
     Their jobs are `queued` again, or `failed` if that was their last attempt, or `cancelled` or
     `expired` if that was asked or due. The old message is to be acked: rescue sends a new one.
     """
-    rows = connection.execute(_RELEASE, {"releases": encode(releases)})
+    given = {
+        "releases": encode(releases),
+        "batches": encode(batches),
+        "created": [each.created_at for each in releases],
+    }
+    rows = connection.execute(_RELEASE, given)
     return [Released(row[0], row[1], JobState(row[2])) for row in rows]

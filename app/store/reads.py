@@ -59,6 +59,7 @@ class AttemptView:
     outcome: str | None
     charged: bool | None
     device_ns: int | None
+    wasted_ns: int | None
     cost: Decimal | None
     error_code: str | None
 
@@ -87,6 +88,7 @@ class ResultView:
     inference_ms: float | None
     total_ms: float
     device_ns: int
+    wasted_ns: int
     cost: Decimal
     currency: str | None
     price_id: str | None

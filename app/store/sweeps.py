@@ -38,8 +38,8 @@ def find_lost(connection: Connection, page: int, but: Collection[UUID] = ()) -> 
 
 # Take running jobs from workers whose lease is over. A job is charged only if it was the only one
 # on its worker, and that holds for those that are run alone because they were lost before: the
-# others may be mates of what killed it. Their device time is not known: it stays null, and a worker
-# that was only slow may still report it.
+# others may be mates of what killed it. They are billed nothing; what they wasted, a worker that
+# was only slow may still tell.
 _EXPIRE_LEASES: Final = text(f"""
     WITH held AS MATERIALIZED (
         SELECT
@@ -48,7 +48,7 @@ _EXPIRE_LEASES: Final = text(f"""
             losses >= {ALONE_AFTER} AS charged, 'worker_lost' AS error_code,
             format('The worker was lost %s times while it ran the job, %s of them with nothing '
                 'else running.', losses + 1, attempts_charged + 1) AS error_message,
-            CAST(NULL AS bigint) AS device_ns, CAST(NULL AS numeric) AS cost
+            0 AS wasted_ns
         FROM unnest(CAST(:ids AS uuid[])) AS given(id) {locked("given.id", skip=True)}
         WHERE state = 'running' AND {LEASE_OVER.format(worker="job.worker_id")}
     ), {GIVE_BACK}

@@ -352,16 +352,24 @@ attempts = Table(
     Column(
         "device_ns",
         BigInteger,
-        comment="Device time spent on it, in nanoseconds; null if it was never reported.",
+        comment="Device time of its answer, in nanoseconds: it is billed. Null while it runs.",
     ),
-    Column("cost", Money, comment="Price of that device time, in the worker's currency."),
+    Column(
+        "wasted_ns",
+        BigInteger,
+        comment="Device time without an answer in time, in nanoseconds. Null while it runs.",
+    ),
+    Column("cost", Money, comment="What it is billed, in the worker's currency."),
     Column("error_code", Text, comment="Stable code of what ended it, see app.errors."),
     _one_of("outcome", AttemptOutcome),
     _in_range("claimed_at", "started_at", "ended_at"),
-    _not_negative("number", "device_ns", "cost"),
+    _not_negative("number", "device_ns", "wasted_ns", "cost"),
     CheckConstraint(
-        "num_nulls(ended_at, outcome, charged) IN (0, 3)",
+        "num_nulls(ended_at, outcome, charged, device_ns, wasted_ns, cost) IN (0, 6)",
         name="ended",
+    ),
+    CheckConstraint(
+        "outcome NOT IN ('lost', 'released') OR device_ns = 0 AND cost = 0", name="billed"
     ),
     PrimaryKeyConstraint("id", "created_at"),
     UniqueConstraint("created_at", "job_id", "number"),
@@ -409,6 +417,13 @@ results = Table(
         comment="Its share of the device's time, in nanoseconds.",
     ),
     Column(
+        "wasted_ns",
+        BigInteger,
+        nullable=False,
+        server_default=text("0"),
+        comment="Unpaid device time of its last attempt, spent in vain, in nanoseconds.",
+    ),
+    Column(
         "cost",
         Money,
         nullable=False,
@@ -442,7 +457,13 @@ results = Table(
         "purged_at",
     ),
     _not_negative(
-        "batch_size", "input_tokens", "cached_tokens", "output_tokens", "device_ns", "cost"
+        "batch_size",
+        "input_tokens",
+        "cached_tokens",
+        "output_tokens",
+        "device_ns",
+        "wasted_ns",
+        "cost",
     ),
     CheckConstraint("purged_at IS NULL OR metadata = '{}'", name="purged"),
     PrimaryKeyConstraint("job_id", "created_at"),
@@ -504,7 +525,7 @@ batches = Table(
         BigInteger,
         nullable=False,
         server_default=text("0"),
-        comment="Device time of all members, in nanoseconds.",
+        comment="Device time of all members, in nanoseconds, waste included.",
     ),
     Column("opened_at", Stamp, nullable=False, comment="Its oldest member arrived."),
     Column("claimed_at", Stamp, nullable=False, comment="Closed and claimed."),

@@ -84,10 +84,13 @@ class Executor:
                 self._host.recall(model)
 
     def kill(self) -> None:
+        """End the engine process; what was inside has wasted its time."""
         try:
             self._host.kill()
         except EngineError as error:
             log.error("%s", error, extra={"action": "engine_left"})
+        self._running.leave_waiting()
+        self._running.leave_dead(self._host.hours.spent_ns)
 
     def run(self, jobs: list[Job]) -> None:
         """Hand claimed jobs of one batch over."""
@@ -132,8 +135,8 @@ class Executor:
                     self.loaded.set()
                 case Stepped():
                     over += self._answered(event)
-                case DidNotFit(model, dropped):
-                    self._halve(dropped)
+                case DidNotFit(model, dropped, took_ns):
+                    self._halve(dropped, took_ns)
                     self._begin(self._running.begin(model))
                 case Recalled(model, sequence_ids):
                     over += self._take_back(model, sequence_ids)
@@ -159,9 +162,9 @@ class Executor:
                 self._cancel(job)
         return [job for job in recalled if job.claimed_run.ending is not None]
 
-    def _halve(self, sequence_ids: Iterable[int]) -> None:
+    def _halve(self, sequence_ids: Iterable[int], took_ns: int) -> None:
         """The device ran out of memory: smaller batches follow, and nobody is charged."""
-        dropped, solo = self._running.leave(sequence_ids), self._running.solo
+        dropped, solo = self._running.leave(sequence_ids, took_ns), self._running.solo
         self._dispatcher.note_overflow(dropped)
         if dropped == [solo]:
             run = dropped[0].claimed_run
@@ -174,7 +177,7 @@ class Executor:
         if broken.will_not_load or not self.loaded.is_set():
             raise EngineError(f"The models cannot be loaded: {broken.reason}.")
         self._dispatcher.add_claimed(self._running.leave_waiting())
-        suspects, solo = self._running.leave(), self._running.solo
+        suspects, solo = self._running.leave_dead(self._host.hours.spent_ns), self._running.solo
         log.error(
             "The engine process is lost: %s. It held %d jobs.",
             broken.reason,

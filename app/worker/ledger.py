@@ -13,7 +13,7 @@ from uuid import UUID
 from app.errors import NotStorable
 from app.jobs import AttemptOutcome, CloseReason
 from app.store import claims, notices
-from app.store.claims import Claimed, Finished, Member, NewBatch, Release
+from app.store.claims import BatchStats, Claimed, Finished, Member, NewBatch, Release
 from app.store.database import Database
 from app.worker.isolation import ODD, by_halves, said
 from app.worker.settlement import Settlement, batch_stats
@@ -144,23 +144,27 @@ class Ledger:
         run.is_withheld = True
 
     def release(self, jobs: Sequence[Job]) -> None:
-        """Give claimed jobs back to the queue, uncharged."""
+        """Give claimed jobs back to the queue, uncharged: what they took is waste."""
         if not jobs:
             return
-        with self._database.autocommit() as connection:
-            claims.release(
-                connection,
-                [
-                    Release(
-                        job_id=job.id,
-                        attempt_id=job.claimed_run.attempt_id,
-                        outcome=AttemptOutcome.RELEASED,
-                        charged=False,
-                        device_ns=job.claimed_run.device_ns,
-                    )
-                    for job in jobs
-                ],
+        releases = [
+            Release(
+                job_id=job.id,
+                attempt_id=job.claimed_run.attempt_id,
+                created_at=job.claimed_run.created_at,
+                outcome=AttemptOutcome.RELEASED,
+                charged=False,
+                wasted_ns=job.claimed_run.spent_ns,
             )
+            for job in jobs
+        ]
+        with self._database.autocommit() as connection:
+            claims.release(connection, releases, _batches_of(jobs))
+
+
+def _batches_of(jobs: Iterable[Job]) -> list[BatchStats]:
+    batches = {job.claimed_run.batch.id: job.claimed_run.batch for job in jobs}
+    return [batch_stats(batch) for batch in batches.values()]
 
 
 def _is_refused(job: Job | Doomed, error: Exception) -> None:

@@ -5,8 +5,10 @@ Some are there and have not begun: they go on when those of their model before t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
+from app.costs import share
 from app.engines.base import Sequence
 from app.worker.engine.wire import Stepped
 from app.worker.work import Job
@@ -19,6 +21,7 @@ class Running:
         self._owners: dict[int, tuple[Job, int]] = {}
         self._waiting: dict[str, list[Job]] = {}  #: by model, those that have not begun
         self._next_id = 1
+        self.told_ns = 0  #: device time that this engine process has told of
         self.solo: Job | None = None  #: the one job inside, if nothing was beside it since it came
 
     def enter(self, jobs: Iterable[Job], *, waits: bool = False) -> list[Sequence]:
@@ -48,6 +51,7 @@ class Running:
             run.generations[place] = generation
             run.device_ns += generation.device_ns
             run.batch.device_ns += generation.device_ns
+            self.told_ns += generation.device_ns
             if run.is_over:
                 over.append(job)
         self._count(event, over)
@@ -94,17 +98,25 @@ class Running:
     def sequence_ids(self, job: Job) -> list[int]:
         return [id_ for id_, (owner, _) in self._owners.items() if owner is job]
 
-    def leave(self, sequence_ids: Iterable[int] | None = None) -> list[Job]:
-        """Take out the jobs of these sequences, or of all: the engine dropped them."""
+    def leave(self, sequence_ids: Iterable[int] | None = None, took_ns: int = 0) -> list[Job]:
+        """Take out the jobs of these sequences, or of all: the engine dropped them. They took
+        `took_ns` of the device's time without an answer, in equal parts."""
         dropped = self._owners if sequence_ids is None else sequence_ids
-        gone = {id_: self._owners[id_][0] for id_ in dropped}
-        for id_, job in gone.items():
-            del self._owners[id_]
-            job.claimed_run.forget_answers()
-        jobs = list(dict.fromkeys(gone.values()))
+        rows = Counter(self._owners.pop(id_)[0] for id_ in list(dropped))
+        self.told_ns += took_ns
+        jobs = list(rows)
+        parts = share(took_ns, list(rows.values())) if jobs else []
+        for job, part in zip(jobs, parts, strict=True):
+            job.claimed_run.forget_answers(part)
         self._waiting = {
             model: left
             for model, waiting in self._waiting.items()
             if (left := [job for job in waiting if job not in jobs])
         }
+        return jobs
+
+    def leave_dead(self, spent_ns: int) -> list[Job]:
+        """Take out all: their engine process is dead, and had spent so much since its start."""
+        jobs = self.leave(took_ns=max(0, spent_ns - self.told_ns) if self._owners else 0)
+        self.told_ns = 0
         return jobs

@@ -79,6 +79,7 @@ class Settlement:
             batch_wait_ms=job.batch_wait_ns / 1e6,
             batch_size=run.batch.num_jobs,
             device_ns=run.device_ns,
+            wasted_ns=run.wasted_ns,
             cost=self._meters[price_id].cost_of(used),
             currency=self._prices[price_id].currency,
             price_id=price_id,

@@ -32,7 +32,7 @@ class Batch:
     num_sequences: int = 0
     useful_tokens: int = 0
     padded_tokens: int = 0
-    device_ns: int = 0
+    device_ns: int = 0  #: of its members so far, what was wasted included
 
 
 @dataclass(slots=True, eq=False)
@@ -47,16 +47,26 @@ class Run:
     claimed_ns: int
     generations: list[Generation | None]
     began_ns: int | None = None  #: when it first went into the engine; it may be claimed before
-    device_ns: int = 0  #: its share of the device's time, so far
+    device_ns: int = 0  #: shares of the device's time in its answers so far
+    wasted_ns: int = 0  #: shares that brought no answer
     deaths: int = 0  #: engine processes that were lost while they ran it
     deaths_alone: int = 0  #: those of them that ran nothing else
     ending: Ending | None = None  #: why it is being cut short
     record: Finished | None = None  #: what is to be committed; made once, so that it is priced once
     is_withheld: bool = False  #: the store refused the answer; the record goes without it
 
-    def forget_answers(self) -> None:
-        """The engine dropped the job: what it had answered is computed again."""
+    def forget_answers(self, took_ns: int) -> None:
+        """The engine dropped the job: what it had answered is computed again. The rest took
+        `took_ns`."""
         self.generations = [None] * len(self.generations)
+        self.wasted_ns += self.device_ns + took_ns
+        self.device_ns = 0
+        self.batch.device_ns += took_ns
+
+    @property
+    def spent_ns(self) -> int:
+        """All that the attempt has taken of the device's time."""
+        return self.device_ns + self.wasted_ns
 
     @property
     def is_over(self) -> bool:

@@ -373,18 +373,32 @@ def upgrade() -> None:
         Column(
             "device_ns",
             BigInteger,
-            comment="Device time spent on it, in nanoseconds; null if it was never reported.",
+            comment="Device time of its answer, in nanoseconds: it is billed. Null while it runs.",
         ),
-        Column("cost", Money, comment="Price of that device time, in the worker's currency."),
+        Column(
+            "wasted_ns",
+            BigInteger,
+            comment="Device time without an answer in time, in nanoseconds. Null while it runs.",
+        ),
+        Column(
+            "cost",
+            Money,
+            comment="What it is billed, in the worker's currency.",
+        ),
         Column("error_code", Text, comment="Stable code of what ended it, see app.errors."),
         CheckConstraint(
             "outcome IN ('failed', 'lost', 'released', 'succeeded')",
             name=op.f("attempts_outcome_check"),
         ),
         in_range("attempts", "claimed_at", "started_at", "ended_at"),
-        not_negative("attempts", "number", "device_ns", "cost"),
+        not_negative("attempts", "number", "device_ns", "wasted_ns", "cost"),
         CheckConstraint(
-            "num_nulls(ended_at, outcome, charged) IN (0, 3)", name=op.f("attempts_ended_check")
+            "num_nulls(ended_at, outcome, charged, device_ns, wasted_ns, cost) IN (0, 6)",
+            name=op.f("attempts_ended_check"),
+        ),
+        CheckConstraint(
+            "outcome NOT IN ('lost', 'released') OR device_ns = 0 AND cost = 0",
+            name=op.f("attempts_billed_check"),
         ),
         PrimaryKeyConstraint("id", "created_at", name=op.f("attempts_pkey")),
         UniqueConstraint(
@@ -434,6 +448,13 @@ def upgrade() -> None:
             server_default=text("0"),
             nullable=False,
             comment="Its share of the device's time, in nanoseconds.",
+        ),
+        Column(
+            "wasted_ns",
+            BigInteger,
+            server_default=text("0"),
+            nullable=False,
+            comment="Unpaid device time of its last attempt, spent in vain, in nanoseconds.",
         ),
         Column(
             "cost",
@@ -552,6 +573,7 @@ def upgrade() -> None:
             "cached_tokens",
             "output_tokens",
             "device_ns",
+            "wasted_ns",
             "cost",
         ),
         CheckConstraint("purged_at IS NULL OR metadata = '{}'", name=op.f("results_purged_check")),
@@ -615,7 +637,7 @@ def upgrade() -> None:
             BigInteger,
             server_default=text("0"),
             nullable=False,
-            comment="Device time of all members, in nanoseconds.",
+            comment="Device time of all members, in nanoseconds, waste included.",
         ),
         Column("opened_at", Stamp, nullable=False, comment="Its oldest member arrived."),
         Column("claimed_at", Stamp, nullable=False, comment="Closed and claimed."),

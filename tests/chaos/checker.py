@@ -286,7 +286,7 @@ def _wrong_bills(evidence: Evidence) -> Iterator[str]:
         if billed < 0 or cost < 0:
             yield f"{result['job_id']} is charged less than nothing."
         if attempt is None or result["currency"] is None or attempt["outcome"] in WASTED:
-            if cost or billed:
+            if cost or billed or (attempt and (attempt["device_ns"] or attempt["cost"])):
                 yield f"{result['job_id']} is charged without an attempt that ended it."
             continue
         if attempt["device_ns"] != billed or Decimal(attempt["cost"]) != cost:
@@ -300,8 +300,9 @@ def _wrong_batches(evidence: Evidence) -> Iterator[str]:
     of_batch = _by(evidence.attempts, "batch_id")
     for batch in evidence.batches:
         members = of_batch[batch["id"]]
-        spent = sum(each["device_ns"] or 0 for each in members)
-        all_known = all(each["device_ns"] is not None for each in members)
+        spent = sum((each["device_ns"] or 0) + (each["wasted_ns"] or 0) for each in members)
+        # What a worker died with was never told, though its batch may have said so before.
+        all_known = all(each["outcome"] not in (None, AttemptOutcome.LOST) for each in members)
         if spent > batch["device_ns"] or (all_known and spent != batch["device_ns"]):
             yield f"Batch {batch['id']} took {batch['device_ns']} ns, its jobs {spent}."
 

@@ -106,6 +106,7 @@ def test_a_completed_job_tells_everything(api: httpx.Client, hands: Hands) -> No
         "currency": "USD",
         "price_id": "cpu",
         "device_seconds": 0.012,
+        "wasted_seconds": 0.0,
     }
     assert (job["timing"]["batch_wait_ms"], job["timing"]["inference_ms"]) == (100.0, 12.5)
     assert all(job["timing"][name] >= 0 for name in ("queue_ms", "ttft_ms", "total_ms"))

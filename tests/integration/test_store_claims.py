@@ -15,7 +15,7 @@ from sqlalchemy import event, text
 from app.errors import GristmillError, JobStateConflict, Unavailable
 from app.jobs import AttemptOutcome, JobState
 from app.store import cancellation, claims, sweeps, workers
-from app.store.claims import BatchStats, Member
+from app.store.claims import BatchStats, Member, Release
 from app.store.database import Database
 from app.store.reads import JobView
 from tests.rows import (
@@ -267,15 +267,16 @@ def test_a_zombie_that_finishes_after_its_rescue_changes_nothing(database: Datab
     assert counted == set()
     assert view(database, job_id).state is JobState.RUNNING
     second.complete(claimed)
-    assert zombie.finish(completed(stale, response={"text": "later"}, device_ns=78)) == set()
+    assert zombie.finish(completed(stale, response={"text": "later"}, device_ns=77)) == set()
     job = view(database, job_id)
     assert job.result is not None
     assert job.result.response == {"choices": []}
-    # Its device time is in the books all the same, once, as an attempt that was lost.
-    assert [(each.outcome, each.device_ns) for each in job.attempts] == [
-        ("lost", 77),
-        ("succeeded", 1_000),
+    # Its device time is in the books all the same, once, as waste that nobody pays.
+    assert [(each.outcome, each.device_ns, each.wasted_ns) for each in job.attempts] == [
+        ("lost", 0, 77),
+        ("succeeded", 1_000, 0),
     ]
+    assert job.attempts[0].cost == 0
 
 
 def test_an_end_that_rescue_wrote_for_an_attempt_is_not_the_attempts_own(
@@ -352,13 +353,13 @@ def test_a_released_job_is_queued_again_and_not_charged(database: Database) -> N
     worker = Worker.registered(database)
     [claimed] = worker.claim([job_id])
 
-    assert worker.release(claimed, device_ns=5) is JobState.QUEUED
+    assert worker.release(claimed, wasted_ns=5) is JobState.QUEUED
 
     job = view(database, job_id)
     assert (job.attempt, job.attempts_charged) == (1, 0)
-    assert [(each.outcome, each.charged, each.device_ns) for each in job.attempts] == [
-        ("released", False, 5)
-    ]
+    [attempt] = job.attempts
+    assert (attempt.outcome, attempt.charged) == ("released", False)
+    assert (attempt.device_ns, attempt.cost, attempt.wasted_ns) == (0, 0, 5)
     assert [each.number for each in worker.claim([job_id])] == [2]
 
 
@@ -400,7 +401,53 @@ def test_a_release_of_a_cancelled_or_late_job_ends_it(database: Database) -> Non
     assert count(database, "results") == 2
 
 
-def test_a_release_after_the_lease_was_lost_changes_nothing(database: Database) -> None:
+def test_a_release_after_the_lease_was_lost_notes_what_was_wasted_and_no_more(
+    database: Database,
+) -> None:
+    # given an attempt that was taken from a worker that was only slow
+    [job_id] = insert(database, new_job())
+    slow = Worker.registered(database)
+    [claimed] = slow.claim([job_id])
+    end_lease(database, slow.id)
+    with database.begin() as connection:
+        sweeps.expire_leases(connection, sweeps.find_lost(connection, 10))
+
+    # when it gives it back, and again because it did not hear the answer
+    assert [slow.release(claimed, wasted_ns=7) for _ in range(2)] == [None, None]
+
+    job = view(database, job_id)
+    assert (job.state, job.attempts_charged) == (JobState.QUEUED, 0)
+    assert [(each.outcome, each.device_ns, each.wasted_ns) for each in job.attempts] == [
+        ("lost", 0, 7)
+    ]
+
+
+def test_a_batch_counts_what_it_took_when_its_members_are_given_back(database: Database) -> None:
+    [job_id] = insert(database, new_job())
+    worker = Worker.registered(database)
+    [claimed] = worker.claim([job_id])
+    batch_id = view_batch(view(database, job_id))
+    release = Release(
+        job_id=job_id,
+        attempt_id=claimed.attempt_id,
+        created_at=claimed.created_at,
+        outcome=AttemptOutcome.RELEASED,
+        charged=False,
+        wasted_ns=5,
+    )
+
+    with database.begin() as connection:
+        claims.release(connection, [release], [BatchStats(batch_id, 3, 4, 5)])
+
+    with database.begin() as connection:
+        found = connection.execute(
+            text("SELECT useful_tokens, padded_tokens, device_ns FROM batches WHERE id = :id"),
+            {"id": batch_id},
+        ).one()
+    assert tuple(found) == (3, 4, 5)
+
+
+def test_a_repeated_release_changes_nothing(database: Database) -> None:
     [job_id] = insert(database, new_job())
     worker = Worker.registered(database)
     [claimed] = worker.claim([job_id])

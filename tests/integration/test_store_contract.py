@@ -236,6 +236,7 @@ class Moves:
                 response={"text": "Flour."},
                 error_code=self.chance.choice([None, "oops"]),
                 device_ns=self.chance.randint(0, 99),
+                wasted_ns=self.chance.randint(0, 9),
                 cost=Decimal("0.000000015"),
             )
             for member in members
@@ -251,19 +252,29 @@ class Moves:
         return move
 
     def release(self) -> Move:
-        releases = [
-            Release(
+        batch, members = self._some_members()
+        given = [
+            partial(
+                Release,
                 job_id=member.job_id,
                 attempt_id=member.attempt_id,
                 outcome=self.chance.choice([AttemptOutcome.RELEASED, AttemptOutcome.LOST]),
                 charged=self.chance.random() < 0.3,
                 error_code="oops",
                 error_message="Oops.",
-                device_ns=7,
+                wasted_ns=self.chance.randint(0, 99),
             )
-            for member in self._some_members()[1]
+            for member in members
         ]
-        return lambda connection, _: claims.release(connection, releases)
+        stats = [BatchStats(batch.id, 3, 4, 6)] if batch else []
+
+        def move(connection: Any, _: datetime) -> list[claims.Released]:
+            releases = [
+                each(created_at=created_at(connection, each.keywords["job_id"])) for each in given
+            ]
+            return claims.release(connection, releases, stats)
+
+        return move
 
     def register(self) -> Move:
         self.registered.add(worker_id := self.workers[len(self.registered) % len(self.workers)])

@@ -108,10 +108,14 @@ def _finish(self: MemoryConnection, given: Params) -> Answer:
             counted.append(record["attempt_id"])
             _record_finished(self, job, record)
         _close_finished(self, record, is_held)
+    _sum_batches(self, given)
+    return Answer([{"attempt_id": attempt_id} for attempt_id in counted])
+
+
+def _sum_batches(self: MemoryConnection, given: Params) -> None:
     for stats in records("batches", given["batches"]):
         if stats["id"] in self.batches:
             self.update("batches", stats["id"], **stats, finished_at=self.now)
-    return Answer([{"attempt_id": attempt_id} for attempt_id in counted])
 
 
 def _is_repeated(self: MemoryConnection, earlier: Row, record: Row) -> bool:
@@ -150,25 +154,37 @@ def _record_finished(self: MemoryConnection, job: Row, record: Row) -> None:
 
 def _close_finished(self: MemoryConnection, record: Row, is_held: bool) -> None:
     attempt = self.attempts.get(record["attempt_id"])
-    if attempt is None or not (is_held or attempt["device_ns"] is None):
+    if attempt is None:
+        return
+    if not is_held:
+        if attempt["outcome"] in GIVEN_UP:
+            started_at = attempt["started_at"] or record["started_at"]
+            self.update("attempts", attempt["id"], started_at=started_at)
+            _note_waste(self, attempt, record["device_ns"] + record["wasted_ns"])
         return
     outcome = "succeeded" if record["state"] == "completed" else "failed"
     self.update(
         "attempts",
         attempt["id"],
-        ended_at=attempt["ended_at"] or self.now,
-        outcome=attempt["outcome"] or outcome,
-        charged=True if attempt["charged"] is None else attempt["charged"],
-        error_code=attempt["error_code"] or record["error_code"],
+        ended_at=self.now,
+        outcome=outcome,
+        charged=True,
+        error_code=record["error_code"],
         started_at=record["started_at"],
         device_ns=record["device_ns"],
+        wasted_ns=record["wasted_ns"],
         cost=record["cost"],
     )
 
 
+def _note_waste(self: MemoryConnection, attempt: Row, spent_ns: int) -> None:
+    self.update("attempts", attempt["id"], wasted_ns=max(attempt["wasted_ns"], spent_ns))
+
+
 _RECORD: Final = dict.fromkeys(each.name for each in fields(claims.Finished)) | {
-    "device_ns": 0, "cost": Decimal(0),
+    "device_ns": 0, "wasted_ns": 0, "cost": Decimal(0),
 }  # fmt: skip
+GIVEN_UP: Final = ("lost", "released")
 AGAIN: Final = {"received_by": None, "enqueued_at": None, "wake_count": 0}
 """`QUEUED_AGAIN`."""
 _NOBODYS: Final = {"attempt_id": None, "worker_id": None, "batch_id": None}
@@ -182,6 +198,9 @@ def _release(self: MemoryConnection, given: Params) -> Answer:
         job = self.jobs.get(release["job_id"])
         if job is not None and _is_held(job, release):
             moved.append(give_back(self, job, optional | release))
+        elif (attempt := self.attempts.get(release["attempt_id"])) and attempt["outcome"] == "lost":
+            _note_waste(self, attempt, release["wasted_ns"])
+    _sum_batches(self, given)
     return Answer(moved)
 
 
@@ -199,10 +218,9 @@ def give_back(self: MemoryConnection, job: Row, release: Row) -> Row:
         **(AGAIN | {"queued_at": self.now} if state == "queued" else {"finished_at": self.now}),
         **_NOBODYS,
     )
-    names = ("outcome", "charged", "error_code", "device_ns", "cost")
-    self.update(
-        "attempts", attempt_id, ended_at=self.now, **{name: release[name] for name in names}
-    )
+    names = ("outcome", "charged", "error_code", "wasted_ns")
+    given = {name: release[name] for name in names}
+    self.update("attempts", attempt_id, ended_at=self.now, device_ns=0, cost=Decimal(0), **given)
     if state != "queued":
         failure = (release["error_code"], release["error_message"])
         if not charged:

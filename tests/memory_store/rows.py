@@ -44,9 +44,9 @@ _DEFAULTS: Final = {
     },
     "attempts": {"tenant": "default"},
     "results": {
-        "tenant": "default", "device_ns": 0, "cost": Decimal(0), "metadata": {}, "priority": 0,
-        "attempt": 0, "attempts_charged": 0, "max_attempts": 3, "losses": 0, "wake_count": 0,
-        "format": 1,
+        "tenant": "default", "device_ns": 0, "wasted_ns": 0, "cost": Decimal(0), "metadata": {},
+        "priority": 0, "attempt": 0, "attempts_charged": 0, "max_attempts": 3, "losses": 0,
+        "wake_count": 0, "format": 1,
     },
     "batches": {"useful_tokens": 0, "padded_tokens": 0, "device_ns": 0},
     "workers": {"engine": {}},
@@ -72,7 +72,7 @@ _PARSERS: Final[dict[Any, Callable[[Any], Any]]] = {
     Numeric: lambda given: Decimal(str(given)),
 }
 _PARSERS_OF: Final[dict[str | None, dict[str, Callable[[Any], Any]]]] = {
-    None: {"job_id": UUID, "attempt_id": UUID, "cost": Decimal},
+    None: {"job_id": UUID, "attempt_id": UUID, "created_at": datetime.fromisoformat},
     **{table: _parsers(table) for table in KEYS},
 }
 for _parse in _PARSERS_OF.values():  # Double is a Numeric, and stays a float

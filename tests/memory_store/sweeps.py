@@ -35,8 +35,7 @@ def _lost(job: Row) -> Row:
         "error_code": "worker_lost",
         "error_message": f"The worker was lost {losses} times while it ran the job, "
         f"{alone} of them with nothing else running.",
-        "device_ns": None,
-        "cost": None,
+        "wasted_ns": 0,
     }
 
 

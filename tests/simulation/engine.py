@@ -2,6 +2,7 @@
 
 A prompt says what its row does, and after how many steps: `good 3`, `nan 2`, `poison 1` (the
 process dies), `hang 1` (no step ends any more), `oom 2` (does not fit with more than so many rows).
+Of a job's several rows some take a step or two longer.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from app.engines import base
 from app.engines.base import NOT_FINITE, Generation, StepStats
 from app.jobs import FinishReason
 from app.worker.engine.host import EngineHost
+from app.worker.engine.page import PAGE_BYTES, PROGRESS, Phase, shown
 from app.worker.engine.wire import (
-    PROGRESS,
     Admit,
     Cancel,
     Command,
@@ -75,10 +76,12 @@ class SimulatedProcess:
         pid: int = 1,
         thawed: Callable[[], object] = lambda: None,
         began: list[Admit] | None = None,
+        page: bytearray | None = None,
     ) -> None:
         """`began` gets what it begins."""
         self.pid = pid
-        self.page = _Page(PROGRESS.size)
+        self.page = page or _Page(PAGE_BYTES)
+        self.answered: list[tuple[str, int]] = []  #: prompts, and what their answers took
         self.is_alive = True
         self.is_hung = False
         self.frozen_until_ns: int | None = None
@@ -133,6 +136,8 @@ class SimulatedProcess:
         if JOINS[model] or all(row.model != model for row in self._rows):
             for admit in self._take_waiting(model):
                 self._began.append(admit)
+                if not self._rows:
+                    self._turn(Phase.STEP)
                 self._rows += [self._row(model, admit.batch_id, each) for each in admit.sequences]
         inside = sum(row.model == model for row in self._rows)
         expect(inside <= self._facts[model].max_rows, "I8: more rows than there is room")
@@ -207,10 +212,15 @@ class SimulatedProcess:
             return
         if not self._loaded:
             self._loaded = True
+            self._turn(Phase.IDLE)
             self._said.append(Ready(dict(self._facts), LOAD_NS))
-        for model in self._facts:
+        busy = list(dict.fromkeys(row.model for row in self._rows))
+        for model in busy:
             if self.is_alive:
-                self._step(model, [row for row in self._rows if row.model == model])
+                rows = [row for row in self._rows if row.model == model]
+                self._step(model, rows, STEP_NS // len(busy))
+        if not self._rows and self.is_alive:
+            self._turn(Phase.IDLE)
         if self._rows and self.is_alive and not self.is_hung:
             self.next_ns = self._now_ns() + STEP_NS
 
@@ -224,18 +234,20 @@ class SimulatedProcess:
             input_tokens=len(sequence.prompt_token_ids),
             started_ns=self._now_ns(),
         )
-        return _Row(sequence, model, batch_id, prompt, verb, int(number), answer)
+        steps = int(number) + (sequence.id % 3 if verb == "good" and " x" in prompt else 0)
+        return _Row(sequence, model, batch_id, prompt, verb, steps, answer)
 
-    def _step(self, model: str, rows: Sequence[_Row]) -> None:
-        if not rows:
-            return
+    def _step(self, model: str, rows: Sequence[_Row], lasts_ns: int) -> None:
         if any(row.verb == "oom" and len(rows) > row.number for row in rows):
             self._rows = [row for row in self._rows if row not in rows]
             if not JOINS[model]:
                 self._give_back(model)
-            self._said.append(DidNotFit(model, tuple(row.sequence.id for row in rows)))
+            took_ns = sum(row.answer.device_ns for row in rows)
+            took_ns += self._turn(Phase.STEP, in_vain=True)
+            dropped = tuple(row.sequence.id for row in rows)
+            self._said.append(DidNotFit(model, dropped, took_ns))
             return
-        shares = share(STEP_NS, [1] * len(rows))
+        shares = share(lasts_ns, [1] * len(rows))
         for row, device_ns in zip(rows, shares, strict=True):
             row.answer.device_ns += device_ns
             if not row.is_over:
@@ -243,6 +255,7 @@ class SimulatedProcess:
                 row.is_over = self._is_over(row)
         if not self.is_alive or self.is_hung:
             return
+        self._turn(Phase.STEP, lasts_ns)
         self._num_steps += 1
         PROGRESS.pack_into(self.page, 0, self._num_steps, STEP_NS)
         over = [row for row in rows if row.is_over]
@@ -271,7 +284,14 @@ class SimulatedProcess:
         answer = row.answer
         answer.text, answer.token_ids = answer_to(row.prompt), [1] * row.steps
         answer.first_token_ns = answer.finished_ns = self._now_ns()
+        self.answered.append((row.prompt, answer.device_ns))
         return answer
+
+    def _turn(self, phase: Phase, given: int = 0, *, in_vain: bool = False) -> int:
+        clock = shown(self.page)
+        wasted = clock.turn(phase, self._now_ns(), given, in_vain=in_vain)
+        clock.show(self.page)
+        return wasted
 
 
 def _prompt_of(sequence: base.Sequence) -> str:
@@ -309,10 +329,16 @@ class SimulatedHost(EngineHost):
         self._frozen_with = frozen_with
         self.process: SimulatedProcess | None = None
         self.began: list[Admit] = []  #: what its processes have begun
+        self.answered: list[list[tuple[str, int]]] = []  #: by each of its processes
         self.lost_with: list[set[str]] = []  #: prompts inside each process that ended by itself
 
     def _spawn(self) -> None:
-        self.process = SimulatedProcess(self._now_ns, thawed=self._thawed, began=self.began)
+        page = _Page(PAGE_BYTES)
+        self.hours.begin(page)
+        self.process = SimulatedProcess(
+            self._now_ns, thawed=self._thawed, began=self.began, page=page
+        )
+        self.answered.append(self.process.answered)
         self._process = _Popen(self.process)  # type: ignore[assignment]
         self._connection = self.process  # type: ignore[assignment]
         self._progress = self.process.page  # type: ignore[assignment]

@@ -66,6 +66,7 @@ class SimulatedWorker:
             frozen_with=world.given_up,
             thawed=lambda: world.note(Effect.THAWED_ENGINE),
         )
+        world.hosts[self.id] = self.host
         served = catalog(settings)
         settlement = Settlement("cpu", SETTINGS.prices, served)
         shared: dict[str, Any] = {"worker_id": self.id, "database": self.database, "now_ns": now_ns}

@@ -375,3 +375,25 @@ def test_a_worker_does_not_go_in_circles_while_a_batch_that_is_due_has_no_room()
     world.heal()
 
     assert turns[1] < 30  # for three seconds, with 60 steps that end no job
+
+
+def test_a_job_whose_mate_kills_the_engine_is_not_billed_for_the_answers_it_dropped() -> None:
+    # given a job of two sequences, one of which is answered before its mate ends the engine
+    world = World()
+    world.workers[1].die(given_back=False)
+    for prompt in ("poison 3", "good 2 x2"):
+        world.submit(PROMPTS.index(prompt), 7, 0)  # in the model whose engine lets others join
+
+    # when it runs again
+    world.heal()
+
+    # then it pays for the answers that it got, and the others are waste
+    dropped, *again = (
+        [device_ns for _, device_ns in answered] for answered in world.workers[0].host.answered
+    )
+    results = {row["state"]: row for row in world.store.rows("results")}
+    good, poison = results["completed"], results["failed"]
+    assert len(dropped) == 1
+    assert good["device_ns"] == sum(map(sum, again))
+    assert good["wasted_ns"] > sum(dropped)
+    assert (poison["device_ns"], poison["cost"]) == (0, 0)

@@ -18,9 +18,10 @@ from app.broker.queues import queue_name
 from app.jobs import JobState
 from app.worker.commands import Drain, Flush
 from tests.memory_store import MemoryDatabase, Row
+from tests.simulation import books
 from tests.simulation.broken import Broken
 from tests.simulation.effects import Effect
-from tests.simulation.engine import MODELS
+from tests.simulation.engine import MODELS, SimulatedHost
 from tests.simulation.invariants import after_commit, ends, when_all_have_ended
 from tests.simulation.patience import Patience
 from tests.simulation.processes import SimulatedRescue, SimulatedWorker
@@ -33,6 +34,8 @@ from tests.simulation.servers import DEFAULT, UNKNOWN, Clock, Message, Queue
 from tests.simulation.settings import SERVED
 from tests.simulation.versions import LATER, PRESENT
 
+LONG_NS: Final = 1_000_000_000_000
+"""Enough for engines to come to rest."""
 BABBLE_NS: Final = 500_000_000
 MAX_BABBLE: Final = 60
 HEAL_S: Final = 300
@@ -63,6 +66,7 @@ class World(Producers):
         self._noisy: str = DEFAULT  #: the list that he writes into
         self._owed_rows: list[tuple[UUID, SimulatedWorker]] = []
         self.formats = [PRESENT] * len(SERVED)  #: that the version of each worker knows
+        self.hosts: dict[UUID, SimulatedHost] = {}  #: of all workers that there were
         self.workers = [SimulatedWorker(self, models, PRESENT) for models in SERVED]
         self.rescuers = [SimulatedRescue(self, PRESENT), SimulatedRescue(self, PRESENT)]
 
@@ -249,6 +253,9 @@ class World(Producers):
         self.run_until_quiet()
         patience.check()
         when_all_have_ended(self.store, self.expected, healed_at)
+        self.clock.ns += LONG_NS
+        living = {worker.id for worker in self.workers if worker.is_alive}
+        books.check(self.store, self.expected, self.hosts, living)
         self.seen.update(ends(self.store, self.expected))
 
     def _end_deploy(self) -> None:

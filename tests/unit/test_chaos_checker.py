@@ -56,6 +56,7 @@ def rows(job_id: str, nonce: str, prompt: str) -> dict[str, dict[str, Any]]:
             "charged": True,
             "error_code": None,
             "device_ns": 1_000_000,
+            "wasted_ns": 0,
             "cost": Decimal("0.000000010"),
         },
         "results": {
@@ -179,6 +180,7 @@ BAD = [
     ("I4", "a client that is told another's answer", told(text=PROMPT)),
     ("I5", "a nanosecond too much", changed("batches", device_ns=2_000_001)),
     ("I5", "a nanosecond too little", changed("attempts", device_ns=999_999)),
+    ("I5", "a batch without its members' waste", changed("attempts", wasted_ns=1)),
     ("I5", "a wrong price", changed("results", cost=Decimal("0.000000012"))),
     ("I5", "a worker busy for longer than it was up", changed("batches", device_ns=10**12)),
     ("I5", "a charge without an attempt", changed("results", attempt_id=None)),

@@ -13,7 +13,8 @@ from app.worker.engine.host import (
     load_limit_ns,
     step_limit_ns,
 )
-from app.worker.engine.wire import PROGRESS, EngineFacts, LoadModels, Ready, ServedModel
+from app.worker.engine.page import PAGE_BYTES, PROGRESS
+from app.worker.engine.wire import EngineFacts, LoadModels, Ready, ServedModel
 from tests.conftest import STUB_MODELS
 
 S = 1_000_000_000
@@ -53,7 +54,7 @@ class Host(EngineHost):
         self.admit("stub", "batch", [Sequence(1, (1,))])
 
     def _spawn(self) -> None:
-        self._progress = bytearray(PROGRESS.size)  # type: ignore[assignment]
+        self._progress = bytearray(PAGE_BYTES)  # type: ignore[assignment]
 
     def step(self, number: int, slowest_ns: int = S // 100) -> None:
         assert self._progress is not None

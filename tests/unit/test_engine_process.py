@@ -25,12 +25,11 @@ from app.errors import EngineError, OutOfMemory
 from app.jobs import FinishReason, SamplingParams
 from app.worker.engine import host as host_module
 from app.worker.engine.host import LAUNCH, EngineHost
+from app.worker.engine.page import PAGE_BYTES, PROGRESS
 from app.worker.engine.process import EngineProcess
 from app.worker.engine.wire import (
-    PROGRESS,
     Admit,
     Broken,
-    DidNotFit,
     Event,
     LoadModels,
     Ready,
@@ -304,7 +303,7 @@ def test_what_is_sent_while_memory_runs_out_is_not_among_what_was_dropped() -> N
     # given an engine process whose engine will have no memory
     said: list[Any] = []
     parent: Any = SimpleNamespace(send=said.append)
-    process = EngineProcess(parent, mmap.mmap(-1, PROGRESS.size))
+    process = EngineProcess(parent, mmap.mmap(-1, PAGE_BYTES))
     process._waiting["m"] = waiting = deque[Admit]()
     engine: Any = Scarce(waiting, joins=True)
     process._engines["m"] = engine
@@ -317,7 +316,7 @@ def test_what_is_sent_while_memory_runs_out_is_not_among_what_was_dropped() -> N
 
     # then the worker is told of those that were inside, and of the other's answer
     dropped, stepped = said
-    assert dropped == DidNotFit("m", (1, 2))
+    assert (dropped.model, dropped.sequence_ids) == ("m", (1, 2))
     assert [each.sequence_id for each in stepped.generations] == [3]
 
 
@@ -325,7 +324,7 @@ def test_what_waits_for_an_engine_without_memory_comes_back_before_it_is_tried()
     # given an engine that nobody can join, and that will have no memory
     said: list[Any] = []
     parent: Any = SimpleNamespace(send=said.append)
-    process = EngineProcess(parent, mmap.mmap(-1, PROGRESS.size))
+    process = EngineProcess(parent, mmap.mmap(-1, PAGE_BYTES))
     process._waiting["m"] = waiting = deque([Admit("m", "early", (Sequence(1, (65,)),))])
     engine: Any = Scarce(waiting, joins=False)
     process._engines["m"] = engine
@@ -335,4 +334,6 @@ def test_what_waits_for_an_engine_without_memory_comes_back_before_it_is_tried()
     process._step("m", engine)
 
     # then what was sent meanwhile is told of first, and is no part of what was dropped
-    assert said == [Recalled("m", (3,)), DidNotFit("m", (1,))]
+    recalled, dropped = said
+    assert recalled == Recalled("m", (3,))
+    assert (dropped.model, dropped.sequence_ids) == ("m", (1,))

@@ -22,9 +22,10 @@ from typing import Final
 
 from app.engines.base import Sequence
 from app.errors import EngineError
+from app.worker.engine.hours import Hours
+from app.worker.engine.page import PAGE_BYTES, PROGRESS
 from app.worker.engine.pipe import WorkerEnd
 from app.worker.engine.wire import (
-    PROGRESS,
     Admit,
     Broken,
     Cancel,
@@ -90,6 +91,7 @@ class EngineHost:
         self._engines: dict[str, EngineFacts] = {}
         self._rows: dict[str, int] = {}
         self._ahead: dict[str, int] = {}  #: rows that wait there until those inside are over
+        self.hours = Hours(now_ns)
 
     def start(self) -> None:
         """Start a process; it says `Ready` when the models are loaded."""
@@ -104,7 +106,8 @@ class EngineHost:
         page = _shared_page()
         ours, theirs = socket.socketpair()
         try:
-            self._progress = mmap.mmap(page, PROGRESS.size)
+            self._progress = mmap.mmap(page, PAGE_BYTES)
+            self.hours.begin(self._progress)
             fds = (theirs.fileno(), page)
             self._process = subprocess.Popen(
                 [self._python, str(LAUNCH), *map(str, fds)],
@@ -230,6 +233,7 @@ class EngineHost:
                     f"The engine process {self.pid} cannot be ended; its device or the driver "
                     "holds it."
                 )
+            self.hours.end(was_busy=self.busy)
         if self._connection is not None:
             self._connection.close()
         if self._progress is not None:
@@ -306,7 +310,7 @@ def _status_within(process: subprocess.Popen[bytes], timeout_s: float) -> int | 
 
 
 def _shared_page() -> int:
-    """A file descriptor of memory for `PROGRESS`, all of it there.
+    """A file descriptor of memory for the page, all of it there.
 
     In a file on a full tmpfs the first write to a page that is not would end the worker by SIGBUS.
     Raises `EngineError` if there is no room.
@@ -317,7 +321,7 @@ def _shared_page() -> int:
         else:
             with tempfile.TemporaryFile() as file:
                 page = os.dup(file.fileno())
-        os.write(page, bytes(PROGRESS.size))
+        os.write(page, bytes(PAGE_BYTES))
     except OSError as error:
         raise EngineError(f"No memory to share with the engine process: {error}.") from None
     return page

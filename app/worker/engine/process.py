@@ -16,8 +16,7 @@ import signal
 import socket
 import sys
 import time
-from collections import deque
-from collections.abc import Sequence as Seq
+from collections import Counter, deque
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -27,9 +26,9 @@ from app.engines import builds, registry
 from app.engines.base import Engine, StepStats
 from app.errors import ConfigError, GristmillError, OutOfMemory
 from app.threads import Background, place_of
+from app.worker.engine.page import PAGE_BYTES, PROGRESS, Phase, shown
 from app.worker.engine.pipe import EngineEnd
 from app.worker.engine.wire import (
-    PROGRESS,
     Admit,
     Broken,
     Cancel,
@@ -57,6 +56,7 @@ class EngineProcess:
     def __init__(self, parent: EngineEnd, progress: mmap.mmap) -> None:
         self._parent = parent
         self._progress = progress
+        self._clock = shown(progress)  #: it began when this process was spawned
         self._steps = 0
         self._since_ns = 0  #: when the step that runs began
         self._slowest_ns = 0
@@ -65,6 +65,8 @@ class EngineProcess:
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()  #: something waits
         self._engines: dict[str, Engine] = {}
         self._inside: dict[str, set[int]] = {}  #: by model, the sequences that have no answer yet
+        self._given: Counter[str] = Counter()  #: by model, device time that these have had
+        self._stats: dict[str, dict[str, StepStats]] = {}  #: by model and batch, not sent yet
         self.is_ready = False
 
     def run(self) -> None:
@@ -103,6 +105,7 @@ class EngineProcess:
         }
         self._waiting = {name: deque() for name in self._engines}
         self._steps = self._slowest_ns = 0
+        self._turn(Phase.STEP)
         self._parent.send(Ready(facts, time.monotonic_ns() - began))
         self.is_ready = True
 
@@ -141,9 +144,12 @@ class EngineProcess:
                     engine.admit(admit.batch_id, admit.sequences)
             if any(engine.has_work for engine in self._engines.values()):
                 break
+            if not was_idle:
+                self._turn(Phase.IDLE)
             was_idle = True
             self._wake.get()
         if was_idle:
+            self._turn(Phase.STEP)
             self._since_ns = time.monotonic_ns()
 
     def _step(self, model: str, engine: Engine) -> None:
@@ -153,14 +159,34 @@ class EngineProcess:
             if not engine.joins:
                 self._give_back(model)  # it may not fit either
             dropped = tuple(self._inside.pop(model, ()))
-            self._parent.send(DidNotFit(model, dropped))
+            self._given[model] += self._turn(
+                Phase.STEP, self._take_stats(model, engine), in_vain=True
+            )
+            self._parent.send(DidNotFit(model, dropped, self._given.pop(model)))
             return
         finally:
             self._made_progress()
-        self._inside[model].difference_update(each.sequence_id for each in generations)
-        stats: Seq[StepStats] = engine.take_stats() if generations else ()
-        if generations or stats:
-            self._parent.send(Stepped(model, generations, list(stats)))
+        self._turn(Phase.STEP, self._take_stats(model, engine))
+        if generations:
+            self._inside[model].difference_update(each.sequence_id for each in generations)
+            self._given[model] -= sum(each.device_ns for each in generations)
+            stats = self._stats.pop(model, {})
+            self._parent.send(Stepped(model, generations, list(stats.values())))
+
+    def _take_stats(self, model: str, engine: Engine) -> int:
+        """Keep what the step computed until there is something to say; its device time."""
+        taken = engine.take_stats()
+        given = sum(each.device_ns for each in taken)
+        self._given[model] += given
+        kept = self._stats.setdefault(model, {})
+        for each in taken:
+            kept[each.batch_id] = kept[each.batch_id] + each if each.batch_id in kept else each
+        return given
+
+    def _turn(self, phase: Phase, given: int = 0, *, in_vain: bool = False) -> int:
+        wasted = self._clock.turn(phase, time.monotonic_ns(), given, in_vain=in_vain)
+        self._clock.show(self._progress)
+        return wasted
 
     def _made_progress(self) -> None:
         began_ns, self._since_ns = self._since_ns, time.monotonic_ns()
@@ -184,7 +210,7 @@ def main() -> None:
     _die_with_parent()
     _be_killed_first()
     parent = EngineEnd(socket.socket(fileno=socket_fd))
-    process = EngineProcess(parent, mmap.mmap(progress_fd, PROGRESS.size))
+    process = EngineProcess(parent, mmap.mmap(progress_fd, PAGE_BYTES))
     try:
         process.run()
     except (BrokenPipeError, ConnectionResetError, KeyboardInterrupt):

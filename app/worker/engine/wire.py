@@ -6,17 +6,11 @@ reach the socket.
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 from app.config.settings import ModelSettings
 from app.engines.base import Generation, Sequence, StepStats
-
-PROGRESS: Final = struct.Struct("=QQ")
-"""The shared page: model steps taken since the models were loaded, and the slowest of late, in
-nanoseconds; native unsigned integers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +87,7 @@ class DidNotFit:
 
     model: str
     sequence_ids: tuple[int, ...]
+    device_ns: int = 0  #: what they had taken, the step that did not fit included
 
 
 @dataclass(frozen=True, slots=True)
