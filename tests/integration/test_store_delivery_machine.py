@@ -8,6 +8,7 @@ has to end.
 from __future__ import annotations
 
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -137,13 +138,16 @@ class Histories(RuleBasedStateMachine):
     @rule(job=JOB, is_charged=st.booleans())
     def release(self, job: int, is_charged: bool) -> None:
         if member := self.members.get(self.jobs[job]):
-            given = claims.Release(
+            given = partial(
+                claims.Release,
                 job_id=member.job_id,
                 attempt_id=member.attempt_id,
                 outcome=AttemptOutcome.RELEASED,
                 charged=is_charged,
             )
-            self.both(lambda c, _: claims.release(c, [given]))
+            self.both(
+                lambda c, _: claims.release(c, [given(created_at=created_at(c, member.job_id))])
+            )
 
     @rule(worker=WORKER, job=JOB)
     def let_go(self, worker: int, job: int) -> None:

@@ -234,6 +234,7 @@ def test_claiming_finishing_and_releasing(service: Service) -> None:
                 claims.Release(
                     job_id=each.job_id,
                     attempt_id=each.attempt_id,
+                    created_at=each.created_at,
                     outcome=AttemptOutcome.LOST,
                     charged=True,
                 )

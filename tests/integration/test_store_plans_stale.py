@@ -214,6 +214,7 @@ def _steps(
             claims.Release(
                 job_id=each.job_id,
                 attempt_id=each.attempt_id,
+                created_at=each.created_at,
                 outcome=AttemptOutcome.RELEASED,
                 charged=False,
             )

@@ -89,6 +89,7 @@ def release(claimed: Claimed) -> Move[list[claims.Released]]:
     given = Release(
         job_id=claimed.job_id,
         attempt_id=claimed.attempt_id,
+        created_at=claimed.created_at,
         outcome=AttemptOutcome.RELEASED,
         charged=False,
     )
