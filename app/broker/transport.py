@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from queue import Empty
 from types import MappingProxyType
@@ -354,6 +354,8 @@ class _Turning:
     """Knows the hub that turns it, so that what is done in one turn is taken off together."""
 
     loop: Any = None
+    after_turn: Callable[[], object] = staticmethod(lambda: None)
+    """Called once all messages of a turn have been delivered."""
 
     def register_with_event_loop(self, connection: Any, loop: Any) -> None:
         self.loop = loop
@@ -364,6 +366,7 @@ class _Turning:
         """Between what the hub does in a turn and its wait for the next."""
         for channel in self.channels:  # type: ignore[attr-defined]
             channel.settle()
+        self.after_turn()
 
 
 class Transport(_Turning, redis.Transport):

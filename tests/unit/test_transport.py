@@ -1,13 +1,14 @@
-"""What the transport says when Redis is away."""
+"""What the transport says when Redis is away, and when a turn of the hub is over."""
 
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 from redis.exceptions import RedisError
 
-from app.broker.transport import Channel, Message
+from app.broker.transport import Channel, Message, _Turning
 
 
 class LostChannel:
@@ -42,3 +43,26 @@ def test_a_message_that_cannot_be_settled_is_a_word_in_the_log_and_no_traceback(
     assert record.levelno == logging.WARNING
     assert record.exc_info is None
     assert "secret" not in caplog.text
+
+
+class Hubless:
+    def register_with_event_loop(self, connection: object, loop: object) -> None:
+        pass
+
+
+class Turning(_Turning, Hubless):
+    def __init__(self, told: list[str]) -> None:
+        self.channels = [SimpleNamespace(settle=lambda: told.append("messages are delivered"))]
+        self.after_turn = lambda: told.append("the runner is woken")
+
+
+def test_whoever_waits_for_messages_is_woken_once_all_of_a_turn_are_delivered() -> None:
+    # given
+    told: list[str] = []
+    loop = SimpleNamespace(on_tick=set())
+    Turning(told).register_with_event_loop(None, loop)
+    # when
+    for tick in loop.on_tick:
+        tick()
+    # then
+    assert told == ["messages are delivered", "the runner is woken"]

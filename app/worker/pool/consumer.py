@@ -126,6 +126,7 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]
         settings: Settings = self.app.settings
         read = reader(settings.worker.max_request_bytes, self._refuse_raw)
         connection.default_channel.read = read
+        connection.transport.after_turn = self.pool.wake_runner
         return connection
 
     def _refuse_raw(self, task_id: str | None, error: RequestError) -> None:

@@ -98,7 +98,6 @@ class EnginePool(BasePool):  # type: ignore[misc]
 
     def register_with_event_loop(self, hub: Any) -> None:
         self._hub = hub
-        hub.on_tick.add(self._wake_runner)
 
     def _runner_ended(self) -> None:
         """Without its runner the worker can do nothing: end it, so that it is started again."""
@@ -126,8 +125,8 @@ class EnginePool(BasePool):  # type: ignore[misc]
         self._has_added = True
         return ticket
 
-    def _wake_runner(self) -> None:
-        """Once for all that came in this turn of the hub."""
+    def wake_runner(self) -> None:
+        """Once for all that came in a turn of the hub."""
         if self._has_added:
             self._has_added = False
             self._parts.runner.wake()
