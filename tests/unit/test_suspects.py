@@ -41,7 +41,8 @@ def job(model: str = "one", losses: int = 0, num_sequences: int = 1) -> Job:
         registered_ns=0,
     )
     batch = Batch(uuid4(), model, CloseReason.SIZE, 0)
-    made.run = Run(uuid4(), batch, dt.datetime.now(dt.UTC), 0, [None])
+    now = dt.datetime.now(dt.UTC)
+    made.run = Run(uuid4(), batch, now, now, 0, [None])
     return made
 
 
