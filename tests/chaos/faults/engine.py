@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,15 @@ import psutil
 from tests.chaos.checker import Evidence
 from tests.chaos.load import Spec
 from tests.chaos.scene import Scene, fault
-from tests.chaos.world import BATCH_SIZE, GRACE_S, MODELS, STEP_TIMEOUT_S, WORKERS, eventually
+from tests.chaos.world import (
+    BATCH_SIZE,
+    GRACE_S,
+    MODELS,
+    STEP_TIMEOUT_S,
+    WORKERS,
+    World,
+    eventually,
+)
 
 CRASH: Final = ("engine_crash", "out_of_memory")
 MOST_CRASHES: Final = math.ceil(math.log2(BATCH_SIZE * len(MODELS))) + 1
@@ -61,11 +70,8 @@ def _memory_limit(scene: Scene, more_bytes: int) -> Iterator[None]:
             group.mkdir()
     except OSError:
         scene.note("no memory cgroup here: prlimit --as in its place")
-        for part in WORKERS:
-            if pid := world.engine_pid(part):
-                limit = psutil.Process(pid).memory_info().vms + more_bytes
-                psutil.Process(pid).rlimit(psutil.RLIMIT_AS, (limit, limit))
-        yield
+        with _address_space_limit(world, more_bytes):
+            yield
         return
     for part, group in groups.items():
         (group / "memory.limit_in_bytes").write_text(str(more_bytes))
@@ -81,6 +87,32 @@ def _memory_limit(scene: Scene, more_bytes: int) -> Iterator[None]:
             world.restart(part)
             with contextlib.suppress(OSError):
                 group.rmdir()
+
+
+@contextlib.contextmanager
+def _address_space_limit(world: World, more_bytes: int) -> Iterator[None]:
+    """Each engine process may take so much more than those of now have: the next ones, too, which
+    come where one has died of it."""
+    now = [pid for part in WORKERS if (pid := world.engine_pid(part))]
+    most = max(psutil.Process(pid).memory_info().vms for pid in now) + more_bytes
+    done = threading.Event()
+
+    def limit() -> None:
+        while not done.wait(0.05):
+            for part in WORKERS:
+                with contextlib.suppress(psutil.Error):
+                    if pid := world.engine_pid(part):
+                        psutil.Process(pid).rlimit(psutil.RLIMIT_AS, (most, psutil.RLIM_INFINITY))
+
+    thread = threading.Thread(target=limit)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        for part in WORKERS:  # the new ones are without
+            world.restart(part)
 
 
 def _num_killed(group: Path) -> int:
