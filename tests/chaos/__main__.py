@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -25,6 +26,8 @@ from tests.chaos.world import World
 
 def main(arguments: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that all is stopped in order
+    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # a poll storm takes many
     options = _parser().parse_args(arguments)
     chosen = [FAULTS[number] for number in options.faults]
     commit = _commit()

@@ -211,7 +211,7 @@ class Load:
         if answer.status_code == HTTPStatus.OK:
             job = answer.json()
             response = job.get("response") or {}
-            text = response["choices"][0]["text"] if response.get("choices") else None
+            text = response["choices"][0].get("text") if response.get("choices") else None
             self._history.end(number, "ok", "poll", nonce, state=job["state"], text=text, **given)
         else:
             given["retry_after"] = answer.headers.get("Retry-After")

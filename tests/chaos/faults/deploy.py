@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
-import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import BytesIO
 from pathlib import Path
 from typing import Final
 
@@ -97,9 +96,9 @@ def _earlier_version(scene: Scene) -> Iterator[Path | None]:
         yield None
         return
     folder = scene.world.folder / "earlier"
-    archive = _git("archive", commit, "app", "migrations").stdout
-    with tarfile.open(fileobj=BytesIO(archive)) as packed:
-        packed.extractall(folder, filter="data")
+    archive = folder.with_suffix(".zip")
+    archive.write_bytes(_git("archive", "--format=zip", commit, "app", "migrations").stdout)
+    shutil.unpack_archive(archive, folder)
     scene.note(f"worker-2 ran version {commit[:7]} beside this one.")
     yield folder
 
