@@ -244,7 +244,11 @@ def test_no_text_of_a_caller_becomes_a_special_token_wherever_it_stands(
         said = {"role": "assistant", "content": text, "reasoning_content": text}
         return {
             "messages": [
-                {"role": "user", "content": [{"type": "text", "text": text}], "name": "a" + text},
+                {
+                    "role": "user",
+                    "content": [{"type": "text", "text": text}],
+                    "name": ("a" + text)[:64],
+                },
                 said | {"tool_calls": [call | {"id": text}]},
                 {"role": "tool", "tool_call_id": text, "content": text},
             ],

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from safetensors import SafetensorError, safe_open
 
-from app.engines.checkpoint.json_files import read_json
+from app.engines.checkpoint.json_files import architectures, read_json
 from app.engines.text.tokenizer_file import pieces_file
 from app.errors import ConfigError
 
@@ -85,11 +85,9 @@ def check_config(folder: Path, *, full: bool) -> None:
 def _check_code(folder: Path, config: dict[str, Any]) -> None:
     """Code that a folder brings is never run: transformers' own must do."""
     kind = config.get("model_type")
-    named = config.get("architectures")
-    classes = named if isinstance(named, list) else []
     own = [f"{kind} (model_type)"] if str(kind) not in _known_names() else []
     if config.get("auto_map") and not own:
-        own = [str(each) for each in classes if str(each) not in _known_names()]
+        own = [each for each in architectures(config) if each not in _known_names()]
     if not own:
         return
     file = folder / "config.json"

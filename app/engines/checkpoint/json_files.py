@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,14 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{file} does not hold a JSON object.")
     return content
+
+
+def architectures(config: Mapping[str, Any]) -> list[str]:
+    """The classes that a config.json names; none if it says nothing of them."""
+    names = config.get("architectures") or []
+    if not (isinstance(names, list) and all(isinstance(each, str) for each in names)):
+        raise ConfigError("architectures in config.json is to be a list of names of classes.")
+    return names
 
 
 def load_json(file: Path, missing: Any) -> Any:
