@@ -87,6 +87,19 @@ def test_an_encoder_is_not_taken_for_a_decoder(tmp_path: Path, engine: str) -> N
         look_at(bert, engine)
 
 
+@pytest.mark.parametrize("given", [1, "LlamaForCausalLM", [1], {"LlamaForCausalLM": 1}])
+@pytest.mark.parametrize("engine", ["inflight", "generate"])
+def test_classes_that_are_no_list_of_names_are_refused_in_a_sentence(
+    whole: Path, tmp_path: Path, given: object, engine: str
+) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "llama"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": given}))
+
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        look_at(folder, engine)
+
+
 FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"]
 VALUES = st.one_of(
     st.none(), st.booleans(), st.integers(-2, 10**12), st.floats(), st.text(max_size=3),
