@@ -71,8 +71,10 @@ class Writer:
         pause_s = self._next_at - asyncio.get_running_loop().time()
         if pause_s > 0:
             self._gathers = True
-            await asyncio.sleep(pause_s)
-            self._gathers = False
+            try:
+                await asyncio.sleep(pause_s)
+            finally:
+                self._gathers = False
 
     async def _store(self, group: Sequence[tuple[NewJob, asyncio.Future[Stored]]]) -> None:
         try:

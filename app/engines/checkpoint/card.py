@@ -13,7 +13,7 @@ from typing import Any, Final, cast
 from app.config.settings import ModelSettings
 from app.engines import registry
 from app.engines.checkpoint import sentence_files
-from app.engines.checkpoint.json_files import architectures, read_json
+from app.engines.checkpoint.json_files import class_names, read_json
 from app.engines.checkpoint.sentence_files import SentenceFiles
 from app.errors import ConfigError, RequestError
 from app.jobs import Kind
@@ -114,7 +114,7 @@ def read_card(folder: Path, settings: ModelSettings) -> Card:
 
 def _refuse_heads(config: dict[str, Any]) -> None:
     """Where no file says how to pool, only what is made for it is taken to be an embedder."""
-    for name in architectures(config):
+    for name in class_names(config.get("architectures")):
         for end, what in _HEADS.items():
             if name.endswith(end):
                 raise ConfigError(
@@ -124,7 +124,7 @@ def _refuse_heads(config: dict[str, Any]) -> None:
 
 
 def _check_classifier(config: dict[str, Any], files: SentenceFiles | None, kind: Kind) -> None:
-    names = architectures(config)
+    names = class_names(config.get("architectures"))
     if names and not any(name.endswith("ForSequenceClassification") for name in names):
         raise ConfigError(
             f"kind is {kind}, but the model is a {' and '.join(names)}, which has no head that "

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from safetensors import SafetensorError, safe_open
 
-from app.engines.checkpoint.json_files import architectures, read_json
+from app.engines.checkpoint.json_files import class_names, read_json
 from app.engines.text.tokenizer_file import pieces_file
 from app.errors import ConfigError
 
@@ -87,7 +87,8 @@ def _check_code(folder: Path, config: dict[str, Any]) -> None:
     kind = config.get("model_type")
     own = [f"{kind} (model_type)"] if str(kind) not in _known_names() else []
     if config.get("auto_map") and not own:
-        own = [each for each in architectures(config) if each not in _known_names()]
+        named = class_names(config.get("architectures"))
+        own = [each for each in named if each not in _known_names()]
     if not own:
         return
     file = folder / "config.json"

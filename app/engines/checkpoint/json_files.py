@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,9 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def architectures(config: Mapping[str, Any]) -> list[str]:
-    """The classes that a config.json names; none if it says nothing of them."""
-    names = config.get("architectures") or []
+def class_names(given: object) -> list[str]:
+    """The `architectures` of a config.json; none if it says nothing of them."""
+    names = given or []
     if not (isinstance(names, list) and all(isinstance(each, str) for each in names)):
         raise ConfigError("architectures in config.json is to be a list of names of classes.")
     return names

@@ -28,7 +28,7 @@ from transformers.utils import logging
 
 from app.config.settings import ModelSettings
 from app.engines.checkpoint.folder import stored_tensors
-from app.engines.checkpoint.json_files import architectures
+from app.engines.checkpoint.json_files import class_names
 from app.engines.device import pick_dtype, ran_out_of_memory
 from app.errors import ConfigError
 from app.printable import in_a_line
@@ -154,7 +154,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
 
 def _check_writes(folder: Path, config: PreTrainedConfig) -> None:
     """Encoders and classifiers can be loaded as what they are not, and answer nonsense."""
-    named = next(iter(architectures({"architectures": config.architectures})), "")
+    named = next(iter(class_names(config.architectures)), "")
     if named.endswith(_SILENT):
         raise ConfigError(
             f"{folder} holds a {named}, which generates no text; it may be for the engine encoder."

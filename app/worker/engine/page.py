@@ -46,10 +46,6 @@ class Totals:
     def __add__(self, other: Totals) -> Totals:
         return Totals(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
-    def __sub__(self, other: Totals) -> Totals:
-        pairs = zip(astuple(self), astuple(other), strict=True)
-        return Totals(*(one - two for one, two in pairs))
-
     @property
     def up(self) -> int:
         return sum(astuple(self))
