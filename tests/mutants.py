@@ -324,10 +324,10 @@ MUTANTS: Final = (
     ),
     Mutant(
         "shares are rounded and do not add up",
-        "app/costs.py",
+        "app/books/shares.py",
         "by_remainder[: total - sum(parts)]",
         "by_remainder[:0]",
-        "tests/unit/test_costs.py",
+        "tests/unit/test_books.py",
     ),
     Mutant(
         "a batch does not count what its members took",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from itertools import pairwise
 
-from app.costs import prefill_weights, share
+from app.books.shares import prefill_weights, share
 
 
 def shares_of(stamps_ns: Seq[int], lengths: Seq[int], steps: Seq[int]) -> list[int]:

@@ -30,8 +30,8 @@ from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Final
 
+from app.books.shares import share
 from app.config.settings import ModelSettings
-from app.costs import share
 from app.engines.base import (
     NOT_FINITE,
     Generation,

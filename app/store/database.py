@@ -38,7 +38,7 @@ PING_AFTER_S: Final = 0.5
 CLOCK_S: Final = 10.0
 """How long this machine's clock may go on from a reading of the database's."""
 
-_FITS_FROM: Final = "0002"
+_FITS_FROM: Final = "0003"
 """Code of this revision and of all later ones runs on the newest schema. Migrations only add, so
 that old and new versions run side by side; one that takes something away raises this."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from app.costs import share
+from app.books.shares import share
 from app.engines.base import Sequence
 from app.worker.engine.wire import Stepped
 from app.worker.work import Job

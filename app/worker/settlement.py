@@ -11,8 +11,8 @@ from dataclasses import replace
 from decimal import Decimal
 from typing import Any, Final
 
+from app.books.cost import Meter, Used
 from app.config.settings import PriceSettings
-from app.costs import Meter, Used
 from app.engines.base import Generation
 from app.engines.catalog import CatalogModel
 from app.errors import GristmillError

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from app.costs import share
+from app.books.shares import share
 from app.engines import base
 from app.engines.base import NOT_FINITE, Generation, StepStats
 from app.jobs import FinishReason

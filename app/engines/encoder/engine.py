@@ -21,8 +21,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from app.books.shares import prefill_weights, share
 from app.config.settings import ModelSettings
-from app.costs import prefill_weights, share
 from app.engines.base import NOT_FINITE, Generation, Progress, Sequence, StepStats
 from app.engines.checkpoint.card import read_card
 from app.engines.checkpoint.json_files import read_json

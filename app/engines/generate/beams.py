@@ -22,7 +22,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from app.costs import share
+from app.books.shares import share
 from app.engines.base import NOT_FINITE, Generation, Progress, Sequence, StepStats
 from app.engines.checkpoint.generation_config import GenerationRules
 from app.engines.generate.search import Search

@@ -14,8 +14,8 @@ import psutil
 import torch
 from torch import Tensor
 
+from app.books.shares import decode_weights, share
 from app.config.settings import ModelSettings
-from app.costs import decode_weights, share
 from app.engines.base import NOT_FINITE, Generation, NewTokens, Progress, Sequence
 from app.engines.checkpoint.generation_config import load_rules
 from app.engines.device import give_back_memory, pick_device, ran_out_of_memory, use_threads

@@ -17,8 +17,8 @@ from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any, Final
 
+from app.books.shares import decode_weights, share
 from app.config.settings import ModelSettings
-from app.costs import decode_weights, share
 from app.engines.base import (
     Generation,
     NewTokens,

@@ -24,7 +24,7 @@ Stamp = DateTime(timezone=True)
 Money = Numeric(20, 9)
 AGEING = {"autovacuum_vacuum_scale_factor": "0.05", "autovacuum_vacuum_cost_limit": "2000"}
 
-revision = "0002"  # 0001 had other tables, before the first release
+revision = "0003"  # those before had other tables, before the first release
 down_revision = None
 branch_labels = None
 depends_on = None

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.costs import NANO, Meter, Used, decode_weights, prefill_weights, share
+from app.books.cost import NANO, Meter, Used
+from app.books.shares import decode_weights, prefill_weights, share
 
 totals = st.integers(0, 10**15)
 fractions = st.fractions(min_value=0, max_value=10**6, max_denominator=10**4)

@@ -1,24 +1,17 @@
-"""Who pays what for a batch. Pure, in integers and fractions: shares add up exactly.
+"""Who pays what for a step. Pure, in integers and fractions: shares add up exactly.
 
 The measured time of a step is split by `share`, with weights that say what each row caused:
 `decode_weights` or `prefill_weights`. Both are Shapley values of a step-time model: what is fixed
 is paid in equal parts by those present, what grows with a row is paid by that row alone (the
-airport rule of Littlechild and Owen, 1973). `Meter` turns the shares into money.
+airport rule of Littlechild and Owen, 1973).
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from decimal import Decimal
 from fractions import Fraction
 from math import lcm
-from typing import Final
-
-NANO: Final = Decimal("0.000000001")
-MILLION: Final = 1_000_000
-HOUR_NS: Final = 3_600_000_000_000
 
 
 def share(total: int, weights: Sequence[int | Fraction]) -> list[int]:
@@ -81,51 +74,3 @@ def prefill_weights(
         until[end] = own - padding
         needing, start = needing - with_length[end], end
     return [Fraction(fixed, rows) + until[length] + padding for length in lengths]
-
-
-@dataclass(frozen=True, slots=True)
-class Used:
-    """What is paid for."""
-
-    device_ns: int = 0
-    input_tokens: int = 0
-    output_tokens: int = 0
-    charge: Decimal = Decimal(0)  #: what a server from outside has asked for
-
-    def __add__(self, other: Used) -> Used:
-        return Used(
-            self.device_ns + other.device_ns,
-            self.input_tokens + other.input_tokens,
-            self.output_tokens + other.output_tokens,
-            self.charge + other.charge,
-        )
-
-
-class Meter:
-    """Money for what was used, to 9 decimals. What it charges adds up to the price of the sum.
-
-    Each charge is the rise of a running total, so that no fraction of a nano-unit is lost or
-    charged twice, however small the shares are.
-    """
-
-    def __init__(
-        self,
-        per_device_hour: Decimal,
-        per_million_input_tokens: Decimal = Decimal(0),
-        per_million_output_tokens: Decimal = Decimal(0),
-    ) -> None:
-        self._per_device_hour = per_device_hour
-        self._per_million = per_million_input_tokens, per_million_output_tokens
-        self._used = Used()
-        self._charged = Decimal(0)
-
-    def cost_of(self, used: Used) -> Decimal:
-        self._used += used
-        before, self._charged = self._charged, self._price()
-        return self._charged - before
-
-    def _price(self) -> Decimal:
-        used, (per_input, per_output) = self._used, self._per_million
-        tokens = used.input_tokens * per_input + used.output_tokens * per_output
-        exact = used.device_ns * self._per_device_hour / HOUR_NS + tokens / MILLION + used.charge
-        return exact.quantize(NANO)
