@@ -9,9 +9,12 @@ A sweep looks, in this order, for
     jobs that are due and were never sent            → sent, as far as their queue has room
     jobs whose message is missing in Redis           → sent again
 
-The first four need Postgres alone and go on while Redis is away. Messages carry no request: the
-worker reads it from the row. A queue takes up to `broker.max_messages`, so that Redis stays small
-whatever waits in Postgres; the rest is sent as the queue drains, urgent jobs first, then old ones.
+and adds up what ended jobs used, see `app.store.usage`.
+
+All but the last two need Postgres alone and go on while Redis is away. Messages carry no request:
+the worker reads it from the row. A queue takes up to `broker.max_messages`, so that Redis stays
+small whatever waits in Postgres; the rest is sent as the queue drains, urgent jobs first, then old
+ones.
 
 What cannot be done now, for a lock or for a row, is left to the next sweep, and all else is done.
 
@@ -38,7 +41,7 @@ from app.broker.publisher import Publisher, bundled
 from app.broker.queues import room
 from app.config.settings import Settings
 from app.errors import GristmillError, SchemaError, Unavailable
-from app.store import delivery, months, retention, sweeps
+from app.store import delivery, months, retention, sweeps, usage
 from app.store.contact import Contact
 from app.store.database import Database
 from app.store.delivery import WakeUp
@@ -56,8 +59,11 @@ MAX_RETENTION_PAGES: Final = 10
 """The same for what nobody waits for."""
 
 
-KEYS_PAGE: Final = 20_000
-"""Keys of old jobs that are deleted at once: there is one small row for each."""
+SMALL_PAGE: Final = 20_000
+"""Small rows that are handled at once: keys of old jobs, usage that is added to its hour."""
+
+FOLD_EVERY_S: Final = 10.0
+"""Between additions of usage to its hours: questions sum what is added and what is not."""
 
 MONTHS_EVERY_S: Final = 60.0
 """Between looks whether a month is to be made or dropped: either may have to wait for a lock, and
@@ -120,7 +126,8 @@ class Rescue:
         self._pages = Pages(self._begin, settings.rescue.page_size, now_s)
         self._page = settings.rescue.page_size
         self._months_at = 0.0
-        self._keys = Pages(self._begin, KEYS_PAGE, now_s)
+        self._small = Pages(self._begin, SMALL_PAGE, now_s)
+        self._fold_at = 0.0
         self._forgotten: dict[Month, UUID] = {}  #: months that are going, and how far they are
         self._missing: frozenset[UUID] = frozenset()
         self._look_again_at = 0.0
@@ -151,6 +158,7 @@ class Rescue:
         Raises `Unavailable` when Postgres or Redis is away; what was done until then stays done.
         """
         worker_lost, message_lost = self._free_the_lost()
+        self._told("Adding up usage.", self._fold)
         return SweepReport(
             worker_lost=worker_lost,
             message_lost=message_lost,
@@ -205,6 +213,13 @@ class Rescue:
         )
         return ran, held
 
+    def _fold(self, name: str) -> int:
+        """Nothing to tell of: it is done all the time."""
+        if self._now_s() >= self._fold_at:
+            self._fold_at = self._now_s() + FOLD_EVERY_S
+            self._small.repeat(name, usage.fold, MAX_PAGES)
+        return 0
+
     def _make_months(self) -> int:
         with self._begin() as connection:
             return months.prepare(connection)
@@ -234,7 +249,7 @@ class Rescue:
             after = last
             return size
 
-        self._keys.repeat("Forgot old jobs.", step, MAX_RETENTION_PAGES)
+        self._small.repeat("Forgot old jobs.", step, MAX_RETENTION_PAGES)
         if dropped:
             self._forgotten.pop(month, None)
         else:  # there are more keys: on with the next sweep

@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import click
 
-from app.cli import jobs, machine, parts, results, settings, submit
+from app.cli import jobs, machine, parts, results, settings, submit, usage
 from app.cli.terminal import FAILED, INTERRUPTED, JOB_FAILED, UNAVAILABLE, WRONG_SETTINGS, tell
 from app.client import JobFailed
 from app.errors import ConfigError, GristmillError, QueueFull, SchemaError, Unavailable
@@ -72,6 +72,7 @@ for command in (
     submit.submit,
     results.results,
     *jobs.COMMANDS,
+    usage.usage,
     *settings.COMMANDS,
 ):
     cli.add_command(command)

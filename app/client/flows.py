@@ -11,7 +11,7 @@ import httpx
 
 from app.client.exchange import COME_BACK, Exchange, Flow, Outcome, Patience, encode
 from app.client.job import Cancelled, Job, JobFailed
-from app.client.options import Chosen, Filters, Options, plain, query_of
+from app.client.options import Chosen, Filters, Options, Usage, plain, query_of
 from app.client.pages import PageSize, pages, submission_of
 from app.client.problem import items_of
 from app.client.timer import Timer
@@ -20,6 +20,8 @@ from app.jobs import JobState
 
 PAGE_S: Final = 60
 """What a page may take beyond other requests: all of it is tokenised before it is answered."""
+USAGE_S: Final = 30
+"""The same for a sum over what metadata says."""
 LIST_PAGE: Final = 100
 MAX_IDS: Final = 1_000
 """Most ids of one request."""
@@ -199,6 +201,10 @@ class Flows:
 
     def limits(self) -> Flow[dict[str, Any]]:
         return (yield from self._api.ask("GET", "/v1/limits"))
+
+    def usage(self, asked: Usage) -> Flow[dict[str, Any]]:
+        query = {"by": ""} | query_of(asked)
+        return (yield from self._api.ask("GET", "/v1/usage", params=query, hold_s=USAGE_S))
 
     # ── act ─────────────────────────────────────────────────────────────────────────────────────
 

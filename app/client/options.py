@@ -41,6 +41,20 @@ class Filters(Chosen, total=False):
     idempotency_key: str
 
 
+class Usage(TypedDict, total=False):
+    """Which usage is asked for; see the API's documentation of GET /v1/usage."""
+
+    by: str  #: keys of the groups, as in day,model,metadata.customer
+    since: datetime  #: jobs that ended then or later: a full hour
+    until: datetime  #: or before
+    zone: str  #: whose days and months, as in Europe/Berlin
+    top: int  #: groups that are told apart
+    model: str
+    tenant: str
+    priority: int
+    metadata: dict[str, str]
+
+
 def plain(value: Any) -> Any:
     """An option as JSON and query strings have it: times in RFC 3339."""
     return value.isoformat() if isinstance(value, datetime) else value
@@ -48,6 +62,6 @@ def plain(value: Any) -> Any:
 
 def query_of(filters: Mapping[str, Any]) -> dict[str, Any]:
     """Filters as the query of a list."""
-    given = {name: plain(value) for name, value in filters.items() if value}
+    given = {name: plain(value) for name, value in filters.items() if value not in (None, "", {})}
     metadata = given.pop("metadata", {})
     return given | {f"metadata[{key}]": value for key, value in metadata.items()}

@@ -13,7 +13,7 @@ import httpx
 from app.client.exchange import CONNECTIONS, Exchange, ExchangeOptions, Flow, Outcome
 from app.client.flows import Flows, Given, Stream
 from app.client.job import Cancelled, Job
-from app.client.options import Chosen, Filters, Options, Submission
+from app.client.options import Chosen, Filters, Options, Submission, Usage
 from app.errors import GristmillError
 
 T = TypeVar("T")
@@ -114,6 +114,10 @@ class Client:
     def limits(self) -> dict[str, Any]:
         """What the API takes: see its documentation of GET /v1/limits."""
         return self._run(self._flows.limits())
+
+    def usage(self, **asked: Unpack[Usage]) -> dict[str, Any]:
+        """What jobs used and cost, summed: see its documentation of GET /v1/usage."""
+        return self._run(self._flows.usage(asked))
 
     # ── act ─────────────────────────────────────────────────────────────────────────────────────
 

@@ -5,6 +5,7 @@
     open_jobs    its state, while it is queued or running: few rows, hot
     results      the same, and how it ended, written by the statement that ends it
     attempts     each try by a worker; then there are batches and workers
+    usage_hours  what ended jobs used, summed by hour, for ever; usage_deltas is what is to be added
 
 A job's row is the truth; a message in Redis is only a wake-up. A job's keys are written first and
 removed last: whoever inserts a job that is there, open, ended or just between, meets its keys, and
@@ -71,6 +72,8 @@ metadata = MetaData(
 
 Stamp = DateTime(timezone=True)
 Money = Numeric(20, 9)
+Sum = Numeric()
+"""A sum that cannot overflow, whatever its parts are."""
 
 
 _BUSY = {
@@ -566,6 +569,63 @@ workers = Table(
     # Renewed every few seconds and tiny: room for each renewal to stay in its page.
     postgresql_with={"fillfactor": "50"},
     comment="One row per start of a worker process: its lease, device and price.",
+)
+
+
+def _used() -> list[Column[Any]]:
+    """What ended jobs used, in sums: the same columns for an hour and for what is added to it."""
+    return [
+        Column("hour", Stamp, nullable=False, comment="Begin of the hour, in UTC, they ended in."),
+        _tenant("Owner of the jobs."),
+        Column("model", Text, nullable=False, comment="Model of the jobs."),
+        Column("priority", SmallInteger, nullable=False, comment="Priority of the jobs."),
+        Column("price_id", Text, comment="Price that was charged; null if they never ran."),
+        Column("currency", Text, comment="ISO 4217 code; null if they never ran."),
+        *(
+            Column(f"jobs_{state}", BigInteger, nullable=False, comment=f"Jobs that are {state}.")
+            for state in sorted(FINAL_STATES)
+        ),
+        Column("jobs_ran", BigInteger, nullable=False, comment="Jobs that were in a batch."),
+        Column(
+            "batch_jobs",
+            BigInteger,
+            nullable=False,
+            comment="Sizes of these batches, of each job's: by jobs_ran the mean that a job saw.",
+        ),
+        Column("input_tokens", BigInteger, nullable=False, comment="Of prompts, cached ones too."),
+        Column("cached_tokens", BigInteger, nullable=False, comment="Of these, found in a cache."),
+        Column("output_tokens", BigInteger, nullable=False, comment="Tokens generated."),
+        Column("device_ns", Sum, nullable=False, comment="Device time billed, in nanoseconds."),
+        Column(
+            "wasted_ns",
+            Sum,
+            nullable=False,
+            comment="Device time of last attempts that nobody pays, in nanoseconds.",
+        ),
+        Column("cost", Sum, nullable=False, comment="What they were charged, in `currency`."),
+    ]
+
+
+USED_BY = ("hour", "tenant", "model", "priority", "price_id", "currency")
+"""What tells one row of `usage_hours` from another."""
+
+usage_hours = Table(
+    "usage_hours",
+    metadata,
+    *_used(),
+    UniqueConstraint(*USED_BY, postgresql_nulls_not_distinct=True),
+    # The rows of this hour are added to every few seconds.
+    postgresql_with={"fillfactor": "50"} | _AGEING,
+    comment="What ended jobs used, by hour. Read it through the view `usage`. Never removed.",
+)
+
+usage_deltas = Table(
+    "usage_deltas",
+    metadata,
+    *_used(),
+    postgresql_with=_BUSY,
+    comment="The same of jobs that ended just now, written with their results, until rescue adds it"
+    " to usage_hours.",
 )
 
 jobs = Table(

@@ -23,13 +23,28 @@ from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 Stamp = DateTime(timezone=True)
 Money = Numeric(20, 9)
 AGEING = {"autovacuum_vacuum_scale_factor": "0.05", "autovacuum_vacuum_cost_limit": "2000"}
+BUSY = {
+    "autovacuum_vacuum_scale_factor": "0.02",
+    "autovacuum_vacuum_insert_scale_factor": "0.02",
+    "autovacuum_vacuum_cost_limit": "2000",
+}
 
 revision = "0003"  # those before had other tables, before the first release
 down_revision = None
 branch_labels = None
 depends_on = None
 
-TABLES = ("job_keys", "requests", "open_jobs", "attempts", "results", "batches", "workers")
+TABLES = (
+    "job_keys",
+    "requests",
+    "open_jobs",
+    "attempts",
+    "results",
+    "batches",
+    "workers",
+    "usage_hours",
+    "usage_deltas",
+)
 IN_MONTHS = {"requests": {}, "attempts": {"fillfactor": "50"}, "results": {}}
 """Tables in monthly partitions, and what their partitions have beside `AGEING`. Rescue makes one
 for each month in time; what belongs to none is in the default partition."""
@@ -85,6 +100,79 @@ BEGIN
 END
 $$
 """
+
+# By the statement that writes results, whichever it is, so that no job is left out or counted
+# twice: with its result all of it is undone or kept.
+NOTE_USAGE = """
+CREATE FUNCTION note_usage() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    INSERT INTO usage_deltas (
+        hour, tenant, model, priority, price_id, currency,
+        jobs_cancelled, jobs_completed, jobs_expired, jobs_failed, jobs_ran, batch_jobs,
+        input_tokens, cached_tokens, output_tokens, device_ns, wasted_ns, cost
+    )
+    SELECT
+        date_trunc('hour', finished_at, 'UTC'), tenant, model, priority, price_id, currency,
+        count(*) FILTER (WHERE state = 'cancelled'), count(*) FILTER (WHERE state = 'completed'),
+        count(*) FILTER (WHERE state = 'expired'), count(*) FILTER (WHERE state = 'failed'),
+        count(batch_size), coalesce(sum(batch_size), 0), coalesce(sum(input_tokens), 0),
+        coalesce(sum(cached_tokens), 0), coalesce(sum(output_tokens), 0), sum(device_ns),
+        sum(wasted_ns), sum(cost)
+    FROM ended GROUP BY 1, 2, 3, 4, 5, 6;
+    RETURN NULL;
+END
+$$
+"""
+
+USAGE = """
+CREATE VIEW usage AS TABLE usage_hours UNION ALL TABLE usage_deltas
+"""
+OF_USAGE = (
+    "What ended jobs used, by hour, tenant, model, priority and price, whether they are kept or"
+    " not. An hour may have several rows of one kind until rescue has added them: always sum."
+)
+
+
+def used():
+    """What is summed of ended jobs."""
+    return (
+        Column("hour", Stamp, nullable=False, comment="Begin of the hour, in UTC, they ended in."),
+        Column(
+            "tenant",
+            Text,
+            server_default="default",
+            nullable=False,
+            comment="Owner of the jobs.",
+        ),
+        Column("model", Text, nullable=False, comment="Model of the jobs."),
+        Column("priority", SmallInteger, nullable=False, comment="Priority of the jobs."),
+        Column("price_id", Text, comment="Price that was charged; null if they never ran."),
+        Column("currency", Text, comment="ISO 4217 code; null if they never ran."),
+        Column("jobs_cancelled", BigInteger, nullable=False, comment="Jobs that are cancelled."),
+        Column("jobs_completed", BigInteger, nullable=False, comment="Jobs that are completed."),
+        Column("jobs_expired", BigInteger, nullable=False, comment="Jobs that are expired."),
+        Column("jobs_failed", BigInteger, nullable=False, comment="Jobs that are failed."),
+        Column("jobs_ran", BigInteger, nullable=False, comment="Jobs that were in a batch."),
+        Column(
+            "batch_jobs",
+            BigInteger,
+            nullable=False,
+            comment="Sizes of these batches, of each job's: by jobs_ran the mean that a job saw.",
+        ),
+        Column("input_tokens", BigInteger, nullable=False, comment="Of prompts, cached ones too."),
+        Column("cached_tokens", BigInteger, nullable=False, comment="Of these, found in a cache."),
+        Column("output_tokens", BigInteger, nullable=False, comment="Tokens generated."),
+        Column(
+            "device_ns", Numeric(), nullable=False, comment="Device time billed, in nanoseconds."
+        ),
+        Column(
+            "wasted_ns",
+            Numeric(),
+            nullable=False,
+            comment="Device time of last attempts that nobody pays, in nanoseconds.",
+        ),
+        Column("cost", Numeric(), nullable=False, comment="What they were charged, in `currency`."),
+    )
 
 
 def in_range(table: str, *stamps: str) -> CheckConstraint:
@@ -317,12 +405,7 @@ def upgrade() -> None:
         ),
         PrimaryKeyConstraint("id", name=op.f("open_jobs_pkey")),
         comment="One row per queued or running job: its state, and who may move it next.",
-        postgresql_with={
-            "fillfactor": "50",
-            "autovacuum_vacuum_scale_factor": "0.02",
-            "autovacuum_vacuum_insert_scale_factor": "0.02",
-            "autovacuum_vacuum_cost_limit": "2000",
-        },
+        postgresql_with={"fillfactor": "50"} | BUSY,
     )
     op.create_index(
         "open_jobs_by_metadata",
@@ -692,7 +775,24 @@ def upgrade() -> None:
         comment="One row per start of a worker process: its lease, device and price.",
         postgresql_with={"fillfactor": "50"},
     )
-
+    op.create_table(
+        "usage_hours",
+        *used(),
+        UniqueConstraint(
+            *("hour", "tenant", "model", "priority", "price_id", "currency"),
+            name=op.f("usage_hours_hour_tenant_model_priority_price_id_currency_key"),
+            postgresql_nulls_not_distinct=True,
+        ),
+        comment="What ended jobs used, by hour. Read it through the view `usage`. Never removed.",
+        postgresql_with={"fillfactor": "50"} | AGEING,
+    )
+    op.create_table(
+        "usage_deltas",
+        *used(),
+        comment="The same of jobs that ended just now, written with their results, until rescue"
+        " adds it to usage_hours.",
+        postgresql_with=BUSY,
+    )
     for table, more in IN_MONTHS.items():
         options = ", ".join(f"{name} = {value}" for name, value in (AGEING | more).items())
         op.execute(f"CREATE TABLE {table}_default PARTITION OF {table} DEFAULT WITH ({options})")
@@ -703,10 +803,19 @@ def upgrade() -> None:
         "CREATE TRIGGER delete_job INSTEAD OF DELETE ON jobs"
         " FOR EACH ROW EXECUTE FUNCTION delete_job()"
     )
+    op.execute(NOTE_USAGE)
+    op.execute(
+        "CREATE TRIGGER note_usage AFTER INSERT ON results REFERENCING NEW TABLE AS ended"
+        " FOR EACH STATEMENT EXECUTE FUNCTION note_usage()"
+    )
+    op.execute(USAGE)
+    op.execute(f"COMMENT ON VIEW usage IS '{OF_USAGE}'")
 
 
 def downgrade() -> None:
+    op.execute("DROP VIEW usage")
     op.execute("DROP VIEW jobs")
     op.execute("DROP FUNCTION delete_job")
     for table in TABLES:
         op.drop_table(table)
+    op.execute("DROP FUNCTION note_usage")

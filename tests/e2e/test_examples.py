@@ -366,7 +366,7 @@ def query(run_sql: Query) -> Query:
 
 
 def test_the_tables_tell_of_results_cost_batches_and_what_waits(
-    query: Query, ended: Ended, system: System, job_id: str
+    query: Query, terminal: Terminal, ended: Ended, system: System, job_id: str
 ) -> None:
     # given a job that has ended and one that waits
     ended(job_id)
@@ -379,6 +379,13 @@ def test_the_tables_tell_of_results_cost_batches_and_what_waits(
     cost = {row["model"]: row for row in query("sql cost")}
     assert cost["smollm2-135m-instruct"]["cost"] > 0
     assert cost["smollm2-135m-instruct"]["cost_per_million_output_tokens"] > 0
+    used = {row["model"]: row for row in query("sql usage")}
+    assert {model: row["cost"] for model, row in used.items() if row["currency"]} == {
+        model: row["cost"] for model, row in cost.items()
+    }
+    assert used.keys() >= {
+        line.split("\t")[1] for line in terminal.run("usage by day").splitlines()
+    }
     reasons = {row["close_reason"]: row for row in query("sql batches")}
     assert reasons["wait"]["mean_size"] >= 1
     assert reasons["wait"]["padding_share"] == 0  # the stub pads nothing

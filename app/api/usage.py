@@ -1,0 +1,202 @@
+"""GET /v1/usage: what jobs used and cost, summed."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from http import HTTPStatus
+from typing import Annotated, Any, Final, Literal
+from zoneinfo import ZoneInfo
+
+from fastapi import APIRouter, Depends, Query, Request
+from pydantic import BaseModel, Field
+
+from app.api import query
+from app.api.problems import documented
+from app.api.schemas import ModelName, Money
+from app.api.services import Here, Services
+from app.books.usage import MAX_TOP, Question, Usage, halves_of, parse_by, period_of, zone_of
+from app.jobs import MAX_PRIORITY, JobState
+from app.requests.storable import parse_metadata, refuse_unstorable
+from app.store import usage
+
+NS_PER_S: Final = 1_000_000_000
+
+router = APIRouter(prefix="/v1/usage", tags=["usage"])
+
+
+class UsageRow(BaseModel):
+    """What the jobs of one group used, in one currency."""
+
+    group: dict[str, str | int | datetime | None] = Field(
+        description="Its keys, as `by` names them; null where a job has none.",
+        examples=[{"day": "2027-01-31T00:00:00Z", "model": "smollm2-135m-instruct"}],
+    )
+    rest: bool = Field(description="Whether it is all groups beyond `top`, as one.")
+    jobs: dict[JobState, int] = Field(
+        description="Jobs that ended, by their final state.", examples=[{"completed": 120}]
+    )
+    input_tokens: int = Field(
+        description="Tokens of prompts, cached ones included (OpenAI's convention).",
+        examples=[31_000],
+    )
+    cached_tokens: int = Field(
+        description="Of these, found in a prefix cache and not computed.", examples=[16_000]
+    )
+    output_tokens: int = Field(description="Tokens generated.", examples=[64_000])
+    device_seconds: float = Field(description="Device time billed, in seconds.", examples=[512.25])
+    wasted_seconds: float = Field(
+        description="Device time of their last attempts that nobody pays.", examples=[0.0]
+    )
+    currency: str | None = Field(
+        description="ISO 4217 code; null if none of these jobs ever ran.", examples=["EUR"]
+    )
+    cost: Money = Field(
+        description="What they were charged, an exact decimal.", examples=["0.005120000"]
+    )
+    cost_per_million_tokens: Money | None = Field(
+        description="Of that, for a million tokens, input and output together: what they cost on a "
+        "device that is never idle.",
+        examples=["0.053894737"],
+    )
+    mean_batch_size: float | None = Field(
+        description="Jobs of the batch that a job was in, itself included.", examples=[12.5]
+    )
+
+
+class UsageAnswer(BaseModel):
+    """Usage of a period."""
+
+    object: Literal["usage"] = Field("usage", description="Always `usage`.")
+    since: datetime = Field(description="Begin of the period: jobs that ended then or later.")
+    until: datetime = Field(description="Its end: jobs that ended before.")
+    zone: str = Field(description="Whose days and months are told.", examples=["UTC"])
+    by: list[str] = Field(description="Keys of the groups.", examples=[["day", "model"]])
+    data: list[UsageRow] = Field(
+        description="By time; then the groups with the most device time first."
+    )
+
+
+async def _question(
+    request: Request,
+    here: Here,
+    by: Annotated[
+        str,
+        Query(
+            max_length=1_000,
+            description="Keys of the groups, with commas between: one of `hour`, `day` and "
+            "`month`; `model`, `tenant`, `priority`, `price`, `metadata.KEY`. Empty: one sum.",
+            examples=["day,model", "metadata.customer"],
+        ),
+    ] = "day",
+    since: Annotated[
+        datetime | None,
+        Query(
+            description="Only jobs that ended at or after this full hour (RFC 3339, with its "
+            "zone); else since 30 days.",
+            examples=["2027-01-31T00:00:00Z"],
+        ),
+    ] = None,
+    until: Annotated[
+        datetime | None,
+        Query(
+            description="Only jobs that ended before this full hour (RFC 3339, with its zone).",
+            examples=["2027-02-01T00:00:00Z"],
+        ),
+    ] = None,
+    zone: Annotated[
+        str,
+        Query(
+            max_length=100,
+            description="Whose days and months they are; whole hours away from UTC.",
+            examples=["Europe/Berlin"],
+        ),
+    ] = "UTC",
+    top: Annotated[
+        int,
+        Query(
+            ge=1,
+            le=MAX_TOP,
+            description="Groups that are told apart, those with the most device time in the "
+            "period; all others are one.",
+        ),
+    ] = 50,
+    model: Annotated[ModelName | None, Query(description="Only jobs of this model.")] = None,
+    tenant: Annotated[
+        str | None, Query(max_length=200, description="Only jobs of this tenant.")
+    ] = None,
+    priority: Annotated[
+        int | None, Query(ge=0, le=MAX_PRIORITY, description="Only jobs of this priority.")
+    ] = None,
+) -> Question:
+    """What is asked for."""
+    refuse_unstorable(tenant, "tenant")
+    begin, end = period_of(since, until, await here.read(here.database.now), zone)
+    question = Question(
+        since=begin,
+        until=end,
+        by=parse_by(by),
+        zone=zone,
+        top=top,
+        model=model,
+        tenant=tenant,
+        priority=priority,
+        metadata=parse_metadata(query.members_of("metadata", request)),
+    )
+    for label in question.labels:
+        refuse_unstorable(label, "by")
+    zone_of(zone, *(halves_of(begin, end) if question.span else ()))
+    return question
+
+
+_METADATA: Final = query.family(
+    "metadata",
+    "Only jobs with these pairs among their metadata: `metadata[KEY]=VALUE`.",
+    {"customer": "42"},
+)
+
+
+@router.get(
+    "",
+    responses=documented(HTTPStatus.BAD_REQUEST, HTTPStatus.SERVICE_UNAVAILABLE),
+    openapi_extra={"parameters": [_METADATA]},
+    summary="Sum up usage",
+    response_description="One row for each group and currency.",
+)
+async def tell_usage(here: Here, question: Annotated[Question, Depends(_question)]) -> UsageAnswer:
+    """What jobs that ended in a period used and cost, by time, model, tenant, priority, price or
+    what their metadata says. Sums stay when jobs are deleted; what metadata says goes with them."""
+    rows = await here.read(_ask, here, question)
+    return UsageAnswer(
+        since=question.since,
+        until=question.until,
+        zone=question.zone,
+        by=list(question.by),
+        data=[_row(question, row) for row in rows],
+    )
+
+
+def _ask(here: Services, question: Question) -> list[Usage]:
+    with here.database.begin() as connection:
+        return usage.ask(connection, question)
+
+
+def _row(question: Question, row: Usage) -> UsageRow:
+    zone = ZoneInfo(question.zone)
+    group: dict[str, Any] = {
+        key: value.astimezone(zone) if isinstance(value, datetime) else value
+        for key, value in row.group.items()
+    }
+    return UsageRow(
+        group=group,
+        rest=row.is_rest,
+        jobs=dict(row.jobs),
+        input_tokens=row.input_tokens,
+        cached_tokens=row.cached_tokens,
+        output_tokens=row.output_tokens,
+        device_seconds=row.device_ns / NS_PER_S,
+        wasted_seconds=row.wasted_ns / NS_PER_S,
+        currency=row.currency,
+        cost=row.cost,
+        cost_per_million_tokens=row.cost_per_million_tokens,
+        mean_batch_size=row.mean_batch_size,
+    )

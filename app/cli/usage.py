@@ -1,0 +1,193 @@
+"""What jobs used and cost: as a table, JSON, CSV, FOCUS, or a page with pictures."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import Any, Final
+from zoneinfo import ZoneInfo
+
+import click
+
+from app.books.usage import MAX_TOP, hour_of, zone_of
+from app.cli.api import QUICK_S, Api, uses_api
+from app.cli.options import NameValue
+from app.cli.terminal import print_json, print_table, say, tell
+from app.errors import RequestError
+from app.jobs import MAX_PRIORITY
+
+Answer = Mapping[str, Any]
+
+STATES: Final = ("completed", "failed", "cancelled", "expired")
+NUMBERS: Final = (
+    "input_tokens",
+    "cached_tokens",
+    "output_tokens",
+    "device_seconds",
+    "wasted_seconds",
+    "cost",
+    "currency",
+    "cost_per_million_tokens",
+    "mean_batch_size",
+)
+TIMES: Final = {"hour": "%Y-%m-%dT%H:00%z", "day": "%Y-%m-%d", "month": "%Y-%m"}
+REST: Final = "(others)"
+NONE: Final = "(none)"
+
+_UNITS: Final = {"m": "minutes", "h": "hours", "d": "days"}
+_FORMULA: Final = re.compile(r"^[=+\-@\t\r]")
+
+
+@click.command()
+@click.option(
+    "--by",
+    multiple=True,
+    metavar="KEYS",
+    help="Groups: hour, day or month; model, tenant, priority, price, metadata.KEY; several with "
+    "commas between. None: one sum.",
+)
+@click.option("--since", help="Ended at or after this full hour: 2027-01-31, 7d, 12h ago. [30d]")
+@click.option("--until", help="Ended before this full hour.")
+@click.option(
+    "--zone",
+    default="UTC",
+    show_default=True,
+    help="Whose days they are, and whose times are given without a zone.",
+)
+@click.option("--model", help="Of this model.")
+@click.option("--tenant", help="Of this tenant.")
+@click.option("--priority", type=click.IntRange(0, MAX_PRIORITY), help="Of this priority.")
+@click.option(
+    "--metadata",
+    type=NameValue(),
+    multiple=True,
+    callback=lambda _context, _option, given: dict(given),
+    help="With this among its metadata, as in customer=42; may be repeated.",
+)
+@click.option(
+    "--top",
+    type=click.IntRange(1, MAX_TOP),
+    default=50,
+    show_default=True,
+    help="Groups that are told apart; the rest is summed.",
+)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["table", "json", "csv"]),
+    default="table",
+    show_default=True,
+    help="How it is printed.",
+)
+@click.option("--json", "form", flag_value="json", help="The same as --format json.")
+@uses_api
+def usage(
+    api: Api, by: Sequence[str], since: str | None, until: str | None, form: str, **asked: Any
+) -> None:
+    """Sum up what jobs used and cost that ended in a period.
+
+    By day and model in February: --by day,model --since 2027-02-01 --until 2027-03-01.
+    """
+    now = datetime.now(UTC)
+    try:
+        zone = zone_of(asked["zone"])
+        for name, text in (("since", since), ("until", until)):
+            if text is not None:
+                asked[name] = time_of(text, zone, now)
+    except RequestError as error:
+        raise click.UsageError(str(error)) from None
+    with api.client(QUICK_S) as client:
+        answer = client.usage(by=",".join(by), **asked)
+    show(answer, form)
+
+
+def time_of(text: str, zone: ZoneInfo, now: datetime) -> datetime:
+    """A time, or how long ago, to the full hour. Raises `RequestError`."""
+    try:
+        if off := re.fullmatch(r"(\d{1,9})([mhd])", text):
+            return hour_of(now - timedelta(**{_UNITS[off[2]]: int(off[1])}))
+        time = datetime.fromisoformat(text)
+        return (time if time.tzinfo else time.replace(tzinfo=zone)).astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise RequestError(
+            f"{text} is neither a time, as in 2027-01-31T12:00, nor how long ago, as in 7d."
+        ) from None
+
+
+def show(answer: Answer, form: str) -> None:
+    match form:
+        case "json":
+            print_json(answer)
+        case "csv":
+            say(csv_of(columns_of(answer), rows_of(answer)).removesuffix("\r\n"))
+        case _:
+            print_table(
+                (*answer["by"], *STATES, "input", "cached", "output", "device s", "wasted s",
+                 "cost", "", "per 1M tokens", "batch"),
+                ([_short(cell) for cell in row] for row in rows_of(answer)),
+            )  # fmt: skip
+    if not answer["data"]:
+        tell(f"No job ended between {answer['since']} and {answer['until']}.")
+    for key in answer["by"]:
+        if key.startswith("metadata.") and not any(row["group"][key] for row in answer["data"]):
+            tell(f"No job of this period that is kept has {key}.")
+
+
+def columns_of(answer: Answer) -> Sequence[str]:
+    return (*answer["by"], *(f"jobs_{state}" for state in STATES), *NUMBERS)
+
+
+def rows_of(answer: Answer) -> Iterator[list[object]]:
+    for row in answer["data"]:
+        yield [
+            *(key_of(row, key, answer["zone"]) for key in answer["by"]),
+            *(row["jobs"][state] for state in STATES),
+            *(row[name] for name in NUMBERS),
+        ]
+
+
+def key_of(row: Answer, key: str, zone: str) -> object:
+    """A key of a row's group as it is shown: times short, as they are in their zone."""
+    value = row["group"][key]
+    if key in TIMES:
+        local = datetime.fromisoformat(value).astimezone(ZoneInfo(zone))
+        return local.strftime(TIMES[key])
+    if row["rest"]:
+        return REST
+    return NONE if value is None else value
+
+
+def csv_of(columns: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    """CSV as RFC 4180 has it. What a spreadsheet would run as a formula is text: it begins with an
+    apostrophe."""
+    file = io.StringIO(newline="")
+    writer = csv.writer(file)
+    writer.writerow(columns)
+    writer.writerows([_harmless(cell) for cell in row] for row in rows)
+    return file.getvalue()
+
+
+def _harmless(cell: object) -> object:
+    return f"'{cell}" if isinstance(cell, str) and _is_formula(cell) else cell
+
+
+def _is_formula(text: str) -> bool:
+    return bool(_FORMULA.match(text)) and not re.fullmatch(r"-?[\d.]+", text)
+
+
+def _short(cell: object) -> object:
+    """For people: no more digits than one reads."""
+    match cell:
+        case float():
+            return f"{cell:,.1f}"
+        case int():
+            return f"{cell:,}"
+        case str() if re.fullmatch(r"\d+\.\d{9}", cell):
+            return f"{Decimal(cell).normalize():f}"
+        case None:
+            return ""
+    return cell

@@ -1,0 +1,187 @@
+"""What jobs used, summed by the hour in which they ended: kept current, and asked.
+
+    results ──the trigger note_usage──▶ usage_deltas ──fold──▶ usage_hours
+
+Whoever writes results, the trigger sums what the statement wrote and inserts it beside them: in the
+same transaction, so that each ended job is counted once or not at all, as its result is there or
+not, however late it commits. These are inserts alone: no two workers wait for one row. Rescue takes
+deltas out and adds them to their hours in one statement, so that each is in one of the two tables
+at any moment. Questions sum both in one snapshot, and so are current whether rescue is up or not.
+Results are never looked at again: retention, purges and hands that delete change nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Final
+
+from sqlalchemy import Connection, text
+
+from app.books.usage import LABEL, Question, Usage, in_one_currency, num_jobs
+from app.errors import RequestError
+from app.jobs import FINAL_STATES
+from app.store.tables import USED_BY, usage_hours
+
+MAX_ROWS: Final = 20_000
+"""Of an answer: two years of hours, or a month of days of six hundred groups."""
+
+MAX_JOBS: Final = 1_000_000
+"""Most jobs that are read one by one, for what they say in their metadata."""
+
+_STATES: Final = tuple(sorted(FINAL_STATES))
+_SUMS: Final = tuple(
+    column.name for column in usage_hours.columns if column.name not in USED_BY
+)  #: what is summed
+_BY: Final = ", ".join(USED_BY)
+
+# Add a page of deltas to their hours, in the order of these: several may do so at once.
+_FOLD: Final = text(f"""
+    WITH taken AS (
+        DELETE FROM usage_deltas WHERE ctid = ANY(ARRAY(
+            SELECT ctid FROM usage_deltas LIMIT :page FOR UPDATE SKIP LOCKED
+        ))
+        RETURNING *
+    ), added AS (
+        INSERT INTO usage_hours AS kept ({_BY}, {", ".join(_SUMS)})
+        SELECT {_BY}, {", ".join(f"sum({name})" for name in _SUMS)} FROM taken
+        GROUP BY {_BY} ORDER BY {_BY}
+        ON CONFLICT ({_BY}) DO UPDATE SET
+            {", ".join(f"{name} = kept.{name} + excluded.{name}" for name in _SUMS)}
+    )
+    SELECT count(*) FROM taken
+""")
+
+
+def fold(connection: Connection, page: int) -> int:
+    """Add up to so many deltas to the sums of their hours; how many. Repeat until it is less."""
+    return connection.scalar(_FOLD, {"page": page}) or 0
+
+
+# ── questions ───────────────────────────────────────────────────────────────────────────────────
+
+# Ended jobs one by one, each as if it were an hour's sum of one. Those of a tenant are found by
+# when they ended; where all are asked for, the tenants are those that there are.
+_JOBS: Final = f"""
+    SELECT
+        finished_at AS hour, tenant, model, priority, price_id, currency, metadata,
+        {", ".join(f"CAST(state = '{state}' AS int) AS jobs_{state}" for state in _STATES)},
+        CAST(batch_size IS NOT NULL AS int) AS jobs_ran, coalesce(batch_size, 0) AS batch_jobs,
+        coalesce(input_tokens, 0) AS input_tokens, coalesce(cached_tokens, 0) AS cached_tokens,
+        coalesce(output_tokens, 0) AS output_tokens, device_ns, wasted_ns, cost
+    FROM results
+    WHERE finished_at >= :since AND finished_at < :until AND created_at < :until
+        AND tenant = ANY(ARRAY(
+            SELECT DISTINCT tenant FROM usage WHERE hour >= :since AND hour < :until
+        )) {{where}}
+    LIMIT {MAX_JOBS + 1}
+"""
+
+_COLUMNS: Final = {"model": "model", "tenant": "tenant", "priority": "priority",
+                   "price": "price_id"}  # fmt: skip
+
+
+def ask(connection: Connection, question: Question) -> list[Usage]:
+    """The usage of a period, by group and currency: by time, then those with the most device time
+    first. What nobody used has no row.
+
+    Raises `RequestError` for a question with too long an answer, or one about the metadata of too
+    many jobs.
+    """
+    statement, given = _statement(question)
+    rows = [_usage(question, row) for row in connection.execute(text(statement), given).mappings()]
+    if len(rows) > MAX_ROWS:
+        raise RequestError(
+            f"The answer has more than {MAX_ROWS:,} rows: ask for a shorter period, by less, or "
+            "for less at the top.",
+            param="by",
+        )
+    if question.reads_labels and num_jobs(rows) > MAX_JOBS:
+        raise RequestError(
+            f"More than {MAX_JOBS:,} jobs ended in this period, and what metadata says is read "
+            "from each: ask for a shorter period, or for one model.",
+            param="since",
+        )
+    return list(in_one_currency(rows))
+
+
+def _statement(question: Question) -> tuple[str, dict[str, Any]]:
+    """SQL and its parameters. Every name in it is one of ours, and every value a parameter."""
+    given: dict[str, Any] = {
+        "since": question.since, "until": question.until, "top": question.top
+    }  # fmt: skip
+    where = ""
+    for name in ("tenant", "model", "priority"):
+        if (value := getattr(question, name)) is not None:
+            where += f" AND {name} = :{name}"
+            given[name] = value
+    if question.metadata:
+        where += " AND metadata @> CAST(:metadata AS jsonb) AND metadata <> '{}'"
+        given["metadata"] = json.dumps(dict(question.metadata))
+    source = (
+        f"({_JOBS.format(where=where)}) AS job"
+        if question.reads_labels
+        else f"usage WHERE hour >= :since AND hour < :until {where}"
+    )
+    keys = []
+    for place, key in enumerate(question.keys):
+        if key.startswith(LABEL):
+            keys.append(f"metadata ->> CAST(:label_{place} AS text)")
+            given[f"label_{place}"] = key.removeprefix(LABEL)
+        else:
+            keys.append(_COLUMNS[key])
+    time = f"date_trunc('{question.span}', hour, CAST(:zone AS text))" if question.span else "NULL"
+    if question.span:
+        given["zone"] = question.zone
+    names = [f"key_{place}" for place in range(len(keys))]
+    ranked = "".join(f", {name}" for name in names)
+    sums = ", ".join(f"sum({name}) AS {name}" for name in _SUMS)
+    told = "".join(f"CASE WHEN place <= :top THEN {name} END AS {name}, " for name in names)
+    # `place` ranks the groups of all times together, so that the same ones are told of each.
+    return (
+        f"""
+        WITH part AS (
+            SELECT {time} AS time, currency,
+                {"".join(f"{key} AS {name}, " for key, name in zip(keys, names, strict=True))}
+                {sums}
+            FROM {source}
+            GROUP BY time, currency{ranked}
+        ), weighed AS (
+            SELECT *, sum(device_ns) OVER each AS weight,
+                sum({" + ".join(f"jobs_{state}" for state in _STATES)}) OVER each AS jobs
+            FROM part WINDOW each AS (PARTITION BY {", ".join(names) or "NULL"})
+        ), placed AS (
+            SELECT *,
+                dense_rank() OVER (ORDER BY weight DESC, jobs DESC{ranked}) AS place
+            FROM weighed
+        )
+        SELECT time, least(place, :top + 1) AS place, place > :top AS is_rest, {told} currency,
+            {sums}
+        FROM placed
+        GROUP BY 1, 2, 3, {"".join(f"{4 + place}, " for place in range(len(keys)))} currency
+        ORDER BY time, place, currency
+        LIMIT {MAX_ROWS + 1}
+    """,
+        given,
+    )
+
+
+def _usage(question: Question, row: Any) -> Usage:
+    group: dict[str, Any] = {}
+    for key in question.by:
+        group[key] = row["time"] if key == question.span else row[_name(question, key)]
+    return Usage(
+        group=group,
+        is_rest=row["is_rest"],
+        currency=row["currency"],
+        jobs={state: int(row[f"jobs_{state}"]) for state in _STATES},
+        cost=row["cost"],
+        **{
+            name: int(row[name])
+            for name in _SUMS
+            if name != "cost" and name.removeprefix("jobs_") not in _STATES
+        },
+    )
+
+
+def _name(question: Question, key: str) -> str:
+    return f"key_{question.keys.index(key)}"

@@ -1,0 +1,270 @@
+"""What may be asked of usage, what follows from its sums, and how the command shows it."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable
+from contextlib import redirect_stdout, suppress
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from functools import partial
+from typing import Any
+from zoneinfo import ZoneInfo
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from app import cli
+from app.books.usage import (
+    Usage,
+    halves_of,
+    hour_of,
+    in_one_currency,
+    num_jobs,
+    parse_by,
+    per_million,
+    period_of,
+    zone_of,
+)
+from app.cli import api as api_module
+from app.cli.usage import csv_of, time_of
+from app.client import Client
+from app.errors import RequestError
+from app.jobs import FINAL_STATES, JobState
+
+NOW = datetime(2027, 2, 1, 12, 34, 56, tzinfo=UTC)
+
+
+def used(currency: str | None = "EUR", **given: Any) -> Usage:
+    jobs = dict.fromkeys(FINAL_STATES, 0) | {JobState.COMPLETED: given.pop("completed", 1)}
+    return Usage(**{"group": {}, "currency": currency, "jobs": jobs} | given)
+
+
+# ── questions ───────────────────────────────────────────────────────────────────────────────────
+
+
+def test_keys_are_named_with_commas_between() -> None:
+    assert parse_by("") == ()
+    assert parse_by("day, model ,metadata.customer id") == ("day", "model", "metadata.customer id")
+
+
+@pytest.mark.parametrize(
+    ("by", "says"),
+    [
+        ("modell", "Did you mean model?"),
+        ("week", "Known are: hour, day, month"),
+        ("metadata.", "nothing that usage"),
+        ("day,hour", "one of hour, day and month"),
+        ("model,model", "each key once"),
+        (",".join(f"metadata.{n}" for n in range(7)), "up to 6"),
+        ("x" * 1_000, "This key"),
+        ("mo\x1b[31mdel", "This key"),
+    ],
+)
+def test_a_key_that_is_none_is_refused_with_what_there_is(by: str, says: str) -> None:
+    with pytest.raises(RequestError, match=says) as error:
+        parse_by(by)
+    assert "\x1b" not in str(error.value)
+
+
+@given(st.text())
+def test_any_text_is_keys_or_is_refused(text: str) -> None:
+    with suppress(RequestError):
+        assert all(parse_by(text)) or not parse_by(text)
+
+
+def test_a_period_that_is_left_open_is_thirty_days_until_now_from_midnight() -> None:
+    until = datetime(2027, 2, 1, 13, tzinfo=UTC)
+
+    assert period_of(None, None, NOW, "UTC") == (datetime(2027, 1, 2, tzinfo=UTC), until)
+    berlin = datetime(2027, 1, 1, 23, tzinfo=UTC)
+    assert period_of(None, None, NOW, "Europe/Berlin") == (berlin, until)
+
+
+@pytest.mark.parametrize(
+    ("since", "until", "says"),
+    [
+        (NOW.replace(tzinfo=None, minute=0, second=0), None, "must name its zone"),
+        (datetime(2027, 1, 1, 0, 30, tzinfo=UTC), None, "a full hour of UTC"),
+        (datetime(2027, 1, 1, tzinfo=ZoneInfo("Asia/Kolkata")), None, "a full hour of UTC"),
+        (NOW.replace(minute=0, second=0), hour_of(NOW), "since must be before until"),
+        (hour_of(NOW), hour_of(NOW) - timedelta(hours=1), "since must be before until"),
+        (datetime(2028, 1, 1, tzinfo=UTC), None, "since must be before until"),
+    ],
+)
+def test_a_period_that_is_none_is_refused(
+    since: datetime | None, until: datetime | None, says: str
+) -> None:
+    with pytest.raises(RequestError, match=says):
+        period_of(since, until, NOW, "UTC")
+
+
+@given(st.datetimes(timezones=st.timezones()), st.datetimes(timezones=st.timezones()))
+def test_any_two_times_are_a_period_of_whole_hours_or_are_refused(
+    one: datetime, other: datetime
+) -> None:
+    try:
+        since, until = period_of(one, other, NOW, "UTC")
+    except RequestError:
+        return
+    assert since < until and since == hour_of(since) and until == hour_of(until)
+
+
+def test_a_zone_that_is_not_whole_hours_away_at_any_time_of_the_period_is_refused() -> None:
+    winter, summer = datetime(2027, 7, 1, tzinfo=UTC), datetime(2027, 1, 1, tzinfo=UTC)
+
+    assert zone_of("America/New_York", winter, summer).key == "America/New_York"
+    with pytest.raises(RequestError, match="not whole hours"):
+        zone_of("Asia/Kolkata", winter)
+    howe = "Australia/Lord_Howe"  # 10:30 in winter, 11 in summer
+    with pytest.raises(RequestError, match="not whole hours"):
+        zone_of(howe, *halves_of(summer, summer + timedelta(days=360)))
+    for name in ("Mars/Olympus", "", "../etc/passwd", "\0", "x" * 5_000):
+        with pytest.raises(RequestError, match="zone is a name"):
+            zone_of(name)
+
+
+# ── sums ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_million_tokens_cost_what_they_cost_and_no_tokens_have_no_price() -> None:
+    assert per_million(Decimal("0.005"), 2_000_000) == Decimal("0.0025")
+    assert per_million(Decimal("1"), 0) is None
+    assert per_million(Decimal(10) ** 30, 1) == Decimal(10) ** 36
+    assert used(input_tokens=3, output_tokens=1, cached_tokens=2).tokens == 4
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("ab"), st.sampled_from([None, "EUR", "USD"]), st.integers(0, 9)),
+        unique_by=lambda row: row[:2],
+    )
+)
+def test_jobs_without_a_currency_join_one_of_their_group_and_none_is_lost(
+    rows: list[tuple[str, str | None, int]],
+) -> None:
+    made = [used(cur, group={"model": m}, completed=n) for m, cur, n in sorted(rows, key=str)]
+
+    told = list(in_one_currency(made))
+
+    assert num_jobs(told) == num_jobs(made)
+    for model in "ab":
+        currencies = [row.currency for row in told if row.group["model"] == model]
+        assert len(currencies) == len(set(currencies))
+        assert None not in currencies or currencies == [None]
+
+
+# ── the command ─────────────────────────────────────────────────────────────────────────────────
+
+
+def row(day: str, model: str | None, **given: Any) -> dict[str, Any]:
+    return {
+        "group": {"day": day, "model": model},
+        "rest": False,
+        "jobs": {"completed": 1200, "failed": 1, "cancelled": 0, "expired": 0},
+        "input_tokens": 31_000,
+        "cached_tokens": 16_000,
+        "output_tokens": 64_000,
+        "device_seconds": 512.25,
+        "wasted_seconds": 0.0,
+        "currency": "EUR",
+        "cost": "0.005120000",
+        "cost_per_million_tokens": "0.053894737",
+        "mean_batch_size": 12.5,
+    } | given
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, Any]]:
+    """Run `gristmill usage` against these rows: exit code, output, what was asked."""
+
+    def run(*arguments: str, rows: Any = ()) -> tuple[int, str, Any]:
+        requests: list[httpx.Request] = []
+
+        def answer(request: httpx.Request) -> httpx.Response:
+            requests.append(request)
+            by = [key for key in request.url.params["by"].split(",") if key]
+            since, until = "2027-01-02T00:00:00Z", "2027-02-01T13:00:00Z"
+            told = {"since": since, "until": until, "zone": "UTC", "by": by, "data": list(rows)}
+            return httpx.Response(200, json=told)
+
+        client = partial(Client, transport=httpx.MockTransport(answer))
+        monkeypatch.setattr(api_module, "Client", client)
+        out = io.StringIO()
+        with redirect_stdout(out), pytest.raises(SystemExit) as end:
+            cli.main(("usage", "--api-url", "http://localhost", *arguments))
+        return int(end.value.code or 0), out.getvalue(), requests[0].url.params if requests else {}
+
+    return run
+
+
+def test_the_command_asks_for_full_hours_in_the_zone_that_is_named(asked: Any) -> None:
+    code, _, params = asked(
+        "--by", "day", "--by", "model", "--since", "2027-01-01", "--until", "2027-02-01T00:00Z",
+        "--zone", "Europe/Berlin", "--priority", "0", "--metadata", "customer=42",
+    )  # fmt: skip
+
+    assert code == 0
+    assert params["by"] == "day,model" and params["priority"] == "0"
+    assert params["since"] == "2026-12-31T23:00:00+00:00"
+    assert params["until"] == "2027-02-01T00:00:00+00:00"
+    assert params["metadata[customer]"] == "42"
+
+
+def test_how_long_ago_is_to_the_full_hour_and_what_is_no_time_is_said() -> None:
+    assert time_of("7d", ZoneInfo("UTC"), NOW) == datetime(2027, 1, 25, 12, tzinfo=UTC)
+    for text in ("yesterday", "7w", "2027-02-30", "999999999d", ""):
+        with pytest.raises(RequestError, match="neither a time"):
+            time_of(text, ZoneInfo("UTC"), NOW)
+
+
+def test_a_wrong_option_is_a_sentence_and_exit_code_two(
+    asked: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for wrong in (("--since", "soon"), ("--zone", "Mars"), ("--top", "0"), ("--metadata", "x")):
+        code, out, params = asked(*wrong)
+        assert (code, out, params) == (2, "", {})
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_the_same_rows_are_a_table_json_and_csv(asked: Any) -> None:
+    rows = [
+        row("2027-01-31T00:00:00Z", "smollm2"),
+        row("2027-01-31T00:00:00Z", None, rest=True, currency=None, cost_per_million_tokens=None),
+    ]
+
+    _, table, _ = asked("--by", "day,model", rows=rows)
+    _, text, _ = asked("--by", "day,model", "--format", "csv", rows=rows)
+    _, lines, _ = asked("--by", "day,model", "--json", rows=rows)
+
+    assert table.splitlines()[0].split("\t")[:3] == ["2027-01-31", "smollm2", "1,200"]
+    first, rest = csv.DictReader(io.StringIO(text))
+    assert first["cost"] == "0.005120000" and first["jobs_completed"] == "1200"
+    assert rest["model"] == "(others)" and rest["currency"] == ""
+    assert '"data"' in lines
+
+
+def test_no_data_is_an_empty_table_and_a_label_that_nobody_has_is_said(
+    asked: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = asked("--by", "metadata.custmer")
+
+    assert (code, out) == (0, "")
+    said = capsys.readouterr().err
+    assert "No job ended between" in said and "has metadata.custmer" in said
+
+
+@given(st.lists(st.lists(st.text(), min_size=2, max_size=2), max_size=5))
+def test_csv_comes_back_as_it_went_in_and_runs_nothing_in_a_spreadsheet(
+    rows: list[list[str]],
+) -> None:
+    text = csv_of(["a", "b"], rows)
+
+    back = list(csv.reader(io.StringIO(text, newline="")))[1:]
+    assert [[cell.removeprefix("'") for cell in row] for row in back] == [
+        [cell.removeprefix("'") for cell in row] for row in rows
+    ]
+    assert not any(cell[:1] in tuple("=+@\t\r") and cell for row in back for cell in row)
