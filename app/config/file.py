@@ -26,7 +26,7 @@ from app.config import run_file
 from app.config.broker_url import problem_in
 from app.config.environment import is_service_link
 from app.config.masking import shown
-from app.config.settings import ModelSettings, PriceSettings, Settings
+from app.config.settings import BatchSettings, ModelSettings, PriceSettings, Settings
 from app.errors import ConfigError
 from app.jobs import MAX_PRIORITY
 
@@ -362,6 +362,8 @@ def _hint(key: Key) -> str:
     """What was probably meant: the same name in another unit, a like name, or another table."""
     tables = _SECTIONS | _NAMED
     table = tables.get(key[0], Settings) if len(key) > 1 else Settings
+    if key[:1] == ("models",) and key[2:-1] == ("batch",):
+        table = BatchSettings
     names = list(table.model_fields)
     stem = re.sub(_UNIT, "", key[-1])
     for name in names:

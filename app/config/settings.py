@@ -5,6 +5,7 @@ Units are part of a name: `_ms`, `_s`, `_days`, `_bytes`, `_tokens`. Everything 
 
 from __future__ import annotations
 
+import enum
 from decimal import Decimal
 from typing import Annotated, Any, Literal
 
@@ -239,6 +240,29 @@ class FlowerSettings(_Listening):
     )
 
 
+class Policy(enum.StrEnum):
+    """How long a batch waits for company."""
+
+    FIXED = "fixed"
+    ADAPTIVE = "adaptive"
+
+
+class BatchSettings(_Section):
+    """How a model's batches are made, within its limits: `batch.policy = "adaptive"`."""
+
+    policy: Policy = Field(
+        Policy.FIXED,
+        description="fixed waits max_wait_ms; adaptive as long as company is worth it, by arrivals "
+        "and measured batches, max_wait_ms at most. An engine that takes sequences between its "
+        "steps has nothing to adapt.",
+    )
+    wait_cost: Annotated[float, Field(gt=0, le=1_000)] = Field(
+        0.01,
+        description="For adaptive: what a second that a job waits is worth, in seconds of the "
+        "device.",
+    )
+
+
 class ModelSettings(_Section):
     """One entry of models.toml: `[models.NAME]`."""
 
@@ -267,6 +291,7 @@ class ModelSettings(_Section):
         "it is 100, and 3 with an engine that takes sequences between its steps: company joins "
         "later.",
     )
+    batch: BatchSettings = BatchSettings()
     context_tokens: Annotated[int, Field(ge=1)] | None = Field(
         None, description="Prompt plus output; the model's own limit when left out."
     )

@@ -76,6 +76,7 @@ class Received:
     is_due: bool  #: `not_before` has passed
     not_before: datetime
     deadline: datetime | None
+    expires_in_s: float | None  #: from now to the deadline
     time_limit_s: float | None
     format: int
     priority: int
@@ -181,7 +182,8 @@ def _once(jobs: Iterable[NewJob]) -> Iterable[NewJob]:
 
 
 _RECEIVED: Final = """
-    tenant, model, kind, state, not_before <= now() AS is_due, not_before, deadline, time_limit_s,
+    tenant, model, kind, state, not_before <= now() AS is_due, not_before, deadline,
+    CAST(extract(epoch FROM deadline - now()) AS double precision) AS expires_in_s, time_limit_s,
     format, priority, attempts_charged, losses, created_at, url
 """
 

@@ -10,6 +10,9 @@ longest allowed output). It closes
     join    when its oldest member has waited `GATHER_NS`, if the engine takes sequences between its
             steps: company can join later, and those that come together share a claim.
 
+Where the policy is adaptive and nobody can join later, `app.worker.policy` says how long the oldest
+member waits, from arrivals and from what batches took; `max_wait_ms` is the most.
+
 While an engine runs that takes nothing before it is free again, the batch for then closes as soon
 as it is full; one that is not may still grow.
 
@@ -28,8 +31,9 @@ from dataclasses import dataclass
 from typing import Final
 from uuid import UUID
 
-from app.config.settings import ModelSettings
+from app.config.settings import ModelSettings, Policy
 from app.jobs import CloseReason
+from app.worker.policy import Arrivals, CostFit, StepCost, closes_ns
 
 STARVATION_WAITS: Final = 100
 STARVATION_FLOOR_NS: Final = 10_000_000_000
@@ -46,12 +50,15 @@ class Limits:
     max_batch_size: int
     max_batch_tokens: int
     max_wait_ns: int | None = None  #: None is what suits the engine
+    wait_cost: float | None = None  #: of the adaptive policy; None is a fixed wait
 
     @classmethod
     def of(cls, model: ModelSettings) -> Limits:
         wait_ms = model.max_wait_ms
         wait_ns = None if wait_ms is None else int(wait_ms * 1e6)
-        return cls(model.max_batch_size, model.max_batch_tokens, wait_ns)
+        is_adaptive = model.batch.policy is Policy.ADAPTIVE
+        wait_cost = model.batch.wait_cost if is_adaptive else None
+        return cls(model.max_batch_size, model.max_batch_tokens, wait_ns, wait_cost)
 
     def wait_ns(self, capacity: Capacity) -> int:
         """How long the oldest member waits for company."""
@@ -78,6 +85,7 @@ class Candidate:
     arrived_ns: int
     priority: int = 0
     deadline: float = math.inf  #: UNIX seconds; only compared
+    expires_ns: int | None = None  #: the deadline on the caller's clock
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,12 +119,28 @@ class Batcher:
         """`limits` has one entry per group key that candidates may carry."""
         self.limits = limits
         self._waiting: dict[str, dict[UUID, Candidate]] = {group: {} for group in limits}
+        self._paces = {
+            group: _Pace(Arrivals(), CostFit())
+            for group, each in limits.items()
+            if each.wait_cost is not None
+        }
 
     def __len__(self) -> int:
         return sum(len(group) for group in self._waiting.values())
 
     def add(self, candidate: Candidate) -> None:
         self._waiting[candidate.group][candidate.job_id] = candidate
+        if pace := self._paces.get(candidate.group):
+            pace.arrivals.add(candidate.arrived_ns, candidate.num_sequences)
+
+    def note_ran(self, group: str, rows: int, took_ns: int) -> None:
+        """A batch of this group has run, of so many sequences and so much of the device's time."""
+        if pace := self._paces.get(group):
+            pace.fit.add(rows, took_ns)
+
+    def cost(self, group: str) -> StepCost | None:
+        """What its batches take, if its policy asks and one has run."""
+        return pace.fit.cost if (pace := self._paces.get(group)) else None
 
     def remove(self, job_id: UUID) -> Candidate | None:
         """Take out a cancelled, expired or flushed job; None if it is not waiting."""
@@ -146,8 +170,7 @@ class Batcher:
         members, full = fill(ordered, size, limits.max_batch_tokens, capacity)
         if full is CloseReason.SIZE and size < limits.max_batch_size and capacity.joins:
             full = CloseReason.JOIN
-        wait_ns = now_ns - min(candidate.arrived_ns for candidate in waiting.values())
-        reason = full or _timely(wait_ns, limits, capacity)
+        reason = full or self._timely(group, capacity, now_ns)
         if reason is None or not members:
             return None
         for member in members:
@@ -158,12 +181,41 @@ class Batcher:
     def next_close_ns(self, capacities: Mapping[str, Capacity]) -> int | None:
         """When the first of these groups closes by waiting, or None if nothing waits there."""
         times = [
-            min(c.arrived_ns for c in self._waiting[group].values())
-            + self.limits[group].wait_ns(capacity)
+            self._closes_ns(group, capacity)
             for group, capacity in capacities.items()
             if self._waiting[group] and not capacity.is_ahead
         ]
         return min(times, default=None)
+
+    def _timely(self, group: str, capacity: Capacity, now_ns: int) -> CloseReason | None:
+        if capacity.is_ahead or now_ns < self._closes_ns(group, capacity):
+            return None
+        return CloseReason.JOIN if capacity.joins else CloseReason.WAIT
+
+    def _closes_ns(self, group: str, capacity: Capacity) -> int:
+        """When those that wait here have waited long enough."""
+        limits, waiting = self.limits[group], self._waiting[group].values()
+        oldest_ns = min(candidate.arrived_ns for candidate in waiting)
+        max_wait_ns = limits.wait_ns(capacity)
+        if limits.wait_cost is None or capacity.joins:
+            return oldest_ns + max_wait_ns
+        return closes_ns(
+            sum(candidate.num_sequences for candidate in waiting),
+            oldest_ns,
+            self._paces[group].arrivals,
+            self._paces[group].fit.cost,
+            max_wait_ns=max_wait_ns,
+            wait_cost=limits.wait_cost,
+            deadlines_ns=(c.expires_ns for c in waiting if c.expires_ns is not None),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Pace:
+    """What an adaptive group has seen: who came, and what batches took."""
+
+    arrivals: Arrivals
+    fit: CostFit
 
 
 def most_rows(limits: Limits, capacity: Capacity) -> int:
@@ -208,9 +260,3 @@ def _is_over(capacity: Capacity | None, rows: int, tokens: int, *, is_first: boo
     if capacity is None or capacity.ceiling is None or (is_first and capacity.is_empty):
         return False
     return rows > capacity.ceiling(tokens)
-
-
-def _timely(wait_ns: int, limits: Limits, capacity: Capacity) -> CloseReason | None:
-    if capacity.is_ahead or wait_ns < limits.wait_ns(capacity):
-        return None
-    return CloseReason.JOIN if capacity.joins else CloseReason.WAIT

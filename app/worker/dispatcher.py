@@ -191,6 +191,10 @@ class Dispatcher:
         self._lasted_ns[job.model] = job.claimed_run.lasted_ns
         self._ceilings.fitted(job.model, job.max_tokens, job.num_sequences)
 
+    def note_batch(self, batch: Batch) -> None:
+        """The engine has answered all of it that was inside."""
+        self._batcher.note_ran(batch.model, batch.num_sequences, batch.device_ns)
+
     def note_overflow(self, dropped: Sequence[Job]) -> None:
         """Memory ran out with these inside: smaller batches follow."""
         for model in dict.fromkeys(job.model for job in dropped):

@@ -150,6 +150,8 @@ class Executor:
         answered = self._running.answer(stepped)
         for job in answered:
             self._dispatcher.note_ran(job)
+        for batch in self._running.ended(answered):
+            self._dispatcher.note_batch(batch)
         self._begin(self._running.begin(stepped.model))
         return answered
 

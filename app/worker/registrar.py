@@ -216,6 +216,8 @@ class Registrar:
         if not isinstance(prepared, Prepared):
             raise prepared or NO_REQUEST
         limit_s = row.time_limit_s
+        now_ns = self._now_ns()
+        expires_ns = None if row.expires_in_s is None else now_ns + int(row.expires_in_s * 1e9)
         return Job(
             ticket=each.ticket,
             model=row.model,
@@ -226,7 +228,8 @@ class Registrar:
             tenant=row.tenant,
             losses=row.losses,
             arrived_ns=each.arrived_ns,
-            registered_ns=self._now_ns(),
+            registered_ns=now_ns,
+            expires_ns=expires_ns,
             time_limit_s=limit_s if limit_s is not None else each.ticket.time_limit_s,
         )
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from app.books.shares import share
 from app.engines.base import Sequence
 from app.worker.engine.wire import Stepped
-from app.worker.work import Job
+from app.worker.work import Batch, Job
 
 
 class Running:
@@ -51,11 +51,18 @@ class Running:
             run.generations[place] = generation
             run.device_ns += generation.device_ns
             run.batch.device_ns += generation.device_ns
+            run.batch.num_sequences += 1
             self.told_ns += generation.device_ns
             if run.is_over:
                 over.append(job)
         self._count(event, over)
         return over
+
+    def ended(self, jobs: Iterable[Job]) -> list[Batch]:
+        """The batches of these jobs of which nobody is inside any more."""
+        inside = {job.claimed_run.batch.id for job, _ in self._owners.values()}
+        batches = {job.claimed_run.batch.id: job.claimed_run.batch for job in jobs}
+        return [batch for id_, batch in batches.items() if id_ not in inside]
 
     def _count(self, event: Stepped, over: list[Job]) -> None:
         """Add what the engine computed to the batches it computed it for."""

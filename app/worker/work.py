@@ -29,7 +29,7 @@ class Batch:
     reason: CloseReason
     wait_ns: int  #: of its oldest member
     num_jobs: int = 0
-    num_sequences: int = 0
+    num_sequences: int = 0  #: answered so far
     useful_tokens: int = 0
     padded_tokens: int = 0
     device_ns: int = 0  #: of its members so far, what was wasted included
@@ -131,6 +131,7 @@ class Job:
     losses: int  #: workers that were lost while they ran it
     arrived_ns: int  #: when its message came; the batcher counts from here
     registered_ns: int  #: when its row was known; what the row calls batch wait counts from here
+    expires_ns: int | None = None  #: its deadline on this machine's clock, as far as is known
     time_limit_s: float | None = None  #: from when it runs
     run: Run | None = None
     attempt_id: UUID = field(default_factory=new_id)  #: of the attempt that its claim is to open
@@ -176,6 +177,7 @@ class Job:
             arrived_ns=self.arrived_ns,
             priority=self.priority,
             deadline=self.deadline.timestamp() if self.deadline else math.inf,
+            expires_ns=self.expires_ns,
         )
 
     @property

@@ -139,6 +139,17 @@ def test_characters_that_postgres_cannot_keep_are_replaced_and_fail_nobody(
     }
 
 
+def test_an_arrival_says_how_far_off_its_deadline_is_by_the_database_s_clock(
+    database: Database,
+) -> None:
+    job = new_job(source="message", deadline=datetime.now(UTC) + timedelta(hours=1))
+
+    received = Worker.registered(database).receive(Incoming(job.id, job))[job.id]
+
+    assert received.expires_in_s is not None
+    assert 3_000 < received.expires_in_s <= 3_600
+
+
 def test_an_arrival_with_a_request_becomes_a_row(database: Database) -> None:
     worker = Worker.registered(database)
     job = new_job(source="message")
@@ -147,6 +158,7 @@ def test_an_arrival_with_a_request_becomes_a_row(database: Database) -> None:
 
     assert (received.state, received.is_due, received.model) == (JobState.QUEUED, True, MODEL)
     assert received.request is None  # the message has it
+    assert received.expires_in_s is None
     assert column(database, job.id, "received_by") == worker.id
     assert column(database, job.id, "enqueued_at") is not None
 

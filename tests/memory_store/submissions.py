@@ -104,6 +104,9 @@ def _received(row: Row, fingerprint: str | None, now: datetime) -> Row:
     return {
         **{name: row[name] for name in ("id", "tenant", "model", "kind", "state")},
         "is_due": row["not_before"] <= now,
+        "expires_in_s": None
+        if row["deadline"] is None
+        else (row["deadline"] - now).total_seconds(),
         **{name: row[name] for name in (*names, "url")},
         "request": None if is_same else row["request"],
     }

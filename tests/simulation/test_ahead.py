@@ -217,3 +217,19 @@ def test_of_a_claimed_batch_goes_in_what_fits_since_memory_ran_out() -> None:
 
 def _is_of(ahead: Ahead, admit: Admit) -> bool:
     return UUID(admit.batch_id) in {each["batch_id"] for each in ahead.attempts(ahead.next)}
+
+
+def test_what_batches_took_is_known_to_a_batcher_that_asks() -> None:
+    ahead = Ahead()
+    batcher = ahead.worker.runner._dispatcher._batcher
+    assert batcher.cost("static") is None  # the policy is fixed
+
+    noted: list[tuple[str, int, int]] = []
+    batcher.note_ran = lambda *ran: noted.append(ran)  # type: ignore[method-assign]
+    ahead.world.heal()
+
+    device_ns = [
+        sum(result["device_ns"] for result in ahead.results(jobs))
+        for jobs in (ahead.running, ahead.next)
+    ]
+    assert noted == [("static", MAX_ROWS, each) for each in device_ns]

@@ -108,6 +108,12 @@ def test_a_wrong_setting_is_refused_with_its_file_and_line(write, text: str, com
          "there is no folder /no/such/folder."),
         (MODELS.replace("some/model", "package:no-such"), "models.toml line 2: models.chat.source "
          "the package no-such is not installed"),
+        (MODELS + 'batch.polcy = "adaptive"', "models.toml line 6: models.chat.batch.polcy is not "
+         "a setting; did you mean policy?"),
+        (MODELS + 'batch.policy = "clever"', "models.toml line 6: models.chat.batch.policy should "
+         "be 'fixed' or 'adaptive'"),
+        (MODELS + "batch.wait_cost = 0", "models.toml line 6: models.chat.batch.wait_cost should "
+         "be greater than 0"),
     ],
 )  # fmt: skip
 def test_a_wrong_model_is_refused_with_its_file_and_line(write, models: str, complaint: str):

@@ -174,7 +174,13 @@ def _settings_table() -> str:
 
 
 def _rows(section: str, model: type[BaseModel]) -> list[str]:
-    return [_row(f"{section}.{name}", field) for name, field in model.model_fields.items()]
+    rows: list[str] = []
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            rows += _rows(f"{section}.{name}", field.annotation)
+        else:
+            rows.append(_row(f"{section}.{name}", field))
+    return rows
 
 
 def _row(name: str, field: Any) -> str:

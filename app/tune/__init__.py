@@ -1,0 +1,1 @@
+"""What other settings would do with the same traffic: a trace, replayed through the batcher."""
