@@ -256,6 +256,7 @@ class _Problems:
     def check(self, settings: Settings) -> None:
         """What no single setting can tell."""
         problems = [*self._check_urls(settings), *self._check_worker(settings)]
+        problems += self._check_energy(settings)
         problems += self._check_retention(settings)
         problems += self._check_api(settings)
         problems += self._check_models(settings)
@@ -298,6 +299,14 @@ class _Problems:
                 f"must be at most half of worker.lease_s ({worker.lease_s:g} s), so that one late "
                 "heartbeat does not lose the lease.",
             )
+
+    def _check_energy(self, settings: Settings) -> Iterator[str]:
+        energy = settings.energy
+        if energy.idle_watts > energy.busy_watts:
+            problem = f"is more than energy.busy_watts ({energy.busy_watts})."
+            yield self._at(("energy", "idle_watts"), problem)
+        if energy.source == "model" and not energy.busy_watts:
+            yield self._at(("energy", "source"), "is model: energy.busy_watts must be set, too.")
 
     def _check_retention(self, settings: Settings) -> Iterator[str]:
         least_s = 2 * settings.broker.visibility_timeout_s

@@ -138,6 +138,29 @@ class WorkerSettings(_Section):
     price: Name = Field("cpu", description="Id of the device-hour price in prices.toml.")
 
 
+Watts = Annotated[Decimal, Field(ge=0, le=20_000, decimal_places=3)]
+
+
+class EnergySettings(_Section):
+    source: Literal["auto", "nvml", "rapl", "model", "none"] = Field(
+        "auto",
+        description="How a worker knows its energy: the counter of its NVIDIA board (nvml) or of "
+        "the host's processors (rapl), or the watts below times the time (model). auto takes the "
+        "counter of its device if there is one, then the watts if they are set, else none.",
+    )
+    idle_watts: Watts = Field(Decimal(0), description="Power of one device with nothing to do.")
+    busy_watts: Watts = Field(
+        Decimal(0), description="Power of one device that loads or runs; 0: it is not known."
+    )
+    reading_ms: Annotated[int, Field(ge=10, le=10_000)] = Field(
+        100, description="Pause between two readings of a counter."
+    )
+    carbon_grams_per_kwh: Annotated[Decimal, Field(ge=0, le=10_000, decimal_places=3)] = Field(
+        Decimal(0),
+        description="CO2-equivalent of the electricity where the worker is; 0: it is not recorded.",
+    )
+
+
 class RescueSettings(_Section):
     sweep_ms: Annotated[int, Field(ge=50)] = Field(1_000, description="Pause between sweeps.")
     lost_after_s: Annotated[float, Field(gt=0)] = Field(
@@ -352,6 +375,7 @@ class Settings(_Section):
     database: DatabaseSettings = DatabaseSettings()
     broker: BrokerSettings = BrokerSettings()
     worker: WorkerSettings = WorkerSettings()
+    energy: EnergySettings = EnergySettings()
     rescue: RescueSettings = RescueSettings()
     retention: RetentionSettings = RetentionSettings()
     api: ApiSettings = ApiSettings()

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+from app.books.energy import EnergyMethod
 from app.broker.client import connected
 from app.broker.rights import Role, missing
 from app.broker.unread import unread
@@ -28,6 +29,7 @@ from app.store.database import Database
 from app.store.link import Found
 from app.store.sizes import connections
 from app.store.workers import what_computes
+from app.worker.energy.source import choose
 
 MIN_POSTGRES: Final = (15,)
 MIN_REDIS: Final = (6, 2)
@@ -62,6 +64,7 @@ def examine() -> Iterator[Finding]:
         "Redis": lambda: _redis(settings),
         "device": lambda: _device(settings),
         "kernels": lambda: _kernels(settings),
+        "energy": lambda: _energy(settings),
         "API": lambda: _api(settings),
     }
     if settings.broker.url:
@@ -250,6 +253,13 @@ def _kernels(settings: Settings) -> Finding:
     if found.trouble:
         return Finding("kernels", None, found.trouble)
     return Finding("kernels", True, f"{found.state}, in {builds.chosen()}")
+
+
+def _energy(settings: Settings) -> Finding:
+    """As a worker on this machine with these settings would count it."""
+    source = choose(settings)
+    is_known = source.method is not EnergyMethod.ABSENT
+    return Finding("energy", is_known or None, f"{source.method}: {source.why}")
 
 
 def _model(settings: Settings, name: str) -> Finding:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import shutil
@@ -25,6 +26,8 @@ from app.jobs import new_id
 from app.store.database import Database
 from app.store.workers import NewWorker
 from app.worker.batcher import Batcher, Limits
+from app.worker.energy.meter import EnergyMeter, EnergyWatch
+from app.worker.energy.source import choose
 from app.worker.engine.host import EngineHost
 from app.worker.engine.wire import LoadModels, ServedModel
 from app.worker.engine.xid import Remedy, Xid, XidWatch
@@ -35,6 +38,8 @@ from app.worker.runner import Runner
 from app.worker.settlement import Settlement
 from app.worker.thread import RunnerThread
 from app.worker.watchdog import Watchdog
+
+log = logging.getLogger(__name__)
 
 STILL_S: Final = 5.0
 """The runner turns every second; one that has not for so long waits for something."""
@@ -50,12 +55,16 @@ class Assembly:
     database: Database
     publisher: Publisher
     watchdog: Watchdog
+    energy: EnergyMeter
     load_timeout_s: float
+    energy_watch: EnergyWatch | None = None
     xid_watch: XidWatch | None = None
 
     def start(self) -> None:
         """LoadModels the models, then register. Raises what kept the worker from being ready."""
         self.database.check_schema()
+        if self.energy_watch is not None:
+            self.energy_watch.start()
         self.runner.start()
         if not self.runner.ready.wait(self.load_timeout_s):
             raise EngineError(f"The models were not loaded within {self.load_timeout_s:.0f} s.")
@@ -84,13 +93,19 @@ class Assembly:
         """End after the runner was told to drain. May be called again."""
         self.watchdog.stop()
         self.runner.join(timeout_s)
+        if self.energy_watch is not None:
+            self.energy_watch.stop()
         self.lease.stop()
         self.publisher.close()
         self.database.close()
 
     def facts(self) -> dict[str, Any]:
         """For `celery inspect stats`."""
-        return {"worker_id": str(self.worker_id), "engine": self.runner.facts()}
+        return {
+            "worker_id": str(self.worker_id),
+            "engine": self.runner.facts(),
+            "energy": self.energy.facts(),
+        }
 
 
 def heed(xid: Xid, engine_pid: object) -> None:
@@ -114,6 +129,8 @@ def assemble(
 
     `consumed` names the queues that it takes messages from now: an operator may cancel some.
     """
+    source = choose(settings)
+    log.info("Energy is %s: %s.", source.method, source.why, extra={"action": "energy_source"})
     names = served_models(settings)
     catalog = load_catalog(settings, names)
     worker_id = new_id()
@@ -128,6 +145,8 @@ def assemble(
         looks_up_only=True,
     )
     publisher = Publisher(settings)
+    host = _engine_host(settings, catalog)
+    energy = EnergyMeter(source, host.hours)
     limits: dict[str, Limits] = {name: Limits.of(model.settings) for name, model in catalog.items()}
     runner = Runner(
         models=names,
@@ -145,7 +164,7 @@ def assemble(
             engines={name: model.settings.engine for name, model in catalog.items()},
             settlement=Settlement(settings.worker.price, settings.prices, catalog),
         ),
-        host=_engine_host(settings, catalog),
+        host=host,
     )
     thread = RunnerThread(runner, on_end)
     lease = LeaseKeeper(
@@ -171,8 +190,9 @@ def assemble(
         lease_s=settings.worker.lease_s,
     )
     return Assembly(
-        *(worker_id, thread, lease, database, publisher, watchdog),
+        *(worker_id, thread, lease, database, publisher, watchdog, energy),
         load_timeout_s=settings.worker.load_timeout_s,
+        energy_watch=EnergyWatch(energy, settings.energy.reading_ms) if source.counters else None,
         xid_watch=watch,
     )
 

@@ -46,7 +46,7 @@ def test_default_toml_shows_every_setting_at_its_default(write):
     shipped = load(PROJECT / "configs" / "default.toml", {})
     bare = load(write(), {})
 
-    sections = {"database", "broker", "worker", "rescue", "retention", "api", "flower"}
+    sections = {"database", "broker", "worker", "energy", "rescue", "retention", "api", "flower"}
     assert shipped.settings.model_dump(include=sections) == bare.settings.model_dump(
         include=sections
     )
@@ -69,6 +69,16 @@ def test_default_toml_shows_every_setting_at_its_default(write):
         ("[worker]\nlease_s = nan", "my.toml line 3: worker.lease_s should be a finite number"),
         ("[worker]\nheartbeat_s = 20", "my.toml line 3: worker.heartbeat_s must be at most half of "
          "worker.lease_s (30 s)"),
+        ("[energy]\nidle_watts = 30\nbusy_watts = 20", "my.toml line 3: energy.idle_watts is "
+         "more than energy.busy_watts (20)"),
+        ("[energy]\nidle_watts = 30", "my.toml line 3: energy.idle_watts is more"),
+        ('[energy]\nsource = "model"', "my.toml line 3: energy.source is model: energy."),
+        ("[energy]\nbusy_watts = -1", "my.toml line 3: energy.busy_watts should be greater"),
+        ("[energy]\nbusy_watts = inf", "my.toml line 3: energy.busy_watts should be a finite"),
+        ("[energy]\nbusy_watts = 1e9", "my.toml line 3: energy.busy_watts should be less"),
+        ("[energy]\ncarbon_grams_per_kwh = nan", "my.toml line 3: energy.carbon_grams_per_kwh "),
+        ("[energy]\nreading_ms = 1", "my.toml line 3: energy.reading_ms should be greater than or"),
+        ('[energy]\nsource = "rapi"', "my.toml line 3: energy.source should be 'auto', 'nvml',"),
         ('[worker]\nmodels = ["chat", "gone"]', "my.toml line 3: worker.models no model gone is "
          "configured (chat)."),
         ('[worker]\nprice = "gold"', "my.toml line 3: worker.price no price gold in prices.toml"),

@@ -4,8 +4,23 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from app.worker.engine.page import Clock, Page, Phase, Totals, shown
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """All processes' time until now."""
+
+    totals: Totals
+    owed_ns: int = 0  #: shared out, and not counted as busy yet
+    open_ns: int = 0  #: that the totals do not have yet: a step that runs, or no process there
+
+    @property
+    def given(self) -> Totals:
+        """The totals, with all that was shared out as busy time."""
+        return replace(self.totals, busy=self.totals.busy + self.owed_ns)
 
 
 class Hours:
@@ -49,10 +64,15 @@ class Hours:
 
     def read(self) -> Totals:
         """Since the first process was spawned."""
+        return self.look().totals
+
+    def look(self) -> Look:
         with self._lock:
+            now_ns = self._now_ns()
             if self._page is None:
-                return self._past
+                since_ns = self._ended_ns if self._ended_ns is not None else now_ns
+                return Look(self._past, self.owed_ns, now_ns - since_ns)
             clock = shown(self._page)
             if clock.phase is not Phase.STEP:
-                clock.turn(clock.phase, self._now_ns())
-            return self._past + clock.totals
+                clock.turn(clock.phase, now_ns)
+            return Look(self._past + clock.totals, clock.owed, max(0, now_ns - clock.stamp_ns))

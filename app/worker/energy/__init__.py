@@ -1,0 +1,1 @@
+"""Where a worker's joules come from, and the meter that books them."""
