@@ -86,6 +86,7 @@ class Hands:
             "cost": Decimal("0.000000120"),
             "currency": "USD",
             "price_id": "cpu",
+            "price": Decimal("0.036"),
         }
         finished = claims.Finished(
             job_id=claimed.job_id,

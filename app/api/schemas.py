@@ -76,11 +76,26 @@ class TokenUsage(BaseModel):
 
 
 class Cost(BaseModel):
-    """What the job is charged: its share of the device's time, at the worker's price."""
+    """What the job costs: its share of the device's time, at the worker's price."""
 
-    amount: Money = Field(description="An exact decimal, as a string.", examples=["0.000005120"])
+    amount: Money | None = Field(
+        description="An exact decimal, as a string: device_seconds at per_device_hour, and "
+        "upstream. Null if the device has no price.",
+        examples=["0.000005120"],
+    )
     currency: str | None = Field(description="ISO 4217 code.", examples=["EUR"])
     price_id: str | None = Field(description="The entry of prices.toml.", examples=["cpu"])
+    per_device_hour: Money | None = Field(
+        description="The price of a device and hour.", examples=["0.036000000"]
+    )
+    upstream: Money | None = Field(
+        description="The part of the amount that servers elsewhere asked for.", examples=[None]
+    )
+    charge: Money | None = Field(
+        description="What its tokens cost by the tariff of that price; a figure of its own. Null "
+        "without one.",
+        examples=["0.000007000"],
+    )
     device_seconds: float = Field(description="The time charged, in seconds.", examples=[0.512])
     wasted_seconds: float = Field(
         description="Time of the attempt that ended it that is not charged: it was spent again.",

@@ -161,6 +161,9 @@ def _cost(result: ResultView) -> Cost:
         amount=result.cost,
         currency=result.currency,
         price_id=result.price_id,
+        per_device_hour=result.price,
+        upstream=result.upstream_cost,
+        charge=result.charge,
         device_seconds=result.device_ns / NS_PER_S,
         wasted_seconds=result.wasted_ns / NS_PER_S,
     )

@@ -1,59 +1,78 @@
-"""What is used, in money. Pure, and exact to the last nano-unit."""
+"""What is used, in money. Pure, and exact to the last nano-unit.
+
+One rule for device time: `device_ns` nanoseconds at `P` nano-units of money an hour are
+
+    (2 · device_ns · P + H) div 2H      nano-units, with H = 3.6e12 nanoseconds an hour
+
+that is, half up, and so every row says by itself what it costs. What the halves leave over is
+booked where the device's time is (`rounding` of the worker's windows). Tokens have a tariff beside
+it, for those who bill by them: a second figure, of the same usage.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from decimal import Decimal
 from typing import Final
 
+from app.config.settings import PriceSettings
+from app.jobs import Usage
+
 NANO: Final = Decimal("0.000000001")
-MILLION: Final = 1_000_000
 HOUR_NS: Final = 3_600_000_000_000
+_ONE: Final = 10**9  #: in nano-units
+MILLION: Final = 10**6
 
 
-@dataclass(frozen=True, slots=True)
-class Used:
-    """What is paid for."""
-
-    device_ns: int = 0
-    input_tokens: int = 0
-    output_tokens: int = 0
-    charge: Decimal = Decimal(0)  #: what a server from outside has asked for
-
-    def __add__(self, other: Used) -> Used:
-        return Used(
-            self.device_ns + other.device_ns,
-            self.input_tokens + other.input_tokens,
-            self.output_tokens + other.output_tokens,
-            self.charge + other.charge,
-        )
+def in_nano(amount: Decimal) -> int:
+    """Money as nano-units; what is finer than one is rounded half up."""
+    numerator, denominator = amount.as_integer_ratio()
+    return _half_up(numerator * _ONE, denominator)
 
 
-class Meter:
-    """Money for what was used, to 9 decimals. What it charges adds up to the price of the sum.
+def money(nano: int) -> Decimal:
+    """Nano-units as money, to 9 decimals."""
+    return Decimal(nano).scaleb(-9)
 
-    Each charge is the rise of a running total, so that no fraction of a nano-unit is lost or
-    charged twice, however small the shares are.
+
+def device_cost(device_ns: int, per_device_hour: Decimal) -> Decimal:
+    """What device time costs: the rule. Less than nothing costs as much less than nothing."""
+    cost = _half_up(abs(device_ns) * in_nano(per_device_hour), HOUR_NS)
+    return money(cost if device_ns >= 0 else -cost)
+
+
+def token_charge(price: PriceSettings, usage: Usage) -> Decimal | None:
+    """What tokens cost by the price's tariff, half up; None if it has none.
+
+    Cached prompt tokens are counted among the prompt's, and priced apart.
     """
+    if not price.has_tariff:
+        return None
+    cached_price = price.per_million_cached_input_tokens
+    cached = min(usage.cached_tokens, usage.input_tokens)
+    full = (
+        (usage.input_tokens - cached) * in_nano(price.per_million_input_tokens)
+        + cached * in_nano(price.per_million_input_tokens if cached_price is None else cached_price)
+        + usage.output_tokens * in_nano(price.per_million_output_tokens)
+    )
+    return money(_half_up(full * (_ONE - in_nano(price.batch_discount)), MILLION * _ONE))
 
-    def __init__(
-        self,
-        per_device_hour: Decimal,
-        per_million_input_tokens: Decimal = Decimal(0),
-        per_million_output_tokens: Decimal = Decimal(0),
-    ) -> None:
-        self._per_device_hour = per_device_hour
-        self._per_million = per_million_input_tokens, per_million_output_tokens
-        self._used = Used()
-        self._charged = Decimal(0)
 
-    def cost_of(self, used: Used) -> Decimal:
-        self._used += used
-        before, self._charged = self._charged, self._price()
-        return self._charged - before
+def upstream_cost(price: PriceSettings, usage: Usage, asked: Sequence[Decimal]) -> Decimal | None:
+    """What servers elsewhere cost: what they `asked` by themselves, and, where the price knows no
+    device, the tokens by its tariff. None if they have no part in it."""
+    tariff = None if price.per_device_hour else token_charge(price, usage)
+    if tariff is None and not asked:
+        return None
+    return money(in_nano(sum(asked, tariff or Decimal(0))))
 
-    def _price(self) -> Decimal:
-        used, (per_input, per_output) = self._used, self._per_million
-        tokens = used.input_tokens * per_input + used.output_tokens * per_output
-        exact = used.device_ns * self._per_device_hour / HOUR_NS + tokens / MILLION + used.charge
-        return exact.quantize(NANO)
+
+def rounding(up_ns: int, parts: Iterable[int], per_device_hour: Decimal) -> Decimal:
+    """What the price of a time is more than the prices of its parts, each by the rule."""
+    return device_cost(up_ns, per_device_hour) - sum(
+        (device_cost(part, per_device_hour) for part in parts), Decimal(0)
+    )
+
+
+def _half_up(numerator: int, denominator: int) -> int:
+    return (2 * numerator + denominator) // (2 * denominator)

@@ -110,11 +110,13 @@ def bench(arguments: tuple[str, ...]) -> None:
 @click.option("--yes", is_flag=True, help="With down: do not ask.")
 def migrate(move: str, revision: str | None, yes: bool) -> None:
     """Bring the database schema up to date, take it back, or check it."""
-    from app.store import database
+    from app.store import database, prices
 
-    url = load_settings().connected().database.url
+    settings = load_settings().connected()
+    url = settings.database.url
     if move == "up":
         out.print(f"The schema is at {database.migrate(url)}.")
+        prices.keep_at(url, settings.prices)
     elif move == "check":
         with contextlib.closing(database.Database(url)) as connected:
             connected.check_schema()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -26,6 +27,7 @@ from app.config import run_file
 from app.config.broker_url import problem_in
 from app.config.environment import is_service_link
 from app.config.masking import shown
+from app.config.prices import problems as price_problems
 from app.config.settings import BatchSettings, ModelSettings, PriceSettings, Settings
 from app.errors import ConfigError
 from app.jobs import MAX_PRIORITY
@@ -249,9 +251,12 @@ class _Problems:
             table[key[-1]] = value
         try:
             # As JSON, strictly: "8000" is no number, yet a list is a tuple and text an enum.
-            return Settings.model_validate_json(json.dumps(document, default=str), strict=True)
+            settings = Settings.model_validate_json(json.dumps(document, default=str), strict=True)
         except ValidationError as error:
             raise self._error([self._sentence(problem) for problem in error.errors()]) from None
+        for id_, price in settings.prices.items():
+            price._where = self._where(("prices", id_))
+        return settings
 
     def check(self, settings: Settings) -> None:
         """What no single setting can tell."""
@@ -260,6 +265,7 @@ class _Problems:
         problems += self._check_retention(settings)
         problems += self._check_api(settings)
         problems += self._check_models(settings)
+        problems += itertools.starmap(self._at, price_problems(settings.prices))
         if problems:
             raise self._error(problems)
 
@@ -288,8 +294,9 @@ class _Problems:
             if name not in settings.models:
                 known = ", ".join(settings.models) or "none"
                 yield self._at(("worker", "models"), f"no model {name} is configured ({known}).")
-        if worker.price not in settings.prices:
-            known = ", ".join(settings.prices) or "none"
+        devices = {price.device for price in settings.prices.values()}
+        if worker.price and settings.prices and worker.price not in {*settings.prices, *devices}:
+            known = ", ".join(settings.prices)
             yield self._at(
                 ("worker", "price"), f"no price {worker.price} in prices.toml ({known})."
             )
@@ -355,12 +362,14 @@ class _Problems:
 
     def _at(self, key: Key, sentence: str) -> str:
         """`configs/default.toml line 12: worker.lease_s …`; a neighbour's line if it has none."""
+        return f"{self._where(key)}: {'.'.join(key)} {sentence}"
+
+    def _where(self, key: Key) -> str:
         above = [key[:end] for end in range(len(key), 0, -1)]
         below = [other for other in self._sources if other[: len(key)] == key]
         beside = [other for other in self._sources if other[:-1] == key[:-1]]
         known = [other for other in above + below + beside if other in self._sources]
-        where = self._sources[known[0]] if known else _shown(self._path)
-        return f"{where}: {'.'.join(key)} {sentence}"
+        return self._sources[known[0]] if known else _shown(self._path)
 
     @staticmethod
     def _error(problems: list[str]) -> ConfigError:

@@ -6,10 +6,11 @@ Units are part of a name: `_ms`, `_s`, `_days`, `_bytes`, `_tokens`. Everything 
 from __future__ import annotations
 
 import enum
+from datetime import date
 from decimal import Decimal
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from app.errors import ModelNotFound
 from app.jobs import Kind
@@ -135,7 +136,10 @@ class WorkerSettings(_Section):
     pci_address: Annotated[str, Field(pattern=r"^([0-9A-Fa-f]{1,8}:)?[0-9A-Fa-f:.]*$")] = Field(
         "", description="PCI address of the worker's device; empty heeds the Xid errors of all."
     )
-    price: Name = Field("cpu", description="Id of the device-hour price in prices.toml.")
+    price: Name | Literal[""] = Field(
+        "cpu",
+        description="Id or device of a price in prices.toml; empty: what jobs cost is not known.",
+    )
 
 
 Watts = Annotated[Decimal, Field(ge=0, le=20_000, decimal_places=3)]
@@ -349,13 +353,47 @@ class PriceSettings(_Section):
 
     per_device_hour: Money = Field(description="Money for one device for one hour.")
     per_million_input_tokens: Money = Field(
-        Decimal(0), description="Money for a million tokens of prompts, as upstreams ask it."
+        Decimal(0), description="Money for a million tokens of prompts, for those who bill by them."
+    )
+    per_million_cached_input_tokens: Money | None = Field(
+        None,
+        description="The same for those of them that were in the prefix cache; left out, they cost "
+        "what the others do.",
     )
     per_million_output_tokens: Money = Field(
         Decimal(0), description="Money for a million tokens of answers."
     )
+    batch_discount: Annotated[Decimal, Field(ge=0, le=1, decimal_places=9)] = Field(
+        Decimal(0), description="Part of the price of tokens that is taken off: 0.5 is half."
+    )
     currency: Annotated[str, Field(pattern=r"^[A-Z]{3}$")] = Field(description="ISO 4217 code.")
+    device: Name | None = Field(
+        None,
+        description="Name that the prices of one device share; `worker.price` may be it, and then "
+        "means the one that is valid when the worker starts.",
+    )
+    valid_from: date | None = Field(
+        None, description="First day of the price, in UTC; left out, it was always valid."
+    )
+    valid_until: date | None = Field(
+        None,
+        description="Day from which on it is not valid any more; left out, that is the "
+        "`valid_from` of the device's next price.",
+    )
     note: str = Field("", description="What the price is made of.")
+
+    _where: str = PrivateAttr("prices.toml")
+
+    @property
+    def where(self) -> str:
+        """File and line that it was read from."""
+        return self._where
+
+    @property
+    def has_tariff(self) -> bool:
+        """Whether tokens have a price."""
+        cached = self.per_million_cached_input_tokens or 0
+        return any((self.per_million_input_tokens, cached, self.per_million_output_tokens))
 
 
 class Settings(_Section):

@@ -269,7 +269,7 @@ def _table(sent: Sequence[Sent], jobs: Sequence[JobView]) -> Table:
             cells += [str(result.input_tokens), str(result.output_tokens)]
             times = (result.queue_ms, result.batch_wait_ms, result.inference_ms, result.total_ms)
             cells += [f"{ms:.0f}" if ms is not None else "" for ms in times]
-            cells.append(f"{result.cost:.9f} {result.currency or ''}")
+            cells.append(f"{result.cost or 0:.9f} {result.currency or ''}")
         table.add_row(*cells)
     return table
 
@@ -309,7 +309,7 @@ def _summary(jobs: Sequence[JobView], alone: Sequence[JobView], plain: float) ->
     mean_size = sum(batch.num_sequences for batch in batches.values()) / max(len(batches), 1)
     table.add_row("jobs", _counts(Counter(job.state.value for job in jobs)))
     table.add_row("batches", f"{_counts(closed)}; {mean_size:.1f} sequences on average")
-    cost = sum(result.cost for result in results)
+    cost = sum(result.cost or 0 for result in results)
     num_tokens = sum((result.input_tokens or 0) + (result.output_tokens or 0) for result in results)
     currency = next((result.currency for result in results if result.currency), "")
     table.add_row("cost", f"{cost:.6f} {currency}, at the price of configs/prices.toml")

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -19,6 +20,7 @@ from app.broker.unread import unread
 from app.config import run_file
 from app.config.file import load
 from app.config.host import is_loopback
+from app.config.prices import price_of_worker
 from app.config.settings import Settings
 from app.engines import builds, registry
 from app.engines.catalog import load_catalog
@@ -63,6 +65,7 @@ def examine() -> Iterator[Finding]:
         "engines": lambda: _engines(settings),
         "Redis": lambda: _redis(settings),
         "device": lambda: _device(settings),
+        "price": lambda: _price(settings),
         "kernels": lambda: _kernels(settings),
         "energy": lambda: _energy(settings),
         "API": lambda: _api(settings),
@@ -79,6 +82,18 @@ def examine() -> Iterator[Finding]:
             yield check()
         except (GristmillError, OSError) as error:
             yield Finding(name, False, str(error))
+
+
+def _price(settings: Settings) -> Finding:
+    id_ = price_of_worker(settings, datetime.now(UTC).date())
+    if id_ is None:
+        return Finding("price", None, "the device has none (worker.price): no job has a cost")
+    price = settings.prices[id_]
+    return Finding(
+        "price",
+        True,
+        f"{id_}: {price.per_device_hour} {price.currency} an hour, from {price.where}",
+    )
 
 
 def _up(cache_dir: Path) -> Finding:

@@ -34,6 +34,7 @@ from app.local.servers import EmbeddedPostgres, EmbeddedRedis
 from app.local.signals import handled
 from app.local.upkeep import Answer
 from app.local.watch import Watched
+from app.store import prices
 from app.store.database import migrate
 
 START_TIMEOUT_S: Final = 120.0
@@ -110,6 +111,7 @@ class System:
             chosen["api", "token"] = self.settings.api.token
         self.settings = _with(self.settings, chosen)
         self._tell(f"The schema is at {migrate(self.settings.database.url)}.")
+        prices.keep_at(self.settings.database.url, self.settings.prices)
         for name, model in self.settings.models.items():
             ensure_files(name, model, self._cache_dir, lambda step: self._tell(f"Model: {step}."))
         self._write_run_file(chosen)

@@ -169,9 +169,12 @@ class Finished:
     batch_size: int | None = None
     device_ns: int = 0
     wasted_ns: int = 0
-    cost: Decimal = Decimal(0)
+    cost: Decimal | None = Decimal(0)  #: None if the device has no price
+    upstream_cost: Decimal | None = None
     currency: str | None = None
     price_id: str | None = None
+    price: Decimal | None = None
+    charge: Decimal | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +200,14 @@ _SUM_BATCHES: Final = """
     )
 """
 
+BILL: Final = ("cost", "upstream_cost", "currency", "price_id", "price")
+"""What an attempt and its result are billed."""
+
+_BILLED: Final = ", ".join(
+    f"{name} = CASE WHEN outcome IS NULL THEN given.{name} ELSE attempts.{name} END"
+    for name in BILL
+)
+
 # Finish attempts: job state, result, attempt and batch. An attempt that was taken from this worker
 # is billed nothing: all its device time was wasted, and is noted as that.
 _FINISH: Final = text(f"""
@@ -218,7 +229,7 @@ _FINISH: Final = text(f"""
             input_tokens, cached_tokens, output_tokens,
             started_at, first_token_at, finished_at,
             queue_ms, batch_wait_ms, ttft_ms, inference_ms, total_ms,
-            device_ns, wasted_ns, cost, currency, price_id
+            device_ns, wasted_ns, {", ".join(BILL)}, charge
         )
         SELECT
             id, held.input_tokens, held.attempts_charged + 1, held.losses, {copied("held")},
@@ -230,7 +241,7 @@ _FINISH: Final = text(f"""
             batch_wait_ms,
             {elapsed_ms("held.created_at", "first_token_at")}, inference_ms,
             {elapsed_ms("held.created_at", "now()")},
-            device_ns, wasted_ns, cost, currency, price_id
+            device_ns, wasted_ns, {", ".join(BILL)}, charge
         FROM held JOIN given ON given.job_id = held.id
     ), closed AS (
         UPDATE attempts SET
@@ -241,7 +252,7 @@ _FINISH: Final = text(f"""
             error_code = coalesce(attempts.error_code, given.error_code),
             started_at = coalesce(attempts.started_at, given.started_at),
             device_ns = coalesce(attempts.device_ns, given.device_ns),
-            cost = coalesce(attempts.cost, given.cost),
+            {_BILLED},
             wasted_ns = CASE WHEN outcome IS NULL THEN given.wasted_ns
                 ELSE greatest(attempts.wasted_ns, given.device_ns + given.wasted_ns) END
         FROM given

@@ -89,9 +89,12 @@ class ResultView:
     total_ms: float
     device_ns: int
     wasted_ns: int
-    cost: Decimal
+    cost: Decimal | None
+    upstream_cost: Decimal | None
     currency: str | None
     price_id: str | None
+    price: Decimal | None
+    charge: Decimal | None
 
 
 @dataclass(frozen=True, slots=True)

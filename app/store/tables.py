@@ -4,7 +4,7 @@
     requests     what it asks for, written once, for as long as prompts are kept
     open_jobs    its state, while it is queued or running: few rows, hot
     results      the same, and how it ended, written by the statement that ends it
-    attempts     each try by a worker; then there are batches and workers
+    attempts     each try by a worker; then there are batches, workers, windows and prices
     usage_hours  what ended jobs used, summed by hour, for ever; usage_deltas is what is to be added
 
 A job's row is the truth; a message in Redis is only a wake-up. A job's keys are written first and
@@ -47,6 +47,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 
+from app.books.cost import HOUR_NS
 from app.jobs import (
     EARLIEST,
     FINAL_STATES,
@@ -101,6 +102,43 @@ def _in_range(*stamps: str) -> CheckConstraint:
 
 def _not_negative(*counts: str) -> CheckConstraint:
     return CheckConstraint(" AND ".join(f"{count} >= 0" for count in counts), name="counts")
+
+
+def device_cost(ns: str, per_hour: str) -> str:
+    """SQL of the rule in `app.books.cost`: money for device time, of terms that are not negative.
+
+    In whole nano-units, so that no digit is lost: (2 · ns · P + H) div 2H.
+    """
+    twice = f"2 * CAST({ns} AS numeric) * ({per_hour} * 1000000000)"
+    return f"div({twice} + {HOUR_NS}, {2 * HOUR_NS}) * 0.000000001"
+
+
+def _bill(**of_cost: Any) -> list[Column[Any]]:
+    """What an attempt and its result are billed, and what that can be computed again from."""
+    return [
+        Column(
+            "cost",
+            Money,
+            comment="What its device time costs at `price`, by the rule of app.books.cost, and "
+            "`upstream_cost`; null if the device has no price.",
+            **of_cost,
+        ),
+        Column("upstream_cost", Money, comment="Of `cost`: what servers elsewhere asked for it."),
+        Column("currency", Text, comment="ISO 4217 code; null if the job never ran."),
+        Column("price_id", Text, comment="Row of `prices` that was charged."),
+        Column("price", Money, comment="Money per device and hour, by that row."),
+    ]
+
+
+def _recomputable() -> list[CheckConstraint]:
+    billed = f"{device_cost('device_ns', 'price')} + coalesce(upstream_cost, 0)"
+    return [
+        CheckConstraint(
+            f"CASE WHEN price IS NULL THEN coalesce(cost, 0) = 0 ELSE cost = {billed} END",
+            name="cost",
+        ),
+        CheckConstraint("num_nulls(price, price_id, currency) IN (0, 3)", name="price"),
+    ]
 
 
 def _tenant(comment: str) -> Column[Any]:
@@ -362,18 +400,24 @@ attempts = Table(
         BigInteger,
         comment="Device time without an answer in time, in nanoseconds. Null while it runs.",
     ),
-    Column("cost", Money, comment="What it is billed, in the worker's currency."),
+    *_bill(),
+    Column(
+        "window_number",
+        Integer,
+        comment="Window of its worker in which its time was settled; null while it runs, and for "
+        "good if its worker never told.",
+    ),
     Column("error_code", Text, comment="Stable code of what ended it, see app.errors."),
     _one_of("outcome", AttemptOutcome),
     _in_range("claimed_at", "started_at", "ended_at"),
-    _not_negative("number", "device_ns", "wasted_ns", "cost"),
+    _not_negative("number", "device_ns", "wasted_ns", "cost", "upstream_cost", "price"),
     CheckConstraint(
-        "num_nulls(ended_at, outcome, charged, device_ns, wasted_ns, cost) IN (0, 6)",
-        name="ended",
+        "num_nulls(ended_at, outcome, charged, device_ns, wasted_ns) IN (0, 5)", name="ended"
     ),
     CheckConstraint(
-        "outcome NOT IN ('lost', 'released') OR device_ns = 0 AND cost = 0", name="billed"
+        "outcome NOT IN ('lost', 'released') OR device_ns = 0 AND price IS NULL", name="billed"
     ),
+    *_recomputable(),
     PrimaryKeyConstraint("id", "created_at"),
     UniqueConstraint("created_at", "job_id", "number"),
     postgresql_partition_by="RANGE (created_at)",
@@ -426,15 +470,12 @@ results = Table(
         server_default=text("0"),
         comment="Unpaid device time of its last attempt, spent in vain, in nanoseconds.",
     ),
+    *_bill(server_default=text("0")),
     Column(
-        "cost",
+        "charge",
         Money,
-        nullable=False,
-        server_default=text("0"),
-        comment="Its device time, and tokens where they have a price, in `currency`.",
+        comment="What its tokens cost by that row's tariff, in `currency`; null without one.",
     ),
-    Column("currency", Text, comment="ISO 4217 code; null if the job never ran."),
-    Column("price_id", Text, comment="Entry of prices.toml that was charged."),
     # What else is known of the job.
     *_terms(),
     Column(
@@ -467,7 +508,11 @@ results = Table(
         "device_ns",
         "wasted_ns",
         "cost",
+        "upstream_cost",
+        "price",
+        "charge",
     ),
+    *_recomputable(),
     CheckConstraint("purged_at IS NULL OR metadata = '{}'", name="purged"),
     PrimaryKeyConstraint("job_id", "created_at"),
     # Listing, with and without a model, and by labels.
@@ -550,17 +595,18 @@ workers = Table(
     Column("host", Text, nullable=False, comment="Host name."),
     Column("pid", Integer, nullable=False, comment="Process id on that host."),
     Column("models", ARRAY(Text), nullable=False, comment="Models served."),
-    Column("device", Text, nullable=False, comment="Device as the engine names it."),
+    Column("device", Text, nullable=False, comment="Device as its driver names it."),
+    Column("device_index", Integer, comment="Its number on its host, if any."),
     Column(
         "engine",
         JSONB,
         nullable=False,
         server_default=text("'{}'::jsonb"),
-        comment="Python's version, and the kernels that compute, by model.",
+        comment="Versions, and the engine and the kernels that compute, by model.",
     ),
-    Column("price_id", Text, nullable=False, comment="Entry of prices.toml in force."),
-    Column("currency", Text, nullable=False, comment="ISO 4217 code of the price."),
-    Column("price_per_device_hour", Money, nullable=False, comment="Money per device and hour."),
+    Column("price_id", Text, comment="Price of its device; null if it has none."),
+    Column("currency", Text, comment="ISO 4217 code of the price."),
+    Column("price_per_device_hour", Money, comment="Money per device and hour."),
     Column("started_at", Stamp, nullable=False, comment="Registered."),
     Column("heartbeat_at", Stamp, nullable=False, comment="Lease last renewed."),
     Column("lease_expires_at", Stamp, nullable=False, comment="Its attempts are lost after this."),
@@ -626,6 +672,125 @@ usage_deltas = Table(
     postgresql_with=_BUSY,
     comment="The same of jobs that ended just now, written with their results, until rescue adds it"
     " to usage_hours.",
+)
+
+prices = Table(
+    "prices",
+    metadata,
+    Column("id", Text, primary_key=True, comment="Its name in prices.toml."),
+    Column("per_device_hour", Money, nullable=False, comment="Money per device and hour."),
+    Column(
+        "per_million_input_tokens",
+        Money,
+        nullable=False,
+        comment="Tariff: money for a million tokens of prompts that were not cached.",
+    ),
+    Column(
+        "per_million_cached_input_tokens",
+        Money,
+        nullable=False,
+        comment="Tariff: money for a million tokens of prompts that were cached.",
+    ),
+    Column(
+        "per_million_output_tokens",
+        Money,
+        nullable=False,
+        comment="Tariff: money for a million tokens of answers.",
+    ),
+    Column(
+        "batch_discount", Money, nullable=False, comment="Part of the tariff that is taken off."
+    ),
+    Column("currency", Text, nullable=False, comment="ISO 4217 code."),
+    Column("device", Text, comment="Name that the prices of one device share, if any."),
+    Column("valid_from", Stamp, nullable=False, comment="As its file said; else first written."),
+    Column("valid_until", Stamp, comment="As its file said; null is until another one."),
+    Column("note", Text, nullable=False, comment="What it is made of."),
+    _in_range("valid_from", "valid_until"),
+    _not_negative(
+        "per_device_hour",
+        "per_million_input_tokens",
+        "per_million_cached_input_tokens",
+        "per_million_output_tokens",
+        "batch_discount",
+        "1 - batch_discount",
+    ),
+    comment="One row per price that was ever in force. It only grows: no row is changed.",
+)
+
+windows = Table(
+    "windows",
+    metadata,
+    Column("worker_id", Uuid, nullable=False, comment="Worker whose time it is."),
+    Column("number", Integer, nullable=False, comment="From 1 on, without a gap."),
+    Column("from_at", Stamp, nullable=False, comment="`until_at` less `up_ns`."),
+    Column("until_at", Stamp, nullable=False, comment="Closed."),
+    Column(
+        "up_ns",
+        BigInteger,
+        nullable=False,
+        comment="Time that the engine process was up, in nanoseconds: the sum of the next six.",
+    ),
+    Column("load_ns", BigInteger, nullable=False, comment="Loading models, in nanoseconds."),
+    Column(
+        "busy_ns",
+        BigInteger,
+        nullable=False,
+        comment="Billed by attempts that were settled in it, in nanoseconds: their device_ns.",
+    ),
+    Column("idle_ns", BigInteger, nullable=False, comment="Nothing to run, in nanoseconds."),
+    Column(
+        "waste_ns",
+        BigInteger,
+        nullable=False,
+        comment="Computed in vain, in nanoseconds: their wasted_ns, and stray_ns.",
+    ),
+    Column(
+        "overhead_ns",
+        BigInteger,
+        nullable=False,
+        comment="Between steps, and between engine processes, in nanoseconds.",
+    ),
+    Column(
+        "open_ns",
+        BigInteger,
+        nullable=False,
+        comment="Computed in it for attempts that are settled later, in nanoseconds, less "
+        "what was so before and is settled in it; negative if that is more.",
+    ),
+    Column(
+        "stray_ns",
+        BigInteger,
+        nullable=False,
+        comment="Of waste_ns, what no attempt's row tells, in nanoseconds: it was refused or "
+        "deleted.",
+    ),
+    Column("is_last", Boolean, nullable=False, comment="The worker ended, with nothing open."),
+    Column("device", Text, nullable=False, comment="Device as its driver names it."),
+    Column("device_index", Integer, comment="Its number on its host, if any."),
+    Column("price_id", Text, comment="Price of its device; null if it has none."),
+    Column("currency", Text, comment="ISO 4217 code of the price."),
+    Column("price", Money, comment="Money per device and hour."),
+    Column(
+        "rounding",
+        Money,
+        comment="Price of up_ns less the prices of its parts, each rounded by the rule of "
+        "app.books.cost; busy_ns by its attempts.",
+    ),
+    _in_range("from_at", "until_at"),
+    CheckConstraint(
+        "up_ns = load_ns + busy_ns + idle_ns + waste_ns + overhead_ns + open_ns", name="sum"
+    ),
+    CheckConstraint("busy_ns + waste_ns + open_ns >= 0 AND stray_ns <= waste_ns", name="spent"),
+    _not_negative(
+        *("number", "up_ns", "load_ns", "busy_ns", "idle_ns", "waste_ns", "overhead_ns"),
+        *("stray_ns", "price"),
+    ),
+    CheckConstraint("num_nulls(price, price_id, currency, rounding) IN (0, 4)", name="price"),
+    PrimaryKeyConstraint("worker_id", "number"),
+    # Reports and retention: by time.
+    Index("windows_by_time", "until_at"),
+    postgresql_with=_AGEING,
+    comment="One row per worker and heartbeat: where the time of its device went.",
 )
 
 jobs = Table(

@@ -30,21 +30,22 @@ class NewWorker:
     pid: int
     models: Sequence[str]
     device: str
-    price_id: str
-    currency: str
-    price_per_device_hour: Decimal
+    device_index: int | None = None
+    price_id: str | None = None
+    currency: str | None = None
+    price_per_device_hour: Decimal | None = None
     engine: dict[str, Any] = field(default_factory=dict)
 
 
 # Register a worker that starts, with its first lease.
 _REGISTER: Final = text("""
     INSERT INTO workers (
-        id, name, host, pid, models, device, engine, price_id, currency, price_per_device_hour,
-        started_at, heartbeat_at, lease_expires_at
+        id, name, host, pid, models, device, device_index, engine, price_id, currency,
+        price_per_device_hour, started_at, heartbeat_at, lease_expires_at
     )
     SELECT
-        id, name, host, pid, models, device, engine, price_id, currency, price_per_device_hour,
-        now(), now(), now() + :lease_s * interval '1 s'
+        id, name, host, pid, models, device, device_index, engine, price_id, currency,
+        price_per_device_hour, now(), now(), now() + :lease_s * interval '1 s'
     FROM jsonb_populate_recordset(NULL::workers, CAST(:workers AS jsonb))
     ON CONFLICT (id) DO NOTHING
 """)

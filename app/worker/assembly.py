@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import logging
 import os
 import platform
@@ -9,7 +10,7 @@ import shutil
 import signal
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,11 +19,13 @@ from uuid import UUID
 
 from app.broker.publisher import Publisher
 from app.broker.queues import served_models
-from app.config.settings import Settings
+from app.config.prices import price_of_worker
+from app.config.settings import PriceSettings, Settings
 from app.engines import registry
 from app.engines.catalog import CatalogModel, load_catalog
 from app.errors import ConfigError, EngineError
 from app.jobs import new_id
+from app.store import prices
 from app.store.database import Database
 from app.store.workers import NewWorker
 from app.worker.batcher import Batcher, Limits
@@ -57,6 +60,7 @@ class Assembly:
     watchdog: Watchdog
     energy: EnergyMeter
     load_timeout_s: float
+    prices: Mapping[str, PriceSettings]
     energy_watch: EnergyWatch | None = None
     xid_watch: XidWatch | None = None
 
@@ -65,6 +69,8 @@ class Assembly:
         self.database.check_schema()
         if self.energy_watch is not None:
             self.energy_watch.start()
+        with self.database.begin() as connection:
+            prices.keep(connection, self.prices)
         self.runner.start()
         if not self.runner.ready.wait(self.load_timeout_s):
             raise EngineError(f"The models were not loaded within {self.load_timeout_s:.0f} s.")
@@ -131,6 +137,9 @@ def assemble(
     """
     source = choose(settings)
     log.info("Energy is %s: %s.", source.method, source.why, extra={"action": "energy_source"})
+    price_id = price_of_worker(settings, dt.datetime.now(dt.UTC).date())
+    if price_id is None:
+        log.warning("The device has no price (worker.price): what jobs cost is not known.")
     names = served_models(settings)
     catalog = load_catalog(settings, names)
     worker_id = new_id()
@@ -162,13 +171,13 @@ def assemble(
             worker_id=worker_id,
             database=database,
             engines={name: model.settings.engine for name, model in catalog.items()},
-            settlement=Settlement(settings.worker.price, settings.prices, catalog),
+            settlement=Settlement(price_id, settings.prices, catalog),
         ),
         host=host,
     )
     thread = RunnerThread(runner, on_end)
     lease = LeaseKeeper(
-        worker=_this_worker(worker_id, settings),
+        worker=_this_worker(worker_id, settings, price_id),
         database=database,
         hear_cancels=partial(publisher.hear_cancels, worker_id),
         runner=thread,
@@ -193,6 +202,7 @@ def assemble(
         *(worker_id, thread, lease, database, publisher, watchdog, energy),
         load_timeout_s=settings.worker.load_timeout_s,
         energy_watch=EnergyWatch(energy, settings.energy.reading_ms) if source.counters else None,
+        prices=settings.prices,
         xid_watch=watch,
     )
 
@@ -234,9 +244,9 @@ def _python(catalog: dict[str, CatalogModel]) -> str:
     return next(iter(wanted.values()))
 
 
-def _this_worker(worker_id: UUID, settings: Settings) -> NewWorker:
+def _this_worker(worker_id: UUID, settings: Settings, price_id: str | None) -> NewWorker:
     """What the row of this process says."""
-    price = settings.prices[settings.worker.price]
+    price = settings.prices[price_id] if price_id else None
     return NewWorker(
         id=worker_id,
         name=f"gristmill@{socket.gethostname()}",
@@ -244,8 +254,8 @@ def _this_worker(worker_id: UUID, settings: Settings) -> NewWorker:
         pid=os.getpid(),
         models=served_models(settings),
         device=settings.worker.device,
-        price_id=settings.worker.price,
-        currency=price.currency,
-        price_per_device_hour=price.per_device_hour,
+        price_id=price_id,
+        currency=price.currency if price else None,
+        price_per_device_hour=price.per_device_hour if price else None,
         engine={"python": platform.python_version()},
     )

@@ -8,10 +8,9 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from decimal import Decimal
 from typing import Any, Final
 
-from app.books.cost import Meter, Used
+from app.books.cost import device_cost, token_charge, upstream_cost
 from app.config.settings import PriceSettings
 from app.engines.base import Generation
 from app.engines.catalog import CatalogModel
@@ -28,20 +27,15 @@ class Settlement:
     """Turns ended jobs into records, with their model's price on them, or else the worker's."""
 
     def __init__(
-        self, price_id: str, prices: Mapping[str, PriceSettings], catalog: dict[str, CatalogModel]
+        self,
+        price_id: str | None,
+        prices: Mapping[str, PriceSettings],
+        catalog: dict[str, CatalogModel],
     ) -> None:
-        """`prices` by id; `price_id` is the worker's."""
+        """`prices` by id; `price_id` is the worker's, None if its device has no price."""
         self._prices = prices
         self._price_ids = {
             name: model.settings.price or price_id for name, model in catalog.items()
-        }
-        self._meters = {
-            id_: Meter(
-                prices[id_].per_device_hour,
-                prices[id_].per_million_input_tokens,
-                prices[id_].per_million_output_tokens,
-            )
-            for id_ in set(self._price_ids.values())
         }
         self._catalog = catalog
 
@@ -63,9 +57,6 @@ class Settlement:
     def _record(self, job: Job, ending: Ending | None, answers: list[Generation]) -> Finished:
         run = job.claimed_run
         usage = responses.usage(job.request, answers) if run.is_over else Usage()
-        charge = sum((each.charge or Decimal(0) for each in answers), Decimal(0))
-        used = Used(run.device_ns, usage.input_tokens, usage.output_tokens, charge)
-        price_id = self._price_ids[job.model]
         return Finished(
             job_id=job.id,
             attempt_id=run.attempt_id,
@@ -80,11 +71,25 @@ class Settlement:
             batch_size=run.batch.num_jobs,
             device_ns=run.device_ns,
             wasted_ns=run.wasted_ns,
-            cost=self._meters[price_id].cost_of(used),
-            currency=self._prices[price_id].currency,
-            price_id=price_id,
+            **self._bill(job, usage, answers),
             **_times(run, answers),
         )
+
+    def _bill(self, job: Job, usage: Usage, answers: list[Generation]) -> dict[str, Any]:
+        """Fields of `Finished`."""
+        if (price_id := self._price_ids[job.model]) is None:
+            return {"cost": None}
+        price = self._prices[price_id]
+        asked = [each.charge for each in answers if each.charge is not None]
+        upstream = upstream_cost(price, usage, asked)
+        return {
+            "cost": device_cost(job.claimed_run.device_ns, price.per_device_hour) + (upstream or 0),
+            "upstream_cost": upstream,
+            "currency": price.currency,
+            "price_id": price_id,
+            "price": price.per_device_hour,
+            "charge": token_charge(price, usage),
+        }
 
     def _body(self, job: Job, answers: list[Generation]) -> dict[str, Any]:
         served = self._catalog[job.model]

@@ -43,6 +43,6 @@ def _summary(job: Job, record: Finished) -> str:
             "batch": str(job.claimed_run.batch.id)[:8],
             "size": record.batch_size,
             "model": job.model,
-            "cost": f"{record.cost:f} {record.currency}",
+            "cost": None if record.cost is None else f"{record.cost:f} {record.currency}",
         }
     )

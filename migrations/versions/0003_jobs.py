@@ -1,4 +1,5 @@
-"""Keys, requests, open jobs, results, attempts, batches, workers; and the view of all jobs."""
+"""Keys, requests, open jobs, results, attempts, batches, workers, prices, windows; and the view of
+all jobs."""
 
 from alembic import op
 from sqlalchemy import (
@@ -44,6 +45,8 @@ TABLES = (
     "workers",
     "usage_hours",
     "usage_deltas",
+    "prices",
+    "windows",
 )
 IN_MONTHS = {"requests": {}, "attempts": {"fillfactor": "50"}, "results": {}}
 """Tables in monthly partitions, and what their partitions have beside `AGEING`. Rescue makes one
@@ -117,7 +120,7 @@ BEGIN
         count(*) FILTER (WHERE state = 'expired'), count(*) FILTER (WHERE state = 'failed'),
         count(batch_size), coalesce(sum(batch_size), 0), coalesce(sum(input_tokens), 0),
         coalesce(sum(cached_tokens), 0), coalesce(sum(output_tokens), 0), sum(device_ns),
-        sum(wasted_ns), sum(cost)
+        sum(wasted_ns), coalesce(sum(cost), 0)
     FROM ended GROUP BY 1, 2, 3, 4, 5, 6;
     RETURN NULL;
 END
@@ -175,6 +178,16 @@ def used():
     )
 
 
+# A bill can be read again only as long as its price is what it was.
+KEEP_PRICE = """
+CREATE FUNCTION keep_price() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    RAISE EXCEPTION 'A price is never changed: add one with a new id.';
+END
+$$
+"""
+
+
 def in_range(table: str, *stamps: str) -> CheckConstraint:
     span = "BETWEEN '0001-01-02Z' AND '9999-12-30Z'"
     checks = " AND ".join(f"{stamp} {span}" for stamp in stamps)
@@ -184,6 +197,22 @@ def in_range(table: str, *stamps: str) -> CheckConstraint:
 def not_negative(table: str, *counts: str) -> CheckConstraint:
     checks = " AND ".join(f"{count} >= 0" for count in counts)
     return CheckConstraint(checks, name=op.f(f"{table}_counts_check"))
+
+
+COST = """
+CASE WHEN price IS NULL THEN coalesce(cost, 0) = 0 ELSE cost =
+    div(2 * CAST(device_ns AS numeric) * (price * 1000000000) + 3600000000000, 7200000000000)
+    * 0.000000001 + coalesce(upstream_cost, 0) END
+"""
+
+
+def recomputable(table: str) -> tuple[CheckConstraint, CheckConstraint]:
+    return (
+        CheckConstraint(COST, name=op.f(f"{table}_cost_check")),
+        CheckConstraint(
+            "num_nulls(price, price_id, currency) IN (0, 3)", name=op.f(f"{table}_price_check")
+        ),
+    )
 
 
 def upgrade() -> None:
@@ -466,7 +495,18 @@ def upgrade() -> None:
         Column(
             "cost",
             Money,
-            comment="What it is billed, in the worker's currency.",
+            comment="What its device time costs at `price`, by the rule of app.books.cost, and "
+            "`upstream_cost`; null if the device has no price.",
+        ),
+        Column("upstream_cost", Money, comment="Of `cost`: what servers elsewhere asked for it."),
+        Column("currency", Text, comment="ISO 4217 code; null if the job never ran."),
+        Column("price_id", Text, comment="Row of `prices` that was charged."),
+        Column("price", Money, comment="Money per device and hour, by that row."),
+        Column(
+            "window_number",
+            Integer,
+            comment="Window of its worker in which its time was settled; null while it runs, and "
+            "for good if its worker never told.",
         ),
         Column("error_code", Text, comment="Stable code of what ended it, see app.errors."),
         CheckConstraint(
@@ -474,15 +514,18 @@ def upgrade() -> None:
             name=op.f("attempts_outcome_check"),
         ),
         in_range("attempts", "claimed_at", "started_at", "ended_at"),
-        not_negative("attempts", "number", "device_ns", "wasted_ns", "cost"),
+        not_negative(
+            "attempts", "number", "device_ns", "wasted_ns", "cost", "upstream_cost", "price"
+        ),
         CheckConstraint(
-            "num_nulls(ended_at, outcome, charged, device_ns, wasted_ns, cost) IN (0, 6)",
+            "num_nulls(ended_at, outcome, charged, device_ns, wasted_ns) IN (0, 5)",
             name=op.f("attempts_ended_check"),
         ),
         CheckConstraint(
-            "outcome NOT IN ('lost', 'released') OR device_ns = 0 AND cost = 0",
+            "outcome NOT IN ('lost', 'released') OR device_ns = 0 AND price IS NULL",
             name=op.f("attempts_billed_check"),
         ),
+        *recomputable("attempts"),
         PrimaryKeyConstraint("id", "created_at", name=op.f("attempts_pkey")),
         UniqueConstraint(
             "created_at", "job_id", "number", name=op.f("attempts_created_at_job_id_number_key")
@@ -543,11 +586,18 @@ def upgrade() -> None:
             "cost",
             Money,
             server_default=text("0"),
-            nullable=False,
-            comment="Its device time, and tokens where they have a price, in `currency`.",
+            comment="What its device time costs at `price`, by the rule of app.books.cost, and "
+            "`upstream_cost`; null if the device has no price.",
         ),
+        Column("upstream_cost", Money, comment="Of `cost`: what servers elsewhere asked for it."),
         Column("currency", Text, comment="ISO 4217 code; null if the job never ran."),
-        Column("price_id", Text, comment="Entry of prices.toml that was charged."),
+        Column("price_id", Text, comment="Row of `prices` that was charged."),
+        Column("price", Money, comment="Money per device and hour, by that row."),
+        Column(
+            "charge",
+            Money,
+            comment="What its tokens cost by that row's tariff, in `currency`; null without one.",
+        ),
         Column(
             "url", Text, comment="OpenAI-style path of the request; null if it was never readable."
         ),
@@ -658,7 +708,11 @@ def upgrade() -> None:
             "device_ns",
             "wasted_ns",
             "cost",
+            "upstream_cost",
+            "price",
+            "charge",
         ),
+        *recomputable("results"),
         CheckConstraint("purged_at IS NULL OR metadata = '{}'", name=op.f("results_purged_check")),
         PrimaryKeyConstraint("job_id", "created_at", name=op.f("results_pkey")),
         CheckConstraint("jsonb_typeof(response) = 'object'", name=op.f("results_response_check")),
@@ -751,19 +805,18 @@ def upgrade() -> None:
         Column("host", Text, nullable=False, comment="Host name."),
         Column("pid", Integer, nullable=False, comment="Process id on that host."),
         Column("models", ARRAY(Text), nullable=False, comment="Models served."),
-        Column("device", Text, nullable=False, comment="Device as the engine names it."),
+        Column("device", Text, nullable=False, comment="Device as its driver names it."),
+        Column("device_index", Integer, comment="Its number on its host, if any."),
         Column(
             "engine",
             JSONB,
             server_default=text("'{}'::jsonb"),
             nullable=False,
-            comment="Python's version, and the kernels that compute, by model.",
+            comment="Versions, and the engine and the kernels that compute, by model.",
         ),
-        Column("price_id", Text, nullable=False, comment="Entry of prices.toml in force."),
-        Column("currency", Text, nullable=False, comment="ISO 4217 code of the price."),
-        Column(
-            "price_per_device_hour", Money, nullable=False, comment="Money per device and hour."
-        ),
+        Column("price_id", Text, comment="Price of its device; null if it has none."),
+        Column("currency", Text, comment="ISO 4217 code of the price."),
+        Column("price_per_device_hour", Money, comment="Money per device and hour."),
         Column("started_at", Stamp, nullable=False, comment="Registered."),
         Column("heartbeat_at", Stamp, nullable=False, comment="Lease last renewed."),
         Column(
@@ -793,6 +846,138 @@ def upgrade() -> None:
         " adds it to usage_hours.",
         postgresql_with=BUSY,
     )
+    op.create_table(
+        "prices",
+        Column("id", Text, nullable=False, comment="Its name in prices.toml."),
+        Column("per_device_hour", Money, nullable=False, comment="Money per device and hour."),
+        Column(
+            "per_million_input_tokens",
+            Money,
+            nullable=False,
+            comment="Tariff: money for a million tokens of prompts that were not cached.",
+        ),
+        Column(
+            "per_million_cached_input_tokens",
+            Money,
+            nullable=False,
+            comment="Tariff: money for a million tokens of prompts that were cached.",
+        ),
+        Column(
+            "per_million_output_tokens",
+            Money,
+            nullable=False,
+            comment="Tariff: money for a million tokens of answers.",
+        ),
+        Column(
+            "batch_discount", Money, nullable=False, comment="Part of the tariff that is taken off."
+        ),
+        Column("currency", Text, nullable=False, comment="ISO 4217 code."),
+        Column("device", Text, comment="Name that the prices of one device share, if any."),
+        Column(
+            "valid_from",
+            Stamp,
+            nullable=False,
+            comment="As its file said; else first written.",
+        ),
+        Column("valid_until", Stamp, comment="As its file said; null is until another one."),
+        Column("note", Text, nullable=False, comment="What it is made of."),
+        in_range("prices", "valid_from", "valid_until"),
+        not_negative(
+            "prices",
+            "per_device_hour",
+            "per_million_input_tokens",
+            "per_million_cached_input_tokens",
+            "per_million_output_tokens",
+            "batch_discount",
+            "1 - batch_discount",
+        ),
+        PrimaryKeyConstraint("id", name=op.f("prices_pkey")),
+        comment="One row per price that was ever in force. It only grows: no row is changed.",
+    )
+
+    op.create_table(
+        "windows",
+        Column("worker_id", Uuid, nullable=False, comment="Worker whose time it is."),
+        Column("number", Integer, nullable=False, comment="From 1 on, without a gap."),
+        Column("from_at", Stamp, nullable=False, comment="`until_at` less `up_ns`."),
+        Column("until_at", Stamp, nullable=False, comment="Closed."),
+        Column(
+            "up_ns",
+            BigInteger,
+            nullable=False,
+            comment="Time that the engine process was up, in nanoseconds: the sum of the next six.",
+        ),
+        Column("load_ns", BigInteger, nullable=False, comment="Loading models, in nanoseconds."),
+        Column(
+            "busy_ns",
+            BigInteger,
+            nullable=False,
+            comment="Billed by attempts that were settled in it, in nanoseconds: their device_ns.",
+        ),
+        Column("idle_ns", BigInteger, nullable=False, comment="Nothing to run, in nanoseconds."),
+        Column(
+            "waste_ns",
+            BigInteger,
+            nullable=False,
+            comment="Computed in vain, in nanoseconds: their wasted_ns, and stray_ns.",
+        ),
+        Column(
+            "overhead_ns",
+            BigInteger,
+            nullable=False,
+            comment="Between steps, and between engine processes, in nanoseconds.",
+        ),
+        Column(
+            "open_ns",
+            BigInteger,
+            nullable=False,
+            comment="Computed in it for attempts that are settled later, in nanoseconds, less "
+            "what was so before and is settled in it; negative if that is more.",
+        ),
+        Column(
+            "stray_ns",
+            BigInteger,
+            nullable=False,
+            comment="Of waste_ns, what no attempt's row tells, in nanoseconds: it was refused or "
+            "deleted.",
+        ),
+        Column("is_last", Boolean, nullable=False, comment="The worker ended, with nothing open."),
+        Column("device", Text, nullable=False, comment="Device as its driver names it."),
+        Column("device_index", Integer, comment="Its number on its host, if any."),
+        Column("price_id", Text, comment="Price of its device; null if it has none."),
+        Column("currency", Text, comment="ISO 4217 code of the price."),
+        Column("price", Money, comment="Money per device and hour."),
+        Column(
+            "rounding",
+            Money,
+            comment="Price of up_ns less the prices of its parts, each rounded by the rule of "
+            "app.books.cost; busy_ns by its attempts.",
+        ),
+        in_range("windows", "from_at", "until_at"),
+        CheckConstraint(
+            "up_ns = load_ns + busy_ns + idle_ns + waste_ns + overhead_ns + open_ns",
+            name=op.f("windows_sum_check"),
+        ),
+        CheckConstraint(
+            "busy_ns + waste_ns + open_ns >= 0 AND stray_ns <= waste_ns",
+            name=op.f("windows_spent_check"),
+        ),
+        not_negative(
+            "windows",
+            *("number", "up_ns", "load_ns", "busy_ns", "idle_ns", "waste_ns", "overhead_ns"),
+            *("stray_ns", "price"),
+        ),
+        CheckConstraint(
+            "num_nulls(price, price_id, currency, rounding) IN (0, 4)",
+            name=op.f("windows_price_check"),
+        ),
+        PrimaryKeyConstraint("worker_id", "number", name=op.f("windows_pkey")),
+        postgresql_with=AGEING,
+        comment="One row per worker and heartbeat: where the time of its device went.",
+    )
+
+    op.create_index("windows_by_time", "windows", ["until_at"])
+
     for table, more in IN_MONTHS.items():
         options = ", ".join(f"{name} = {value}" for name, value in (AGEING | more).items())
         op.execute(f"CREATE TABLE {table}_default PARTITION OF {table} DEFAULT WITH ({options})")
@@ -810,6 +995,11 @@ def upgrade() -> None:
     )
     op.execute(USAGE)
     op.execute(f"COMMENT ON VIEW usage IS '{OF_USAGE}'")
+    op.execute(KEEP_PRICE)
+    op.execute(
+        "CREATE TRIGGER keep_price BEFORE UPDATE OR DELETE ON prices"
+        " FOR EACH ROW EXECUTE FUNCTION keep_price()"
+    )
 
 
 def downgrade() -> None:
@@ -819,3 +1009,4 @@ def downgrade() -> None:
     for table in TABLES:
         op.drop_table(table)
     op.execute("DROP FUNCTION note_usage")
+    op.execute("DROP FUNCTION keep_price")

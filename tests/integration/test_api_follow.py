@@ -105,6 +105,9 @@ def test_a_completed_job_tells_everything(api: httpx.Client, hands: Hands) -> No
         "amount": "0.000000120",
         "currency": "USD",
         "price_id": "cpu",
+        "per_device_hour": "0.036000000",
+        "upstream": None,
+        "charge": None,
         "device_seconds": 0.012,
         "wasted_seconds": 0.0,
     }

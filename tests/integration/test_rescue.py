@@ -173,7 +173,8 @@ class World:
             [attempt_id, created_at] = row.fetchone() or [None, None]
         finished = claims.Finished(
             job_id=job_id, attempt_id=attempt_id, created_at=created_at, state=JobState.COMPLETED,
-            response={"choices": []}, cost=Decimal("0.5"), currency="USD",
+            response={"choices": []}, device_ns=3_600_000_000_000,
+            cost=Decimal("0.5"), currency="USD", price_id="cpu", price=Decimal("0.5"),
         )  # fmt: skip
         with self.database.begin() as connection:
             assert claims.finish(connection, [finished])

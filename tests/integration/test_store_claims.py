@@ -211,6 +211,7 @@ def test_a_finished_job_has_every_stamp_and_every_figure(database: Database) -> 
                     cost=Decimal("0.000000015"),
                     currency="EUR",
                     price_id="cpu",
+                    price=Decimal("0.036"),
                 )
             ],
             [BatchStats(view_batch(view(database, job_id)), 9, 12, 1_500_000)],
@@ -223,7 +224,7 @@ def test_a_finished_job_has_every_stamp_and_every_figure(database: Database) -> 
     assert result is not None
     assert result.response == {"text": "Flour."}
     empty = {name for name in result.__slots__ if getattr(result, name) is None}
-    assert empty == {"error_code", "error_message"}
+    assert empty == {"error_code", "error_message", "upstream_cost", "charge"}
     assert result.queue_ms == (started - job.created_at) / timedelta(milliseconds=1)
     assert result.ttft_ms == (started - job.created_at) / timedelta(milliseconds=1)
     assert result.total_ms == (result.finished_at - job.created_at) / timedelta(milliseconds=1)

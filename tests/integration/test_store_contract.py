@@ -18,6 +18,7 @@ from uuid import UUID
 import pytest
 from sqlalchemy import DateTime, text
 
+from app.books.cost import device_cost
 from app.errors import GristmillError, JobNotFound, JobStateConflict, LeaseLost, Unavailable
 from app.jobs import FINAL_STATES, AttemptOutcome, CloseReason, Kind
 from app.store import (
@@ -235,9 +236,8 @@ class Moves:
                 state=self.chance.choice(sorted(FINAL_STATES)),
                 response={"text": "Flour."},
                 error_code=self.chance.choice([None, "oops"]),
-                device_ns=self.chance.randint(0, 99),
                 wasted_ns=self.chance.randint(0, 9),
-                cost=Decimal("0.000000015"),
+                **self._bill(),
             )
             for member in members
         ]
@@ -250,6 +250,22 @@ class Moves:
             return claims.finish(connection, records, stats)
 
         return move
+
+    def _bill(self) -> dict[str, Any]:
+        """Of device time at some price; it may have none."""
+        device_ns, price = self.chance.randint(0, 9_999), self.chance.choice([None, Decimal(36)])
+        if price is None:
+            return {"device_ns": device_ns, "cost": None}
+        upstream = self.chance.choice([None, Decimal("0.000000007")])
+        return {
+            "device_ns": device_ns,
+            "cost": device_cost(device_ns, price) + (upstream or 0),
+            "upstream_cost": upstream,
+            "currency": "EUR",
+            "price_id": "cpu",
+            "price": price,
+            "charge": Decimal("0.5"),
+        }
 
     def release(self) -> Move:
         batch, members = self._some_members()

@@ -173,7 +173,7 @@ def _close_finished(self: MemoryConnection, record: Row, is_held: bool) -> None:
         started_at=record["started_at"],
         device_ns=record["device_ns"],
         wasted_ns=record["wasted_ns"],
-        cost=record["cost"],
+        **{name: record[name] for name in claims.BILL},
     )
 
 

@@ -10,8 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.books.cost import NANO, Meter, Used
+from app.books.cost import HOUR_NS, NANO, device_cost, rounding, token_charge, upstream_cost
 from app.books.shares import decode_weights, prefill_weights, share
+from app.config.settings import PriceSettings
+from app.jobs import Usage
 
 totals = st.integers(0, 10**15)
 fractions = st.fractions(min_value=0, max_value=10**6, max_denominator=10**4)
@@ -100,56 +102,77 @@ def test_a_mate_never_raises_the_price_of_a_decode_step(contexts: list[int]) -> 
     assert Fraction(decode_weights(contexts, 120, 10, 1)[0], len(contexts)) <= alone
 
 
-@given(
-    st.lists(st.integers(0, 10**12), max_size=50),
-    st.decimals("0", "1000", places=9),
-)
-def test_what_a_meter_charges_is_the_price_of_the_sum(shares: list[int], price: Decimal) -> None:
-    meter = Meter(price)
-
-    charges = [meter.cost_of(Used(device_ns)) for device_ns in shares]
-
-    assert sum(charges) == Meter(price).cost_of(Used(sum(shares)))
-    assert all(charge >= 0 and charge % NANO == 0 for charge in charges)
-
-
-def test_an_hour_costs_the_price_of_an_hour() -> None:
-    cost = Meter(Decimal("2.49")).cost_of(Used(3_600_000_000_000))
-
-    assert cost == Decimal("2.490000000")
-
-
 AMOUNTS = st.decimals("0", "1000", places=9)
+TIMES = st.integers(0, 10**15)
 
 
-@given(
-    st.lists(
-        st.builds(
-            Used,
-            device_ns=st.integers(0, 10**12),
-            input_tokens=st.integers(0, 10**6),
-            output_tokens=st.integers(0, 10**6),
-            charge=st.decimals("0", "10", places=12),
-        ),
-        max_size=50,
-    ),
-    AMOUNTS,
-    AMOUNTS,
-    AMOUNTS,
-)
-def test_charges_for_tokens_and_of_servers_add_up_to_the_price_of_the_sum_as_well(
-    uses: list[Used], hour: Decimal, million_in: Decimal, million_out: Decimal
+@given(TIMES, AMOUNTS)
+def test_device_time_costs_its_exact_price_rounded_half_up(ns: int, price: Decimal) -> None:
+    exact = Fraction(price) * ns / HOUR_NS
+
+    cost = device_cost(ns, price)
+
+    assert Fraction(cost) - exact <= Fraction(NANO) / 2
+    assert exact - Fraction(cost) < Fraction(NANO) / 2
+    assert device_cost(-ns, price) == -cost
+    assert cost.as_tuple().exponent == -9
+
+
+def test_an_hour_costs_the_price_of_an_hour_and_half_a_nano_unit_is_one() -> None:
+    assert device_cost(HOUR_NS, Decimal("2.49")) == Decimal("2.490000000")
+    assert device_cost(1_800, Decimal(1)) == Decimal("0.000000001")
+    assert device_cost(1_799, Decimal(1)) == 0
+
+
+@given(st.lists(TIMES, max_size=50), AMOUNTS)
+def test_the_prices_of_parts_and_the_rounding_are_the_price_of_the_whole(
+    parts: list[int], price: Decimal
 ) -> None:
-    meter = Meter(hour, million_in, million_out)
+    left = rounding(sum(parts), parts, price)
 
-    charges = [meter.cost_of(used) for used in uses]
+    costs = [device_cost(part, price) for part in parts]
+    assert sum(costs, left) == device_cost(sum(parts), price)
+    assert abs(left) <= NANO * (len(parts) + 1) / 2
 
-    whole = sum(uses, Used())
-    exact = (
-        Fraction(hour) * whole.device_ns / 3_600_000_000_000
-        + Fraction(million_in) * whole.input_tokens / 1_000_000
-        + Fraction(million_out) * whole.output_tokens / 1_000_000
-        + Fraction(whole.charge)
+
+def a_price(**given: object) -> PriceSettings:
+    return PriceSettings.model_validate({"per_device_hour": "1", "currency": "USD"} | given)
+
+
+TOKENS = st.integers(0, 10**6)
+PARTS = st.decimals("0", "1", places=9)
+
+
+@given(st.tuples(TOKENS, TOKENS, TOKENS), st.tuples(AMOUNTS, AMOUNTS, AMOUNTS), PARTS)
+def test_tokens_cost_what_the_tariff_says_cached_ones_apart(
+    tokens: tuple[int, int, int], prices: tuple[Decimal, Decimal, Decimal], discount: Decimal
+) -> None:
+    names = ("input_tokens", "cached_input_tokens", "output_tokens")
+    tariff = {f"per_million_{name}": price for name, price in zip(names, prices, strict=True)}
+    fresh, cached, output = tokens
+
+    charge = token_charge(
+        a_price(**tariff, batch_discount=discount), Usage(fresh + cached, output, cached)
     )
-    assert abs(Fraction(sum(charges)) - exact) <= Fraction(NANO)
-    assert all(charge >= 0 and charge % NANO == 0 for charge in charges)
+
+    full = sum(n * Fraction(each) for n, each in zip(tokens, prices, strict=True))
+    exact = full / 1_000_000 * (1 - Fraction(discount))
+    assert (charge is None) == (not any(prices))
+    assert abs(Fraction(charge or 0) - exact) <= Fraction(NANO) / 2
+
+
+def test_cached_tokens_without_a_price_of_their_own_cost_what_others_do() -> None:
+    price = a_price(per_million_input_tokens="2")
+
+    assert token_charge(price, Usage(500_000, 0, 400_000)) == 1
+    assert token_charge(a_price(), Usage(500_000, 9)) is None
+
+
+def test_where_the_price_knows_no_device_tokens_are_what_a_server_elsewhere_costs() -> None:
+    tariff = {"per_million_output_tokens": "3"}
+    asked = [Decimal("0.25"), Decimal("0.0000000004")]
+
+    assert upstream_cost(a_price(**tariff), Usage(9, 10**6), []) is None
+    assert upstream_cost(a_price(**tariff), Usage(9, 10**6), asked) == Decimal("0.25")
+    elsewhere = a_price(**tariff, per_device_hour="0")
+    assert upstream_cost(elsewhere, Usage(9, 10**6), asked) == Decimal("3.25")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from decimal import Decimal
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from app.config import run_file
 from app.config.file import PROJECT, load, rows
+from app.config.prices import price_of_worker
 from app.errors import ConfigError
 
 MODELS = """\
@@ -144,6 +146,61 @@ def test_a_wrong_price_is_refused_with_its_file_and_line(write):
     first, second = caught.value.message.splitlines()
     assert "prices.toml line 2: prices.cpu.per_device_hour should be greater" in first
     assert "prices.toml line 3: prices.cpu.currency should match" in second
+
+
+ONE = '[prices.one]\nper_device_hour = "1"\ncurrency = "USD"\ndevice = "gpu"\n'
+TWO = ONE.replace("prices.one", "prices.two")
+
+
+@pytest.mark.parametrize(
+    ("prices", "complaint"),
+    [
+        (ONE + TWO, "prices.toml line 8: prices.two.device overlaps with one"),
+        (
+            f"{ONE}valid_from = 2026-01-01\n{TWO}valid_from = 2026-01-01",
+            "prices.toml line 10: prices.two.valid_from overlaps with one (",
+        ),
+        (
+            f"{ONE}valid_until = 2026-03-01\n{TWO}valid_from = 2026-02-28",
+            "prices.toml line 10: prices.two.valid_from overlaps with one (",
+        ),
+        (
+            f"{ONE}valid_from = 2026-03-01\nvalid_until = 2026-03-01",
+            "prices.toml line 6: prices.one.valid_until must be later than valid_from.",
+        ),
+        (ONE.replace('"gpu"', '"one"'), "prices.toml line 4: prices.one.device is the id of a"),
+        (f'{ONE}batch_discount = "1.5"', "prices.toml line 5: prices.one.batch_discount should"),
+        (f'{ONE}per_million_cached_input_tokens = "NaN"', "prices.toml line 5: prices.one.per_mil"),
+        (f'{ONE}valid_from = "soon"', "prices.toml line 5: prices.one.valid_from should be a"),
+    ],
+)
+def test_prices_that_contradict_each_other_are_refused_with_file_and_line(
+    write, prices: str, complaint: str
+):
+    path = write(prices=f"{prices}\n{PRICES}")
+
+    with pytest.raises(ConfigError) as caught:
+        load(path, {})
+
+    assert complaint in caught.value.message
+
+
+def test_a_worker_takes_the_price_of_its_device_that_is_valid_when_it_starts(write):
+    prices = f"{ONE}valid_until = 2026-03-01\n{TWO}valid_from = 2026-03-01\n"
+    settings = load(write('[worker]\nprice = "gpu"', prices=prices), {}).settings
+
+    assert price_of_worker(settings, date(2026, 2, 28)) == "one"
+    assert price_of_worker(settings, date(2026, 3, 1)) == "two"
+    later = load(write('[worker]\nprice = "one"', prices=prices), {}).settings
+    with pytest.raises(ConfigError, match=r"prices\.toml line 2: no price one"):
+        price_of_worker(later, date(2026, 3, 1))
+
+
+@pytest.mark.parametrize(("text", "prices"), [('[worker]\nprice = ""', PRICES), ("", "")])
+def test_a_device_may_have_no_price(write, text: str, prices: str):
+    settings = load(write(text, prices=prices), {}).settings
+
+    assert price_of_worker(settings, date(2026, 3, 1)) is None
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path):
