@@ -33,6 +33,7 @@ ANY_MESSAGE: Final = "tests/unit/test_any_message.py"
 FETCHING: Final = "app/broker/fetching.py"
 FETCHES: Final = "tests/integration/test_broker_fetching.py"
 SETTLING: Final = "tests/unit/test_settling.py"
+VERIFY: Final = "tests/integration/test_verify.py"
 SAMPLING: Final = "app/engines/sampling/sampler.py"
 
 
@@ -46,6 +47,27 @@ class Mutant:
 
 
 MUTANTS: Final = (
+    Mutant(
+        "a reading of an answer begins one token late",
+        "app/trials/verify.py",
+        "[len(asked.tokens) - 1 :]",
+        "[len(asked.tokens) :]",
+        VERIFY,
+    ),
+    Mutant(
+        "a bound on a difference holds from below",
+        "app/trials/agreement.py",
+        "else value <= self.limit",
+        "else value >= self.limit",
+        "tests/unit/test_agreement.py",
+    ),
+    Mutant(
+        "of two ways to run a model the better one counts",
+        "app/trials/agreement.py",
+        "worse = min if MEASURES[name].is_share else max",
+        "worse = max if MEASURES[name].is_share else min",
+        "tests/unit/test_agreement.py",
+    ),
     Mutant(
         "finish is not fenced",
         STORE,

@@ -13,7 +13,6 @@ BENCHES: Final = (
     "engine",
     "step",
     "embeddings",
-    "answers",
     "pipeline",
     "jobs",
     "latency",

@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
+from app.engines.device import machine
 
-
-def machine() -> str:
-    """The device and its software, in words."""
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
-    else:
-        device = f"{_processor()}, {torch.get_num_threads()} threads"
-    return f"{device}; torch {torch.__version__}; Python {platform.python_version()}"
+__all__ = ["machine", "print_json", "print_table", "spread"]
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -36,12 +27,3 @@ def print_json(bench: str, ratios: Mapping[str, Any], **details: Any) -> None:
 def spread(values: Sequence[float]) -> str:
     """Smallest to largest."""
     return f"{min(values):.0f}–{max(values):.0f}"
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

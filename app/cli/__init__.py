@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import click
 
-from app.cli import jobs, machine, parts, results, settings, submit, usage
+from app.cli import jobs, machine, parts, results, settings, submit, usage, verify
 from app.cli.terminal import FAILED, INTERRUPTED, JOB_FAILED, UNAVAILABLE, WRONG_SETTINGS, tell
 from app.client import JobFailed
 from app.errors import ConfigError, GristmillError, QueueFull, SchemaError, Unavailable
@@ -74,5 +74,6 @@ for command in (
     *jobs.COMMANDS,
     usage.usage,
     *settings.COMMANDS,
+    *verify.COMMANDS,
 ):
     cli.add_command(command)

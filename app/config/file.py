@@ -16,7 +16,7 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -91,8 +91,8 @@ def load(path: Path | None = None, environ: Mapping[str, str] = os.environ) -> L
     sources: dict[Key, str] = {}
     for file in (path.with_name("models.toml"), path.with_name("prices.toml"), path):
         if file == path or file.exists():
-            for key, value, line in _read(file):
-                values[key], sources[key] = value, f"{_shown(file)} line {line}"
+            for key, value, where in read_file(file):
+                values[key], sources[key] = value, where
     given = dict(_from_environment(environ))
     values["cache_dir",] = _cache_dir(values, given)
     running = run_file.read(Path(values["cache_dir",]))
@@ -110,12 +110,28 @@ def load(path: Path | None = None, environ: Mapping[str, str] = os.environ) -> L
     return Loaded(settings, sources, path)
 
 
+def overridden(loaded: Loaded, changes: Iterable[tuple[Key, Any, str]]) -> Settings:
+    """The settings with other values for these keys, checked anew; each with where it was given,
+    which is what an error names.
+
+    Raises `ConfigError` as `load` does.
+    """
+    told = loaded.settings.model_dump(mode="json", exclude_unset=True)
+    values, sources = dict(_leaves(told)), dict(loaded.sources)
+    for key, value, where in changes:
+        values[key], sources[key] = value, where
+    problems = _Problems(sources, loaded.path)
+    settings = problems.validated(values)
+    problems.check(settings)
+    return settings
+
+
 def cache_dir(path: Path | None = None, environ: Mapping[str, str] = os.environ) -> Path:
     """Where everything that is generated lies, whatever else is wrong with the settings.
 
     Raises `ConfigError` if the settings file cannot be read.
     """
-    values = {key: value for key, value, _ in _read(_settings_file(path, environ))}
+    values = {key: value for key, value, _ in read_file(_settings_file(path, environ))}
     return Path(_cache_dir(values, dict(_from_environment(environ))))
 
 
@@ -132,8 +148,11 @@ def _cache_dir(values: Mapping[Key, Any], given: Mapping[Key, Any]) -> str:
 # ── reading ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def _read(file: Path) -> Iterator[tuple[Key, Any, int]]:
-    """Every key of a TOML file with its value and line."""
+def read_file(file: Path) -> Iterator[tuple[Key, Any, str]]:
+    """Every key of a TOML file with its value and where it stands: file and line.
+
+    Raises `ConfigError` if it cannot be read.
+    """
     try:
         text = file.read_text()
         document = tomllib.loads(text)
@@ -144,7 +163,7 @@ def _read(file: Path) -> Iterator[tuple[Key, Any, int]]:
     lines = dict(_lines(text))
     for key, value in _leaves(document):
         known = [lines[key[:end]] for end in range(len(key), 0, -1) if key[:end] in lines]
-        yield key, value, known[0] if known else 1
+        yield key, value, f"{_shown(file)} line {known[0] if known else 1}"
 
 
 def _lines(text: str) -> Iterator[tuple[Key, int]]:

@@ -7,6 +7,7 @@ import errno
 import gc
 import math
 import os
+import platform
 from pathlib import Path
 from typing import Final
 
@@ -44,6 +45,29 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         found = torch.cpu.get_capabilities()
         computes = bool(found.get("avx512_bf16") or found.get("amx_bf16"))
     return torch.bfloat16 if computes else torch.float32
+
+
+def dtype_name(name: str, device: str) -> str:
+    """The same by the names that settings have."""
+    return str(pick_dtype(name, pick_device(device))).removeprefix("torch.")
+
+
+def machine() -> str:
+    """The device and its software, in words."""
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    else:
+        device = f"{_processor()}, {given_cores()} cores"
+    return f"{device}; torch {torch.__version__}; Python {platform.python_version()}"
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def use_threads(threads: int) -> None:

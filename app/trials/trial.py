@@ -1,0 +1,262 @@
+"""A contender's engine, in a process of its own as in a worker, and what it makes of prompts.
+
+Batches are closed by the rule of the worker, so that a model's limits and waits count here as
+there; there is no queue and no database.
+"""
+
+from __future__ import annotations
+
+import itertools
+import select
+import shutil
+import time
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Final
+from uuid import UUID
+
+import psutil
+
+from app.engines import registry
+from app.engines.base import Generation, Sequence
+from app.engines.catalog import CatalogModel
+from app.errors import ConfigError, EngineCrashed, EngineError, OutOfMemory
+from app.jobs import new_id
+from app.trials.contender import Contender
+from app.trials.questions import Asked
+from app.worker.batcher import Batcher, Candidate, Capacity, Limits
+from app.worker.engine.host import EngineHost
+from app.worker.engine.wire import Broken, DidNotFit, LoadModels, Ready, ServedModel, Stepped
+
+TURN_S: Final = 1.0
+"""Longest sleep between two looks at whether the engine is stuck."""
+
+Admitted = dict[int, int]  #: places of prompts by the ids that they have inside
+
+
+@dataclass(slots=True)
+class Run:
+    """Prompts that were run to their end, in the order in which they were asked."""
+
+    answers: list[Generation]
+    latencies_ns: list[int]  #: from a prompt's coming to its answer
+    wall_ns: int
+
+    @property
+    def device_ns(self) -> int:
+        return sum(each.device_ns for each in self.answers)
+
+    @property
+    def input_tokens(self) -> int:
+        return sum(each.input_tokens for each in self.answers)
+
+    @property
+    def output_tokens(self) -> int:
+        return sum(each.output_tokens for each in self.answers)
+
+    @property
+    def num_failed(self) -> int:
+        return sum(each.error_code is not None for each in self.answers)
+
+
+@dataclass(slots=True)
+class Trial:
+    """Use it in a `with`: the process ends with it."""
+
+    contender: Contender
+    model: CatalogModel
+    load_ns: int = 0
+    kernels: str = ""  #: what computes, in the engine's own words
+    _host: EngineHost = field(init=False)
+    _ids: Iterator[int] = field(default_factory=itertools.count)
+    _runs: Iterator[int] = field(default_factory=itertools.count)
+
+    def __post_init__(self) -> None:
+        self._host = _host(self.contender, self.model)
+
+    def __enter__(self) -> Trial:
+        """Raises `EngineError` or `ConfigError` if the model does not load."""
+        try:
+            self._host.start()
+            while not self._host.ready:
+                self._wait(TURN_S)
+                for event in self._host.events():
+                    match event:
+                        case Ready(engines=engines, load_ns=load_ns):
+                            [facts] = engines.values()
+                            self.load_ns, self.kernels = load_ns, facts.kernels
+                        case Broken(reason=reason, will_not_load=True):
+                            raise ConfigError(f"{self.contender.given}: {reason}")
+                        case Broken(reason=reason):
+                            raise EngineCrashed(f"{self.contender.given}: {reason}.")
+                if self._host.is_stuck():
+                    raise EngineError(
+                        f"{self.contender.given}: its engine was not loaded in the time that "
+                        "worker.load_timeout_s allows."
+                    )
+        except BaseException:
+            self._host.kill()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._host.kill()
+
+    def alone(self, asked: Seq[Asked]) -> Run:
+        """Each prompt by itself, one after the other."""
+        runs = [self.together([each]) for each in asked]
+        return Run(
+            [answer for run in runs for answer in run.answers],
+            [latency for run in runs for latency in run.latencies_ns],
+            sum(run.wall_ns for run in runs),
+        )
+
+    def together(self, asked: Seq[Asked]) -> Run:
+        """All prompts at once, as a queue that was full before. What an earlier run has computed
+        is of no use to this one."""
+        tenant = f"run-{next(self._runs)}"
+        began = time.monotonic_ns()
+        batcher = Batcher({self.contender.model: Limits.of(self.contender.own)})
+        waiting: dict[UUID, tuple[int, Sequence]] = {}
+        for place, each in enumerate(asked):
+            sequence = Sequence(
+                next(self._ids),
+                each.tokens,
+                each.params,
+                tenant=tenant,
+                pooling=each.pooling,
+                token_type_ids=each.type_ids,
+            )
+            candidate = self._candidate(sequence, began)
+            waiting[candidate.job_id] = place, sequence
+            batcher.add(candidate)
+        inside: Admitted = {}
+        answers: dict[int, Generation] = {}
+        latencies = [0] * len(asked)
+        while len(answers) < len(asked):
+            self._admit(batcher, waiting, inside)
+            self._wait(self._pause_s(batcher))
+            for answer in self._heard():
+                place = inside.pop(answer.sequence_id)
+                answers[place] = answer
+                latencies[place] = (answer.finished_ns or time.monotonic_ns()) - began
+        wall_ns = time.monotonic_ns() - began
+        return Run([answers[place] for place in range(len(asked))], latencies, wall_ns)
+
+    def _candidate(self, sequence: Sequence, arrived_ns: int) -> Candidate:
+        return Candidate(
+            new_id(),
+            self.contender.model,
+            1,
+            len(sequence.prompt_token_ids),
+            sequence.params.max_tokens if sequence.params else 0,
+            arrived_ns,
+        )
+
+    def _capacity(self) -> Capacity:
+        model = self.contender.model
+        return Capacity(
+            self._host.free_rows(model), self._host.joins(model), is_empty=not self._host.busy
+        )
+
+    def _admit(
+        self, batcher: Batcher, waiting: dict[UUID, tuple[int, Sequence]], inside: Admitted
+    ) -> None:
+        model = self.contender.model
+        while closed := batcher.close(model, self._capacity(), time.monotonic_ns()):
+            members = [waiting.pop(member.job_id) for member in closed.members]
+            inside |= {sequence.id: place for place, sequence in members}
+            self._host.admit(model, str(new_id()), [sequence for _, sequence in members])
+
+    def _pause_s(self, batcher: Batcher) -> float:
+        capacity = self._capacity()
+        due_ns = batcher.next_close_ns({self.contender.model: capacity})
+        if due_ns is None or capacity.free_rows < 1:
+            return TURN_S
+        return min(TURN_S, max(0, due_ns - time.monotonic_ns()) / 1e9)
+
+    def _heard(self) -> Iterator[Generation]:
+        """Answers that have come. Raises `EngineError` if no more will."""
+        for event in self._host.events():
+            match event:
+                case Stepped(generations=generations):
+                    yield from generations
+                case DidNotFit():
+                    raise OutOfMemory(
+                        f"{self.contender.given}: a batch does not fit into memory; lower "
+                        "max_batch_size or max_batch_tokens."
+                    )
+                case Broken(reason=reason):
+                    raise EngineCrashed(f"{self.contender.given}: the engine ended: {reason}.")
+        if self._host.is_stuck():
+            raise EngineError(
+                f"{self.contender.given}: the engine has shown no progress for as long as "
+                "worker.step_timeout_s allows."
+            )
+
+    def _wait(self, seconds: float) -> None:
+        """Until the engine process says something."""
+        if (connection := self._host.connection) is None:
+            return
+        self._host.flush()
+        writes = [connection] if connection.wants_write else []
+        select.select([connection], writes, [], seconds)
+
+    def peak_bytes(self) -> int:
+        """Most memory of the host that the engine process, and what it started, has held at once;
+        what they share is counted more than once. 0 where the system does not tell."""
+        if self._host.pid is None:
+            return 0
+        first = psutil.Process(self._host.pid)
+        return sum(_peak_bytes(each.pid) for each in (first, *first.children(recursive=True)))
+
+
+def _peak_bytes(pid: int) -> int:
+    """VmHWM of proc_pid_status(5), which is in KiB."""
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 0
+
+
+def _host(contender: Contender, model: CatalogModel) -> EngineHost:
+    worker, settings = contender.settings.worker, contender.own
+    python = registry.python_of(settings)
+    if shutil.which(python) is None:
+        raise ConfigError(
+            f"{contender.given}: options.python names no program that can be run: {python}."
+        )
+    served = ServedModel(
+        contender.model, model.folder, settings, registry.find(settings.engine).factory
+    )
+    builds = Path(contender.settings.cache_dir) / "kernels"
+    return EngineHost(
+        LoadModels((served,), worker.device, worker.threads, builds),
+        load_timeout_s=worker.load_timeout_s,
+        step_timeout_s=worker.step_timeout_s,
+        python=python,
+    )
+
+
+def with_logprobs(asked: Seq[Asked]) -> list[Asked]:
+    """The same, each token of the answers with its log-probability."""
+    return [
+        replace(each, params=each.params and replace(each.params, logprobs=0)) for each in asked
+    ]
+
+
+def to_read(asked: Seq[Asked], answers: Seq[Seq[int]], context_tokens: int) -> list[Asked]:
+    """Prompts that end with given answers, whose tokens are scored and not written. As much of an
+    answer as leaves room for the one token that an engine has to write."""
+    read = []
+    for each, tokens in zip(asked, answers, strict=True):
+        assert each.params is not None
+        whole = (*each.tokens, *tokens)[: context_tokens - 1]
+        params = replace(each.params, max_tokens=1, prompt_logprobs=1)
+        read.append(replace(each, tokens=whole, params=params))
+    return read
