@@ -61,6 +61,16 @@ class UsageRow(BaseModel):
     mean_batch_size: float | None = Field(
         description="Jobs of the batch that a job was in, itself included.", examples=[12.5]
     )
+    mean_batch_sequences: float | None = Field(
+        description="Sequences of a batch; null where groups are others than of time and model: a "
+        "batch may mix them.",
+        examples=[14.0],
+    )
+    padding_share: float | None = Field(
+        description="Of the token positions that batches computed, the part that nobody asked for; "
+        "null in the same cases.",
+        examples=[0.02],
+    )
 
 
 class UsageAnswer(BaseModel):
@@ -199,4 +209,6 @@ def _row(question: Question, row: Usage) -> UsageRow:
         cost=row.cost,
         cost_per_million_tokens=row.cost_per_million_tokens,
         mean_batch_size=row.mean_batch_size,
+        mean_batch_sequences=row.filling and row.filling.mean_sequences,
+        padding_share=row.filling and row.filling.padding_share,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Context, Decimal
 from difflib import get_close_matches
@@ -66,9 +66,44 @@ class Question:
         return tuple(key.removeprefix(LABEL) for key in self.keys if key.startswith(LABEL))
 
     @property
+    def tells_batches(self) -> bool:
+        """Whether its groups are such as batches belong to."""
+        is_of_some = self.tenant is not None or self.priority is not None or self.metadata
+        return set(self.keys) <= {"model"} and not is_of_some
+
+    @property
     def reads_labels(self) -> bool:
         """Whether it can only be answered from the jobs themselves."""
         return bool(self.labels or self.metadata)
+
+
+@dataclass(frozen=True, slots=True)
+class Filling:
+    """How batches were filled. A batch may mix tenants and priorities, and so is told of models."""
+
+    batches: int
+    sequences: int
+    useful_tokens: int
+    padded_tokens: int  #: positions that were computed, padding included
+
+    @property
+    def mean_sequences(self) -> float | None:
+        return self.sequences / self.batches if self.batches else None
+
+    @property
+    def padding_share(self) -> float | None:
+        """Of what was computed, the part that nobody asked for."""
+        if not self.padded_tokens:
+            return None
+        return max(0.0, 1 - self.useful_tokens / self.padded_tokens)
+
+    def __add__(self, other: Filling) -> Filling:
+        return Filling(
+            self.batches + other.batches,
+            self.sequences + other.sequences,
+            self.useful_tokens + other.useful_tokens,
+            self.padded_tokens + other.padded_tokens,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +122,7 @@ class Usage:
     device_ns: int = 0
     wasted_ns: int = 0
     cost: Decimal = Decimal(0)
+    filling: Filling | None = None  #: of the batches claimed then, if the group has such
 
     @property
     def tokens(self) -> int:
@@ -202,22 +238,22 @@ def _midnight(time: datetime, zone: str) -> datetime:
 
 def in_one_currency(rows: Iterable[Usage]) -> Iterator[Usage]:
     """Jobs that never ran cost nothing in any currency: where others of their group have one, they
-    are counted with the first of these. Rows of a group come one after the other."""
+    are counted with the first of these. Those that ran on a device without a price stay apart.
+    Rows of a group come one after the other."""
     for _, group in groupby(rows, key=lambda row: (row.is_rest, *row.group.values())):
         of_group = list(group)
         ran = [row for row in of_group if row.currency is not None]
         never_ran = [row for row in of_group if row.currency is None]
-        if ran and never_ran:
+        if ran and never_ran and not (never_ran[0].tokens or never_ran[0].device_ns):
             ran[0] = added(ran[0], never_ran[0])
-        yield from ran or never_ran
+            never_ran = []
+        yield from ran + never_ran
 
 
 def added(one: Usage, other: Usage) -> Usage:
     """Both in the group and currency of the first."""
-    return Usage(
-        group=one.group,
-        is_rest=one.is_rest,
-        currency=one.currency,
+    return replace(
+        one,
         jobs={state: one.jobs[state] + other.jobs[state] for state in FINAL_STATES},
         jobs_ran=one.jobs_ran + other.jobs_ran,
         batch_jobs=one.batch_jobs + other.batch_jobs,

@@ -33,6 +33,8 @@ NUMBERS: Final = (
     "currency",
     "cost_per_million_tokens",
     "mean_batch_size",
+    "mean_batch_sequences",
+    "padding_share",
 )
 TIMES: Final = {"hour": "%Y-%m-%dT%H:00%z", "day": "%Y-%m-%d", "month": "%Y-%m"}
 REST: Final = "(others)"
@@ -127,7 +129,7 @@ def show(answer: Answer, form: str) -> None:
         case _:
             print_table(
                 (*answer["by"], *STATES, "input", "cached", "output", "device s", "wasted s",
-                 "cost", "", "per 1M tokens", "batch"),
+                 "cost", "", "per 1M tokens", "batch", "sequences", "padding"),
                 ([_short(cell) for cell in row] for row in rows_of(answer)),
             )  # fmt: skip
     if not answer["data"]:
@@ -183,7 +185,7 @@ def _short(cell: object) -> object:
     """For people: no more digits than one reads."""
     match cell:
         case float():
-            return f"{cell:,.1f}"
+            return f"{cell:,.3f}".rstrip("0").rstrip(".")
         case int():
             return f"{cell:,}"
         case str() if re.fullmatch(r"\d+\.\d{9}", cell):

@@ -5,7 +5,7 @@
     open_jobs    its state, while it is queued or running: few rows, hot
     results      the same, and how it ended, written by the statement that ends it
     attempts     each try by a worker; then there are batches, workers, windows and prices
-    usage_hours  what ended jobs used, summed by hour, for ever; usage_deltas is what is to be added
+    usage_hours  what ended jobs used, summed by hour, for ever; see `RollUp`
 
 A job's row is the truth; a message in Redis is only a wake-up. A job's keys are written first and
 removed last: whoever inserts a job that is there, open, ended or just between, meets its keys, and
@@ -23,6 +23,7 @@ update: Postgres compares values, and what is set to what it was has not changed
 from __future__ import annotations
 
 import enum
+from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import (
@@ -618,60 +619,110 @@ workers = Table(
 )
 
 
-def _used() -> list[Column[Any]]:
-    """What ended jobs used, in sums: the same columns for an hour and for what is added to it."""
+def _counts(**named: str) -> list[Column[Any]]:
+    """Whole numbers in sums, each with its comment."""
     return [
-        Column("hour", Stamp, nullable=False, comment="Begin of the hour, in UTC, they ended in."),
-        _tenant("Owner of the jobs."),
+        Column(name, BigInteger, nullable=False, comment=comment) for name, comment in named.items()
+    ]
+
+
+def _sums(**named: str) -> list[Column[Any]]:
+    return [Column(name, Sum, nullable=False, comment=comment) for name, comment in named.items()]
+
+
+def _hour(comment: str) -> Column[Any]:
+    return Column("hour", Stamp, nullable=False, comment=f"Begin of the hour, in UTC, {comment}.")
+
+
+@dataclass(frozen=True, slots=True)
+class RollUp:
+    """Sums of what happened in an hour, and what is to be added to them: the same columns.
+
+    Whoever writes what is summed inserts deltas in the same transaction; see `app.store.usage`.
+    """
+
+    hours: Table
+    deltas: Table
+    by: tuple[str, ...]  #: what tells one row of the sums from another
+
+    @property
+    def sums(self) -> tuple[str, ...]:
+        return tuple(each.name for each in self.hours.columns if each.name not in self.by)
+
+
+def _again(column: Column[Any]) -> Column[Any]:
+    return Column(column.name, column.type, nullable=column.nullable, comment=column.comment)
+
+
+def _roll_up(name: str, by: list[Column[Any]], sums: list[Column[Any]], comment: str) -> RollUp:
+    keys = tuple(column.name for column in by)
+    hours = Table(
+        f"{name}_hours",
+        metadata,
+        *map(_again, (*by, *sums)),
+        UniqueConstraint(*keys, name=f"{name}_hours_key", postgresql_nulls_not_distinct=True),
+        # The rows of this hour are added to every few seconds.
+        postgresql_with={"fillfactor": "50"} | _AGEING,
+        comment=comment,
+    )
+    deltas = Table(
+        f"{name}_deltas",
+        metadata,
+        *map(_again, (*by, *sums)),
+        postgresql_with=_BUSY,
+        comment=f"What is still to be added to {hours.name}; rescue does so every few seconds.",
+    )
+    return RollUp(hours, deltas, keys)
+
+
+usage_sums = _roll_up(
+    "usage",
+    [
+        _hour("they ended in"),
+        Column("tenant", Text, nullable=False, comment="Owner of the jobs."),
         Column("model", Text, nullable=False, comment="Model of the jobs."),
         Column("priority", SmallInteger, nullable=False, comment="Priority of the jobs."),
         Column("price_id", Text, comment="Price that was charged; null if they never ran."),
         Column("currency", Text, comment="ISO 4217 code; null if they never ran."),
-        *(
-            Column(f"jobs_{state}", BigInteger, nullable=False, comment=f"Jobs that are {state}.")
-            for state in sorted(FINAL_STATES)
+    ],
+    [
+        *_counts(**{f"jobs_{state}": f"Jobs that are {state}." for state in sorted(FINAL_STATES)}),
+        *_counts(
+            jobs_ran="Jobs that were in a batch.",
+            batch_jobs="Sizes of these batches, summed: by jobs_ran the mean that a job saw.",
+            input_tokens="Tokens of prompts, cached ones too.",
+            cached_tokens="Of these, found in a prefix cache.",
+            output_tokens="Tokens generated.",
         ),
-        Column("jobs_ran", BigInteger, nullable=False, comment="Jobs that were in a batch."),
-        Column(
-            "batch_jobs",
-            BigInteger,
-            nullable=False,
-            comment="Sizes of these batches, of each job's: by jobs_ran the mean that a job saw.",
+        *_sums(
+            device_ns="Device time billed, in nanoseconds.",
+            wasted_ns="Device time of last attempts that nobody pays, in nanoseconds.",
+            cost="What they were charged, in `currency`; nothing where the device has no price.",
+            upstream_cost="Of `cost`: what servers elsewhere asked for them.",
+            charge="What their tokens cost by the price's tariff, in `currency`.",
         ),
-        Column("input_tokens", BigInteger, nullable=False, comment="Of prompts, cached ones too."),
-        Column("cached_tokens", BigInteger, nullable=False, comment="Of these, found in a cache."),
-        Column("output_tokens", BigInteger, nullable=False, comment="Tokens generated."),
-        Column("device_ns", Sum, nullable=False, comment="Device time billed, in nanoseconds."),
-        Column(
-            "wasted_ns",
-            Sum,
-            nullable=False,
-            comment="Device time of last attempts that nobody pays, in nanoseconds.",
-        ),
-        Column("cost", Sum, nullable=False, comment="What they were charged, in `currency`."),
-    ]
-
-
-USED_BY = ("hour", "tenant", "model", "priority", "price_id", "currency")
-"""What tells one row of `usage_hours` from another."""
-
-usage_hours = Table(
-    "usage_hours",
-    metadata,
-    *_used(),
-    UniqueConstraint(*USED_BY, postgresql_nulls_not_distinct=True),
-    # The rows of this hour are added to every few seconds.
-    postgresql_with={"fillfactor": "50"} | _AGEING,
-    comment="What ended jobs used, by hour. Read it through the view `usage`. Never removed.",
+    ],
+    "What ended jobs used, by hour. Read it through the view `usage`. Never removed.",
 )
 
-usage_deltas = Table(
-    "usage_deltas",
-    metadata,
-    *_used(),
-    postgresql_with=_BUSY,
-    comment="The same of jobs that ended just now, written with their results, until rescue adds it"
-    " to usage_hours.",
+batch_sums = _roll_up(
+    "batch_usage",
+    [
+        _hour("they were claimed in"),
+        Column("model", Text, nullable=False, comment="Model of the batches."),
+    ],
+    [
+        *_counts(
+            batches="Admission batches.",
+            jobs="Jobs claimed in them.",
+            sequences="Sequences of those jobs.",
+        ),
+        *_sums(
+            useful_tokens="Prompt and output tokens that were asked for.",
+            padded_tokens="Token positions computed, padding included.",
+        ),
+    ],
+    "How batches were filled, by hour. Read it through the view `batch_usage`. Never removed.",
 )
 
 prices = Table(
@@ -792,6 +843,30 @@ windows = Table(
     postgresql_with=_AGEING,
     comment="One row per worker and heartbeat: where the time of its device went.",
 )
+
+device_sums = _roll_up(
+    "device_time",
+    [
+        _hour("their windows closed in"),
+        Column("device", Text, nullable=False, comment="Device as its driver names it."),
+        Column("price_id", Text, comment="Price of the device; null if it has none."),
+        Column("currency", Text, comment="ISO 4217 code of the price."),
+        Column("price", Money, comment="Money per device and hour."),
+    ],
+    _sums(
+        up_ns="Time that devices were up, in nanoseconds: the sum of the next six.",
+        load_ns="Loading models, in nanoseconds.",
+        busy_ns="Billed by attempts, in nanoseconds.",
+        idle_ns="Nothing to run, in nanoseconds.",
+        waste_ns="Computed in vain, in nanoseconds.",
+        overhead_ns="Between steps, and between engine processes, in nanoseconds.",
+        open_ns="Computed for attempts settled later, less what was so before, in nanoseconds.",
+    ),
+    "Where the time of devices went, by hour. Read it through the view `device_time`. Never"
+    " removed.",
+)
+
+ROLL_UPS = (usage_sums, batch_sums, device_sums)
 
 jobs = Table(
     "jobs",

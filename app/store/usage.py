@@ -13,14 +13,17 @@ Results are never looked at again: retention, purges and hands that delete chang
 from __future__ import annotations
 
 import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Final
 
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, TextClause, text
 
-from app.books.usage import LABEL, Question, Usage, in_one_currency, num_jobs
+from app.books.usage import LABEL, Filling, Question, Usage, in_one_currency, num_jobs
 from app.errors import RequestError
 from app.jobs import FINAL_STATES
-from app.store.tables import USED_BY, usage_hours
+from app.store.tables import ROLL_UPS, RollUp, usage_sums
 
 MAX_ROWS: Final = 20_000
 """Of an answer: two years of hours, or a month of days of six hundred groups."""
@@ -29,32 +32,38 @@ MAX_JOBS: Final = 1_000_000
 """Most jobs that are read one by one, for what they say in their metadata."""
 
 _STATES: Final = tuple(sorted(FINAL_STATES))
-_SUMS: Final = tuple(
-    column.name for column in usage_hours.columns if column.name not in USED_BY
-)  #: what is summed
-_BY: Final = ", ".join(USED_BY)
+_SUMS: Final = usage_sums.sums
+_NOT_COUNTS: Final = {"cost", *(f"jobs_{state}" for state in _STATES)}
 
-# Add a page of deltas to their hours, in the order of these: several may do so at once.
-_FOLD: Final = text(f"""
-    WITH taken AS (
-        DELETE FROM usage_deltas WHERE ctid = ANY(ARRAY(
-            SELECT ctid FROM usage_deltas LIMIT :page FOR UPDATE SKIP LOCKED
-        ))
-        RETURNING *
-    ), added AS (
-        INSERT INTO usage_hours AS kept ({_BY}, {", ".join(_SUMS)})
-        SELECT {_BY}, {", ".join(f"sum({name})" for name in _SUMS)} FROM taken
-        GROUP BY {_BY} ORDER BY {_BY}
-        ON CONFLICT ({_BY}) DO UPDATE SET
-            {", ".join(f"{name} = kept.{name} + excluded.{name}" for name in _SUMS)}
-    )
-    SELECT count(*) FROM taken
-""")
+
+def _fold(roll_up: RollUp) -> TextClause:
+    """SQL that adds a page of deltas to their hours, in the order of these: several may do so at
+    once."""
+    by, sums, hours = ", ".join(roll_up.by), roll_up.sums, roll_up.hours.name
+    return text(f"""
+        WITH taken AS (
+            DELETE FROM {roll_up.deltas.name} WHERE ctid = ANY(ARRAY(
+                SELECT ctid FROM {roll_up.deltas.name} LIMIT :page FOR UPDATE SKIP LOCKED
+            ))
+            RETURNING *
+        ), added AS (
+            INSERT INTO {hours} AS kept ({by}, {", ".join(sums)})
+            SELECT {by}, {", ".join(f"sum({name})" for name in sums)} FROM taken
+            GROUP BY {by} ORDER BY {by}
+            ON CONFLICT ({by}) DO UPDATE SET
+                {", ".join(f"{name} = kept.{name} + excluded.{name}" for name in sums)}
+        )
+        SELECT count(*) FROM taken
+    """)
+
+
+_FOLDS: Final = tuple(map(_fold, ROLL_UPS))
 
 
 def fold(connection: Connection, page: int) -> int:
-    """Add up to so many deltas to the sums of their hours; how many. Repeat until it is less."""
-    return connection.scalar(_FOLD, {"page": page}) or 0
+    """Add up to so many deltas of each kind to the sums of their hours; how many, of the kind that
+    had most. Repeat until it is less."""
+    return max(connection.scalar(each, {"page": page}) or 0 for each in _FOLDS)
 
 
 # ── questions ───────────────────────────────────────────────────────────────────────────────────
@@ -101,7 +110,42 @@ def ask(connection: Connection, question: Question) -> list[Usage]:
             "from each: ask for a shorter period, or for one model.",
             param="since",
         )
-    return list(in_one_currency(rows))
+    told = list(in_one_currency(rows))
+    return _with_batches(connection, question, told) if question.tells_batches else told
+
+
+def _with_batches(connection: Connection, question: Question, rows: Sequence[Usage]) -> list[Usage]:
+    """Rows with how the batches of their time and model were filled."""
+    is_by_model = "model" in question.keys
+    found: defaultdict[tuple[object, object], Filling] = defaultdict(lambda: Filling(0, 0, 0, 0))
+    told = {row.group["model"] for row in rows if is_by_model and not row.is_rest}
+    where = "" if question.model is None else " AND model = :model"
+    given = {"since": question.since, "until": question.until, "zone": question.zone}
+    for time, model, *sums in connection.execute(
+        text(f"""
+            SELECT {_time(question)}, model, sum(batches), sum(sequences), sum(useful_tokens),
+                sum(padded_tokens)
+            FROM batch_usage WHERE hour >= :since AND hour < :until {where}
+            GROUP BY 1, 2
+        """),
+        given | {"model": question.model},
+    ):
+        found[time, model if model in told else None] += Filling(*map(int, sums))
+    return [
+        replace(row, filling=found.get((_when(question, row), row.group.get("model"))))
+        for row in rows
+    ]
+
+
+def _when(question: Question, row: Usage) -> object:
+    return row.group[question.span] if question.span else None
+
+
+def _time(question: Question) -> str:
+    """SQL for the begin of the span that an hour is in."""
+    if question.span is None:
+        return "CAST(NULL AS timestamptz)"
+    return f"date_trunc('{question.span}', hour, CAST(:zone AS text))"
 
 
 def _statement(question: Question) -> tuple[str, dict[str, Any]]:
@@ -129,7 +173,6 @@ def _statement(question: Question) -> tuple[str, dict[str, Any]]:
             given[f"label_{place}"] = key.removeprefix(LABEL)
         else:
             keys.append(_COLUMNS[key])
-    time = f"date_trunc('{question.span}', hour, CAST(:zone AS text))" if question.span else "NULL"
     if question.span:
         given["zone"] = question.zone
     names = [f"key_{place}" for place in range(len(keys))]
@@ -140,7 +183,7 @@ def _statement(question: Question) -> tuple[str, dict[str, Any]]:
     return (
         f"""
         WITH part AS (
-            SELECT {time} AS time, currency,
+            SELECT {_time(question)} AS time, currency,
                 {"".join(f"{key} AS {name}, " for key, name in zip(keys, names, strict=True))}
                 {sums}
             FROM {source}
@@ -169,17 +212,14 @@ def _usage(question: Question, row: Any) -> Usage:
     group: dict[str, Any] = {}
     for key in question.by:
         group[key] = row["time"] if key == question.span else row[_name(question, key)]
+    counts: dict[str, Any] = {name: int(row[name]) for name in _SUMS if name not in _NOT_COUNTS}
     return Usage(
         group=group,
         is_rest=row["is_rest"],
         currency=row["currency"],
         jobs={state: int(row[f"jobs_{state}"]) for state in _STATES},
         cost=row["cost"],
-        **{
-            name: int(row[name])
-            for name in _SUMS
-            if name != "cost" and name.removeprefix("jobs_") not in _STATES
-        },
+        **counts,
     )
 
 

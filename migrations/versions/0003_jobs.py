@@ -43,8 +43,6 @@ TABLES = (
     "results",
     "batches",
     "workers",
-    "usage_hours",
-    "usage_deltas",
     "prices",
     "windows",
 )
@@ -104,80 +102,6 @@ END
 $$
 """
 
-# By the statement that writes results, whichever it is, so that no job is left out or counted
-# twice: with its result all of it is undone or kept.
-NOTE_USAGE = """
-CREATE FUNCTION note_usage() RETURNS trigger LANGUAGE plpgsql AS $$
-BEGIN
-    INSERT INTO usage_deltas (
-        hour, tenant, model, priority, price_id, currency,
-        jobs_cancelled, jobs_completed, jobs_expired, jobs_failed, jobs_ran, batch_jobs,
-        input_tokens, cached_tokens, output_tokens, device_ns, wasted_ns, cost
-    )
-    SELECT
-        date_trunc('hour', finished_at, 'UTC'), tenant, model, priority, price_id, currency,
-        count(*) FILTER (WHERE state = 'cancelled'), count(*) FILTER (WHERE state = 'completed'),
-        count(*) FILTER (WHERE state = 'expired'), count(*) FILTER (WHERE state = 'failed'),
-        count(batch_size), coalesce(sum(batch_size), 0), coalesce(sum(input_tokens), 0),
-        coalesce(sum(cached_tokens), 0), coalesce(sum(output_tokens), 0), sum(device_ns),
-        sum(wasted_ns), coalesce(sum(cost), 0)
-    FROM ended GROUP BY 1, 2, 3, 4, 5, 6;
-    RETURN NULL;
-END
-$$
-"""
-
-USAGE = """
-CREATE VIEW usage AS TABLE usage_hours UNION ALL TABLE usage_deltas
-"""
-OF_USAGE = (
-    "What ended jobs used, by hour, tenant, model, priority and price, whether they are kept or"
-    " not. An hour may have several rows of one kind until rescue has added them: always sum."
-)
-
-
-def used():
-    """What is summed of ended jobs."""
-    return (
-        Column("hour", Stamp, nullable=False, comment="Begin of the hour, in UTC, they ended in."),
-        Column(
-            "tenant",
-            Text,
-            server_default="default",
-            nullable=False,
-            comment="Owner of the jobs.",
-        ),
-        Column("model", Text, nullable=False, comment="Model of the jobs."),
-        Column("priority", SmallInteger, nullable=False, comment="Priority of the jobs."),
-        Column("price_id", Text, comment="Price that was charged; null if they never ran."),
-        Column("currency", Text, comment="ISO 4217 code; null if they never ran."),
-        Column("jobs_cancelled", BigInteger, nullable=False, comment="Jobs that are cancelled."),
-        Column("jobs_completed", BigInteger, nullable=False, comment="Jobs that are completed."),
-        Column("jobs_expired", BigInteger, nullable=False, comment="Jobs that are expired."),
-        Column("jobs_failed", BigInteger, nullable=False, comment="Jobs that are failed."),
-        Column("jobs_ran", BigInteger, nullable=False, comment="Jobs that were in a batch."),
-        Column(
-            "batch_jobs",
-            BigInteger,
-            nullable=False,
-            comment="Sizes of these batches, of each job's: by jobs_ran the mean that a job saw.",
-        ),
-        Column("input_tokens", BigInteger, nullable=False, comment="Of prompts, cached ones too."),
-        Column("cached_tokens", BigInteger, nullable=False, comment="Of these, found in a cache."),
-        Column("output_tokens", BigInteger, nullable=False, comment="Tokens generated."),
-        Column(
-            "device_ns", Numeric(), nullable=False, comment="Device time billed, in nanoseconds."
-        ),
-        Column(
-            "wasted_ns",
-            Numeric(),
-            nullable=False,
-            comment="Device time of last attempts that nobody pays, in nanoseconds.",
-        ),
-        Column("cost", Numeric(), nullable=False, comment="What they were charged, in `currency`."),
-    )
-
-
 # A bill can be read again only as long as its price is what it was.
 KEEP_PRICE = """
 CREATE FUNCTION keep_price() RETURNS trigger LANGUAGE plpgsql AS $$
@@ -186,6 +110,206 @@ BEGIN
 END
 $$
 """
+
+# Sums by the hour. Whatever statement writes the rows that are summed writes what it adds to a sum
+# as well: all of it is kept or undone with them. A batch's totals are written again and again: the
+# sum gets the differences.
+ROLL_UPS = {
+    "usage": "they ended in",
+    "batch_usage": "they were claimed in",
+    "device_time": "their windows closed in",
+}
+SUMMED = {
+    "usage": {
+        "jobs_cancelled": (BigInteger, "Jobs that are cancelled."),
+        "jobs_completed": (BigInteger, "Jobs that are completed."),
+        "jobs_expired": (BigInteger, "Jobs that are expired."),
+        "jobs_failed": (BigInteger, "Jobs that are failed."),
+        "jobs_ran": (BigInteger, "Jobs that were in a batch."),
+        "batch_jobs": (
+            BigInteger,
+            "Sizes of these batches, summed: by jobs_ran the mean that a job saw.",
+        ),
+        "input_tokens": (BigInteger, "Tokens of prompts, cached ones too."),
+        "cached_tokens": (BigInteger, "Of these, found in a prefix cache."),
+        "output_tokens": (BigInteger, "Tokens generated."),
+        "device_ns": (Numeric, "Device time billed, in nanoseconds."),
+        "wasted_ns": (
+            Numeric,
+            "Device time of last attempts that nobody pays, in nanoseconds.",
+        ),
+        "cost": (
+            Numeric,
+            "What they were charged, in `currency`; nothing where the device has no price.",
+        ),
+        "upstream_cost": (Numeric, "Of `cost`: what servers elsewhere asked for them."),
+        "charge": (Numeric, "What their tokens cost by the price's tariff, in `currency`."),
+    },
+    "batch_usage": {
+        "batches": (BigInteger, "Admission batches."),
+        "jobs": (BigInteger, "Jobs claimed in them."),
+        "sequences": (BigInteger, "Sequences of those jobs."),
+        "useful_tokens": (Numeric, "Prompt and output tokens that were asked for."),
+        "padded_tokens": (Numeric, "Token positions computed, padding included."),
+    },
+    "device_time": {
+        "up_ns": (
+            Numeric,
+            "Time that devices were up, in nanoseconds: the sum of the next six.",
+        ),
+        "load_ns": (Numeric, "Loading models, in nanoseconds."),
+        "busy_ns": (Numeric, "Billed by attempts, in nanoseconds."),
+        "idle_ns": (Numeric, "Nothing to run, in nanoseconds."),
+        "waste_ns": (Numeric, "Computed in vain, in nanoseconds."),
+        "overhead_ns": (Numeric, "Between steps, and between engine processes, in nanoseconds."),
+        "open_ns": (
+            Numeric,
+            "Computed for attempts settled later, less what was so before, in nanoseconds.",
+        ),
+    },
+}
+OF_SUMS = {
+    "usage": "What ended jobs used, by hour. Read it through the view `usage`. Never removed.",
+    "batch_usage": "How batches were filled, by hour. Read it through the view `batch_usage`. "
+    "Never removed.",
+    "device_time": "Where the time of devices went, by hour. Read it through the view "
+    "`device_time`. Never removed.",
+}
+OF_VIEWS = {
+    "usage": "What ended jobs used, by hour, tenant, model, priority and price, whether they are "
+    "kept or not.",
+    "batch_usage": "How batches were filled, by hour and model, whether they are kept or not.",
+    "device_time": "Where the time of devices went, by hour, device and price.",
+}
+ALWAYS_SUM = " An hour may have several rows of one kind until rescue has added them: always sum."
+
+NOTE_USAGE = """
+CREATE FUNCTION note_usage() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    INSERT INTO usage_deltas (
+        hour, tenant, model, priority, price_id, currency,
+        jobs_cancelled, jobs_completed, jobs_expired, jobs_failed, jobs_ran, batch_jobs,
+        input_tokens, cached_tokens, output_tokens, device_ns, wasted_ns, cost, upstream_cost,
+        charge
+    )
+    SELECT
+        date_trunc('hour', finished_at, 'UTC'), tenant, model, priority, price_id, currency,
+        count(*) FILTER (WHERE state = 'cancelled'), count(*) FILTER (WHERE state = 'completed'),
+        count(*) FILTER (WHERE state = 'expired'), count(*) FILTER (WHERE state = 'failed'),
+        count(batch_size), coalesce(sum(batch_size), 0), coalesce(sum(input_tokens), 0),
+        coalesce(sum(cached_tokens), 0), coalesce(sum(output_tokens), 0), sum(device_ns),
+        sum(wasted_ns), coalesce(sum(cost), 0), coalesce(sum(upstream_cost), 0),
+        coalesce(sum(charge), 0)
+    FROM written GROUP BY 1, 2, 3, 4, 5, 6;
+    RETURN NULL;
+END
+$$
+"""
+NOTE_BATCHES = """
+CREATE FUNCTION note_batches() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    INSERT INTO batch_usage_deltas (
+        hour, model, batches, jobs, sequences, useful_tokens, padded_tokens
+    )
+    SELECT
+        date_trunc('hour', claimed_at, 'UTC'), model, count(*), sum(num_jobs), sum(num_sequences),
+        sum(useful_tokens), sum(padded_tokens)
+    FROM written GROUP BY 1, 2;
+    RETURN NULL;
+END
+$$
+"""
+NOTE_BATCHES_AGAIN = """
+CREATE FUNCTION note_batches_again() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    INSERT INTO batch_usage_deltas (
+        hour, model, batches, jobs, sequences, useful_tokens, padded_tokens
+    )
+    SELECT
+        date_trunc('hour', claimed_at, 'UTC'), model, sum(way), sum(way * num_jobs),
+        sum(way * num_sequences), sum(way * CAST(useful_tokens AS numeric)),
+        sum(way * CAST(padded_tokens AS numeric))
+    FROM (SELECT 1 AS way, * FROM written UNION ALL SELECT -1, * FROM before) AS each
+    GROUP BY 1, 2;
+    RETURN NULL;
+END
+$$
+"""
+NOTE_WINDOWS = """
+CREATE FUNCTION note_windows() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    INSERT INTO device_time_deltas (
+        hour, device, price_id, currency, price,
+        up_ns, load_ns, busy_ns, idle_ns, waste_ns, overhead_ns, open_ns
+    )
+    SELECT
+        date_trunc('hour', until_at, 'UTC'), device, price_id, currency, price,
+        sum(up_ns), sum(load_ns), sum(busy_ns), sum(idle_ns), sum(waste_ns), sum(overhead_ns),
+        sum(open_ns)
+    FROM written GROUP BY 1, 2, 3, 4, 5;
+    RETURN NULL;
+END
+$$
+"""
+TRIGGERS = (
+    ("note_windows", "INSERT", "windows", "NEW TABLE AS written"),
+    ("note_usage", "INSERT", "results", "NEW TABLE AS written"),
+    ("note_batches", "INSERT", "batches", "NEW TABLE AS written"),
+    ("note_batches_again", "UPDATE", "batches", "OLD TABLE AS before NEW TABLE AS written"),
+)
+
+
+def hour_of(roll_up):
+    """What tells one row of its sums from another."""
+    hour = Column(
+        "hour", Stamp, nullable=False, comment=f"Begin of the hour, in UTC, {ROLL_UPS[roll_up]}."
+    )
+    if roll_up == "batch_usage":
+        return hour, Column("model", Text, nullable=False, comment="Model of the batches.")
+    if roll_up == "device_time":
+        return (
+            hour,
+            Column("device", Text, nullable=False, comment="Device as its driver names it."),
+            Column("price_id", Text, comment="Price of the device; null if it has none."),
+            Column("currency", Text, comment="ISO 4217 code of the price."),
+            Column("price", Money, comment="Money per device and hour."),
+        )
+    return (
+        hour,
+        Column("tenant", Text, nullable=False, comment="Owner of the jobs."),
+        Column("model", Text, nullable=False, comment="Model of the jobs."),
+        Column("priority", SmallInteger, nullable=False, comment="Priority of the jobs."),
+        Column("price_id", Text, comment="Price that was charged; null if they never ran."),
+        Column("currency", Text, comment="ISO 4217 code; null if they never ran."),
+    )
+
+
+def sums_of(roll_up):
+    return (
+        Column(name, kind(), nullable=False, comment=comment)
+        for name, (kind, comment) in SUMMED[roll_up].items()
+    )
+
+
+def create_roll_up(name):
+    keys = [column.name for column in hour_of(name)]
+    op.create_table(
+        f"{name}_hours",
+        *hour_of(name),
+        *sums_of(name),
+        UniqueConstraint(*keys, name=op.f(f"{name}_hours_key"), postgresql_nulls_not_distinct=True),
+        comment=OF_SUMS[name],
+        postgresql_with={"fillfactor": "50"} | AGEING,
+    )
+    op.create_table(
+        f"{name}_deltas",
+        *hour_of(name),
+        *sums_of(name),
+        comment=f"What is still to be added to {name}_hours; rescue does so every few seconds.",
+        postgresql_with=BUSY,
+    )
+    op.execute(f"CREATE VIEW {name} AS TABLE {name}_hours UNION ALL TABLE {name}_deltas")
+    op.execute(f"COMMENT ON VIEW {name} IS '{OF_VIEWS[name]}{ALWAYS_SUM}'")
 
 
 def in_range(table: str, *stamps: str) -> CheckConstraint:
@@ -829,24 +953,6 @@ def upgrade() -> None:
         postgresql_with={"fillfactor": "50"},
     )
     op.create_table(
-        "usage_hours",
-        *used(),
-        UniqueConstraint(
-            *("hour", "tenant", "model", "priority", "price_id", "currency"),
-            name=op.f("usage_hours_hour_tenant_model_priority_price_id_currency_key"),
-            postgresql_nulls_not_distinct=True,
-        ),
-        comment="What ended jobs used, by hour. Read it through the view `usage`. Never removed.",
-        postgresql_with={"fillfactor": "50"} | AGEING,
-    )
-    op.create_table(
-        "usage_deltas",
-        *used(),
-        comment="The same of jobs that ended just now, written with their results, until rescue"
-        " adds it to usage_hours.",
-        postgresql_with=BUSY,
-    )
-    op.create_table(
         "prices",
         Column("id", Text, nullable=False, comment="Its name in prices.toml."),
         Column("per_device_hour", Money, nullable=False, comment="Money per device and hour."),
@@ -988,13 +1094,15 @@ def upgrade() -> None:
         "CREATE TRIGGER delete_job INSTEAD OF DELETE ON jobs"
         " FOR EACH ROW EXECUTE FUNCTION delete_job()"
     )
-    op.execute(NOTE_USAGE)
-    op.execute(
-        "CREATE TRIGGER note_usage AFTER INSERT ON results REFERENCING NEW TABLE AS ended"
-        " FOR EACH STATEMENT EXECUTE FUNCTION note_usage()"
-    )
-    op.execute(USAGE)
-    op.execute(f"COMMENT ON VIEW usage IS '{OF_USAGE}'")
+    for name in ROLL_UPS:
+        create_roll_up(name)
+    for function in (NOTE_USAGE, NOTE_BATCHES, NOTE_BATCHES_AGAIN, NOTE_WINDOWS):
+        op.execute(function)
+    for function, event, table, named in TRIGGERS:
+        op.execute(
+            f"CREATE TRIGGER {function} AFTER {event} ON {table} REFERENCING {named}"
+            f" FOR EACH STATEMENT EXECUTE FUNCTION {function}()"
+        )
     op.execute(KEEP_PRICE)
     op.execute(
         "CREATE TRIGGER keep_price BEFORE UPDATE OR DELETE ON prices"
@@ -1003,10 +1111,14 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    op.execute("DROP VIEW usage")
     op.execute("DROP VIEW jobs")
     op.execute("DROP FUNCTION delete_job")
+    for name in ROLL_UPS:
+        op.execute(f"DROP VIEW {name}")
+        op.drop_table(f"{name}_hours")
+        op.drop_table(f"{name}_deltas")
     for table in TABLES:
         op.drop_table(table)
-    op.execute("DROP FUNCTION note_usage")
+    for function, *_ in TRIGGERS:
+        op.execute(f"DROP FUNCTION {function}")
     op.execute("DROP FUNCTION keep_price")

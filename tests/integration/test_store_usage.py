@@ -13,17 +13,18 @@ from uuid import UUID, uuid4
 import pytest
 from sqlalchemy import text
 
-from app.books.usage import Question
+from app.books.usage import Filling, Question
 from app.errors import JobNotFound, RequestError
 from app.jobs import FINAL_STATES, JobState, Kind
 from app.store import claims, months, purging, retention, submissions, sweeps, usage
+from app.store.claims import BatchStats
 from app.store.database import Database
 from app.store.submissions import RejectedJob
-from app.store.tables import USED_BY, usage_hours
+from app.store.tables import usage_sums
 from tests.integration.test_store_invariants import RandomLife
 from tests.rows import Worker, at_once, completed, insert, new_job
 
-SUMS = [column.name for column in usage_hours.columns if column.name not in USED_BY]
+USED_BY, SUMS = usage_sums.by, usage_sums.sums
 OF_RESULTS = f"""
     SELECT job_id, date_trunc('hour', finished_at, 'UTC') AS hour, tenant, model, priority,
         price_id, currency,
@@ -65,6 +66,23 @@ def summed(rows: Any) -> Sums:
 def told(database: Database, table: str = "usage") -> Sums:
     with database.begin() as connection:
         return summed(connection.execute(text(f"TABLE {table}")).mappings().all())
+
+
+def batch_sums_of(database: Database, table: str | None = None) -> list[Any]:
+    """What a table of sums has, or what the batches themselves come to."""
+    of_batches = """
+        SELECT date_trunc('hour', claimed_at, 'UTC') AS hour, model, 1 AS batches,
+            num_jobs AS jobs, num_sequences AS sequences, useful_tokens, padded_tokens
+        FROM batches
+    """
+    query = f"""
+        SELECT hour, model, sum(batches), sum(jobs), sum(sequences), sum(useful_tokens),
+            sum(padded_tokens)
+        FROM ({of_batches if table is None else f"TABLE {table}"}) AS each
+        GROUP BY hour, model ORDER BY hour, model
+    """
+    with database.begin() as connection:
+        return [tuple(row) for row in connection.execute(text(query))]
 
 
 def fold(database: Database, page: int = 1_000) -> int:
@@ -144,6 +162,7 @@ def test_whatever_happens_to_jobs_each_that_ended_is_summed_once(
         pass
     assert told(database, "usage_hours") == ledger.sums
     assert told(database, "usage_deltas") == {}
+    assert batch_sums_of(database, "batch_usage_hours") == batch_sums_of(database)
 
 
 def test_workers_that_finish_at_once_and_sweepers_that_add_up_at_once_lose_and_double_nothing(
@@ -229,6 +248,31 @@ def test_jobs_that_never_ran_are_summed_too_and_with_a_currency_of_their_group(
     }  # fmt: skip
     assert (row.input_tokens, row.cached_tokens, row.output_tokens) == (20, 8, 10)
     assert row.mean_batch_size == 2.0
+
+
+def test_a_batch_is_summed_as_it_was_last_written_and_told_by_time_and_model_alone(
+    database: Database,
+) -> None:
+    ended(database, 2)
+    with database.begin() as connection:
+        batch = connection.scalar(text("SELECT id FROM batches"))
+    for useful in (30, 60):  # totals, not increments
+        with database.begin() as connection:
+            claims.finish(connection, [], [BatchStats(batch, useful, 80, 1_000)])
+        fold(database)
+
+    [row] = ask(database, by=("day", "model"))
+    assert row.filling == Filling(1, 2, 60, 80)
+    assert row.filling.padding_share == 0.25 and row.filling.mean_sequences == 2.0
+    assert ask(database, by=("priority",))[0].filling is None
+    assert ask(database, tenant="default")[0].filling is None
+    ended(database, 1, model="other")  # which the test's worker claims in a batch of the first
+    rows = ask(database, by=("model",), top=1)
+    assert [row.filling and row.filling.batches for row in rows] == [2, None]
+
+    with database.begin() as connection:
+        connection.execute(text("DELETE FROM batches"))
+    assert ask(database, by=("model",), top=1) == rows
 
 
 def test_no_number_is_too_large_to_be_summed(database: Database) -> None:

@@ -7,6 +7,9 @@ from tests.memory_store.database import Answer, MemoryConnection, statement
 from tests.memory_store.rows import Params
 
 
-@statement(usage._FOLD)
 def _fold(_: MemoryConnection, __: Params) -> Answer:
     return Answer([{"count": 0}])
+
+
+for each in usage._FOLDS:
+    statement(each)(_fold)

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from app import cli
 from app.books.usage import (
+    Filling,
     Usage,
     halves_of,
     hour_of,
@@ -137,6 +138,13 @@ def test_a_million_tokens_cost_what_they_cost_and_no_tokens_have_no_price() -> N
     assert used(input_tokens=3, output_tokens=1, cached_tokens=2).tokens == 4
 
 
+def test_padding_is_a_share_of_what_was_computed_and_never_less_than_nothing() -> None:
+    assert Filling(2, 9, 75, 100).padding_share == 0.25
+    assert Filling(2, 9, 100, 75).padding_share == 0.0
+    assert Filling(0, 0, 0, 0).padding_share is Filling(0, 0, 0, 0).mean_sequences is None
+    assert (Filling(1, 2, 3, 4) + Filling(1, 2, 3, 4)).mean_sequences == 2.0
+
+
 @given(
     st.lists(
         st.tuples(st.sampled_from("ab"), st.sampled_from([None, "EUR", "USD"]), st.integers(0, 9)),
@@ -174,6 +182,8 @@ def row(day: str, model: str | None, **given: Any) -> dict[str, Any]:
         "cost": "0.005120000",
         "cost_per_million_tokens": "0.053894737",
         "mean_batch_size": 12.5,
+        "mean_batch_sequences": 14.0,
+        "padding_share": None,
     } | given
 
 
