@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
+from decimal import Decimal
 from http import HTTPStatus
 from typing import Annotated, Any, Final, Literal
 from zoneinfo import ZoneInfo
@@ -14,7 +15,18 @@ from app.api import query
 from app.api.problems import documented
 from app.api.schemas import ModelName, Money
 from app.api.services import Here, Services
-from app.books.usage import MAX_TOP, Question, Usage, halves_of, parse_by, period_of, zone_of
+from app.books.usage import (
+    MAX_TOP,
+    PARTS,
+    Answer,
+    DeviceTime,
+    Question,
+    Usage,
+    halves_of,
+    parse_by,
+    period_of,
+    zone_of,
+)
 from app.jobs import MAX_PRIORITY, JobState
 from app.requests.storable import parse_metadata, refuse_unstorable
 from app.store import usage
@@ -58,6 +70,14 @@ class UsageRow(BaseModel):
         "device that is never idle.",
         examples=["0.053894737"],
     )
+    cost_per_million_tokens_real: Money | None = Field(
+        description="The same with what devices cost beside: loading, idling, waste and overhead, "
+        "spread over all jobs of the time and currency by their cost.",
+        examples=["0.081320442"],
+    )
+    charge: Money = Field(
+        description="What their tokens cost by the price's tariff; 0 without one.", examples=["0"]
+    )
     mean_batch_size: float | None = Field(
         description="Jobs of the batch that a job was in, itself included.", examples=[12.5]
     )
@@ -73,6 +93,24 @@ class UsageRow(BaseModel):
     )
 
 
+class DeviceRow(BaseModel):
+    """Where the time of devices of one name and price went, whichever jobs are asked for."""
+
+    time: datetime | None = Field(description="Begin of the hour, day or month, if by one.")
+    device: str = Field(description="As its driver names it.", examples=["NVIDIA H100"])
+    price_id: str | None = Field(description="Its price; null if it has none.", examples=["h100"])
+    currency: str | None = Field(description="ISO 4217 code of the price.", examples=["EUR"])
+    price_per_hour: Money | None = Field(description="For a device.", examples=["2.900000000"])
+    seconds: dict[str, float] = Field(
+        description="`up`, and its parts: `load` (models), `busy` (billed to jobs), `idle`, "
+        "`waste`, `overhead` (between steps) and `open` (computed for jobs settled later).",
+        examples=[{"up": 3600.0, "busy": 2412.5}],
+    )
+    cost: dict[str, Money] | None = Field(
+        description="What each costs; null without a price.", examples=[{"up": "2.900000000"}]
+    )
+
+
 class UsageAnswer(BaseModel):
     """Usage of a period."""
 
@@ -84,6 +122,7 @@ class UsageAnswer(BaseModel):
     data: list[UsageRow] = Field(
         description="By time; then the groups with the most device time first."
     )
+    devices: list[DeviceRow] = Field(description="Where the time of all devices went, by time.")
 
 
 async def _question(
@@ -175,25 +214,25 @@ _METADATA: Final = query.family(
 async def tell_usage(here: Here, question: Annotated[Question, Depends(_question)]) -> UsageAnswer:
     """What jobs that ended in a period used and cost, by time, model, tenant, priority, price or
     what their metadata says. Sums stay when jobs are deleted; what metadata says goes with them."""
-    rows = await here.read(_ask, here, question)
+    answer = await here.read(_ask, here, question)
     return UsageAnswer(
         since=question.since,
         until=question.until,
         zone=question.zone,
         by=list(question.by),
-        data=[_row(question, row) for row in rows],
+        data=[_row(question, row) for row in answer.rows],
+        devices=[_device(question, device) for device in answer.devices],
     )
 
 
-def _ask(here: Services, question: Question) -> list[Usage]:
+def _ask(here: Services, question: Question) -> Answer:
     with here.database.begin() as connection:
         return usage.ask(connection, question)
 
 
 def _row(question: Question, row: Usage) -> UsageRow:
-    zone = ZoneInfo(question.zone)
     group: dict[str, Any] = {
-        key: value.astimezone(zone) if isinstance(value, datetime) else value
+        key: _local(value, question) if isinstance(value, datetime) else value
         for key, value in row.group.items()
     }
     return UsageRow(
@@ -208,7 +247,28 @@ def _row(question: Question, row: Usage) -> UsageRow:
         currency=row.currency,
         cost=row.cost,
         cost_per_million_tokens=row.cost_per_million_tokens,
+        cost_per_million_tokens_real=row.real_cost_per_million_tokens,
+        charge=row.charge,
         mean_batch_size=row.mean_batch_size,
         mean_batch_sequences=row.filling and row.filling.mean_sequences,
         padding_share=row.filling and row.filling.padding_share,
     )
+
+
+def _device(question: Question, device: DeviceTime) -> DeviceRow:
+    parts = ("up", *PARTS)
+    return DeviceRow(
+        time=device.time and _local(device.time, question),
+        device=device.device,
+        price_id=device.price_id,
+        currency=device.currency,
+        price_per_hour=device.price,
+        seconds={part: device.ns(part) / NS_PER_S for part in parts},
+        cost=None
+        if device.price is None
+        else {part: device.cost(part) or Decimal(0) for part in parts},
+    )
+
+
+def _local(time: datetime, question: Question) -> datetime:
+    return time.astimezone(ZoneInfo(question.zone))

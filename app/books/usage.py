@@ -7,6 +7,7 @@ is whole hours away.
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -16,7 +17,7 @@ from itertools import groupby
 from typing import Final
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from app.books.cost import MILLION, NANO
+from app.books.cost import MILLION, NANO, device_cost
 from app.errors import RequestError
 from app.jobs import FINAL_STATES, JobState, bounded
 
@@ -122,6 +123,9 @@ class Usage:
     device_ns: int = 0
     wasted_ns: int = 0
     cost: Decimal = Decimal(0)
+    upstream_cost: Decimal = Decimal(0)  #: of it, what servers elsewhere asked for
+    charge: Decimal = Decimal(0)  #: by the tariff of tokens, where the price has one
+    real_cost: Decimal | None = None  #: with its part of what devices did beside; see `at_real_use`
     filling: Filling | None = None  #: of the batches claimed then, if the group has such
 
     @property
@@ -134,9 +138,50 @@ class Usage:
         return per_million(self.cost, self.tokens)
 
     @property
+    def real_cost_per_million_tokens(self) -> Decimal | None:
+        """The same with idle, load, waste and overhead: at real use."""
+        return None if self.real_cost is None else per_million(self.real_cost, self.tokens)
+
+    @property
     def mean_batch_size(self) -> float | None:
         """Jobs of the batch that a job was in, itself included."""
         return self.batch_jobs / self.jobs_ran if self.jobs_ran else None
+
+
+PARTS: Final = ("load", "busy", "idle", "waste", "overhead", "open")
+"""Of the time that devices are up; they add up to it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceTime:
+    """Where the time of devices of one name and price went."""
+
+    time: datetime | None
+    device: str
+    price_id: str | None
+    currency: str | None
+    price: Decimal | None  #: per device and hour
+    up_ns: int
+    load_ns: int
+    busy_ns: int
+    idle_ns: int
+    waste_ns: int
+    overhead_ns: int
+    open_ns: int  #: computed for attempts that are settled later; negative if more of before is
+
+    def ns(self, part: str) -> int:
+        """Of one of the parts, or `up`."""
+        return int(getattr(self, f"{part}_ns"))
+
+    def cost(self, part: str) -> Decimal | None:
+        """What it costs; None if the device has no price."""
+        return None if self.price is None else device_cost(self.ns(part), self.price)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    rows: list[Usage]
+    devices: list[DeviceTime]  #: all there were in the period, whichever jobs are asked for
 
 
 def per_million(cost: Decimal, tokens: int) -> Decimal | None:
@@ -263,7 +308,30 @@ def added(one: Usage, other: Usage) -> Usage:
         device_ns=one.device_ns + other.device_ns,
         wasted_ns=one.wasted_ns + other.wasted_ns,
         cost=_EXACT.add(one.cost, other.cost),
+        upstream_cost=_EXACT.add(one.upstream_cost, other.upstream_cost),
+        charge=_EXACT.add(one.charge, other.charge),
     )
+
+
+def at_real_use(
+    rows: Iterable[Usage], devices: Iterable[DeviceTime], span: str | None
+) -> Iterator[Usage]:
+    """Rows with what devices cost beside what was billed: idle, load, waste and overhead are spread
+    over all jobs of their time and currency, by what these cost on devices."""
+    up: defaultdict[tuple[object, object], Decimal] = defaultdict(Decimal)
+    busy: defaultdict[tuple[object, object], Decimal] = defaultdict(Decimal)
+    for device in devices:
+        if device.price is not None:
+            up[device.time, device.currency] += device_cost(device.up_ns, device.price)
+            busy[device.time, device.currency] += device_cost(device.busy_ns, device.price)
+    for row in rows:
+        key = row.group[span] if span else None, row.currency
+        if busy[key] <= 0:
+            yield row
+            continue
+        on_devices = _EXACT.multiply(row.cost - row.upstream_cost, up[key])
+        spread = _EXACT.divide(on_devices, busy[key]).quantize(NANO, context=_EXACT)
+        yield replace(row, real_cost=spread + row.upstream_cost)
 
 
 def num_jobs(rows: Iterable[Usage]) -> int:

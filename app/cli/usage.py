@@ -13,7 +13,7 @@ from zoneinfo import ZoneInfo
 
 import click
 
-from app.books.usage import MAX_TOP, hour_of, zone_of
+from app.books.usage import MAX_TOP, PARTS, SPANS, hour_of, zone_of
 from app.cli.api import QUICK_S, Api, uses_api
 from app.cli.options import NameValue
 from app.cli.terminal import print_json, print_table, say, tell
@@ -32,13 +32,24 @@ NUMBERS: Final = (
     "cost",
     "currency",
     "cost_per_million_tokens",
+    "cost_per_million_tokens_real",
+    "charge",
     "mean_batch_size",
     "mean_batch_sequences",
     "padding_share",
 )
 TIMES: Final = {"hour": "%Y-%m-%dT%H:00%z", "day": "%Y-%m-%d", "month": "%Y-%m"}
+OF_DEVICES: Final = ("up", *PARTS)
 REST: Final = "(others)"
 NONE: Final = "(none)"
+
+_SHORT: Final = {
+    "cost_per_million_tokens": "per 1M tokens",
+    "cost_per_million_tokens_real": "at real use",
+    "mean_batch_size": "batch",
+    "mean_batch_sequences": "sequences",
+    "padding_share": "padding",
+} | {f"jobs_{state}": state for state in STATES}
 
 _UNITS: Final = {"m": "minutes", "h": "hours", "d": "days"}
 _FORMULA: Final = re.compile(r"^[=+\-@\t\r]")
@@ -78,6 +89,12 @@ _FORMULA: Final = re.compile(r"^[=+\-@\t\r]")
     help="Groups that are told apart; the rest is summed.",
 )
 @click.option(
+    "--devices",
+    "of_devices",
+    is_flag=True,
+    help="Where the time of all devices went, and what it cost, in place of what jobs used.",
+)
+@click.option(
     "--format",
     "form",
     type=click.Choice(["table", "json", "csv"]),
@@ -88,7 +105,13 @@ _FORMULA: Final = re.compile(r"^[=+\-@\t\r]")
 @click.option("--json", "form", flag_value="json", help="The same as --format json.")
 @uses_api
 def usage(
-    api: Api, by: Sequence[str], since: str | None, until: str | None, form: str, **asked: Any
+    api: Api,
+    by: Sequence[str],
+    since: str | None,
+    until: str | None,
+    of_devices: bool,
+    form: str,
+    **asked: Any,
 ) -> None:
     """Sum up what jobs used and cost that ended in a period.
 
@@ -104,7 +127,7 @@ def usage(
         raise click.UsageError(str(error)) from None
     with api.client(QUICK_S) as client:
         answer = client.usage(by=",".join(by), **asked)
-    show(answer, form)
+    show(answer, form, of_devices)
 
 
 def time_of(text: str, zone: ZoneInfo, now: datetime) -> datetime:
@@ -120,20 +143,21 @@ def time_of(text: str, zone: ZoneInfo, now: datetime) -> datetime:
         ) from None
 
 
-def show(answer: Answer, form: str) -> None:
+def show(answer: Answer, form: str, of_devices: bool) -> None:
+    columns, rows = device_columns(answer), device_rows(answer)
+    if not of_devices:
+        columns, rows = columns_of(answer), rows_of(answer)
     match form:
         case "json":
             print_json(answer)
         case "csv":
-            say(csv_of(columns_of(answer), rows_of(answer)).removesuffix("\r\n"))
+            say(csv_of(columns, rows).removesuffix("\r\n"))
         case _:
-            print_table(
-                (*answer["by"], *STATES, "input", "cached", "output", "device s", "wasted s",
-                 "cost", "", "per 1M tokens", "batch", "sequences", "padding"),
-                ([_short(cell) for cell in row] for row in rows_of(answer)),
-            )  # fmt: skip
-    if not answer["data"]:
-        tell(f"No job ended between {answer['since']} and {answer['until']}.")
+            shown = [_SHORT.get(name, name.replace("_", " ")) for name in columns]
+            print_table(shown, ([_short(cell) for cell in row] for row in rows))
+    if not answer["devices" if of_devices else "data"]:
+        what = "No device was up" if of_devices else "No job ended"
+        tell(f"{what} between {answer['since']} and {answer['until']}.")
     for key in answer["by"]:
         if key.startswith("metadata.") and not any(row["group"][key] for row in answer["data"]):
             tell(f"No job of this period that is kept has {key}.")
@@ -152,15 +176,36 @@ def rows_of(answer: Answer) -> Iterator[list[object]]:
         ]
 
 
+def device_columns(answer: Answer) -> Sequence[str]:
+    spans = [key for key in answer["by"] if key in SPANS]
+    parts = (f"{part}_{what}" for what in ("seconds", "cost") for part in OF_DEVICES)
+    return (*spans, "device", "price", *parts, "currency")
+
+
+def device_rows(answer: Answer) -> Iterator[list[object]]:
+    for row in answer["devices"]:
+        yield [
+            *(time_shown(row["time"], key, answer["zone"]) for key in answer["by"] if key in SPANS),
+            row["device"],
+            row["price_id"],
+            *(row["seconds"][part] for part in OF_DEVICES),
+            *((row["cost"] or {}).get(part) for part in OF_DEVICES),
+            row["currency"],
+        ]
+
+
 def key_of(row: Answer, key: str, zone: str) -> object:
-    """A key of a row's group as it is shown: times short, as they are in their zone."""
+    """A key of a row's group as it is shown: times as they are in their zone."""
     value = row["group"][key]
     if key in TIMES:
-        local = datetime.fromisoformat(value).astimezone(ZoneInfo(zone))
-        return local.strftime(TIMES[key])
+        return time_shown(value, key, zone)
     if row["rest"]:
         return REST
     return NONE if value is None else value
+
+
+def time_shown(time: str, span: str, zone: str) -> str:
+    return datetime.fromisoformat(time).astimezone(ZoneInfo(zone)).strftime(TIMES[span])
 
 
 def csv_of(columns: Iterable[str], rows: Iterable[Iterable[object]]) -> str:

@@ -20,10 +20,20 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, TextClause, text
 
-from app.books.usage import LABEL, Filling, Question, Usage, in_one_currency, num_jobs
+from app.books.usage import (
+    LABEL,
+    Answer,
+    DeviceTime,
+    Filling,
+    Question,
+    Usage,
+    at_real_use,
+    in_one_currency,
+    num_jobs,
+)
 from app.errors import RequestError
 from app.jobs import FINAL_STATES
-from app.store.tables import ROLL_UPS, RollUp, usage_sums
+from app.store.tables import ROLL_UPS, RollUp, device_sums, usage_sums
 
 MAX_ROWS: Final = 20_000
 """Of an answer: two years of hours, or a month of days of six hundred groups."""
@@ -33,7 +43,8 @@ MAX_JOBS: Final = 1_000_000
 
 _STATES: Final = tuple(sorted(FINAL_STATES))
 _SUMS: Final = usage_sums.sums
-_NOT_COUNTS: Final = {"cost", *(f"jobs_{state}" for state in _STATES)}
+_MONEY: Final = ("cost", "upstream_cost", "charge")
+_NOT_COUNTS: Final = {*_MONEY, *(f"jobs_{state}" for state in _STATES)}
 
 
 def _fold(roll_up: RollUp) -> TextClause:
@@ -76,7 +87,8 @@ _JOBS: Final = f"""
         {", ".join(f"CAST(state = '{state}' AS int) AS jobs_{state}" for state in _STATES)},
         CAST(batch_size IS NOT NULL AS int) AS jobs_ran, coalesce(batch_size, 0) AS batch_jobs,
         coalesce(input_tokens, 0) AS input_tokens, coalesce(cached_tokens, 0) AS cached_tokens,
-        coalesce(output_tokens, 0) AS output_tokens, device_ns, wasted_ns, cost
+        coalesce(output_tokens, 0) AS output_tokens, device_ns, wasted_ns,
+        {", ".join(f"coalesce({name}, 0) AS {name}" for name in _MONEY)}
     FROM results
     WHERE finished_at >= :since AND finished_at < :until AND created_at < :until
         AND tenant = ANY(ARRAY(
@@ -89,16 +101,17 @@ _COLUMNS: Final = {"model": "model", "tenant": "tenant", "priority": "priority",
                    "price": "price_id"}  # fmt: skip
 
 
-def ask(connection: Connection, question: Question) -> list[Usage]:
+def ask(connection: Connection, question: Question) -> Answer:
     """The usage of a period, by group and currency: by time, then those with the most device time
-    first. What nobody used has no row.
+    first; and where the devices' time went. What nobody used has no row.
 
     Raises `RequestError` for a question with too long an answer, or one about the metadata of too
     many jobs.
     """
     statement, given = _statement(question)
     rows = [_usage(question, row) for row in connection.execute(text(statement), given).mappings()]
-    if len(rows) > MAX_ROWS:
+    devices = _devices(connection, question)
+    if max(len(rows), len(devices)) > MAX_ROWS:
         raise RequestError(
             f"The answer has more than {MAX_ROWS:,} rows: ask for a shorter period, by less, or "
             "for less at the top.",
@@ -110,8 +123,27 @@ def ask(connection: Connection, question: Question) -> list[Usage]:
             "from each: ask for a shorter period, or for one model.",
             param="since",
         )
-    told = list(in_one_currency(rows))
-    return _with_batches(connection, question, told) if question.tells_batches else told
+    told = list(at_real_use(in_one_currency(rows), devices, question.span))
+    if question.tells_batches:
+        told = _with_batches(connection, question, told)
+    return Answer(told, devices)
+
+
+def _devices(connection: Connection, question: Question) -> list[DeviceTime]:
+    sums = ", ".join(f"sum({name}) AS {name}" for name in device_sums.sums)
+    rows = connection.execute(
+        text(f"""
+            SELECT {_time(question)} AS time, device, price_id, currency, price, {sums}
+            FROM device_time WHERE hour >= :since AND hour < :until
+            GROUP BY 1, 2, 3, 4, 5 ORDER BY 1, 2, 3
+            LIMIT {MAX_ROWS + 1}
+        """),
+        {"since": question.since, "until": question.until, "zone": question.zone},
+    ).mappings()
+    return [
+        DeviceTime(**dict(row) | {name: int(row[name]) for name in device_sums.sums})
+        for row in rows
+    ]
 
 
 def _with_batches(connection: Connection, question: Question, rows: Sequence[Usage]) -> list[Usage]:
@@ -218,7 +250,7 @@ def _usage(question: Question, row: Any) -> Usage:
         is_rest=row["is_rest"],
         currency=row["currency"],
         jobs={state: int(row[f"jobs_{state}"]) for state in _STATES},
-        cost=row["cost"],
+        **{name: row[name] for name in _MONEY},
         **counts,
     )
 

@@ -13,7 +13,7 @@ from uuid import UUID, uuid4
 import pytest
 from sqlalchemy import text
 
-from app.books.usage import Filling, Question
+from app.books.usage import PARTS, Filling, Question
 from app.errors import JobNotFound, RequestError
 from app.jobs import FINAL_STATES, JobState, Kind
 from app.store import claims, months, purging, retention, submissions, sweeps, usage
@@ -31,7 +31,9 @@ OF_RESULTS = f"""
         {", ".join(f"CAST(state = '{s}' AS int) AS jobs_{s}" for s in sorted(FINAL_STATES))},
         CAST(batch_size IS NOT NULL AS int) AS jobs_ran, coalesce(batch_size, 0) AS batch_jobs,
         coalesce(input_tokens, 0) AS input_tokens, coalesce(cached_tokens, 0) AS cached_tokens,
-        coalesce(output_tokens, 0) AS output_tokens, device_ns, wasted_ns, cost
+        coalesce(output_tokens, 0) AS output_tokens, device_ns, wasted_ns,
+        coalesce(cost, 0) AS cost,
+        coalesce(upstream_cost, 0) AS upstream_cost, coalesce(charge, 0) AS charge
     FROM results
 """
 Sums = dict[tuple[Any, ...], Counter[str]]
@@ -94,7 +96,7 @@ def ask(database: Database, **given: Any) -> list[Any]:
     since, until = EVER
     question = Question(**{"since": since, "until": until} | given)
     with database.begin() as connection:
-        return usage.ask(connection, question)
+        return usage.ask(connection, question).rows
 
 
 def ended(database: Database, number: int = 1, finish: Any = None, **job: Any) -> list[UUID]:
@@ -103,7 +105,8 @@ def ended(database: Database, number: int = 1, finish: Any = None, **job: Any) -
     worker = Worker.registered(database)
     given = {
         "input_tokens": 10, "cached_tokens": 4, "output_tokens": 5, "batch_size": number,
-        "currency": "EUR", "price_id": "cpu", "cost": Decimal("0.000000003"),
+        "device_ns": 3_000, "price": Decimal("3.6"), "currency": "EUR", "price_id": "cpu",
+        "cost": Decimal("0.000000003"),
     } | (finish or {})  # fmt: skip
     worker.finish(*(completed(each, **given) for each in worker.claim(ids)))
     return ids
@@ -275,12 +278,49 @@ def test_a_batch_is_summed_as_it_was_last_written_and_told_by_time_and_model_alo
     assert ask(database, by=("model",), top=1) == rows
 
 
+def test_windows_are_summed_by_hour_device_and_price_and_tell_the_cost_at_real_use(
+    database: Database,
+) -> None:
+    ended(database, 2)  # 6,000 ns
+    with database.begin() as connection:
+        for number in (1, 2):
+            connection.execute(
+                text("""
+                    INSERT INTO windows (
+                        worker_id, number, from_at, until_at, up_ns, load_ns, busy_ns, idle_ns,
+                        waste_ns, overhead_ns, open_ns, stray_ns, is_last, device, price_id,
+                        currency, price, rounding
+                    ) VALUES (
+                        :worker, :number, now(), now(), 12000, 1000, 3000, 6000, 1000, 500, 500, 0,
+                        false, 'cpu', 'cpu', 'EUR', 3.6, 0
+                    )
+                """),
+                {"worker": uuid4(), "number": number},
+            )
+    while fold(database):
+        pass
+
+    since, until = EVER
+    question = Question(since=since, until=until, by=("day",))
+    with database.begin() as connection:
+        connection.execute(text("DELETE FROM windows"))
+        answer = usage.ask(connection, question)
+
+    [device] = answer.devices
+    assert (device.device, device.price, device.up_ns) == ("cpu", Decimal("3.6"), 24_000)
+    assert sum(device.ns(part) for part in PARTS) == device.up_ns
+    assert device.cost("idle") == Decimal("0.000000012")
+    assert answer.rows[0].cost == Decimal("0.000000006")
+    assert answer.rows[0].real_cost == device.cost("up") == Decimal("0.000000024")
+
+
 def test_no_number_is_too_large_to_be_summed(database: Database) -> None:
     most = 2**63 - 1
+    free = dict.fromkeys(("price", "price_id", "currency", "cost"))
 
-    ended(database, 3, {"device_ns": most, "input_tokens": 2**31 - 1})
+    ended(database, 3, free | {"device_ns": most, "input_tokens": 2**31 - 1})
     fold(database)
-    ended(database, 1, {"device_ns": most, "input_tokens": 2**31 - 1})
+    ended(database, 1, free | {"device_ns": most, "input_tokens": 2**31 - 1})
     fold(database)
 
     [row] = ask(database)

@@ -19,8 +19,10 @@ from hypothesis import strategies as st
 
 from app import cli
 from app.books.usage import (
+    DeviceTime,
     Filling,
     Usage,
+    at_real_use,
     halves_of,
     hour_of,
     in_one_currency,
@@ -145,6 +147,52 @@ def test_padding_is_a_share_of_what_was_computed_and_never_less_than_nothing() -
     assert (Filling(1, 2, 3, 4) + Filling(1, 2, 3, 4)).mean_sequences == 2.0
 
 
+NS = st.integers(0, 10**15)
+
+
+@given(st.lists(st.tuples(NS, NS, NS, st.integers(0, 10**12)), max_size=5))
+def test_at_real_use_jobs_pay_for_all_of_the_time_that_devices_were_up(
+    found: list[tuple[int, int, int, int]],
+) -> None:
+    """And at full use for what was billed."""
+    devices = [
+        DeviceTime(
+            time=None, device="cpu", price_id="cpu", currency="EUR", price=Decimal("3.6"),
+            up_ns=busy + idle + load, load_ns=load, busy_ns=busy, idle_ns=idle, waste_ns=0,
+            overhead_ns=0, open_ns=0,
+        )
+        for busy, idle, load, _ in found
+    ]  # fmt: skip
+    billed = [
+        used(cost=device.cost("busy"), upstream_cost=Decimal(0), input_tokens=tokens)
+        for device, (*_, tokens) in zip(devices, found, strict=True)
+    ]
+
+    told = list(at_real_use(billed, devices, None))
+
+    total = sum((device.cost("up") or Decimal(0) for device in devices), Decimal(0))
+    if sum((row.cost for row in billed), Decimal(0)):
+        spread = sum((row.real_cost or Decimal(0) for row in told), Decimal(0))
+        assert abs(spread - total) <= len(told) * Decimal("0.000000001")
+        assert all((row.real_cost or Decimal(0)) >= row.cost for row in told)
+    else:
+        assert [row.real_cost for row in told] == [None] * len(told)
+
+
+def test_what_servers_elsewhere_asked_for_is_the_same_at_any_use() -> None:
+    device = DeviceTime(
+        time=None, device="cpu", price_id="cpu", currency="EUR", price=Decimal("3.6"),
+        up_ns=4_000, load_ns=0, busy_ns=1_000, idle_ns=3_000, waste_ns=0, overhead_ns=0, open_ns=0,
+    )  # fmt: skip
+    row = used(cost=Decimal("5.000000001"), upstream_cost=Decimal(5), output_tokens=2)
+
+    [told] = at_real_use([row], [device], None)
+    [other] = at_real_use([used("USD")], [device], None)
+
+    assert told.real_cost == Decimal("5.000000004") and other.real_cost is None
+    assert told.real_cost_per_million_tokens == Decimal("2500000.002")
+
+
 @given(
     st.lists(
         st.tuples(st.sampled_from("ab"), st.sampled_from([None, "EUR", "USD"]), st.integers(0, 9)),
@@ -181,6 +229,8 @@ def row(day: str, model: str | None, **given: Any) -> dict[str, Any]:
         "currency": "EUR",
         "cost": "0.005120000",
         "cost_per_million_tokens": "0.053894737",
+        "cost_per_million_tokens_real": "0.081000000",
+        "charge": "0",
         "mean_batch_size": 12.5,
         "mean_batch_sequences": 14.0,
         "padding_share": None,
@@ -191,7 +241,7 @@ def row(day: str, model: str | None, **given: Any) -> dict[str, Any]:
 def asked(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, Any]]:
     """Run `gristmill usage` against these rows: exit code, output, what was asked."""
 
-    def run(*arguments: str, rows: Any = ()) -> tuple[int, str, Any]:
+    def run(*arguments: str, rows: Any = (), devices: Any = ()) -> tuple[int, str, Any]:
         requests: list[httpx.Request] = []
 
         def answer(request: httpx.Request) -> httpx.Response:
@@ -199,6 +249,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, Any]
             by = [key for key in request.url.params["by"].split(",") if key]
             since, until = "2027-01-02T00:00:00Z", "2027-02-01T13:00:00Z"
             told = {"since": since, "until": until, "zone": "UTC", "by": by, "data": list(rows)}
+            told["devices"] = list(devices)
             return httpx.Response(200, json=told)
 
         client = partial(Client, transport=httpx.MockTransport(answer))
@@ -255,6 +306,27 @@ def test_the_same_rows_are_a_table_json_and_csv(asked: Any) -> None:
     assert first["cost"] == "0.005120000" and first["jobs_completed"] == "1200"
     assert rest["model"] == "(others)" and rest["currency"] == ""
     assert '"data"' in lines
+
+
+def test_where_the_time_of_devices_went_is_a_table_too(
+    asked: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = ("up", "load", "busy", "idle", "waste", "overhead", "open")
+    device = {
+        "time": "2027-01-31T00:00:00Z", "device": "cpu", "price_id": None, "currency": None,
+        "price_per_hour": None, "seconds": dict.fromkeys(parts, 1.5), "cost": None,
+    }  # fmt: skip
+    priced = device | {"price_id": "cpu", "currency": "EUR", "cost": dict.fromkeys(parts, "0.1")}
+
+    _, text, _ = asked(
+        "--by", "day,model", "--devices", "--format", "csv", devices=[device, priced]
+    )
+    free, paid = csv.DictReader(io.StringIO(text))
+
+    assert (free["day"], free["idle_seconds"], free["idle_cost"]) == ("2027-01-31", "1.5", "")
+    assert (paid["price"], paid["idle_cost"], paid["currency"]) == ("cpu", "0.1", "EUR")
+    asked("--devices")
+    assert "No device was up between" in capsys.readouterr().err
 
 
 def test_no_data_is_an_empty_table_and_a_label_that_nobody_has_is_said(
