@@ -57,6 +57,9 @@ class FakeApi:
                 wanted = request.url.params.get("state")
                 found = [each for each in self.jobs.values() if wanted in (None, each["state"])]
                 return 200, {"data": found, "has_more": False, "last_id": None}
+            case "GET", _ if path.endswith("/timeline"):
+                found = self.jobs.get(path.split("/")[-2])
+                return (200, found["timeline"]) if found else NOT_FOUND
             case "GET", _:
                 return self._told(path.rpartition("/")[2], is_held)
             case "DELETE", _:

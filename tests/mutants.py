@@ -706,6 +706,34 @@ MUTANTS: Final = (
         "pass",
         ODD_MESSAGES,
     ),
+    Mutant(
+        "a timeline counts time that a clock took back",
+        "app/books/timeline.py",
+        "at = min(max(stamp, begin), end)",
+        "at = stamp",
+        "tests/unit/test_timeline.py",
+    ),
+    Mutant(
+        "a timeline names jobs of other tenants",
+        "app/store/surroundings.py",
+        "mate.tenant = :tenant AND ",
+        ":tenant <> '' AND ",
+        "tests/integration/test_explain.py",
+    ),
+    Mutant(
+        "a timeline's job is in a worker that let go of it",
+        "app/store/delivery.py",
+        "worker_id = NULL, received_at = NULL,\n        enqueued_at",
+        "worker_id = NULL,\n        enqueued_at",
+        "tests/integration/test_explain.py",
+    ),
+    Mutant(
+        "a timeline takes what is computed again for the prompt's",
+        "app/engines/inflight/engine.py",
+        "new = min(end, max(segment.start, row.furthest))",
+        "new = segment.start",
+        "tests/unit/test_inflight_engine.py",
+    ),
 )
 
 

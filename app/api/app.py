@@ -29,6 +29,7 @@ from app.api import (
     openapi,
     problems,
     purge,
+    timeline,
     usage,
 )
 from app.api.callers import KnownCallers
@@ -90,7 +91,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(KnownCallers, settings=settings.api)
     app.add_middleware(RequestScope, metrics=services.metrics)  # around it: it counts refusals, too
     problems.install(app)
-    for surface in (jobs, lists, many, purge, usage, models, limits, health):
+    for surface in (jobs, timeline, lists, many, purge, usage, models, limits, health):
         app.include_router(surface.router)
     openapi.install(app)
     return app

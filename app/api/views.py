@@ -119,10 +119,10 @@ def _fields(view: JobView) -> dict[str, Any]:
         "max_attempts": view.max_attempts,
         "attempts": [_attempt(attempt) for attempt in view.attempts],
         "timing": result and Timing.model_validate(result, from_attributes=True),
-        "usage": result and _usage(result),
-        "cost": result and _cost(result),
+        "usage": result and usage_of(result),
+        "cost": result and cost_of(result),
         "batch": view.batch and _batch(view.batch, result),
-        "error": result and _error(result),
+        "error": result and error_of(result),
         "metadata": view.metadata,
         "links": _links(view),
     }
@@ -145,7 +145,7 @@ def _attempt(view: AttemptView) -> Attempt:
     )
 
 
-def _usage(result: ResultView) -> TokenUsage | None:
+def usage_of(result: ResultView) -> TokenUsage | None:
     if result.input_tokens is None or result.output_tokens is None:
         return None
     return TokenUsage(
@@ -156,7 +156,7 @@ def _usage(result: ResultView) -> TokenUsage | None:
     )
 
 
-def _cost(result: ResultView) -> Cost:
+def cost_of(result: ResultView) -> Cost:
     return Cost(
         amount=result.cost,
         currency=result.currency,
@@ -176,7 +176,7 @@ def _batch(view: BatchView, result: ResultView | None) -> Batch:
     )
 
 
-def _error(result: ResultView) -> JobError | None:
+def error_of(result: ResultView) -> JobError | None:
     if result.error_code is None:
         return None
     return JobError(code=result.error_code, message=result.error_message or "")

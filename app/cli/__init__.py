@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import click
 
-from app.cli import jobs, machine, parts, results, settings, submit, usage, verify
+from app.cli import explain, jobs, machine, parts, results, settings, submit, usage, verify
 from app.cli.terminal import FAILED, INTERRUPTED, JOB_FAILED, UNAVAILABLE, WRONG_SETTINGS, tell
 from app.client import JobFailed
 from app.errors import ConfigError, GristmillError, QueueFull, SchemaError, Unavailable
@@ -73,6 +73,7 @@ for command in (
     results.results,
     *jobs.COMMANDS,
     usage.usage,
+    explain.explain,
     *settings.COMMANDS,
     *verify.COMMANDS,
 ):

@@ -69,6 +69,11 @@ class AsyncClient:
         """The job as it is now."""
         return await self._run(self._flows.job(job_id))
 
+    async def timeline(self, job_id: str) -> dict[str, Any]:
+        """Where the job's time went so far: see the API's documentation of
+        GET /v1/jobs/{job_id}/timeline."""
+        return await self._run(self._flows.timeline(job_id))
+
     async def jobs_status(
         self, job_ids: Iterable[str], *, with_responses: bool = False
     ) -> list[Job | GristmillError]:

@@ -103,6 +103,9 @@ class Flows:
     def job(self, job_id: str) -> Flow[Job]:
         return Job.of((yield from self._api.ask("GET", _path(job_id))))
 
+    def timeline(self, job_id: str) -> Flow[dict[str, Any]]:
+        return (yield from self._api.ask("GET", f"{_path(job_id)}/timeline"))
+
     def jobs_status(self, job_ids: Iterable[str], with_responses: bool) -> Flow[list[Found]]:
         ids = list(job_ids)
         view, most = ("full", MAX_IDS_FULL) if with_responses else ("summary", MAX_IDS)

@@ -70,6 +70,11 @@ class Client:
         """The job as it is now."""
         return self._run(self._flows.job(job_id))
 
+    def timeline(self, job_id: str) -> dict[str, Any]:
+        """Where the job's time went so far: see the API's documentation of
+        GET /v1/jobs/{job_id}/timeline."""
+        return self._run(self._flows.timeline(job_id))
+
     def jobs_status(
         self, job_ids: Iterable[str], *, with_responses: bool = False
     ) -> list[Job | GristmillError]:

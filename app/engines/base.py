@@ -60,6 +60,16 @@ class TokenLogprob:
 
 
 @dataclass(slots=True)
+class Breakdown:
+    """What the device time of a sequence was for, and when it had none."""
+
+    prefill_ns: int = 0  #: of `Generation.device_ns`, for its prompt
+    recomputed_ns: int = 0  #: of it, for what a preemption had dropped; the rest is for its output
+    preemptions: int = 0  #: times it gave way to others
+    preempted_ns: int = 0  #: for how long
+
+
+@dataclass(slots=True)
 class Generation:
     """The engine's answer for one sequence, whole or cut short.
 
@@ -81,6 +91,7 @@ class Generation:
     charge: Decimal | None = None  #: what a server asks for this, by its own words
     cached_tokens: int = 0  #: of the prompt, that were not computed for it
     device_ns: int = 0
+    breakdown: Breakdown | None = None  #: None: the engine cannot tell
     started_ns: int = 0
     first_token_ns: int = 0
     finished_ns: int = 0

@@ -14,7 +14,7 @@ from typing import Final
 import torch
 
 from app.config.settings import ModelSettings
-from app.engines.base import Generation, NewTokens, Progress, Sequence, StepStats
+from app.engines.base import Breakdown, Generation, NewTokens, Progress, Sequence, StepStats
 from app.engines.device import give_back_memory, pick_device, ran_out_of_memory, use_threads
 from app.engines.text.tokenizer import Tokenizer
 from app.errors import ContextLengthExceeded, OutOfMemory, RequestError
@@ -129,6 +129,7 @@ class StaticEngine(abc.ABC):
             sequence.id,
             FinishReason.CANCELLED,
             input_tokens=len(sequence.prompt_token_ids),
+            breakdown=Breakdown(),
             started_ns=now,
             finished_ns=now,
         )

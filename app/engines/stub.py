@@ -34,6 +34,7 @@ from app.books.shares import share
 from app.config.settings import ModelSettings
 from app.engines.base import (
     NOT_FINITE,
+    Breakdown,
     Generation,
     NewTokens,
     Progress,
@@ -72,10 +73,12 @@ class _Row:
             sequence.prompt_token_ids,
             stream=sequence.stream,
         )
+        self.breakdown = Breakdown()
         self.generation = Generation(
             sequence.id,
             FinishReason.STOP,
             input_tokens=len(sequence.prompt_token_ids),
+            breakdown=self.breakdown,
             started_ns=now,
         )
 
@@ -194,6 +197,8 @@ class StubEngine(JoiningEngine):
         shares = share(now - began_ns, [1] * len(self._rows))
         for row, device_ns in zip(self._rows, shares, strict=True):
             row.generation.device_ns += device_ns
+            if not row.generation.first_token_ns:
+                row.breakdown.prefill_ns += device_ns
             row.generation.first_token_ns = row.generation.first_token_ns or (
                 now if row.output.token_ids else 0
             )

@@ -98,16 +98,18 @@ _CLAIM: Final = text(f"""
     ), batch AS (
         INSERT INTO batches (
             id, worker_id, model, kind, engine, close_reason, num_jobs, num_sequences, wait_ms,
-            opened_at, claimed_at
+            opened_at, claimed_at, job_ids
         )
         SELECT
             :id, :worker_id, :model, min(kind), :engine, :close_reason, count(*),
-            sum(num_sequences), :wait_ms, now() - :wait_ms * interval '1 ms', now()
+            sum(num_sequences), :wait_ms, now() - :wait_ms * interval '1 ms', now(),
+            array_agg(job_id)
         FROM moved JOIN member USING (job_id)
         HAVING count(*) > 0
         ON CONFLICT (id) DO UPDATE SET  -- a repeated call may get more than the first
             num_jobs = batches.num_jobs + excluded.num_jobs,
-            num_sequences = batches.num_sequences + excluded.num_sequences
+            num_sequences = batches.num_sequences + excluded.num_sequences,
+            job_ids = batches.job_ids || excluded.job_ids
     )
     SELECT is_held, claimed.* FROM lease LEFT JOIN (
         SELECT job_id, attempt_id, number, now() AS claimed_at, created_at FROM moved
@@ -169,6 +171,10 @@ class Finished:
     batch_size: int | None = None
     device_ns: int = 0
     wasted_ns: int = 0
+    prefill_ns: int | None = None
+    recomputed_ns: int | None = None
+    preemptions: int | None = None
+    preempted_ms: float | None = None
     cost: Decimal | None = Decimal(0)  #: None if the device has no price
     upstream_cost: Decimal | None = None
     currency: str | None = None
@@ -229,7 +235,8 @@ _FINISH: Final = text(f"""
             input_tokens, cached_tokens, output_tokens,
             started_at, first_token_at, finished_at,
             queue_ms, batch_wait_ms, ttft_ms, inference_ms, total_ms,
-            device_ns, wasted_ns, {", ".join(BILL)}, charge
+            device_ns, wasted_ns, prefill_ns, recomputed_ns, preemptions, preempted_ms,
+            {", ".join(BILL)}, charge
         )
         SELECT
             id, held.input_tokens, held.attempts_charged + 1, held.losses, {copied("held")},
@@ -241,7 +248,8 @@ _FINISH: Final = text(f"""
             batch_wait_ms,
             {elapsed_ms("held.created_at", "first_token_at")}, inference_ms,
             {elapsed_ms("held.created_at", "now()")},
-            device_ns, wasted_ns, {", ".join(BILL)}, charge
+            device_ns, wasted_ns, prefill_ns, recomputed_ns, preemptions, preempted_ms,
+            {", ".join(BILL)}, charge
         FROM held JOIN given ON given.job_id = held.id
     ), closed AS (
         UPDATE attempts SET

@@ -11,8 +11,9 @@ leaves a `sent` job without a message, and those are known: rescue looks into Re
 are there, and sends the others again. Receiving is allowed from everywhere, for a message may be
 late, doubled or forged.
 
-Columns of `open_jobs`: `worker_id` (the holder, who keeps it when it claims), `enqueued_at` (last
-sent), `wake_count` (times it was sent again). Statements of other modules take the fragments below.
+Columns of `open_jobs`: `worker_id` (the holder, who keeps it when it claims), `received_at` (since
+when it has it), `enqueued_at` (last sent), `wake_count` (times it was sent again). Statements of
+other modules take the fragments below.
 """
 
 from __future__ import annotations
@@ -68,14 +69,16 @@ them."""
 # ── fragments for statements of other modules ───────────────────────────────────────────────────
 
 INSERTED: Final = """
-    CAST(NULL AS uuid),
+    CAST(NULL AS uuid), CAST(NULL AS timestamptz),
     CASE WHEN coalesce(not_before, now()) <= now() AND id IN (SELECT unnest(CAST(:sent AS uuid[])))
         THEN now() END
 """
-"""Values of (worker_id, enqueued_at) for a new row: `sent` if it is due and about to be."""
+"""Values of (worker_id, received_at, enqueued_at) for a new row: `sent` if it is due and about to
+be."""
 
 BROUGHT: Final = """
     CASE WHEN coalesce(not_before, now()) <= now() THEN CAST(:worker_id AS uuid) END,
+    CASE WHEN coalesce(not_before, now()) <= now() THEN now() END,
     CASE WHEN coalesce(not_before, now()) <= now() THEN now() END
 """
 """The same for a row that its message brought. One that is not due is nobody's: its message is
@@ -84,13 +87,15 @@ acknowledged, and rescue sends one in time."""
 RECEIVED: Final = f"""
     worker_id = CASE WHEN open_jobs.state = 'queued' AND open_jobs.not_before <= now() AND {KNOWN}
         THEN CAST(:worker_id AS uuid) ELSE open_jobs.worker_id END,
+    received_at = CASE WHEN open_jobs.state = 'queued' AND open_jobs.not_before <= now() AND {KNOWN}
+        THEN now() ELSE open_jobs.received_at END,
     enqueued_at = CASE WHEN open_jobs.state <> 'queued' THEN open_jobs.enqueued_at
         WHEN open_jobs.not_before > now() AND open_jobs.worker_id IS NULL THEN NULL
         ELSE coalesce(open_jobs.enqueued_at, now()) END
 """
 """For an open row whose message came to a worker."""
 
-QUEUED_AGAIN: Final = "worker_id = NULL, enqueued_at = NULL, wake_count = 0"
+QUEUED_AGAIN: Final = "worker_id = NULL, received_at = NULL, enqueued_at = NULL, wake_count = 0"
 """For a row that comes back into the queue."""
 
 
@@ -240,7 +245,8 @@ _LET_GO: Final = text(f"""
         WHERE {HELD} AND worker_id = :worker_id
     )
     UPDATE open_jobs SET
-        worker_id = NULL, enqueued_at = CASE WHEN not_before <= now() THEN now() END
+        worker_id = NULL, received_at = NULL,
+        enqueued_at = CASE WHEN not_before <= now() THEN now() END
     FROM held WHERE open_jobs.id = held.id
 """)
 
@@ -263,7 +269,7 @@ _FREE_FORGOTTEN: Final = text(f"""
             AND id NOT IN (SELECT unnest(CAST(:known AS uuid[])))
         FOR NO KEY UPDATE SKIP LOCKED
     )
-    UPDATE open_jobs SET worker_id = NULL, enqueued_at = NULL
+    UPDATE open_jobs SET worker_id = NULL, received_at = NULL, enqueued_at = NULL
     FROM forgotten WHERE open_jobs.id = forgotten.id
     RETURNING open_jobs.id
 """)
@@ -290,7 +296,7 @@ _FREE_LOST: Final = text(f"""
         LIMIT :page
         FOR NO KEY UPDATE OF open_jobs SKIP LOCKED
     )
-    UPDATE open_jobs SET worker_id = NULL, enqueued_at = NULL
+    UPDATE open_jobs SET worker_id = NULL, received_at = NULL, enqueued_at = NULL
     FROM orphan WHERE open_jobs.id = orphan.id
 """)
 

@@ -89,6 +89,10 @@ class ResultView:
     total_ms: float
     device_ns: int
     wasted_ns: int
+    prefill_ns: int | None
+    recomputed_ns: int | None
+    preemptions: int | None
+    preempted_ms: float | None
     cost: Decimal | None
     upstream_cost: Decimal | None
     currency: str | None
@@ -144,6 +148,10 @@ class JobView:
     attempts: tuple[AttemptView, ...]
     result: ResultView | None  #: once the state is final
     batch: BatchView | None  #: while it runs, and of the attempt that ended it
+    enqueued_at: datetime | None = None
+    received_at: datetime | None = None
+    wake_count: int = 0
+    worker_id: UUID | None = None  #: who holds or runs it, while it is open
 
 
 def _columns(view: type[DataclassInstance], table: Table) -> list[Column[Any]]:

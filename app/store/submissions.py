@@ -107,7 +107,7 @@ _WRITE: Final = """
         INSERT INTO open_jobs (
             id, tenant, model, kind, url, format, source, metadata, priority, input_tokens,
             max_output_tokens, not_before, deadline, time_limit_s, max_attempts, created_at,
-            state, queued_at, worker_id, enqueued_at
+            state, queued_at, worker_id, received_at, enqueued_at
         )
         SELECT
             id, tenant, model, kind, url, format, source, metadata, priority, input_tokens,

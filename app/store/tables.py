@@ -221,6 +221,7 @@ def _tries() -> list[Column[Any]]:
 def _delivery() -> list[Column[Any]]:
     return [
         Column("enqueued_at", Stamp, comment="Message last sent; null if none is under way."),
+        Column("received_at", Stamp, comment="A worker received it; null if none has it."),
         Column(
             "wake_count",
             SmallInteger,
@@ -332,6 +333,7 @@ open_jobs = Table(
         "not_before",
         "deadline",
         "enqueued_at",
+        "received_at",
         "cancel_requested_at",
         "purged_at",
         "created_at",
@@ -471,6 +473,26 @@ results = Table(
         server_default=text("0"),
         comment="Unpaid device time of its last attempt, spent in vain, in nanoseconds.",
     ),
+    Column(
+        "prefill_ns",
+        BigInteger,
+        comment="Part of device_ns for its prompt, in nanoseconds; null if that is not told.",
+    ),
+    Column(
+        "recomputed_ns",
+        BigInteger,
+        comment="Part of device_ns for what a preemption had dropped, in nanoseconds; null as "
+        "prefill_ns. The rest of device_ns was for its output.",
+    ),
+    Column(
+        "preemptions", Integer, comment="Times it gave way in the engine; null if that is not told."
+    ),
+    Column(
+        "preempted_ms",
+        Double,
+        comment="Part of inference_ms in which it had given way, in ms; of several sequences the "
+        "sum; null as preemptions.",
+    ),
     *_bill(server_default=text("0")),
     Column(
         "charge",
@@ -498,6 +520,7 @@ results = Table(
         "not_before",
         "deadline",
         "enqueued_at",
+        "received_at",
         "cancel_requested_at",
         "purged_at",
     ),
@@ -508,12 +531,16 @@ results = Table(
         "output_tokens",
         "device_ns",
         "wasted_ns",
+        "prefill_ns",
+        "recomputed_ns",
+        "preemptions",
         "cost",
         "upstream_cost",
         "price",
         "charge",
     ),
     *_recomputable(),
+    CheckConstraint("prefill_ns + recomputed_ns <= device_ns", name="uses"),
     CheckConstraint("purged_at IS NULL OR metadata = '{}'", name="purged"),
     PrimaryKeyConstraint("job_id", "created_at"),
     # Listing, with and without a model, and by labels.
@@ -579,6 +606,14 @@ batches = Table(
     Column("opened_at", Stamp, nullable=False, comment="Its oldest member arrived."),
     Column("claimed_at", Stamp, nullable=False, comment="Closed and claimed."),
     Column("finished_at", Stamp, comment="Statistics last written; final once all members are."),
+    # Last, so that what changes is logged without it.
+    Column(
+        "job_ids",
+        ARRAY(Uuid),
+        nullable=False,
+        server_default=text("'{}'"),
+        comment="Jobs claimed; some may be deleted since.",
+    ),
     _one_of("kind", Kind),
     _one_of("close_reason", CloseReason),
     _in_range("opened_at", "claimed_at", "finished_at"),
@@ -899,6 +934,7 @@ jobs = Table(
     Column("batch_id", Uuid),
     Column("received_by", Uuid),
     Column("enqueued_at", Stamp),
+    Column("received_at", Stamp),
     Column("wake_count", SmallInteger),
     Column("cancel_requested_at", Stamp),
     Column("purged_at", Stamp),

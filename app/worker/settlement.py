@@ -72,6 +72,7 @@ class Settlement:
             device_ns=run.device_ns,
             wasted_ns=run.wasted_ns,
             **self._bill(job, usage, answers),
+            **_breakdown(run.device_ns, answers),
             **_times(run, answers),
         )
 
@@ -119,6 +120,22 @@ def _row_error(answers: list[Generation]) -> Ending | None:
                 answer.error_message or "The engine could not run this sequence.",
             )
     return None
+
+
+def _breakdown(device_ns: int, answers: list[Generation]) -> dict[str, Any]:
+    """What device time was for, and no more of it than there is, whatever an engine says; nothing
+    where it does not tell."""
+    known = [each.breakdown for each in answers if each.breakdown is not None]
+    if not known or len(known) < len(answers):
+        return {}
+    prefill_ns = min(device_ns, max(0, sum(each.prefill_ns for each in known)))
+    recomputed_ns = max(0, sum(each.recomputed_ns for each in known))
+    return {
+        "prefill_ns": prefill_ns,
+        "recomputed_ns": min(device_ns - prefill_ns, recomputed_ns),
+        "preemptions": max(0, sum(each.preemptions for each in known)),
+        "preempted_ms": max(0, sum(each.preempted_ns for each in known)) / 1e6,
+    }
 
 
 def _times(run: Run, answers: list[Generation]) -> dict[str, Any]:

@@ -64,15 +64,15 @@ SELECT
     job.metadata, job.priority, job.input_tokens, job.max_output_tokens, job.not_before,
     job.deadline, job.time_limit_s, job.state, job.attempt, job.attempts_charged,
     job.max_attempts, job.losses, job.attempt_id, job.worker_id, job.batch_id, job.received_by,
-    job.enqueued_at, job.wake_count, job.cancel_requested_at, job.purged_at, job.created_at,
-    job.queued_at, job.claimed_at, job.finished_at
+    job.enqueued_at, job.received_at, job.wake_count, job.cancel_requested_at, job.purged_at,
+    job.created_at, job.queued_at, job.claimed_at, job.finished_at
 FROM (
     SELECT
         id, tenant, model, kind, url, format, source, metadata, priority, input_tokens,
         max_output_tokens, not_before, deadline, time_limit_s, state, attempt, attempts_charged,
         max_attempts, losses, attempt_id, CASE state WHEN 'running' THEN worker_id END AS worker_id,
         batch_id, CASE state WHEN 'queued' THEN worker_id END AS received_by, enqueued_at,
-        wake_count, cancel_requested_at, purged_at, created_at, queued_at, claimed_at,
+        received_at, wake_count, cancel_requested_at, purged_at, created_at, queued_at, claimed_at,
         CAST(NULL AS timestamptz) AS finished_at
     FROM open_jobs
     UNION ALL
@@ -81,7 +81,7 @@ FROM (
         max_output_tokens, not_before, deadline, time_limit_s, state, attempt, attempts_charged,
         max_attempts, losses, CAST(NULL AS uuid), CAST(NULL AS uuid),
         CAST(NULL AS uuid), CAST(NULL AS uuid), enqueued_at,
-        wake_count, cancel_requested_at, purged_at, created_at, queued_at, claimed_at,
+        received_at, wake_count, cancel_requested_at, purged_at, created_at, queued_at, claimed_at,
         finished_at
     FROM results
 ) AS job
@@ -486,6 +486,7 @@ def upgrade() -> None:
         ),
         Column("batch_id", Uuid, comment="Batch that it runs in; null unless running."),
         Column("enqueued_at", Stamp, comment="Message last sent; null if none is under way."),
+        Column("received_at", Stamp, comment="A worker received it; null if none has it."),
         Column(
             "wake_count",
             SmallInteger,
@@ -515,6 +516,7 @@ def upgrade() -> None:
             "not_before",
             "deadline",
             "enqueued_at",
+            "received_at",
             "cancel_requested_at",
             "purged_at",
             "created_at",
@@ -707,6 +709,28 @@ def upgrade() -> None:
             comment="Unpaid device time of its last attempt, spent in vain, in nanoseconds.",
         ),
         Column(
+            "prefill_ns",
+            BigInteger,
+            comment="Part of device_ns for its prompt, in nanoseconds; null if that is not told.",
+        ),
+        Column(
+            "recomputed_ns",
+            BigInteger,
+            comment="Part of device_ns for what a preemption had dropped, in nanoseconds; null as "
+            "prefill_ns. The rest of device_ns was for its output.",
+        ),
+        Column(
+            "preemptions",
+            Integer,
+            comment="Times it gave way in the engine; null if that is not told.",
+        ),
+        Column(
+            "preempted_ms",
+            Double,
+            comment="Part of inference_ms in which it had given way, in ms; of several sequences "
+            "the sum; null as preemptions.",
+        ),
+        Column(
             "cost",
             Money,
             server_default=text("0"),
@@ -788,6 +812,7 @@ def upgrade() -> None:
             "a suspect from app.jobs.SUSPECT_AFTER on.",
         ),
         Column("enqueued_at", Stamp, comment="Message last sent; null if none is under way."),
+        Column("received_at", Stamp, comment="A worker received it; null if none has it."),
         Column(
             "wake_count",
             SmallInteger,
@@ -820,6 +845,7 @@ def upgrade() -> None:
             "not_before",
             "deadline",
             "enqueued_at",
+            "received_at",
             "cancel_requested_at",
             "purged_at",
         ),
@@ -831,12 +857,16 @@ def upgrade() -> None:
             "output_tokens",
             "device_ns",
             "wasted_ns",
+            "prefill_ns",
+            "recomputed_ns",
+            "preemptions",
             "cost",
             "upstream_cost",
             "price",
             "charge",
         ),
         *recomputable("results"),
+        CheckConstraint("prefill_ns + recomputed_ns <= device_ns", name=op.f("results_uses_check")),
         CheckConstraint("purged_at IS NULL OR metadata = '{}'", name=op.f("results_purged_check")),
         PrimaryKeyConstraint("job_id", "created_at", name=op.f("results_pkey")),
         CheckConstraint("jsonb_typeof(response) = 'object'", name=op.f("results_response_check")),
@@ -904,6 +934,13 @@ def upgrade() -> None:
         Column("claimed_at", Stamp, nullable=False, comment="Closed and claimed."),
         Column(
             "finished_at", Stamp, comment="Statistics last written; final once all members are."
+        ),
+        Column(
+            "job_ids",
+            ARRAY(Uuid),
+            server_default=text("'{}'"),
+            nullable=False,
+            comment="Jobs claimed; some may be deleted since.",
         ),
         CheckConstraint(
             "kind IN ('classify', 'embed', 'generate', 'rerank', 'translate')",

@@ -348,6 +348,24 @@ def test_an_etag_is_answered_with_304_while_nothing_changes(
     assert terminal.run("etag", ID=job_id) == "304\n"
 
 
+def test_a_job_is_explained_by_the_command_and_by_the_call(
+    terminal: Terminal, ended: Ended, job_id: str
+) -> None:
+    ended(job_id)
+
+    drawn, _, told = terminal.run("explain", ID=job_id).rpartition("\n")
+
+    timeline = json.loads(told)
+    phases = [span["phase"] for span in timeline["spans"]]
+    assert {"prefill", "decode", "commit"} <= set(phases)
+    assert sum(round(1_000 * span["ms"]) for span in timeline["spans"]) == round(
+        1_000 * timeline["total_ms"]
+    )
+    [attempt] = timeline["attempts"]
+    assert timeline["device"]["total_ns"] == attempt["billed_ns"] > 0
+    assert timeline["summary"] in drawn and "█" in drawn and "\x1b" not in drawn
+
+
 def test_many_jobs_are_followed_listed_and_cancelled_and_one_is_purged(
     terminal: Terminal, job_id: str
 ) -> None:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from app.bench.workloads import make
 from app.config.settings import ModelSettings
-from app.engines.base import Sequence
+from app.engines.base import Generation, Sequence
 from app.engines.checkpoint.models import ensure_files
 from app.engines.inflight.engine import InflightEngine
 from app.engines.text.tokenizer import load_tokenizer
@@ -60,6 +60,35 @@ def test_64_prompts_together_are_answered_greedily_as_by_the_model_alone(folder:
         tokens = torch.tensor([prompts[i]])
         out = model.generate(tokens, max_new_tokens=12, do_sample=False, eos_token_id=None)
         assert out[0, len(prompts[i]) :].tolist() == answers[i]
+
+
+@pytest.mark.timeout(600)
+def test_the_time_of_prompts_outputs_and_what_is_computed_again_is_all_of_the_devices(
+    folder: Path,
+) -> None:
+    # given a cache of 5 blocks, for rows that will want 2 each
+    settings = SETTINGS.model_copy(update={"options": {"cache_tokens": 160, "prefill_tokens": 40}})
+    encode = load_tokenizer(folder, settings).encode_text
+    prompts = [encode(f"{number} mills turn, and " * 6)[:30] for number in range(4)]
+    params = SamplingParams(20, temperature=0.0, ignore_eos=True)
+    engine = InflightEngine(folder, settings, "cpu", 0, lambda: None)
+
+    # when
+    engine.admit("b", [Sequence(i, prompt, params) for i, prompt in enumerate(prompts)])
+    generations: list[Generation] = []
+    while engine.has_work:
+        generations += engine.step()
+
+    # then
+    [stats] = engine.take_stats()
+    assert sum(each.device_ns for each in generations) == stats.device_ns
+    for each in generations:
+        assert (told := each.breakdown) is not None
+        assert told.prefill_ns > 0
+        assert each.device_ns - told.prefill_ns - told.recomputed_ns > 0  # for the output
+        assert (told.preemptions > 0) == (told.preempted_ns > 0)
+        assert told.preemptions > 0 or told.recomputed_ns == 0
+    assert any(each.breakdown and each.breakdown.recomputed_ns for each in generations)
 
 
 @pytest.mark.timeout(600)

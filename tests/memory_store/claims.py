@@ -61,12 +61,16 @@ def _claim(self: MemoryConnection, given: Params) -> Answer:
 def _open_batch(self: MemoryConnection, given: Params, moved: list[tuple[Row, int]]) -> None:
     names = ("id", "worker_id", "model", "engine", "close_reason", "wait_ms")
     num_jobs, num_sequences = len(moved), sum(number for _, number in moved)
+    job_ids = [job["id"] for job, _ in moved]
     if batch := self.batches.get(given["id"]):
         num_jobs, num_sequences = (
             num_jobs + batch["num_jobs"],
             num_sequences + batch["num_sequences"],
         )
-        self.update("batches", batch["id"], num_jobs=num_jobs, num_sequences=num_sequences)
+        job_ids = batch["job_ids"] + job_ids
+        self.update(
+            "batches", batch["id"], num_jobs=num_jobs, num_sequences=num_sequences, job_ids=job_ids
+        )
         return
     self.insert(
         "batches",
@@ -75,6 +79,7 @@ def _open_batch(self: MemoryConnection, given: Params, moved: list[tuple[Row, in
             "kind": min(job["kind"] for job, _ in moved),
             "num_jobs": num_jobs,
             "num_sequences": num_sequences,
+            "job_ids": job_ids,
             "opened_at": self.now - timedelta(milliseconds=given["wait_ms"]),
             "claimed_at": self.now,
         },
@@ -185,7 +190,7 @@ _RECORD: Final = dict.fromkeys(each.name for each in fields(claims.Finished)) | 
     "device_ns": 0, "wasted_ns": 0, "cost": Decimal(0),
 }  # fmt: skip
 GIVEN_UP: Final = ("lost", "released")
-AGAIN: Final = {"received_by": None, "enqueued_at": None, "wake_count": 0}
+AGAIN: Final = {"received_by": None, "received_at": None, "enqueued_at": None, "wake_count": 0}
 """`QUEUED_AGAIN`."""
 _NOBODYS: Final = {"attempt_id": None, "worker_id": None, "batch_id": None}
 

@@ -90,7 +90,7 @@ def _let_go(self: MemoryConnection, given: Params) -> Answer:
     for job in filter(None, map(self.jobs.get, given["ids"])):
         if _is_held(job, given["worker_id"]):
             sent_at = self.now if job["not_before"] <= self.now else None
-            self.update("jobs", job["id"], received_by=None, enqueued_at=sent_at)
+            self.update("jobs", job["id"], received_by=None, received_at=None, enqueued_at=sent_at)
     return Answer([])
 
 
@@ -103,7 +103,7 @@ def _free_forgotten(self: MemoryConnection, given: Params) -> Answer:
         if _is_held(job, given["worker_id"]) and job["id"] not in known
     ]
     for job_id in forgotten:
-        self.update("jobs", job_id, received_by=None, enqueued_at=None)
+        self.update("jobs", job_id, received_by=None, received_at=None, enqueued_at=None)
     return Answer([{"id": job_id} for job_id in forgotten])
 
 
@@ -117,5 +117,5 @@ def _free_lost(self: MemoryConnection, given: Params) -> Answer:
         and self.lease_is_over(job["received_by"])
     ][: given["page"]]
     for job_id in orphans:
-        self.update("jobs", job_id, received_by=None, enqueued_at=None)
+        self.update("jobs", job_id, received_by=None, received_at=None, enqueued_at=None)
     return Answer([], rowcount=len(orphans))

@@ -48,7 +48,7 @@ _DEFAULTS: Final = {
         "priority": 0, "attempt": 0, "attempts_charged": 0, "max_attempts": 3, "losses": 0,
         "wake_count": 0, "format": 1,
     },
-    "batches": {"useful_tokens": 0, "padded_tokens": 0, "device_ns": 0},
+    "batches": {"job_ids": [], "useful_tokens": 0, "padded_tokens": 0, "device_ns": 0},
     "workers": {"engine": {}},
 }  # fmt: skip
 

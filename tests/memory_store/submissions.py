@@ -67,7 +67,7 @@ def _receive(self: MemoryConnection, given: Params) -> Answer:
         elif row is None and job is not None:
             is_due = (job.get("not_before") or self.now) <= self.now
             holder, sent_at = (given["worker_id"], self.now) if is_due else (None, None)
-            row = _new_row(self, job, received_by=holder, enqueued_at=sent_at)
+            row = _new_row(self, job, received_by=holder, received_at=sent_at, enqueued_at=sent_at)
             rows.append(_received(row, fingerprint, self.now))
     return Answer(rows)
 
@@ -87,8 +87,10 @@ def _noted(row: Row, worker_id: UUID, now: datetime) -> Row:
     if row["state"] != "queued":
         return {}
     is_due = row["not_before"] <= now
+    is_held = is_due and is_known(row)
     return {
-        "received_by": worker_id if is_due and is_known(row) else row["received_by"],
+        "received_by": worker_id if is_held else row["received_by"],
+        "received_at": now if is_held else row["received_at"],
         "enqueued_at": None
         if not is_due and row["received_by"] is None
         else row["enqueued_at"] or now,

@@ -15,6 +15,7 @@ from fastapi import FastAPI
 from app.api import checked
 from app.api.app import create_app
 from app.api.schemas_many import CancelRequest, StatusRequest
+from app.api.schemas_timeline import EXAMPLE, Timeline
 from app.config.settings import Settings
 from app.intake.submit import parse_submission
 from app.requests import bodies
@@ -149,6 +150,17 @@ def test_the_examples_of_bodies_would_be_accepted(document: dict[str, Any]) -> N
     for path, model in (("/v1/jobs/status", StatusRequest), ("/v1/jobs/cancel", CancelRequest)):
         body = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]
         checked.parse(json.dumps(body["example"]).encode(), model)
+
+
+def test_the_example_of_a_timeline_is_one_and_adds_up(document: dict[str, Any]) -> None:
+    shown = document["components"]["schemas"]["Timeline"]["example"]
+
+    told = Timeline.model_validate(EXAMPLE)
+
+    assert json.loads(told.model_dump_json()) == EXAMPLE
+    assert shown["spans"][2:] == EXAMPLE["spans"][2:]  # nulls are left out of what is shown
+    assert sum(round(1_000 * span.ms) for span in told.spans) == round(1_000 * told.total_ms)
+    assert sum(part.ns for part in told.device.parts) == told.device.total_ns
 
 
 def test_a_family_of_parameters_is_documented_as_one(document: dict[str, Any]) -> None:

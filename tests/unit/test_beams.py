@@ -144,6 +144,7 @@ def test_n_answers_are_the_best_ends_of_one_search(bart: Path) -> None:
     [stats] = engine.take_stats()
     assert stats.device_ns == sum(each.device_ns for each in answers)
     assert all(each.device_ns > 0 for each in answers)
+    assert all(0 < each.breakdown.prefill_ns < each.device_ns for each in answers if each.breakdown)
     assert [each.input_tokens for each in answers] == [15, 15, 15, 6]
     assert stats.useful_tokens == 15 + 6 + sum(len(each.token_ids) for each in answers)
 

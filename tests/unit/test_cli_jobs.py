@@ -19,7 +19,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from app import cli
+from app.api.schemas_timeline import EXAMPLE
 from app.cli import api as api_module
+from app.cli.explain import BAR
 from app.client import Client
 from app.config.file import Loaded
 from app.config.settings import ApiSettings, Settings
@@ -482,6 +484,70 @@ def test_purging_asks_first(gristmill: Gristmill, api: FakeApi, monkeypatch: pyt
 
     assert gristmill("purge", "one", "two", "--yes")[0] == 1
     assert "one" not in api.jobs
+
+
+# ── explain ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_timeline_is_drawn_from_left_to_right_and_every_nanosecond_is_listed(
+    gristmill: Gristmill, api: FakeApi
+):
+    api.add("a", timeline=EXAMPLE)
+
+    code, out, err = gristmill("explain", "a")
+
+    lines = out.splitlines()
+    bars = [line[39:] for line in lines if "█" in line]
+    assert (code, err) == (0, "")
+    assert "Completed after 640.300 ms." in lines
+    assert [line.split()[-2] for line in lines if "█" in line]
+    assert [bar.index("█") for bar in bars] == sorted(bar.index("█") for bar in bars)
+    assert max(map(len, bars)) <= BAR + 2
+    assert "decode               360,000,000   87.4" in lines
+    assert "    and 1 that are not yours" in lines
+
+
+def test_a_timeline_is_json_when_asked_for(gristmill: Gristmill, api: FakeApi):
+    api.add("a", timeline=EXAMPLE)
+
+    code, out, _ = gristmill("explain", "a", "--json")
+
+    assert (code, json.loads(out)) == (0, EXAMPLE)
+
+
+def test_attempts_are_told_apart_and_one_that_runs_has_no_end_yet(
+    gristmill: Gristmill, api: FakeApi
+):
+    [attempt] = EXAMPLE["attempts"]
+    lost = attempt | {"outcome": "lost", "error_code": "worker_lost"}
+    runs = attempt | {"number": 2, "outcome": None, "batch": attempt["batch"] | {"jobs": None}}
+    worker = attempt["worker"] | {"up": False}
+    taken = {"total_ns": 0, "billed_ns": 0, "wasted_ns": 0, "parts": []}
+    api.add("a", timeline=EXAMPLE | {"attempts": [lost, runs], "worker": worker, "device": taken})
+
+    _, out, _ = gristmill("explain", "a")
+
+    assert "attempt 1: lost after 536.083 ms, worker_lost; worker celery@gpu-1" in out
+    assert "attempt 2: has run for 536.083 ms; worker celery@gpu-1" in out
+    assert "with worker celery@gpu-1, which is lost" in out
+    assert "prefill 1 " in out and "device time" not in out
+
+
+def test_a_job_of_no_length_and_a_phase_of_a_newer_version_are_told_all_the_same(
+    gristmill: Gristmill, api: FakeApi
+):
+    api.add("none", timeline=EXAMPLE | {"spans": [], "total_ms": 0.0, "attempts": []})
+    newer = EXAMPLE["spans"][0] | {"phase": "weighed\x1b[31m", "ms": 0.0, "adjusted": True}
+    api.add("newer", timeline=EXAMPLE | {"spans": [newer], "total_ms": 0.0})
+
+    assert gristmill("explain", "none")[0] == 0
+    code, out, _ = gristmill("explain", "newer")
+
+    assert code == 0 and "weighed" in out and "\x1b" not in out
+
+
+def test_an_unknown_job_is_explained_by_nobody(gristmill: Gristmill):
+    assert gristmill("explain", "nonsense") == (1, "", "gristmill: No such job.\n")
 
 
 # ── jobs ────────────────────────────────────────────────────────────────────────────────────────

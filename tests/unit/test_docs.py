@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from app.api import problems
+from app.books.timeline import Phase
 from app.broker.queues import most_bytes
 from app.broker.rights import Role, rules
 from app.cli import cli
@@ -113,6 +114,12 @@ def test_the_states_are_drawn_as_they_move() -> None:
 
         moves = [(before, after) for before, afters in table.items() for after in afters]
         assert sorted(drawn) == sorted(moves)
+
+
+def test_the_phases_of_a_timeline_are_those_of_the_code() -> None:
+    table = PAGES[JOBS].partition("| phase |")[2].partition("\n\n")[0]
+
+    assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == set(Phase)
 
 
 def test_the_threads_have_these_names() -> None:

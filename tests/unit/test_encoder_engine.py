@@ -270,6 +270,8 @@ def test_device_time_is_shared_out_exactly_and_padding_is_counted(tmp_path: Path
     assert stats.device_ns == sum(answer.device_ns for answer in answers)
     assert (stats.rows, stats.useful_tokens, stats.padded_tokens) == (3, 51, 52)
     assert answers[0].device_ns > answers[1].device_ns > 0
+    told = [each.breakdown.prefill_ns for each in answers if each.breakdown]
+    assert told == [each.device_ns for each in answers]
 
 
 def test_a_cancelled_sequence_is_not_run(tmp_path: Path) -> None:

@@ -248,6 +248,9 @@ def test_shares_of_device_time_sum_and_who_stays_longer_pays_more(llama: Path) -
     [stats] = engine.take_stats()
     assert stats.device_ns == short.device_ns + long.device_ns
     assert 0 < short.device_ns < long.device_ns
+    assert short.breakdown and long.breakdown
+    assert abs(short.breakdown.prefill_ns - long.breakdown.prefill_ns) <= 1  # of equal prompts
+    assert 0 < short.breakdown.prefill_ns < short.device_ns
     assert (stats.rows, stats.useful_tokens, stats.padded_tokens) == (2, 5 + 2 + 5 + 40, 2 * 45)
     assert short.started_ns < short.first_token_ns <= short.finished_ns < long.finished_ns
 

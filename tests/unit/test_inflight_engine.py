@@ -15,7 +15,7 @@ import torch
 from app.config.settings import ModelSettings
 from app.engines.base import Generation, Sequence
 from app.engines.inflight import library
-from app.engines.inflight.engine import InflightEngine
+from app.engines.inflight.engine import InflightEngine, _break_down
 from app.engines.inflight.scheduler import Schedule
 from app.errors import ConfigError
 from app.jobs import FinishReason, Kind, SamplingParams
@@ -30,6 +30,7 @@ from tests.unit.inflight_tiny import (
     reference_model,
     run_all,
     run_out,
+    segments_of,
 )
 
 _SYSTEM = tuple(range(2, 90))
@@ -163,6 +164,58 @@ def test_the_youngest_row_of_the_lowest_priority_gives_way_and_ends_with_the_sam
     assert lost == [1]
     for i, prompt in prompts.items():
         assert generations[i].token_ids == reference("llama", tuple(prompt), 30)
+
+    # and it tells how often and for how long
+    told = {i: each.breakdown for i, each in generations.items() if each.breakdown}
+    assert [told[i].preemptions for i in prompts] == [1, 0, 0]
+    assert [told[i].preempted_ns > 0 for i in prompts] == [True, False, False]
+
+
+def test_the_time_of_a_prompt_and_of_an_output_are_told_apart() -> None:
+    generations = run_all(
+        engine_of("llama", prefill_tokens=8), [greedy(1, range(40), 1), greedy(2, range(3), 30)]
+    )
+
+    prefill_ns = {i: each.breakdown.prefill_ns for i, each in generations.items() if each.breakdown}
+    assert prefill_ns[1] == generations[1].device_ns  # its only token comes of its prompt
+    assert 0 < prefill_ns[2] < generations[2].device_ns
+
+
+def test_the_time_of_tokens_that_were_dropped_and_are_computed_again_is_told_apart() -> None:
+    # given 20 tokens of a prompt and 10 of an output, of which 25 were computed before
+    [segment] = segments_of([(0, 30)])
+    segment.row.sequence = greedy(1, range(20), 30)
+    segment.row.furthest = 25
+
+    _break_down(segment, 3_000)
+
+    told = segment.row.breakdown
+    assert (told.recomputed_ns, told.prefill_ns) == (2_500, 0)  # and 500 for the output
+
+    # and of which 12 were
+    segment.row.furthest = 12
+    _break_down(segment, 3_000)
+
+    assert (told.recomputed_ns, told.prefill_ns) == (2_500 + 1_200, 800)
+
+
+def test_a_row_that_gave_way_and_is_cancelled_tells_of_it() -> None:
+    # given a row that has to give way
+    engine = engine_of("llama", rows=2)
+    engine.admit("b", [greedy(1, range(20), 30)])
+    engine.step()
+    assert engine._scheduler._preempt() is engine._rows[1]
+    engine._scheduler._slots.clear()  # nor is there another place
+    engine.step()
+
+    # when it is cancelled
+    engine.cancel(1)
+    [generation] = run_out(engine).values()
+
+    # then
+    assert generation.breakdown is not None
+    assert generation.breakdown.preemptions == 1
+    assert generation.breakdown.preempted_ns > 0
 
 
 def test_a_row_that_lost_its_place_goes_on_with_the_same_dice() -> None:

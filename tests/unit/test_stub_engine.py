@@ -55,6 +55,8 @@ def test_shares_of_device_time_sum_to_the_time_of_the_batch() -> None:
     [stats] = engine.take_stats()
     assert stats.device_ns == sum(answer.device_ns for answer in answers.values()) > 0
     assert (stats.rows, stats.useful_tokens) == (2, 13 + 2 + 13)
+    told = [answer.breakdown.prefill_ns for answer in answers.values() if answer.breakdown]
+    assert 0 < told[0] < answers[1].device_ns and 0 < told[1] < answers[2].device_ns
     assert engine.take_stats() == []
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from app.books.shares import prefill_weights, share
 from app.config.settings import ModelSettings
-from app.engines.base import NOT_FINITE, Generation, Progress, Sequence, StepStats
+from app.engines.base import NOT_FINITE, Breakdown, Generation, Progress, Sequence, StepStats
 from app.engines.checkpoint.card import read_card
 from app.engines.checkpoint.json_files import read_json
 from app.engines.checkpoint.loading import check_fits
@@ -109,6 +109,7 @@ class EncoderEngine(StaticEngine):
                 FinishReason.STOP,
                 input_tokens=_length(each),
                 device_ns=device_ns,
+                breakdown=Breakdown(prefill_ns=device_ns),
                 started_ns=began,
                 first_token_ns=ended,
                 finished_ns=ended,

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from app.books.shares import share
-from app.engines.base import NOT_FINITE, Generation, Progress, Sequence, StepStats
+from app.engines.base import NOT_FINITE, Breakdown, Generation, Progress, Sequence, StepStats
 from app.engines.checkpoint.generation_config import GenerationRules
 from app.engines.generate.search import Search
 from app.engines.shares import shares_of
@@ -109,11 +109,14 @@ class BeamRows:
         stats.padded_tokens += len(lengths) * max(lengths)
         stats.padded_tokens += len(lengths) * self._search.num_beams * (len(self._stamps) - 1)
         generations = []
-        for row, device_ns in zip(self._rows, shares_of(self._stamps, lengths, steps), strict=True):
-            parts = share(device_ns, [1] * len(row.sequences))
-            for sequence, part in zip(row.sequences, parts, strict=True):
+        shares = shares_of(self._stamps, lengths, steps)
+        for row, (prefill_ns, decode_ns) in zip(self._rows, shares, strict=True):
+            equal = [1] * len(row.sequences)
+            parts = zip(share(prefill_ns, equal), share(decode_ns, equal), strict=True)
+            for sequence, (prefill, decode) in zip(row.sequences, parts, strict=True):
                 answer = self._generation(row, sequence)
-                answer.device_ns = part
+                answer.device_ns = prefill + decode
+                answer.breakdown = Breakdown(prefill)
                 stats.useful_tokens += len(answer.token_ids)
                 generations.append(answer)
         return generations

@@ -30,7 +30,15 @@ from transformers import (
 )
 
 from app.config.settings import ModelSettings
-from app.engines.base import NOT_FINITE, Generation, Progress, Sequence, StepStats, TokenLogprob
+from app.engines.base import (
+    NOT_FINITE,
+    Breakdown,
+    Generation,
+    Progress,
+    Sequence,
+    StepStats,
+    TokenLogprob,
+)
 from app.engines.checkpoint.generation_config import BEAMS, GenerationRules, load_rules
 from app.engines.checkpoint.loading import load_model
 from app.engines.generate.beams import BeamRows, question, search_config
@@ -283,9 +291,11 @@ class _Rows:
         lengths = [len(each.prompt_token_ids) for each in self._sequences]
         stats.useful_tokens += sum(lengths) + sum(self._steps)
         stats.padded_tokens += len(lengths) * (max(lengths) + max(self._steps))
-        for row, device_ns in enumerate(shares_of(self._stamps, lengths, self._steps)):
+        shares = shares_of(self._stamps, lengths, self._steps)
+        for row, (prefill_ns, decode_ns) in enumerate(shares):
             answer = self._answers[row]
-            answer.device_ns = device_ns
+            answer.device_ns = prefill_ns + decode_ns
+            answer.breakdown = Breakdown(prefill_ns)
             answer.started_ns = self._stamps[0]
             answer.first_token_ns = self._stamps[1] if self._steps[row] else 0
             answer.token_ids, answer.text = self._outputs[row].token_ids, self._outputs[row].text

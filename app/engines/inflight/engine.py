@@ -16,7 +16,7 @@ from torch import Tensor
 
 from app.books.shares import decode_weights, share
 from app.config.settings import ModelSettings
-from app.engines.base import NOT_FINITE, Generation, NewTokens, Progress, Sequence
+from app.engines.base import NOT_FINITE, Breakdown, Generation, NewTokens, Progress, Sequence
 from app.engines.checkpoint.generation_config import load_rules
 from app.engines.device import give_back_memory, pick_device, ran_out_of_memory, use_threads
 from app.engines.inflight import library, native, scoring
@@ -144,6 +144,7 @@ class InflightEngine(JoiningEngine):
                 sequence.id,
                 FinishReason.ERROR,
                 input_tokens=len(sequence.prompt_token_ids),
+                breakdown=(breakdown := Breakdown()),
                 started_ns=time.monotonic_ns(),
             )
             try:
@@ -151,7 +152,8 @@ class InflightEngine(JoiningEngine):
             except RequestError as error:
                 self._end(generation, FinishReason.ERROR, (error.code, error.message))
                 continue
-            self._rows[sequence.id] = row = self._row(batch_id, sequence, generation)
+            row = self._row(batch_id, sequence, generation, breakdown)
+            self._rows[sequence.id] = row
             if row.params.grammar is None:
                 self._scheduler.add(row)
             else:
@@ -184,6 +186,9 @@ class InflightEngine(JoiningEngine):
             self._land()
         began = time.monotonic_ns()
         schedule = self._scheduler.schedule(self._budget.tokens(len(self._scheduler.running)))
+        for row in schedule.preempted:
+            row.breakdown.preemptions += 1
+            row.gave_way_ns = began
         flight = None
         if schedule.segments:
             if schedule.copies:
@@ -231,7 +236,9 @@ class InflightEngine(JoiningEngine):
                 f"{params.max_tokens}; this engine has room for {room} together."
             )
 
-    def _row(self, batch_id: str, sequence: Sequence, generation: Generation) -> Row:
+    def _row(
+        self, batch_id: str, sequence: Sequence, generation: Generation, breakdown: Breakdown
+    ) -> Row:
         assert sequence.params is not None
         params, prompt = self._rules.merged(sequence.params), sequence.prompt_token_ids
         return Row(
@@ -242,6 +249,7 @@ class InflightEngine(JoiningEngine):
             generation=generation,
             output=Output(params, self._tokenizer, prompt, stream=sequence.stream),
             tokens=list(prompt),
+            breakdown=breakdown,
         )
 
     def _take_ended(self) -> list[Generation]:
@@ -273,6 +281,7 @@ class InflightEngine(JoiningEngine):
         """A row has a slot, for the first time or again."""
         if not (row.furthest or row.flights):
             row.generation.cached_tokens = row.computed
+        _count_preempted(row)
         prompt, output = row.sequence.prompt_token_ids, row.output
         self._sampler.put(row.slot, row.params, prompt, output.token_ids, output.matcher)
         # Whatever seed was drawn stays with the row, should it lose its slot.
@@ -390,6 +399,7 @@ class InflightEngine(JoiningEngine):
         if self._compiling.pop(row.sequence.id, None) is None:
             self._scheduler.remove(row)
         del self._rows[row.sequence.id]
+        _count_preempted(row)
         if row.sequence.stream and (rest := row.output.take_rest()):
             self._new_tokens.append(NewTokens(row.sequence.id, (), rest))
         generation = row.generation
@@ -430,6 +440,8 @@ class InflightEngine(JoiningEngine):
         for segment, part in zip(segments, share(device_ns, weights), strict=True):
             row, end = segment.row, segment.start + segment.count
             row.generation.device_ns += part
+            if segment.start < len(row.sequence.prompt_token_ids) or segment.start < row.furthest:
+                _break_down(segment, part)
             stats = self._stats_of(row.batch_id)
             stats.rows += 1
             stats.useful_tokens += max(0, end - max(segment.start, row.furthest))
@@ -466,6 +478,25 @@ class InflightEngine(JoiningEngine):
         del launcher, cache
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(self._device)[0], peak
+
+
+def _break_down(segment: Segment, device_ns: int) -> None:
+    """Note what a segment's time was for, by its tokens: computed before, prompt, or output."""
+    row, end = segment.row, segment.start + segment.count
+    new = min(end, max(segment.start, row.furthest))
+    prompt = max(0, min(end, len(row.sequence.prompt_token_ids)) - new)
+    recomputed_ns, prefill_ns, _ = share(
+        device_ns, [new - segment.start, prompt, end - new - prompt]
+    )
+    row.breakdown.recomputed_ns += recomputed_ns
+    row.breakdown.prefill_ns += prefill_ns
+
+
+def _count_preempted(row: Row) -> None:
+    """The row has a slot again, or leaves without one."""
+    if row.gave_way_ns:
+        row.breakdown.preempted_ns += time.monotonic_ns() - row.gave_way_ns
+        row.gave_way_ns = 0
 
 
 def _finish(

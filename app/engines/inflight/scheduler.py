@@ -16,7 +16,7 @@ from itertools import groupby
 
 import numpy as np
 
-from app.engines.base import Generation, Sequence
+from app.engines.base import Breakdown, Generation, Sequence
 from app.engines.inflight.cache import BLOCK, blocks_for
 from app.engines.inflight.prefix import Match, Node, PrefixCache
 from app.engines.text.stopping import Output
@@ -34,6 +34,8 @@ class Row:
     generation: Generation
     output: Output
     tokens: list[int]  #: prompt and output so far; the last may be `staging.PENDING`
+    breakdown: Breakdown = field(default_factory=Breakdown)
+    gave_way_ns: int = 0  #: when it was preempted, until it joins again
     flights: int = 0  #: steps it is in that have not landed
     furthest: int = 0  #: tokens that were computed once; after a preemption some are again
     slot: int = -1  #: its place in the block table and in the sampler
@@ -66,6 +68,7 @@ class Schedule:
     segments: list[Segment]
     copies: list[tuple[int, int]]  #: blocks, (from, to), to be copied before the step
     joined: list[Row]  #: rows that have a slot since this step
+    preempted: list[Row]  #: rows that have none any more
 
 
 class Scheduler:
@@ -89,6 +92,7 @@ class Scheduler:
         self._slots = list(reversed(range(self.num_rows)))
         self._free = list(reversed(range(self.num_blocks)))
         self._prefixes = PrefixCache(self._least_copied)
+        self._preempted: list[Row] = []  # since the last schedule
 
     def add(self, row: Row) -> None:
         insort(self.waiting, row, key=_rank)
@@ -105,7 +109,8 @@ class Scheduler:
             for row, count in self._shared_out(list(alike), prefill_tokens, copies, joined):
                 segments.append(Segment(row, row.computed, count))
                 prefill_tokens -= count
-        return Schedule(segments, [(source, to) for to, source in copies.items()], joined)
+        gone, self._preempted = self._preempted, []
+        return Schedule(segments, [(source, to) for to, source in copies.items()], joined, gone)
 
     def _decoding(self) -> tuple[list[Segment], bool]:
         """A token of every row that has one left, and whether others gave way to them."""
@@ -260,6 +265,7 @@ class Scheduler:
         row = self.running.pop()
         self._give_back(row)
         self.add(row)
+        self._preempted.append(row)
         return row
 
     def _give_back(self, row: Row) -> None:
