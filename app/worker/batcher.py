@@ -26,7 +26,7 @@ ever.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Final
 from uuid import UUID
@@ -166,11 +166,14 @@ class Batcher:
         if not waiting or capacity.free_rows < 1:
             return None
         size = min(limits.max_batch_size, capacity.free_rows)
+        timely = self._timely(group, capacity, now_ns)
+        if timely is None and _takes_more(waiting.values(), size, limits, capacity):
+            return None
         ordered = sorted(waiting.values(), key=lambda c: _urgency(c, limits, now_ns))
         members, full = fill(ordered, size, limits.max_batch_tokens, capacity)
         if full is CloseReason.SIZE and size < limits.max_batch_size and capacity.joins:
             full = CloseReason.JOIN
-        reason = full or self._timely(group, capacity, now_ns)
+        reason = full or timely
         if reason is None or not members:
             return None
         for member in members:
@@ -222,6 +225,18 @@ def most_rows(limits: Limits, capacity: Capacity) -> int:
     """Sequences that a job of this group may have at most, as far as its engine shows it now."""
     free = capacity.free_rows if capacity.is_empty else limits.max_batch_size
     return min(limits.max_batch_size, free)
+
+
+def _takes_more(
+    waiting: Collection[Candidate], size: int, limits: Limits, capacity: Capacity
+) -> bool:
+    """Whether all these fit into a batch that is not full then, so that their order is all one."""
+    rows = sum(candidate.num_sequences for candidate in waiting)
+    if rows >= size or capacity.ceiling is not None:
+        return False
+    prompt = max(candidate.prompt_tokens for candidate in waiting)
+    output = max(candidate.max_new_tokens for candidate in waiting)
+    return rows * (prompt + output) <= limits.max_batch_tokens
 
 
 def _urgency(candidate: Candidate, limits: Limits, now_ns: int) -> tuple[bool, int, float, int]:

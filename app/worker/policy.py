@@ -30,7 +30,7 @@ WINDOW: Final = 16
 GAPS: Final = 3
 """A silence of so many mean gaps is no chance (5 in 100, if arrivals are independent)."""
 FORGET: Final = 1 - 1 / 32
-"""What a batch still counts when the next has run."""
+"""What a batch still counts in a worker when the next has run."""
 UNKNOWN: Final = 0.001
 """Weight of the assumption that half of a mean batch's time is fixed, beside the variance of sizes
 over their mean squared: it decides where all batches have one size."""
@@ -50,18 +50,20 @@ class StepCost:
 class CostFit:
     """Least squares of a + b·n over the batches that ran, later ones counting more."""
 
-    def __init__(self) -> None:
+    def __init__(self, keep: float = FORGET) -> None:
+        """`keep` is what a batch still counts when the next has run."""
+        self._keep = keep
         self._weight = self._n = self._t = self._nn = self._nt = 0.0
 
     def add(self, rows: int, took_ns: int) -> None:
         """A batch of so many sequences has run; one that ran nothing says nothing."""
         if rows < 1 or took_ns <= 0:
             return
-        self._weight = self._weight * FORGET + 1
-        self._n = self._n * FORGET + rows
-        self._t = self._t * FORGET + took_ns
-        self._nn = self._nn * FORGET + rows * rows
-        self._nt = self._nt * FORGET + rows * took_ns
+        self._weight = self._weight * self._keep + 1
+        self._n = self._n * self._keep + rows
+        self._t = self._t * self._keep + took_ns
+        self._nn = self._nn * self._keep + rows * rows
+        self._nt = self._nt * self._keep + rows * took_ns
 
     @property
     def cost(self) -> StepCost | None:
