@@ -48,6 +48,20 @@ class Mutant:
 
 MUTANTS: Final = (
     Mutant(
+        "a comparison is held against one over other prompts",
+        "app/store/comparisons.py",
+        "AND prompts_digest = :prompts_digest AND machine",
+        "AND machine",
+        "tests/integration/test_compare.py",
+    ),
+    Mutant(
+        "who goes first in a comparison always does",
+        "app/trials/compare.py",
+        """(("a", "b"), ("b", "a"))""",
+        """(("a", "b"), ("a", "b"))""",
+        "tests/unit/test_compare.py",
+    ),
+    Mutant(
         "a reading of an answer begins one token late",
         "app/trials/verify.py",
         "[len(asked.tokens) - 1 :]",

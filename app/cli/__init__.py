@@ -15,7 +15,18 @@ from typing import NoReturn
 
 import click
 
-from app.cli import explain, jobs, machine, parts, results, settings, submit, usage, verify
+from app.cli import (
+    compare,
+    explain,
+    jobs,
+    machine,
+    parts,
+    results,
+    settings,
+    submit,
+    usage,
+    verify,
+)
 from app.cli.terminal import FAILED, INTERRUPTED, JOB_FAILED, UNAVAILABLE, WRONG_SETTINGS, tell
 from app.client import JobFailed
 from app.errors import ConfigError, GristmillError, QueueFull, SchemaError, Unavailable
@@ -76,5 +87,6 @@ for command in (
     explain.explain,
     *settings.COMMANDS,
     *verify.COMMANDS,
+    *compare.COMMANDS,
 ):
     cli.add_command(command)

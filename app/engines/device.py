@@ -52,6 +52,15 @@ def dtype_name(name: str, device: str) -> str:
     return str(pick_dtype(name, pick_device(device))).removeprefix("torch.")
 
 
+def memory_in_use(name: str) -> int | None:
+    """Bytes of a CUDA device that are taken, by whomever; None of the host."""
+    device = pick_device(name)
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free
+
+
 def machine() -> str:
     """The device and its software, in words."""
     if torch.cuda.is_available():

@@ -14,11 +14,13 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
 from app.config.file import Key, Loaded, overridden, read_file
 from app.config.masking import shown
+from app.config.prices import price_of_worker
 from app.config.settings import ModelSettings, PriceSettings, Settings
 from app.engines import registry
 from app.engines.catalog import CatalogModel, load_catalog
@@ -48,12 +50,10 @@ class Contender:
         return dtype_name(self.own.dtype, self.settings.worker.device)
 
     @property
-    def price_id(self) -> str:
-        return self.own.price or self.settings.worker.price
-
-    @property
-    def price(self) -> PriceSettings:
-        return self.settings.prices[self.price_id]
+    def price(self) -> PriceSettings | None:
+        """What its device costs today; None if it has no price."""
+        name = self.own.price or price_of_worker(self.settings, datetime.now(UTC).date())
+        return self.settings.prices[name] if name else None
 
     def load(self) -> CatalogModel:
         """Its files and its tokenizer; raises `ConfigError` if it cannot be loaded."""

@@ -19,6 +19,7 @@ from uuid import UUID
 
 import psutil
 
+from app.books.energy import EnergyMethod, Taken
 from app.engines import registry
 from app.engines.base import Generation, Sequence
 from app.engines.catalog import CatalogModel
@@ -27,8 +28,12 @@ from app.jobs import new_id
 from app.trials.contender import Contender
 from app.trials.questions import Asked
 from app.worker.batcher import Batcher, Candidate, Capacity, Limits
+from app.worker.energy.meter import EnergyMeter, Joules
+from app.worker.energy.source import choose
 from app.worker.engine.host import EngineHost
 from app.worker.engine.wire import Broken, DidNotFit, LoadModels, Ready, ServedModel, Stepped
+
+NOT_KNOWN: Final = Taken(0, EnergyMethod.ABSENT)
 
 TURN_S: Final = 1.0
 """Longest sleep between two looks at whether the engine is stuck."""
@@ -43,6 +48,7 @@ class Run:
     answers: list[Generation]
     latencies_ns: list[int]  #: from a prompt's coming to its answer
     wall_ns: int
+    energy: Taken = NOT_KNOWN  #: of the steps, and what lay between them
 
     @property
     def device_ns(self) -> int:
@@ -70,6 +76,7 @@ class Trial:
     load_ns: int = 0
     kernels: str = ""  #: what computes, in the engine's own words
     _host: EngineHost = field(init=False)
+    _meter: EnergyMeter = field(init=False)
     _ids: Iterator[int] = field(default_factory=itertools.count)
     _runs: Iterator[int] = field(default_factory=itertools.count)
 
@@ -80,6 +87,7 @@ class Trial:
         """Raises `EngineError` or `ConfigError` if the model does not load."""
         try:
             self._host.start()
+            self._meter = EnergyMeter(choose(self.contender.settings), self._host.hours)
             while not self._host.ready:
                 self._wait(TURN_S)
                 for event in self._host.events():
@@ -117,6 +125,7 @@ class Trial:
         """All prompts at once, as a queue that was full before. What an earlier run has computed
         is of no use to this one."""
         tenant = f"run-{next(self._runs)}"
+        energy_before = self._read_energy()
         began = time.monotonic_ns()
         batcher = Batcher({self.contender.model: Limits.of(self.contender.own)})
         waiting: dict[UUID, tuple[int, Sequence]] = {}
@@ -143,7 +152,12 @@ class Trial:
                 answers[place] = answer
                 latencies[place] = (answer.finished_ns or time.monotonic_ns()) - began
         wall_ns = time.monotonic_ns() - began
-        return Run([answers[place] for place in range(len(asked))], latencies, wall_ns)
+        energy = _taken(energy_before, self._read_energy())
+        return Run([answers[place] for place in range(len(asked))], latencies, wall_ns, energy)
+
+    def _read_energy(self) -> Joules:
+        self._meter.read()
+        return self._meter.joules()
 
     def _candidate(self, sequence: Sequence, arrived_ns: int) -> Candidate:
         return Candidate(
@@ -211,6 +225,17 @@ class Trial:
             return 0
         first = psutil.Process(self._host.pid)
         return sum(_peak_bytes(each.pid) for each in (first, *first.children(recursive=True)))
+
+
+def _taken(before: Joules, after: Joules) -> Taken:
+    """All but what went by while nothing ran."""
+    method = EnergyMethod.MEASURED
+    if after.num_estimated > before.num_estimated:
+        method = EnergyMethod.ESTIMATED
+    if after.num_absent > before.num_absent:
+        method = EnergyMethod.ABSENT
+    spent = (each.parts.busy + each.parts.waste + each.parts.overhead for each in (after, before))
+    return Taken(next(spent) - next(spent), method)
 
 
 def _peak_bytes(pid: int) -> int:

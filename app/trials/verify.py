@@ -148,20 +148,27 @@ def _answers(
 
 
 def compared(
-    kind: Kind, asked: Seq[Asked], first: Seq[Generation], second: Seq[Generation]
+    kind: Kind,
+    asked: Seq[Asked],
+    first: Seq[Generation],
+    second: Seq[Generation],
+    *,
+    by_token: bool = True,
 ) -> Figures:
-    """How the answers agree, of those that both have; empty if that is none."""
+    """How the answers agree, of those that both have; empty if that is none, or if vectors and
+    classes are not the same ones. `by_token`: token ids of both mean the same."""
     triples = [
         (each.request, a, b)
         for each, a, b in zip(asked, first, second, strict=True)
         if a.error_code is None and b.error_code is None
     ]
-    if not triples:
-        return {}
     pairs = [(a, b) for _, a, b in triples]
+    if not pairs or any(_size(a) != _size(b) for a, b in pairs):
+        return {}
     match kind:
         case Kind.GENERATE | Kind.TRANSLATE:
-            return agreement.of_texts((_writing(a), _writing(b)) for a, b in pairs)
+            texts = ((_writing(a), _writing(b)) for a, b in pairs)
+            return agreement.of_texts(texts, by_token=by_token)
         case Kind.EMBED:
             return agreement.of_vectors((a.embedding or [], b.embedding or []) for a, b in pairs)
         case Kind.CLASSIFY:
@@ -170,6 +177,11 @@ def compared(
     for request, a, b in triples:
         requests.setdefault(request, []).append((a.scores or [], b.scores or []))
     return agreement.of_rankings(requests.values())
+
+
+def _size(answer: Generation) -> int:
+    """Of a vector, or how many classes there are."""
+    return len(answer.embedding or answer.scores or ())
 
 
 def _writing(answer: Generation) -> Writing:

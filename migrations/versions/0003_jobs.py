@@ -45,6 +45,7 @@ TABLES = (
     "workers",
     "prices",
     "windows",
+    "comparisons",
 )
 IN_MONTHS = {"requests": {}, "attempts": {"fillfactor": "50"}, "results": {}}
 """Tables in monthly partitions, and what their partitions have beside `AGEING`. Rescue makes one
@@ -1120,6 +1121,34 @@ def upgrade() -> None:
     )
 
     op.create_index("windows_by_time", "windows", ["until_at"])
+    op.create_table(
+        "comparisons",
+        Column("id", Uuid, nullable=False, comment="A new id for each."),
+        Column("made_at", Stamp, nullable=False, comment="Ended."),
+        Column("machine", Text, nullable=False, comment="Device and software, in words."),
+        Column("kind", Text, nullable=False, comment="Kind of both models."),
+        Column("prompts_digest", Text, nullable=False, comment="Hex SHA-256 of the prompts."),
+        Column("num_prompts", Integer, nullable=False, comment="How many they were."),
+        Column("a", Text, nullable=False, comment="The first model, as it was named."),
+        Column("b", Text, nullable=False, comment="The second."),
+        Column("a_digest", Text, nullable=False, comment="Hex SHA-256 of the first's settings."),
+        Column("b_digest", Text, nullable=False, comment="Hex SHA-256 of the second's."),
+        Column(
+            "figures",
+            JSONB,
+            nullable=False,
+            comment="What was measured; no prompts and no answers.",
+        ),
+        CheckConstraint(
+            "kind IN ('classify', 'embed', 'generate', 'rerank', 'translate')",
+            name=op.f("comparisons_kind_check"),
+        ),
+        in_range("comparisons", "made_at"),
+        not_negative("comparisons", "num_prompts"),
+        PrimaryKeyConstraint("id", name=op.f("comparisons_pkey")),
+        comment="One row per run of `gristmill compare`. Kept until they are deleted by hand.",
+    )
+    op.create_index("comparisons_by_both", "comparisons", ["a_digest", "b_digest", "made_at"])
 
     for table, more in IN_MONTHS.items():
         options = ", ".join(f"{name} = {value}" for name, value in (AGEING | more).items())
