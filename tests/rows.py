@@ -113,6 +113,11 @@ def end_lease(database: Database, worker_id: UUID) -> None:
         )
 
 
+def counting(settled: Iterable[claims.Settled]) -> set[UUID]:
+    """The attempts whose results are their jobs'."""
+    return {each.attempt_id for each in settled if each.counts}
+
+
 @dataclass
 class Worker:
     """A registered worker that does as it is told."""
@@ -161,7 +166,7 @@ class Worker:
 
     def finish(self, *finished: Finished) -> set[UUID]:
         with self.database.begin() as connection:
-            counted = claims.finish(connection, finished)
+            counted = counting(claims.finish(connection, finished))
         notices.tell_ended(self.database, [each.job_id for each in finished])
         return counted
 

@@ -184,6 +184,16 @@ class Finished:
 
 
 @dataclass(frozen=True, slots=True)
+class Settled:
+    """What now stands in the row of an attempt that this worker ended."""
+
+    attempt_id: UUID
+    device_ns: int
+    wasted_ns: int
+    counts: bool  #: its result is the job's; else it was taken from this worker before
+
+
+@dataclass(frozen=True, slots=True)
 class BatchStats:
     """What a batch has computed so far: totals since it was claimed, not increments."""
 
@@ -262,15 +272,21 @@ _FINISH: Final = text(f"""
             device_ns = coalesce(attempts.device_ns, given.device_ns),
             {_BILLED},
             wasted_ns = CASE WHEN outcome IS NULL THEN given.wasted_ns
-                ELSE greatest(attempts.wasted_ns, given.device_ns + given.wasted_ns) END
+                ELSE greatest(attempts.wasted_ns, given.device_ns + given.wasted_ns) END,
+            window_number = coalesce(window_number, :window_number)
         FROM given
         WHERE attempts.created_at = given.created_at AND attempts.created_at = ANY({_MONTHS})
             AND attempts.job_id = given.job_id AND attempts.id = given.attempt_id
             AND (given.job_id IN (SELECT id FROM held) OR outcome IN ('lost', 'released'))
+        RETURNING attempts.id, attempts.device_ns, attempts.wasted_ns
     ), {_SUM_BATCHES}
-    SELECT attempt_id FROM held
+    SELECT attempt_id, coalesce(closed.device_ns, 0), coalesce(closed.wasted_ns, 0), true
+    FROM held LEFT JOIN closed ON closed.id = attempt_id
+    UNION ALL
+    SELECT closed.id, closed.device_ns, closed.wasted_ns, false
+    FROM closed WHERE id NOT IN (SELECT attempt_id FROM held)
     UNION ALL  -- committed by this very call before, if it is repeated, and not by who took the job
-    SELECT attempt_id FROM others
+    SELECT attempt_id, attempt.device_ns, attempt.wasted_ns, true FROM others
     CROSS JOIN LATERAL (
         SELECT FROM results
         WHERE results.created_at = others.created_at AND results.created_at = ANY({_MONTHS})
@@ -278,7 +294,7 @@ _FINISH: Final = text(f"""
         OFFSET 0
     ) AS result
     CROSS JOIN LATERAL (
-        SELECT FROM attempts
+        SELECT device_ns, wasted_ns FROM attempts
         WHERE attempts.created_at = others.created_at AND attempts.created_at = ANY({_MONTHS})
             AND attempts.job_id = others.job_id AND attempts.id = others.attempt_id
             AND outcome IN ('succeeded', 'failed')
@@ -288,19 +304,24 @@ _FINISH: Final = text(f"""
 
 
 def finish(
-    connection: Connection, finished: Sequence[Finished], batches: Sequence[BatchStats] = ()
-) -> set[UUID]:
-    """Record the ends of attempts, each with its result; returns the attempts that counted.
+    connection: Connection,
+    finished: Sequence[Finished],
+    batches: Sequence[BatchStats] = (),
+    *,
+    window_number: int | None = None,
+) -> list[Settled]:
+    """Record the ends of attempts, each with its result; returns what their rows say now.
 
-    An attempt is missing from the answer if its job was taken from this worker: another one has
-    answered or will. Whoever waits hears of it by `notices.tell_ended`, after the commit.
+    An attempt does not count if its job was taken from this worker: another one has answered or
+    will. Whoever waits hears of it by `notices.tell_ended`, after the commit.
     """
     given = {
         "finished": encode(finished),
         "batches": encode(batches),
         "created": [each.created_at for each in finished],
+        "window_number": window_number,
     }
-    return set(connection.scalars(_FINISH, given))
+    return [Settled(*row) for row in connection.execute(_FINISH, given)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -323,7 +344,8 @@ class Released:
 
     job_id: UUID
     attempt_id: UUID
-    state: JobState
+    state: JobState | None  #: None: it was taken from this worker before
+    wasted_ns: int  #: what the row of the attempt says now
 
 
 NEVER_FINISHED: Final = AttemptsExhausted(
@@ -364,18 +386,20 @@ GIVE_BACK: Final = f"""
     ), closed AS (
         UPDATE attempts SET
             ended_at = now(), outcome = next.outcome, charged = next.charged,
-            error_code = next.error_code, device_ns = 0, wasted_ns = next.wasted_ns, cost = 0
+            error_code = next.error_code, device_ns = 0, wasted_ns = next.wasted_ns, cost = 0,
+            window_number = next.window_number
         FROM next WHERE attempts.created_at = next.created_at
             AND attempts.job_id = next.job_id AND attempts.id = next.attempt_id
     ), {RECORD_ENDED}
-    SELECT job_id, attempt_id, next_state FROM next
+    SELECT job_id, attempt_id, next_state, wasted_ns FROM next
 """
 """What becomes of jobs whose attempt ended without a result. It reads a sibling `held`: the fields
-of `Release` beside those of the locked row that decide. A job that was cancelled or whose deadline
-passed meanwhile ends so, and one that was given up `MAX_UNCHARGED` times, though never charged, as
-failed."""
+of `Release` and `window_number` beside those of the locked row that decide. A job that was
+cancelled or whose deadline passed meanwhile ends so, and one that was given up `MAX_UNCHARGED`
+times, though never charged, as failed."""
 
-# Give up attempts. One that was taken from this worker before only has its waste noted.
+# Give up attempts. One that was taken from this worker before only has its waste noted, and so has
+# one that this very call gave up before, if it is repeated.
 _RELEASE: Final = text(f"""
     WITH given AS MATERIALIZED (
         SELECT * FROM jsonb_to_recordset(CAST(:releases AS jsonb)) AS given(
@@ -385,23 +409,34 @@ _RELEASE: Final = text(f"""
         ORDER BY job_id
     ), held AS MATERIALIZED (
         SELECT
-            given.*, cancel_requested_at, deadline, attempt, attempts_charged, max_attempts
+            given.*, cancel_requested_at, deadline, attempt, attempts_charged, max_attempts,
+            CAST(:window_number AS int) AS window_number
         FROM given {locked("given.job_id")}
         WHERE job.state = 'running' AND job.attempt_id = given.attempt_id
     ), noted AS (
-        UPDATE attempts SET wasted_ns = greatest(attempts.wasted_ns, given.wasted_ns)
+        UPDATE attempts SET
+            wasted_ns = greatest(attempts.wasted_ns, given.wasted_ns),
+            window_number = coalesce(window_number, :window_number)
         FROM given
         WHERE attempts.created_at = given.created_at AND attempts.created_at = ANY({_MONTHS})
             AND attempts.job_id = given.job_id AND attempts.id = given.attempt_id
-            AND attempts.outcome = 'lost'
+            AND attempts.outcome IN ('lost', 'released')
+        RETURNING attempts.job_id, attempts.id, attempts.wasted_ns
     ), {_SUM_BATCHES}, {GIVE_BACK}
+    UNION ALL
+    SELECT job_id, id, NULL, wasted_ns FROM noted
 """)
 
 
 def release(
-    connection: Connection, releases: Sequence[Release], batches: Sequence[BatchStats] = ()
+    connection: Connection,
+    releases: Sequence[Release],
+    batches: Sequence[BatchStats] = (),
+    *,
+    window_number: int | None = None,
 ) -> list[Released]:
-    """Give up attempts; returns those that were still held.
+    """Give up attempts; returns what their rows say now, and where the jobs went that were still
+    held.
 
     Their jobs are `queued` again, or `failed` if that was their last attempt, or `cancelled` or
     `expired` if that was asked or due. The old message is to be acked: rescue sends a new one.
@@ -410,6 +445,9 @@ def release(
         "releases": encode(releases),
         "batches": encode(batches),
         "created": [each.created_at for each in releases],
+        "window_number": window_number,
     }
-    rows = connection.execute(_RELEASE, given)
-    return [Released(row[0], row[1], JobState(row[2])) for row in rows]
+    return [
+        Released(job_id, attempt_id, JobState(state) if state else None, wasted_ns)
+        for job_id, attempt_id, state, wasted_ns in connection.execute(_RELEASE, given)
+    ]

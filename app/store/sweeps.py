@@ -48,7 +48,7 @@ _EXPIRE_LEASES: Final = text(f"""
             losses >= {ALONE_AFTER} AS charged, 'worker_lost' AS error_code,
             format('The worker was lost %s times while it ran the job, %s of them with nothing '
                 'else running.', losses + 1, attempts_charged + 1) AS error_message,
-            0 AS wasted_ns
+            0 AS wasted_ns, CAST(NULL AS int) AS window_number
         FROM unnest(CAST(:ids AS uuid[])) AS given(id) {locked("given.id", skip=True)}
         WHERE state = 'running' AND {LEASE_OVER.format(worker="job.worker_id")}
     ), {GIVE_BACK}
@@ -58,7 +58,7 @@ _EXPIRE_LEASES: Final = text(f"""
 def expire_leases(connection: Connection, ids: Sequence[UUID]) -> list[Released]:
     """End the attempts of jobs that were found lost; says where the jobs went."""
     rows = connection.execute(_EXPIRE_LEASES, {"ids": sorted(ids)})
-    return [Released(row[0], row[1], JobState(row[2])) for row in rows]
+    return [Released(row[0], row[1], JobState(row[2]), row[3]) for row in rows]
 
 
 # Find queued jobs whose deadline has passed.

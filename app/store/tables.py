@@ -850,6 +850,12 @@ windows = Table(
         comment="Of waste_ns, what no attempt's row tells, in nanoseconds: it was refused or "
         "deleted.",
     ),
+    Column(
+        "owed_ns",
+        BigInteger,
+        nullable=False,
+        comment="At its end: device time that is billed and not in up_ns yet, in nanoseconds.",
+    ),
     Column("is_last", Boolean, nullable=False, comment="The worker ended, with nothing open."),
     Column("device", Text, nullable=False, comment="Device as its driver names it."),
     Column("device_index", Integer, comment="Its number on its host, if any."),
@@ -869,7 +875,7 @@ windows = Table(
     CheckConstraint("busy_ns + waste_ns + open_ns >= 0 AND stray_ns <= waste_ns", name="spent"),
     _not_negative(
         *("number", "up_ns", "load_ns", "busy_ns", "idle_ns", "waste_ns", "overhead_ns"),
-        *("stray_ns", "price"),
+        *("stray_ns", "owed_ns", "price"),
     ),
     CheckConstraint("num_nulls(price, price_id, currency, rounding) IN (0, 4)", name="price"),
     PrimaryKeyConstraint("worker_id", "number"),

@@ -28,6 +28,7 @@ from app.jobs import new_id
 from app.store import prices
 from app.store.database import Database
 from app.store.workers import NewWorker
+from app.worker.account import Account
 from app.worker.batcher import Batcher, Limits
 from app.worker.energy.meter import EnergyMeter, EnergyWatch
 from app.worker.energy.source import choose
@@ -156,6 +157,8 @@ def assemble(
     publisher = Publisher(settings)
     host = _engine_host(settings, catalog)
     energy = EnergyMeter(source, host.hours)
+    per_hour = settings.prices[price_id].per_device_hour if price_id else None
+    account = Account(worker_id, host.hours, per_hour)
     limits: dict[str, Limits] = {name: Limits.of(model.settings) for name, model in catalog.items()}
     runner = Runner(
         models=names,
@@ -172,6 +175,7 @@ def assemble(
             database=database,
             engines={name: model.settings.engine for name, model in catalog.items()},
             settlement=Settlement(price_id, settings.prices, catalog),
+            account=account,
         ),
         host=host,
     )
@@ -181,6 +185,7 @@ def assemble(
         database=database,
         hear_cancels=partial(publisher.hear_cancels, worker_id),
         runner=thread,
+        account=account,
         lease_s=settings.worker.lease_s,
         heartbeat_s=settings.worker.heartbeat_s,
     )

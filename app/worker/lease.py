@@ -19,6 +19,7 @@ from app.errors import LeaseLost, Unavailable
 from app.store import workers
 from app.store.database import Database
 from app.threads import Background
+from app.worker.account import Account
 from app.worker.thread import RunnerThread
 from app.worker.work import LeaseNews
 
@@ -39,6 +40,7 @@ class LeaseKeeper:
         database: Database,
         hear_cancels: Callable[[threading.Event], Iterator[frozenset[UUID] | None]],
         runner: RunnerThread,
+        account: Account,
         lease_s: float,
         heartbeat_s: float,
         now_ns: Callable[[], int] = time.monotonic_ns,
@@ -47,6 +49,7 @@ class LeaseKeeper:
         self._database = database
         self._hear_cancels = hear_cancels
         self._runner = runner
+        self._account = account
         self._lease_s = lease_s
         self._heartbeat_s = heartbeat_s
         self._now_ns = now_ns
@@ -73,7 +76,9 @@ class LeaseKeeper:
     def stop(self) -> None:
         """Give the lease back: whatever this worker still has is free at once."""
         self._stopping.set()
+        self._account.close(is_last=True)
         try:
+            self._account.write(self._database)
             with self._database.begin() as connection:
                 workers.stop_worker(connection, self._worker.id)
         except Unavailable as error:
@@ -129,6 +134,8 @@ class LeaseKeeper:
                 expired=beat.past_deadline,
             )
         )
+        self._account.close()
+        self._account.write(self._database)
 
     def _listen(self) -> None:
         """Cancels act at once; one that may have been missed comes with a heartbeat."""

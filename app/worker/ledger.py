@@ -8,13 +8,23 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from uuid import UUID
 
 from app.errors import NotStorable
 from app.jobs import AttemptOutcome, CloseReason
 from app.store import claims, notices
-from app.store.claims import BatchStats, Claimed, Finished, Member, NewBatch, Release
+from app.store.claims import (
+    BatchStats,
+    Claimed,
+    Finished,
+    Member,
+    NewBatch,
+    Release,
+    Settled,
+)
 from app.store.database import Database
+from app.worker.account import Account, Settling
 from app.worker.isolation import ODD, by_halves, said
 from app.worker.settlement import Settlement, batch_stats
 from app.worker.work import Batch, Doomed, Job, Run
@@ -32,6 +42,7 @@ class Ledger:
         database: Database,
         engines: dict[str, str],
         settlement: Settlement,
+        account: Account,
         now_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         """`engines` names the engine of each served model."""
@@ -39,6 +50,7 @@ class Ledger:
         self._database = database
         self._engines = engines
         self._settlement = settlement
+        self._account = account
         self._now_ns = now_ns
 
     def claim(self, batch: Batch, jobs: Sequence[Job]) -> list[Job]:
@@ -54,7 +66,7 @@ class Ledger:
             with self._database.autocommit() as connection:
                 return claims.claim(connection, new, members)
 
-        answer = [grant for part in by_halves(jobs, claim, _is_refused) for grant in part]
+        answer = [grant for part in by_halves(jobs, claim, _say_refused) for grant in part]
         grants = {grant.job_id: grant for grant in answer}
         claimed_ns = self._now_ns()
         granted = [job for job in jobs if job.id in grants]
@@ -68,6 +80,7 @@ class Ledger:
                 generations=[None] * job.num_sequences,
             )
         batch.num_jobs = len(granted)
+        self._account.opened(job.attempt_id for job in granted)
         return granted
 
     def _new_batch(self, batch: Batch) -> NewBatch:
@@ -100,9 +113,9 @@ class Ledger:
                     error_code=doomed.ending.code,
                     error_message=doomed.ending.message,
                 )
-                is_committed = doomed.attempt_id in claims.finish(connection, [record])
+                is_committed = any(each.counts for each in claims.finish(connection, [record]))
         except NotStorable as error:
-            _is_refused(doomed, error)
+            _say_refused(doomed, error)
             return False
         notices.tell_ended(self._database, [doomed.id])
         return is_committed
@@ -116,7 +129,7 @@ class Ledger:
         """
         parts = by_halves(over, self._finish, self._withhold)
         withheld = [job for job in over if job.claimed_run.is_withheld]
-        committed = set().union(*parts, *by_halves(withheld, self._finish, _is_refused))
+        committed = set().union(*parts, *by_halves(withheld, self._finish, self._is_refused))
         notices.tell_ended(self._database, [job.id for job in over])
         return committed
 
@@ -127,8 +140,15 @@ class Ledger:
             run.record = run.record or self._record(job)
             records.append(run.record)
             stats[run.batch.id] = batch_stats(run.batch)
-        with self._database.autocommit() as connection:
-            return claims.finish(connection, records, list(stats.values()))
+        with self._settling(over) as settling, self._database.autocommit() as connection:
+            settling.rows = claims.finish(
+                connection, records, list(stats.values()), window_number=settling.window_number
+            )
+        return {row.attempt_id for row in settling.rows if row.counts}
+
+    def _settling(self, jobs: Iterable[Job]) -> AbstractContextManager[Settling]:
+        runs = (job.claimed_run for job in jobs)
+        return self._account.settling({run.attempt_id: run.spent_ns for run in runs})
 
     def _record(self, job: Job) -> Finished:
         try:
@@ -142,6 +162,11 @@ class Ledger:
         run = job.claimed_run
         run.record = self._settlement.without_response(job)
         run.is_withheld = True
+
+    def _is_refused(self, job: Job, error: Exception) -> None:
+        _say_refused(job, error)
+        run = job.claimed_run
+        self._account.refused(run.attempt_id, run.spent_ns)
 
     def release(self, jobs: Sequence[Job]) -> None:
         """Give claimed jobs back to the queue, uncharged: what they took is waste."""
@@ -158,8 +183,16 @@ class Ledger:
             )
             for job in jobs
         ]
-        with self._database.autocommit() as connection:
-            claims.release(connection, releases, _batches_of(jobs))
+        with self._settling(jobs) as settling, self._database.autocommit() as connection:
+            settling.rows = [
+                Settled(each.attempt_id, 0, each.wasted_ns, counts=False)
+                for each in claims.release(
+                    connection,
+                    releases,
+                    _batches_of(jobs),
+                    window_number=settling.window_number,
+                )
+            ]
 
 
 def _batches_of(jobs: Iterable[Job]) -> list[BatchStats]:
@@ -167,5 +200,5 @@ def _batches_of(jobs: Iterable[Job]) -> list[BatchStats]:
     return [batch_stats(batch) for batch in batches.values()]
 
 
-def _is_refused(job: Job | Doomed, error: Exception) -> None:
+def _say_refused(job: Job | Doomed, error: Exception) -> None:
     log.error("A job's row was refused: %s", said(error), extra={"job_id": job.id})

@@ -194,7 +194,7 @@ def test_a_finished_job_has_every_stamp_and_every_figure(database: Database) -> 
     started = claimed.claimed_at + timedelta(milliseconds=1)
 
     with database.begin() as connection:
-        counted = claims.finish(
+        settled = claims.finish(
             connection,
             [
                 completed(
@@ -219,7 +219,7 @@ def test_a_finished_job_has_every_stamp_and_every_figure(database: Database) -> 
 
     job = view(database, job_id)
     result, [attempt] = job.result, job.attempts
-    assert counted == {claimed.attempt_id}
+    assert settled == [claims.Settled(claimed.attempt_id, 1_500_000, 0, counts=True)]
     assert job.state is JobState.COMPLETED
     assert result is not None
     assert result.response == {"text": "Flour."}

@@ -29,6 +29,7 @@ from app.store import (
     retention,
     submissions,
     sweeps,
+    windows,
     workers,
 )
 from app.store.claims import BatchStats, Finished, Member, NewBatch, Release
@@ -36,6 +37,7 @@ from app.store.database import Database
 from app.store.delivery import DELIVERY_TRANSITIONS, Delivery, delivery_of
 from app.store.submissions import Incoming, RejectedJob
 from app.store.tables import metadata
+from app.store.windows import Window
 from app.store.workers import NewWorker
 from tests.memory_store import KEYS, MemoryDatabase
 from tests.rows import MODEL, created_at, new_job
@@ -124,6 +126,7 @@ class Moves:
             self.insert: 8, self.receive: 3, self.let_go: 1, self.not_sent: 1, self.forget: 1,
             self.reject: 0.3, self.claim: 10, self.finish: 4, self.release: 5, self.register: 1,
             self.beat: 7, self.stop: 0.2, self.cancel: 5, self.sweep: 8,
+            self.write_window: 1,
         }  # fmt: skip
         if len(self.registered) < len(self.workers):
             return "register", self.register()
@@ -243,11 +246,14 @@ class Moves:
         ]
         stats = [BatchStats(batch.id, 3, 4, 5)] if batch else []
 
-        def move(connection: Any, _: datetime) -> set[UUID]:
+        number = self.chance.randint(1, 9)
+
+        def move(connection: Any, _: datetime) -> list[claims.Settled]:
             records = [
                 each(created_at=created_at(connection, each.keywords["job_id"])) for each in given
             ]
-            return claims.finish(connection, records, stats)
+            settled = claims.finish(connection, records, stats, window_number=number)
+            return sorted(settled, key=lambda each: each.attempt_id)
 
         return move
 
@@ -283,14 +289,35 @@ class Moves:
             for member in members
         ]
         stats = [BatchStats(batch.id, 3, 4, 6)] if batch else []
+        number = self.chance.randint(1, 9)
 
         def move(connection: Any, _: datetime) -> list[claims.Released]:
             releases = [
                 each(created_at=created_at(connection, each.keywords["job_id"])) for each in given
             ]
-            return claims.release(connection, releases, stats)
+            released = claims.release(connection, releases, stats, window_number=number)
+            return sorted(released, key=lambda each: each.attempt_id)
 
         return move
+
+    def write_window(self) -> Move:
+        busy_ns, waste_ns, open_ns = self.chance.randint(0, 99), self.chance.randint(5, 9), -5
+        window = Window(
+            worker_id=self.chance.choice(self.workers),
+            number=self.chance.randint(1, 9),
+            up_ns=1_000 + busy_ns + waste_ns + open_ns,
+            load_ns=100,
+            busy_ns=busy_ns,
+            idle_ns=200,
+            waste_ns=waste_ns,
+            overhead_ns=700,
+            open_ns=open_ns,
+            stray_ns=3,
+            owed_ns=2,
+            is_last=False,
+            rounding=Decimal("-0.000000002"),
+        )
+        return lambda connection, _: windows.write(connection, window, 1.5)
 
     def register(self) -> Move:
         self.registered.add(worker_id := self.workers[len(self.registered) % len(self.workers)])
@@ -349,16 +376,20 @@ def _after(now: datetime, units: int | None) -> datetime | None:
     return None if units is None else now + timedelta(seconds=units * UNIT_S + HALF_S)
 
 
+_SPANS = {"_ms": 1e3, "n_s": 1.0}
+"""Ends of names of what grows with time, and how much of it is a second."""
+
+
 def _plain(value: Any, now: datetime) -> Any:
     """A value that can be compared between stores: stamps by their age, groups in one order."""
     if is_dataclass(value) and not isinstance(value, type):
-        return {each.name: _plain(getattr(value, each.name), now) for each in fields(value)}
+        value = {each.name: getattr(value, each.name) for each in fields(value)}
     if isinstance(value, datetime):
         return ("age", round((now - value).total_seconds() / HALF_S))
     if isinstance(value, dict):
         return {
-            key: round(each / 1e3 / HALF_S)
-            if isinstance(each, float) and str(key).endswith("_ms")
+            key: round(each / _SPANS[key[-3:]] / HALF_S)
+            if isinstance(each, float) and str(key)[-3:] in _SPANS
             else _plain(each, now)
             for key, each in value.items()
         }

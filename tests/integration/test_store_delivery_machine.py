@@ -38,7 +38,7 @@ from tests.integration.test_store_contract import (
     new_worker,
     rows_of,
 )
-from tests.rows import MODEL, created_at, new_job
+from tests.rows import MODEL, counting, created_at, new_job
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -200,7 +200,7 @@ class Histories(RuleBasedStateMachine):
         members = [Member(id, uuid4()) for id in ids]
         batch = _batch(worker_id)
         self.both(lambda c, _: claims.claim(c, batch, members))
-        self.both(lambda c, _: claims.finish(c, [_finished(c, member) for member in members]))
+        self.both(lambda c, _: counting(claims.finish(c, [_finished(c, each) for each in members])))
         left = [row for row in self.stores[0].rows("jobs") if row["finished_at"] is None]
         assert not left
 

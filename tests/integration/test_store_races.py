@@ -23,7 +23,16 @@ from app.store.claims import Claimed, Member, Release
 from app.store.database import Database
 from app.store.reads import JobView
 from app.store.submissions import Incoming, Inserted, RejectedJob
-from tests.rows import Worker, completed, end_lease, insert, new_job, view, where_it_is
+from tests.rows import (
+    Worker,
+    completed,
+    counting,
+    end_lease,
+    insert,
+    new_job,
+    view,
+    where_it_is,
+)
 from tests.waiting import eventually
 
 T = TypeVar("T")
@@ -82,7 +91,7 @@ def claim(worker: Worker, job_id: UUID) -> Move[list[Claimed]]:
 
 
 def finish(claimed: Claimed) -> Move[set[UUID]]:
-    return lambda connection: claims.finish(connection, [completed(claimed)])
+    return lambda connection: counting(claims.finish(connection, [completed(claimed)]))
 
 
 def release(claimed: Claimed) -> Move[list[claims.Released]]:

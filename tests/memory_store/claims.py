@@ -102,19 +102,29 @@ def _claimed(job: Row) -> Row:
 
 @statement(claims._FINISH)
 def _finish(self: MemoryConnection, given: Params) -> Answer:
-    counted = []
+    settled: list[Row] = []
     given_records = [_RECORD | each for each in records("results", given["finished"])]
     for record in sorted(given_records, key=lambda each: each["job_id"]):
         job, earlier = self.jobs.get(record["job_id"]), self.results.get(record["job_id"])
         if earlier is not None and _is_repeated(self, earlier, record):
-            counted.append(record["attempt_id"])
+            settled.append(_settled(self, record, counts=True))
         is_held = _is_held(job, record)
         if job is not None and is_held:
-            counted.append(record["attempt_id"])
             _record_finished(self, job, record)
-        _close_finished(self, record, is_held)
+        if _close_finished(self, record, is_held, given["window_number"]):
+            settled.append(_settled(self, record, counts=is_held))
     _sum_batches(self, given)
-    return Answer([{"attempt_id": attempt_id} for attempt_id in counted])
+    return Answer(settled)
+
+
+def _settled(self: MemoryConnection, record: Row, *, counts: bool) -> Row:
+    attempt = self.attempts[record["attempt_id"]]
+    return {
+        "attempt_id": attempt["id"],
+        "device_ns": attempt["device_ns"],
+        "wasted_ns": attempt["wasted_ns"],
+        "counts": counts,
+    }
 
 
 def _sum_batches(self: MemoryConnection, given: Params) -> None:
@@ -157,16 +167,20 @@ def _record_finished(self: MemoryConnection, job: Row, record: Row) -> None:
     )
 
 
-def _close_finished(self: MemoryConnection, record: Row, is_held: bool) -> None:
+def _close_finished(
+    self: MemoryConnection, record: Row, is_held: bool, window_number: int | None
+) -> bool:
+    """Whether there was anything to close, or to note."""
     attempt = self.attempts.get(record["attempt_id"])
     if attempt is None:
-        return
+        return False
     if not is_held:
-        if attempt["outcome"] in GIVEN_UP:
-            started_at = attempt["started_at"] or record["started_at"]
-            self.update("attempts", attempt["id"], started_at=started_at)
-            _note_waste(self, attempt, record["device_ns"] + record["wasted_ns"])
-        return
+        if attempt["outcome"] not in GIVEN_UP:
+            return False
+        started_at = attempt["started_at"] or record["started_at"]
+        self.update("attempts", attempt["id"], started_at=started_at)
+        _note_waste(self, attempt, record["device_ns"] + record["wasted_ns"], window_number)
+        return True
     outcome = "succeeded" if record["state"] == "completed" else "failed"
     self.update(
         "attempts",
@@ -178,16 +192,25 @@ def _close_finished(self: MemoryConnection, record: Row, is_held: bool) -> None:
         started_at=record["started_at"],
         device_ns=record["device_ns"],
         wasted_ns=record["wasted_ns"],
+        window_number=window_number,
         **{name: record[name] for name in claims.BILL},
     )
+    return True
 
 
-def _note_waste(self: MemoryConnection, attempt: Row, spent_ns: int) -> None:
-    self.update("attempts", attempt["id"], wasted_ns=max(attempt["wasted_ns"], spent_ns))
+def _note_waste(
+    self: MemoryConnection, attempt: Row, spent_ns: int, window_number: int | None
+) -> int:
+    wasted_ns = max(attempt["wasted_ns"], spent_ns)
+    if attempt["window_number"] is not None:
+        window_number = attempt["window_number"]
+    given = {"wasted_ns": wasted_ns, "window_number": window_number}
+    self.update("attempts", attempt["id"], **given)
+    return wasted_ns
 
 
 _RECORD: Final = dict.fromkeys(each.name for each in fields(claims.Finished)) | {
-    "device_ns": 0, "wasted_ns": 0, "cost": Decimal(0),
+    "device_ns": 0, "wasted_ns": 0,
 }  # fmt: skip
 GIVEN_UP: Final = ("lost", "released")
 AGAIN: Final = {"received_by": None, "received_at": None, "enqueued_at": None, "wake_count": 0}
@@ -202,14 +225,20 @@ def _release(self: MemoryConnection, given: Params) -> Answer:
     for release in sorted(records(None, given["releases"]), key=lambda each: each["job_id"]):
         job = self.jobs.get(release["job_id"])
         if job is not None and _is_held(job, release):
-            moved.append(give_back(self, job, optional | release))
-        elif (attempt := self.attempts.get(release["attempt_id"])) and attempt["outcome"] == "lost":
-            _note_waste(self, attempt, release["wasted_ns"])
+            moved.append(give_back(self, job, optional | release, given["window_number"]))
+            continue
+        attempt = self.attempts.get(release["attempt_id"])
+        if attempt is not None and attempt["outcome"] in GIVEN_UP:
+            wasted_ns = _note_waste(self, attempt, release["wasted_ns"], given["window_number"])
+            noted = {"id": release["job_id"], "attempt_id": attempt["id"], "state": None}
+            moved.append(noted | {"wasted_ns": wasted_ns})
     _sum_batches(self, given)
     return Answer(moved)
 
 
-def give_back(self: MemoryConnection, job: Row, release: Row) -> Row:
+def give_back(
+    self: MemoryConnection, job: Row, release: Row, window_number: int | None = None
+) -> Row:
     """`GIVE_BACK`: what becomes of a job whose attempt ended without a result."""
     charged = release["charged"]
     state = _next_state(job, charged, self.now)
@@ -224,7 +253,7 @@ def give_back(self: MemoryConnection, job: Row, release: Row) -> Row:
         **_NOBODYS,
     )
     names = ("outcome", "charged", "error_code", "wasted_ns")
-    given = {name: release[name] for name in names}
+    given = {name: release[name] for name in names} | {"window_number": window_number}
     self.update("attempts", attempt_id, ended_at=self.now, device_ns=0, cost=Decimal(0), **given)
     if state != "queued":
         failure = (release["error_code"], release["error_message"])
@@ -234,7 +263,8 @@ def give_back(self: MemoryConnection, job: Row, release: Row) -> Row:
         cancelled = ("cancelled", "The job was cancelled.")
         error = {"failed": failure, "expired": late, "cancelled": cancelled}[state]
         self.record_ended(job, *error, attempt_id=attempt_id, batch_id=batch_id)
-    return {"id": job["id"], "attempt_id": attempt_id, "state": state}
+    told = {"id": job["id"], "attempt_id": attempt_id, "state": state}
+    return told | {"wasted_ns": release["wasted_ns"]}
 
 
 def _next_state(job: Row, charged: bool, now: datetime) -> str:

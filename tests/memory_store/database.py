@@ -110,6 +110,7 @@ class MemoryConnection:
         self.jobs, self.workers = tables["jobs"], tables["workers"]
         self.results, self.attempts = tables["results"], tables["attempts"]
         self.batches = tables["batches"]
+        self.windows = tables["windows"]
 
     def execute(self, statement: Any, params: Params | None = None) -> Answer:
         return STATEMENTS[id(statement)](self, params or {})
@@ -139,6 +140,8 @@ class MemoryConnection:
 
     def insert(self, table: str, row: Row) -> Row:
         key = row[KEYS[table]]
+        if table == "windows":
+            key = UUID(int=key.int ^ row["number"])
         if key in self.tables[table]:
             raise NotStorable(f"Postgres refused a statement, UniqueViolation of {table}_pkey.")
         if self._refuses(table, row):

@@ -25,6 +25,7 @@ KEYS: Final = {
     "results": "job_id",
     "batches": "id",
     "workers": "id",
+    "windows": "worker_id",  # and the number
 }
 TABLES: Final = {**metadata.tables, "jobs": jobs}
 """Jobs are here as their view shows them: one row each, open or ended, request included."""
@@ -50,6 +51,7 @@ _DEFAULTS: Final = {
     },
     "batches": {"job_ids": [], "useful_tokens": 0, "padded_tokens": 0, "device_ns": 0},
     "workers": {"engine": {}},
+    "windows": {},
 }  # fmt: skip
 
 _BLANKS: Final = {

@@ -1,4 +1,5 @@
-"""What the statements of `app.store.workers`, `cancellation`, `notices` and `purging` do."""
+"""What the statements of `app.store.workers`, `windows`, `cancellation`, `notices` and `purging`
+do."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from collections import defaultdict
 from datetime import timedelta
 from uuid import UUID
 
-from app.store import cancellation, notices, purging, workers
+from app.store import cancellation, notices, purging, windows, workers
 from tests.memory_store.database import Answer, MemoryConnection, statement
 from tests.memory_store.rows import FINAL, Params, records
 
@@ -51,6 +52,28 @@ def _stop(self: MemoryConnection, given: Params) -> Answer:
     worker = self.workers.get(given["worker_id"])
     if worker is not None and worker["stopped_at"] is None:
         self.update("workers", worker["id"], stopped_at=self.now, lease_expires_at=self.now)
+    return Answer([])
+
+
+@statement(windows._WRITE)
+def _write(self: MemoryConnection, given: Params) -> Answer:
+    [window] = records("windows", given["window"])
+    worker = self.workers.get(window["worker_id"])
+    names = {(each["worker_id"], each["number"]) for each in self.windows.values()}
+    if worker is None or (window["worker_id"], window["number"]) in names:
+        return Answer([])
+    until_at = self.now - timedelta(seconds=given["age_s"])
+    of_worker = {name: worker[name] for name in ("device", "device_index", "price_id", "currency")}
+    self.insert(
+        "windows",
+        window
+        | of_worker
+        | {
+            "price": worker["price_per_device_hour"],
+            "until_at": until_at,
+            "from_at": until_at - timedelta(microseconds=window["up_ns"] // 1000),
+        },
+    )
     return Answer([])
 
 

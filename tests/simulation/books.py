@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from uuid import UUID
 
+from app.books.cost import device_cost
 from app.jobs import AttemptOutcome
 from tests.memory_store import MemoryDatabase, Row
 from tests.simulation.broken import expect
 from tests.simulation.engine import SimulatedHost
 from tests.simulation.prompts import Expected, num_sequences
 
+PARTS = ("load", "busy", "idle", "waste", "overhead", "open")
 ENDED = (AttemptOutcome.SUCCEEDED, AttemptOutcome.FAILED)
 
 
@@ -31,6 +33,46 @@ def check(
             _check_answers(result, jobs[result["job_id"]], hosts.values())
     _check_batches(store)
     _check_engines(attempts.values(), hosts, living)
+    _check_windows(store, hosts, living)
+
+
+def _check_windows(
+    store: MemoryDatabase, hosts: Mapping[UUID, SimulatedHost], living: Collection[UUID]
+) -> None:
+    """Each window has what its attempts say; a worker that has told all has nothing open."""
+    of_window: defaultdict[tuple[UUID, int | None], list[Row]] = defaultdict(list)
+    for attempt in store.rows("attempts"):
+        of_window[attempt["worker_id"], attempt["window_number"]].append(attempt)
+    of_worker: defaultdict[UUID, list[Row]] = defaultdict(list)
+    for window in sorted(store.rows("windows"), key=lambda each: each["number"]):
+        _check_window(window, of_window[window["worker_id"], window["number"]])
+        of_worker[window["worker_id"]].append(window)
+    for worker_id, windows in of_worker.items():
+        numbers = [window["number"] for window in windows]
+        expect(numbers == list(range(1, len(numbers) + 1)), f"I5: windows {numbers}")
+        has_told_all = windows[-1]["is_last"] or worker_id in living
+        open_ns = sum(window["open_ns"] for window in windows)
+        is_settled = open_ns == -windows[-1]["owed_ns"]
+        expect(is_settled or not has_told_all, f"I5: {open_ns} ns are open at the end")
+        if has_told_all:
+            up_ns = sum(window["up_ns"] for window in windows)
+            expect(up_ns == hosts[worker_id].hours.read().up, "I5: windows are not the up-time")
+
+
+def _check_window(window: Row, attempts: Collection[Row]) -> None:
+    billed = [attempt["device_ns"] for attempt in attempts]
+    wasted_ns = sum(attempt["wasted_ns"] for attempt in attempts)
+    parts = {name: window[f"{name}_ns"] for name in PARTS}
+    expect(window["up_ns"] == sum(parts.values()), f"I5: a window of {parts}")
+    expect(parts["busy"] == sum(billed), f"I5: {billed} billed in a window of {parts}")
+    expect(
+        parts["waste"] == wasted_ns + window["stray_ns"],
+        f"I5: {wasted_ns} ns wasted in a window of {parts}, {window['stray_ns']} of it stray",
+    )
+    costs = [device_cost(ns, window["price"]) for ns in billed]
+    costs += [device_cost(ns, window["price"]) for name, ns in parts.items() if name != "busy"]
+    price = sum(costs, window["rounding"])
+    expect(price == device_cost(window["up_ns"], window["price"]), "I5: money does not add up")
 
 
 def _check_attempt(attempt: Row) -> None:

@@ -18,6 +18,7 @@ from app.jobs import JobState, Kind
 from app.requests import bodies
 from app.rescue import Rescue
 from app.store.workers import NewWorker
+from app.worker.account import Account
 from app.worker.batcher import Batcher, Limits
 from app.worker.commands import Command, Nameless, Revoked
 from app.worker.engine.wire import LoadModels, ServedModel
@@ -68,13 +69,20 @@ class SimulatedWorker:
         )
         world.hosts[self.id] = self.host
         served = catalog(settings)
+        price = SETTINGS.prices["cpu"].per_device_hour
+        self.account = account = Account(self.id, self.host.hours, price, now_ns)
         settlement = Settlement("cpu", SETTINGS.prices, served)
         shared: dict[str, Any] = {"worker_id": self.id, "database": self.database, "now_ns": now_ns}
         self.runner = Runner(
             models=models,
             registrar=Registrar(publisher=world.queue, served=served, max_attempts=3, **shared),
             batcher=Batcher({name: Limits.of(settings[name]) for name in models}),
-            ledger=Ledger(engines=dict.fromkeys(models, "stub"), settlement=settlement, **shared),
+            ledger=Ledger(
+                engines=dict.fromkeys(models, "stub"),
+                settlement=settlement,
+                account=account,
+                **shared,
+            ),
             host=self.host,
             now_ns=now_ns,
         )
@@ -83,6 +91,7 @@ class SimulatedWorker:
             database=self.database,
             hear_cancels=lambda _: iter(()),
             runner=self,
+            account=account,
             lease_s=SETTINGS.worker.lease_s,
             heartbeat_s=SETTINGS.worker.heartbeat_s,
             now_ns=now_ns,

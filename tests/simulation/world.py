@@ -255,6 +255,10 @@ class World(Producers):
         when_all_have_ended(self.store, self.expected, healed_at)
         self.clock.ns += LONG_NS
         living = {worker.id for worker in self.workers if worker.is_alive}
+        for worker in self.workers:
+            if worker.is_alive and worker.is_registered:
+                worker.account.close()
+                worker.account.write(worker.database)
         books.check(self.store, self.expected, self.hosts, living)
         self.seen.update(ends(self.store, self.expected))
 

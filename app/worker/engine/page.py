@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import enum
 import mmap
+import operator
 import struct
 from dataclasses import astuple, dataclass
 from typing import Final
@@ -45,6 +46,9 @@ class Totals:
 
     def __add__(self, other: Totals) -> Totals:
         return Totals(*map(sum, zip(astuple(self), astuple(other), strict=True)))
+
+    def __sub__(self, other: Totals) -> Totals:
+        return Totals(*map(operator.sub, astuple(self), astuple(other)))
 
     @property
     def up(self) -> int:

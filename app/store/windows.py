@@ -1,0 +1,59 @@
+"""Windows: where the time of each worker's device went, from one heartbeat to the next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Final
+from uuid import UUID
+
+from sqlalchemy import Connection, text
+
+from app.store.encoding import encode
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Window:
+    """A window that was closed. Field names are columns of `windows`; times in nanoseconds."""
+
+    worker_id: UUID
+    number: int
+    up_ns: int
+    load_ns: int
+    busy_ns: int
+    idle_ns: int
+    waste_ns: int
+    overhead_ns: int
+    open_ns: int
+    stray_ns: int
+    owed_ns: int
+    is_last: bool
+    rounding: Decimal | None  #: None if the device has no price
+
+
+# Write a window that was closed some time ago, with what its worker's row says of device and price.
+_WRITE: Final = text("""
+    INSERT INTO windows (
+        worker_id, number, from_at, until_at, up_ns, load_ns, busy_ns, idle_ns, waste_ns,
+        overhead_ns, open_ns, stray_ns, owed_ns, is_last, rounding,
+        device, device_index, price_id, currency, price
+    )
+    SELECT
+        worker_id, number, until_at - up_ns / 1000 * interval '1 us', until_at, up_ns, load_ns,
+        busy_ns, idle_ns, waste_ns, overhead_ns, open_ns, stray_ns, owed_ns, is_last, rounding,
+        workers.device, workers.device_index, workers.price_id, workers.currency,
+        workers.price_per_device_hour
+    FROM jsonb_to_record(CAST(:window AS jsonb) -> 0) AS given(
+        worker_id uuid, number int, up_ns bigint, load_ns bigint, busy_ns bigint, idle_ns bigint,
+        waste_ns bigint, overhead_ns bigint, open_ns bigint, stray_ns bigint, owed_ns bigint,
+        is_last bool, rounding numeric
+    )
+    CROSS JOIN (SELECT now() - :age_s * interval '1 s' AS until_at)
+    JOIN workers ON workers.id = worker_id
+    ON CONFLICT (worker_id, number) DO NOTHING
+""")
+
+
+def write(connection: Connection, window: Window, age_s: float) -> None:
+    """Write a window that was closed `age_s` seconds ago. May be repeated."""
+    connection.execute(_WRITE, {"window": encode([window]), "age_s": age_s})
