@@ -85,7 +85,7 @@ class TimelineAttempt(BaseModel):
 
 
 class DevicePart(BaseModel):
-    """Device time of an attempt, by what it was for."""
+    """Device time of an attempt, by what it was for, and what that costs."""
 
     attempt: int = Field(description="The attempt's number.", examples=[1])
     use: Use = Field(
@@ -94,6 +94,10 @@ class DevicePart(BaseModel):
         "(computed), or nothing that was answered (wasted)."
     )
     ns: int = Field(description="Nanoseconds.", examples=[52_000_000])
+    cost: Money | None = Field(
+        description="Its part of the cost, by time; null if the device has no price.",
+        examples=["0.000000520"],
+    )
 
 
 class Device(BaseModel):
@@ -102,7 +106,10 @@ class Device(BaseModel):
     total_ns: int = Field(description="Billed and wasted.", examples=[412_000_000])
     billed_ns: int = Field(description="What the job is billed for.", examples=[412_000_000])
     wasted_ns: int = Field(description="What nobody is billed for.", examples=[0])
-    parts: list[DevicePart] = Field(description="What it was for: adds up to `total_ns`.")
+    parts: list[DevicePart] = Field(
+        description="What it was for. Adds up to `total_ns`, and its costs to that of the job less "
+        "what servers elsewhere asked for."
+    )
 
 
 EXAMPLE: Final[dict[str, Any]] = {
@@ -170,8 +177,8 @@ EXAMPLE: Final[dict[str, Any]] = {
         "billed_ns": 412_000_000,
         "wasted_ns": 0,
         "parts": [
-            {"attempt": 1, "use": "prefill", "ns": 52_000_000},
-            {"attempt": 1, "use": "decode", "ns": 360_000_000},
+            {"attempt": 1, "use": "prefill", "ns": 52_000_000, "cost": "0.000000520"},
+            {"attempt": 1, "use": "decode", "ns": 360_000_000, "cost": "0.000003600"},
         ],
     },
     "preemptions": 0,

@@ -17,9 +17,10 @@ from app.api.schemas_timeline import (
     TimelineSpan,
     TimelineWorker,
 )
-from app.books.timeline import Awaits, Life, Span, Try, Use, awaits, spans, taken
+from app.books.cost import in_nano, money
+from app.books.timeline import Awaits, Life, Span, Taken, Try, Use, awaits, spans, taken
 from app.jobs import AttemptOutcome, CloseReason, JobState, Kind
-from app.store.reads import AttemptView, JobView
+from app.store.reads import AttemptView, JobView, ResultView
 from app.store.surroundings import Surroundings
 
 AWAITED: Final = {
@@ -104,8 +105,16 @@ def _try(attempt: AttemptView, job: JobView) -> Try:
         device_ns=attempt.device_ns or 0,
         wasted_ns=attempt.wasted_ns or 0,
         prefill_ns=result.prefill_ns,
+        cost_nano=_device_cost(result),
         recomputed_ns=result.recomputed_ns or 0,
     )
+
+
+def _device_cost(result: ResultView) -> int | None:
+    """In nano-units: without what servers elsewhere asked for."""
+    if result.cost is None:
+        return None
+    return in_nano(result.cost - (result.upstream_cost or 0))
 
 
 def _awaits(job: JobView, life: Life, met: Surroundings) -> Awaits:
@@ -212,8 +221,13 @@ def _device(life: Life) -> Device:
         total_ns=total_ns,
         billed_ns=total_ns - wasted_ns,
         wasted_ns=wasted_ns,
-        parts=[DevicePart(attempt=part.attempt, use=part.use, ns=part.ns) for part in parts],
+        parts=[_part(part) for part in parts],
     )
+
+
+def _part(part: Taken) -> DevicePart:
+    cost = None if part.cost_nano is None else money(part.cost_nano)
+    return DevicePart(attempt=part.attempt, use=part.use, ns=part.ns, cost=cost)
 
 
 def _ms(us: int) -> float:

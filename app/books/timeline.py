@@ -1,4 +1,4 @@
-"""Where a job's time went: every millisecond of its life, every nanosecond of device time. Pure.
+"""Where a job's time and money went: every millisecond, nanosecond and nano-unit. Pure.
 
 A job waits and is tried in turns, until it ends or is looked at:
 
@@ -16,6 +16,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final
+
+from app.books.shares import share
 
 _US: Final = timedelta(microseconds=1)  #: the resolution of the database's clock
 
@@ -65,6 +67,7 @@ class Try:
     wasted_ns: int = 0
     prefill_ns: int | None = None  #: of `device_ns`; None: the engine does not tell it apart
     recomputed_ns: int = 0  #: of `device_ns`, for what a preemption had dropped
+    cost_nano: int | None = None  #: what `device_ns` costs, in nano-units; None: it has no price
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,19 +166,34 @@ class Use(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """Device time of an attempt, in nanoseconds."""
+    """Device time of an attempt, in nanoseconds, and what that costs, in nano-units."""
 
     attempt: int
     use: Use
     ns: int
+    cost_nano: int | None = None  #: None: it has no price
 
 
 def taken(tries: Sequence[Try]) -> list[Taken]:
-    """What the attempts took of the device's time. The parts add up to what they were billed and
-    what they wasted, all of them; those that are 0 are left out."""
-    return [
-        Taken(each.number, use, ns) for each in tries for use, ns in _uses(each).items() if ns > 0
-    ]
+    """What the attempts took of the device's time, and what of it costs how much.
+
+    The parts add up to what all attempts were billed and what they wasted, and their costs to those
+    of the attempts, each shared by time; parts that are 0 are left out.
+    """
+    found: list[Taken] = []
+    for each in tries:
+        uses = {use: ns for use, ns in _uses(each).items() if ns > 0}
+        costs = _costs(uses, each.cost_nano)
+        found += [Taken(each.number, use, ns, costs.get(use)) for use, ns in uses.items()]
+    return found
+
+
+def _costs(uses: dict[Use, int], cost_nano: int | None) -> dict[Use, int]:
+    billed = [use for use in uses if use is not Use.WASTED]
+    if cost_nano is None:
+        return {}
+    parts = share(cost_nano, [uses[use] for use in billed]) if billed else []
+    return {Use.WASTED: 0, **dict(zip(billed, parts, strict=True))}
 
 
 def _uses(each: Try) -> dict[Use, int]:

@@ -121,11 +121,12 @@ def _device(told: dict[str, Any], is_numbered: bool) -> Iterator[Text]:
     if not told["total_ns"]:
         return
     yield _line("")
-    yield _line(f"{'device time':16}{'ns':>16}{'%':>7}")
+    yield _line(f"{'device time':16}{'ns':>16}{'%':>7}{'cost':>18}")
     for part in told["parts"]:
         label, style = _label(part["use"], part["attempt"] if is_numbered else None)
         share = _percent(part["ns"], told["total_ns"])
-        yield _line(f"{label:16}{part['ns']:>16,}{share}", style=style)
+        cost = "" if part["cost"] is None else part["cost"]
+        yield _line(f"{label:16}{part['ns']:>16,}{share}{cost:>18}".rstrip(), style=style)
     yield _line(f"{'total':16}{told['total_ns']:>16,}{_percent(1, 1)}")
 
 
@@ -138,7 +139,11 @@ def _facts(told: dict[str, Any]) -> Iterable[str]:
         cached = f" ({usage['cached_tokens']} from the cache)" if usage["cached_tokens"] else ""
         yield f"tokens: {usage['input_tokens']} in{cached}, {usage['output_tokens']} out"
     if (cost := told["cost"]) and cost["currency"]:
-        yield f"cost: {cost['amount']} {cost['currency']}, price {cost['price_id']}"
+        yield f"cost: {cost['amount']} {cost['currency']}, by the price {cost['price_id']}"
+        if cost["upstream"]:
+            yield f"  of it for servers elsewhere: {cost['upstream']}"
+        if cost["charge"]:
+            yield f"  by its tariff for tokens: {cost['charge']}"
     if error := told["error"]:
         yield f"error: {error['code']}. {error['message']}"
     if told["replay_of"]:

@@ -35,6 +35,9 @@ def explain(database: Database, job_id: UUID) -> Timeline:
         assert told.total_ms == pytest.approx(view.result.total_ms, abs=1e-6)
     attempts = sum(each.billed_ns + each.wasted_ns for each in told.attempts)
     assert sum(part.ns for part in told.device.parts) == told.device.total_ns == attempts
+    if told.cost and told.cost.amount is not None:
+        costs = sum((part.cost or Decimal(0) for part in told.device.parts), Decimal(0))
+        assert costs == told.cost.amount - (told.cost.upstream or 0)
     return told
 
 
@@ -56,6 +59,11 @@ def an_answer(claimed: Claimed) -> dict[str, object]:
         "recomputed_ns": 100,
         "preemptions": 2,
         "preempted_ms": 0.001,
+        "cost": Decimal("0.000001005"),
+        "upstream_cost": Decimal("0.000000005"),
+        "price": Decimal(3_600),  # a nano-unit for each nanosecond
+        "price_id": "gold",
+        "currency": "EUR",
     }
 
 
@@ -111,10 +119,10 @@ def test_an_answered_job_tells_of_every_phase_and_of_every_nanosecond(database: 
     assert phases(told) == [
         Phase.SENT, Phase.HELD, Phase.CLAIMED, Phase.PREFILL, Phase.DECODE, Phase.COMMIT,
     ]  # fmt: skip
-    assert [(part.use, part.ns) for part in told.device.parts] == [
-        ("prefill", 300),
-        ("decode", 600),
-        ("recomputed", 100),
+    assert [(part.use, part.ns, part.cost) for part in told.device.parts] == [
+        ("prefill", 300, Decimal("3e-7")),
+        ("decode", 600, Decimal("6e-7")),
+        ("recomputed", 100, Decimal("1e-7")),
     ]
     assert (told.preemptions, told.preempted_ms, told.awaits, told.worker) == (2, 0.001, None, None)
     assert told.summary.startswith("Completed after")
