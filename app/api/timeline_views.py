@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import timedelta
 from typing import Final
 from uuid import UUID
@@ -36,6 +37,7 @@ AWAITED: Final = {
 
 
 def timeline_of(job: JobView, met: Surroundings) -> Timeline:
+    job = _at_one_moment(job)
     life = _life(job, met)
     parts = spans(life)
     total_ms = _ms(sum(span.us for span in parts))
@@ -63,6 +65,23 @@ def timeline_of(job: JobView, met: Surroundings) -> Timeline:
         replayed_by=met.replayed_by,
         notes=list(_notes(job, parts)),
     )
+
+
+def _at_one_moment(job: JobView) -> JobView:
+    """Attempts are read after their job: what they did in between is left out."""
+    known = [each for each in job.attempts if each.number <= job.attempt]
+    if job.state is JobState.RUNNING and known and known[-1].ended_at is not None:
+        known[-1] = replace(
+            known[-1],
+            ended_at=None,
+            outcome=None,
+            charged=None,
+            device_ns=None,
+            wasted_ns=None,
+            cost=None,
+            error_code=None,
+        )
+    return replace(job, attempts=tuple(known))
 
 
 def _life(job: JobView, met: Surroundings) -> Life:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import timedelta
 from decimal import Decimal
 from uuid import UUID, uuid4
@@ -21,18 +22,18 @@ from app.store.database import Database
 from app.store.reads import JobView
 from app.store.submissions import Incoming, RejectedJob
 from tests.apis import running_api
-from tests.rows import Worker, completed, end_lease, insert, insert_sent, new_job, rewrite
+from tests.rows import Worker, completed, end_lease, insert, insert_sent, new_job, rewrite, view
 
 
 def explain(database: Database, job_id: UUID) -> Timeline:
     """What the API tells, checked: its parts add up to the whole."""
     with database.autocommit() as connection:
-        [view] = reads.summaries(connection, [job_id])
-        assert isinstance(view, JobView)
-        told = timeline_of(view, surroundings.of_job(connection, view))
+        [job] = reads.summaries(connection, [job_id])
+        assert isinstance(job, JobView)
+        told = timeline_of(job, surroundings.of_job(connection, job))
     assert sum(Decimal(str(span.ms)) for span in told.spans) == Decimal(str(told.total_ms))
-    if view.result is not None:
-        assert told.total_ms == pytest.approx(view.result.total_ms, abs=1e-6)
+    if job.result is not None:
+        assert told.total_ms == pytest.approx(job.result.total_ms, abs=1e-6)
     attempts = sum(each.billed_ns + each.wasted_ns for each in told.attempts)
     assert sum(part.ns for part in told.device.parts) == told.device.total_ns == attempts
     if told.cost and told.cost.amount is not None:
@@ -230,6 +231,24 @@ def test_a_purged_job_and_one_that_was_replayed_tell_so_and_keep_their_times(
     assert (told.spans, told.device) == (before.spans, before.device)
     assert "What it asked and answered was removed; what it took is kept." in told.notes
     assert (told.replayed_by, explain(database, replay).replay_of) == (replay, job_id)
+
+
+def test_what_attempts_did_after_their_job_was_read_is_left_out(database: Database) -> None:
+    worker = Worker.registered(database)
+    [job_id] = insert_sent(database, new_job())
+    queued = view(database, job_id)
+    [claimed] = worker.claim([job_id])
+    running = view(database, job_id)
+    worker.finish(completed(claimed, **an_answer(claimed)))
+    with database.autocommit() as connection:
+        met = surroundings.of_job(connection, running)
+    later = view(database, job_id).attempts
+
+    waits, runs = (timeline_of(replace(each, attempts=later), met) for each in (queued, running))
+
+    assert (waits.attempts, waits.awaits, phases(waits)) == ([], "worker", [Phase.SENT])
+    assert (runs.attempts[0].outcome, runs.awaits, phases(runs)[-1]) == (None, "engine", "running")
+    assert not any(span.adjusted for span in (*waits.spans, *runs.spans))
 
 
 def test_rows_whose_batch_and_worker_are_deleted_are_still_told_of(database: Database) -> None:
