@@ -4,11 +4,30 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import httpx
 
 Answer = httpx.Response | Exception
+
+QUOTE: Final[dict[str, Any]] = {
+    "object": "quote",
+    "model": "stub",
+    "tokens": {"input_tokens": 5, "max_output_tokens": 16},
+    "position": 3,
+    "start": {"p50": "2027-01-31T12:00:00Z", "p90": "2027-01-31T12:00:01Z"},
+    "finish": {"p50": "2027-01-31T12:00:02Z", "p90": "2027-01-31T12:00:03Z"},
+    "reason": None,
+    "deadline": None,
+    "deadline_outlook": None,
+    "cost": {
+        "amount": {"low": "0.000000001", "high": "0.000000002"},
+        "charge": None,
+        "currency": "USD",
+        "price_id": "cpu",
+    },
+    "known_as": None,
+}
 
 
 class FakeApi:
@@ -45,6 +64,8 @@ class FakeApi:
 
     def _answer(self, request: httpx.Request) -> tuple[int, Any]:
         path, is_held = request.url.path, "wait" in request.url.params
+        if "dry_run" in request.url.params:
+            return 200, self._quoted(json.loads(request.content))
         match request.method, path.removeprefix("/v1/jobs"):
             case "POST", "/bulk":
                 items = [self._submit(each) for each in json.loads(request.content)["jobs"]]
@@ -70,6 +91,18 @@ class FakeApi:
                     return 410, {"code": "request_removed", "detail": "It is not there."}
                 return 202, self.add(f"new-{old}", replay_of=old)
         raise AssertionError(path)
+
+    def _quoted(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """The same quote for every job but those of one model."""
+        if "jobs" not in asked:
+            return QUOTE
+        items = [
+            {"status": 404, "error": {"detail": "No model 'gpt-9'."}}
+            if job["body"].get("model") == "gpt-9"
+            else {"status": 202, "quote": QUOTE}
+            for job in asked["jobs"]
+        ]
+        return {"items": items, "finish": QUOTE["finish"], "costs": [QUOTE["cost"]]}
 
     def _submit(self, submission: dict[str, Any]) -> dict[str, Any]:
         key, body = json.dumps(submission["idempotency_key"]), submission["body"]

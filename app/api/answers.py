@@ -96,8 +96,8 @@ async def look_at_new(here: Services, stored: Stored, hold: Hold) -> Snapshot:
             why = type(error).__name__
             log.warning("A new job cannot be read: %s.", why, extra={"action": "new_job_not_read"})
     [job] = stored.new_jobs
-    body = job_of(view_of_new(job, stored.at))
-    return Snapshot(body.state, body.model_dump_json().encode())
+    view = view_of_new(job, stored.at)
+    return Snapshot.of(job_of(view, here.submitter.outlook.of(view)))
 
 
 def answer(
@@ -121,4 +121,4 @@ def answer(
 
 def _has_tag(if_none_match: str, etag: str) -> bool:
     """Weak comparison, as RFC 9110 asks for here."""
-    return if_none_match.strip() == "*" or etag in _TAG.findall(if_none_match)
+    return if_none_match.strip() == "*" or etag.removeprefix("W/") in _TAG.findall(if_none_match)

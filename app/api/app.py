@@ -111,7 +111,9 @@ def _services(settings: Settings) -> Services:
     waiters = Waiters()
     metrics = Metrics()
     metrics.register(
-        SystemCollector(database, publisher, submitter.sender, waiters, settings.models)
+        SystemCollector(
+            database, publisher, submitter.sender, submitter.outlook, waiters, settings.models
+        )
     )
     return Services(settings, database, publisher, submitter, waiters, metrics)
 
@@ -122,7 +124,12 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     settings = services.settings
     services.waiters.open()
     listen = partial(_listen, settings.database.news_url, services.waiters)
-    with beside("trim", memory.keep_small), beside("listen", listen):
+    outlook = services.submitter.outlook
+    with (
+        beside("trim", memory.keep_small),
+        beside("listen", listen),
+        beside("outlook", outlook.keep),
+    ):
         yield
     await services.close()
 

@@ -9,13 +9,14 @@ from http import HTTPStatus
 from typing import Annotated, Any, Final
 from uuid import UUID
 
-from fastapi import APIRouter, Header, Path, Request, Response
+from fastapi import APIRouter, Header, Path, Query, Request, Response
 
-from app.api import raw_bodies
+from app.api import quotes, raw_bodies
 from app.api.answers import JSON, LOOK_AGAIN, Held, Hold, answer, look, look_at_new
 from app.api.openapi import json_body
 from app.api.problems import documented
 from app.api.schemas import BulkAnswer, BulkRequest, Job
+from app.api.schemas_quotes import BulkQuote, Quote
 from app.api.services import Here, Services
 from app.api.views import bulk_item
 from app.errors import GristmillError, RequestError, RequestTooLarge
@@ -67,14 +68,31 @@ SUBMISSION_ERRORS: Final = documented(
     HTTPStatus.TOO_MANY_REQUESTS,
     HTTPStatus.SERVICE_UNAVAILABLE,
 )
+DryRun = Annotated[
+    bool,
+    Query(
+        description="Check the request and answer with 200 and a quote: what it would take, when "
+        "it would have ended and what it would cost. Nothing is stored or sent.",
+        examples=[True],
+    ),
+]
+_OR_QUOTE: Final[dict[int | str, dict[str, Any]]] = {
+    200: {
+        "model": Job | Quote,
+        "description": "The job is final already; with `dry_run`, the quote.",
+    }
+}
+_OR_QUOTES: Final[dict[int | str, dict[str, Any]]] = {
+    200: {
+        "model": BulkAnswer | BulkQuote,
+        "description": "No job was accepted; with `dry_run`, the quotes.",
+    }
+}
 _ALREADY_FINAL: Final[dict[int | str, dict[str, Any]]] = {
     200: {"model": Job, "description": "The job is final already."}
 }
 _REPLAYED_BEFORE: Final[dict[int | str, dict[str, Any]]] = {
     200: {"model": Job, "description": "It was replayed before, by this job."}
-}
-_NONE_ACCEPTED: Final[dict[int | str, dict[str, Any]]] = {
-    200: {"model": BulkAnswer, "description": "No job was accepted."}
 }
 
 
@@ -82,7 +100,7 @@ _NONE_ACCEPTED: Final[dict[int | str, dict[str, Any]]] = {
     "",
     status_code=202,
     response_model=Job,
-    responses=_ALREADY_FINAL | SUBMISSION_ERRORS,
+    responses=_OR_QUOTE | SUBMISSION_ERRORS,
     openapi_extra=json_body(Submission, _EXAMPLE),
     summary="Submit a job",
     response_description="The job is accepted.",
@@ -92,12 +110,16 @@ async def submit(
     here: Here,
     hold: Held,
     idempotency_key: IdempotencyKey = None,
+    dry_run: DryRun = False,
 ) -> Response:
     """Store the job and answer 202: from then on it is not lost. `Location` is where to follow it.
 
     A job that ends within the time it is waited for, or that its Idempotency-Key brings back
-    final, is answered with 200.
+    final, is answered with 200. With `dry_run` it is checked as ever, and answered with a quote.
     """
+    if dry_run:
+        checked = await _checked_one(request, here, idempotency_key)
+        return quotes.answer_of(await here.read(here.submitter.quote, [checked]))
     stored = await _store_one(request, here, idempotency_key)
     job = await look_at_new(here, stored, hold)
     headers = {"Location": f"/v1/jobs/{stored.only.job_id}"}
@@ -106,17 +128,20 @@ async def submit(
 
 async def _store_one(request: Request, here: Services, key: str | None) -> Stored:
     try:
-        most = here.settings.api.max_body_bytes
-        async with raw_bodies.body_of(request, most, here.room) as raw:
-            await here.expect_room(1)
-            job = await here.work.run(len(raw), _check, here, raw, key)
-        stored = await here.writer.store(job)
+        stored = await here.writer.store(await _checked_one(request, here, key))
         created = stored.only.created
     except GristmillError:
         here.metrics.count_submissions("refused")
         raise
     here.metrics.count_submissions("accepted" if created else "replayed")
     return stored
+
+
+async def _checked_one(request: Request, here: Services, key: str | None) -> NewJob:
+    most = here.settings.api.max_body_bytes
+    async with raw_bodies.body_of(request, most, here.room) as raw:
+        await here.expect_room(1)
+        return await here.work.run(len(raw), _check, here, raw, key)
 
 
 def _check(here: Services, raw: bytearray, header: str | None) -> NewJob:
@@ -145,21 +170,26 @@ def _parse_key(header: str) -> str:
     "/bulk",
     status_code=202,
     response_model=BulkAnswer,
-    responses=_NONE_ACCEPTED | SUBMISSION_ERRORS,
+    responses=_OR_QUOTES | SUBMISSION_ERRORS,
     openapi_extra=json_body(BulkRequest, {"jobs": [_EXAMPLE]}),
     summary="Submit many jobs",
     response_description="At least one job is accepted.",
 )
-async def submit_bulk(request: Request, here: Here) -> Response:
+async def submit_bulk(request: Request, here: Here, dry_run: DryRun = False) -> Response:
     """Store up to 10,000 jobs in one transaction, and answer for each in its place.
 
     The good ones are accepted beside the bad ones: 202 if there is any good one, else 200. Only
     what is wrong with the body as a whole, a full queue and an absent Postgres are errors here.
+    With `dry_run` all are checked as ever, and answered with quotes, each as if those before it
+    had been submitted.
     """
     most = here.settings.api.max_bulk_bytes
     async with raw_bodies.body_of(request, most, here.room) as raw, here.bulk_turn():
         checked = await _check_bulk(here, raw)
         raw.clear()  # Postgres may take as long again
+        if dry_run:
+            quoted = await here.read(here.submitter.quote, checked)
+            return await here.tellers.begin(partial(quotes.bulk_answer_of, quoted))
         stored = await here.write(here.submitter.store, checked)
         await here.send(stored)
         return await here.tellers.begin(partial(_bulk_answer, here, stored))

@@ -115,17 +115,18 @@ async def list_jobs(
     )
     shown = page[:limit]
     return JobList(
-        data=list(_summaries(shown)),
+        data=list(_summaries(here, shown)),
         first_id=shown[0].id if shown else None,
         last_id=shown[-1].id if shown else None,
         has_more=len(page) > limit,
     )
 
 
-def _summaries(views: Iterable[JobView | Unreadable]) -> Iterator[JobSummary]:
+def _summaries(here: Services, views: Iterable[JobView | Unreadable]) -> Iterator[JobSummary]:
+    outlook = here.submitter.outlook
     for view in views:
         try:
-            yield told(summary_of, view)
+            yield told(lambda view: summary_of(view, outlook.of(view)), view)
         except JobUnreadable as error:
             log.warning("%s", error, extra={"job_id": view.id, "action": "job_unreadable"})
 

@@ -122,7 +122,9 @@ async def _jobs(
     for start in range(0, len(ids), size):
         if num_bytes >= MAX_ANSWERS_BYTES:
             break
-        page = await here.read(read, here.database, ids[start : start + size])
+        page = await here.read(
+            read, here.database, here.submitter.outlook, ids[start : start + size]
+        )
         told.update(page)
         num_bytes += sum(len(each.body) for each in page.values() if isinstance(each, Snapshot))
     return told

@@ -16,6 +16,7 @@ from prometheus_client.registry import Collector
 from app.api.waiting import Waiters
 from app.broker.publisher import Publisher
 from app.errors import GristmillError
+from app.intake.outlook import Asked, Outlook
 from app.intake.sender import Sender
 from app.store import reads
 from app.store.database import Database
@@ -64,12 +65,14 @@ class SystemCollector(Collector):
         database: Database,
         publisher: Publisher,
         sender: Sender,
+        outlook: Outlook,
         waiters: Waiters,
         models: Iterable[str],
     ) -> None:
         self._database = database
         self._publisher = publisher
         self._sender = sender
+        self._outlook = outlook
         self._waiters = waiters
         self._models = tuple(models)
 
@@ -79,6 +82,7 @@ class SystemCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         yield from self._jobs()
         yield from self._queues()
+        yield from self._etas()
         sent = CounterMetricFamily(
             "gristmill_messages", "Messages of new jobs.", labels=["outcome"]
         )
@@ -123,6 +127,35 @@ class SystemCollector(Collector):
             tokens.add_metric([model, "compute"], computed)
             tokens.add_metric([model, "cache"], cached)
         yield tokens
+
+    def _etas(self) -> Iterator[Metric]:
+        ended = GaugeMetricFamily(
+            "gristmill_eta_jobs",
+            "Jobs that were promised an end and have ended: those that the share is of.",
+            labels=["model"],
+        )
+        share = GaugeMetricFamily(
+            "gristmill_eta_kept_share",
+            "Of these, the part that ended within the p90 it was promised.",
+            labels=["model"],
+        )
+        for model, (num_jobs, kept) in self._outlook.kept().items():
+            ended.add_metric([model], num_jobs)
+            share.add_metric([model], kept)
+        yield ended
+        yield share
+        start = GaugeMetricFamily(
+            "gristmill_eta_start_seconds",
+            "Time until a job of priority 0 that comes now is begun; absent if nobody can say.",
+            labels=["model", "quantile"],
+        )
+        asked = [Asked(model, 0, None, None, None) for model in self._models]
+        for job in asked:
+            [forecast] = self._outlook.expected([job])
+            if forecast.eta:
+                start.add_metric([job.model, "0.5"], forecast.eta.start_p50_s)
+                start.add_metric([job.model, "0.9"], forecast.eta.start_p90_s)
+        yield start
 
     def _queues(self) -> Iterator[Metric]:
         up = GaugeMetricFamily("gristmill_redis_up", "Whether Redis takes messages.")

@@ -18,6 +18,7 @@ from uuid import UUID
 from app.api.schemas import JobSummary
 from app.api.views import job_of, summary_of, told
 from app.errors import GristmillError, JobNotFound, JobUnreadable
+from app.intake.outlook import Outlook
 from app.jobs import JobState
 from app.store import reads
 from app.store.database import Database
@@ -35,6 +36,13 @@ class Snapshot:
 
     state: JobState
     body: bytes
+    lasting: bytes | None = None  #: the same without what changes by itself; None if nothing does
+
+    @classmethod
+    def of(cls, job: JobSummary) -> Snapshot:
+        """Raises `ValueError` if it is nested too deep for JSON."""
+        lasting = job.model_dump_json(exclude={"position", "eta"}).encode() if job.eta else None
+        return cls(job.state, job.model_dump_json().encode(), lasting)
 
     @property
     def is_final(self) -> bool:
@@ -42,30 +50,34 @@ class Snapshot:
 
     @property
     def etag(self) -> str:
-        return f'"{sha256(self.body).hexdigest()[:32]}"'
+        """Weak while place and time of a job that waits are left out of it: those change at every
+        look, and whoever asks whether anything has happened is not told of them."""
+        digest = sha256(self.lasting or self.body).hexdigest()[:32]
+        return f'W/"{digest}"' if self.lasting else f'"{digest}"'
 
 
 Outcome = Snapshot | Exception
 
 
-def snapshots(database: Database, ids: Sequence[UUID]) -> dict[UUID, Outcome]:
+def snapshots(database: Database, outlook: Outlook, ids: Sequence[UUID]) -> dict[UUID, Outcome]:
     """Those of the jobs that exist, or why one cannot be told of. Not for the event loop."""
     with database.autocommit() as connection:
         views = reads.find(connection, ids)
-    return {view.id: _snapshot(view, job_of) for view in views}
+    return {view.id: _snapshot(view, lambda view: job_of(view, outlook.of(view))) for view in views}
 
 
-def summaries(database: Database, ids: Sequence[UUID]) -> dict[UUID, Outcome]:
+def summaries(database: Database, outlook: Outlook, ids: Sequence[UUID]) -> dict[UUID, Outcome]:
     """The same without their answers."""
     with database.autocommit() as connection:
         views = reads.summaries(connection, ids)
-    return {view.id: _snapshot(view, summary_of) for view in views}
+    return {
+        view.id: _snapshot(view, lambda view: summary_of(view, outlook.of(view))) for view in views
+    }
 
 
 def _snapshot(view: JobView | Unreadable, tell: Callable[[JobView], JobSummary]) -> Outcome:
     try:
-        job = told(tell, view)
-        return Snapshot(job.state, job.model_dump_json().encode())
+        return Snapshot.of(told(tell, view))
     except JobUnreadable as error:
         return error
     except ValueError:  # of the writer of JSON: nested too deep

@@ -10,6 +10,7 @@ from uuid import UUID
 from pydantic import BaseModel, Field, PlainSerializer
 
 from app.api.problems import Problem
+from app.intake.outlook import Reason
 from app.intake.submit import Submission
 from app.jobs import AttemptOutcome, CloseReason, JobState, Kind
 
@@ -121,6 +122,19 @@ class JobError(BaseModel):
     message: str = Field(description="For people.", examples=["The deadline passed first."])
 
 
+class Eta(BaseModel):
+    """When a job that waits will have ended, by what is measured now. It changes at each look."""
+
+    p50: datetime | None = Field(description="As likely as not it has ended by then.")
+    p90: datetime | None = Field(description="Nine of ten such jobs have ended by then.")
+    reason: Reason | None = Field(
+        description="Why nobody can say: no worker that serves the model is up (no_worker), no job "
+        "of the model has ended yet (no_history), or the queue could not be looked at lately "
+        "(not_looked).",
+        examples=[None],
+    )
+
+
 class Links(BaseModel):
     """Paths of this job."""
 
@@ -168,6 +182,13 @@ class JobSummary(BaseModel):
         description="When what it says was removed at the caller's word: its request, response, "
         "metadata and key."
     )
+    position: int | None = Field(
+        description="Its place among those that wait for its model, 1 for the next one; null once "
+        "it runs, and while it is not due. Exact for the first hundred of a priority, beyond that "
+        "within a hundredth.",
+        examples=[12],
+    )
+    eta: Eta | None = Field(description="When it will have ended; null unless it is queued.")
     max_attempts: int = Field(description="Charged attempts after which it fails.", examples=[3])
     attempts: list[Attempt] = Field(description="Its tries, oldest first.")
     timing: Timing | None = Field(description="Where the time went; null until it is final.")

@@ -87,7 +87,8 @@ class Services:
         object.__setattr__(self, "postgres", Probe(self._store_takes_jobs))
         object.__setattr__(self, "redis", Probe(self.submitter.sender.try_to_send))
         object.__setattr__(self, "scrape", Probe(self.metrics.text, SCRAPE_S))
-        reader = Reader(lambda ids: self.read(snapshots, self.database, ids))
+        outlook = self.submitter.outlook
+        reader = Reader(lambda ids: self.read(snapshots, self.database, outlook, ids))
         object.__setattr__(self, "reader", reader)
         object.__setattr__(self, "writer", Writer(self._store, self.send))
 

@@ -14,6 +14,7 @@ from app.api.schemas import (
     Batch,
     BulkItem,
     Cost,
+    Eta,
     Job,
     JobError,
     JobSummary,
@@ -22,6 +23,7 @@ from app.api.schemas import (
     TokenUsage,
 )
 from app.errors import GristmillError, JobUnreadable
+from app.intake.outlook import Forecast
 from app.intake.submit import Submitted
 from app.jobs import REPLAYED, AttemptOutcome, CloseReason, JobState
 from app.store.reads import AttemptView, BatchView, JobView, ResultView, Unreadable
@@ -32,12 +34,13 @@ T = TypeVar("T")
 NS_PER_S: Final = 1_000_000_000
 
 
-def job_of(view: JobView) -> Job:
-    return Job(**_fields(view), response=view.result.response if view.result else None)
+def job_of(view: JobView, forecast: Forecast | None = None) -> Job:
+    response = view.result.response if view.result else None
+    return Job(**_fields(view, forecast), response=response)
 
 
-def summary_of(view: JobView) -> JobSummary:
-    return JobSummary(**_fields(view))
+def summary_of(view: JobView, forecast: Forecast | None = None) -> JobSummary:
+    return JobSummary(**_fields(view, forecast))
 
 
 def told(tell: Callable[[JobView], T], view: JobView | Unreadable) -> T:
@@ -69,6 +72,8 @@ def view_of_new(job: NewJob, now: datetime) -> JobView:
         attempt=0,
         attempts_charged=0,
         max_attempts=job.max_attempts,
+        input_tokens=job.input_tokens,
+        max_output_tokens=job.max_output_tokens,
         not_before=job.not_before or now,
         deadline=job.deadline,
         cancel_requested_at=None,
@@ -80,6 +85,15 @@ def view_of_new(job: NewJob, now: datetime) -> JobView:
         attempts=(),
         result=None,
         batch=None,
+    )
+
+
+def eta_of(forecast: Forecast) -> Eta:
+    eta = forecast.eta
+    return Eta(
+        p50=eta and forecast.after(eta.p50_s),
+        p90=eta and forecast.after(eta.p90_s),
+        reason=forecast.reason,
     )
 
 
@@ -95,7 +109,7 @@ def bulk_item(index: int, outcome: Submitted | GristmillError) -> BulkItem:
     return BulkItem(status=problem.status, error=problem)
 
 
-def _fields(view: JobView) -> dict[str, Any]:
+def _fields(view: JobView, forecast: Forecast | None) -> dict[str, Any]:
     result = view.result
     last = view.attempts[-1] if view.attempts else None
     return {
@@ -117,6 +131,8 @@ def _fields(view: JobView) -> dict[str, Any]:
         "cancel_requested_at": view.cancel_requested_at,
         "purged_at": view.purged_at,
         "max_attempts": view.max_attempts,
+        "position": forecast and forecast.position,
+        "eta": forecast and eta_of(forecast),
         "attempts": [_attempt(attempt) for attempt in view.attempts],
         "timing": result and Timing.model_validate(result, from_attributes=True),
         "usage": result and usage_of(result),

@@ -186,7 +186,19 @@ def answers(response: dict[str, Any]) -> Iterator[Any]:
 
 
 def _fields(raw: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    for name in ("id", "state", "model", "metadata", "batch", "timing", "usage", "cost", "error"):
+    for name in (
+        "id",
+        "state",
+        "model",
+        "position",
+        "eta",
+        "metadata",
+        "batch",
+        "timing",
+        "usage",
+        "cost",
+        "error",
+    ):
         value = raw.get(name)
         if isinstance(value, dict):
             value = "  ".join(f"{key} {part}" for key, part in value.items() if part is not None)

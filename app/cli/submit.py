@@ -15,6 +15,7 @@ import click
 from app.cli.api import LASTING_S, Api, uses_api
 from app.cli.lines import Source, json_object, numbered_lines
 from app.cli.options import Time, metadata_option, setting
+from app.cli.quote import Line, quote_many, quote_one
 from app.cli.results import Asked, show, show_as_they_end
 from app.cli.soft_stop import SoftStop
 from app.cli.terminal import FAILED, JOB_FAILED, as_json_option, print_json, print_row, tell
@@ -54,6 +55,7 @@ OF_THE_LINE: Final = (RequestError, IdempotencyConflict, NotStorable)
 @click.option("--deadline", type=Time(is_ahead=True), help="Expires then; or in 90m, 12h, 7d.")
 @metadata_option
 @click.option("--wait", is_flag=True, help="Wait for the answers; exit code 5 if a job fails.")
+@click.option("--dry-run", is_flag=True, help="Only tell when it would have ended, and its cost.")
 @as_json_option
 @uses_api
 def submit(
@@ -68,6 +70,7 @@ def submit(
     deadline: datetime | None,
     metadata: dict[str, str],
     wait: bool,
+    dry_run: bool,
     as_json: bool,
 ) -> None:
     """Submit TEXT as a job, or every line of a file.
@@ -82,6 +85,12 @@ def submit(
         metadata=metadata,
         key=idempotency_key,
     )
+    if dry_run:
+        if wait:
+            raise click.UsageError("With --dry-run there is nothing to wait for.")
+        if file is None:
+            sys.exit(quote_one(api, form.submission(_asked(text, field)), as_json))
+        sys.exit(quote_many(api, list(_lines(file, form)), as_json))
     ledger = Ledger(as_json, keeps_ids=wait)
     if file is None:
         submissions: Iterator[Submission | None] = iter([form.submission(_asked(text, field))])
@@ -139,6 +148,14 @@ def _submit(api: Api, submissions: Iterator[Submission | None], ledger: Ledger, 
         except (KeyboardInterrupt, GristmillError):
             ledger.tell_where_it_stopped(form.key is not None)
             raise
+
+
+def _lines(file: Source, form: Form) -> Iterator[Line]:
+    for number, raw in filter(None, numbered_lines(file)):
+        try:
+            yield number, form.submission(json_object(raw), number)
+        except RequestError as error:
+            yield number, error
 
 
 def _of_file(file: Source, form: Form, ledger: Ledger) -> Iterator[Submission | None]:

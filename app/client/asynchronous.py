@@ -46,6 +46,16 @@ class AsyncClient:
         """Submit the body of an OpenAI-style call; returns the job's id."""
         return await self._run(self._flows.submit(body, options))
 
+    async def quote(self, body: Mapping[str, Any], **options: Unpack[Options]) -> dict[str, Any]:
+        """What a job would meet: its tokens, place, start, finish and cost; nothing is submitted.
+        See the API's documentation of POST /v1/jobs."""
+        return await self._run(self._flows.quote(body, options))
+
+    async def quote_many(self, submissions: Iterable[Submission]) -> dict[str, Any]:
+        """The same for many, each as if those before it were submitted: as many as one call of the
+        API takes."""
+        return await self._run(self._flows.quote_many(submissions))
+
     async def submit_many(self, submissions: Iterable[Submission]) -> list[str | GristmillError]:
         """Submit many; returns a job id or an error for each, in order, whatever happens on the
         way. Whoever may be interrupted takes `iter_submit`."""

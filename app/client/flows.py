@@ -31,6 +31,7 @@ ROUND_S: Final = 0.2
 """Shortest time from one look at many jobs to the next, so that they come in handfuls."""
 
 END: Final = object()
+_DRY_RUN: Final = {"dry_run": "true"}
 
 T = TypeVar("T")
 Accepted = str | GristmillError
@@ -59,6 +60,16 @@ class Flows:
     def submit(self, body: Mapping[str, Any], options: Options) -> Flow[str]:
         answer = yield from self._api.ask("POST", "/v1/jobs", submission_of(body, options))
         return Job.of(answer).id
+
+    def quote(self, body: Mapping[str, Any], options: Options) -> Flow[dict[str, Any]]:
+        told = submission_of(body, options)
+        return (yield from self._api.ask("POST", "/v1/jobs", told, params=_DRY_RUN))
+
+    def quote_many(self, submissions: Iterable[Mapping[str, Any]]) -> Flow[dict[str, Any]]:
+        jobs = [submission_of(each["body"], each) for each in submissions]
+        body = b'{"jobs":[' + b",".join(jobs) + b"]}"
+        path = "/v1/jobs/bulk"
+        return (yield from self._api.ask("POST", path, body, params=_DRY_RUN, hold_s=PAGE_S))
 
     def iter_submit(self, submissions: Iterable[Mapping[str, Any] | None]) -> Stream[Accepted]:
         patience = Patience(self._api.patience_s)  # of all pages: an API that is gone costs it once

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from datetime import date
+from datetime import UTC, date, datetime
 from itertools import pairwise
 
 from app.config.settings import PriceSettings, Settings
@@ -58,3 +58,17 @@ def price_of_worker(settings: Settings, today: date) -> str | None:
             break
     where = prices[ids[-1]].where if ids else "prices.toml"
     raise ConfigError(f"{where}: no price {name} (worker.price) is valid on {today}.")
+
+
+def price_id_of(settings: Settings, model: str) -> str | None:
+    """The id of the price that jobs of a model have today; None if there is none.
+
+    It is that of this process's settings: a worker elsewhere may have another.
+    """
+    found = settings.models.get(model)
+    if found and found.price:
+        return found.price
+    try:
+        return price_of_worker(settings, datetime.now(UTC).date())
+    except ConfigError:
+        return None

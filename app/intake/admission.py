@@ -63,12 +63,12 @@ class Admission:
         with self._lock:
             return self._is_fresh(COUNT_EVERY_S) and self._excess(Load(num_jobs, 0)) == Load(0, 0)
 
-    def expect_room(self, num_jobs: int) -> None:
-        """Raises `QueueFull` if so many more are too many, whatever their tokens.
+    def expect_room(self, num_jobs: int, num_tokens: int = 0) -> None:
+        """Raises `QueueFull` if so many more are too many, by default whatever their tokens.
 
         Asked before the jobs are looked at: under an overload a refusal has to be cheap.
         """
-        asked = Load(num_jobs, 0)
+        asked = Load(num_jobs, num_tokens)
         self._count_if_needed(asked)
         with self._lock:
             self._refuse_excess(asked)

@@ -9,7 +9,7 @@ if it cannot be sent, the job stays `queued` and `unsent` and rescue sends it la
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -26,8 +26,10 @@ from pydantic import (
     WithJsonSchema,
 )
 
+from app.books.quote import Likely, cost_range
 from app.broker.publisher import Publisher
-from app.config.settings import Settings
+from app.config.prices import price_id_of
+from app.config.settings import PriceSettings, Settings
 from app.engines.catalog import CatalogModel
 from app.engines.sampling import grammar
 from app.errors import (
@@ -42,6 +44,7 @@ from app.errors import (
 )
 from app.intake.admission import Admission
 from app.intake.decision import Decision
+from app.intake.outlook import Forecast, Outlook, asked_of, raw_size
 from app.intake.sender import Sender, num_bytes
 from app.jobs import MAX_PRIORITY, REPLAYED, bounded, new_id
 from app.requests import bodies
@@ -170,6 +173,18 @@ class Stored:
         return replace(self, outcomes=[outcome], new_jobs=new)
 
 
+@dataclass(frozen=True, slots=True)
+class Quoted:
+    """What a submission would bring, if it were one."""
+
+    job: NewJob
+    forecast: Forecast
+    cost: tuple[Likely, Likely] | None  #: the least and the most; None without a price
+    price_id: str | None
+    price: PriceSettings | None
+    known_as: UUID | None  #: the job that has its key already, and would be the answer
+
+
 class Submitter:
     """Turns submissions into jobs. Threads may share it."""
 
@@ -186,6 +201,7 @@ class Submitter:
         most = Load(settings.api.max_queued_jobs, settings.api.max_queued_tokens)
         self.admission = Admission(database, most)
         self.sender = Sender(database, publisher, settings.broker)
+        self.outlook = Outlook(settings, database)
 
     def check(self, value: object) -> NewJob:
         """The job of a submission, or of the JSON value of one. Asks nobody, and may compute for
@@ -233,6 +249,36 @@ class Submitter:
         job = replace(self._new_job(submission), replay_of=job_id)
         return self._insert([job], decision, now)
 
+    def quote(self, checked: Sequence[NewJob | RequestError]) -> list[Quoted | GristmillError]:
+        """What `store` would do with each, in order, and what the jobs may expect. Writes nothing.
+
+        Raises `QueueFull` if there is no room for them, and `Unavailable`.
+        """
+        now = self._database.now()
+        checked = [_in_time(each, now) for each in checked]
+        jobs = [job for job in checked if isinstance(job, NewJob)]
+        self.admission.expect_room(len(jobs), _num_tokens(jobs))
+        with self._database.autocommit() as connection:
+            known = submissions.earlier(connection, jobs)
+        self.outlook.look_if_old()
+        forecasts = iter(self.outlook.expected(map(asked_of, jobs)))
+        return [
+            self._quoted(each, next(forecasts), known.get(each.id))
+            if isinstance(each, NewJob)
+            else each
+            for each in checked
+        ]
+
+    def _quoted(
+        self, job: NewJob, forecast: Forecast, known: submissions.Inserted | None
+    ) -> Quoted | GristmillError:
+        if known and not known.fingerprint_matches:
+            return IdempotencyConflict()
+        price_id = price_id_of(self._settings, job.model)
+        price = self._settings.prices.get(price_id) if price_id else None
+        cost = cost_range(price, raw_size(asked_of(job)), forecast.pace) if price else None
+        return Quoted(job, forecast, cost, price_id, price, known.id if known else None)
+
     def queued(self) -> Load:
         """What waits, as it is held against the limits of the queue."""
         return self.admission.queued()
@@ -259,13 +305,13 @@ class Submitter:
 
     def _insert(self, jobs: Sequence[NewJob], decision: Decision, now: datetime) -> Stored:
         """Write rows and commit; an outcome for each job."""
-        tokens = sum((job.input_tokens or 0) + (job.max_output_tokens or 0) for job in jobs)
         wanted = self.sender.wanted(jobs)
 
         def insert(connection: Connection, part: Sequence[NewJob]) -> Sequence[Outcome]:
             return submissions.insert_jobs(connection, part, wanted)
 
-        with self.admission.admitted(Load(len(jobs), tokens)):
+        with self.admission.admitted(Load(len(jobs), _num_tokens(jobs))):
+            jobs = self.outlook.promised(jobs)
             try:
                 rows = self._commit(jobs, decision, insert)
             except NotStorable:
@@ -325,6 +371,11 @@ class Submitter:
             max_output_tokens=prepared.max_tokens * request.num_sequences,
             max_attempts=self._settings.worker.max_attempts,
         )
+
+
+def _num_tokens(jobs: Iterable[NewJob]) -> int:
+    """Those that jobs have, and those that they may generate."""
+    return sum((job.input_tokens or 0) + (job.max_output_tokens or 0) for job in jobs)
 
 
 def _pages(jobs: Sequence[NewJob]) -> Iterator[list[NewJob]]:

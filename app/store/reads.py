@@ -137,6 +137,8 @@ class JobView:
     attempt: int
     attempts_charged: int
     max_attempts: int
+    input_tokens: int | None  #: counted at submission; of an ended job, computed
+    max_output_tokens: int | None
     not_before: datetime
     deadline: datetime | None
     cancel_requested_at: datetime | None

@@ -43,6 +43,8 @@ class NewJob:
     input_tokens: int | None = None
     max_output_tokens: int | None = None
     max_attempts: int = 3
+    quoted_ms: float | None = None  #: its estimated time to its end; None if nothing is known
+    quoted_p90_ms: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,13 +108,13 @@ _WRITE: Final = """
     ), queued AS (
         INSERT INTO open_jobs (
             id, tenant, model, kind, url, format, source, metadata, priority, input_tokens,
-            max_output_tokens, not_before, deadline, time_limit_s, max_attempts, created_at,
-            state, queued_at, worker_id, received_at, enqueued_at
+            max_output_tokens, not_before, deadline, time_limit_s, max_attempts, quoted_ms,
+            quoted_p90_ms, created_at, state, queued_at, worker_id, received_at, enqueued_at
         )
         SELECT
             id, tenant, model, kind, url, format, source, metadata, priority, input_tokens,
             max_output_tokens, coalesce(not_before, now()), deadline, time_limit_s, max_attempts,
-            now(), 'queued', now(), {delivery}
+            quoted_ms, quoted_p90_ms, now(), 'queued', now(), {delivery}
         FROM given JOIN new USING (id)
         RETURNING *
     )
@@ -171,6 +173,16 @@ def insert_jobs(
         if all(job.id in found for job in jobs):
             return [found[job.id] for job in jobs]
     raise Unavailable("Jobs with the same idempotency keys came and went.")
+
+
+def earlier(connection: Connection, jobs: Sequence[NewJob]) -> dict[UUID, Inserted]:
+    """For those of new jobs whose idempotency key is taken, by their ids: what `insert_jobs` would
+    answer. Writes nothing."""
+    keyed = [job for job in jobs if job.idempotency_key is not None]
+    if not keyed:
+        return {}
+    rows = connection.execute(_FIND_EARLIER, {"jobs": encode(keyed)})
+    return {row.asked: Inserted(row.id, False, row.fingerprint_matches) for row in rows}
 
 
 def _once(jobs: Iterable[NewJob]) -> Iterable[NewJob]:

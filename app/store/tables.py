@@ -188,6 +188,17 @@ def _terms() -> list[Column[Any]]:
             server_default=text("3"),
             comment="Charged attempts after which the job fails.",
         ),
+        Column(
+            "quoted_ms",
+            Double,
+            comment="Time to its end as it was estimated when it was accepted, in ms, from then or "
+            "from not_before; null if nothing was known.",
+        ),
+        Column(
+            "quoted_p90_ms",
+            Double,
+            comment="The same, within which nine of ten jobs were to end: its p90, in ms.",
+        ),
     ]
 
 
@@ -352,6 +363,11 @@ open_jobs = Table(
     CheckConstraint("purged_at IS NULL OR metadata = '{}'", name="purged"),
     CheckConstraint("wake_count >= 0", name="wake_count"),
     CheckConstraint("time_limit_s > 0 AND time_limit_s < 'Infinity'", name="time_limit"),
+    CheckConstraint(
+        "quoted_ms >= 0 AND quoted_ms < 'Infinity'"
+        " AND quoted_p90_ms >= 0 AND quoted_p90_ms < 'Infinity'",
+        name="quoted",
+    ),
     CheckConstraint(
         "CASE state WHEN 'running' THEN num_nulls(attempt_id, worker_id, batch_id) = 0"
         " ELSE num_nonnulls(attempt_id, batch_id) = 0"
@@ -953,6 +969,8 @@ jobs = Table(
     Column("not_before", Stamp),
     Column("deadline", Stamp),
     Column("time_limit_s", Double),
+    Column("quoted_ms", Double),
+    Column("quoted_p90_ms", Double),
     Column("state", Text),
     Column("attempt", Integer),
     Column("attempts_charged", Integer),

@@ -63,24 +63,26 @@ SELECT
     job.format, encode(job_keys.fingerprint, 'hex') AS fingerprint, job.source,
     job_keys.idempotency_key, job_keys.replay_of,
     job.metadata, job.priority, job.input_tokens, job.max_output_tokens, job.not_before,
-    job.deadline, job.time_limit_s, job.state, job.attempt, job.attempts_charged,
-    job.max_attempts, job.losses, job.attempt_id, job.worker_id, job.batch_id, job.received_by,
-    job.enqueued_at, job.received_at, job.wake_count, job.cancel_requested_at, job.purged_at,
-    job.created_at, job.queued_at, job.claimed_at, job.finished_at
+    job.deadline, job.time_limit_s, job.quoted_ms, job.quoted_p90_ms, job.state, job.attempt,
+    job.attempts_charged, job.max_attempts, job.losses, job.attempt_id, job.worker_id,
+    job.batch_id, job.received_by, job.enqueued_at, job.received_at, job.wake_count,
+    job.cancel_requested_at, job.purged_at, job.created_at, job.queued_at, job.claimed_at,
+    job.finished_at
 FROM (
     SELECT
         id, tenant, model, kind, url, format, source, metadata, priority, input_tokens,
-        max_output_tokens, not_before, deadline, time_limit_s, state, attempt, attempts_charged,
-        max_attempts, losses, attempt_id, CASE state WHEN 'running' THEN worker_id END AS worker_id,
-        batch_id, CASE state WHEN 'queued' THEN worker_id END AS received_by, enqueued_at,
-        received_at, wake_count, cancel_requested_at, purged_at, created_at, queued_at, claimed_at,
+        max_output_tokens, not_before, deadline, time_limit_s, quoted_ms, quoted_p90_ms, state,
+        attempt, attempts_charged, max_attempts, losses, attempt_id,
+        CASE state WHEN 'running' THEN worker_id END AS worker_id, batch_id,
+        CASE state WHEN 'queued' THEN worker_id END AS received_by, enqueued_at, received_at,
+        wake_count, cancel_requested_at, purged_at, created_at, queued_at, claimed_at,
         CAST(NULL AS timestamptz) AS finished_at
     FROM open_jobs
     UNION ALL
     SELECT
         job_id, tenant, model, kind, url, format, source, metadata, priority, expected_input_tokens,
-        max_output_tokens, not_before, deadline, time_limit_s, state, attempt, attempts_charged,
-        max_attempts, losses, CAST(NULL AS uuid), CAST(NULL AS uuid),
+        max_output_tokens, not_before, deadline, time_limit_s, quoted_ms, quoted_p90_ms, state,
+        attempt, attempts_charged, max_attempts, losses, CAST(NULL AS uuid), CAST(NULL AS uuid),
         CAST(NULL AS uuid), CAST(NULL AS uuid), enqueued_at,
         received_at, wake_count, cancel_requested_at, purged_at, created_at, queued_at, claimed_at,
         finished_at
@@ -453,6 +455,17 @@ def upgrade() -> None:
             nullable=False,
             comment="Charged attempts after which the job fails.",
         ),
+        Column(
+            "quoted_ms",
+            Double,
+            comment="Time to its end as it was estimated when it was accepted, in ms, from then or "
+            "from not_before; null if nothing was known.",
+        ),
+        Column(
+            "quoted_p90_ms",
+            Double,
+            comment="The same, within which nine of ten jobs were to end: its p90, in ms.",
+        ),
         Column("created_at", Stamp, nullable=False, comment="Row written: the job is accepted."),
         Column("state", Text, nullable=False, comment="queued or running."),
         Column(
@@ -548,6 +561,11 @@ def upgrade() -> None:
         CheckConstraint(
             "time_limit_s > 0 AND time_limit_s < 'Infinity'",
             name=op.f("open_jobs_time_limit_check"),
+        ),
+        CheckConstraint(
+            "quoted_ms >= 0 AND quoted_ms < 'Infinity'"
+            " AND quoted_p90_ms >= 0 AND quoted_p90_ms < 'Infinity'",
+            name=op.f("open_jobs_quoted_check"),
         ),
         CheckConstraint(
             "CASE state WHEN 'running' THEN num_nulls(attempt_id, worker_id, batch_id) = 0"
@@ -789,6 +807,17 @@ def upgrade() -> None:
             server_default=text("3"),
             nullable=False,
             comment="Charged attempts after which the job fails.",
+        ),
+        Column(
+            "quoted_ms",
+            Double,
+            comment="Time to its end as it was estimated when it was accepted, in ms, from then or "
+            "from not_before; null if nothing was known.",
+        ),
+        Column(
+            "quoted_p90_ms",
+            Double,
+            comment="The same, within which nine of ten jobs were to end: its p90, in ms.",
         ),
         Column(
             "attempt",

@@ -340,6 +340,13 @@ def test_a_job_is_followed_with_curl(terminal: Terminal, job_id: str) -> None:
     assert None not in job["timing"].values()
 
 
+def test_a_dry_run_tells_what_a_job_would_take(terminal: Terminal, job_id: str) -> None:
+    quote = json.loads(terminal.run("http quote"))
+
+    assert (quote["object"], quote["tokens"]["max_output_tokens"]) == ("quote", 64)
+    assert quote["cost"]["price_id"] == "cpu"
+
+
 def test_an_etag_is_answered_with_304_while_nothing_changes(
     terminal: Terminal, ended: Ended, job_id: str
 ) -> None:
@@ -411,5 +418,6 @@ def test_the_tables_tell_of_results_cost_batches_and_what_waits(
     assert {row["state"] for row in query("sql waiting")} == {"queued"}
 
     # and nothing is old enough to be deleted
+    assert all(0 <= row["kept"] <= 1 for row in query("sql promises"))
     query("sql delete")
     assert ended(job_id)["state"] == "completed"

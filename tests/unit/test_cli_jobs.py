@@ -79,6 +79,26 @@ def test_a_text_is_submitted_as_a_chat_with_its_settings(gristmill: Gristmill, a
     assert api.submitted[0]["body"] == {"messages": [message], "max_tokens": 8, "stop": "."}
 
 
+def test_a_dry_run_tells_when_and_for_how_much_and_submits_nothing(
+    gristmill: Gristmill, api: FakeApi, prompts
+):
+    code, out, _ = gristmill("submit", "hello", "--dry-run")
+    fields = dict(line.split("\t") for line in out.splitlines())
+    assert (code, fields["position"], fields["tokens"]) == (0, "3", "5 in, 16 out at most")
+    assert fields["finish"] == "2027-01-31T12:00:02Z / 2027-01-31T12:00:03Z"
+    assert fields["cost"] == "0.000000001–0.000000002 USD"
+
+    file = prompts('{"prompt": "a"}', "", "no JSON", '{"prompt": "b", "model": "gpt-9"}')
+    code, out, err = gristmill("submit", "--dry-run", "--file", file)
+    assert (code, [row.split("\t")[:2] for row in out.splitlines()]) == (1, [["1", "3"]])
+    assert "line 3: would be refused" in err and "line 4: would be refused: No model" in err
+
+    code, out, _ = gristmill("submit", "--dry-run", "--file", file, "--json")
+    assert [told["line"] for told in objects(out)] == [1, 3, 4]
+    assert gristmill("submit", "hello", "--dry-run", "--wait")[0] == 2
+    assert api.submitted == []
+
+
 def test_a_file_gives_one_job_a_line(gristmill: Gristmill, api: FakeApi, prompts):
     file = prompts('{"prompt": "a"}', "", '{"input": "b"}')
 
