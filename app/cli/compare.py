@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -21,7 +22,18 @@ if TYPE_CHECKING:
     from app.trials.compare import Comparison
 
 MAX_EARLIER: Final = 20
+MAX_RATE: Final = 100_000
 _SPEEDS: Final = ("a, tokens/s", "b, tokens/s", "b over a")
+
+
+class Rate(click.FloatRange):
+    """A number: of NaN click finds no end passed."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        found: float = super().convert(value, param, ctx)
+        if math.isnan(found):
+            raise click.BadParameter("nan is no number.", ctx, param)
+        return found
 
 
 @click.command()
@@ -38,6 +50,11 @@ _SPEEDS: Final = ("a, tokens/s", "b, tokens/s", "b over a")
     help="How often each runs all prompts; they take turns, A B B A.",
 )
 @click.option(
+    "--rate",
+    type=Rate(0, MAX_RATE, min_open=True),
+    help="Prompts a second, at times drawn once for all; all at once if left out.",
+)
+@click.option(
     "--html", type=click.Path(dir_okay=False, writable=True, path_type=Path), help="Write a page."
 )
 @click.option("--history", is_flag=True, help="Show earlier comparisons, of A and B or of all.")
@@ -49,6 +66,7 @@ def compare(
     limit: int | None,
     tokens: int,
     rounds: int,
+    rate: float | None,
     html: Path | None,
     history: bool,
     as_json: bool,
@@ -63,7 +81,9 @@ def compare(
         return
     if a is None or b is None:
         raise click.UsageError("Name two, as in: gristmill compare MODEL MODEL:dtype=float32")
-    comparison, settings = _compared(a, b, file, limit, tokens, rounds)
+    if html is not None and not html.absolute().parent.is_dir():
+        raise click.UsageError(f"--html {html}: there is no folder {html.parent}.")
+    comparison, settings = _compared(a, b, file, limit, tokens, rounds, rate)
     kept, earlier = _kept(settings, comparison)
     if as_json:
         print_json(_record(comparison) | {"earlier": [_told(each) for each in earlier]})
@@ -78,7 +98,13 @@ def compare(
 
 
 def _compared(
-    a: str, b: str, file: Any, limit: int | None, tokens: int, rounds: int
+    a: str,
+    b: str,
+    file: Any,
+    limit: int | None,
+    tokens: int,
+    rounds: int,
+    rate: float | None,
 ) -> tuple[Comparison, Settings]:
     from app.trials.compare import compare as compare_models
     from app.trials.contender import contender
@@ -88,7 +114,7 @@ def _compared(
         both = contender(a, loaded), contender(b, loaded)
         questions = questions_of(file, limit, both[0].own.kind)
         with signals_interrupt(tell):
-            found = compare_models(*both, questions, tokens, rounds, tell)
+            found = compare_models(*both, questions, tokens, rounds, rate, tell)
     except (ConfigError, RequestError) as error:
         raise click.UsageError(str(error)) from None
     return found, loaded.settings
@@ -213,9 +239,9 @@ def _record(found: Comparison) -> dict[str, Any]:
 
 
 def _print(found: Comparison, earlier: Sequence[StoredComparison]) -> None:
-    from app.cli.comparison_page import agreement_rows, side_rows
+    from app.cli.comparison_page import agreement_rows, prompts_of, side_rows
 
-    out.print(f"{found.machine}; {found.num_prompts} prompts", soft_wrap=True)
+    out.print(f"{found.machine}; {prompts_of(found)}", soft_wrap=True)
     out.print(f"a: {found.a.name}\nb: {found.b.name}\n", soft_wrap=True)
     print_table(("", "a", "b", "b over a"), side_rows(found))
     out.print()

@@ -19,6 +19,11 @@ _LABEL_WIDTH: Final = 60
 _ROW_HEIGHT: Final = 30
 
 
+def prompts_of(found: Comparison) -> str:
+    when = "all at once" if found.rate is None else f"{found.rate:g} a second"
+    return f"{found.num_prompts} prompts, {when} in a round"
+
+
 def side_rows(found: Comparison) -> Iterator[Row]:
     """What both took: a name, both figures, and the second over the first."""
     yield "engine", found.a.engine, found.b.engine, ""
@@ -88,10 +93,7 @@ def page_of(found: Comparison, earlier: Sequence[StoredComparison]) -> str:
     parts = [
         charts.paragraph(f"a: {found.a.name}"),
         charts.paragraph(f"b: {found.b.name}"),
-        charts.paragraph(
-            f"{found.machine}; {found.num_prompts} prompts, in turns A B B A; all at once in a "
-            "round."
-        ),
+        charts.paragraph(f"{found.machine}; {prompts_of(found)}, in turns A B B A."),
         *_pictures(found),
         _heading("What both took"),
         charts.table(("", "a", "b", "b over a"), side_rows(found)),
@@ -108,7 +110,8 @@ def _pictures(found: Comparison) -> Iterator[str]:
         both = [value(each) for each in (found.a, found.b)]
         if label in _DRAWN and any(both):
             spreads = [each.tokens_per_s for each in (found.a, found.b)]
-            yield _heading(_labelled(label, found))
+            more = "; a circle is a round" if label == _SPEED else ""
+            yield _heading(_labelled(label, found) + more)
             yield _bars(both, shown, spreads if label == _SPEED else None)
 
 

@@ -26,8 +26,9 @@ from app.engines.encoder.classifier import Classifier
 from app.engines.encoder.embedder import Embedder
 from app.engines.text.stopping import Output
 from app.engines.text.tokenizer import Tokenizer
-from app.errors import OutOfMemory
+from app.errors import EngineError, OutOfMemory
 from app.jobs import FinishReason, Kind
+from app.threads import place_of
 
 DTYPE: Final = "float32"
 
@@ -69,8 +70,10 @@ class Reference:
             with torch.inference_mode():
                 return self._pool(sequence) if self._task else self._write(sequence)
         except Exception as error:
-            if not ran_out_of_memory(error):
-                raise
+            if not ran_out_of_memory(error):  # from anywhere in transformers: it may quote data
+                raise EngineError(
+                    f"transformers cannot run this model alone: {place_of(error)}."
+                ) from error
         give_back_memory(self._device)
         raise OutOfMemory("There is no memory for transformers in float32 beside what runs here.")
 

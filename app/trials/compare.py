@@ -2,14 +2,16 @@
 
 They take turns, A B B A A B …, so that what else the machine does hits both alike, and only one is
 loaded at a time, so that neither has the other's memory. A round is all prompts at once, as from a
-queue that was full before.
+queue that was full before, or at a rate, at times drawn once for all.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
+import random
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass, field, replace
@@ -74,6 +76,7 @@ class Comparison:
     kind: str
     prompts_digest: str
     num_prompts: int
+    rate: float | None  #: prompts a second; None is all at once
     a: Side
     b: Side
     agreement: Figures
@@ -83,7 +86,11 @@ class Comparison:
         """All of it, for JSON: numbers and names, nothing of prompts or answers."""
         sides = {name: asdict(getattr(self, name)) for name in ("a", "b")}
         ratio = self.b.speed / self.a.speed if self.a.speed else None
-        return sides | {"agreement": self.agreement, "speed_ratio": ratio}
+        return sides | {
+            "rate": self.rate,
+            "agreement": self.agreement,
+            "speed_ratio": ratio,
+        }
 
 
 @dataclass(slots=True)
@@ -93,6 +100,7 @@ class _Turns:
     contender: Contender
     model: CatalogModel
     asked: Seq[Asked]
+    arrivals_ns: Seq[int]
     runs: list[Run] = field(default_factory=list)
     loads_ns: list[int] = field(default_factory=list)
     kernels: str = ""
@@ -103,7 +111,7 @@ class _Turns:
         """Load, warm up, and run so many rounds."""
         with Trial(self.contender, self.model) as trial:
             trial.together(_short(self.asked))
-            self.runs += [trial.together(self.asked) for _ in range(num_rounds)]
+            self.runs += [trial.together(self.asked, self.arrivals_ns) for _ in range(num_rounds)]
             self.loads_ns.append(trial.load_ns)
             self.kernels = trial.kernels
             self.peak_bytes = max(self.peak_bytes, trial.peak_bytes())
@@ -155,16 +163,19 @@ def compare(
     questions: Seq[Question],
     num_tokens: int,
     num_rounds: int,
+    rate: float | None,
     tell: Tell,
 ) -> Comparison:
-    """Raises `ConfigError` for models that cannot be compared or loaded, `RequestError` for a
+    """`rate` is prompts a second; None is all at once.
+
+    Raises `ConfigError` for models that cannot be compared or loaded, `RequestError` for a
     prompt that one does not take, and `EngineError` if an engine fails."""
     if a.own.kind is not b.own.kind:
         raise ConfigError(
             f"{a.given} is of kind {a.own.kind} and {b.given} of kind {b.own.kind}: two of one "
             "kind can be compared."
         )
-    first, second = (_turns_of(each, questions, num_tokens) for each in (a, b))
+    first, second = (_turns_of(each, questions, num_tokens, rate) for each in (a, b))
     both: dict[Name, _Turns] = {"a": first, "b": second}
     for name, rounds in turns(num_rounds):
         tell(f"{both[name].contender.given}: {rounds} of {2 * num_rounds} rounds.")
@@ -172,7 +183,8 @@ def compare(
     return Comparison(
         machine=machine(),
         kind=a.own.kind.value,
-        prompts_digest=_digest(questions, num_tokens),
+        prompts_digest=_digest(questions, num_tokens, rate),
+        rate=rate,
         num_prompts=len(first.asked),
         a=first.side(),
         b=second.side(),
@@ -186,9 +198,20 @@ def compare(
     )
 
 
-def _turns_of(contender: Contender, questions: Seq[Question], num_tokens: int) -> _Turns:
+def _turns_of(
+    contender: Contender, questions: Seq[Question], num_tokens: int, rate: float | None
+) -> _Turns:
     model = contender.load()
-    return _Turns(contender, model, ask(questions, model, num_tokens))
+    asked = ask(questions, model, num_tokens)
+    return _Turns(contender, model, asked, arrivals_ns(len(asked), rate) if rate else ())
+
+
+def arrivals_ns(count: int, rate: float) -> list[int]:
+    """Times of so many prompts that come independently of each other, the first at 0; always the
+    same, for a rate in prompts a second."""
+    drawn = random.Random(0)
+    gaps = (drawn.expovariate(rate) for _ in range(count - 1))
+    return [0, *(int(1e9 * each) for each in itertools.accumulate(gaps))]
 
 
 def turns(num_rounds: int) -> Iterator[tuple[Name, int]]:
@@ -240,9 +263,9 @@ def _same_tokens(first: _Turns, second: _Turns) -> bool:
     return same and len(sizes) == 1
 
 
-def _digest(questions: Seq[Question], num_tokens: int) -> str:
+def _digest(questions: Seq[Question], num_tokens: int, rate: float | None) -> str:
     """Hex SHA-256: equal for the same work."""
-    told = [num_tokens, *([each.url, each.given] for each in questions)]
+    told = [num_tokens, rate, *([each.url, each.given] for each in questions)]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 

@@ -25,6 +25,7 @@ from app.config.settings import ModelSettings, PriceSettings, Settings
 from app.engines import registry
 from app.engines.catalog import CatalogModel, load_catalog
 from app.engines.device import dtype_name
+from app.engines.spec import Files
 from app.errors import ConfigError
 
 _NEXT: Final = re.compile(r",(?=[A-Za-z_][\w.-]*=)")
@@ -46,7 +47,9 @@ class Contender:
 
     @property
     def dtype(self) -> str:
-        """What it computes in, if it computes here."""
+        """What it computes in; "–" where its weights are not here."""
+        if registry.find(self.own.engine).files(self.own) not in (Files.MODEL, Files.ANY_MODEL):
+            return "–"
         return dtype_name(self.own.dtype, self.settings.worker.device)
 
     @property
@@ -63,10 +66,13 @@ class Contender:
 
     def digest(self, folder: Path) -> str:
         """Hex SHA-256 of what decides on its answers and its speed, the name of its folder
-        included: equal for runs that can be compared."""
+        included: equal for runs that can be compared. A setting that a later version brings changes
+        nothing for who leaves it out."""
         worker = self.settings.worker
         told = {
-            "model": self.own.model_dump(mode="json", exclude={"default", "price", "source"}),
+            "model": self.own.model_dump(
+                mode="json", exclude={"default", "price", "source"}, exclude_defaults=True
+            ),
             "folder": str(folder.name),
             "device": worker.device,
             "threads": worker.threads,

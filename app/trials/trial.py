@@ -10,6 +10,7 @@ import itertools
 import select
 import shutil
 import time
+from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
@@ -38,7 +39,14 @@ NOT_KNOWN: Final = Taken(0, EnergyMethod.ABSENT)
 TURN_S: Final = 1.0
 """Longest sleep between two looks at whether the engine is stuck."""
 
-Admitted = dict[int, int]  #: places of prompts by the ids that they have inside
+
+@dataclass(slots=True)
+class _Batch:
+    """One that was closed."""
+
+    num_rows: int
+    num_left: int
+    device_ns: int = 0
 
 
 @dataclass(slots=True)
@@ -77,11 +85,15 @@ class Trial:
     kernels: str = ""  #: what computes, in the engine's own words
     _host: EngineHost = field(init=False)
     _meter: EnergyMeter = field(init=False)
+    _batcher: Batcher = field(init=False)
+    _waiting: dict[UUID, tuple[int, Sequence]] = field(default_factory=dict)  #: with its place
+    _inside: dict[int, tuple[int, _Batch]] = field(default_factory=dict)  #: places, by sequence
     _ids: Iterator[int] = field(default_factory=itertools.count)
     _runs: Iterator[int] = field(default_factory=itertools.count)
 
     def __post_init__(self) -> None:
         self._host = _host(self.contender, self.model)
+        self._batcher = Batcher({self.contender.model: Limits.of(self.contender.own)})
 
     def __enter__(self) -> Trial:
         """Raises `EngineError` or `ConfigError` if the model does not load."""
@@ -121,53 +133,60 @@ class Trial:
             sum(run.wall_ns for run in runs),
         )
 
-    def together(self, asked: Seq[Asked]) -> Run:
-        """All prompts at once, as a queue that was full before. What an earlier run has computed
-        is of no use to this one."""
+    def together(self, asked: Seq[Asked], arrivals_ns: Seq[int] = ()) -> Run:
+        """All prompts, each at its time from now on; without times all at once, as from a queue
+        that was full before. What an earlier run has computed is of no use to this one."""
         tenant = f"run-{next(self._runs)}"
         energy_before = self._read_energy()
         began = time.monotonic_ns()
-        batcher = Batcher({self.contender.model: Limits.of(self.contender.own)})
-        waiting: dict[UUID, tuple[int, Sequence]] = {}
-        for place, each in enumerate(asked):
-            sequence = Sequence(
-                next(self._ids),
-                each.tokens,
-                each.params,
-                tenant=tenant,
-                pooling=each.pooling,
-                token_type_ids=each.type_ids,
+        coming = deque(
+            (began + arrival_ns, place, self._sequence(each, tenant))
+            for place, (each, arrival_ns) in enumerate(
+                zip(asked, arrivals_ns or [0] * len(asked), strict=True)
             )
-            candidate = self._candidate(sequence, began)
-            waiting[candidate.job_id] = place, sequence
-            batcher.add(candidate)
-        inside: Admitted = {}
+        )
+        arrived = {place: arrival_ns for arrival_ns, place, _ in coming}
         answers: dict[int, Generation] = {}
         latencies = [0] * len(asked)
         while len(answers) < len(asked):
-            self._admit(batcher, waiting, inside)
-            self._wait(self._pause_s(batcher))
+            while coming and coming[0][0] <= time.monotonic_ns():
+                self._add(*coming.popleft())
+            self._admit()
+            self._wait(self._pause_s(coming[0][0] if coming else None))
             for answer in self._heard():
-                place = inside.pop(answer.sequence_id)
+                place = self._leave(answer)
                 answers[place] = answer
-                latencies[place] = (answer.finished_ns or time.monotonic_ns()) - began
+                latencies[place] = (answer.finished_ns or time.monotonic_ns()) - arrived[place]
         wall_ns = time.monotonic_ns() - began
         energy = _taken(energy_before, self._read_energy())
         return Run([answers[place] for place in range(len(asked))], latencies, wall_ns, energy)
+
+    def _sequence(self, asked: Asked, tenant: str) -> Sequence:
+        return Sequence(
+            next(self._ids),
+            asked.tokens,
+            asked.params,
+            tenant=tenant,
+            pooling=asked.pooling,
+            token_type_ids=asked.type_ids,
+        )
 
     def _read_energy(self) -> Joules:
         self._meter.read()
         return self._meter.joules()
 
-    def _candidate(self, sequence: Sequence, arrived_ns: int) -> Candidate:
-        return Candidate(
+    def _add(self, arrived_ns: int, place: int, sequence: Sequence) -> None:
+        max_tokens = sequence.params.max_tokens if sequence.params else 0
+        candidate = Candidate(
             new_id(),
             self.contender.model,
             1,
             len(sequence.prompt_token_ids),
-            sequence.params.max_tokens if sequence.params else 0,
+            max_tokens,
             arrived_ns,
         )
+        self._waiting[candidate.job_id] = place, sequence
+        self._batcher.add(candidate)
 
     def _capacity(self) -> Capacity:
         model = self.contender.model
@@ -175,21 +194,31 @@ class Trial:
             self._host.free_rows(model), self._host.joins(model), is_empty=not self._host.busy
         )
 
-    def _admit(
-        self, batcher: Batcher, waiting: dict[UUID, tuple[int, Sequence]], inside: Admitted
-    ) -> None:
+    def _admit(self) -> None:
         model = self.contender.model
-        while closed := batcher.close(model, self._capacity(), time.monotonic_ns()):
-            members = [waiting.pop(member.job_id) for member in closed.members]
-            inside |= {sequence.id: place for place, sequence in members}
+        while closed := self._batcher.close(model, self._capacity(), time.monotonic_ns()):
+            members = [self._waiting.pop(member.job_id) for member in closed.members]
+            batch = _Batch(len(members), len(members))
+            self._inside |= {sequence.id: (place, batch) for place, sequence in members}
             self._host.admit(model, str(new_id()), [sequence for _, sequence in members])
 
-    def _pause_s(self, batcher: Batcher) -> float:
+    def _leave(self, answer: Generation) -> int:
+        """The place of its prompt. The batcher hears of batches that are over."""
+        place, batch = self._inside.pop(answer.sequence_id)
+        batch.num_left -= 1
+        batch.device_ns += answer.device_ns
+        if not batch.num_left:
+            self._batcher.note_ran(self.contender.model, batch.num_rows, batch.device_ns)
+        return place
+
+    def _pause_s(self, arrives_ns: int | None) -> float:
+        """Until a batch is due or a prompt comes, if nothing is heard before."""
         capacity = self._capacity()
-        due_ns = batcher.next_close_ns({self.contender.model: capacity})
-        if due_ns is None or capacity.free_rows < 1:
-            return TURN_S
-        return min(TURN_S, max(0, due_ns - time.monotonic_ns()) / 1e9)
+        due_ns = self._batcher.next_close_ns({self.contender.model: capacity})
+        if capacity.free_rows < 1:
+            due_ns = None
+        due = [each for each in (due_ns, arrives_ns) if each is not None]
+        return min(TURN_S, max(0, min(due) - time.monotonic_ns()) / 1e9) if due else TURN_S
 
     def _heard(self) -> Iterator[Generation]:
         """Answers that have come. Raises `EngineError` if no more will."""

@@ -67,14 +67,14 @@ def test_a_comparison_is_told_drawn_and_kept_and_the_next_one_is_held_against_it
 ) -> None:
     # given a model, and the same in batches of one
     monkeypatch.setenv("GRISTMILL_DATABASE__URL", database_url)
-    both = ("echo", "echo:max_batch_size=1")
+    both = ("echo", "echo:max_batch_size=1,batch.policy=adaptive")
 
     # when they are compared twice, and once over other prompts
     page = tmp_path / "page.html"
     short = ("--limit", "5", "--rounds", "1")
     code, out, err = gristmill("compare", *both, *short, "--json", "--html", str(page))
     again = gristmill("compare", *both, *short)
-    other = gristmill("compare", *both, "--limit", "4", "--rounds", "1", "--json")
+    other = gristmill("compare", *both, *short, "--rate", "50", "--json")
 
     # then all is told
     found = json.loads(out)
@@ -105,7 +105,7 @@ def test_a_comparison_is_told_drawn_and_kept_and_the_next_one_is_held_against_it
     told = json.dumps([dict(row) for row in rows], default=str)
     assert not [each for each in prompts() if _text_of(each) in told]
     code, out, _ = gristmill("compare", "--history", "--limit", "2", "--json")
-    assert [json.loads(line)["prompts"] for line in out.splitlines()] == [4, 5]
+    assert [json.loads(line)["rate"] for line in out.splitlines()] == [50, None]
     assert gristmill("compare", "--history", "echo", "nobody")[1] == ""
 
     # and no engine process is left
@@ -149,7 +149,10 @@ def test_wrong_use_is_told_before_anything_is_loaded(gristmill: Run, tmp_path: P
             ["echo", "echo", "--prompts", str(tmp_path / "two.jsonl")],
             "line 2: This is a request to",
         ),
+        (["echo", "echo", "--rate", "0"], "--rate"),
+        (["echo", "echo", "--rate", "nan"], "--rate"),
         (["echo", "echo", "--html", str(tmp_path)], "is a directory"),
+        (["echo", "echo", "--html", str(tmp_path / "no" / "a.html")], "there is no folder"),
     ):
         code, out, err = gristmill("compare", *arguments)
         assert (code, out) == (2, ""), (arguments, err)

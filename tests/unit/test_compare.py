@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from app.cli.comparison_page import agreement_rows, page_of, side_rows
 from app.store.comparisons import StoredComparison
-from app.trials.compare import Comparison, Side, percentile, speed_in, turns
+from app.trials.compare import Comparison, Side, arrivals_ns, percentile, speed_in, turns
 
 NUMBERS = st.lists(st.floats(0, 1e9), min_size=1, max_size=50).map(sorted)
 
@@ -43,7 +43,9 @@ def side(name: str, **figures: object) -> Side:
 
 
 def comparison(a: Side, b: Side) -> Comparison:
-    return Comparison("two cores", "generate", "d", 36, a, b, {"identical": 0.5, "prefix": 0.75})
+    return Comparison(
+        "two cores", "generate", "d", 36, None, a, b, {"identical": 0.5, "prefix": 0.75}
+    )
 
 
 @pytest.mark.parametrize(
@@ -62,6 +64,16 @@ def test_both_run_as_many_rounds(num_rounds: int) -> None:
         assert 1 <= rounds <= 2
 
     assert found == {"a": num_rounds, "b": num_rounds}
+
+
+@given(st.integers(1, 200), st.floats(0.01, 1e5))
+def test_prompts_come_in_order_the_first_at_once_and_always_at_the_same_times(
+    count: int, rate: float
+) -> None:
+    found = arrivals_ns(count, rate)
+
+    assert (len(found), found[0]) == (count, 0)
+    assert found == sorted(found) == arrivals_ns(count, rate)
 
 
 @given(NUMBERS, st.floats(0.01, 1))
