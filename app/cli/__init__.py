@@ -16,6 +16,7 @@ from typing import NoReturn
 import click
 
 from app.cli import (
+    audit,
     compare,
     explain,
     jobs,
@@ -84,6 +85,7 @@ for command in (
     results.results,
     *jobs.COMMANDS,
     usage.usage,
+    audit.audit,
     explain.explain,
     *settings.COMMANDS,
     *verify.COMMANDS,

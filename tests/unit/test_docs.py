@@ -20,6 +20,7 @@ from app.config.settings import ModelSettings, PriceSettings, Settings
 from app.demo.prompts import prompts
 from app.jobs import TRANSITIONS
 from app.local.doctor import MIN_POSTGRES, MIN_REDIS
+from app.store.audit import RULES
 from app.store.delivery import DELIVERY_TRANSITIONS
 from tests.chaos.__main__ import FAULTS
 from tests.mutants import MUTANTS
@@ -235,3 +236,10 @@ def test_the_errors_are_those_of_the_api() -> None:
     told = set(re.findall(r"^\| (\d{3}) \| `(\w+)` \|", ALL, re.MULTILINE))
 
     assert told == {(str(int(status)), kind.code) for kind, status in problems.STATUS.items()}
+
+
+def test_the_rules_of_the_audit_are_those_of_the_code() -> None:
+    told = ALL.partition("<!-- table: audit -->\n")[2].partition("<!-- end: audit -->")[0]
+
+    rows = [f"| `{rule.name}` | {rule.sentence} |\n" for rule in RULES]
+    assert told == "| rule | says |\n|---|---|\n" + "".join(rows)
