@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Final
 from uuid import UUID
 
@@ -20,7 +20,7 @@ from app.api.schemas_timeline import (
 )
 from app.books.cost import in_nano, money
 from app.books.timeline import Awaits, Life, Span, Taken, Try, Use, awaits, spans, taken
-from app.jobs import AttemptOutcome, CloseReason, JobState, Kind
+from app.jobs import LATEST, AttemptOutcome, CloseReason, JobState, Kind
 from app.store.reads import AttemptView, JobView, ResultView
 from app.store.surroundings import Surroundings
 
@@ -111,22 +111,28 @@ def _try(attempt: AttemptView, job: JobView) -> Try:
             device_ns=attempt.device_ns or 0,
             wasted_ns=attempt.wasted_ns or 0,
         )
-    last_token_at = None
-    if result.started_at is not None and result.inference_ms is not None:
-        last_token_at = result.started_at + timedelta(milliseconds=result.inference_ms)
     return Try(
         number=attempt.number,
         claimed_at=attempt.claimed_at,
         ended_at=attempt.ended_at,
         started_at=result.started_at,
         first_token_at=result.first_token_at,
-        last_token_at=last_token_at,
+        last_token_at=_later(result.started_at, result.inference_ms),
         device_ns=attempt.device_ns or 0,
         wasted_ns=attempt.wasted_ns or 0,
         prefill_ns=result.prefill_ns,
         cost_nano=_device_cost(result),
         recomputed_ns=result.recomputed_ns or 0,
     )
+
+
+def _later(stamp: datetime | None, ms: float | None) -> datetime | None:
+    if stamp is None or ms is None:
+        return None
+    try:
+        return stamp + timedelta(milliseconds=ms)
+    except (OverflowError, ValueError):  # written by hand
+        return LATEST
 
 
 def _device_cost(result: ResultView) -> int | None:

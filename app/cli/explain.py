@@ -89,7 +89,7 @@ def _spans(
         label, style = _label(span["phase"], span["attempt"] if is_numbered else None)
         line = _line(f"{label:16}{span['ms']:>16,.3f}{_percent(span['ms'], total_ms)}  ")
         line.append(" " * min(left, BAR - 1) + block * max(1, right - left), style=style)
-        yield line
+        yield line.append("  adjusted" if span["adjusted"] else "")
     yield _line(f"{'total':16}{total_ms:>16,.3f}{_percent(total_ms, total_ms)}")
 
 

@@ -66,11 +66,11 @@ def test_64_prompts_together_are_answered_greedily_as_by_the_model_alone(folder:
 def test_the_time_of_prompts_outputs_and_what_is_computed_again_is_all_of_the_devices(
     folder: Path,
 ) -> None:
-    # given a cache of 5 blocks, for rows that will want 2 each
+    # given a cache of 5 blocks, for rows that will want 3 each
     settings = SETTINGS.model_copy(update={"options": {"cache_tokens": 160, "prefill_tokens": 40}})
     encode = load_tokenizer(folder, settings).encode_text
-    prompts = [encode(f"{number} mills turn, and " * 6)[:30] for number in range(4)]
-    params = SamplingParams(20, temperature=0.0, ignore_eos=True)
+    prompts = [encode(f"{number} mills turn, and " * 6)[:30] for number in range(3)]
+    params = SamplingParams(40, temperature=0.0, ignore_eos=True)
     engine = InflightEngine(folder, settings, "cpu", 0, lambda: None)
 
     # when

@@ -111,6 +111,14 @@ def test_a_row_that_cannot_be_read_is_an_error_of_its_own_and_others_are_served(
             assert answer.json()["code"] == "job_unreadable"
     assert polls[0][1].json()["deadline"] == "9999-12-30T00:00:00Z"
 
+    # and so are their timelines
+    for id_ in ids:
+        told = api.get(f"/v1/jobs/{id_}/timeline")
+        readable = id_ in (ids[0], ids[2], ids[4])  # it tells no metadata
+        assert (told.status_code, told.json().get("code")) == (
+            (200, None) if readable else (500, "job_unreadable")
+        )
+
     # and the pages of the list go on past them
     listed: list[str] = []
     while True:

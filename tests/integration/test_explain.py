@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
@@ -10,6 +11,7 @@ from uuid import UUID, uuid4
 
 import httpx
 import pytest
+from sqlalchemy import text
 
 from app.api.schemas_timeline import Timeline
 from app.api.timeline_views import timeline_of
@@ -249,6 +251,28 @@ def test_what_attempts_did_after_their_job_was_read_is_left_out(database: Databa
     assert (waits.attempts, waits.awaits, phases(waits)) == ([], "worker", [Phase.SENT])
     assert (runs.attempts[0].outcome, runs.awaits, phases(runs)[-1]) == (None, "engine", "running")
     assert not any(span.adjusted for span in (*waits.spans, *runs.spans))
+
+
+def test_results_that_were_written_by_hand_add_up_as_well(database: Database) -> None:
+    worker = Worker.registered(database)
+    for assignment in (
+        "inference_ms = 1e300",
+        "inference_ms = 'NaN', preempted_ms = 'Infinity', preemptions = 1",
+        "first_token_at = started_at - interval '1 day', queued_at = '0001-01-02Z'",
+        "finished_at = created_at - interval '1 hour', total_ms = 0",
+    ):
+        [job_id] = insert_sent(database, new_job())
+        [claimed] = worker.claim([job_id])
+        worker.finish(completed(claimed, **an_answer(claimed)))
+        with database.begin() as connection:
+            connection.execute(
+                text(f"UPDATE results SET {assignment} WHERE job_id = :id"), {"id": job_id}
+            )
+
+        told = explain(database, job_id)
+
+        assert json.loads(told.model_dump_json())
+        assert all(span.ms >= 0 for span in told.spans)
 
 
 def test_rows_whose_batch_and_worker_are_deleted_are_still_told_of(database: Database) -> None:

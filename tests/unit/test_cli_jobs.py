@@ -563,7 +563,7 @@ def test_a_job_of_no_length_and_a_phase_of_a_newer_version_are_told_all_the_same
     assert gristmill("explain", "none")[0] == 0
     code, out, _ = gristmill("explain", "newer")
 
-    assert code == 0 and "weighed" in out and "\x1b" not in out
+    assert code == 0 and "weighed" in out and "  adjusted" in out and "\x1b" not in out
 
 
 def test_an_unknown_job_is_explained_by_nobody(gristmill: Gristmill):
