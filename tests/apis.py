@@ -12,6 +12,7 @@ from uuid import UUID, uuid4
 import httpx
 
 from app.api.app import Server, create_app, listen_on
+from app.books.energy import EnergyMethod
 from app.config.settings import Settings
 from app.jobs import CloseReason, JobState
 from app.store import claims, notices, workers
@@ -86,6 +87,11 @@ class Hands:
             "cost": Decimal("0.000000120"),
             "currency": "USD",
             "price_id": "cpu",
+            "energy_nj": 31_500_000_000,
+            "wasted_nj": 0,
+            "energy_method": EnergyMethod.MEASURED,
+            "energy_boundary": "gpu",
+            "carbon_ug": 3_325,
             "price": Decimal("0.036"),
         }
         finished = claims.Finished(

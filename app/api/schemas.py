@@ -10,6 +10,7 @@ from uuid import UUID
 from pydantic import BaseModel, Field, PlainSerializer
 
 from app.api.problems import Problem
+from app.books.energy import EnergyMethod
 from app.intake.outlook import Reason
 from app.intake.submit import Submission
 from app.jobs import AttemptOutcome, CloseReason, JobState, Kind
@@ -46,6 +47,15 @@ class Attempt(BaseModel):
         None, description="Device time that nobody pays: it brought no answer.", examples=[0.0]
     )
     cost: Money | None = Field(None, description="What it is billed.", examples=["0.000004120"])
+    energy_j: float | None = Field(
+        None, description="Joules of its answer; null where nothing is known.", examples=[31.5]
+    )
+    wasted_j: float | None = Field(
+        None, description="Joules that brought no answer.", examples=[0.0]
+    )
+    energy_method: EnergyMethod | None = Field(
+        None, description="How its joules are known; null while it runs."
+    )
     error_code: str | None = Field(
         None, description="What ended it, if an error did.", examples=["engine_crash"]
     )
@@ -101,6 +111,32 @@ class Cost(BaseModel):
     wasted_seconds: float = Field(
         description="Time of the attempt that ended it that is not charged: it was spent again.",
         examples=[0.0],
+    )
+
+
+class Energy(BaseModel):
+    """What the job took of the device's energy: by time, as its cost. See docs/books.md."""
+
+    energy_j: float | None = Field(
+        description="Of its answer, in joules; null where nothing is known.", examples=[31.5]
+    )
+    wasted_j: float | None = Field(
+        description="Of the attempt that ended it, in joules, what brought no answer.",
+        examples=[0.0],
+    )
+    energy_method: EnergyMethod = Field(
+        description="measured by a counter; estimated, in part at least, by power times time; or "
+        "absent."
+    )
+    energy_boundary: str | None = Field(
+        description="Whose energy it is a part of: the gpu's (the whole board's), the host's cpu "
+        "packages', or the device's as its power is configured.",
+        examples=["gpu"],
+    )
+    carbon_g: float | None = Field(
+        description="Grams of CO2-equivalent of energy_j; null where the intensity of the "
+        "electricity is not configured.",
+        examples=[0.0033],
     )
 
 
@@ -194,6 +230,7 @@ class JobSummary(BaseModel):
     timing: Timing | None = Field(description="Where the time went; null until it is final.")
     usage: TokenUsage | None = Field(description="Tokens; null until it is final.")
     cost: Cost | None = Field(description="What it is charged; null until it is final.")
+    energy: Energy | None = Field(description="The joules it took; null until it is final.")
     batch: Batch | None = Field(description="Its admission batch; null before it ran.")
     error: JobError | None = Field(description="Why it has no answer, or only a part of one.")
     metadata: dict[str, str] = Field(

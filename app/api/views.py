@@ -14,6 +14,7 @@ from app.api.schemas import (
     Batch,
     BulkItem,
     Cost,
+    Energy,
     Eta,
     Job,
     JobError,
@@ -22,6 +23,7 @@ from app.api.schemas import (
     Timing,
     TokenUsage,
 )
+from app.books.energy import NJ_PER_J, UG_PER_G, EnergyMethod
 from app.errors import GristmillError, JobUnreadable
 from app.intake.outlook import Forecast
 from app.intake.submit import Submitted
@@ -137,6 +139,7 @@ def _fields(view: JobView, forecast: Forecast | None) -> dict[str, Any]:
         "timing": result and Timing.model_validate(result, from_attributes=True),
         "usage": result and usage_of(result),
         "cost": result and cost_of(result),
+        "energy": result and _energy(result),
         "batch": view.batch and _batch(view.batch, result),
         "error": result and error_of(result),
         "metadata": view.metadata,
@@ -157,6 +160,9 @@ def _attempt(view: AttemptView) -> Attempt:
         device_seconds=None if view.device_ns is None else view.device_ns / NS_PER_S,
         wasted_seconds=None if view.wasted_ns is None else view.wasted_ns / NS_PER_S,
         cost=view.cost,
+        energy_j=_joules(view.energy_nj),
+        wasted_j=_joules(view.wasted_nj),
+        energy_method=view.energy_method and EnergyMethod(view.energy_method),
         error_code=view.error_code,
     )
 
@@ -183,6 +189,20 @@ def cost_of(result: ResultView) -> Cost:
         device_seconds=result.device_ns / NS_PER_S,
         wasted_seconds=result.wasted_ns / NS_PER_S,
     )
+
+
+def _energy(result: ResultView) -> Energy:
+    return Energy(
+        energy_j=_joules(result.energy_nj),
+        wasted_j=_joules(result.wasted_nj),
+        energy_method=EnergyMethod(result.energy_method),
+        energy_boundary=result.energy_boundary,
+        carbon_g=None if result.carbon_ug is None else result.carbon_ug / UG_PER_G,
+    )
+
+
+def _joules(nj: int | None) -> float | None:
+    return None if nj is None else nj / NJ_PER_J
 
 
 def _batch(view: BatchView, result: ResultView | None) -> Batch:

@@ -19,6 +19,7 @@ NJ_PER_MJ: Final = 1_000_000
 NJ_PER_UJ: Final = 1_000
 NJ_PER_J: Final = 1_000_000_000
 NJ_PER_KWH: Final = 3_600_000 * NJ_PER_J
+UG_PER_G: Final = 1_000_000
 
 STALE_NS: Final = 2_000_000_000
 """A counter that does not move for so long is not believed: what follows is an estimate."""
@@ -163,6 +164,13 @@ class Paid:
     wasted_nj: int | None  #: without an answer
     method: EnergyMethod
 
+    @property
+    def spent_nj(self) -> int | None:
+        """All of it: what is wasted of an attempt that brings no answer after all."""
+        if self.energy_nj is None or self.wasted_nj is None:
+            return None
+        return self.energy_nj + self.wasted_nj
+
 
 NOTHING_KNOWN: Final = Paid(None, None, EnergyMethod.ABSENT)
 
@@ -205,5 +213,5 @@ class Unpaid:
 
 def carbon_ug(energy_nj: int, grams_per_kwh: Fraction) -> int:
     """Micrograms of CO2-equivalent, to the nearest; halves up."""
-    exact = energy_nj * grams_per_kwh * 1_000_000 / NJ_PER_KWH
+    exact = energy_nj * grams_per_kwh * UG_PER_G / NJ_PER_KWH
     return int(exact + Fraction(1, 2))

@@ -197,6 +197,7 @@ def _fields(raw: dict[str, Any]) -> Iterator[tuple[str, str]]:
         "timing",
         "usage",
         "cost",
+        "energy",
         "error",
     ):
         value = raw.get(name)

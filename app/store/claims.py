@@ -23,6 +23,7 @@ from uuid import UUID
 
 from sqlalchemy import Connection, text
 
+from app.books.energy import EnergyMethod
 from app.errors import AttemptsExhausted, Unavailable
 from app.jobs import MAX_UNCHARGED, AttemptOutcome, CloseReason, JobState
 from app.store.delivery import QUEUED_AGAIN
@@ -181,6 +182,11 @@ class Finished:
     price_id: str | None = None
     price: Decimal | None = None
     charge: Decimal | None = None
+    energy_nj: int | None = None  #: None where nothing is known of it
+    wasted_nj: int | None = None
+    energy_method: EnergyMethod = EnergyMethod.ABSENT
+    energy_boundary: str | None = None
+    carbon_ug: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +230,13 @@ _BILLED: Final = ", ".join(
     for name in BILL
 )
 
+_NO_ANSWER_NJ: Final = "CASE WHEN given.energy_method = 'absent' THEN attempts.energy_nj ELSE 0 END"
+_BETTER_METHOD: Final = (
+    "CASE WHEN given.energy_method = 'absent' THEN attempts.energy_method ELSE given.energy_method"
+    " END"
+)
+"""Of an attempt that was closed without its energy, and is told of it late."""
+
 # Finish attempts: job state, result, attempt and batch. An attempt that was taken from this worker
 # is billed nothing: all its device time was wasted, and is noted as that.
 _FINISH: Final = text(f"""
@@ -246,7 +259,8 @@ _FINISH: Final = text(f"""
             started_at, first_token_at, finished_at,
             queue_ms, batch_wait_ms, ttft_ms, inference_ms, total_ms,
             device_ns, wasted_ns, prefill_ns, recomputed_ns, preemptions, preempted_ms,
-            {", ".join(BILL)}, charge
+            {", ".join(BILL)}, charge,
+            energy_nj, wasted_nj, energy_method, energy_boundary, carbon_ug
         )
         SELECT
             id, held.input_tokens, held.attempts_charged + 1, held.losses, {copied("held")},
@@ -259,7 +273,8 @@ _FINISH: Final = text(f"""
             {elapsed_ms("held.created_at", "first_token_at")}, inference_ms,
             {elapsed_ms("held.created_at", "now()")},
             device_ns, wasted_ns, prefill_ns, recomputed_ns, preemptions, preempted_ms,
-            {", ".join(BILL)}, charge
+            {", ".join(BILL)}, charge,
+            energy_nj, wasted_nj, energy_method, energy_boundary, carbon_ug
         FROM held JOIN given ON given.job_id = held.id
     ), closed AS (
         UPDATE attempts SET
@@ -273,6 +288,11 @@ _FINISH: Final = text(f"""
             {_BILLED},
             wasted_ns = CASE WHEN outcome IS NULL THEN given.wasted_ns
                 ELSE greatest(attempts.wasted_ns, given.device_ns + given.wasted_ns) END,
+            energy_nj = CASE WHEN outcome IS NULL THEN given.energy_nj ELSE {_NO_ANSWER_NJ} END,
+            wasted_nj = CASE WHEN outcome IS NULL THEN given.wasted_nj
+                ELSE greatest(attempts.wasted_nj, given.energy_nj + given.wasted_nj) END,
+            energy_method = CASE WHEN outcome IS NULL THEN given.energy_method
+                ELSE {_BETTER_METHOD} END,
             window_number = coalesce(window_number, :window_number)
         FROM given
         WHERE attempts.created_at = given.created_at AND attempts.created_at = ANY({_MONTHS})
@@ -336,6 +356,8 @@ class Release:
     error_code: str | None = None
     error_message: str | None = None  #: shown if this was the last attempt
     wasted_ns: int = 0  #: all that it took of the device's time
+    wasted_nj: int | None = None  #: and of its energy; None where nothing is known
+    energy_method: EnergyMethod = EnergyMethod.ABSENT
 
 
 @dataclass(frozen=True, slots=True)
@@ -387,6 +409,8 @@ GIVE_BACK: Final = f"""
         UPDATE attempts SET
             ended_at = now(), outcome = next.outcome, charged = next.charged,
             error_code = next.error_code, device_ns = 0, wasted_ns = next.wasted_ns, cost = 0,
+            energy_nj = CASE WHEN next.energy_method <> 'absent' THEN 0 END,
+            wasted_nj = next.wasted_nj, energy_method = next.energy_method,
             window_number = next.window_number
         FROM next WHERE attempts.created_at = next.created_at
             AND attempts.job_id = next.job_id AND attempts.id = next.attempt_id
@@ -404,7 +428,8 @@ _RELEASE: Final = text(f"""
     WITH given AS MATERIALIZED (
         SELECT * FROM jsonb_to_recordset(CAST(:releases AS jsonb)) AS given(
             job_id uuid, attempt_id uuid, created_at timestamptz, outcome text, charged bool,
-            error_code text, error_message text, wasted_ns bigint
+            error_code text, error_message text, wasted_ns bigint,
+            wasted_nj bigint, energy_method text
         )
         ORDER BY job_id
     ), held AS MATERIALIZED (
@@ -416,6 +441,8 @@ _RELEASE: Final = text(f"""
     ), noted AS (
         UPDATE attempts SET
             wasted_ns = greatest(attempts.wasted_ns, given.wasted_ns),
+            wasted_nj = greatest(attempts.wasted_nj, given.wasted_nj),
+            energy_nj = {_NO_ANSWER_NJ}, energy_method = {_BETTER_METHOD},
             window_number = coalesce(window_number, :window_number)
         FROM given
         WHERE attempts.created_at = given.created_at AND attempts.created_at = ANY({_MONTHS})

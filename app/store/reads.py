@@ -61,6 +61,9 @@ class AttemptView:
     device_ns: int | None
     wasted_ns: int | None
     cost: Decimal | None
+    energy_nj: int | None
+    wasted_nj: int | None
+    energy_method: str | None
     error_code: str | None
 
 
@@ -99,6 +102,11 @@ class ResultView:
     price_id: str | None
     price: Decimal | None
     charge: Decimal | None
+    energy_nj: int | None
+    wasted_nj: int | None
+    energy_method: str
+    energy_boundary: str | None
+    carbon_ug: int | None
 
 
 @dataclass(frozen=True, slots=True)

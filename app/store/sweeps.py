@@ -48,7 +48,8 @@ _EXPIRE_LEASES: Final = text(f"""
             losses >= {ALONE_AFTER} AS charged, 'worker_lost' AS error_code,
             format('The worker was lost %s times while it ran the job, %s of them with nothing '
                 'else running.', losses + 1, attempts_charged + 1) AS error_message,
-            0 AS wasted_ns, CAST(NULL AS int) AS window_number
+            0 AS wasted_ns, CAST(NULL AS bigint) AS wasted_nj, 'absent' AS energy_method,
+            CAST(NULL AS int) AS window_number
         FROM unnest(CAST(:ids AS uuid[])) AS given(id) {locked("given.id", skip=True)}
         WHERE state = 'running' AND {LEASE_OVER.format(worker="job.worker_id")}
     ), {GIVE_BACK}

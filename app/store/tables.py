@@ -49,6 +49,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 
 from app.books.cost import HOUR_NS
+from app.books.energy import EnergyMethod
 from app.jobs import (
     EARLIEST,
     FINAL_STATES,
@@ -140,6 +141,30 @@ def _recomputable() -> list[CheckConstraint]:
         ),
         CheckConstraint("num_nulls(price, price_id, currency) IN (0, 3)", name="price"),
     ]
+
+
+def _energy() -> list[Column[Any]]:
+    return [
+        Column(
+            "energy_nj",
+            BigInteger,
+            comment="Energy of its answer, in nanojoules, by the rule of app.books.energy; null if "
+            "nothing is known of it.",
+        ),
+        Column(
+            "wasted_nj",
+            BigInteger,
+            comment="Energy without an answer in time, in nanojoules; null likewise.",
+        ),
+    ]
+
+
+def _known_energy() -> CheckConstraint:
+    return CheckConstraint(
+        "num_nulls(energy_nj, wasted_nj)"
+        " = CASE WHEN coalesce(energy_method, 'absent') = 'absent' THEN 2 ELSE 0 END",
+        name="energy",
+    )
 
 
 def _tenant(comment: str) -> Column[Any]:
@@ -420,6 +445,12 @@ attempts = Table(
         comment="Device time without an answer in time, in nanoseconds. Null while it runs.",
     ),
     *_bill(),
+    *_energy(),
+    Column(
+        "energy_method",
+        Text,
+        comment="How that is known: measured, estimated or absent; null while it runs.",
+    ),
     Column(
         "window_number",
         Integer,
@@ -429,13 +460,21 @@ attempts = Table(
     Column("error_code", Text, comment="Stable code of what ended it, see app.errors."),
     _one_of("outcome", AttemptOutcome),
     _in_range("claimed_at", "started_at", "ended_at"),
-    _not_negative("number", "device_ns", "wasted_ns", "cost", "upstream_cost", "price"),
-    CheckConstraint(
-        "num_nulls(ended_at, outcome, charged, device_ns, wasted_ns) IN (0, 5)", name="ended"
+    _one_of("energy_method", EnergyMethod),
+    _not_negative(
+        *("number", "device_ns", "wasted_ns", "cost", "upstream_cost", "price"),
+        *("energy_nj", "wasted_nj"),
     ),
     CheckConstraint(
-        "outcome NOT IN ('lost', 'released') OR device_ns = 0 AND price IS NULL", name="billed"
+        "num_nulls(ended_at, outcome, charged, device_ns, wasted_ns, energy_method) IN (0, 6)",
+        name="ended",
     ),
+    CheckConstraint(
+        "outcome NOT IN ('lost', 'released')"
+        " OR device_ns = 0 AND price IS NULL AND coalesce(energy_nj, 0) = 0",
+        name="billed",
+    ),
+    _known_energy(),
     *_recomputable(),
     PrimaryKeyConstraint("id", "created_at"),
     UniqueConstraint("created_at", "job_id", "number"),
@@ -515,6 +554,24 @@ results = Table(
         Money,
         comment="What its tokens cost by that row's tariff, in `currency`; null without one.",
     ),
+    *_energy(),
+    Column(
+        "energy_method",
+        Text,
+        nullable=False,
+        server_default=EnergyMethod.ABSENT,
+        comment="How that is known: measured, estimated or absent.",
+    ),
+    Column(
+        "energy_boundary",
+        Text,
+        comment="Whose energy it is a part of: gpu, cpu packages or device; null if absent.",
+    ),
+    Column(
+        "carbon_ug",
+        BigInteger,
+        comment="CO2-equivalent of energy_nj, in micrograms; null if no intensity is set.",
+    ),
     # What else is known of the job.
     *_terms(),
     Column(
@@ -554,7 +611,12 @@ results = Table(
         "upstream_cost",
         "price",
         "charge",
+        "energy_nj",
+        "wasted_nj",
+        "carbon_ug",
     ),
+    _one_of("energy_method", EnergyMethod),
+    _known_energy(),
     *_recomputable(),
     CheckConstraint("prefill_ns + recomputed_ns <= device_ns", name="uses"),
     CheckConstraint("purged_at IS NULL OR metadata = '{}'", name="purged"),

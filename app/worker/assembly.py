@@ -174,7 +174,9 @@ def assemble(
             worker_id=worker_id,
             database=database,
             engines={name: model.settings.engine for name, model in catalog.items()},
-            settlement=Settlement(price_id, settings.prices, catalog),
+            settlement=Settlement(
+                price_id, settings.prices, catalog, energy, settings.energy.carbon_grams_per_kwh
+            ),
             account=account,
         ),
         host=host,

@@ -172,17 +172,7 @@ class Ledger:
         """Give claimed jobs back to the queue, uncharged: what they took is waste."""
         if not jobs:
             return
-        releases = [
-            Release(
-                job_id=job.id,
-                attempt_id=job.claimed_run.attempt_id,
-                created_at=job.claimed_run.created_at,
-                outcome=AttemptOutcome.RELEASED,
-                charged=False,
-                wasted_ns=job.claimed_run.spent_ns,
-            )
-            for job in jobs
-        ]
+        releases = [self._given_back(job.id, job.claimed_run) for job in jobs]
         with self._settling(jobs) as settling, self._database.autocommit() as connection:
             settling.rows = [
                 Settled(each.attempt_id, 0, each.wasted_ns, counts=False)
@@ -193,6 +183,19 @@ class Ledger:
                     window_number=settling.window_number,
                 )
             ]
+
+    def _given_back(self, job_id: UUID, run: Run) -> Release:
+        paid = self._settlement.paid(run)
+        return Release(
+            job_id=job_id,
+            attempt_id=run.attempt_id,
+            created_at=run.created_at,
+            outcome=AttemptOutcome.RELEASED,
+            charged=False,
+            wasted_ns=run.spent_ns,
+            wasted_nj=paid.spent_nj,
+            energy_method=paid.method,
+        )
 
 
 def _batches_of(jobs: Iterable[Job]) -> list[BatchStats]:

@@ -8,9 +8,12 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any, Final
 
 from app.books.cost import device_cost, token_charge, upstream_cost
+from app.books.energy import Paid, carbon_ug
 from app.config.settings import PriceSettings
 from app.engines.base import Generation
 from app.engines.catalog import CatalogModel
@@ -18,6 +21,7 @@ from app.errors import GristmillError
 from app.jobs import FinishReason, JobState, Usage
 from app.requests import responses
 from app.store.claims import BatchStats, Finished
+from app.worker.energy.meter import EnergyMeter
 from app.worker.work import Batch, Ending, Job, Run
 
 NOT_STORED: Final = Ending.failed(GristmillError("The answer could not be stored."))
@@ -31,8 +35,13 @@ class Settlement:
         price_id: str | None,
         prices: Mapping[str, PriceSettings],
         catalog: dict[str, CatalogModel],
+        energy: EnergyMeter,
+        grams_per_kwh: Decimal = Decimal(0),
     ) -> None:
-        """`prices` by id; `price_id` is the worker's, None if its device has no price."""
+        """`prices` by id; `price_id` is the worker's, None if its device has no price. A carbon
+        intensity of 0 is none."""
+        self._energy = energy
+        self._grams_per_kwh = Fraction(grams_per_kwh)
         self._prices = prices
         self._price_ids = {
             name: model.settings.price or price_id for name, model in catalog.items()
@@ -73,6 +82,7 @@ class Settlement:
             wasted_ns=run.wasted_ns,
             **self._bill(job, usage, answers),
             **_breakdown(run.device_ns, answers),
+            **self._joules(run),
             **_times(run, answers),
         )
 
@@ -90,6 +100,24 @@ class Settlement:
             "price_id": price_id,
             "price": price.per_device_hour,
             "charge": token_charge(price, usage),
+        }
+
+    def paid(self, run: Run) -> Paid:
+        """The energy of an attempt that ended."""
+        run.paid = run.paid or self._energy.pay(run.device_ns, run.wasted_ns)
+        return run.paid
+
+    def _joules(self, run: Run) -> dict[str, Any]:
+        """Fields of `Finished`."""
+        paid, grams = self.paid(run), self._grams_per_kwh
+        if paid.energy_nj is None:
+            return {}
+        return {
+            "energy_nj": paid.energy_nj,
+            "wasted_nj": paid.wasted_nj,
+            "energy_method": paid.method,
+            "energy_boundary": self._energy.source.boundary,
+            "carbon_ug": carbon_ug(paid.energy_nj, grams) if grams else None,
         }
 
     def _body(self, job: Job, answers: list[Generation]) -> dict[str, Any]:

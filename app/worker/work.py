@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field
 from uuid import UUID
 
+from app.books.energy import Paid
 from app.engines.base import Generation, Sequence
 from app.errors import GristmillError
 from app.jobs import SUSPECT_AFTER, CloseReason, JobState, new_id
@@ -51,6 +52,7 @@ class Run:
     wasted_ns: int = 0  #: shares that brought no answer
     deaths: int = 0  #: engine processes that were lost while they ran it
     deaths_alone: int = 0  #: those of them that ran nothing else
+    paid: Paid | None = None  #: its energy, once it is told; asked for once
     ending: Ending | None = None  #: why it is being cut short
     record: Finished | None = None  #: what is to be committed; made once, so that it is priced once
     is_withheld: bool = False  #: the store refused the answer; the record goes without it

@@ -1,6 +1,8 @@
 """Keys, requests, open jobs, results, attempts, batches, workers, prices, windows; and the view of
 all jobs."""
 
+from typing import Any
+
 from alembic import op
 from sqlalchemy import (
     BigInteger,
@@ -342,6 +344,36 @@ def recomputable(table: str) -> tuple[CheckConstraint, CheckConstraint]:
     )
 
 
+METHODS = "energy_method IN ('absent', 'estimated', 'measured')"
+
+
+def energy() -> tuple[Column[Any], Column[Any]]:
+    return (
+        Column(
+            "energy_nj",
+            BigInteger,
+            comment="Energy of its answer, in nanojoules, by the rule of app.books.energy; null if "
+            "nothing is known of it.",
+        ),
+        Column(
+            "wasted_nj",
+            BigInteger,
+            comment="Energy without an answer in time, in nanojoules; null likewise.",
+        ),
+    )
+
+
+def known_energy(table: str) -> tuple[CheckConstraint, CheckConstraint]:
+    return (
+        CheckConstraint(METHODS, name=op.f(f"{table}_energy_method_check")),
+        CheckConstraint(
+            "num_nulls(energy_nj, wasted_nj)"
+            " = CASE WHEN coalesce(energy_method, 'absent') = 'absent' THEN 2 ELSE 0 END",
+            name=op.f(f"{table}_energy_check"),
+        ),
+    )
+
+
 def upgrade() -> None:
     op.create_table(
         "job_keys",
@@ -647,6 +679,12 @@ def upgrade() -> None:
         Column("currency", Text, comment="ISO 4217 code; null if the job never ran."),
         Column("price_id", Text, comment="Row of `prices` that was charged."),
         Column("price", Money, comment="Money per device and hour, by that row."),
+        *energy(),
+        Column(
+            "energy_method",
+            Text,
+            comment="How that is known: measured, estimated or absent; null while it runs.",
+        ),
         Column(
             "window_number",
             Integer,
@@ -660,16 +698,20 @@ def upgrade() -> None:
         ),
         in_range("attempts", "claimed_at", "started_at", "ended_at"),
         not_negative(
-            "attempts", "number", "device_ns", "wasted_ns", "cost", "upstream_cost", "price"
+            "attempts",
+            *("number", "device_ns", "wasted_ns", "cost", "upstream_cost", "price"),
+            *("energy_nj", "wasted_nj"),
         ),
         CheckConstraint(
-            "num_nulls(ended_at, outcome, charged, device_ns, wasted_ns) IN (0, 5)",
+            "num_nulls(ended_at, outcome, charged, device_ns, wasted_ns, energy_method) IN (0, 6)",
             name=op.f("attempts_ended_check"),
         ),
         CheckConstraint(
-            "outcome NOT IN ('lost', 'released') OR device_ns = 0 AND price IS NULL",
+            "outcome NOT IN ('lost', 'released')"
+            " OR device_ns = 0 AND price IS NULL AND coalesce(energy_nj, 0) = 0",
             name=op.f("attempts_billed_check"),
         ),
+        *known_energy("attempts"),
         *recomputable("attempts"),
         PrimaryKeyConstraint("id", "created_at", name=op.f("attempts_pkey")),
         UniqueConstraint(
@@ -764,6 +806,24 @@ def upgrade() -> None:
             "charge",
             Money,
             comment="What its tokens cost by that row's tariff, in `currency`; null without one.",
+        ),
+        *energy(),
+        Column(
+            "energy_method",
+            Text,
+            nullable=False,
+            server_default="absent",
+            comment="How that is known: measured, estimated or absent.",
+        ),
+        Column(
+            "energy_boundary",
+            Text,
+            comment="Whose energy it is a part of: gpu, cpu packages or device; null if absent.",
+        ),
+        Column(
+            "carbon_ug",
+            BigInteger,
+            comment="CO2-equivalent of energy_nj, in micrograms; null if no intensity is set.",
         ),
         Column(
             "url", Text, comment="OpenAI-style path of the request; null if it was never readable."
@@ -894,7 +954,11 @@ def upgrade() -> None:
             "upstream_cost",
             "price",
             "charge",
+            "energy_nj",
+            "wasted_nj",
+            "carbon_ug",
         ),
+        *known_energy("results"),
         *recomputable("results"),
         CheckConstraint("prefill_ns + recomputed_ns <= device_ns", name=op.f("results_uses_check")),
         CheckConstraint("purged_at IS NULL OR metadata = '{}'", name=op.f("results_purged_check")),

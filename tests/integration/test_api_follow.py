@@ -111,6 +111,14 @@ def test_a_completed_job_tells_everything(api: httpx.Client, hands: Hands) -> No
         "device_seconds": 0.012,
         "wasted_seconds": 0.0,
     }
+    assert job["energy"] == {
+        "energy_j": 31.5,
+        "wasted_j": 0.0,
+        "energy_method": "measured",
+        "energy_boundary": "gpu",
+        "carbon_g": 0.003325,
+    }
+    assert job["attempts"][0]["energy_j"] == 31.5
     assert (job["timing"]["batch_wait_ms"], job["timing"]["inference_ms"]) == (100.0, 12.5)
     assert all(job["timing"][name] >= 0 for name in ("queue_ms", "ttft_ms", "total_ms"))
     assert job["batch"]["size"] == 1

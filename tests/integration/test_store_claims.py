@@ -7,11 +7,13 @@ from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from functools import partial
 from itertools import chain
+from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
 from sqlalchemy import event, text
 
+from app.books.energy import EnergyMethod
 from app.errors import GristmillError, JobStateConflict, Unavailable
 from app.jobs import AttemptOutcome, JobState
 from app.store import cancellation, claims, sweeps, workers
@@ -212,6 +214,15 @@ def test_a_finished_job_has_every_stamp_and_every_figure(database: Database) -> 
                     currency="EUR",
                     price_id="cpu",
                     price=Decimal("0.036"),
+                    prefill_ns=1_000_000,
+                    recomputed_ns=0,
+                    preemptions=0,
+                    preempted_ms=0.0,
+                    energy_nj=450_000_000,
+                    wasted_nj=0,
+                    energy_method=EnergyMethod.MEASURED,
+                    energy_boundary="gpu",
+                    carbon_ug=47,
                 )
             ],
             [BatchStats(view_batch(view(database, job_id)), 9, 12, 1_500_000)],
@@ -231,6 +242,7 @@ def test_a_finished_job_has_every_stamp_and_every_figure(database: Database) -> 
     assert result.cost == Decimal("0.000000015")
     assert (attempt.outcome, attempt.charged, attempt.device_ns) == ("succeeded", True, 1_500_000)
     assert attempt.cost == result.cost
+    assert (attempt.energy_nj, attempt.energy_method) == (result.energy_nj, "measured")
     assert job.batch is not None
     assert (job.batch.useful_tokens, job.batch.padded_tokens) == (9, 12)
 
@@ -263,12 +275,14 @@ def test_a_zombie_that_finishes_after_its_rescue_changes_nothing(database: Datab
     second = Worker.registered(database)
     claimed = second.claim([job_id])
 
-    counted = zombie.finish(completed(stale, response={"text": "late"}, device_ns=77))
+    spent: dict[str, Any] = {"device_ns": 77, "energy_nj": 700, "wasted_nj": 7}
+    spent["energy_method"] = EnergyMethod.ESTIMATED
+    counted = zombie.finish(completed(stale, response={"text": "late"}, **spent))
 
     assert counted == set()
     assert view(database, job_id).state is JobState.RUNNING
     second.complete(claimed)
-    assert zombie.finish(completed(stale, response={"text": "later"}, device_ns=77)) == set()
+    assert zombie.finish(completed(stale, response={"text": "later"}, **spent)) == set()
     job = view(database, job_id)
     assert job.result is not None
     assert job.result.response == {"choices": []}
@@ -276,6 +290,10 @@ def test_a_zombie_that_finishes_after_its_rescue_changes_nothing(database: Datab
     assert [(each.outcome, each.device_ns, each.wasted_ns) for each in job.attempts] == [
         ("lost", 0, 77),
         ("succeeded", 1_000, 0),
+    ]
+    assert [(each.energy_method, each.energy_nj, each.wasted_nj) for each in job.attempts] == [
+        ("estimated", 0, 707),
+        ("absent", None, None),
     ]
     assert job.attempts[0].cost == 0
 
@@ -354,13 +372,15 @@ def test_a_released_job_is_queued_again_and_not_charged(database: Database) -> N
     worker = Worker.registered(database)
     [claimed] = worker.claim([job_id])
 
-    assert worker.release(claimed, wasted_ns=5) is JobState.QUEUED
+    energy: dict[str, Any] = {"wasted_nj": 50, "energy_method": EnergyMethod.MEASURED}
+    assert worker.release(claimed, wasted_ns=5, **energy) is JobState.QUEUED
 
     job = view(database, job_id)
     assert (job.attempt, job.attempts_charged) == (1, 0)
     [attempt] = job.attempts
     assert (attempt.outcome, attempt.charged) == ("released", False)
     assert (attempt.device_ns, attempt.cost, attempt.wasted_ns) == (0, 0, 5)
+    assert (attempt.energy_nj, attempt.wasted_nj, attempt.energy_method) == (0, 50, "measured")
     assert [each.number for each in worker.claim([job_id])] == [2]
 
 

@@ -19,6 +19,7 @@ import pytest
 from sqlalchemy import DateTime, text
 
 from app.books.cost import device_cost
+from app.books.energy import EnergyMethod
 from app.errors import GristmillError, JobNotFound, JobStateConflict, LeaseLost, Unavailable
 from app.jobs import FINAL_STATES, AttemptOutcome, CloseReason, Kind
 from app.store import (
@@ -241,6 +242,7 @@ class Moves:
                 error_code=self.chance.choice([None, "oops"]),
                 wasted_ns=self.chance.randint(0, 9),
                 **self._bill(),
+                **self._energy("energy_nj", "wasted_nj", "carbon_ug"),
             )
             for member in members
         ]
@@ -273,6 +275,13 @@ class Moves:
             "charge": Decimal("0.5"),
         }
 
+    def _energy(self, *names: str) -> dict[str, Any]:
+        """Known somehow, or not at all."""
+        method = self.chance.choice(list(EnergyMethod))
+        if method is EnergyMethod.ABSENT:
+            return {}
+        return {name: self.chance.randint(0, 9_999) for name in names} | {"energy_method": method}
+
     def release(self) -> Move:
         batch, members = self._some_members()
         given = [
@@ -285,6 +294,7 @@ class Moves:
                 error_code="oops",
                 error_message="Oops.",
                 wasted_ns=self.chance.randint(0, 99),
+                **self._energy("wasted_nj"),
             )
             for member in members
         ]

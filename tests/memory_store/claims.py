@@ -179,7 +179,10 @@ def _close_finished(
             return False
         started_at = attempt["started_at"] or record["started_at"]
         self.update("attempts", attempt["id"], started_at=started_at)
-        _note_waste(self, attempt, record["device_ns"] + record["wasted_ns"], window_number)
+        spent_ns = record["device_ns"] + record["wasted_ns"]
+        spent_nj = (record["energy_nj"] or 0) + (record["wasted_nj"] or 0)
+        _note_waste(self, attempt, spent_ns, window_number)
+        _note_energy(self, attempt, spent_nj, record["energy_method"])
         return True
     outcome = "succeeded" if record["state"] == "completed" else "failed"
     self.update(
@@ -193,7 +196,7 @@ def _close_finished(
         device_ns=record["device_ns"],
         wasted_ns=record["wasted_ns"],
         window_number=window_number,
-        **{name: record[name] for name in claims.BILL},
+        **{name: record[name] for name in (*claims.BILL, *ENERGY)},
     )
     return True
 
@@ -209,9 +212,17 @@ def _note_waste(
     return wasted_ns
 
 
+def _note_energy(self: MemoryConnection, attempt: Row, spent_nj: int, method: str) -> None:
+    if method != "absent":
+        wasted_nj = max(attempt["wasted_nj"] or 0, spent_nj)
+        given = {"energy_nj": 0, "wasted_nj": wasted_nj, "energy_method": method}
+        self.update("attempts", attempt["id"], **given)
+
+
 _RECORD: Final = dict.fromkeys(each.name for each in fields(claims.Finished)) | {
-    "device_ns": 0, "wasted_ns": 0,
+    "device_ns": 0, "wasted_ns": 0, "energy_method": "absent",
 }  # fmt: skip
+ENERGY: Final = ("energy_nj", "wasted_nj", "energy_method")
 GIVEN_UP: Final = ("lost", "released")
 AGAIN: Final = {"received_by": None, "received_at": None, "enqueued_at": None, "wake_count": 0}
 """`QUEUED_AGAIN`."""
@@ -220,7 +231,7 @@ _NOBODYS: Final = {"attempt_id": None, "worker_id": None, "batch_id": None}
 
 @statement(claims._RELEASE)
 def _release(self: MemoryConnection, given: Params) -> Answer:
-    optional = {"error_code": None, "error_message": None}
+    optional = {"error_code": None, "error_message": None, "wasted_nj": None}
     moved = []
     for release in sorted(records(None, given["releases"]), key=lambda each: each["job_id"]):
         job = self.jobs.get(release["job_id"])
@@ -230,6 +241,7 @@ def _release(self: MemoryConnection, given: Params) -> Answer:
         attempt = self.attempts.get(release["attempt_id"])
         if attempt is not None and attempt["outcome"] in GIVEN_UP:
             wasted_ns = _note_waste(self, attempt, release["wasted_ns"], given["window_number"])
+            _note_energy(self, attempt, release.get("wasted_nj", 0), release["energy_method"])
             noted = {"id": release["job_id"], "attempt_id": attempt["id"], "state": None}
             moved.append(noted | {"wasted_ns": wasted_ns})
     _sum_batches(self, given)
@@ -252,8 +264,9 @@ def give_back(
         **(AGAIN | {"queued_at": self.now} if state == "queued" else {"finished_at": self.now}),
         **_NOBODYS,
     )
-    names = ("outcome", "charged", "error_code", "wasted_ns")
+    names = ("outcome", "charged", "error_code", "wasted_ns", "wasted_nj", "energy_method")
     given = {name: release[name] for name in names} | {"window_number": window_number}
+    given["energy_nj"] = None if given["energy_method"] == "absent" else 0
     self.update("attempts", attempt_id, ended_at=self.now, device_ns=0, cost=Decimal(0), **given)
     if state != "queued":
         failure = (release["error_code"], release["error_message"])

@@ -36,6 +36,8 @@ def _lost(job: Row) -> Row:
         "error_message": f"The worker was lost {losses} times while it ran the job, "
         f"{alone} of them with nothing else running.",
         "wasted_ns": 0,
+        "wasted_nj": None,
+        "energy_method": "absent",
     }
 
 

@@ -127,9 +127,10 @@ def _check_engines(
     attempts: Iterable[Row], hosts: Mapping[UUID, SimulatedHost], living: Collection[UUID]
 ) -> None:
     """All that an engine gave or wasted is some attempt's."""
-    spent = Counter[UUID]()
+    spent, joules = Counter[UUID](), Counter[UUID]()
     for attempt in attempts:
         spent[attempt["worker_id"]] += attempt["device_ns"] + attempt["wasted_ns"]
+        joules[attempt["worker_id"]] += (attempt["energy_nj"] or 0) + (attempt["wasted_nj"] or 0)
     for worker_id, host in hosts.items():
         totals = host.hours.read()
         gave, told = totals.busy + totals.waste, spent[worker_id]
@@ -138,4 +139,10 @@ def _check_engines(
         expect(
             told == gave if worker_id in living else told <= gave,
             f"I5: an engine gave {gave} ns, the attempts say {told}",
+        )
+        parts = host.meter.joules().parts
+        took_nj, told_nj = parts.busy + parts.waste, joules[worker_id]
+        expect(
+            told_nj == took_nj if worker_id in living else told_nj <= took_nj,
+            f"I5: a device took {took_nj} nJ to compute, the attempts say {told_nj}",
         )

@@ -15,6 +15,7 @@ from app.books.shares import share
 from app.engines import base
 from app.engines.base import NOT_FINITE, Generation, StepStats
 from app.jobs import FinishReason
+from app.worker.energy.meter import EnergyMeter
 from app.worker.engine.host import EngineHost
 from app.worker.engine.page import PAGE_BYTES, PROGRESS, Phase, shown
 from app.worker.engine.wire import (
@@ -328,6 +329,7 @@ class SimulatedHost(EngineHost):
         self._thawed = thawed
         self._frozen_with = frozen_with
         self.process: SimulatedProcess | None = None
+        self.meter: EnergyMeter  #: of its worker
         self.began: list[Admit] = []  #: what its processes have begun
         self.answered: list[list[tuple[str, int]]] = []  #: by each of its processes
         self.lost_with: list[set[str]] = []  #: prompts inside each process that ended by itself

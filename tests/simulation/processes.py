@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
+from app.books.energy import PowerModel
 from app.broker.settling import Bundle, Piece
 from app.config.settings import ModelSettings
 from app.errors import EngineError, LeaseLost, RequestError, Unavailable
@@ -21,6 +22,8 @@ from app.store.workers import NewWorker
 from app.worker.account import Account
 from app.worker.batcher import Batcher, Limits
 from app.worker.commands import Command, Nameless, Revoked
+from app.worker.energy.meter import EnergyMeter
+from app.worker.energy.source import Source
 from app.worker.engine.wire import LoadModels, ServedModel
 from app.worker.lease import LeaseKeeper
 from app.worker.ledger import Ledger
@@ -71,7 +74,9 @@ class SimulatedWorker:
         served = catalog(settings)
         price = SETTINGS.prices["cpu"].per_device_hour
         self.account = account = Account(self.id, self.host.hours, price, now_ns)
-        settlement = Settlement("cpu", SETTINGS.prices, served)
+        power = Source("model", "device", "as set", (), PowerModel(30_000, 250_007))
+        self.host.meter = EnergyMeter(power, self.host.hours, now_ns)
+        settlement = Settlement("cpu", SETTINGS.prices, served, self.host.meter)
         shared: dict[str, Any] = {"worker_id": self.id, "database": self.database, "now_ns": now_ns}
         self.runner = Runner(
             models=models,

@@ -1,0 +1,50 @@
+"""A real worker whose device has a known power: every joule is on a record, and adds up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from decimal import Decimal
+from pathlib import Path
+
+from celery import Celery
+
+from app.config.settings import Settings
+from tests.waiting import eventually
+from tests.workers import results, rows, running_worker
+
+IDLE_W, BUSY_W = 5, 30
+
+
+def test_attempts_take_the_energy_of_their_time_and_what_they_wasted_is_theirs_too(
+    make_settings: Callable[..., Settings], database_url: str, redis_url: str, tmp_path: Path
+) -> None:
+    # given a device of 30 W, and a prompt that kills its engine
+    model = {"source": "stub", "engine": "stub", "kind": "generate", "default": True}
+    settings = make_settings(
+        database={"url": database_url},
+        broker={"url": redis_url},
+        worker={"lease_s": 3, "heartbeat_s": 0.5, "grace_s": 5},
+        energy={"idle_watts": IDLE_W, "busy_watts": BUSY_W, "carbon_grams_per_kwh": Decimal(400)},
+        models={"stub": model | {"max_wait_ms": 50, "options": {"step_ms": 2}}},
+    )
+
+    # when
+    with (
+        Celery("somebody-else", broker=redis_url, set_as_current=False) as producer,
+        running_worker(settings, tmp_path / "worker"),
+    ):
+        prompts = [*(f"prompt number {n}" for n in range(20)), "crash"]
+        for prompt in prompts:
+            producer.send_task("inference.generate", kwargs={"prompt": prompt})
+        found = eventually(lambda: len(all_ := results(settings)) == 21 and all_, 60)
+
+    # then
+    told = rows(settings, "SELECT * FROM attempts")
+    assert all(row["energy_method"] == "estimated" for row in told)
+    spent_ns = sum(row["device_ns"] + row["wasted_ns"] for row in told)
+    assert sum(row["energy_nj"] + row["wasted_nj"] for row in told) == BUSY_W * spent_ns
+    assert any(row["wasted_nj"] for row in told)
+    for row in found.values():
+        assert (row["energy_method"], row["energy_boundary"]) == ("estimated", "device")
+        assert row["energy_nj"] == BUSY_W * row["device_ns"]
+        assert abs(row["carbon_ug"] - row["energy_nj"] * 400 / 3.6e9) < 1
