@@ -65,6 +65,12 @@ class UsageRow(BaseModel):
     cost: Money = Field(
         description="What they were charged, an exact decimal.", examples=["0.005120000"]
     )
+    upstream_cost: Money = Field(
+        description="Of it, what servers elsewhere asked for.", examples=["0"]
+    )
+    price_per_hour: Money | None = Field(
+        description="Of a device, where groups are by price.", examples=["2.900000000"]
+    )
     cost_per_million_tokens: Money | None = Field(
         description="Of that, for a million tokens, input and output together: what they cost on a "
         "device that is never idle.",
@@ -246,6 +252,8 @@ def _row(question: Question, row: Usage) -> UsageRow:
         wasted_seconds=row.wasted_ns / NS_PER_S,
         currency=row.currency,
         cost=row.cost,
+        upstream_cost=row.upstream_cost,
+        price_per_hour=row.price,
         cost_per_million_tokens=row.cost_per_million_tokens,
         cost_per_million_tokens_real=row.real_cost_per_million_tokens,
         charge=row.charge,

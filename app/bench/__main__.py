@@ -20,6 +20,7 @@ BENCHES: Final = (
     "overload",
     "retention",
     "history",
+    "usage",
     "recovery",
     "poison",
     "workers",

@@ -123,6 +123,7 @@ class Usage:
     device_ns: int = 0
     wasted_ns: int = 0
     cost: Decimal = Decimal(0)
+    price: Decimal | None = None  #: per device and hour, if the question is by price
     upstream_cost: Decimal = Decimal(0)  #: of it, what servers elsewhere asked for
     charge: Decimal = Decimal(0)  #: by the tariff of tokens, where the price has one
     real_cost: Decimal | None = None  #: with its part of what devices did beside; see `at_real_use`

@@ -124,6 +124,8 @@ def ask(connection: Connection, question: Question) -> Answer:
             param="since",
         )
     told = list(at_real_use(in_one_currency(rows), devices, question.span))
+    if "price" in question.keys:
+        told = _with_prices(connection, told)
     if question.tells_batches:
         told = _with_batches(connection, question, told)
     return Answer(told, devices)
@@ -144,6 +146,16 @@ def _devices(connection: Connection, question: Question) -> list[DeviceTime]:
         DeviceTime(**dict(row) | {name: int(row[name]) for name in device_sums.sums})
         for row in rows
     ]
+
+
+_PRICES: Final = text("SELECT id, per_device_hour FROM prices WHERE id = ANY(:ids)")
+
+
+def _with_prices(connection: Connection, rows: Sequence[Usage]) -> list[Usage]:
+    ids = {row.group["price"] for row in rows} - {None}
+    found = connection.execute(_PRICES, {"ids": list(ids)})
+    prices = {row.id: row.per_device_hour for row in found}
+    return [replace(row, price=prices.get(row.group["price"])) for row in rows]
 
 
 def _with_batches(connection: Connection, question: Question, rows: Sequence[Usage]) -> list[Usage]:
