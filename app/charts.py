@@ -88,6 +88,35 @@ def line_chart(series: Sequence[Series], x: Axis, y: Axis) -> str:
     return _svg(parts, f"{y.label} over {x.label}")
 
 
+def bar_chart(labels: Sequence[str], series: Sequence[tuple[str, Sequence[float]]], y: str) -> str:
+    """An SVG picture of stacked bars, one for each label; values are not negative."""
+    # The legend stands above the bars.
+    sums = [sum(values[place] for _, values in series) for place in range(len(labels))]
+    axis, upward = (
+        Axis(y),
+        _Scale([0.0, max(sums) * (1 + 0.08 * len(series))], HEIGHT - BOTTOM, TOP, from_zero=True),
+    )
+    floor, step = HEIGHT - BOTTOM, (WIDTH - LEFT - RIGHT) / len(labels)
+    parts = _axis_y(axis, upward)
+    parts.append(f'<line class="axis" x1="{LEFT}" y1="{floor}" x2="{WIDTH - RIGHT}" y2="{floor}"/>')
+    every = math.ceil(len(labels) / 7)  # so that labels have room
+    for place, label in enumerate(labels):
+        left, below = LEFT + step * place, 0.0
+        for number_, (name, values) in enumerate(series):
+            top, bottom = upward.at(below + values[place]), upward.at(below)
+            below += values[place]
+            parts.append(
+                f'<rect x="{left + step * 0.1:.1f}" y="{top:.1f}" width="{step * 0.8:.1f}" '
+                f'height="{bottom - top:.1f}" fill="{COLOURS[number_ % len(COLOURS)]}">'
+                f"<title>{escape(f'{label}: {name}: {number(values[place])}')}</title></rect>"
+            )
+        if place % every == 0:
+            parts.append(_text(left + step / 2, floor + 18, label, "middle"))
+    for place, (name, _) in enumerate(series):
+        parts.append(_legend(place, name, COLOURS[place % len(COLOURS)]))
+    return _svg(parts, f"{y} by {', '.join(name for name, _ in series)}")
+
+
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     head = "".join(f"<th>{escape(column)}</th>" for column in columns)
     body = "".join(

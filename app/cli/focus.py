@@ -34,7 +34,8 @@ COLUMNS: Final = (
 )  # fmt: skip
 
 METHOD: Final = "DeviceTime"
-BESIDE: Final = ("load", "idle", "waste", "overhead", "open")
+BESIDE: Final = ("load", "idle", "waste", "overhead")
+"""What is computed for jobs that are settled later is charged with them."""
 RATIOS: Final = 10**12
 """Ratios have so many parts, and add up to all of them."""
 

@@ -8,12 +8,14 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from pathlib import Path
 from typing import Any, Final
 from zoneinfo import ZoneInfo
 
 import click
 
 from app.books.usage import MAX_TOP, PARTS, SPANS, hour_of, zone_of
+from app.cli import focus, usage_page
 from app.cli.api import QUICK_S, Api, uses_api
 from app.cli.options import NameValue
 from app.cli.terminal import print_json, print_table, say, tell
@@ -97,10 +99,16 @@ _FORMULA: Final = re.compile(r"^[=+\-@\t\r]")
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["table", "json", "csv"]),
+    type=click.Choice(["table", "json", "csv", "focus"]),
     default="table",
     show_default=True,
-    help="How it is printed.",
+    help="How it is printed. focus: CSV with the columns of FOCUS 1.3, by day or hour.",
+)
+@click.option(
+    "--html",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    metavar="FILE",
+    help="Write a page with pictures, by day (or hour, or month) and model.",
 )
 @click.option("--json", "form", flag_value="json", help="The same as --format json.")
 @uses_api
@@ -111,6 +119,7 @@ def usage(
     until: str | None,
     of_devices: bool,
     form: str,
+    html: Path | None,
     **asked: Any,
 ) -> None:
     """Sum up what jobs used and cost that ended in a period.
@@ -118,6 +127,12 @@ def usage(
     By day and model in February: --by day,model --since 2027-02-01 --until 2027-03-01.
     """
     now = datetime.now(UTC)
+    keys = ",".join(by)
+    if html or form == "focus":
+        keys = _fixed(keys, "model" if html else ",".join(focus.BY))
+        asked["top"] = usage_page.TOP if html else MAX_TOP
+    if form == "focus" and not html and asked["zone"] != "UTC":
+        raise click.UsageError("FOCUS has its times in UTC: leave --zone out.")
     try:
         zone = zone_of(asked["zone"])
         for name, text in (("since", since), ("until", until)):
@@ -126,8 +141,28 @@ def usage(
     except RequestError as error:
         raise click.UsageError(str(error)) from None
     with api.client(QUICK_S) as client:
-        answer = client.usage(by=",".join(by), **asked)
-    show(answer, form, of_devices)
+        answer = client.usage(by=keys, **asked)
+    if html:
+        html.write_text(_page(answer))
+        tell(f"Wrote {html}.")
+    else:
+        show(answer, form, of_devices)
+
+
+def _fixed(by: str, keys: str) -> str:
+    """The keys of a form that has its own, but for the span of time."""
+    if by not in ("", *SPANS):
+        raise click.UsageError(f"This is by {keys.replace(',', ', ')}: --by may say hour or day.")
+    return f"{by or 'day'},{keys}"
+
+
+def _page(answer: Answer) -> str:
+    span, zone = answer["by"][0], answer["zone"]
+    return usage_page.page_of(
+        answer,
+        [time_shown(row["group"][span], span, zone) for row in answer["data"]],
+        [time_shown(row["time"], span, zone) for row in answer["devices"]],
+    )
 
 
 def time_of(text: str, zone: ZoneInfo, now: datetime) -> datetime:
@@ -148,6 +183,12 @@ def show(answer: Answer, form: str, of_devices: bool) -> None:
     if not of_devices:
         columns, rows = columns_of(answer), rows_of(answer)
     match form:
+        case "focus":
+            try:
+                text = csv_of(focus.COLUMNS, focus.rows_of(answer))
+            except ValueError as error:
+                raise click.UsageError(str(error)) from None
+            say(text.removesuffix("\r\n"))
         case "json":
             print_json(answer)
         case "csv":

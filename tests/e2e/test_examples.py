@@ -406,6 +406,8 @@ def test_the_tables_tell_of_results_cost_batches_and_what_waits(
     assert cost["smollm2-135m-instruct"]["cost_per_million_output_tokens"] > 0
     terminal.run("usage of devices")
     assert {row["model"] for row in query("sql energy")} == cost.keys()
+    terminal.run("usage page")
+    assert "BilledCost" in terminal.run("usage focus")
     used = {row["model"]: row for row in query("sql usage")}
     assert {model: row["cost"] for model, row in used.items() if row["currency"]} == {
         model: row["cost"] for model, row in cost.items()

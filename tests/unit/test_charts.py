@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.charts import Axis, Series, line_chart, number, page, table
+from app.charts import Axis, Series, bar_chart, line_chart, number, page, table
 
 points = st.lists(st.tuples(st.floats(1e-6, 1e12), st.floats(1e-6, 1e12)), min_size=1, max_size=20)
 
@@ -29,6 +29,26 @@ def test_any_points_and_names_make_a_picture_with_all_of_them_in_it(
         assert 0 <= float(circle.attrib["cx"]) <= 760
         assert 0 <= float(circle.attrib["cy"]) <= 380
     assert name in {text.text for text in tree.findall("text")}
+
+
+@given(
+    st.lists(st.lists(st.floats(0, 1e12), min_size=3, max_size=3), min_size=1, max_size=30),
+    st.text(max_size=20),
+)
+def test_bars_stand_on_each_other_within_the_picture_and_each_says_what_it_is(
+    columns: list[list[float]], name: str
+) -> None:
+    name = "".join(letter for letter in name if letter.isprintable()) + "<&>"
+    series = [(f"{name}{n}", [column[n] for column in columns]) for n in range(3)]
+
+    picture = bar_chart([name] * len(columns), series, name)
+
+    bars = ElementTree.fromstring(picture).findall("rect")
+    assert len(bars) == 3 * len(columns)
+    for place, bar in enumerate(bars):
+        top, height = float(bar.attrib["y"]), float(bar.attrib["height"])
+        assert top >= 0 and height >= 0 and top + height <= 380
+        assert bar.findtext("title", "").startswith(f"{name}: {name}{place % 3}: ")
 
 
 @given(st.floats(1e-3, 1e9), st.floats(1.0001, 1e6), st.booleans())

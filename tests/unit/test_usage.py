@@ -9,6 +9,7 @@ from contextlib import redirect_stdout, suppress
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from functools import partial
+from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
 
@@ -327,6 +328,37 @@ def test_where_the_time_of_devices_went_is_a_table_too(
     assert (paid["price"], paid["idle_cost"], paid["currency"]) == ("cpu", "0.1", "EUR")
     asked("--devices")
     assert "No device was up between" in capsys.readouterr().err
+
+
+def test_focus_and_the_page_have_keys_of_their_own(asked: Any, tmp_path: Path) -> None:
+    _, text, params = asked("--format", "focus")
+    assert params["by"] == "day,tenant,model,price" and text.startswith("AllocatedMethodDetails,")
+    for wrong in (("--by", "model"), ("--zone", "Europe/Berlin")):
+        assert asked("--format", "focus", *wrong)[0] == 2
+
+    file = tmp_path / "usage.html"
+    code, _, params = asked("--html", str(file), "--by", "hour")
+    assert (code, params["by"]) == (0, "hour,model") and "No job ended" in file.read_text()
+    assert asked("--html", str(file), "--by", "tenant")[0] == 2
+    assert asked("--html", str(tmp_path / "none" / "usage.html"))[0] == 1
+
+
+def test_the_page_draws_each_currency_and_the_time_of_devices(asked: Any, tmp_path: Path) -> None:
+    file = tmp_path / "usage.html"
+    parts = ("up", "load", "busy", "idle", "waste", "overhead", "open")
+    times = [f"2027-01-{day}T00:00:00Z" for day in (30, 31)]
+    rows = [row(time, "<m>", currency=currency) for time in times for currency in ("EUR", "USD")]
+    rows.append(row(times[0], None, rest=True, currency=None))
+    devices = [
+        {"time": time, "device": "cpu", "seconds": dict.fromkeys(parts, 7.0) | {"open": -3.0}}
+        for time in times
+    ]
+
+    asked("--html", str(file), rows=rows, devices=devices)
+
+    page = file.read_text()
+    assert page.count("<svg") == 3 and "Cost of jobs in EUR" in page and "(others)" in page
+    assert "&lt;m&gt;" in page and "<m>" not in page and "http" not in page.replace("charset", "")
 
 
 def test_no_data_is_an_empty_table_and_a_label_that_nobody_has_is_said(
