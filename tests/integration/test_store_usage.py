@@ -16,11 +16,12 @@ from sqlalchemy import text
 from app.books.usage import PARTS, Filling, Question
 from app.errors import JobNotFound, RequestError
 from app.jobs import FINAL_STATES, JobState, Kind
-from app.store import claims, months, purging, retention, submissions, sweeps, usage
+from app.store import claims, months, purging, retention, submissions, sweeps, usage, windows
 from app.store.claims import BatchStats
 from app.store.database import Database
 from app.store.submissions import RejectedJob
 from app.store.tables import usage_sums
+from app.store.windows import Window
 from tests.integration.test_store_invariants import RandomLife
 from tests.rows import Worker, at_once, completed, insert, new_job
 
@@ -283,20 +284,15 @@ def test_windows_are_summed_by_hour_device_and_price_and_tell_the_cost_at_real_u
 ) -> None:
     ended(database, 2)  # 6,000 ns
     with database.begin() as connection:
-        for number in (1, 2):
-            connection.execute(
-                text("""
-                    INSERT INTO windows (
-                        worker_id, number, from_at, until_at, up_ns, load_ns, busy_ns, idle_ns,
-                        waste_ns, overhead_ns, open_ns, stray_ns, is_last, device, price_id,
-                        currency, price, rounding
-                    ) VALUES (
-                        :worker, :number, now(), now(), 12000, 1000, 3000, 6000, 1000, 500, 500, 0,
-                        false, 'cpu', 'cpu', 'EUR', 3.6, 0
-                    )
-                """),
-                {"worker": uuid4(), "number": number},
-            )
+        connection.execute(text("UPDATE workers SET price_per_device_hour = 3.6"))
+        worker_id = connection.scalar(text("SELECT id FROM workers"))
+        for number in (1, 2, 2):  # one is written again
+            window = Window(
+                worker_id=worker_id, number=number, up_ns=12_000, load_ns=1_000, busy_ns=3_000,
+                idle_ns=6_000, waste_ns=1_000, overhead_ns=500, open_ns=500, stray_ns=0,
+                owed_ns=0, is_last=False, rounding=Decimal(0),
+            )  # fmt: skip
+            windows.write(connection, window, age_s=0)
     while fold(database):
         pass
 
