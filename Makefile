@@ -11,7 +11,7 @@ LOCKED = $(shell cat pyproject.toml requirements/*.lock | cksum)
 BY_TWO := -n 2 --no-loadscope-reorder
 export PYTEST_DEBUG_TEMPROOT := $(CURDIR)/.cache/tmp
 
-.PHONY: help setup install demo up test lint types unit simulation integration e2e simulate odd mutants models chaos soak bench vllm lock clean
+.PHONY: help setup install demo up test lint types unit simulation integration e2e simulate odd audit mutants models chaos soak bench vllm lock clean
 
 help:  ## List what can be made
 	@sed -n 's/^\([a-z0-9 ]*\):.*##  */\1|/p' Makefile | while IFS='|' read -r name text; \
@@ -56,6 +56,9 @@ simulate: setup  ## Play SCHEDULES=10000 of faults on a simulated clock, from SE
 
 odd: setup  ## Send EXAMPLES=500 times ten messages, requests and rows bent by chance
 	ODD_EXAMPLES=$(or $(EXAMPLES),500) $(RUN) pytest tests/integration/test_odd_data.py
+
+audit: setup  ## Run JOBS=10000 of all kinds on workers that come and go, and audit the books
+	AUDIT_JOBS=$(or $(JOBS),10000) $(RUN) pytest -s tests/integration/test_books.py
 
 mutants: setup  ## Plant deliberate defects one by one and show which test catches each
 	$(RUN) tests.mutants

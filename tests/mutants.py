@@ -27,6 +27,9 @@ CLAIMS: Final = "tests/integration/test_store_claims.py"
 ODD: Final = "tests/integration/test_odd_data.py"
 ODD_MESSAGES: Final = f"{ODD}::test_no_message_ends_the_worker_or_keeps_others_from_their_end"
 ODD_ROWS: Final = f"{ODD}::test_no_row_ends_the_worker_or_keeps_others_from_their_end"
+BOOKS: Final = "tests/unit/test_books.py"
+ACCOUNT: Final = "app/worker/account.py"
+AUDIT: Final = "tests/integration/test_store_audit.py"
 STORE: Final = "app/store/claims.py"
 ARRIVALS: Final = "app/worker/pool/arrivals.py"
 ANY_MESSAGE: Final = "tests/unit/test_any_message.py"
@@ -115,8 +118,8 @@ MUTANTS: Final = (
     Mutant(
         "a batch does not count what was given back",
         "app/worker/ledger.py",
-        "claims.release(connection, releases, _batches_of(jobs))",
-        "claims.release(connection, releases)",
+        "                    _batches_of(jobs),\n",
+        "",
     ),
     Mutant(
         "answers that an engine dropped are billed",
@@ -747,6 +750,91 @@ MUTANTS: Final = (
         "new = min(end, max(segment.start, row.furthest))",
         "new = segment.start",
         "tests/unit/test_inflight_engine.py",
+    ),
+    Mutant(
+        "half a nano-unit is left out of a cost",
+        "app/books/cost.py",
+        "(2 * numerator + denominator) // (2 * denominator)",
+        "numerator // denominator",
+        BOOKS,
+    ),
+    Mutant(
+        "cached tokens cost what others do",
+        "app/books/cost.py",
+        "price.per_million_input_tokens if cached_price is None else cached_price",
+        "price.per_million_input_tokens",
+        BOOKS,
+    ),
+    Mutant(
+        "a price that was edited is taken",
+        "app/store/prices.py",
+        "if getattr(row, name) != getattr(given[row.id], name)",
+        "if getattr(row, name) != getattr(row, name)",
+        "tests/integration/test_store_prices.py",
+    ),
+    Mutant(
+        "two prices of a device at a time are taken",
+        "app/config/prices.py",
+        "if began == begins or (until and begins and until > begins):",
+        "if began == begins and until:",
+        "tests/unit/test_config_file.py",
+    ),
+    Mutant(
+        "a window is closed while a commit's fate is unknown",
+        ACCOUNT,
+        "            if self._in_doubt:\n                return\n",
+        "",
+    ),
+    Mutant(
+        "what is committed a second time is booked a second time",
+        ACCOUNT,
+        "for id_, ns in spent_ns.items() if id_ in self._open",
+        "for id_, ns in spent_ns.items()",
+    ),
+    Mutant(
+        "waste is booked as billed",
+        ACCOUNT,
+        "self._busy_ns += busy_ns\n        self._waste_ns += waste_ns + stray_ns",
+        "self._busy_ns += busy_ns + waste_ns\n        self._waste_ns += stray_ns",
+    ),
+    Mutant(
+        "what is open is forgotten from window to window",
+        ACCOUNT,
+        "self._before, self._open_ns = totals, open_ns",
+        "self._before, self._open_ns = totals, 0",
+    ),
+    Mutant(
+        "rounding leaves out what is open",
+        ACCOUNT,
+        "self._waste_ns, time_ns.overhead, open_ns)",
+        "self._waste_ns, time_ns.overhead)",
+    ),
+    Mutant(
+        "a window is the next one's number",
+        ACCOUNT,
+        "            number=self._number,",
+        "            number=self._number + 1,",
+    ),
+    Mutant(
+        "what is given back is in no window",
+        STORE,
+        "energy_method = next.energy_method,\n            window_number = next.window_number",
+        "energy_method = next.energy_method",
+        "tests/integration/test_store_contract.py",
+    ),
+    Mutant(
+        "the audit does not see what is billed too much",
+        "app/store/audit.py",
+        "SELECT {_WINDOW}, busy_ns - settled_ns FROM told",
+        "SELECT {_WINDOW}, greatest(0, busy_ns - settled_ns) FROM told",
+        AUDIT,
+    ),
+    Mutant(
+        "the audit does not see a nano-unit",
+        "app/store/audit.py",
+        "- 1000000000 * rounding\n",
+        "- 1000000000 * rounding - 1\n",
+        AUDIT,
     ),
 )
 

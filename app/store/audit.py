@@ -77,7 +77,7 @@ class Audit:
 
 def _money(ns: str, price: str = "price") -> str:
     """SQL for nano-units: the rule for a time that may be negative."""
-    return f"1000000000 * sign({ns}) * {device_cost(f'abs({ns})', price)}"
+    return f"1000000000 * sign(CAST({ns} AS numeric)) * {device_cost(f'abs({ns})', price)}"
 
 
 _PICKED: Final = """
