@@ -370,6 +370,7 @@ def test_a_job_is_explained_by_the_command_and_by_the_call(
     )
     [attempt] = timeline["attempts"]
     assert timeline["device"]["total_ns"] == attempt["billed_ns"] > 0
+    assert [part["use"] for part in timeline["device"]["parts"]] == ["prefill", "decode"]
     assert timeline["summary"] in drawn and "█" in drawn and "\x1b" not in drawn
 
 

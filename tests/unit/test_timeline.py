@@ -11,6 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.books.timeline import Awaits, Life, Phase, Taken, Try, Use, awaits, spans, taken
+from app.engines.base import Breakdown, Generation
+from app.jobs import FinishReason
+from app.worker.settlement import _breakdown
 
 START = datetime(2027, 1, 31, 12, tzinfo=UTC)
 
@@ -160,6 +163,26 @@ def test_device_time_is_told_apart_where_the_engine_does() -> None:
         Taken(2, Use.RECOMPUTED, 20, 2),
         Taken(2, Use.WASTED, 7, 0),
     ]
+
+
+ANY = st.integers(-(10**15), 10**15)
+
+
+@given(NS, st.lists(st.none() | st.builds(Breakdown, ANY, ANY, ANY, ANY), max_size=3))
+def test_no_more_is_told_than_there_is_whatever_engines_say(
+    device_ns: int, said: list[Breakdown | None]
+) -> None:
+    answers = [
+        Generation(place, FinishReason.STOP, breakdown=each) for place, each in enumerate(said)
+    ]
+
+    told = _breakdown(device_ns, answers)
+
+    if not said or None in said:
+        assert told == {}
+    else:
+        assert 0 <= told["prefill_ns"] <= device_ns - told["recomputed_ns"] <= device_ns
+        assert told["preemptions"] >= 0 and told["preempted_ms"] >= 0
 
 
 @pytest.mark.parametrize(
