@@ -8,7 +8,7 @@ from uuid import UUID
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from app.api.schemas import Cost, JobError, Money, TokenUsage
+from app.api.schemas import Cost, Energy, JobError, Money, TokenUsage
 from app.books.timeline import WORDS, Awaits, Phase, Use
 from app.jobs import AttemptOutcome, CloseReason, JobState, Kind
 
@@ -98,6 +98,9 @@ class DevicePart(BaseModel):
         description="Its part of the cost, by time; null if the device has no price.",
         examples=["0.000000520"],
     )
+    energy_j: float | None = Field(
+        description="Its part of the joules, by time; null where nothing is known.", examples=[4.1]
+    )
 
 
 class Device(BaseModel):
@@ -107,8 +110,8 @@ class Device(BaseModel):
     billed_ns: int = Field(description="What the job is billed for.", examples=[412_000_000])
     wasted_ns: int = Field(description="What nobody is billed for.", examples=[0])
     parts: list[DevicePart] = Field(
-        description="What it was for. Adds up to `total_ns`, and its costs to that of the job less "
-        "what servers elsewhere asked for."
+        description="What it was for. Adds up to `total_ns`, its costs to that of the job less "
+        "what servers elsewhere asked for, and its joules to those of all attempts."
     )
 
 
@@ -177,8 +180,20 @@ EXAMPLE: Final[dict[str, Any]] = {
         "billed_ns": 412_000_000,
         "wasted_ns": 0,
         "parts": [
-            {"attempt": 1, "use": "prefill", "ns": 52_000_000, "cost": "0.000000520"},
-            {"attempt": 1, "use": "decode", "ns": 360_000_000, "cost": "0.000003600"},
+            {
+                "attempt": 1,
+                "use": "prefill",
+                "ns": 52_000_000,
+                "cost": "0.000000520",
+                "energy_j": 4.1,
+            },
+            {
+                "attempt": 1,
+                "use": "decode",
+                "ns": 360_000_000,
+                "cost": "0.000003600",
+                "energy_j": 27.4,
+            },
         ],
     },
     "preemptions": 0,
@@ -193,6 +208,13 @@ EXAMPLE: Final[dict[str, Any]] = {
         "charge": None,
         "device_seconds": 0.412,
         "wasted_seconds": 0.0,
+    },
+    "energy": {
+        "energy_j": 31.5,
+        "wasted_j": 0.0,
+        "energy_method": "measured",
+        "energy_boundary": "gpu",
+        "carbon_g": None,
     },
     "error": None,
     "replay_of": None,
@@ -244,6 +266,7 @@ class Timeline(BaseModel):
     )
     usage: TokenUsage | None = Field(description="Tokens; null until it is final.")
     cost: Cost | None = Field(description="What it is charged; null until it is final.")
+    energy: Energy | None = Field(description="The joules it took; null until it is final.")
     error: JobError | None = Field(description="Why it has no answer.")
     replay_of: UUID | None = Field(description="The ended job that this one runs once more.")
     replayed_by: UUID | None = Field(description="The job that runs this one once more.")

@@ -60,6 +60,7 @@ def timeline_of(job: JobView, met: Surroundings) -> Timeline:
         preempted_ms=job.result and job.result.preempted_ms,
         usage=job.result and views.usage_of(job.result),
         cost=job.result and views.cost_of(job.result),
+        energy=job.result and views.energy_of(job.result),
         error=job.result and views.error_of(job.result),
         replay_of=job.replay_of,
         replayed_by=met.replayed_by,
@@ -79,6 +80,8 @@ def _at_one_moment(job: JobView) -> JobView:
             device_ns=None,
             wasted_ns=None,
             cost=None,
+            energy_nj=None,
+            wasted_nj=None,
             error_code=None,
         )
     return replace(job, attempts=tuple(known))
@@ -110,6 +113,8 @@ def _try(attempt: AttemptView, job: JobView) -> Try:
             started_at=attempt.started_at,
             device_ns=attempt.device_ns or 0,
             wasted_ns=attempt.wasted_ns or 0,
+            energy_nj=attempt.energy_nj,
+            wasted_nj=attempt.wasted_nj,
         )
     return Try(
         number=attempt.number,
@@ -120,6 +125,8 @@ def _try(attempt: AttemptView, job: JobView) -> Try:
         last_token_at=_later(result.started_at, result.inference_ms),
         device_ns=attempt.device_ns or 0,
         wasted_ns=attempt.wasted_ns or 0,
+        energy_nj=attempt.energy_nj,
+        wasted_nj=attempt.wasted_nj,
         prefill_ns=result.prefill_ns,
         cost_nano=_device_cost(result),
         recomputed_ns=result.recomputed_ns or 0,
@@ -252,7 +259,13 @@ def _device(life: Life) -> Device:
 
 def _part(part: Taken) -> DevicePart:
     cost = None if part.cost_nano is None else money(part.cost_nano)
-    return DevicePart(attempt=part.attempt, use=part.use, ns=part.ns, cost=cost)
+    return DevicePart(
+        attempt=part.attempt,
+        use=part.use,
+        ns=part.ns,
+        cost=cost,
+        energy_j=views.joules(part.energy_nj),
+    )
 
 
 def _ms(us: int) -> float:

@@ -139,7 +139,7 @@ def _fields(view: JobView, forecast: Forecast | None) -> dict[str, Any]:
         "timing": result and Timing.model_validate(result, from_attributes=True),
         "usage": result and usage_of(result),
         "cost": result and cost_of(result),
-        "energy": result and _energy(result),
+        "energy": result and energy_of(result),
         "batch": view.batch and _batch(view.batch, result),
         "error": result and error_of(result),
         "metadata": view.metadata,
@@ -160,8 +160,8 @@ def _attempt(view: AttemptView) -> Attempt:
         device_seconds=None if view.device_ns is None else view.device_ns / NS_PER_S,
         wasted_seconds=None if view.wasted_ns is None else view.wasted_ns / NS_PER_S,
         cost=view.cost,
-        energy_j=_joules(view.energy_nj),
-        wasted_j=_joules(view.wasted_nj),
+        energy_j=joules(view.energy_nj),
+        wasted_j=joules(view.wasted_nj),
         energy_method=view.energy_method and EnergyMethod(view.energy_method),
         error_code=view.error_code,
     )
@@ -191,17 +191,17 @@ def cost_of(result: ResultView) -> Cost:
     )
 
 
-def _energy(result: ResultView) -> Energy:
+def energy_of(result: ResultView) -> Energy:
     return Energy(
-        energy_j=_joules(result.energy_nj),
-        wasted_j=_joules(result.wasted_nj),
+        energy_j=joules(result.energy_nj),
+        wasted_j=joules(result.wasted_nj),
         energy_method=EnergyMethod(result.energy_method),
         energy_boundary=result.energy_boundary,
         carbon_g=None if result.carbon_ug is None else result.carbon_ug / UG_PER_G,
     )
 
 
-def _joules(nj: int | None) -> float | None:
+def joules(nj: int | None) -> float | None:
     return None if nj is None else nj / NJ_PER_J
 
 

@@ -1,4 +1,4 @@
-"""Where a job's time and money went: every millisecond, nanosecond and nano-unit. Pure.
+"""Where a job's time, money and energy went, to the microsecond and the nano-unit. Pure.
 
 A job waits and is tried in turns, until it ends or is looked at:
 
@@ -68,6 +68,8 @@ class Try:
     prefill_ns: int | None = None  #: of `device_ns`; None: the engine does not tell it apart
     recomputed_ns: int = 0  #: of `device_ns`, for what a preemption had dropped
     cost_nano: int | None = None  #: what `device_ns` costs, in nano-units; None: it has no price
+    energy_nj: int | None = None  #: of `device_ns`, in nanojoules; None: not known
+    wasted_nj: int | None = None  #: of `wasted_ns`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,34 +168,39 @@ class Use(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """Device time of an attempt, in nanoseconds, and what that costs, in nano-units."""
+    """Device time of an attempt, in nanoseconds, and what that costs and draws."""
 
     attempt: int
     use: Use
     ns: int
-    cost_nano: int | None = None  #: None: it has no price
+    cost_nano: int | None = None  #: in nano-units; None: it has no price
+    energy_nj: int | None = None  #: in nanojoules; None: not known
 
 
 def taken(tries: Sequence[Try]) -> list[Taken]:
-    """What the attempts took of the device's time, and what of it costs how much.
+    """What the attempts took of the device's time, and what of it costs and draws how much.
 
-    The parts add up to what all attempts were billed and what they wasted, and their costs to those
-    of the attempts, each shared by time; parts that are 0 are left out.
+    The parts add up to what all attempts were billed and what they wasted, and so do their costs
+    and joules, which are shared by time; parts of no time are left out.
     """
     found: list[Taken] = []
     for each in tries:
         uses = {use: ns for use, ns in _uses(each).items() if ns > 0}
-        costs = _costs(uses, each.cost_nano)
-        found += [Taken(each.number, use, ns, costs.get(use)) for use, ns in uses.items()]
+        costs = _shared(uses, each.cost_nano, 0)
+        joules = _shared(uses, each.energy_nj, each.wasted_nj)
+        found += [
+            Taken(each.number, use, ns, costs.get(use), joules.get(use)) for use, ns in uses.items()
+        ]
     return found
 
 
-def _costs(uses: dict[Use, int], cost_nano: int | None) -> dict[Use, int]:
-    billed = [use for use in uses if use is not Use.WASTED]
-    if cost_nano is None:
+def _shared(uses: dict[Use, int], billed: int | None, wasted: int | None) -> dict[Use, int]:
+    """Of an attempt's money or energy, what each use has; nothing if that is not known."""
+    if billed is None or wasted is None:
         return {}
-    parts = share(cost_nano, [uses[use] for use in billed]) if billed else []
-    return {Use.WASTED: 0, **dict(zip(billed, parts, strict=True))}
+    paying = [use for use in uses if use is not Use.WASTED]
+    parts = share(billed, [uses[use] for use in paying]) if paying else []
+    return {Use.WASTED: wasted, **dict(zip(paying, parts, strict=True))}
 
 
 def _uses(each: Try) -> dict[Use, int]:

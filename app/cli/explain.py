@@ -121,12 +121,15 @@ def _device(told: dict[str, Any], is_numbered: bool) -> Iterator[Text]:
     if not told["total_ns"]:
         return
     yield _line("")
-    yield _line(f"{'device time':16}{'ns':>16}{'%':>7}{'cost':>18}")
+    knows_energy = any(part["energy_j"] is not None for part in told["parts"])
+    joules = f"{'J':>12}" if knows_energy else ""
+    yield _line(f"{'device time':16}{'ns':>16}{'%':>7}{'cost':>18}{joules}")
     for part in told["parts"]:
         label, style = _label(part["use"], part["attempt"] if is_numbered else None)
         share = _percent(part["ns"], told["total_ns"])
         cost = "" if part["cost"] is None else part["cost"]
-        yield _line(f"{label:16}{part['ns']:>16,}{share}{cost:>18}".rstrip(), style=style)
+        joules = "" if part["energy_j"] is None else f"{part['energy_j']:>12,.3f}"
+        yield _line(f"{label:16}{part['ns']:>16,}{share}{cost:>18}{joules}".rstrip(), style=style)
     yield _line(f"{'total':16}{told['total_ns']:>16,}{_percent(1, 1)}")
 
 
@@ -144,6 +147,12 @@ def _facts(told: dict[str, Any]) -> Iterable[str]:
             yield f"  of it for servers elsewhere: {cost['upstream']}"
         if cost["charge"]:
             yield f"  by its tariff for tokens: {cost['charge']}"
+    if (energy := told["energy"]) and energy["energy_j"] is not None:
+        carbon = "" if energy["carbon_g"] is None else f", {energy['carbon_g']:,.6f} g of CO2"
+        yield (
+            f"energy: {energy['energy_j']:,.3f} J of its answer{carbon}; "
+            f"{energy['energy_method']}, of the {energy['energy_boundary']}"
+        )
     if error := told["error"]:
         yield f"error: {error['code']}. {error['message']}"
     if told["replay_of"]:

@@ -15,6 +15,7 @@ from sqlalchemy import text
 
 from app.api.schemas_timeline import Timeline
 from app.api.timeline_views import timeline_of
+from app.books.energy import EnergyMethod
 from app.books.timeline import Phase
 from app.config.settings import Settings
 from app.jobs import AttemptOutcome, JobState, Kind
@@ -67,6 +68,10 @@ def an_answer(claimed: Claimed) -> dict[str, object]:
         "price": Decimal(3_600),  # a nano-unit for each nanosecond
         "price_id": "gold",
         "currency": "EUR",
+        "energy_nj": 1_000,
+        "wasted_nj": 0,
+        "energy_method": EnergyMethod.MEASURED,
+        "energy_boundary": "gpu",
     }
 
 
@@ -122,10 +127,10 @@ def test_an_answered_job_tells_of_every_phase_and_of_every_nanosecond(database: 
     assert phases(told) == [
         Phase.SENT, Phase.HELD, Phase.CLAIMED, Phase.PREFILL, Phase.DECODE, Phase.COMMIT,
     ]  # fmt: skip
-    assert [(part.use, part.ns, part.cost) for part in told.device.parts] == [
-        ("prefill", 300, Decimal("3e-7")),
-        ("decode", 600, Decimal("6e-7")),
-        ("recomputed", 100, Decimal("1e-7")),
+    assert [(part.use, part.ns, part.cost, part.energy_j) for part in told.device.parts] == [
+        ("prefill", 300, Decimal("3e-7"), 3e-7),
+        ("decode", 600, Decimal("6e-7"), 6e-7),
+        ("recomputed", 100, Decimal("1e-7"), 1e-7),
     ]
     assert (told.preemptions, told.preempted_ms, told.awaits, told.worker) == (2, 0.001, None, None)
     assert told.summary.startswith("Completed after")

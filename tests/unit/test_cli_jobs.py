@@ -523,7 +523,8 @@ def test_a_timeline_is_drawn_from_left_to_right_and_every_nanosecond_is_listed(
     assert [line.split()[-2] for line in lines if "█" in line]
     assert [bar.index("█") for bar in bars] == sorted(bar.index("█") for bar in bars)
     assert max(map(len, bars)) <= BAR + 2
-    assert "decode               360,000,000   87.4       0.000003600" in lines
+    assert "decode               360,000,000   87.4       0.000003600      27.400" in lines
+    assert "energy: 31.500 J of its answer; measured, of the gpu" in lines
     assert "    and 1 that are not yours" in lines
 
 

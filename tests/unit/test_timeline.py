@@ -105,6 +105,8 @@ TRIES = st.builds(
     prefill_ns=st.none() | NS,
     recomputed_ns=NS,
     cost_nano=st.integers(0, 10**12),
+    energy_nj=NS,
+    wasted_nj=NS,
 )
 
 
@@ -142,26 +144,30 @@ def test_what_was_taken_adds_up_to_what_was_billed_and_what_was_wasted(tries: li
     billed_nano = sum(each.cost_nano or 0 for each in tries if each.device_ns)
     assert sum(each.cost_nano or 0 for each in parts) == billed_nano
     assert not any(each.cost_nano for each in parts if each.use is Use.WASTED)
+    joules = sum((each.energy_nj or 0) * (each.device_ns > 0) for each in tries)
+    joules += sum((each.wasted_nj or 0) * (each.wasted_ns > 0) for each in tries)
+    assert sum(each.energy_nj or 0 for each in parts) == joules
 
 
 def test_device_time_without_a_price_costs_what_nobody_knows() -> None:
     [billed, wasted] = taken([Try(number=1, claimed_at=START, device_ns=5, wasted_ns=5)])
 
     assert (billed.cost_nano, wasted.cost_nano) == (None, None)
+    assert (billed.energy_nj, wasted.energy_nj) == (None, None)
 
 
 def test_device_time_is_told_apart_where_the_engine_does() -> None:
     told_apart = Try(
         number=2, claimed_at=START, device_ns=100, prefill_ns=30, recomputed_ns=20, wasted_ns=7,
-        cost_nano=9,
+        cost_nano=9, energy_nj=100, wasted_nj=8,
     )  # fmt: skip
 
     assert taken([Try(number=1, claimed_at=START, device_ns=5), told_apart]) == [
         Taken(1, Use.COMPUTED, 5),
-        Taken(2, Use.PREFILL, 30, 3),
-        Taken(2, Use.DECODE, 50, 4),
-        Taken(2, Use.RECOMPUTED, 20, 2),
-        Taken(2, Use.WASTED, 7, 0),
+        Taken(2, Use.PREFILL, 30, 3, 30),
+        Taken(2, Use.DECODE, 50, 4, 50),
+        Taken(2, Use.RECOMPUTED, 20, 2, 20),
+        Taken(2, Use.WASTED, 7, 0, 8),
     ]
 
 
