@@ -36,7 +36,6 @@ ANY_MESSAGE: Final = "tests/unit/test_any_message.py"
 FETCHING: Final = "app/broker/fetching.py"
 FETCHES: Final = "tests/integration/test_broker_fetching.py"
 SETTLING: Final = "tests/unit/test_settling.py"
-VERIFY: Final = "tests/integration/test_verify.py"
 SAMPLING: Final = "app/engines/sampling/sampler.py"
 
 
@@ -69,7 +68,7 @@ MUTANTS: Final = (
         "app/trials/verify.py",
         "[len(asked.tokens) - 1 :]",
         "[len(asked.tokens) :]",
-        VERIFY,
+        "tests/unit/test_verify.py",
     ),
     Mutant(
         "a bound on a difference holds from below",

@@ -252,8 +252,11 @@ class Trial:
         what they share is counted more than once. 0 where the system does not tell."""
         if self._host.pid is None:
             return 0
-        first = psutil.Process(self._host.pid)
-        return sum(_peak_bytes(each.pid) for each in (first, *first.children(recursive=True)))
+        try:
+            first = psutil.Process(self._host.pid)
+            return sum(_peak_bytes(each.pid) for each in (first, *first.children(recursive=True)))
+        except psutil.Error:  # it has just ended
+            return 0
 
 
 def _taken(before: Joules, after: Joules) -> Taken:
