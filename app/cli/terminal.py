@@ -16,6 +16,9 @@ from app.printable import printable
 if TYPE_CHECKING:
     from app.config.file import Loaded
 
+_SHORT_WORD: Final = 10
+"""A longer one may be cut to keep a table in a terminal's width."""
+
 FAILED, WRONG_SETTINGS, UNAVAILABLE, JOB_FAILED, INTERRUPTED = 1, 3, 4, 5, 130
 
 
@@ -63,17 +66,34 @@ def print_row(*cells: object) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a table to a terminal; to a file or pipe the rows alone, whole and one a line."""
+    """Print a table to a terminal, or one row below the other where that is too narrow for it; to a
+    file or pipe the rows alone, whole and one a line."""
     if not out.is_terminal:
         for row in rows:
             print_row(*row)
         return
+    cells = [list(map(_cell, row)) for row in rows]
+    if cells and _least_width([list(columns), *cells]) > out.width:
+        for place, row in enumerate(cells):
+            if place:
+                out.print()
+            print_fields(zip(columns, row, strict=True))
+        return
     table = Table(box=None, pad_edge=False)
     for column in columns:
         table.add_column(column, no_wrap=column == "id", overflow="fold")
-    for row in rows:
-        table.add_row(*map(_cell, row))
+    for row in cells:
+        table.add_row(*row)
     out.print(table)
+
+
+def _least_width(rows: Sequence[Sequence[str]]) -> int:
+    """Of a table in which no short word is cut."""
+    words = [
+        [len(word) for cell in column for word in cell.split()]
+        for column in zip(*rows, strict=True)
+    ]
+    return sum(min(max(column, default=0), _SHORT_WORD) for column in words) + len(words) - 1
 
 
 def print_fields(fields: Iterable[tuple[str, object]]) -> None:

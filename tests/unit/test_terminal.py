@@ -84,3 +84,23 @@ def test_a_line_of_the_log_does_not_act_on_the_terminal_that_shows_it() -> None:
     record = logging.makeLogRecord({"msg": "Unknown task %s.", "args": ("\x1b[2Jevil",)})
 
     assert TextFormatter().format(record).endswith(r"Unknown task \x1b[2Jevil.")
+
+
+def test_a_table_too_wide_for_the_terminal_is_printed_one_row_below_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    columns = [f"column{number:02}" for number in range(12)]
+
+    def printed(width: int) -> list[str]:
+        monkeypatch.setattr(terminal.out, "file", Screen())
+        monkeypatch.setattr(terminal.out, "width", width)
+        terminal.print_table(columns, [range(12), range(12, 24)])
+        return re.sub(r"\x1b\[[0-9;]*m", "", terminal.out.file.getvalue()).splitlines()
+
+    wide, narrow = printed(200), printed(60)
+
+    assert len(wide) == 3
+    assert narrow[0].split() == ["column00", "0"]
+    assert narrow[12].strip() == ""
+    assert narrow[-1].split() == ["column11", "23"]
+    assert len(narrow) == 12 + 1 + 12
