@@ -644,6 +644,35 @@ MUTANTS: Final = (
         AHEAD,
     ),
     Mutant(
+        "no more is claimed than an engine that is joined has room for",
+        "app/worker/dispatcher.py",
+        "return replace(room, rows=room.rows + ahead)",
+        "return room",
+        AHEAD,
+    ),
+    Mutant(
+        "each end is a commit of its own, though the engine is full",
+        "app/worker/runner.py",
+        "is_full = self._dispatcher.has_claimed and self._drain is None",
+        "is_full = False",
+        AHEAD,
+    ),
+    Mutant(
+        "an end waits for others, though the engine has room",
+        "app/worker/runner.py",
+        "is_full = self._dispatcher.has_claimed and self._drain is None",
+        "is_full = True",
+        AHEAD,
+    ),
+    Mutant(
+        "what depends on values is planned as look-ups are",
+        "app/store/database.py",
+        "self._transactions[looks_up or self._looks_up_only]",
+        "self._transactions[True]",
+        "tests/integration/test_store_database.py::"
+        "test_look_ups_are_planned_once_and_other_statements_of_the_same_connection_each_time",
+    ),
+    Mutant(
         "one claimed batch after the other waits for the engine",
         "app/worker/dispatcher.py",
         " and not room.has_waiting",

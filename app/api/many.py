@@ -106,7 +106,7 @@ async def _states_in_time(
 
 
 def _states(here: Services, ids: Collection[UUID]) -> Mapping[UUID, JobState | GristmillError]:
-    with here.database.autocommit() as connection:
+    with here.database.autocommit(looks_up=True) as connection:
         found = reads.states(connection, ids)
     return {id: found[id] for id in ids if id in found}
 

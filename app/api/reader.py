@@ -61,14 +61,14 @@ Outcome = Snapshot | Exception
 
 def snapshots(database: Database, outlook: Outlook, ids: Sequence[UUID]) -> dict[UUID, Outcome]:
     """Those of the jobs that exist, or why one cannot be told of. Not for the event loop."""
-    with database.autocommit() as connection:
+    with database.autocommit(looks_up=True) as connection:
         views = reads.find(connection, ids)
     return {view.id: _snapshot(view, lambda view: job_of(view, outlook.of(view))) for view in views}
 
 
 def summaries(database: Database, outlook: Outlook, ids: Sequence[UUID]) -> dict[UUID, Outcome]:
     """The same without their answers."""
-    with database.autocommit() as connection:
+    with database.autocommit(looks_up=True) as connection:
         views = reads.summaries(connection, ids)
     return {
         view.id: _snapshot(view, lambda view: summary_of(view, outlook.of(view))) for view in views

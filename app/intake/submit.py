@@ -299,7 +299,7 @@ class Submitter:
             fingerprint="",
             source="api",
         )
-        with suppress(_NotKept), self._database.begin() as connection:
+        with suppress(_NotKept), self._database.begin(looks_up=True) as connection:
             submissions.insert_jobs(connection, [job])
             raise _NotKept
 
@@ -329,7 +329,7 @@ class Submitter:
     ) -> Sequence[Outcome]:
         """By pages: one statement for 64 MB would take too long, here and in Postgres."""
         outcomes: dict[UUID, Outcome] = {}
-        with self._database.begin() as connection:
+        with self._database.begin(looks_up=True) as connection:
             for page in _pages(jobs):
                 if outcomes:
                     decision.step()

@@ -42,12 +42,18 @@ _FITS_FROM: Final = "0003"
 """Code of this revision and of all later ones runs on the newest schema. Migrations only add, so
 that old and new versions run side by side; one that takes something away raises this."""
 
-_PLANNED_EACH_TIME: Final = {"plan_cache_mode": "force_custom_plan"}
+_PLANNED_EACH_TIME: Final = {"plan_cache_mode": "force_custom_plan", "enable_seqscan": "on"}
 """A plan that was made while a table was empty is of no use when it is full."""
 
 _PLANNED_ONCE: Final = {"plan_cache_mode": "force_generic_plan", "enable_seqscan": "off"}
 """To plan a statement for one job takes longer than to run it. Where all is looked up by key, there
 is one plan that is right however full the tables are."""
+
+_PLAN: Final = """
+    SELECT
+        set_config('plan_cache_mode', %(plan_cache_mode)s, false),
+        set_config('enable_seqscan', %(enable_seqscan)s, false)
+"""
 
 _MIGRATION_LOCK: Final = 0x6772697374  # any constant will do, as long as it stays the same
 _MIGRATION_LOCK_TIMEOUT_MS: Final = 2_000
@@ -79,7 +85,8 @@ class Database:
         lock_timeout_ms: int = 3_000,
         looks_up_only: bool = False,
     ) -> None:
-        """`looks_up_only`: whoever this is for reads and writes rows by their keys alone."""
+        """`looks_up_only`: whoever this is for reads and writes rows by their keys alone; others
+        say so for each use."""
         settings = {
             "statement_timeout": str(statement_timeout_ms),
             "idle_in_transaction_session_timeout": str(statement_timeout_ms),
@@ -100,28 +107,35 @@ class Database:
         self._is_pooler_told = False
         event.listen(self._engine, "connect", self._note_connected)
         _try_what_was_idle(self._engine)
-        self._transactions: Final = in_transactions(self._engine)
+        self._looks_up_only: Final = looks_up_only
+        self._transactions: Final = {
+            once: in_transactions(self._engine, plans_once=once) for once in (False, True)
+        }
         self._statements: Final = _one_by_one(self._engine)
 
     @contextmanager
-    def begin(self) -> Iterator[Connection]:
+    def begin(self, *, looks_up: bool = False) -> Iterator[Connection]:
         """A connection in a transaction: committed at the end, rolled back on an error.
+
+        `looks_up`: its statements read and write rows by their keys alone, and are planned once.
 
         Raises `Unavailable` when Postgres cannot be reached or cannot serve now. If that happens
         at the commit, it is unknown whether it took place; `claim`, `finish`, `insert_jobs` and
         `receive` may simply be repeated.
         """
-        with translated_errors(), self._transactions.begin() as connection:
+        transactions = self._transactions[looks_up or self._looks_up_only]
+        with translated_errors(), transactions.begin() as connection:
             yield connection
 
     @contextmanager
-    def autocommit(self) -> Iterator[Connection]:
+    def autocommit(self, *, looks_up: bool = False) -> Iterator[Connection]:
         """A connection on which every statement is a transaction of its own.
 
         For moves that are one statement: one round trip to Postgres where `begin` takes three.
-        Raises as `begin` does, and leaves the same unknown.
+        `looks_up` is as there. Raises as `begin` does, and leaves the same unknown.
         """
         with translated_errors(), self._statements.connect() as connection:
+            _plan(connection, looks_up or self._looks_up_only)
             yield connection
 
     def now(self) -> datetime:
@@ -152,6 +166,7 @@ class Database:
         self._engine.dispose()
 
     def _note_connected(self, link: Link, _: ConnectionPoolEntry) -> None:
+        link.plans_once = self._looks_up_only
         self._clock.set(link.found.server_time, link.found.asked_s)
         if link.is_shared and not self._is_pooler_told:
             self._is_pooler_told = True
@@ -199,12 +214,13 @@ def make_engine(address: Address, **given: Any) -> Engine:
     return engine
 
 
-def in_transactions(engine: Engine) -> Engine:
-    """The engine for blocks of statements that are one transaction."""
+def in_transactions(engine: Engine, *, plans_once: bool | None = None) -> Engine:
+    """The engine for blocks of statements that are one transaction; None: planned as it comes."""
     blocks = engine.execution_options()
 
     @event.listens_for(blocks, "begin")
     def begin(connection: Connection) -> None:
+        _plan(connection, plans_once)
         options = {"no_parameters": True}  # so that it may be two statements
         connection.exec_driver_sql(_link(connection).begin, execution_options=options)
 
@@ -227,6 +243,16 @@ def _one_by_one(engine: Engine) -> Engine:
         _link(connection).commit()
 
     return single
+
+
+def _plan(connection: Connection, once: bool | None) -> None:
+    """Have what follows planned once, or each time, unless it already is. To be said before a
+    transaction begins, for one that is rolled back would undo it. A pooler keeps no plans."""
+    link = _link(connection)
+    if once is None or link.is_shared or link.plans_once is once:
+        return
+    connection.exec_driver_sql(_PLAN, _PLANNED_ONCE if once else _PLANNED_EACH_TIME)
+    link.plans_once = once
 
 
 def _link(connection: Connection) -> Link:

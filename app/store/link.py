@@ -60,6 +60,7 @@ class Link(psycopg.Connection[tuple[Any, ...]]):
 
     found: Found
     begin: str = "BEGIN"
+    plans_once: bool = False  #: statements, as its last user wanted it
 
     @property
     def is_shared(self) -> bool:

@@ -186,11 +186,11 @@ _KEYS: Final = select(job_keys.c.id, job_keys.c.created_at, job_keys.c.replay_of
     job_keys.c.id == _IDS, job_keys.c.tenant == _TENANT
 )
 
-# Those that are open, each with the batch that it is in.
-_OPEN: Final = (
-    select(*_OF_OPEN, *_OF_BATCH)
-    .join_from(open_jobs, batches, batches.c.id == open_jobs.c.batch_id, isouter=True)
-    .where(open_jobs.c.id == _IDS)
+# The same, and of those that are open their rows, each with the batch that it is in.
+_KNOWN: Final = _KEYS.add_columns(*_OF_OPEN, *_OF_BATCH).select_from(
+    job_keys.join(open_jobs, open_jobs.c.id == job_keys.c.id, isouter=True).join(
+        batches, batches.c.id == open_jobs.c.batch_id, isouter=True
+    )
 )
 
 # Those that have ended, without their responses, each with the batch that it was in.
@@ -306,11 +306,12 @@ def _views(
     connection: Connection, query: Select[*tuple[Any, ...]], ids: list[UUID], tenant: str
 ) -> list[JobView | Unreadable]:
     """The jobs in the order of `ids`, as far as this tenant has them."""
-    keys = {row.id: row for row in connection.execute(_KEYS, {"ids": ids, "tenant": tenant})}
+    known = connection.execute(_KNOWN, {"ids": ids, "tenant": tenant}).all()
     # Open jobs before ended ones, and both before attempts: what has moved meanwhile is found where
     # it has come to, and a final job's attempts are then final too.
-    given = _places(keys.values())
-    rows = {row._mapping[open_jobs.c.id]: row for row in connection.execute(_OPEN, given)}
+    given = _places(known)
+    keys = {row._mapping[job_keys.c.id]: row for row in known}
+    rows = {id: row for id, row in keys.items() if row._mapping[open_jobs.c.id] is not None}
     open_ids = set(rows)
     if rest := [key for id, key in keys.items() if id not in rows]:
         for row in connection.execute(query, _places(rest)):
@@ -329,7 +330,7 @@ def _views(
 
 def _places(keys: Iterable[Row[*tuple[Any, ...]]]) -> dict[str, Any]:
     """Where the rows of these jobs are."""
-    ids = {key.id: key.created_at for key in keys}
+    ids = {key._mapping[job_keys.c.id]: key._mapping[job_keys.c.created_at] for key in keys}
     return {"ids": list(ids), "accepted": list(set(ids.values()))}
 
 
@@ -341,13 +342,13 @@ def _job(
     is_open: bool,
 ) -> JobView:
     """Raises `ValueError` for a word that is not known here, or JSON that cannot be held."""
-    known = {"finished_at": None} if is_open else {"id": key.id}
+    known = {"finished_at": None} if is_open else {"id": key._mapping[job_keys.c.id]}
     return _view(
         row,
         JobView,
         _OF_OPEN if is_open else _OF_ENDED,
         **known,
-        replay_of=key.replay_of,
+        replay_of=key._mapping[job_keys.c.replay_of],
         attempts=tuple(_view(attempt, AttemptView, _OF_ATTEMPT) for attempt in tried),
         result=None if is_open else _view(row, ResultView, _OF_RESULT),
         batch=_view(row, BatchView, _OF_BATCH) if row._mapping[batches.c.id] else None,

@@ -6,15 +6,17 @@ room and, since memory once ran out, as far as is known to fit (`ceilings`).
 
 A batch is claimed, and goes in when there is room. While an engine runs that nobody can join, the
 next full batch is claimed already and lies ready in the engine process, so that the device waits
-for nobody. That batch has no part in what becomes of the one that runs. Whoever comes later waits
-for it, however urgent, so it is claimed early only where batches are over soon.
+for nobody. For an engine that is joined some more are claimed than it has room for, so that a row
+that becomes free waits for nobody, and one claim is for many. What is claimed early has no part in
+what becomes of those that run. Whoever comes later waits for it, however urgent, so it is claimed
+early only where it begins soon.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 from uuid import UUID
 
@@ -28,6 +30,8 @@ log = logging.getLogger(__name__)
 
 SOON_NS: Final = 2_000_000_000
 """What longer batches lose to Postgres between them is next to nothing."""
+AHEAD: Final = 8
+"""One part in so many of an engine's rows may be claimed before there is room."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +72,11 @@ class Dispatcher:
     def runs_apart(self) -> bool:
         return self._runs_apart
 
+    @property
+    def has_claimed(self) -> bool:
+        """Whether claimed jobs wait for room."""
+        return any(self._claimed.values())
+
     def add(self, job: Job) -> None:
         if job.is_suspect:
             self._suspects.add(job)
@@ -98,9 +107,7 @@ class Dispatcher:
         it says so."""
         if self._suspects:
             return None if _is_busy(rooms) else self._close_suspects(rooms, now_ns)
-        for model, capacity in self._capacities(rooms).items():
-            if self._claimed.get(model):
-                continue
+        for model, capacity in self._claimable(rooms).items():
             if closed := self._batcher.close(model, capacity, now_ns):
                 jobs = [self._waiting.pop(member.job_id) for member in closed.members]
                 batch = Batch(new_id(), model, closed.reason, closed.wait_ns)
@@ -154,7 +161,25 @@ class Dispatcher:
 
     def next_close_ns(self, rooms: Mapping[str, Room]) -> int | None:
         """When the first batch closes by waiting, or None if none does."""
-        return self._batcher.next_close_ns(self._capacities(rooms))
+        return self._batcher.next_close_ns(self._claimable(rooms))
+
+    def _claimable(self, rooms: Mapping[str, Room]) -> dict[str, Capacity]:
+        """What each model's engine would take now, and in a moment if it is joined; without models
+        of which something is claimed already."""
+        open_rooms = {
+            model: self._with_ahead(model, room)
+            for model, room in rooms.items()
+            if not self._claimed.get(model)
+        }
+        return self._capacities(open_rooms)
+
+    def _with_ahead(self, model: str, room: Room) -> Room:
+        """The last one of those that are claimed ahead begins when so many others have ended."""
+        ahead = max(1, room.most // AHEAD)
+        begins_ns = self._lasted_ns.get(model, SOON_NS * room.most) * ahead / room.most
+        if not (room.joins and room.inside and begins_ns < SOON_NS):
+            return room
+        return replace(room, rows=room.rows + ahead)
 
     def _capacities(self, rooms: Mapping[str, Room]) -> dict[str, Capacity]:
         """What each model's engine would take now, or when it is free again; models that are to

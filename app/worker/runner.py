@@ -42,6 +42,9 @@ log = logging.getLogger(__name__)
 IDLE_WAIT_S: Final = 1.0
 LEAST_WAIT_S: Final = 0.001
 RETRY_S: Final = 0.5
+GATHER_NS: Final = 100_000_000
+"""While claimed jobs wait for room, ends are written together, no more often than this: what a
+commit computes is taken from the engine, where both run on the same cores."""
 
 
 class Runner:
@@ -74,6 +77,7 @@ class Runner:
         self._drain: Drain | None = None
         self._fatal: GristmillError | None = None
         self._paused_until_ns = 0
+        self._committed_ns = 0  #: when ends were written last
 
     @property
     def ready(self) -> threading.Event:
@@ -112,10 +116,12 @@ class Runner:
             raise self._fatal
         self._executor.hear(self._over)
         self._watch_limits()
+        self._hand_over()  # what is claimed already: the device does not wait for Postgres
         self._with_database(self._release)
         self._with_database(self._register)
-        self._with_database(self._commit)
         self._with_database(self._admit)
+        if self._ends_due_ns <= self.turned_ns:
+            self._with_database(self._commit)
 
     def stop(self) -> None:
         """No turn follows: whatever is still claimed goes back, uncharged."""
@@ -139,11 +145,14 @@ class Runner:
         closes_ns = self._dispatcher.next_close_ns(rooms)
         if self._paused_until_ns > now_ns:
             return (self._paused_until_ns - now_ns) / 1e9
-        if self._over or self._doomed or self._leaving:
+        if self._doomed or self._leaving:
             return LEAST_WAIT_S
+        due_ns = [self._ends_due_ns] if self._over else []
         if closes_ns is not None and closes_ns > self.turned_ns:
-            return min(IDLE_WAIT_S, max(LEAST_WAIT_S, (closes_ns - now_ns) / 1e9))
-        return IDLE_WAIT_S  # what was due in this turn has no room until the engine says more
+            due_ns.append(closes_ns)
+        # What was due in this turn has no room until the engine says more.
+        wait_s = (min(due_ns) - now_ns) / 1e9 if due_ns else IDLE_WAIT_S
+        return min(IDLE_WAIT_S, max(LEAST_WAIT_S, wait_s))
 
     def _with_database(self, step: Callable[[], None]) -> None:
         """Run a step, or leave it for later while Postgres is away."""
@@ -287,10 +296,17 @@ class Runner:
             is_committed = self._ledger.fail(self._doomed[0])
             tell_doomed(self._doomed.pop(0), is_committed=is_committed)
 
+    @property
+    def _ends_due_ns(self) -> int:
+        """When what has ended is to be written: at once, unless the engine is full."""
+        is_full = self._dispatcher.has_claimed and self._drain is None
+        return self._committed_ns + GATHER_NS if is_full else 0
+
     def _commit(self) -> None:
         """Write what ended, in one transaction, and only then tell Celery."""
         if not self._over:
             return
+        self._committed_ns = self._now_ns()
         committed = self._ledger.commit(self._over)
         for job in self._over:
             tell_ended(job, is_committed=job.claimed_run.attempt_id in committed)

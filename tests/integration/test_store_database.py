@@ -7,7 +7,7 @@ from datetime import timedelta
 from uuid import uuid4
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import Connection, text
 
 from app.errors import ConfigError, GristmillError, SchemaError, Unavailable
 from app.local.ports import free_port
@@ -64,6 +64,33 @@ def test_a_transaction_after_autocommit_is_one_again(database_url: str) -> None:
             write_and_fail(database)
         with database.autocommit() as connection:
             assert connection.scalar(text("SELECT count(*) FROM jobs")) == 0
+
+
+def test_look_ups_are_planned_once_and_other_statements_of_the_same_connection_each_time(
+    database_url: str,
+) -> None:
+    each_time, once = ("force_custom_plan", "on"), ("force_generic_plan", "off")
+
+    def how(connection: Connection) -> tuple[str, ...]:
+        names = ("plan_cache_mode", "enable_seqscan")
+        return tuple(connection.scalar(text(f"SHOW {name}")) or "" for name in names)
+
+    def fail(database: Database) -> None:
+        with database.begin(looks_up=True):
+            raise ZeroDivisionError
+
+    with closing(Database(database_url, pool_size=1)) as database:
+        for _ in range(2):
+            with database.autocommit(looks_up=True) as connection:
+                assert how(connection) == once
+            with database.begin() as connection:
+                assert how(connection) == each_time
+            with pytest.raises(ZeroDivisionError):
+                fail(database)
+            with database.begin(looks_up=True) as connection:
+                assert how(connection) == once
+            with database.autocommit() as connection:
+                assert how(connection) == each_time
 
 
 def test_a_connection_that_died_while_idle_is_replaced_unnoticed(

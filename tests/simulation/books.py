@@ -135,7 +135,7 @@ def _check_engines(
         totals = host.hours.read()
         gave, told = totals.busy + totals.waste, spent[worker_id]
         if worker_id not in living:  # nothing follows in which it could be counted
-            gave += host.hours.owed_ns
+            gave += host.owed_ns
         expect(
             told == gave if worker_id in living else told <= gave,
             f"I5: an engine gave {gave} ns, the attempts say {told}",

@@ -353,6 +353,11 @@ class SimulatedHost(EngineHost):
         super().kill()
 
     @property
+    def owed_ns(self) -> int:
+        """What the last process gave and has not paid, though it is dead with its worker."""
+        return self.hours.owed_ns if self._progress is None else shown(self._progress).owed
+
+    @property
     def num_runs(self) -> int:
         """Batches that an engine began."""
         return len(self.began)

@@ -1,9 +1,12 @@
-"""The next batch of an engine that nobody can join is claimed while one runs, and no more."""
+"""The next batch of an engine that nobody can join is claimed while one runs, and no more; of one
+that is joined a few jobs more than it has room for."""
 
 from __future__ import annotations
 
+import datetime as dt
 import logging
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Final
 from uuid import UUID
 
@@ -12,6 +15,7 @@ import pytest
 from app.broker.queues import queue_name
 from app.jobs import JobState
 from app.worker.engine.wire import Admit
+from app.worker.runner import GATHER_NS
 from tests.memory_store import Row
 from tests.simulation.engine import MAX_ROWS, STEP_NS
 from tests.simulation.producers import MAX_JOBS
@@ -19,6 +23,7 @@ from tests.simulation.prompts import PROMPTS
 from tests.simulation.world import World
 
 STATIC: Final = 1  #: a way to submit: row and message, to the model whose engine nobody joins
+JOINED: Final = 7  #: the same, to the model whose engine takes more between its steps
 
 
 @pytest.fixture(autouse=True)
@@ -32,22 +37,28 @@ def _quiet() -> Iterator[None]:
 class Ahead:
     """One worker with a batch that runs and the next one claimed."""
 
-    def __init__(self, *runs: str, next_: tuple[str, ...] = ("good 2",) * MAX_ROWS, times: int = 0):
-        self.world = World()
+    def __init__(
+        self,
+        *runs: str,
+        next_: tuple[str, ...] = ("good 2",) * MAX_ROWS,
+        times: int = 0,
+        way: int = STATIC,
+    ):
+        self.world, self.way = World(), way
         self.world.workers[1].die(given_back=False)
         self.worker = self.world.workers[0]
         self._submit(("good 1",) * MAX_ROWS)  # so that it is known how long batches take
-        self._go_until(lambda: self.worker.host.num_runs == 1)
+        self._go_until(lambda: self.worker.host.num_runs > 0)
         self.running = self._submit(runs or ("good 9",) * MAX_ROWS)
         self.next = self._submit(next_, times)
         self._go_until(lambda: self._are(self.next, JobState.RUNNING))
         assert self._are(self.running, JobState.RUNNING)
-        assert self.worker.host.num_runs == 2
+        assert way == JOINED or self.worker.host.num_runs == 2
 
     def _submit(self, prompts: tuple[str, ...], times: int = 0) -> list[UUID]:
         before = set(self.world.expected)
         for prompt in prompts:
-            self.world.submit(PROMPTS.index(prompt), STATIC, times)
+            self.world.submit(PROMPTS.index(prompt), self.way, times)
         return [job_id for job_id in self.world.expected if job_id not in before]
 
     def _go_until(self, is_so: Callable[[], bool]) -> None:
@@ -233,3 +244,45 @@ def test_what_batches_took_is_known_to_a_batcher_that_asks() -> None:
         for jobs in (ahead.running, ahead.next)
     ]
     assert noted == [("static", MAX_ROWS, each) for each in device_ns]
+
+
+def test_a_job_claimed_before_there_is_room_begins_though_postgres_is_away() -> None:
+    # given an engine that is joined, full and asked for more
+    ahead = Ahead("good 9", *("good 60",) * (MAX_ROWS - 1), next_=("good 3",), way=JOINED)
+    more = ahead._submit(("good 2",) * 2)
+    ahead.world.go(1, 0)
+    assert ahead._are(more, JobState.QUEUED)
+
+    # when a row becomes free and nothing can be claimed
+    ahead.world.postgres_away(90)
+    ahead._go_until(lambda: ahead.worker.runner._jobs[ahead.next[0]].claimed_run.is_over)
+
+    # then it was not idle
+    assert ahead._are(ahead.running + ahead.next, JobState.RUNNING)
+    ahead.world.heal()
+    assert ahead._are(ahead.running + ahead.next + more, JobState.COMPLETED)
+
+
+def test_while_claimed_jobs_wait_for_room_ends_are_written_together() -> None:
+    ahead = Ahead("good 2", *("good 9",) * (MAX_ROWS - 1), next_=("good 2",), way=JOINED)
+    behind = ahead._submit(("good 1", "good 2", "good 4") * 4)
+
+    ahead.until(behind, JobState.COMPLETED)
+
+    results = ahead.results(behind)
+    is_full_until = max(each["started_at"] for each in results)
+    ends = sorted({each["finished_at"] for each in results if each["finished_at"] < is_full_until})
+    pauses = [(b - a).total_seconds() for a, b in pairwise(ends)]
+    assert len(pauses) > 1
+    assert min(pauses) >= GATHER_NS / 1e9 > STEP_NS / 1e9
+    ahead.world.heal()
+
+
+def test_where_no_job_waits_for_room_each_end_is_written_at_once() -> None:
+    ahead = Ahead("good 2", "good 3", "good 9", way=JOINED, next_=("good 2",))
+
+    ahead.world.heal()
+
+    for result in ahead.results(ahead.running):
+        ended = result["started_at"] + dt.timedelta(milliseconds=result["inference_ms"])
+        assert result["finished_at"] - ended < dt.timedelta(microseconds=STEP_NS / 1_000)
