@@ -104,32 +104,27 @@ def _life(job: JobView, met: Surroundings) -> Life:
 
 
 def _try(attempt: AttemptView, job: JobView) -> Try:
-    result = job.result
-    if result is None or result.attempt_id != attempt.id:
-        return Try(
-            number=attempt.number,
-            claimed_at=attempt.claimed_at,
-            ended_at=attempt.ended_at,
-            started_at=attempt.started_at,
-            device_ns=attempt.device_ns or 0,
-            wasted_ns=attempt.wasted_ns or 0,
-            energy_nj=attempt.energy_nj,
-            wasted_nj=attempt.wasted_nj,
-        )
-    return Try(
+    tried = Try(
         number=attempt.number,
         claimed_at=attempt.claimed_at,
         ended_at=attempt.ended_at,
-        started_at=result.started_at,
-        first_token_at=result.first_token_at,
-        last_token_at=_later(result.started_at, result.inference_ms),
+        started_at=attempt.started_at,
         device_ns=attempt.device_ns or 0,
         wasted_ns=attempt.wasted_ns or 0,
         energy_nj=attempt.energy_nj,
         wasted_nj=attempt.wasted_nj,
+    )
+    result = job.result
+    if result is None or result.attempt_id != attempt.id:
+        return tried
+    return replace(
+        tried,
+        started_at=result.started_at,
+        first_token_at=result.first_token_at,
+        last_token_at=_later(result.started_at, result.inference_ms),
         prefill_ns=result.prefill_ns,
-        cost_nano=_device_cost(result),
         recomputed_ns=result.recomputed_ns or 0,
+        cost_nano=_device_cost(result),
     )
 
 
@@ -178,6 +173,8 @@ def _notes(job: JobView, parts: list[Span]) -> Iterator[str]:
         yield "A clock was set while it was there: some times are cut to what is certain."
     if job.cancel_requested_at is not None:
         yield f"It was to be cancelled while it ran: {job.cancel_requested_at:%H:%M:%S.%f} UTC."
+    if job.deadline is not None and not job.state.is_final:
+        yield f"It expires if it has not ended by {job.deadline:%Y-%m-%d %H:%M:%S} UTC."
     if job.purged_at is not None:
         yield "What it asked and answered was removed; what it took is kept."
     result = job.result
@@ -188,7 +185,7 @@ def _notes(job: JobView, parts: list[Span]) -> Iterator[str]:
     if result.preemptions:
         yield (
             f"It gave way to others in the engine: {result.preemptions} times, for "
-            f"{result.preempted_ms:,.3f} ms."
+            f"{result.preempted_ms or 0:,.3f} ms."
         )
 
 

@@ -83,7 +83,10 @@ def test_an_open_job_says_what_it_waits_for_and_for_how_long(database: Database)
     worker = Worker.registered(database)
     assert explain(database, unsent).awaits == "sending"
     assert explain(database, sent).awaits == "worker"
-    rewrite(database, "not_before = now() + interval '1 hour'", unsent)
+    rewrite(database, "not_before = now() + interval '1 hour', deadline = '2100-01-01Z'", unsent)
+    assert explain(database, unsent).notes == [
+        "It expires if it has not ended by 2100-01-01 00:00:00 UTC."
+    ]
     assert (explain(database, unsent).awaits, phases(explain(database, unsent))) == (
         "time",
         [Phase.SCHEDULED],
@@ -263,6 +266,7 @@ def test_results_that_were_written_by_hand_add_up_as_well(database: Database) ->
     for assignment in (
         "inference_ms = 1e300",
         "inference_ms = 'NaN', preempted_ms = 'Infinity', preemptions = 1",
+        "preempted_ms = NULL",
         "first_token_at = started_at - interval '1 day', queued_at = '0001-01-02Z'",
         "finished_at = created_at - interval '1 hour', total_ms = 0",
     ):
