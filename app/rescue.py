@@ -266,6 +266,7 @@ class Rescue:
         steps: tuple[tuple[Callable[..., int], float, str], ...] = (
             (retention.remove_requests, kept.prompts_days, "Removed requests of old jobs."),
             (retention.redact_responses, kept.results_days, "Removed responses of old jobs."),
+            (retention.delete_windows, kept.jobs_days, "Deleted windows of long ago."),
             (retention.delete_jobs, kept.jobs_days, "Deleted old jobs."),
             (retention.delete_batches, kept.jobs_days, "Deleted batches of old jobs."),
         )

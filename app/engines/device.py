@@ -13,6 +13,7 @@ from typing import Final
 
 import torch
 
+from app.engines.hardware import processor
 from app.errors import ConfigError
 
 
@@ -66,17 +67,8 @@ def machine() -> str:
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     else:
-        device = f"{_processor()}, {given_cores()} cores"
+        device = f"{processor()}, {given_cores()} cores"
     return f"{device}; torch {torch.__version__}; Python {platform.python_version()}"
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def use_threads(threads: int) -> None:

@@ -13,6 +13,9 @@ from sqlalchemy import Connection, TextClause, text
 
 from app.store.tables import DEFAULT_TENANT
 
+BEFORE_S: Final = 3_600
+"""Windows are deleted so much sooner than jobs."""
+
 # Remove the requests of jobs that ended long ago. Open jobs need theirs.
 _REMOVE_REQUESTS: Final = text("""
     WITH due AS MATERIALIZED (
@@ -77,6 +80,20 @@ _DELETE_BATCHES: Final = text("""
 """)
 
 
+# Delete windows that were closed long ago: each a little before the attempts that were settled in
+# it, so that the audit never misses what it sums.
+_DELETE_WINDOWS: Final = text(f"""
+    WITH due AS MATERIALIZED (
+        SELECT worker_id, number FROM windows
+        WHERE until_at < now() - greatest(0, :keep_s - {BEFORE_S}) * interval '1 s'
+        ORDER BY until_at, number LIMIT :page
+        FOR UPDATE SKIP LOCKED
+    )
+    DELETE FROM windows USING due
+    WHERE windows.worker_id = due.worker_id AND windows.number = due.number
+""")
+
+
 def remove_requests(
     connection: Connection, keep_s: float, page: int, *, tenant: str = DEFAULT_TENANT
 ) -> int:
@@ -105,6 +122,11 @@ def delete_jobs(
 def delete_batches(connection: Connection, keep_s: float, page: int) -> int:
     """Delete batches whose statistics have been final for `keep_s`; how many."""
     return _done(connection, _DELETE_BATCHES, keep_s=keep_s, page=page)
+
+
+def delete_windows(connection: Connection, keep_s: float, page: int) -> int:
+    """Delete windows of workers that were closed `keep_s` ago, less an hour; how many."""
+    return _done(connection, _DELETE_WINDOWS, keep_s=keep_s, page=page)
 
 
 def _done(connection: Connection, statement: TextClause, **given: object) -> int:

@@ -77,7 +77,7 @@ class Assembly:
             raise EngineError(f"The models were not loaded within {self.load_timeout_s:.0f} s.")
         if self.runner.failure is not None:
             raise self.runner.failure
-        self.lease.start(self.runner.facts()["kernels"])
+        self.lease.start(self.runner.facts())
         self.watchdog.start()
         if self.xid_watch is not None:
             self.xid_watch.start()
@@ -264,5 +264,8 @@ def _this_worker(worker_id: UUID, settings: Settings, price_id: str | None) -> N
         price_id=price_id,
         currency=price.currency if price else None,
         price_per_device_hour=price.per_device_hour if price else None,
-        engine={"python": platform.python_version()},
+        engine={
+            "python": platform.python_version(),
+            "engines": {name: settings.models[name].engine for name in served_models(settings)},
+        },
     )

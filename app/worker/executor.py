@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Final
 
+from app.engines.hardware import Hardware
 from app.errors import EngineError, OutOfMemory
 from app.worker.dispatcher import Dispatcher, Room
 from app.worker.engine.host import EngineHost
@@ -39,6 +40,7 @@ class Executor:
         self._running = Running()
         self._deaths = 0  #: of engine processes since the last answer
         self._starts_again = True
+        self.hardware = Hardware()  #: that the engines run on, once they are loaded
         self._kernels: dict[str, str] = {}  #: what computes, by model
 
     @property
@@ -55,6 +57,9 @@ class Executor:
             "ready": self._host.ready,
             "slow": self._host.is_slow,
             "kernels": self._kernels,
+            "device": self.hardware.name,
+            "device_index": self.hardware.index,
+            "versions": self.hardware.versions,
         }
 
     def rooms(self) -> dict[str, Room]:
@@ -128,7 +133,8 @@ class Executor:
         self._host.flush()
         for event in self._host.events():
             match event:
-                case Ready(engines=engines, load_ns=load_ns):
+                case Ready(engines=engines, load_ns=load_ns, hardware=hardware):
+                    self.hardware = hardware
                     self._kernels = {name: engine.kernels for name, engine in engines.items()}
                     which = "; ".join(f"{name}: {each}" for name, each in self._kernels.items())
                     log.info("The models were loaded in %.1f s (%s).", load_ns / 1e9, which)

@@ -10,9 +10,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Final
+from typing import Any, Final
 from uuid import UUID
 
 from app.errors import LeaseLost, Unavailable
@@ -61,10 +61,16 @@ class LeaseKeeper:
             Background("cancels", self._listen, self._stopping),
         ]
 
-    def start(self, kernels: object = None) -> None:
-        """Register the worker and what computes in it; raises `Unavailable`, and `SchemaError`."""
-        engine = {**self._worker.engine, "kernels": kernels}
-        self._worker = replace(self._worker, engine=engine)
+    def start(self, facts: Mapping[str, Any]) -> None:
+        """Register the worker and what computes in it, as its runner tells when the models are
+        loaded; raises `Unavailable`, and `SchemaError`."""
+        told = {name: facts[name] for name in ("kernels", "versions")}
+        self._worker = replace(
+            self._worker,
+            engine=self._worker.engine | told,
+            device=facts["device"],
+            device_index=facts["device_index"],
+        )
         self.register()
         for thread in self._threads:
             thread.start()

@@ -54,6 +54,7 @@ class Evidence:
     batches: Rows = ()
     workers: Rows = ()
     transitions: Rows = ()
+    audit: Rows = ()  #: rows that break a rule of the audit
     texts: Mapping[str, str] = field(default_factory=dict)  #: where no prompt may be, by place
     canary: str = ""
     recovery: Recovery | None = None
@@ -274,6 +275,7 @@ def no_cross_talk(evidence: Evidence) -> list[Violation]:
 
 def books_balance(evidence: Evidence) -> list[Violation]:
     texts = [*_wrong_bills(evidence), *_wrong_batches(evidence), *_too_busy(evidence)]
+    texts += ["{row} breaks {rule} by {difference}.".format_map(row) for row in evidence.audit]
     return [Violation("I5", text) for text in texts]
 
 

@@ -14,7 +14,8 @@ import redis
 from psycopg.rows import dict_row
 
 from app.local.servers import EmbeddedPostgres, EmbeddedRedis
-from app.store.database import migrate
+from app.store.audit import audit
+from app.store.database import Database, migrate
 
 # Notes every change of a job's state in a table that the product does not know.
 _WATCH: Final = """
@@ -122,7 +123,20 @@ class Servers:
             " ORDER BY number",
         }
         found = {name: self._json(query, since) for name, query in tables.items()}
-        return found | {"workers": self._json("SELECT * FROM workers")}
+        return found | {"workers": self._json("SELECT * FROM workers"), "audit": self._audit()}
+
+    def _audit(self) -> list[dict[str, Any]]:
+        """What the audit of all there is has to say."""
+        with (
+            contextlib.closing(Database(self.postgres.url)) as database,
+            database.begin() as connection,
+        ):
+            found = audit(connection, None, None)
+        return [
+            {"rule": each.rule.name, "row": row, "difference": difference}
+            for each in found.differences
+            for row, difference in each.rows
+        ]
 
     def _json(self, query: str, *values: Any) -> list[dict[str, Any]]:
         """Rows as JSON has them, so that what is checked is what a file would hold."""

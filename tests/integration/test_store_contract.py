@@ -378,6 +378,7 @@ class Moves:
             lambda connection, _: retention.redact_responses(connection, 2_500.0, PAGE),
             lambda connection, _: retention.delete_jobs(connection, 5_500.0, PAGE),
             lambda connection, _: retention.delete_batches(connection, 5_500.0, PAGE),
+            lambda connection, _: retention.delete_windows(connection, 6_100.0, PAGE),
         ]
         return self.chance.choice(looks)
 

@@ -18,6 +18,7 @@ from celery import Celery
 from app.broker.message import Message
 from app.broker.publisher import Publisher
 from app.config.settings import Settings
+from app.engines.hardware import processor
 from app.rescue import Rescue
 from app.store.cancellation import cancel
 from app.store.database import Database
@@ -281,6 +282,8 @@ def test_sigterm_finishes_what_runs_acks_it_and_gives_back_the_rest(
     [gone] = rows(config, "SELECT * FROM workers")
     assert gone["stopped_at"] is not None
     assert set(gone["engine"]["kernels"].values()) == {"none"}  # of stub engines
+    assert set(gone["engine"]["engines"].values()) == {"stub"}
+    assert (gone["device"], gone["device_index"]) == (processor(), None)
 
 
 def test_sigterm_gives_back_uncharged_what_outlasts_the_grace_period(

@@ -64,6 +64,16 @@ def _delete_jobs(self: MemoryConnection, given: Params) -> Answer:
     return Answer([], rowcount=len(old))
 
 
+@statement(retention._DELETE_WINDOWS)
+def _delete_windows(self: MemoryConnection, given: Params) -> Answer:
+    until = self.now - timedelta(seconds=max(0, given["keep_s"] - retention.BEFORE_S))
+    old = [(key, each) for key, each in self.windows.items() if each["until_at"] < until]
+    old = sorted(old, key=lambda each: (each[1]["until_at"], each[1]["number"]))[: given["page"]]
+    for key, _ in old:
+        self.delete("windows", key)
+    return Answer([], rowcount=len(old))
+
+
 @statement(retention._DELETE_BATCHES)
 def _delete_batches(self: MemoryConnection, given: Params) -> Answer:
     until = self.now - timedelta(seconds=given["keep_s"])

@@ -184,6 +184,11 @@ BAD = [
     ("I5", "a wrong price", changed("results", cost=Decimal("0.000000012"))),
     ("I5", "a worker busy for longer than it was up", changed("batches", device_ns=10**12)),
     ("I5", "a charge without an attempt", changed("results", attempt_id=None)),
+    (
+        "I5",
+        "a row that the audit names",
+        with_(audit=[{"rule": "billed", "row": "window 1", "difference": 1}]),
+    ),
     ("I5", "a negative duration", changed("results", total_ms=-0.1)),
     ("I6", "an innocent that failed for a crash", changed("results", error_code="engine_crash")),
     ("I6", "an innocent that was charged", changed("attempts", error_code="engine_crash")),

@@ -24,6 +24,7 @@ from typing import Final
 
 from app.engines import builds, registry
 from app.engines.base import Engine, StepStats
+from app.engines.hardware import hardware
 from app.errors import ConfigError, GristmillError, OutOfMemory
 from app.threads import Background, place_of
 from app.worker.engine.page import PAGE_BYTES, PROGRESS, Phase, shown
@@ -106,7 +107,7 @@ class EngineProcess:
         self._waiting = {name: deque() for name in self._engines}
         self._steps = self._slowest_ns = 0
         self._turn(Phase.STEP)
-        self._parent.send(Ready(facts, time.monotonic_ns() - began))
+        self._parent.send(Ready(facts, time.monotonic_ns() - began, hardware(command.device)))
         self.is_ready = True
 
     def _listen(self) -> None:

@@ -6,11 +6,12 @@ reach the socket.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from app.config.settings import ModelSettings
 from app.engines.base import Generation, Sequence, StepStats
+from app.engines.hardware import Hardware
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,7 @@ class EngineFacts:
 class Ready:
     engines: dict[str, EngineFacts]
     load_ns: int
+    hardware: Hardware = field(default_factory=Hardware)
 
 
 @dataclass(frozen=True, slots=True)
