@@ -73,8 +73,20 @@ class Mill:
         self._workers.append(worker.start())
 
     def kill_worker(self) -> None:
-        """With its engine process and all that both know."""
-        self._workers[-1].kill()
+        """With its engine process and all that both know, which is something."""
+        worker = self._workers[-1]
+        running = f"""SELECT count(*) FROM open_jobs JOIN workers ON workers.id = worker_id
+            WHERE state = 'running' AND pid = {worker.pid}"""
+
+        def is_stopped_at_work() -> bool:
+            worker.send_signal(signal.SIGSTOP)
+            if self.count(running):
+                return True
+            worker.send_signal(signal.SIGCONT)
+            return False
+
+        eventually(is_stopped_at_work)
+        worker.kill()
 
     def drain_worker(self) -> None:
         """Its time is too short for what it runs, which is given back."""
