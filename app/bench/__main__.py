@@ -16,6 +16,7 @@ BENCHES: Final = (
     "pipeline",
     "jobs",
     "latency",
+    "policy",
     "outside",
     "overload",
     "retention",

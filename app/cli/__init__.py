@@ -25,6 +25,7 @@ from app.cli import (
     results,
     settings,
     submit,
+    tune,
     usage,
     verify,
 )
@@ -90,5 +91,6 @@ for command in (
     *settings.COMMANDS,
     *verify.COMMANDS,
     *compare.COMMANDS,
+    tune.tune,
 ):
     cli.add_command(command)

@@ -56,6 +56,8 @@ class EngineSpec:
     engine would refuse the model. Reads no weights."""
     searches: bool = False
     """Whether it finds answers with beams (`num_beams`), too."""
+    joins: Callable[[ModelSettings], bool] = lambda _: False
+    """Whether it takes sequences between its steps, as far as can be said before it is loaded."""
     chooses_python: bool = False
     """Whether the engine process runs in the interpreter that the option `python` names."""
 
@@ -67,6 +69,7 @@ STUB: Final = EngineSpec(
     searches=True,  # its answers are the same either way
     card="app.engines.checkpoint.card:stub_card",
     scores_prompts=True,
+    joins=lambda settings: bool(settings.options.get("joins", False)),
 )
 GENERATE: Final = EngineSpec(
     "app.engines.generate.engine:GenerateEngine",
@@ -78,6 +81,7 @@ INFLIGHT: Final = EngineSpec(
     "app.engines.inflight:InflightEngine",
     kinds=frozenset({Kind.GENERATE}),
     fits="app.engines.inflight.loading:decoder_fits",
+    joins=lambda _: True,
     scores_prompts=True,
 )
 ENCODER: Final = EngineSpec(
@@ -91,6 +95,7 @@ VLLM: Final = EngineSpec(
     kinds=frozenset({Kind.GENERATE}),
     files=lambda _: Files.ANY_MODEL,
     check="app.engines.vllm.options:check",
+    joins=lambda _: True,
     takes_adapters=True,
     scores_prompts=True,
     chooses_python=True,
@@ -101,4 +106,5 @@ OPENAI: Final = EngineSpec(
     files=lambda settings: Files.NONE if settings.source == "upstream" else Files.TOKENIZER,
     tokenizer="app.engines.openai.tokenizer:load",
     check="app.engines.openai.options:check",
+    joins=lambda _: True,
 )

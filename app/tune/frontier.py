@@ -95,8 +95,9 @@ class Bench:
         unit_ms = self._cost.of(1) / 1e6
         waits = sorted({round(share * unit_ms, 3) for share in WAITS} | {current.max_wait_ms})
         for wait_cost in (None, *WAIT_COSTS):
+            some = sizes if wait_cost is None else [s for s in sizes if 2 * s >= max(sizes)]
             for wait_ms in waits:
-                self._sizes(sizes, wait_ms, wait_cost)
+                self._sizes(some, wait_ms, wait_cost)
         for _ in range(ROUNDS):
             for policy in Policy:
                 self._refine(policy)
@@ -107,8 +108,6 @@ class Bench:
         for size in sorted(sizes, reverse=True):
             if largest is None or size < largest:
                 largest = self.point(Setting(size, wait_ms, wait_cost)).largest
-            if wait_cost is not None:
-                break  # it finds the size by itself
 
     def _refine(self, policy: Policy) -> None:
         """Between the waits of the frontier and their neighbours."""

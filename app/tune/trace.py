@@ -13,7 +13,7 @@ import math
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -40,6 +40,16 @@ def checked(trace: Sequence[Arrival], name: str) -> Sequence[Arrival]:
     if len(trace) == 1:
         raise TraceError(f"{name} holds one job: there is no company to wait for, and no rate.")
     return trace
+
+
+def arrival(at_s: float, rows: int, input_tokens: int, output_tokens: int) -> Arrival:
+    """A recorded job: its tokens are those of all its sequences."""
+    return Arrival(round(at_s * 1e9), rows, input_tokens // rows, output_tokens // rows)
+
+
+def from_zero(trace: Sequence[Arrival]) -> list[Arrival]:
+    """The same, from the first arrival on."""
+    return [replace(job, at_ns=job.at_ns - trace[0].at_ns) for job in trace]
 
 
 def read(file: Path) -> list[Arrival]:
