@@ -31,13 +31,12 @@ from app.jobs import JobState
 from app.local.supervisor import System
 from app.store import traffic
 from app.store.database import Database
-from app.tune.frontier import SHARE, Bench, Point, Ratio, Setting, ratios
+from app.tune.frontier import SHARE, Bench, Point, Ratio, Setting, ratios, total_ratio
 from app.tune.replay import Arrival
+from app.tune.report import SHARES, WAIT_COSTS
 from app.tune.trace import from_zero, synthetic
 from app.worker.policy import StepCost
 
-SHARES: Final = (1.02, 1.05, 1.1, 1.2, 1.5, 2.0)
-"""p95s at which the policies are compared, in units of the tightest that a fixed wait keeps."""
 SIZES: Final = (16, 24, 32, 40, 48, 64)
 MOST_TOKENS: Final = 1_000_000
 BODY: Final = {"prompt": "x", "max_tokens": 1}
@@ -76,11 +75,15 @@ def main(arguments: Seq[str]) -> None:
     cost = StepCost(options.fixed_ms * 1e6, options.row_ms * 1e6)
     bench = Bench(trace, cost, MOST_TOKENS)
     bench.search(SIZES, Setting(max(SIZES), options.fixed_ms))
-    found = ratios(list(bench.points.values()), SHARES)
+    points = list(bench.points.values())
+    found = ratios(points, SHARES)
     print(f"{machine()}\n{options.traffic}, {options.jobs} jobs, simulated:\n", flush=True)
     _print_ratios(found)
+    priced = {f"{each:g}": round(total_ratio(points, each), 3) for each in WAIT_COSTS}
+    print(f"\nwith every second of waiting priced in device seconds: {priced}")
     told: dict[str, Any] = {
-        "simulated": {f"{each.p95_ms:.0f}": round(each.device, 3) for each in found}
+        "simulated": {f"{each.p95_ms:.0f}": round(each.device, 3) for each in found},
+        "with_waiting": priced,
     }
     if options.rounds:
         at = found[min(options.at, len(found) - 1)]

@@ -391,6 +391,10 @@ def query(run_sql: Query) -> Query:
     return lambda name: run_sql(EXAMPLES[name][1])
 
 
+def test_settings_are_recommended_for_traffic_that_is_made_up(terminal: Terminal) -> None:
+    assert "recommended" in terminal.run("tune")
+
+
 def test_the_tables_tell_of_results_cost_batches_and_what_waits(
     query: Query, terminal: Terminal, ended: Ended, system: System, job_id: str
 ) -> None:
