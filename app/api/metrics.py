@@ -8,18 +8,25 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from datetime import datetime
+from itertools import groupby
+from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from app.api.waiting import Waiters
+from app.books.usage import Usage, hour_of
 from app.broker.publisher import Publisher
 from app.errors import GristmillError
 from app.intake.outlook import Asked, Outlook
 from app.intake.sender import Sender
-from app.store import reads
+from app.jobs import FINAL_STATES
+from app.store import reads, usage
 from app.store.database import Database
+
+NS_PER_S: Final = 1_000_000_000
 
 
 class Metrics:
@@ -75,6 +82,7 @@ class SystemCollector(Collector):
         self._outlook = outlook
         self._waiters = waiters
         self._models = tuple(models)
+        self._since: datetime | None = None  #: the hour in which this process was first asked
 
     def describe(self) -> Iterable[Metric]:
         return ()  # or registering would collect once
@@ -100,6 +108,8 @@ class SystemCollector(Collector):
                 depths = reads.queue_depths(connection)
                 ages = reads.oldest_queued_s(connection, self._models)
                 prompts = reads.prompt_tokens(connection)
+                self._since = self._since or hour_of(self._database.now())
+                used = usage.totals(connection, self._since, self._models)
         except GristmillError:
             up.add_metric([], 0)
             yield up
@@ -127,6 +137,7 @@ class SystemCollector(Collector):
             tokens.add_metric([model, "compute"], computed)
             tokens.add_metric([model, "cache"], cached)
         yield tokens
+        yield from _used(used)
 
     def _etas(self) -> Iterator[Metric]:
         ended = GaugeMetricFamily(
@@ -186,3 +197,39 @@ class SystemCollector(Collector):
             for key, length in self._publisher.unread().items():
                 unread.add_metric([key], length)
             yield unread
+
+
+def _used(rows: Iterable[Usage]) -> Iterator[Metric]:
+    """Counters of what ended jobs used, from the sums of the whole system. They begin anew with
+    each process, as counters do."""
+    ended = CounterMetricFamily(
+        "gristmill_ended_jobs", "Jobs that ended, by their final state.", labels=["model", "state"]
+    )
+    given = CounterMetricFamily(
+        "gristmill_input_tokens", "Tokens of prompts, cached ones included.", labels=["model"]
+    )
+    cached = CounterMetricFamily(
+        "gristmill_cached_tokens", "Of these, found in a prefix cache.", labels=["model"]
+    )
+    generated = CounterMetricFamily(
+        "gristmill_output_tokens", "Tokens generated.", labels=["model"]
+    )
+    device = CounterMetricFamily(
+        "gristmill_device_seconds", "Device time billed.", labels=["model"]
+    )
+    cost = CounterMetricFamily(
+        "gristmill_cost", "What jobs were charged.", labels=["model", "currency"]
+    )
+    by_model = sorted(rows, key=lambda row: str(row.group["model"]))
+    for model, group in groupby(by_model, key=lambda row: str(row.group["model"])):
+        of_model = list(group)
+        for state in sorted(FINAL_STATES):
+            ended.add_metric([model, state], sum(row.jobs[state] for row in of_model))
+        given.add_metric([model], sum(row.input_tokens for row in of_model))
+        cached.add_metric([model], sum(row.cached_tokens for row in of_model))
+        generated.add_metric([model], sum(row.output_tokens for row in of_model))
+        device.add_metric([model], sum(row.device_ns for row in of_model) / NS_PER_S)
+        for row in of_model:
+            if row.currency is not None:
+                cost.add_metric([model, row.currency], float(row.cost))
+    yield from (ended, given, cached, generated, device, cost)

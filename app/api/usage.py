@@ -15,6 +15,7 @@ from app.api import query
 from app.api.problems import documented
 from app.api.schemas import ModelName, Money
 from app.api.services import Here, Services
+from app.books.energy import EnergyMethod
 from app.books.usage import (
     MAX_TOP,
     PARTS,
@@ -32,6 +33,8 @@ from app.requests.storable import parse_metadata, refuse_unstorable
 from app.store import usage
 
 NS_PER_S: Final = 1_000_000_000
+NJ_PER_J: Final = 1_000_000_000
+UG_PER_G: Final = 1_000_000
 
 router = APIRouter(prefix="/v1/usage", tags=["usage"])
 
@@ -83,6 +86,19 @@ class UsageRow(BaseModel):
     )
     charge: Money = Field(
         description="What their tokens cost by the price's tariff; 0 without one.", examples=["0"]
+    )
+    energy_joules: float | None = Field(
+        description="Energy of their answers, as far as it is known.", examples=[1280.5]
+    )
+    energy_method: EnergyMethod = Field(
+        description="How that is known: measured, estimated in part at least, or absent."
+    )
+    energy_jobs: int = Field(description="Jobs whose energy is known.", examples=[120])
+    wasted_joules: float | None = Field(
+        description="Energy of their last attempts that brought no answer.", examples=[0.0]
+    )
+    carbon_grams: float | None = Field(
+        description="CO2-equivalent of that energy, where its intensity is set.", examples=[0.11]
     )
     mean_batch_size: float | None = Field(
         description="Jobs of the batch that a job was in, itself included.", examples=[12.5]
@@ -257,6 +273,11 @@ def _row(question: Question, row: Usage) -> UsageRow:
         cost_per_million_tokens=row.cost_per_million_tokens,
         cost_per_million_tokens_real=row.real_cost_per_million_tokens,
         charge=row.charge,
+        energy_joules=row.energy_nj / NJ_PER_J if row.jobs_with_energy else None,
+        energy_method=row.energy_method,
+        energy_jobs=row.jobs_with_energy,
+        wasted_joules=row.wasted_nj / NJ_PER_J if row.jobs_with_energy else None,
+        carbon_grams=row.carbon_ug / UG_PER_G or None,
         mean_batch_size=row.mean_batch_size,
         mean_batch_sequences=row.filling and row.filling.mean_sequences,
         padding_share=row.filling and row.filling.padding_share,

@@ -18,6 +18,7 @@ from typing import Final
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from app.books.cost import MILLION, NANO, device_cost
+from app.books.energy import EnergyMethod
 from app.errors import RequestError
 from app.jobs import FINAL_STATES, JobState, bounded
 
@@ -126,6 +127,11 @@ class Usage:
     price: Decimal | None = None  #: per device and hour, if the question is by price
     upstream_cost: Decimal = Decimal(0)  #: of it, what servers elsewhere asked for
     charge: Decimal = Decimal(0)  #: by the tariff of tokens, where the price has one
+    jobs_measured: int = 0  #: whose energy was measured
+    jobs_estimated: int = 0  #: whose energy was estimated
+    energy_nj: int = 0  #: of these
+    wasted_nj: int = 0
+    carbon_ug: int = 0
     real_cost: Decimal | None = None  #: with its part of what devices did beside; see `at_real_use`
     filling: Filling | None = None  #: of the batches claimed then, if the group has such
 
@@ -142,6 +148,18 @@ class Usage:
     def real_cost_per_million_tokens(self) -> Decimal | None:
         """The same with idle, load, waste and overhead: at real use."""
         return None if self.real_cost is None else per_million(self.real_cost, self.tokens)
+
+    @property
+    def jobs_with_energy(self) -> int:
+        """Jobs whose energy is known."""
+        return self.jobs_measured + self.jobs_estimated
+
+    @property
+    def energy_method(self) -> EnergyMethod:
+        """How the energy of those is known: as well as that of the worst of them."""
+        if not self.jobs_with_energy:
+            return EnergyMethod.ABSENT
+        return EnergyMethod.ESTIMATED if self.jobs_estimated else EnergyMethod.MEASURED
 
     @property
     def mean_batch_size(self) -> float | None:
@@ -311,6 +329,11 @@ def added(one: Usage, other: Usage) -> Usage:
         cost=_EXACT.add(one.cost, other.cost),
         upstream_cost=_EXACT.add(one.upstream_cost, other.upstream_cost),
         charge=_EXACT.add(one.charge, other.charge),
+        jobs_measured=one.jobs_measured + other.jobs_measured,
+        jobs_estimated=one.jobs_estimated + other.jobs_estimated,
+        energy_nj=one.energy_nj + other.energy_nj,
+        wasted_nj=one.wasted_nj + other.wasted_nj,
+        carbon_ug=one.carbon_ug + other.carbon_ug,
     )
 
 

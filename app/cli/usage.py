@@ -36,6 +36,11 @@ NUMBERS: Final = (
     "cost_per_million_tokens",
     "cost_per_million_tokens_real",
     "charge",
+    "energy_joules",
+    "energy_method",
+    "energy_jobs",
+    "wasted_joules",
+    "carbon_grams",
     "mean_batch_size",
     "mean_batch_sequences",
     "padding_share",
@@ -44,6 +49,9 @@ TIMES: Final = {"hour": "%Y-%m-%dT%H:00%z", "day": "%Y-%m-%d", "month": "%Y-%m"}
 OF_DEVICES: Final = ("up", *PARTS)
 REST: Final = "(others)"
 NONE: Final = "(none)"
+
+LEFT_OUT: Final = {"charge", "energy_method", "energy_jobs", "wasted_joules", "carbon_grams"}
+"""Of the table in a terminal, which is wide enough."""
 
 _SHORT: Final = {
     "cost_per_million_tokens": "per 1M tokens",
@@ -194,8 +202,12 @@ def show(answer: Answer, form: str, of_devices: bool) -> None:
         case "csv":
             say(csv_of(columns, rows).removesuffix("\r\n"))
         case _:
-            shown = [_SHORT.get(name, name.replace("_", " ")) for name in columns]
-            print_table(shown, ([_short(cell) for cell in row] for row in rows))
+            kept = [place for place, name in enumerate(columns) if name not in LEFT_OUT]
+            shown = [columns[place] for place in kept]
+            print_table(
+                [_SHORT.get(name, name.replace("_", " ")) for name in shown],
+                ([_short(row[place]) for place in kept] for row in rows),
+            )
     if not answer["devices" if of_devices else "data"]:
         what = "No device was up" if of_devices else "No job ended"
         tell(f"{what} between {answer['since']} and {answer['until']}.")

@@ -39,7 +39,10 @@ def usage(request: Request, generations: Sequence[Generation]) -> Usage:
     return Usage(
         input_tokens=sum(each.input_tokens for each in generations[::answers]),
         output_tokens=sum(each.output_tokens for each in generations if is_told),
-        cached_tokens=sum(each.cached_tokens for each in generations[::answers]),
+        # A part of the input, whatever a server elsewhere says.
+        cached_tokens=sum(
+            min(each.cached_tokens, each.input_tokens) for each in generations[::answers]
+        ),
     )
 
 

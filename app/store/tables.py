@@ -806,6 +806,8 @@ usage_sums = _roll_up(
             input_tokens="Tokens of prompts, cached ones too.",
             cached_tokens="Of these, found in a prefix cache.",
             output_tokens="Tokens generated.",
+            jobs_measured="Jobs whose energy was measured.",
+            jobs_estimated="Jobs whose energy was estimated.",
         ),
         *_sums(
             device_ns="Device time billed, in nanoseconds.",
@@ -813,6 +815,9 @@ usage_sums = _roll_up(
             cost="What they were charged, in `currency`; nothing where the device has no price.",
             upstream_cost="Of `cost`: what servers elsewhere asked for them.",
             charge="What their tokens cost by the price's tariff, in `currency`.",
+            energy_nj="Energy of jobs whose energy is known, in nanojoules.",
+            wasted_nj="Energy of their last attempts without an answer, in nanojoules.",
+            carbon_ug="CO2-equivalent of energy_nj where its intensity is set, in micrograms.",
         ),
     ],
     "What ended jobs used, by hour. Read it through the view `usage`. Never removed.",

@@ -16,6 +16,7 @@ import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import datetime
 from typing import Any, Final
 
 from sqlalchemy import Connection, TextClause, text
@@ -32,7 +33,7 @@ from app.books.usage import (
     num_jobs,
 )
 from app.errors import RequestError
-from app.jobs import FINAL_STATES
+from app.jobs import FINAL_STATES, LATEST
 from app.store.tables import ROLL_UPS, RollUp, device_sums, usage_sums
 
 MAX_ROWS: Final = 20_000
@@ -44,6 +45,7 @@ MAX_JOBS: Final = 1_000_000
 _STATES: Final = tuple(sorted(FINAL_STATES))
 _SUMS: Final = usage_sums.sums
 _MONEY: Final = ("cost", "upstream_cost", "charge")
+_ENERGY: Final = ("energy_nj", "wasted_nj", "carbon_ug")
 _NOT_COUNTS: Final = {*_MONEY, *(f"jobs_{state}" for state in _STATES)}
 
 
@@ -77,6 +79,21 @@ def fold(connection: Connection, page: int) -> int:
     return max(connection.scalar(each, {"page": page}) or 0 for each in _FOLDS)
 
 
+_TOTALS: Final = text(f"""
+    SELECT model, currency, {", ".join(f"sum({name}) AS {name}" for name in _SUMS)}
+    FROM usage WHERE hour >= :since AND model = ANY(:models)
+    GROUP BY model, currency ORDER BY model, currency
+""")
+
+
+def totals(connection: Connection, since: datetime, models: Sequence[str]) -> list[Usage]:
+    """What jobs of these models used that ended in that hour or later, by model and currency: sums
+    that only grow."""
+    question = Question(since=since, until=LATEST, by=("model",))
+    rows = connection.execute(_TOTALS, {"since": since, "models": list(models)}).mappings()
+    return [_usage(question, dict(row) | {"key_0": row["model"], "is_rest": False}) for row in rows]
+
+
 # ── questions ───────────────────────────────────────────────────────────────────────────────────
 
 # Ended jobs one by one, each as if it were an hour's sum of one. Those of a tenant are found by
@@ -88,7 +105,9 @@ _JOBS: Final = f"""
         CAST(batch_size IS NOT NULL AS int) AS jobs_ran, coalesce(batch_size, 0) AS batch_jobs,
         coalesce(input_tokens, 0) AS input_tokens, coalesce(cached_tokens, 0) AS cached_tokens,
         coalesce(output_tokens, 0) AS output_tokens, device_ns, wasted_ns,
-        {", ".join(f"coalesce({name}, 0) AS {name}" for name in _MONEY)}
+        CAST(coalesce(energy_method, '') = 'measured' AS int) AS jobs_measured,
+        CAST(coalesce(energy_method, '') = 'estimated' AS int) AS jobs_estimated,
+        {", ".join(f"coalesce({name}, 0) AS {name}" for name in (*_MONEY, *_ENERGY))}
     FROM results
     WHERE finished_at >= :since AND finished_at < :until AND created_at < :until
         AND tenant = ANY(ARRAY(

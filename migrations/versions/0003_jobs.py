@@ -138,6 +138,8 @@ SUMMED = {
         "input_tokens": (BigInteger, "Tokens of prompts, cached ones too."),
         "cached_tokens": (BigInteger, "Of these, found in a prefix cache."),
         "output_tokens": (BigInteger, "Tokens generated."),
+        "jobs_measured": (BigInteger, "Jobs whose energy was measured."),
+        "jobs_estimated": (BigInteger, "Jobs whose energy was estimated."),
         "device_ns": (Numeric, "Device time billed, in nanoseconds."),
         "wasted_ns": (
             Numeric,
@@ -149,6 +151,12 @@ SUMMED = {
         ),
         "upstream_cost": (Numeric, "Of `cost`: what servers elsewhere asked for them."),
         "charge": (Numeric, "What their tokens cost by the price's tariff, in `currency`."),
+        "energy_nj": (Numeric, "Energy of jobs whose energy is known, in nanojoules."),
+        "wasted_nj": (Numeric, "Energy of their last attempts without an answer, in nanojoules."),
+        "carbon_ug": (
+            Numeric,
+            "CO2-equivalent of energy_nj where its intensity is set, in micrograms.",
+        ),
     },
     "batch_usage": {
         "batches": (BigInteger, "Admission batches."),
@@ -195,7 +203,7 @@ BEGIN
         hour, tenant, model, priority, price_id, currency,
         jobs_cancelled, jobs_completed, jobs_expired, jobs_failed, jobs_ran, batch_jobs,
         input_tokens, cached_tokens, output_tokens, device_ns, wasted_ns, cost, upstream_cost,
-        charge
+        charge, jobs_measured, jobs_estimated, energy_nj, wasted_nj, carbon_ug
     )
     SELECT
         date_trunc('hour', finished_at, 'UTC'), tenant, model, priority, price_id, currency,
@@ -204,7 +212,9 @@ BEGIN
         count(batch_size), coalesce(sum(batch_size), 0), coalesce(sum(input_tokens), 0),
         coalesce(sum(cached_tokens), 0), coalesce(sum(output_tokens), 0), sum(device_ns),
         sum(wasted_ns), coalesce(sum(cost), 0), coalesce(sum(upstream_cost), 0),
-        coalesce(sum(charge), 0)
+        coalesce(sum(charge), 0), count(*) FILTER (WHERE energy_method = 'measured'),
+        count(*) FILTER (WHERE energy_method = 'estimated'), coalesce(sum(energy_nj), 0),
+        coalesce(sum(wasted_nj), 0), coalesce(sum(carbon_ug), 0)
     FROM written GROUP BY 1, 2, 3, 4, 5, 6;
     RETURN NULL;
 END

@@ -192,6 +192,23 @@ def test_the_metrics_tell_how_many_prompt_tokens_a_cache_had(
     assert told["compute"] >= 3
 
 
+def test_the_metrics_count_what_ended_jobs_used_cached_tokens_among_the_input(
+    api: httpx.Client, hands: Hands
+) -> None:
+    def counted(name: str) -> float:
+        pattern = rf"^gristmill_{name}_total\{{.*\}} (\S+)$"
+        return sum(map(float, re.findall(pattern, api.get("/metrics").text, re.MULTILINE)))
+
+    for _ in range(2):
+        hands.finish(hands.claim(submit(api)))
+
+    eventually(lambda: counted("ended_jobs") == 2)  # one look at Postgres serves who asks meanwhile
+    told = [counted(f"{kind}_tokens") for kind in ("input", "cached", "output")]
+    assert told == [10, 4, 14]
+    assert counted("device_seconds") == 0.024
+    assert counted("cost") == pytest.approx(0.00000024)
+
+
 # ── long poll ───────────────────────────────────────────────────────────────────────────────────
 
 

@@ -33,6 +33,9 @@ def test_usage_is_told_by_what_is_asked_and_refused_in_a_sentence(
         return list(answer.json()["data"])
 
     [day] = ask("by=day,model")
+    assert (day["energy_joules"], day["energy_method"], day["energy_jobs"]) == (
+        6e-6, "measured", 3
+    )  # fmt: skip
     assert day["jobs"] == {"completed": 3, "failed": 0, "cancelled": 0, "expired": 0}
     assert (day["input_tokens"], day["cached_tokens"], day["output_tokens"]) == (30, 12, 15)
     assert (day["cost"], day["currency"]) == ("0.000000009", "EUR")

@@ -13,6 +13,7 @@ from uuid import UUID, uuid4
 import pytest
 from sqlalchemy import text
 
+from app.books.energy import EnergyMethod
 from app.books.usage import PARTS, Filling, Question
 from app.errors import JobNotFound, RequestError
 from app.jobs import FINAL_STATES, JobState, Kind
@@ -34,7 +35,11 @@ OF_RESULTS = f"""
         coalesce(input_tokens, 0) AS input_tokens, coalesce(cached_tokens, 0) AS cached_tokens,
         coalesce(output_tokens, 0) AS output_tokens, device_ns, wasted_ns,
         coalesce(cost, 0) AS cost,
-        coalesce(upstream_cost, 0) AS upstream_cost, coalesce(charge, 0) AS charge
+        coalesce(upstream_cost, 0) AS upstream_cost, coalesce(charge, 0) AS charge,
+        CAST(energy_method IS NOT DISTINCT FROM 'measured' AS int) AS jobs_measured,
+        CAST(energy_method IS NOT DISTINCT FROM 'estimated' AS int) AS jobs_estimated,
+        coalesce(energy_nj, 0) AS energy_nj, coalesce(wasted_nj, 0) AS wasted_nj,
+        coalesce(carbon_ug, 0) AS carbon_ug
     FROM results
 """
 Sums = dict[tuple[Any, ...], Counter[str]]
@@ -107,7 +112,8 @@ def ended(database: Database, number: int = 1, finish: Any = None, **job: Any) -
     given = {
         "input_tokens": 10, "cached_tokens": 4, "output_tokens": 5, "batch_size": number,
         "device_ns": 3_000, "price": Decimal("3.6"), "currency": "EUR", "price_id": "cpu",
-        "cost": Decimal("0.000000003"),
+        "cost": Decimal("0.000000003"), "energy_method": EnergyMethod.MEASURED, "energy_nj": 2_000,
+        "wasted_nj": 0, "energy_boundary": "gpu", "carbon_ug": 7,
     } | (finish or {})  # fmt: skip
     worker.finish(*(completed(each, **given) for each in worker.claim(ids)))
     return ids
@@ -252,6 +258,7 @@ def test_jobs_that_never_ran_are_summed_too_and_with_a_currency_of_their_group(
     }  # fmt: skip
     assert (row.input_tokens, row.cached_tokens, row.output_tokens) == (20, 8, 10)
     assert row.mean_batch_size == 2.0
+    assert (row.energy_method, row.energy_nj, row.carbon_ug) == (EnergyMethod.MEASURED, 4_000, 14)
 
 
 def test_a_batch_is_summed_as_it_was_last_written_and_told_by_time_and_model_alone(

@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app import cli
+from app.books.energy import EnergyMethod
 from app.books.usage import (
     DeviceTime,
     Filling,
@@ -141,6 +142,12 @@ def test_a_million_tokens_cost_what_they_cost_and_no_tokens_have_no_price() -> N
     assert used(input_tokens=3, output_tokens=1, cached_tokens=2).tokens == 4
 
 
+def test_energy_is_known_as_well_as_that_of_the_worst_job_that_has_some() -> None:
+    assert used().energy_method is EnergyMethod.ABSENT
+    assert used(jobs_measured=2).energy_method is EnergyMethod.MEASURED
+    assert used(jobs_measured=2, jobs_estimated=1).energy_method is EnergyMethod.ESTIMATED
+
+
 def test_padding_is_a_share_of_what_was_computed_and_never_less_than_nothing() -> None:
     assert Filling(2, 9, 75, 100).padding_share == 0.25
     assert Filling(2, 9, 100, 75).padding_share == 0.0
@@ -232,6 +239,11 @@ def row(day: str, model: str | None, **given: Any) -> dict[str, Any]:
         "cost_per_million_tokens": "0.053894737",
         "cost_per_million_tokens_real": "0.081000000",
         "charge": "0",
+        "energy_joules": None,
+        "energy_method": "absent",
+        "energy_jobs": 0,
+        "wasted_joules": None,
+        "carbon_grams": None,
         "mean_batch_size": 12.5,
         "mean_batch_sequences": 14.0,
         "padding_share": None,
