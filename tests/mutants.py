@@ -37,6 +37,7 @@ FETCHING: Final = "app/broker/fetching.py"
 FETCHES: Final = "tests/integration/test_broker_fetching.py"
 SETTLING: Final = "tests/unit/test_settling.py"
 SAMPLING: Final = "app/engines/sampling/sampler.py"
+USAGE: Final = "tests/integration/test_store_usage.py"
 
 
 @dataclass(frozen=True, slots=True)
@@ -863,6 +864,41 @@ MUTANTS: Final = (
         "- 1000000000 * rounding\n",
         "- 1000000000 * rounding - 1\n",
         AUDIT,
+    ),
+    Mutant(
+        "an hour's usage forgets what it had",
+        "app/store/usage.py",
+        "{name} = kept.{name} + excluded.{name}",
+        "{name} = excluded.{name}",
+        USAGE,
+    ),
+    Mutant(
+        "usage is told without what rescue has not added yet",
+        "app/store/usage.py",
+        'else f"usage WHERE hour >= :since',
+        'else f"usage_hours WHERE hour >= :since',
+        USAGE,
+    ),
+    Mutant(
+        "a batch's totals are summed as if they were increments",
+        "migrations/versions/0003_jobs.py",
+        "SELECT 1 AS way, * FROM written UNION ALL SELECT -1, * FROM before",
+        "SELECT 1 AS way, * FROM written",
+        USAGE,
+    ),
+    Mutant(
+        "jobs without a currency swallow those that ran without a price",
+        "app/books/usage.py",
+        " and not (never_ran[0].tokens or never_ran[0].device_ns):",
+        ":",
+        "tests/unit/test_usage.py",
+    ),
+    Mutant(
+        "idling is not spread over the jobs",
+        "app/books/usage.py",
+        "device_cost(device.up_ns, device.price)",
+        "device_cost(device.busy_ns, device.price)",
+        "tests/unit/test_usage.py",
     ),
 )
 

@@ -155,6 +155,12 @@ def test_padding_is_a_share_of_what_was_computed_and_never_less_than_nothing() -
     assert (Filling(1, 2, 3, 4) + Filling(1, 2, 3, 4)).mean_sequences == 2.0
 
 
+def test_jobs_that_ran_on_a_device_without_a_price_keep_a_row_of_their_own() -> None:
+    ran = used(None, input_tokens=5, device_ns=9)
+
+    assert list(in_one_currency([used("EUR"), ran])) == [used("EUR"), ran]
+
+
 NS = st.integers(0, 10**15)
 
 
