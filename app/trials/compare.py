@@ -23,15 +23,17 @@ from typing import Any, Final, Literal
 from app.books.cost import device_cost, upstream_cost
 from app.books.energy import NJ_PER_J, EnergyMethod, worst
 from app.config.settings import PriceSettings
+from app.engines import registry
 from app.engines.catalog import CatalogModel
 from app.engines.device import machine, memory_in_use
 from app.errors import ConfigError
 from app.jobs import Usage
-from app.trials.agreement import Figures
+from app.trials import agreement
+from app.trials.agreement import Figures, Reading
 from app.trials.contender import Contender
 from app.trials.questions import Asked, Question, ask
-from app.trials.trial import Run, Trial
-from app.trials.verify import WRITERS, compared
+from app.trials.trial import Run, Trial, to_read
+from app.trials.verify import WRITERS, compared, reading_of
 
 Tell = Callable[[str], None]
 Name = Literal["a", "b"]
@@ -63,7 +65,7 @@ class Side:
     energy: str  #: how that is known: measured, estimated or absent
     peak_bytes: int | None  #: most memory of the host at once
     device_bytes: int | None  #: in use on a CUDA device at the end, by all that run there
-    itself: Figures  #: how its first round agrees with its last
+    itself: Figures  #: how its first round agrees with its last; empty if there is but one
 
     @property
     def speed(self) -> float:
@@ -102,16 +104,29 @@ class _Turns:
     asked: Seq[Asked]
     arrivals_ns: Seq[int]
     runs: list[Run] = field(default_factory=list)
+    readings: list[Reading] = field(default_factory=list)  #: of the first one's answers
     loads_ns: list[int] = field(default_factory=list)
     kernels: str = ""
     peak_bytes: int = 0
     device_bytes: int | None = None
 
-    def take(self, num_rounds: int) -> None:
-        """Load, warm up, and run so many rounds."""
+    @property
+    def scores(self) -> bool:
+        """Whether it can say how likely it finds a text."""
+        own = self.contender.own
+        return own.kind in WRITERS and registry.find(own.engine).scores_prompts
+
+    def take(self, num_rounds: int, first: _Turns | None) -> None:
+        """Load, warm up, and run so many rounds. Read the answers of the `first` to go, if it is
+        told, unless that was done."""
         with Trial(self.contender, self.model) as trial:
             trial.together(_short(self.asked))
             self.runs += [trial.together(self.asked, self.arrivals_ns) for _ in range(num_rounds)]
+            if first is not None and not self.readings:
+                texts = [each.token_ids for each in first.runs[0].answers]
+                context_tokens = self.model.tokenizer.context_tokens
+                read = trial.together(to_read(self.asked, texts, context_tokens))
+                self.readings = list(map(reading_of, self.asked, read.answers))
             self.loads_ns.append(trial.load_ns)
             self.kernels = trial.kernels
             self.peak_bytes = max(self.peak_bytes, trial.peak_bytes())
@@ -153,7 +168,11 @@ class _Turns:
             energy=method.value,
             peak_bytes=self.peak_bytes or None,
             device_bytes=self.device_bytes,
-            itself=compared(own.kind, self.asked, self.runs[0].answers, self.runs[-1].answers),
+            itself=(
+                compared(own.kind, self.asked, self.runs[0].answers, self.runs[-1].answers)
+                if len(self.runs) > 1
+                else {}
+            ),
         )
 
 
@@ -177,9 +196,11 @@ def compare(
         )
     first, second = (_turns_of(each, questions, num_tokens, rate) for each in (a, b))
     both: dict[Name, _Turns] = {"a": first, "b": second}
+    by_token = _same_tokens(first, second)
+    reads = by_token and all(each.scores for each in (first, second))
     for name, rounds in turns(num_rounds):
         tell(f"{both[name].contender.given}: {rounds} of {2 * num_rounds} rounds.")
-        both[name].take(rounds)
+        both[name].take(rounds, first if reads else None)
     return Comparison(
         machine=machine(),
         kind=a.own.kind.value,
@@ -193,8 +214,9 @@ def compare(
             first.asked,
             first.runs[0].answers,
             second.runs[0].answers,
-            by_token=_same_tokens(first, second),
-        ),
+            by_token=by_token,
+        )
+        | agreement.of_readings(zip(first.readings, second.readings, strict=True)),
     )
 
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from app.engines import registry
-from app.engines.base import Generation, Sequence
+from app.engines.base import Generation, Sequence, TokenLogprob
 from app.engines.checkpoint.models import ensure_files
 from app.engines.reference import Reference
 from app.engines.spec import Files
@@ -143,7 +143,9 @@ def _answers(
         tokens = [each.token_ids for each in expected]
         read = run(to_read(asked, tokens, trial.model.tokenizer.context_tokens))
         pairs = zip(asked, expected, read.answers, strict=True)
-        figures |= agreement.of_readings(_read(*each) for each in pairs)
+        figures |= agreement.of_readings(
+            (_reading(wanted), reading_of(prompt, read)) for prompt, wanted, read in pairs
+        )
     return figures, found.num_failed
 
 
@@ -188,18 +190,20 @@ def _writing(answer: Generation) -> Writing:
     return Writing(answer.text, tuple(answer.token_ids))
 
 
-def _reading(answer: Generation, start: int = 0) -> Reading:
+def _reading(answer: Generation) -> Reading:
     """What the reference found in its own answer."""
-    known = (answer.logprobs or [])[start:]
+    return _of_tokens(answer.logprobs or [])
+
+
+def reading_of(asked: Asked, found: Generation) -> Reading:
+    """What was found in an answer that was read behind its prompt, as `to_read` makes them."""
+    return _of_tokens((found.prompt_logprobs or [])[len(asked.tokens) - 1 :])
+
+
+def _of_tokens(known: Seq[TokenLogprob]) -> Reading:
     return Reading(
         tuple(each.logprob for each in known), tuple(each.top[0][0] for each in known if each.top)
     )
-
-
-def _read(asked: Asked, expected: Generation, found: Generation) -> tuple[Reading, Reading]:
-    """Of the reference's answer; `found` has read it behind its prompt."""
-    scored = (found.prompt_logprobs or [])[len(asked.tokens) - 1 :]
-    return _reading(expected), _reading(replace(found, logprobs=scored))
 
 
 def _written(expected: Generation, found: Generation) -> tuple[Reading, Reading]:

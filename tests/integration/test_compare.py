@@ -79,7 +79,11 @@ def test_a_comparison_is_told_drawn_and_kept_and_the_next_one_is_held_against_it
     # then all is told
     found = json.loads(out)
     assert (code, found["compare"], found["prompts"], found["earlier"]) == (0, [*both], 5, []), err
-    assert found["agreement"] == {"identical": 1.0, "prefix": 1.0, "positions": 1.0}
+    assert found["agreement"].pop("logprob_max") == 0
+    assert found["agreement"] == {
+        **dict.fromkeys(("identical", "prefix", "positions", "same_token"), 1.0),
+        **dict.fromkeys(("logprob_mean", "perplexity"), 0.0),
+    }
     for name in ("a", "b"):
         side = found[name]
         assert side["num_tokens"] > 0

@@ -9,7 +9,7 @@ from app.jobs import FinishReason, Kind, SamplingParams
 from app.trials import agreement
 from app.trials.questions import Asked
 from app.trials.trial import to_read
-from app.trials.verify import _read, _written, compared
+from app.trials.verify import _reading, _written, compared, reading_of
 
 
 def generation(tokens: list[int], logprobs: list[float], **fields: object) -> Generation:
@@ -51,7 +51,7 @@ def test_what_an_engine_has_read_counts_from_the_first_token_of_the_answer_on() 
         TokenLogprob(6, -0.8, ((7, -0.4),)),
     ]
 
-    figures = agreement.of_readings([_read(asked(3, 4), expected, found)])
+    figures = agreement.of_readings([(_reading(expected), reading_of(asked(3, 4), found))])
 
     assert figures["same_token"] == 0.5
     assert figures["logprob_mean"] == pytest.approx(0.1)
