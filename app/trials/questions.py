@@ -81,8 +81,8 @@ def _asked(place: int, question: Question, model: CatalogModel, num_tokens: int)
     request = parse(_body(question, model.tokenizer, kind), _url(question, kind))
     if request.kind is not kind:
         raise RequestError(f"This is a request to {request.url}; the model's kind is {kind}.")
-    settings = model.settings.model_copy(update=_ROOM)
-    prepared = prepare(_plain(request, num_tokens), model.tokenizer, settings, model.card)
+    settings = model.settings.model_copy(update=_ROOM | {"default_max_tokens": num_tokens})
+    prepared = prepare(_plain(request), model.tokenizer, settings, model.card)
     params = prepared.params and greedy(prepared.params)
     types = prepared.type_ids or ((),) * len(prepared.prompts)
     return [
@@ -111,21 +111,20 @@ def _url(question: Question, kind: Kind) -> str | None:
     return question.url or (urls.get(kind) if has_input else None)
 
 
-def _plain(request: Request, num_tokens: int) -> Request:
-    """The request with one greedy answer of bounded length."""
+def _plain(request: Request) -> Request:
+    """The request with one greedy answer."""
     body = request.body
     if not isinstance(body, SampledBody):
         return request
-    most = body.most_tokens or num_tokens
     kept = {
         name: value
         for name, value in request.raw.items()
         if name not in SampledBody.model_fields or name == "parse_special"
     }
-    kept |= {"max_tokens": most, "temperature": 0.0}
-    for name in ("max_completion_tokens", "logprobs", "top_logprobs", "echo"):
+    for name in ("max_tokens", "max_completion_tokens", "logprobs", "top_logprobs", "echo"):
         kept.pop(name, None)
-    return parse(kept, request.url)
+    length = {} if body.most_tokens is None else {"max_tokens": body.most_tokens}
+    return parse(kept | length | {"temperature": 0.0}, request.url)
 
 
 def greedy(params: SamplingParams) -> SamplingParams:
