@@ -105,8 +105,9 @@ def _attempt(told: dict[str, Any]) -> Iterator[Text]:
     if batch["jobs"] is None:
         return
     why = REASONS.get(batch["close_reason"], batch["close_reason"])
+    company = "this job alone" if batch["jobs"] == 1 else f"{batch['jobs']} jobs"
     yield _line(
-        f"  batch {batch['id']}: {batch['jobs']} jobs, closed because {why}; "
+        f"  batch {batch['id']}: {company}, closed because {why}; "
         f"the oldest had waited {batch['wait_ms']:,.3f} ms"
     )
     for mate in batch["mates"][:NAMED]:
