@@ -58,6 +58,13 @@ MUTANTS: Final = (
         "tests/integration/test_compare.py",
     ),
     Mutant(
+        "a guard that had nothing to compare lets pass",
+        "app/cli/verify.py",
+        "if good and all(good)",
+        "if all(good)",
+        "tests/integration/test_compare.py",
+    ),
+    Mutant(
         "who goes first in a comparison always does",
         "app/trials/compare.py",
         """(("a", "b"), ("b", "a"))""",

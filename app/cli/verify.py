@@ -112,15 +112,15 @@ def verify(
         known = ", ".join(name for name in MEASURES if name in measured)
         raise click.UsageError(f"{strange[0]} is not measured of such a model; there is {known}.")
     asked = {kind: questions_of(file, limit, kind) for kind in {each.own.kind for each in chosen}}
-    is_good = bool(chosen)
+    good: list[bool] = []
     with signals_interrupt(tell):
         for verdict, kind in _verdicts(chosen, asked, tokens, reference, is_named=bool(models)):
             kept = _kept(
                 verdict, [each for each in bounds if each.measure in (ANY, *OF_KIND[kind])]
             )
-            is_good = is_good and all(kept.values()) and not verdict.num_failed
+            good.append(all(kept.values()) and not verdict.num_failed)
             (_print_json if as_json else _print)(verdict, kept)
-    sys.exit(0 if is_good else FAILED)
+    sys.exit(0 if good and all(good) else FAILED)
 
 
 def _verdicts(

@@ -211,5 +211,6 @@ class Bound:
 
     def allows(self, figures: Figures) -> bool:
         """Whether it is kept; what was not measured is not, and what is no number neither."""
-        value = figures.get(self.measure, math.nan)
+        if (value := figures.get(self.measure)) is None:
+            return False
         return value >= self.limit if MEASURES[self.measure].is_share else value <= self.limit

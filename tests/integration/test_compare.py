@@ -163,6 +163,13 @@ def test_wrong_use_is_told_before_anything_is_loaded(gristmill: Run, tmp_path: P
         assert told in " ".join(err.split()), (arguments, err)
 
 
+def test_a_guard_that_had_nothing_to_compare_lets_nobody_pass(gristmill: Run) -> None:
+    code, out, err = gristmill("verify", "--fail-under", "0")
+
+    assert (code, out) == (1, "")
+    assert err.count("Left out: ") == 2
+
+
 def test_an_engine_that_dies_is_told_in_a_sentence(gristmill: Run, tmp_path: Path) -> None:
     file = tmp_path / "crash.txt"
     file.write_text("crash\n")

@@ -154,6 +154,7 @@ def test_a_bound_holds_a_share_from_below_and_a_difference_from_above() -> None:
 def test_what_was_not_measured_keeps_no_bound(measure: str) -> None:
     assert not Bound(measure, 0.0 if MEASURES[measure].is_share else 9e9).allows({})
     assert not Bound(measure, 0.0).allows({measure: math.nan})
+    assert not Bound("", 0.0).allows({})  # where nobody had an answer, no measure stands for all
 
 
 def test_each_kind_has_a_measure_that_stands_for_all() -> None:
