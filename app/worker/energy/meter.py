@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, dataclass
 
 from app.books.energy import (
     NJ_PER_J,
@@ -122,7 +122,7 @@ class EnergyMeter:
 
 
 def _rise(before: Totals, now: Totals) -> Totals:
-    pairs = zip(astuple(before), astuple(now), strict=True)
+    pairs = zip(before.parts, now.parts, strict=True)
     return Totals(*(max(0, after - earlier) for earlier, after in pairs))
 
 
