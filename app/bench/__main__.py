@@ -11,6 +11,7 @@ from app.errors import ConfigError
 
 BENCHES: Final = (
     "engine",
+    "books",
     "step",
     "embeddings",
     "pipeline",

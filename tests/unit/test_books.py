@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 from itertools import permutations
+from random import Random
 
 import pytest
 from hypothesis import given
@@ -176,3 +179,44 @@ def test_where_the_price_knows_no_device_tokens_are_what_a_server_elsewhere_cost
     assert upstream_cost(a_price(**tariff), Usage(9, 10**6), asked) == Decimal("0.25")
     elsewhere = a_price(**tariff, per_device_hour="0")
     assert upstream_cost(elsewhere, Usage(9, 10**6), asked) == Decimal("3.25")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of rows with these contexts, and how long it takes with some of them alone."""
+
+    contexts: Sequence[int]
+    fixed: int
+    per_row: int
+    per_token: int
+
+    def takes(self, members: Sequence[int]) -> int:
+        own = sum(self.per_row + self.per_token * self.contexts[row] for row in members)
+        return self.fixed + own if members else 0
+
+    def shapley(self) -> list[Fraction]:
+        """By brute force: the average of what a row adds, over all orders in which they join."""
+        added = [0] * len(self.contexts)
+        orders = list(permutations(range(len(self.contexts))))
+        for order in orders:
+            for place, row in enumerate(order):
+                added[row] += self.takes(order[: place + 1]) - self.takes(order[:place])
+        return [Fraction(each, len(orders)) for each in added]
+
+
+def test_what_rows_are_charged_is_within_a_hundredth_of_what_all_orders_of_joining_say() -> None:
+    chance, largest = Random(13), Fraction(0)
+    for _ in range(60):
+        contexts = [chance.randint(1, 4_000) for _ in range(chance.randint(1, 6))]
+        step = Step(contexts, chance.randint(1, 10**6), chance.randint(0, 10**5), 37)
+
+        # measured time is not that of the model, and is shared in whole nanoseconds
+        modelled = step.takes(range(len(contexts)))
+        measured = modelled + chance.randint(0, 1_000)
+        weights = decode_weights(contexts, step.fixed, step.per_row, step.per_token)
+        for ns, value in zip(share(measured, weights), step.shapley(), strict=True):
+            exact = value * measured / modelled
+            largest = max(largest, abs(ns - exact) / exact)
+
+    print(f"largest difference from Shapley's value: {float(largest):.2e}")  # noqa: T201
+    assert largest <= Fraction(1, 100)
