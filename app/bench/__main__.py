@@ -18,6 +18,7 @@ BENCHES: Final = (
     "jobs",
     "latency",
     "policy",
+    "eta",
     "outside",
     "overload",
     "retention",
