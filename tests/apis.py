@@ -42,9 +42,9 @@ class Hands:
 
     def __init__(self, database_url: str) -> None:
         self._database = Database(database_url, pool_size=2)
-        self._worker_id = uuid4()
+        self.worker_id = uuid4()
         worker = workers.NewWorker(
-            id=self._worker_id,
+            id=self.worker_id,
             name="hands",
             host="here",
             pid=1,
@@ -60,7 +60,7 @@ class Hands:
     def claim(self, job_id: str) -> claims.Claimed:
         batch = claims.NewBatch(
             id=uuid4(),
-            worker_id=self._worker_id,
+            worker_id=self.worker_id,
             model="stub",
             engine="stub",
             close_reason=CloseReason.WAIT,

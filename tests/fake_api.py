@@ -18,6 +18,7 @@ QUOTE: Final[dict[str, Any]] = {
     "start": {"p50": "2027-01-31T12:00:00Z", "p90": "2027-01-31T12:00:01Z"},
     "finish": {"p50": "2027-01-31T12:00:02Z", "p90": "2027-01-31T12:00:03Z"},
     "reason": None,
+    "load_s": None,
     "deadline": None,
     "deadline_outlook": None,
     "cost": {

@@ -27,6 +27,8 @@ CLAIMS: Final = "tests/integration/test_store_claims.py"
 ODD: Final = "tests/integration/test_odd_data.py"
 ODD_MESSAGES: Final = f"{ODD}::test_no_message_ends_the_worker_or_keeps_others_from_their_end"
 ODD_ROWS: Final = f"{ODD}::test_no_row_ends_the_worker_or_keeps_others_from_their_end"
+ETA: Final = "app/books/eta.py"
+ETAS: Final = "tests/unit/test_eta.py"
 BOOKS: Final = "tests/unit/test_books.py"
 ACCOUNT: Final = "app/worker/account.py"
 AUDIT: Final = "tests/integration/test_store_audit.py"
@@ -50,6 +52,41 @@ class Mutant:
 
 
 MUTANTS: Final = (
+    Mutant(
+        "a promise that was broken makes the next ones shorter",
+        ETA,
+        "margin += STEP",
+        "margin -= STEP",
+        ETAS,
+    ),
+    Mutant(
+        "an idle hour counts as much as a full queue when the pace is taken",
+        ETA,
+        "counts = max(0.0, queue) * (until_s - at_s)",
+        "counts = (until_s - at_s)",
+        ETAS,
+    ),
+    Mutant(
+        "p50 and p90 are not compared with what jobs took of their estimates",
+        ETA,
+        "ratios = [(score.took_s / score.estimate_s, score.weight) for score in piece]",
+        "ratios = [(1.0, score.weight) for score in piece]",
+        ETAS,
+    ),
+    Mutant(
+        "jobs that are more urgent are not ahead",
+        "app/intake/outlook.py",
+        "for other in range(step):",
+        "for other in range(0):",
+        "tests/integration/test_api_outlook.py",
+    ),
+    Mutant(
+        "what a job was promised is lost when it ends",
+        "app/store/results.py",
+        '"max_attempts", "quoted_ms",\n    "quoted_p90_ms", "attempt"',
+        '"max_attempts", "attempt"',
+        "tests/integration/test_api_outlook.py",
+    ),
     Mutant(
         "a comparison is held against one over other prompts",
         "app/store/comparisons.py",

@@ -65,6 +65,7 @@ def quote_of(quoted: Quoted) -> Quote:
         start=_expected(forecast, eta.start_p50_s, eta.start_p90_s) if eta else None,
         finish=finish,
         reason=forecast.reason,
+        load_s=forecast.load_s,
         deadline=job.deadline,
         deadline_outlook=deadline_outlook(job.deadline, finish),
         cost=_cost(quoted),

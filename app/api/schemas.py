@@ -164,9 +164,14 @@ class Eta(BaseModel):
     p50: datetime | None = Field(description="As likely as not it has ended by then.")
     p90: datetime | None = Field(description="Nine of ten such jobs have ended by then.")
     reason: Reason | None = Field(
-        description="Why nobody can say: no worker that serves the model is up (no_worker), no job "
-        "of the model has ended yet (no_history), or the queue could not be looked at lately "
-        "(not_looked).",
+        description="Why nobody can say: no worker that serves the model is up (no_worker), one "
+        "loads it for the first time that is measured (loading), no job of the model has ended yet "
+        "(no_history), or the queue could not be looked at lately (not_looked).",
+        examples=[None],
+    )
+    load_s: float | None = Field(
+        description="Where no worker that serves the model is up: what it takes to load, in "
+        "seconds, as measured. `p50` and `p90` hold what is left of that.",
         examples=[None],
     )
 

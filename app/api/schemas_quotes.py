@@ -70,9 +70,14 @@ class Quote(BaseModel):
     start: Expected | None = Field(description="When the engine would begin it.")
     finish: Expected | None = Field(description="When it would have ended.")
     reason: Reason | None = Field(
-        description="Why neither is known: no worker that serves the model is up (no_worker), no "
-        "job of the model has ended yet (no_history), or the queue could not be looked at lately "
-        "(not_looked).",
+        description="Why neither is known: no worker that serves the model is up (no_worker), one "
+        "loads it for the first time that is measured (loading), no job of the model has ended yet "
+        "(no_history), or the queue could not be looked at lately (not_looked).",
+        examples=[None],
+    )
+    load_s: float | None = Field(
+        description="Where no worker that serves the model is up: what it takes to load, in "
+        "seconds, as measured. The times hold what is left of that.",
         examples=[None],
     )
     deadline: datetime | None = Field(description="When it would expire.")

@@ -96,6 +96,7 @@ def eta_of(forecast: Forecast) -> Eta:
         p50=eta and forecast.after(eta.p50_s),
         p90=eta and forecast.after(eta.p90_s),
         reason=forecast.reason,
+        load_s=forecast.load_s,
     )
 
 

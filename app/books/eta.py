@@ -59,6 +59,10 @@ MOST_GROUPS: Final = 6
 UNSEEN: Final = (0.5, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.2, 1.5)
 """What jobs are taken to need of their estimates as long as few lessons tell."""
 
+PATIENCE_S: Final = 600.0
+LATE_LOAD: Final = 3.0
+"""A load that has taken so long, and so many times the longest, has failed."""
+
 STEP: Final = 0.1
 """How far p90 is moved by a late job that comes alone, as a logarithm; by one in time a ninth."""
 MOST_MOVED: Final = 0.8
@@ -280,6 +284,31 @@ def quantile(ordered: Sequence[tuple[float, float]], level: float) -> float:
     return ordered[-1][0]
 
 
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Workers of a model that are not up yet."""
+
+    num_loading: int
+    load_s: float | None  #: what the model takes to load, as far as that was measured
+    left_s: float | None  #: until the first that loads now is likely to be up
+
+
+def start_of(loads: Sequence[tuple[float, float | None]], now_s: float) -> Start:
+    """What is known of starts, from when each load began and ended, newest first.
+
+    One that has taken many times what others took has failed, and is not waited for.
+    """
+    took = sorted(max(0.0, end_s - began_s) for began_s, end_s in loads if end_s is not None)
+    load_s = took[len(took) // 2] if took else None
+    patience_s = max(PATIENCE_S, LATE_LOAD * (took[-1] if took else 0.0))
+    ages = [now_s - began_s for began_s, end_s in loads if end_s is None]
+    loading = [max(0.0, age_s) for age_s in ages if age_s < patience_s]
+    left_s = None
+    if loading and load_s is not None:
+        left_s = max(0.0, load_s - max(loading))
+    return Start(len(loading), load_s, left_s)
+
+
 def _rising(values: Sequence[float]) -> tuple[float, ...]:
     risen: list[float] = []
     for value in values:
@@ -315,18 +344,25 @@ class Pace:
         return Size(allowed.jobs, allowed.input_tokens, allowed.output_tokens * self.output_share)
 
     def estimate_s(
-        self, size: Size, ahead: Ahead, workers: int, places: int, due_in_s: float = 0.0
+        self,
+        size: Size,
+        ahead: Ahead,
+        workers: int,
+        places: int,
+        due_in_s: float = 0.0,
+        cold_s: float = 0.0,
     ) -> float:
         """Seconds to the end of a job from the time it is due, before calibration.
 
-        `places` is how many jobs all workers together have in their engines.
+        `places` is how many jobs all workers together have in their engines; `cold_s` is how long
+        the first of them is likely to load yet.
         """
         rate = self.drained_a_second * workers
         left = max(rate - self.work.of(ahead.urgent_a_second), rate * PATIENT_SHARE)
         wait_s = (self.work.of(ahead.queued) + self.work.of(ahead.running) / 2) / left
         if ahead.queued.jobs + ahead.running.jobs < places:
             wait_s = min(wait_s, self.mean_own_s)  # it is free when what runs is over
-        return max(LEAST_S, max(0.0, wait_s - due_in_s) + self.own.of(size))
+        return max(LEAST_S, max(0.0, cold_s + wait_s - due_in_s) + self.own.of(size))
 
     def eta(self, size: Size, estimate_s: float) -> Eta:
         p50_s, p90_s = self.calibration.at(estimate_s)

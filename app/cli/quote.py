@@ -63,6 +63,8 @@ def _fields(quote: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "finish", _time(quote["finish"])
     if quote["reason"]:
         yield "unknown", f"{quote['reason']}: {REASONS.get(quote['reason'], '')}"
+    if quote["load_s"] is not None:
+        yield "load", f"{quote['load_s']:.0f} s, before a worker is up"
     if quote["deadline_outlook"]:
         yield "deadline", f"{quote['deadline']} {quote['deadline_outlook']}"
     yield "cost", _costs([quote["cost"]])
@@ -72,6 +74,7 @@ def _fields(quote: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 REASONS = {
     "no_worker": "no worker that serves the model is up",
+    "loading": "a worker loads the model, which takes nobody knows how long yet",
     "no_history": "no job of the model has ended yet",
     "not_looked": "the queue could not be looked at lately",
 }

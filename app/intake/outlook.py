@@ -22,13 +22,15 @@ from itertools import groupby
 from typing import Any, Final
 from uuid import UUID
 
-from app.books.eta import NOTHING, Ahead, Ended, Eta, Experience, Pace, Size
+from app.books.eta import NOTHING, Ahead, Ended, Eta, Experience, Pace, Size, Start, start_of
 from app.broker.queues import Layout
 from app.config.settings import Settings
 from app.errors import GristmillError
 from app.jobs import JobState
+from app.store import loads
 from app.store import outlook as store
 from app.store.database import Database
+from app.store.loads import Load
 from app.store.outlook import EndedJob, Rung, Up
 from app.store.reads import JobView
 from app.store.submissions import NewJob
@@ -61,6 +63,7 @@ class Reason(enum.StrEnum):
     """Why nobody can say when a job will have ended."""
 
     NO_WORKER = "no_worker"  #: none that is up serves the model
+    LOADING = "loading"  #: one loads it, and how long that takes was never measured
     NO_HISTORY = "no_history"  #: no job of the model has ended yet
     NOT_LOOKED = "not_looked"  #: the queue could not be looked at lately
 
@@ -74,8 +77,8 @@ class Forecast:
     eta: Eta | None
     reason: Reason | None  #: why there is no `eta`
     estimate_s: float = 0.0
-    size: Size = NOTHING
     pace: Pace | None = None
+    load_s: float | None = None  #: what the model takes to load, where no worker is up
 
     def after(self, seconds: float) -> datetime:
         return self.due_at + timedelta(seconds=seconds)
@@ -129,6 +132,9 @@ class _Lane:
         return (lower + upper).times(0.5)
 
 
+NO_START: Final = Start(0, None, None)
+
+
 @dataclass(frozen=True, slots=True)
 class _Seen:
     """A model, as it was looked at."""
@@ -137,6 +143,7 @@ class _Seen:
     running: Size = NOTHING
     workers: int = 0
     pace: Pace | None = None
+    start: Start = NO_START
 
 
 EMPTY: Final = _Lane()
@@ -244,19 +251,24 @@ class Outlook:
             queued += lane.total + added.get((job.model, other), NOTHING)
             urgent += lane.a_second
         position = round(queued.jobs) + 1 if due_at <= now else None
-        if not seen.workers:
-            return Forecast(due_at, position, None, Reason.NO_WORKER)
+        workers, start = seen.workers or seen.start.num_loading, seen.start
+        load_s = None if seen.workers else start.load_s
+        if not workers:
+            return Forecast(due_at, position, None, Reason.NO_WORKER, load_s=load_s)
+        if not seen.workers and start.left_s is None:
+            return Forecast(due_at, position, None, Reason.LOADING)
         if (pace := seen.pace) is None:
-            return Forecast(due_at, position, None, Reason.NO_HISTORY)
+            return Forecast(due_at, position, None, Reason.NO_HISTORY, load_s=load_s)
         size, ahead = (
             pace.likely(raw_size(job)),
             Ahead(*map(pace.likely, (queued, seen.running, urgent))),
         )
-        places = seen.workers * self._places(job.model)
+        places = workers * self._places(job.model)
+        cold_s = 0.0 if seen.workers else start.left_s or 0.0
         due_in_s = (due_at - now).total_seconds()
-        estimate_s = pace.estimate_s(size, ahead, seen.workers, places, due_in_s)
+        estimate_s = pace.estimate_s(size, ahead, workers, places, due_in_s, cold_s)
         eta = pace.eta(size, estimate_s)
-        return Forecast(due_at, position, eta, None, estimate_s, size, pace)
+        return Forecast(due_at, position, eta, None, estimate_s, pace, load_s)
 
     def _places(self, model: str) -> int:
         found = self._settings.models.get(model)
@@ -297,6 +309,7 @@ class Outlook:
         with self._database.autocommit() as connection:
             rungs = store.ladder(connection, self._layout.steps)
             inside = store.running(connection)
+            started = loads.last(connection)
             up = store.workers(connection, now - WORKERS_SINCE, MOST_WORKERS)
             ended = store.ended_since(
                 connection, (self._since or now - FIRST) - OVERLAP, MOST_ENDED
@@ -307,13 +320,16 @@ class Outlook:
         self._learn(ended, is_cut=len(ended) >= MOST_ENDED, now=now)
         running = {each.model: _size_of(each) for each in inside}
         lanes = _lanes(rungs)
-        models = {*lanes, *running, *self._experience, *(m for each in up for m in each.models)}
+        models = {*lanes, *running, *self._experience}
+        models.update(model for each in up for model in each.models)
+        models.update(model for each in started for model in each.models)
         seen = {
             model: _Seen(
                 lanes.get(model, {}),
                 running.get(model, NOTHING),
                 sum(each.is_up for each in up if model in each.models),
                 self._pace(model, lanes.get(model, {}), up, now),
+                _start(model, started, now),
             )
             for model in models
         }
@@ -356,6 +372,15 @@ class Outlook:
             for model, each in list(self._experience.items())
             if each.share_kept is not None
         }
+
+
+def _start(model: str, started: Sequence[Load], now: datetime) -> Start:
+    own = [
+        (each.began_at.timestamp(), each.ended_at.timestamp() if each.ended_at else None)
+        for each in started
+        if model in each.models
+    ]
+    return start_of(own, now.timestamp())
 
 
 def asked_of(job: NewJob) -> Asked:

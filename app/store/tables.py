@@ -4,7 +4,8 @@
     requests     what it asks for, written once, for as long as prompts are kept
     open_jobs    its state, while it is queued or running: few rows, hot
     results      the same, and how it ended, written by the statement that ends it
-    attempts     each try by a worker; then there are batches, workers, windows and prices
+    attempts     each try by a worker; then there are batches, workers, their loads and windows,
+                 and prices
     usage_hours  what ended jobs used, summed by hour, for ever; see `RollUp`
 
 A job's row is the truth; a message in Redis is only a wake-up. A job's keys are written first and
@@ -884,6 +885,18 @@ prices = Table(
         "1 - batch_discount",
     ),
     comment="One row per price that was ever in force. It only grows: no row is changed.",
+)
+
+loads = Table(
+    "loads",
+    metadata,
+    Column("worker_id", Uuid, primary_key=True, comment="Worker that loads its models."),
+    Column("models", ARRAY(Text), nullable=False, comment="These models."),
+    Column("began_at", Stamp, nullable=False, comment="Began."),
+    Column("ended_at", Stamp, comment="Has loaded them all; null until then, or if it failed."),
+    _in_range("began_at", "ended_at"),
+    Index("loads_by_age", "began_at"),
+    comment="One row per start of a worker: how long it loaded its models.",
 )
 
 windows = Table(

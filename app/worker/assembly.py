@@ -25,7 +25,7 @@ from app.engines import registry
 from app.engines.catalog import CatalogModel, load_catalog
 from app.errors import ConfigError, EngineError
 from app.jobs import new_id
-from app.store import prices
+from app.store import loads, prices
 from app.store.database import Database
 from app.store.workers import NewWorker
 from app.worker.account import Account
@@ -54,6 +54,7 @@ class Assembly:
     """A worker's parts, from start to stop."""
 
     worker_id: UUID
+    models: Sequence[str]
     runner: RunnerThread
     lease: LeaseKeeper
     database: Database
@@ -72,11 +73,14 @@ class Assembly:
             self.energy_watch.start()
         with self.database.begin() as connection:
             prices.keep(connection, self.prices)
+            loads.begin(connection, self.worker_id, self.models)
         self.runner.start()
         if not self.runner.ready.wait(self.load_timeout_s):
             raise EngineError(f"The models were not loaded within {self.load_timeout_s:.0f} s.")
         if self.runner.failure is not None:
             raise self.runner.failure
+        with self.database.begin() as connection:
+            loads.end(connection, self.worker_id)
         self.lease.start(self.runner.facts())
         self.watchdog.start()
         if self.xid_watch is not None:
@@ -206,7 +210,7 @@ def assemble(
         lease_s=settings.worker.lease_s,
     )
     return Assembly(
-        *(worker_id, thread, lease, database, publisher, watchdog, energy),
+        *(worker_id, names, thread, lease, database, publisher, watchdog, energy),
         load_timeout_s=settings.worker.load_timeout_s,
         energy_watch=EnergyWatch(energy, settings.energy.reading_ms) if source.counters else None,
         prices=settings.prices,

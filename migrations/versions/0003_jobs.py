@@ -45,6 +45,7 @@ TABLES = (
     "results",
     "batches",
     "workers",
+    "loads",
     "prices",
     "windows",
     "comparisons",
@@ -1093,6 +1094,17 @@ def upgrade() -> None:
         comment="One row per start of a worker process: its lease, device and price.",
         postgresql_with={"fillfactor": "50"},
     )
+    op.create_table(
+        "loads",
+        Column("worker_id", Uuid, nullable=False, comment="Worker that loads its models."),
+        Column("models", ARRAY(Text), nullable=False, comment="These models."),
+        Column("began_at", Stamp, nullable=False, comment="Began."),
+        Column("ended_at", Stamp, comment="Has loaded them all; null until then, or if it failed."),
+        in_range("loads", "began_at", "ended_at"),
+        PrimaryKeyConstraint("worker_id", name=op.f("loads_pkey")),
+        comment="One row per start of a worker: how long it loaded its models.",
+    )
+    op.create_index("loads_by_age", "loads", ["began_at"])
     op.create_table(
         "prices",
         Column("id", Text, nullable=False, comment="Its name in prices.toml."),

@@ -6,11 +6,14 @@ import re
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from uuid import uuid4
 
 import httpx
 import pytest
 
 from app.config.settings import Settings
+from app.store import loads, workers
+from app.store.database import Database
 from tests.apis import Hands, running_api
 from tests.waiting import eventually
 from tests.workers import rows
@@ -172,7 +175,7 @@ def test_who_knows_nothing_says_why(api: httpx.Client, database_url: str) -> Non
 
     assert eventually(lambda: reason() == "no_worker", timeout_s=20)
     job = api.get(f"/v1/jobs/{submit(api)}").json()
-    assert job["eta"] == {"p50": None, "p90": None, "reason": "no_worker"}
+    assert job["eta"] == {"p50": None, "p90": None, "reason": "no_worker", "load_s": None}
     assert job["position"] == 1
 
     hands = Hands(database_url)
@@ -201,3 +204,30 @@ def test_what_was_promised_is_kept_with_the_job_and_measured(
     assert eventually(lambda: told().get("gristmill_eta_jobs") == 1, timeout_s=20)
     assert told()["gristmill_eta_kept_share"] in (0.0, 1.0)
     assert "gristmill_eta_start_seconds" in told()
+
+
+def test_a_worker_that_loads_is_waited_for_as_long_as_others_took(
+    api: httpx.Client, hands: Hands, settings: Settings
+) -> None:
+    run_some(api, hands)
+    database = Database(settings.database.url, pool_size=1)
+    with database.begin() as connection:
+        workers.stop_worker(connection, hands.worker_id)
+
+    def told() -> tuple[str | None, float | None]:
+        seen = quote(api)
+        return seen["reason"], seen["load_s"]
+
+    assert eventually(lambda: told() == ("no_worker", None), timeout_s=20)
+    with database.begin() as connection:
+        loads.begin(connection, uuid4(), ["stub"])
+    assert eventually(lambda: told() == ("loading", None), timeout_s=20)
+    with database.begin() as connection:
+        connection.exec_driver_sql(
+            "INSERT INTO loads (worker_id, models, began_at, ended_at) VALUES (gen_random_uuid(), "
+            "'{stub}', now() - interval '2 hours', now() - interval '1 hour')"
+        )
+    assert eventually(lambda: told() == (None, 3600.0), timeout_s=20)
+    later = datetime.now(UTC) + timedelta(minutes=30)
+    assert datetime.fromisoformat(quote(api)["start"]["p50"]) > later
+    database.close()

@@ -69,7 +69,8 @@ def ended(config: Settings, ids: list[str], timeout_s: float = 20) -> dict[str, 
 
 MAY_BE_NULL = {
     "error_code", "error_message", "deadline", "time_limit_s", "purged_at", "cancel_requested_at",
-    "upstream_cost", "charge",
+    "upstream_cost", "charge", "quoted_ms", "quoted_p90_ms", "energy_nj", "wasted_nj", "carbon_ug",
+    "energy_boundary",
 }  # fmt: skip
 
 
@@ -90,6 +91,8 @@ def test_a_plain_send_task_is_answered_with_every_field_filled(
     assert sum(batch["num_jobs"] for batch in batches) == 51
     assert max(batch["num_sequences"] for batch in batches) <= BATCH
     assert len(found[embedded]["response"]["data"]) == 2
+    [load] = rows(config, "SELECT * FROM loads")
+    assert load["ended_at"] > load["began_at"]
 
 
 def test_the_shares_of_a_batch_add_up_to_its_device_time(

@@ -219,6 +219,14 @@ def test_without_measured_device_time_all_jobs_count_alike() -> None:
     assert pace.drained_a_second == pytest.approx(4.0, rel=0.15)
 
 
+def test_what_a_worker_has_still_to_load_is_what_others_took_less_its_age() -> None:
+    assert eta.start_of([], 100.0) == eta.Start(0, None, None)
+    assert eta.start_of([(90.0, None)], 100.0) == eta.Start(1, None, None)
+    assert eta.start_of([(90.0, None), (0.0, 30.0)], 100.0) == eta.Start(1, 30.0, 20.0)
+    assert eta.start_of([(60.0, None), (0.0, 30.0)], 100.0) == eta.Start(1, 30.0, 0.0)
+    assert eta.start_of([(0.0, None), (0.0, 30.0)], 1000.0) == eta.Start(0, 30.0, None)
+
+
 # ── what estimates were worth ───────────────────────────────────────────────────────────────────
 
 
