@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from decimal import Decimal
 from uuid import UUID, uuid4
@@ -10,7 +11,8 @@ import pytest
 from sqlalchemy import text
 
 from app.books.cost import device_cost
-from app.config.settings import PriceSettings
+from app.cli import main
+from app.config.settings import PriceSettings, Settings
 from app.jobs import AttemptOutcome
 from app.store import prices, windows
 from app.store.audit import RULES, Audit, audit
@@ -19,6 +21,7 @@ from app.store.database import Database
 from app.store.windows import Window
 from tests.rows import Worker, completed, insert, new_job
 
+Capture = pytest.CaptureFixture[str]
 PRICE = Decimal("0.036")
 """Of `tests.rows.Worker`: 10 nano-units for a millisecond."""
 
@@ -190,3 +193,30 @@ def test_what_a_living_worker_and_a_lost_one_have_not_told_is_named_and_no_diffe
 def test_every_rule_is_a_sentence_with_a_name_of_its_own() -> None:
     assert len({rule.name for rule in RULES}) == len(RULES) >= 10
     assert all(rule.sentence.endswith(".") for rule in RULES)
+
+
+def test_the_command_tells_by_its_exit_code_whether_the_books_balance(
+    books: Books, settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setenv("GRISTMILL_DATABASE__URL", settings.database.url)
+    monkeypatch.setenv("GRISTMILL_BROKER__URL", settings.broker.url)
+
+    assert _run("audit") == 0
+    assert "The books balance." in capsys.readouterr().out
+
+    books.tamper("UPDATE windows SET rounding = rounding - 0.000000001 WHERE number = 1")
+
+    assert _run("audit", "--json") == 1
+    told = json.loads(capsys.readouterr().out)
+    assert (told["balances"], told["difference_nano"]) == (False, 1)
+    [difference] = told["differences"]
+    assert (difference["rule"], difference["unit"], difference["sum"]) == ("money", "nano", 1)
+    assert _run("audit", "--until", "1d") == 0
+    assert "No window was closed in this period." in capsys.readouterr().out
+    assert _run("audit", "--since", "1h", "--until", "2h") == 2
+
+
+def _run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    return int(ended.value.code or 0)
