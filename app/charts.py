@@ -44,7 +44,7 @@ class Axis:
 
     def ticks(self, low: float, high: float) -> list[float]:
         """Round values from `low` to `high`, at most ten."""
-        if self.is_log:
+        if self.is_log and high > 8 * low:
             decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
             steps = (1, 2, 5) if len(decades) < 4 else (1,)
             ticks = [step * 10.0**decade for decade in decades for step in steps]

@@ -668,6 +668,20 @@ MUTANTS: Final = (
         AHEAD,
     ),
     Mutant(
+        "what is recommended may be slower than it is to be",
+        "app/tune/frontier.py",
+        "for point in points if point.p95_ms <= p95_ms]",
+        "for point in points]",
+        "tests/unit/test_tune.py",
+    ),
+    Mutant(
+        "a size is recommended that refuses jobs of the trace",
+        "app/cli/tune.py",
+        "for size in some if size in (most, max(size, least)))",
+        "for size in some)",
+        "tests/unit/test_tune.py",
+    ),
+    Mutant(
         "the next batch closes before it is full",
         "app/worker/batcher.py",
         "if capacity.is_ahead or now_ns <",

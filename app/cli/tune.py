@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -25,6 +26,7 @@ DAY = timedelta(days=1)
 BATCHES = 20_000
 """Most batches that costs are fitted to."""
 HEADER = "# gristmill tune: "
+TELL_S = 15.0
 
 
 class StepMs(click.ParamType[tuple[float, float]]):
@@ -172,9 +174,9 @@ def _report(
         arrivals, source = _recorded(loaded, name, since, until, jobs), f"jobs of {name}"
     arrivals = trace.checked(trace.from_zero(arrivals), source)
     cost, cost_source = _cost(loaded, name, since, until, step_ms)
-    bench = Bench(arrivals, cost, model.max_batch_tokens)
+    bench = Bench(arrivals, cost, model.max_batch_tokens, _progress())
     current = setting_of(model)
-    bench.search(_sizes(model), current)
+    bench.search(_sizes(model, max(job.rows for job in arrivals)), current)
     point = bench.point(current)
     price = loaded.settings.prices.get(model.price or loaded.settings.worker.price)
     target_ms = p95_ms or point.p95_ms
@@ -182,10 +184,26 @@ def _report(
     return Report(name, source, arrivals, cost, cost_source, price, points, point, target_ms)
 
 
-def _sizes(model: ModelSettings) -> list[int]:
-    """Up to what is set, which is what memory holds."""
+def _sizes(model: ModelSettings, least: int) -> list[int]:
+    """Up to what is set, which is what memory holds, and from the largest job of the trace on: a
+    smaller size would refuse it."""
     most = model.max_batch_size
-    return sorted({max(1, round(most * share)) for share in (1, 0.75, 0.5, 0.375, 0.25, 0.125)})
+    some = {max(1, round(most * share)) for share in (1, 0.75, 0.5, 0.375, 0.25, 0.125)}
+    return sorted(size for size in some if size in (most, max(size, least)))
+
+
+def _progress() -> Callable[[], None]:
+    """Says how far it is, to who waits for long."""
+    told_s, count = time.monotonic(), 0
+
+    def tried() -> None:
+        nonlocal told_s, count
+        count += 1
+        if time.monotonic() - told_s > TELL_S:
+            told_s = time.monotonic()
+            tell(f"{count} settings are tried, of some hundreds; fewer --jobs take less.")
+
+    return tried
 
 
 def _recorded(

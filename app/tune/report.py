@@ -109,12 +109,11 @@ class Report:
         ]
         if not self.keeps_target:
             told.append(f"No setting keeps a p95 of {number(self.target_ms)} ms; this is nearest.")
-        saved = 1 - self.chosen.device_s / self.current.device_s
+        more = self.chosen.device_s / self.current.device_s - 1
         told.append(
             f"Recommended: p95 {number(self.chosen.p95_ms)} ms (now "
             f"{number(self.current.p95_ms)}), {number(self.chosen.device_ms_per_job)} ms of the "
-            f"device a job (now {number(self.current.device_ms_per_job)}: {100 * saved:+.0f} % "
-            "saved)."
+            f"device a job (now {number(self.current.device_ms_per_job)}, {100 * more:+.0f} %)."
         )
         if found := self.ratios:
             at = ", ".join(f"{each.device:.2f} at {number(each.p95_ms)} ms" for each in found)

@@ -247,7 +247,7 @@ default = true
 options = { joins = true }
 """
 PRICES = '[prices.cpu]\nper_device_hour = "3.6"\ncurrency = "EUR"\n'
-MADE = ("--synthetic", "swing:1-100/20", "--step-ms", "100,8", "--jobs", "200")
+MADE = ("--synthetic", "swing:1-100/20", "--step-ms", "100,8", "--jobs", "80")
 
 
 @pytest.fixture
@@ -287,7 +287,7 @@ def test_what_is_recommended_is_taken_by_the_settings(tune, folder: Path) -> Non
     assert f"max_wait_ms = {model.max_wait_ms}" in lines.read_text()
     assert model.max_batch_size <= 32
     assert html.read_text().count("<svg") == 2
-    assert len(trace.read(saved)) == 200
+    assert len(trace.read(saved)) == 80
 
 
 def test_a_trace_from_a_file_gives_what_the_same_made_up_trace_gave(tune, folder: Path) -> None:
@@ -301,7 +301,7 @@ def test_a_trace_from_a_file_gives_what_the_same_made_up_trace_gave(tune, folder
     for name in ("p95_ms", "device_s", "max_wait_ms"):
         assert second["recommended"][name] == pytest.approx(first["recommended"][name], rel=1e-3)
     assert second["now"]["cost_per_million_jobs"] == pytest.approx(
-        1e6 * second["now"]["device_s"] / 200 * 3.6 / 3600
+        1e6 * second["now"]["device_s"] / 80 * 3.6 / 3600
     )
 
 
@@ -310,6 +310,42 @@ def test_what_is_recommended_is_no_slower_than_now_and_no_dearer(tune) -> None:
 
     assert told["recommended"]["p95_ms"] <= told["now"]["p95_ms"]
     assert told["recommended"]["device_s"] <= 1.01 * told["now"]["device_s"]
+
+
+def test_no_size_is_recommended_that_would_refuse_a_job_of_the_trace(tune, folder: Path) -> None:
+    saved = folder / "trace.csv"
+    saved.write_text(
+        "at_s,sequences\n" + "".join(f"{place},{1 + place % 20}\n" for place in range(99))
+    )
+
+    told = json.loads(tune("texts", "--trace", str(saved), "--step-ms", "1,50", "--json")[1])
+
+    sizes = {each["max_batch_size"] for points in told["frontier"].values() for each in points}
+    assert min(sizes) >= 20
+
+
+@pytest.mark.parametrize(
+    ("step_ms", "times"),
+    [
+        ("0,5", "0\n0\n0"),
+        ("5,0", "0\n1e9"),
+        ("0.001,0", "5\n5.0000001\n6"),
+        ("1e9,0", "0\n0\n1"),
+        ("1e9,1e9", "0\n1e9"),
+    ],
+)
+def test_any_trace_and_any_batches_make_a_report(
+    tune, folder: Path, step_ms: str, times: str
+) -> None:
+    (folder / "trace.csv").write_text(f"at_s\n{times}\n")
+    page = folder / "page.html"
+
+    code, out, err = tune(
+        "texts", "--trace", str(folder / "trace.csv"), "--step-ms", step_ms, "--html", str(page)
+    )
+
+    assert code == 0, err
+    assert "nan" not in out + err and "nan" not in page.read_text()
 
 
 def test_a_p95_that_no_setting_keeps_is_said_and_the_nearest_is_told(tune) -> None:
