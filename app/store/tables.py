@@ -775,8 +775,8 @@ def _roll_up(name: str, by: list[Column[Any]], sums: list[Column[Any]], comment:
         metadata,
         *map(_again, (*by, *sums)),
         UniqueConstraint(*keys, name=f"{name}_hours_key", postgresql_nulls_not_distinct=True),
-        # The rows of this hour are added to every few seconds.
-        postgresql_with={"fillfactor": "50"} | _AGEING,
+        # The rows of this hour are added to every few seconds; all others are only read.
+        postgresql_with={"fillfactor": "85"} | _AGEING,
         comment=comment,
     )
     deltas = Table(

@@ -315,7 +315,7 @@ def create_roll_up(name):
         *sums_of(name),
         UniqueConstraint(*keys, name=op.f(f"{name}_hours_key"), postgresql_nulls_not_distinct=True),
         comment=OF_SUMS[name],
-        postgresql_with={"fillfactor": "50"} | AGEING,
+        postgresql_with={"fillfactor": "85"} | AGEING,
     )
     op.create_table(
         f"{name}_deltas",
