@@ -28,9 +28,11 @@ from app.books.usage import (
     period_of,
     zone_of,
 )
+from app.errors import NotStorable, RequestError
 from app.jobs import MAX_PRIORITY, JobState
 from app.requests.storable import parse_metadata, refuse_unstorable
 from app.store import usage
+from app.store.translation import TookTooLong
 
 NS_PER_S: Final = 1_000_000_000
 NJ_PER_J: Final = 1_000_000_000
@@ -248,8 +250,17 @@ async def tell_usage(here: Here, question: Annotated[Question, Depends(_question
 
 
 def _ask(here: Services, question: Question) -> Answer:
-    with here.database.begin() as connection:
-        return usage.ask(connection, question)
+    try:
+        with here.database.begin() as connection:
+            return usage.ask(connection, question)
+    except TookTooLong:
+        raise RequestError(
+            "This takes Postgres longer than database.statement_timeout_ms: ask for a shorter "
+            "period, or for one model.",
+            param="since",
+        ) from None
+    except NotStorable:  # the one value that only Postgres can judge
+        raise RequestError("Postgres knows no time zone of this name.", param="zone") from None
 
 
 def _row(question: Question, row: Usage) -> UsageRow:

@@ -115,9 +115,10 @@ _ENDED: Final = text(f"""
     {_WITH_REQUESTS}, tried AS (
         INSERT INTO attempts (
             id, created_at, job_id, number, worker_id, batch_id, claimed_at, ended_at, outcome,
-            charged, device_ns, wasted_ns
+            charged, device_ns, wasted_ns, energy_method
         )
-        SELECT gen_random_uuid(), stamp, id, 1, id, id, stamp, stamp, 'succeeded', true, 0, 0
+        SELECT gen_random_uuid(), stamp, id, 1, id, id, stamp, stamp, 'succeeded', true, 0, 0,
+            'absent'
         FROM made
     )
     INSERT INTO results (

@@ -9,7 +9,9 @@ import httpx
 import pytest
 
 from app.config.settings import Settings
+from app.store import usage
 from app.store.database import Database
+from app.store.translation import TookTooLong
 from tests.apis import running_api
 from tests.integration.test_store_usage import ended
 
@@ -18,6 +20,19 @@ from tests.integration.test_store_usage import ended
 def api(settings: Settings) -> Iterator[httpx.Client]:
     with running_api(settings) as client:
         yield client
+
+
+def test_a_question_that_takes_postgres_too_long_is_refused_and_not_tried_again(
+    api: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(*_: object) -> None:
+        raise TookTooLong("too long")
+
+    monkeypatch.setattr(usage, "ask", slow)
+
+    answer = api.get("/v1/usage?by=metadata.customer")
+
+    assert answer.status_code == 400 and "a shorter period" in answer.text
 
 
 def test_usage_is_told_by_what_is_asked_and_refused_in_a_sentence(
@@ -53,6 +68,7 @@ def test_usage_is_told_by_what_is_asked_and_refused_in_a_sentence(
         ("since=2027-01-01T00:30:00Z", "full hour"),
         ("since=2027-02-01T00:00:00Z&until=2027-01-01T00:00:00Z", "before until"),
         ("zone=Asia/Kolkata", "not whole hours"),
+        ("zone=localtime", "zone"),
         ("by=metadata.%00", "usage can be told by"),
         ("tenant=%00", "NUL"),
         ("top=0", "top"),

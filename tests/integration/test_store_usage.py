@@ -17,7 +17,7 @@ from app.books.energy import EnergyMethod
 from app.books.usage import PARTS, Filling, Question
 from app.errors import JobNotFound, RequestError
 from app.jobs import FINAL_STATES, JobState, Kind
-from app.store import claims, months, purging, retention, submissions, sweeps, usage, windows
+from app.store import claims, months, purging, retention, sizes, submissions, sweeps, usage, windows
 from app.store.claims import BatchStats
 from app.store.database import Database
 from app.store.submissions import RejectedJob
@@ -315,6 +315,16 @@ def test_windows_are_summed_by_hour_device_and_price_and_tell_the_cost_at_real_u
     assert device.cost("idle") == Decimal("0.000000012")
     assert answer.rows[0].cost == Decimal("0.000000006")
     assert answer.rows[0].real_cost == device.cost("up") == Decimal("0.000000024")
+
+
+def test_jobs_of_a_bulk_loader_are_summed_as_all_others(database: Database) -> None:
+    ledger = Ledger(database)
+
+    sizes.fill(database, 50, "bench", "A mill", age_s=7_200, over_s=7_200)
+
+    ledger.look()
+    assert told(database) == ledger.sums
+    assert sum(sums["jobs_completed"] for sums in ledger.sums.values()) == 50
 
 
 def test_no_number_is_too_large_to_be_summed(database: Database) -> None:
