@@ -6,13 +6,19 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Final
 
-from app.config.settings import ModelSettings, PriceSettings, Settings
+from app.config.settings import (
+    BatchSettings,
+    ModelSettings,
+    Policy,
+    PriceSettings,
+    Settings,
+)
 from app.engines.catalog import CatalogModel
 from app.engines.text.tokenizer import StubTokenizer
 from tests.simulation.engine import MAX_ROWS, MODELS
 
 
-def _model(name: str, max_rows: int) -> ModelSettings:
+def _model(name: str, max_rows: int, policy: Policy = Policy.FIXED) -> ModelSettings:
     return ModelSettings(
         source="stub",
         kind="generate",
@@ -21,6 +27,7 @@ def _model(name: str, max_rows: int) -> ModelSettings:
         max_batch_tokens=40 * max_rows,
         default_max_tokens=16,
         max_wait_ms=100,
+        batch=BatchSettings(policy=policy),
         default=name == "static",
     )
 
@@ -43,7 +50,7 @@ LEAST_ROWS: Final = 2
 """Of the model `static` in the worker that has less room than whoever submits believes."""
 SERVED: Final = (
     {name: _model(name, MAX_ROWS) for name in MODELS},
-    {"static": _model("static", LEAST_ROWS)},
+    {"static": _model("static", LEAST_ROWS, Policy.ADAPTIVE)},
 )
 """Models of each worker: what one does not serve it has to pass on."""
 
