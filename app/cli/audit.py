@@ -24,9 +24,9 @@ NS: Final = 10**9
 @click.option("--until", type=Time(is_ahead=False), help="Booked before then.")
 @as_json_option
 def audit(since: datetime | None, until: datetime | None, as_json: bool) -> None:
-    """Check that the books balance, to the nanosecond and the nano-unit, from the tables alone.
+    """Check that the books balance, to the nanosecond, nano-unit and nanojoule.
 
-    Exits with 1 if they do not, and names the rows.
+    It reads the tables alone. Exits with 1 if they do not, and names the rows.
     """
     from app.store import audit as audits
     from app.store.database import Database
@@ -59,6 +59,7 @@ def told(found: Audit, since: datetime | None, until: datetime | None) -> dict[s
                 "attempts": each.num_attempts,
                 "ns": each.ns,
                 "nano": each.nano,
+                "nj": each.nj,
             }
             for each in found.sums
         ],
@@ -105,11 +106,14 @@ def _show(found: Audit) -> None:
 
 def _show_sums(sums: Sums) -> None:
     nano = sums.nano or {}
-    rows = [(name, str(ns), _amount(nano.get(name), sums.currency)) for name, ns in sums.ns.items()]
+    rows = [
+        (name, str(ns), _amount(nano.get(name), sums.currency), str(sums.nj.get(name, "")))
+        for name, ns in sums.ns.items()
+    ]
     if "rounding" in nano:
-        rows.append(("rounding", "", _amount(nano["rounding"], sums.currency)))
+        rows.append(("rounding", "", _amount(nano["rounding"], sums.currency), ""))
     say(f"{sums.num_windows} windows, {sums.num_attempts} attempts settled in them:")
-    print_table(("", "nanoseconds", "cost"), rows)
+    print_table(("", "nanoseconds", "cost", "nanojoules"), rows)
 
 
 def _amount(nano: int | None, currency: str | None) -> str:

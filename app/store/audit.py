@@ -21,7 +21,10 @@ from app.store.tables import device_cost
 PARTS: Final = ("load", "busy", "idle", "waste", "overhead", "open")
 MOST_ROWS: Final = 20
 """Of each rule that are named; all are counted."""
-BILLING: Final = ("device_ns", "wasted_ns", "cost", "upstream_cost", "price_id", "price")
+BILLING: Final = (
+    *("device_ns", "wasted_ns", "cost", "upstream_cost", "price_id", "price"),
+    *("energy_nj", "wasted_nj", "energy_method"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +33,7 @@ class Rule:
 
     name: str
     sentence: str
-    unit: str  #: of the difference: ns, nano (of money) or rows
+    unit: str  #: of the difference: ns, nano (of money), nJ or rows
     query: str
 
 
@@ -51,6 +54,7 @@ class Sums:
     num_attempts: int
     ns: dict[str, int]  #: by part, and `up`, `stray` and `owed`
     nano: dict[str, int] | None  #: the same in nano-units of money, and `rounding`
+    nj: dict[str, int]  #: energy by part, and `up` and `stray`
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,14 +93,20 @@ _SETTLED: Final = f"""
     {_PICKED}, settled AS MATERIALIZED (
         SELECT
             worker_id, number, sum(device_ns) AS device_ns, sum(wasted_ns) AS wasted_ns,
-            sum({_money("device_ns", "picked.price")}) AS nano, count(*) AS attempts
-        FROM (SELECT worker_id, window_number AS number, device_ns, wasted_ns FROM attempts) AS each
+            sum({_money("device_ns", "picked.price")}) AS nano, count(*) AS attempts,
+            sum(each.energy_nj) AS energy_nj, sum(each.wasted_nj) AS wasted_nj
+        FROM (
+            SELECT worker_id, window_number AS number, device_ns, wasted_ns, energy_nj, wasted_nj
+            FROM attempts
+        ) AS each
         JOIN picked USING (worker_id, number)
         GROUP BY worker_id, number
     ), told AS (
         SELECT
             picked.*, coalesce(device_ns, 0) AS settled_ns,
-            coalesce(wasted_ns, 0) AS settled_waste_ns, coalesce(nano, 0) AS settled_nano
+            coalesce(wasted_ns, 0) AS settled_waste_ns, coalesce(nano, 0) AS settled_nano,
+            coalesce(settled.energy_nj, 0) AS settled_nj,
+            coalesce(wasted_nj, 0) AS settled_waste_nj
         FROM picked LEFT JOIN settled USING (worker_id, number)
     )
 """
@@ -133,6 +143,37 @@ RULES: Final = (
         f"""WITH {_SETTLED} SELECT {_WINDOW}, {_money("up_ns")} - settled_nano
             - {" - ".join(_money(part) for part in _OTHER_PARTS)} - 1000000000 * rounding
             FROM told WHERE price IS NOT NULL""",
+    ),
+    Rule(
+        "joules",
+        "The parts of a window's energy are its energy.",
+        "nJ",
+        f"""WITH {_PICKED} SELECT {_WINDOW},
+            energy_nj - load_nj - busy_nj - idle_nj - waste_nj - overhead_nj - open_nj
+            FROM picked""",
+    ),
+    Rule(
+        "paid",
+        "A window's energy of answers is that of the attempts that were settled in it.",
+        "nJ",
+        f"WITH {_SETTLED} SELECT {_WINDOW}, busy_nj - settled_nj FROM told",
+    ),
+    Rule(
+        "burnt",
+        "A window's wasted energy is that of these attempts, and what it names as stray.",
+        "nJ",
+        f"WITH {_SETTLED} SELECT {_WINDOW}, waste_nj - stray_nj - settled_waste_nj FROM told",
+    ),
+    Rule(
+        "drawn",
+        "What energy is open at the end of a window was drawn before; a worker that ended in order "
+        "left none.",
+        "nJ",
+        f"""SELECT {_WINDOW}, CASE WHEN is_last THEN open_nj ELSE least(0, open_nj) END FROM (
+            SELECT worker_id, number, is_last, until_at, sum(open_nj) OVER each AS open_nj,
+                min(number) OVER (PARTITION BY worker_id) AS first FROM windows
+            WINDOW each AS (PARTITION BY worker_id ORDER BY number)) AS level
+            WHERE first = 1 AND until_at >= :since AND until_at < :until""",
     ),
     Rule(
         "numbers",
@@ -245,6 +286,7 @@ _BROKEN: Final = """
 """
 
 _NS: Final = ("up", *PARTS, "stray", "owed")
+_NJ: Final = (*PARTS, "stray")
 
 
 def _nano(name: str) -> str:
@@ -262,6 +304,7 @@ _SUMS: Final = text(f"""
         ), 0) AS num_attempts,
         {", ".join(f"sum({name}_ns) AS {name}_ns" for name in _NS)},
         {", ".join(f"sum({_nano(name)}) AS {name}_nano" for name in ("up", *PARTS))},
+        sum(energy_nj) AS up_nj, {", ".join(f"sum({name}_nj) AS {name}_nj" for name in _NJ)},
         sum(1000000000 * rounding) AS rounding_nano
     FROM told GROUP BY currency ORDER BY currency
 """)
@@ -312,7 +355,8 @@ def _sums(row: Any) -> Sums:
     nano = None
     if row["currency"] is not None:
         nano = {name: int(row[f"{name}_nano"]) for name in ("up", *PARTS, "rounding")}
-    return Sums(row["currency"], row["num_windows"], int(row["num_attempts"]), ns, nano)
+    nj = {name: int(row[f"{name}_nj"]) for name in ("up", *_NJ)}
+    return Sums(row["currency"], row["num_windows"], int(row["num_attempts"]), ns, nano, nj)
 
 
 def _differences(connection: Connection, period: dict[str, Any]) -> Iterator[Difference]:

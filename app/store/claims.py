@@ -196,6 +196,8 @@ class Settled:
     attempt_id: UUID
     device_ns: int
     wasted_ns: int
+    energy_nj: int  #: 0 where nothing is known of it
+    wasted_nj: int
     counts: bool  #: its result is the job's; else it was taken from this worker before
 
 
@@ -221,6 +223,14 @@ _SUM_BATCHES: Final = """
         WHERE batches.id = stats.id
     )
 """
+
+SPENT: Final = ("device_ns", "wasted_ns", "energy_nj", "wasted_nj")
+"""What an attempt took."""
+
+
+def _spent(table: str) -> str:
+    return ", ".join(f"coalesce({table}.{name}, 0)" for name in SPENT)
+
 
 BILL: Final = ("cost", "upstream_cost", "currency", "price_id", "price")
 """What an attempt and its result are billed."""
@@ -298,15 +308,15 @@ _FINISH: Final = text(f"""
         WHERE attempts.created_at = given.created_at AND attempts.created_at = ANY({_MONTHS})
             AND attempts.job_id = given.job_id AND attempts.id = given.attempt_id
             AND (given.job_id IN (SELECT id FROM held) OR outcome IN ('lost', 'released'))
-        RETURNING attempts.id, attempts.device_ns, attempts.wasted_ns
+        RETURNING attempts.id, {", ".join(f"attempts.{name}" for name in SPENT)}
     ), {_SUM_BATCHES}
-    SELECT attempt_id, coalesce(closed.device_ns, 0), coalesce(closed.wasted_ns, 0), true
+    SELECT attempt_id, {_spent("closed")}, true
     FROM held LEFT JOIN closed ON closed.id = attempt_id
     UNION ALL
-    SELECT closed.id, closed.device_ns, closed.wasted_ns, false
+    SELECT closed.id, {_spent("closed")}, false
     FROM closed WHERE id NOT IN (SELECT attempt_id FROM held)
     UNION ALL  -- committed by this very call before, if it is repeated, and not by who took the job
-    SELECT attempt_id, attempt.device_ns, attempt.wasted_ns, true FROM others
+    SELECT attempt_id, {_spent("attempt")}, true FROM others
     CROSS JOIN LATERAL (
         SELECT FROM results
         WHERE results.created_at = others.created_at AND results.created_at = ANY({_MONTHS})
@@ -314,7 +324,7 @@ _FINISH: Final = text(f"""
         OFFSET 0
     ) AS result
     CROSS JOIN LATERAL (
-        SELECT device_ns, wasted_ns FROM attempts
+        SELECT {", ".join(SPENT)} FROM attempts
         WHERE attempts.created_at = others.created_at AND attempts.created_at = ANY({_MONTHS})
             AND attempts.job_id = others.job_id AND attempts.id = others.attempt_id
             AND outcome IN ('succeeded', 'failed')
@@ -368,6 +378,7 @@ class Released:
     attempt_id: UUID
     state: JobState | None  #: None: it was taken from this worker before
     wasted_ns: int  #: what the row of the attempt says now
+    wasted_nj: int  #: 0 where nothing is known of it
 
 
 NEVER_FINISHED: Final = AttemptsExhausted(
@@ -415,7 +426,7 @@ GIVE_BACK: Final = f"""
         FROM next WHERE attempts.created_at = next.created_at
             AND attempts.job_id = next.job_id AND attempts.id = next.attempt_id
     ), {RECORD_ENDED}
-    SELECT job_id, attempt_id, next_state, wasted_ns FROM next
+    SELECT job_id, attempt_id, next_state, wasted_ns, coalesce(wasted_nj, 0) FROM next
 """
 """What becomes of jobs whose attempt ended without a result. It reads a sibling `held`: the fields
 of `Release` and `window_number` beside those of the locked row that decide. A job that was
@@ -448,10 +459,10 @@ _RELEASE: Final = text(f"""
         WHERE attempts.created_at = given.created_at AND attempts.created_at = ANY({_MONTHS})
             AND attempts.job_id = given.job_id AND attempts.id = given.attempt_id
             AND attempts.outcome IN ('lost', 'released')
-        RETURNING attempts.job_id, attempts.id, attempts.wasted_ns
+        RETURNING attempts.job_id, attempts.id, attempts.wasted_ns, attempts.wasted_nj
     ), {_SUM_BATCHES}, {GIVE_BACK}
     UNION ALL
-    SELECT job_id, id, NULL, wasted_ns FROM noted
+    SELECT job_id, id, NULL, wasted_ns, coalesce(wasted_nj, 0) FROM noted
 """)
 
 
@@ -475,6 +486,6 @@ def release(
         "window_number": window_number,
     }
     return [
-        Released(job_id, attempt_id, JobState(state) if state else None, wasted_ns)
-        for job_id, attempt_id, state, wasted_ns in connection.execute(_RELEASE, given)
+        Released(job_id, attempt_id, JobState(state) if state else None, *wasted)
+        for job_id, attempt_id, state, *wasted in connection.execute(_RELEASE, given)
     ]

@@ -59,7 +59,7 @@ _EXPIRE_LEASES: Final = text(f"""
 def expire_leases(connection: Connection, ids: Sequence[UUID]) -> list[Released]:
     """End the attempts of jobs that were found lost; says where the jobs went."""
     rows = connection.execute(_EXPIRE_LEASES, {"ids": sorted(ids)})
-    return [Released(row[0], row[1], JobState(row[2]), row[3]) for row in rows]
+    return [Released(row[0], row[1], JobState(row[2]), row[3], row[4]) for row in rows]
 
 
 # Find queued jobs whose deadline has passed.

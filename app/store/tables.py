@@ -952,6 +952,83 @@ windows = Table(
         nullable=False,
         comment="At its end: device time that is billed and not in up_ns yet, in nanoseconds.",
     ),
+    Column(
+        "energy_nj",
+        BigInteger,
+        nullable=False,
+        server_default=text("0"),
+        comment="Energy of that time, in nanojoules: the sum of the next six; 0 if absent.",
+    ),
+    Column(
+        "load_nj",
+        BigInteger,
+        nullable=False,
+        server_default=text("0"),
+        comment="Of load_ns, in nanojoules.",
+    ),
+    Column(
+        "busy_nj",
+        BigInteger,
+        nullable=False,
+        server_default=text("0"),
+        comment="Of the answers of attempts that were settled in it, in nanojoules: their "
+        "energy_nj.",
+    ),
+    Column(
+        "idle_nj",
+        BigInteger,
+        nullable=False,
+        server_default=text("0"),
+        comment="Of idle_ns, in nanojoules.",
+    ),
+    Column(
+        "waste_nj",
+        BigInteger,
+        nullable=False,
+        server_default=text("0"),
+        comment="What these attempts took in vain, in nanojoules: their wasted_nj, and stray_nj.",
+    ),
+    Column(
+        "overhead_nj",
+        BigInteger,
+        nullable=False,
+        server_default=text("0"),
+        comment="Of overhead_ns, in nanojoules.",
+    ),
+    Column(
+        "open_nj",
+        BigInteger,
+        nullable=False,
+        server_default=text("0"),
+        comment="Drawn in it for attempts that are settled later, in nanojoules, less what was "
+        "so before and is settled in it.",
+    ),
+    Column(
+        "stray_nj",
+        BigInteger,
+        nullable=False,
+        server_default=text("0"),
+        comment="Of waste_nj, what no attempt's row tells, in nanojoules.",
+    ),
+    Column(
+        "energy_method",
+        Text,
+        nullable=False,
+        server_default=EnergyMethod.ABSENT,
+        comment="How that is known: measured, estimated or absent.",
+    ),
+    Column(
+        "energy_boundary",
+        Text,
+        comment="Whose energy it is a part of: gpu, cpu packages or device; null if absent.",
+    ),
+    Column(
+        "counter_resets",
+        Integer,
+        nullable=False,
+        server_default=text("0"),
+        comment="Times that the energy counter was seen to begin anew.",
+    ),
     Column("is_last", Boolean, nullable=False, comment="The worker ended, with nothing open."),
     Column("device", Text, nullable=False, comment="Device as its driver names it."),
     Column("device_index", Integer, comment="Its number on its host, if any."),
@@ -972,7 +1049,17 @@ windows = Table(
     _not_negative(
         *("number", "up_ns", "load_ns", "busy_ns", "idle_ns", "waste_ns", "overhead_ns"),
         *("stray_ns", "owed_ns", "price"),
+        *("energy_nj", "load_nj", "busy_nj", "idle_nj", "waste_nj", "overhead_nj"),
+        *("stray_nj", "counter_resets"),
     ),
+    CheckConstraint(
+        "energy_nj = load_nj + busy_nj + idle_nj + waste_nj + overhead_nj + open_nj",
+        name="energy_sum",
+    ),
+    CheckConstraint(
+        "busy_nj + waste_nj + open_nj >= 0 AND stray_nj <= waste_nj", name="energy_spent"
+    ),
+    _one_of("energy_method", EnergyMethod),
     CheckConstraint("num_nulls(price, price_id, currency, rounding) IN (0, 4)", name="price"),
     PrimaryKeyConstraint("worker_id", "number"),
     # Reports and retention: by time.

@@ -9,12 +9,14 @@ from uuid import UUID
 
 from sqlalchemy import Connection, text
 
+from app.books.energy import EnergyMethod
 from app.store.encoding import encode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Window:
-    """A window that was closed. Field names are columns of `windows`; times in nanoseconds."""
+    """A window that was closed. Field names are columns of `windows`; times in nanoseconds,
+    energy in nanojoules."""
 
     worker_id: UUID
     number: int
@@ -29,24 +31,43 @@ class Window:
     owed_ns: int
     is_last: bool
     rounding: Decimal | None  #: None if the device has no price
+    energy_nj: int = 0
+    load_nj: int = 0
+    busy_nj: int = 0
+    idle_nj: int = 0
+    waste_nj: int = 0
+    overhead_nj: int = 0
+    open_nj: int = 0
+    stray_nj: int = 0
+    energy_method: EnergyMethod = EnergyMethod.ABSENT
+    energy_boundary: str | None = None
+    counter_resets: int = 0
 
+
+ENERGY: Final = (
+    "energy_nj, load_nj, busy_nj, idle_nj, waste_nj, overhead_nj, open_nj, stray_nj,"
+    " energy_method, energy_boundary, counter_resets"
+)
 
 # Write a window that was closed some time ago, with what its worker's row says of device and price.
-_WRITE: Final = text("""
+_WRITE: Final = text(f"""
     INSERT INTO windows (
         worker_id, number, from_at, until_at, up_ns, load_ns, busy_ns, idle_ns, waste_ns,
-        overhead_ns, open_ns, stray_ns, owed_ns, is_last, rounding,
+        overhead_ns, open_ns, stray_ns, owed_ns, {ENERGY}, is_last, rounding,
         device, device_index, price_id, currency, price
     )
     SELECT
         worker_id, number, until_at - up_ns / 1000 * interval '1 us', until_at, up_ns, load_ns,
-        busy_ns, idle_ns, waste_ns, overhead_ns, open_ns, stray_ns, owed_ns, is_last, rounding,
+        busy_ns, idle_ns, waste_ns, overhead_ns, open_ns, stray_ns, owed_ns, {ENERGY}, is_last,
+        rounding,
         workers.device, workers.device_index, workers.price_id, workers.currency,
         workers.price_per_device_hour
     FROM jsonb_to_record(CAST(:window AS jsonb) -> 0) AS given(
         worker_id uuid, number int, up_ns bigint, load_ns bigint, busy_ns bigint, idle_ns bigint,
         waste_ns bigint, overhead_ns bigint, open_ns bigint, stray_ns bigint, owed_ns bigint,
-        is_last bool, rounding numeric
+        energy_nj bigint, load_nj bigint, busy_nj bigint, idle_nj bigint, waste_nj bigint,
+        overhead_nj bigint, open_nj bigint, stray_nj bigint, energy_method text,
+        energy_boundary text, counter_resets int, is_last bool, rounding numeric
     )
     CROSS JOIN (SELECT now() - :age_s * interval '1 s' AS until_at)
     JOIN workers ON workers.id = worker_id

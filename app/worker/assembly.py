@@ -162,7 +162,7 @@ def assemble(
     host = _engine_host(settings, catalog)
     energy = EnergyMeter(source, host.hours)
     per_hour = settings.prices[price_id].per_device_hour if price_id else None
-    account = Account(worker_id, host.hours, per_hour)
+    account = Account(worker_id, host.hours, energy, per_hour)
     limits: dict[str, Limits] = {name: Limits.of(model.settings) for name, model in catalog.items()}
     runner = Runner(
         models=names,

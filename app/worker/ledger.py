@@ -24,7 +24,7 @@ from app.store.claims import (
     Settled,
 )
 from app.store.database import Database
-from app.worker.account import Account, Settling
+from app.worker.account import Account, Settling, Spent
 from app.worker.isolation import ODD, by_halves, said
 from app.worker.settlement import Settlement, batch_stats
 from app.worker.work import Batch, Doomed, Job, Run
@@ -148,7 +148,10 @@ class Ledger:
 
     def _settling(self, jobs: Iterable[Job]) -> AbstractContextManager[Settling]:
         runs = (job.claimed_run for job in jobs)
-        return self._account.settling({run.attempt_id: run.spent_ns for run in runs})
+        return self._account.settling({run.attempt_id: self._spent(run) for run in runs})
+
+    def _spent(self, run: Run) -> Spent:
+        return Spent(run.spent_ns, self._settlement.paid(run).spent_nj or 0)
 
     def _record(self, job: Job) -> Finished:
         try:
@@ -166,7 +169,7 @@ class Ledger:
     def _is_refused(self, job: Job, error: Exception) -> None:
         _say_refused(job, error)
         run = job.claimed_run
-        self._account.refused(run.attempt_id, run.spent_ns)
+        self._account.refused(run.attempt_id, self._spent(run))
 
     def release(self, jobs: Sequence[Job]) -> None:
         """Give claimed jobs back to the queue, uncharged: what they took is waste."""
@@ -175,7 +178,7 @@ class Ledger:
         releases = [self._given_back(job.id, job.claimed_run) for job in jobs]
         with self._settling(jobs) as settling, self._database.autocommit() as connection:
             settling.rows = [
-                Settled(each.attempt_id, 0, each.wasted_ns, counts=False)
+                Settled(each.attempt_id, 0, each.wasted_ns, 0, each.wasted_nj, counts=False)
                 for each in claims.release(
                     connection,
                     releases,

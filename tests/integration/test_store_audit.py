@@ -11,6 +11,7 @@ import pytest
 from sqlalchemy import text
 
 from app.books.cost import device_cost
+from app.books.energy import EnergyMethod
 from app.cli import main
 from app.config.settings import PriceSettings, Settings
 from app.jobs import AttemptOutcome
@@ -24,6 +25,10 @@ from tests.rows import Worker, completed, insert, new_job
 Capture = pytest.CaptureFixture[str]
 PRICE = Decimal("0.036")
 """Of `tests.rows.Worker`: 10 nano-units for a millisecond."""
+
+
+WATTS = 30
+ENERGY_OF = {"energy": "device", "wasted": "wasted"}
 
 
 @dataclass
@@ -74,6 +79,8 @@ def books(database: Database) -> Books:
             outcome=AttemptOutcome.RELEASED,
             charged=False,
             wasted_ns=5_000,
+            wasted_nj=5_000 * WATTS,
+            energy_method=EnergyMethod.MEASURED,
         )
         release(connection, [given], [BatchStats(batch.id, 0, 0, 5_000)], window_number=2)
     for number, busy_ns, waste_ns, open_ns in ((1, 1_234_567, 100, 3_000), (2, 0, 5_000, -3_000)):
@@ -88,8 +95,10 @@ def _settle(
         batch = worker.batch()
         [claimed] = claim(connection, batch, [Member(job_id, uuid4())])
         bill = {"currency": "EUR", "price_id": "cpu", "price": PRICE}
+        energy = {"energy_method": EnergyMethod.MEASURED}
+        energy |= {f"{name}_nj": took[f"{ns}_ns"] * WATTS for name, ns in ENERGY_OF.items()}
         done: Finished = completed(
-            claimed, **took, **bill, cost=device_cost(took["device_ns"], PRICE)
+            claimed, **took, **bill, **energy, cost=device_cost(took["device_ns"], PRICE)
         )
         stats = BatchStats(batch.id, 1, 1, sum(took.values()))
         finish(connection, [done], [stats], window_number=number)
@@ -108,6 +117,10 @@ def _close(
         number=number,
         up_ns=up_ns,
         **{f"{name}_ns": ns for name, ns in parts.items()},
+        energy_nj=up_ns * WATTS,
+        **{f"{name}_nj": ns * WATTS for name, ns in parts.items()},
+        energy_method=EnergyMethod.MEASURED,
+        energy_boundary="gpu",
         stray_ns=0,
         owed_ns=0,
         is_last=number == 2,
@@ -125,6 +138,7 @@ def test_books_that_balance_are_summed_and_nothing_is_said(books: Books) -> None
     assert (sums.currency, sums.num_windows, sums.num_attempts) == ("EUR", 2, 2)
     parts = sum(sums.ns[name] for name in ("load", "busy", "idle", "waste", "overhead", "open"))
     assert sums.ns["up"] == parts and sums.ns["busy"] == 1_234_567 and sums.ns["waste"] == 5_100
+    assert sums.nj["up"] == WATTS * sums.ns["up"] and sums.nj["waste"] == WATTS * 5_100
     assert sums.nano is not None
     assert sums.nano["up"] == sum(ns for name, ns in sums.nano.items() if name != "up")
 
@@ -137,6 +151,12 @@ def test_books_that_balance_are_summed_and_nothing_is_said(books: Books) -> None
         ("wasted", "UPDATE attempts SET wasted_ns = wasted_ns - 1 WHERE outcome = 'released'"),
         ("wasted", "UPDATE windows SET stray_ns = 1 WHERE number = 2"),
         ("money", "UPDATE windows SET rounding = rounding + 0.000000001 WHERE number = 1"),
+        ("joules", "UPDATE windows SET energy_nj = energy_nj - 1 WHERE number = 1"),
+        ("paid", "UPDATE attempts SET energy_nj = energy_nj + 1 WHERE outcome = 'succeeded'"),
+        ("burnt", "UPDATE attempts SET wasted_nj = NULL WHERE outcome = 'released'"),
+        ("drawn", "UPDATE windows SET open_nj = -1 WHERE number = 1"),
+        ("drawn", "UPDATE windows SET open_nj = open_nj + 1 WHERE number = 2"),
+        ("result", "UPDATE results SET energy_method = 'absent'"),
         ("numbers", "UPDATE windows SET number = 3 WHERE number = 2"),
         ("open", "UPDATE windows SET open_ns = -1 WHERE number = 1"),
         ("closed", "UPDATE windows SET open_ns = open_ns + 1 WHERE number = 2"),

@@ -230,7 +230,9 @@ def test_a_finished_job_has_every_stamp_and_every_figure(database: Database) -> 
 
     job = view(database, job_id)
     result, [attempt] = job.result, job.attempts
-    assert settled == [claims.Settled(claimed.attempt_id, 1_500_000, 0, counts=True)]
+    assert settled == [
+        claims.Settled(claimed.attempt_id, 1_500_000, 0, 450_000_000, 0, counts=True)
+    ]
     assert job.state is JobState.COMPLETED
     assert result is not None
     assert result.response == {"text": "Flour."}

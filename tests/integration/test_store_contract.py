@@ -326,6 +326,17 @@ class Moves:
             owed_ns=2,
             is_last=False,
             rounding=Decimal("-0.000000002"),
+            energy_nj=1_000 + busy_ns + waste_ns + open_ns,
+            load_nj=300,
+            busy_nj=busy_ns,
+            idle_nj=100,
+            waste_nj=waste_ns,
+            overhead_nj=600,
+            open_nj=open_ns,
+            stray_nj=4,
+            energy_method=EnergyMethod.MEASURED,
+            energy_boundary="gpu",
+            counter_resets=1,
         )
         return lambda connection, _: windows.write(connection, window, 1.5)
 

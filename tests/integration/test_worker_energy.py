@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
+from contextlib import closing
 from decimal import Decimal
 from pathlib import Path
 
 from celery import Celery
 
 from app.config.settings import Settings
+from app.store.audit import audit
+from app.store.database import Database
 from tests.waiting import eventually
 from tests.workers import results, rows, running_worker
 
@@ -31,14 +35,24 @@ def test_attempts_take_the_energy_of_their_time_and_what_they_wasted_is_theirs_t
     # when
     with (
         Celery("somebody-else", broker=redis_url, set_as_current=False) as producer,
-        running_worker(settings, tmp_path / "worker"),
+        running_worker(settings, tmp_path / "worker") as worker,
     ):
         prompts = [*(f"prompt number {n}" for n in range(20)), "crash"]
         for prompt in prompts:
             producer.send_task("inference.generate", kwargs={"prompt": prompt})
         found = eventually(lambda: len(all_ := results(settings)) == 21 and all_, 60)
+        worker.send_signal(signal.SIGTERM)
+        worker.wait(30)
 
-    # then
+    # then the books balance, to the nanojoule
+    with closing(Database(database_url)) as database, database.begin() as connection:
+        books = audit(connection, None, None)
+    [sums] = books.sums
+    assert (books.differences, books.outside) == ([], [])
+    assert sums.nj["up"] == BUSY_W * (sums.ns["up"] - sums.ns["idle"]) + IDLE_W * sums.ns["idle"]
+    assert min(sums.nj["busy"], sums.nj["waste"], sums.nj["load"], sums.nj["idle"]) > 0
+
+    # and each has taken its part
     told = rows(settings, "SELECT * FROM attempts")
     assert all(row["energy_method"] == "estimated" for row in told)
     spent_ns = sum(row["device_ns"] + row["wasted_ns"] for row in told)

@@ -121,8 +121,7 @@ def _settled(self: MemoryConnection, record: Row, *, counts: bool) -> Row:
     attempt = self.attempts[record["attempt_id"]]
     return {
         "attempt_id": attempt["id"],
-        "device_ns": attempt["device_ns"],
-        "wasted_ns": attempt["wasted_ns"],
+        **{name: attempt[name] or 0 for name in claims.SPENT},
         "counts": counts,
     }
 
@@ -243,7 +242,8 @@ def _release(self: MemoryConnection, given: Params) -> Answer:
             wasted_ns = _note_waste(self, attempt, release["wasted_ns"], given["window_number"])
             _note_energy(self, attempt, release.get("wasted_nj", 0), release["energy_method"])
             noted = {"id": release["job_id"], "attempt_id": attempt["id"], "state": None}
-            moved.append(noted | {"wasted_ns": wasted_ns})
+            wasted_nj = self.attempts[attempt["id"]]["wasted_nj"] or 0
+            moved.append(noted | {"wasted_ns": wasted_ns, "wasted_nj": wasted_nj})
     _sum_batches(self, given)
     return Answer(moved)
 
@@ -277,7 +277,7 @@ def give_back(
         error = {"failed": failure, "expired": late, "cancelled": cancelled}[state]
         self.record_ended(job, *error, attempt_id=attempt_id, batch_id=batch_id)
     told = {"id": job["id"], "attempt_id": attempt_id, "state": state}
-    return told | {"wasted_ns": release["wasted_ns"]}
+    return told | {"wasted_ns": release["wasted_ns"], "wasted_nj": release["wasted_nj"] or 0}
 
 
 def _next_state(job: Row, charged: bool, now: datetime) -> str:

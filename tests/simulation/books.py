@@ -54,9 +54,15 @@ def _check_windows(
         open_ns = sum(window["open_ns"] for window in windows)
         is_settled = open_ns == -windows[-1]["owed_ns"]
         expect(is_settled or not has_told_all, f"I5: {open_ns} ns are open at the end")
+        open_nj = sum(window["open_nj"] for window in windows)
+        expect(open_nj >= 0, f"I5: {open_nj} nJ are open at the end")
+        expect(open_nj == 0 or not has_told_all, f"I5: {open_nj} nJ are open at the end")
         if has_told_all:
             up_ns = sum(window["up_ns"] for window in windows)
             expect(up_ns == hosts[worker_id].hours.read().up, "I5: windows are not the up-time")
+            energy_nj = sum(window["energy_nj"] for window in windows)
+            drawn_nj = hosts[worker_id].meter.joules().parts.up
+            expect(energy_nj == drawn_nj, "I5: windows are not the energy")
 
 
 def _check_window(window: Row, attempts: Collection[Row]) -> None:
@@ -68,6 +74,15 @@ def _check_window(window: Row, attempts: Collection[Row]) -> None:
     expect(
         parts["waste"] == wasted_ns + window["stray_ns"],
         f"I5: {wasted_ns} ns wasted in a window of {parts}, {window['stray_ns']} of it stray",
+    )
+    joules = {name: window[f"{name}_nj"] for name in PARTS}
+    took_nj = sum(attempt["energy_nj"] or 0 for attempt in attempts)
+    wasted_nj = sum(attempt["wasted_nj"] or 0 for attempt in attempts)
+    expect(window["energy_nj"] == sum(joules.values()), f"I5: a window of {joules} nJ")
+    expect(joules["busy"] == took_nj, f"I5: {took_nj} nJ paid in a window of {joules}")
+    expect(
+        joules["waste"] == wasted_nj + window["stray_nj"],
+        f"I5: {wasted_nj} nJ wasted in a window of {joules}, {window['stray_nj']} of it stray",
     )
     costs = [device_cost(ns, window["price"]) for ns in billed]
     costs += [device_cost(ns, window["price"]) for name, ns in parts.items() if name != "busy"]

@@ -73,9 +73,9 @@ class SimulatedWorker:
         world.hosts[self.id] = self.host
         served = catalog(settings)
         price = SETTINGS.prices["cpu"].per_device_hour
-        self.account = account = Account(self.id, self.host.hours, price, now_ns)
         power = Source("model", "device", "as set", (), PowerModel(30_000, 250_007))
-        self.host.meter = EnergyMeter(power, self.host.hours, now_ns)
+        self.host.meter = meter = EnergyMeter(power, self.host.hours, now_ns)
+        self.account = account = Account(self.id, self.host.hours, meter, price, now_ns)
         settlement = Settlement("cpu", SETTINGS.prices, served, self.host.meter)
         shared: dict[str, Any] = {"worker_id": self.id, "database": self.database, "now_ns": now_ns}
         self.runner = Runner(

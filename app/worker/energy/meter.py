@@ -33,6 +33,22 @@ class Joules:
     num_absent: int = 0  #: intervals of whose energy nothing is known
     num_resets: int = 0  #: times that a counter began anew
 
+    def __sub__(self, earlier: Joules) -> Joules:
+        return Joules(
+            self.parts - earlier.parts,
+            self.num_estimated - earlier.num_estimated,
+            self.num_absent - earlier.num_absent,
+            self.num_resets - earlier.num_resets,
+        )
+
+    @property
+    def method(self) -> EnergyMethod:
+        """How all of it together is known."""
+        if self.num_absent and not self.parts.up:
+            return EnergyMethod.ABSENT
+        is_guess = self.num_absent or self.num_estimated
+        return EnergyMethod.ESTIMATED if is_guess else EnergyMethod.MEASURED
+
 
 class EnergyMeter:
     """Owns what is booked, and what no attempt has paid yet. For any thread.
