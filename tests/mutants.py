@@ -33,6 +33,7 @@ BOOKS: Final = "tests/unit/test_books.py"
 ACCOUNT: Final = "app/worker/account.py"
 AUDIT: Final = "tests/integration/test_store_audit.py"
 STORE: Final = "app/store/claims.py"
+ENERGY: Final = "tests/unit/test_energy.py"
 ARRIVALS: Final = "app/worker/pool/arrivals.py"
 ANY_MESSAGE: Final = "tests/unit/test_any_message.py"
 FETCHING: Final = "app/broker/fetching.py"
@@ -875,26 +876,26 @@ MUTANTS: Final = (
     Mutant(
         "what is committed a second time is booked a second time",
         ACCOUNT,
-        "for id_, ns in spent_ns.items() if id_ in self._open",
-        "for id_, ns in spent_ns.items()",
+        "for id_, each in spent.items() if id_ in self._unsettled",
+        "for id_, each in spent.items()",
     ),
     Mutant(
         "waste is booked as billed",
         ACCOUNT,
-        "self._busy_ns += busy_ns\n        self._waste_ns += waste_ns + stray_ns",
-        "self._busy_ns += busy_ns + waste_ns\n        self._waste_ns += stray_ns",
+        "self._busy += busy\n        self._waste += waste + stray",
+        "self._busy += busy + waste\n        self._waste += stray",
     ),
     Mutant(
         "what is open is forgotten from window to window",
         ACCOUNT,
-        "self._before, self._open_ns = totals, open_ns",
-        "self._before, self._open_ns = totals, 0",
+        "self._before, self._joules, self._open = totals, joules, open_",
+        "self._before, self._joules, self._open = totals, joules, Spent()",
     ),
     Mutant(
         "rounding leaves out what is open",
         ACCOUNT,
-        "self._waste_ns, time_ns.overhead, open_ns)",
-        "self._waste_ns, time_ns.overhead)",
+        "self._waste.ns, time_ns.overhead, open_.ns)",
+        "self._waste.ns, time_ns.overhead)",
     ),
     Mutant(
         "a window is the next one's number",
@@ -957,6 +958,53 @@ MUTANTS: Final = (
         "device_cost(device.up_ns, device.price)",
         "device_cost(device.busy_ns, device.price)",
         "tests/unit/test_usage.py",
+    ),
+    Mutant(
+        "what was taken ahead of a counter is not paid back",
+        "app/books/energy.py",
+        "return Taken(max(0, rise_nj - ahead_nj), EnergyMethod.MEASURED)",
+        "return Taken(rise_nj, EnergyMethod.MEASURED)",
+        ENERGY,
+    ),
+    Mutant(
+        "a counter that began anew is taken at its word",
+        "app/books/energy.py",
+        "return rise_nj if 0 <= rise_nj <= MOST_WATTS * (since_ns + SECOND_NS) else None",
+        "return abs(rise_nj)",
+        ENERGY,
+    ),
+    Mutant(
+        "what an attempt pays for its energy is left to the others as well",
+        "app/books/energy.py",
+        "        self.nj -= total_nj\n",
+        "",
+        ENERGY,
+    ),
+    Mutant(
+        "the energy of an attempt is paid each time that its record is made",
+        "app/worker/settlement.py",
+        "run.paid = run.paid or self._energy.pay(",
+        "run.paid = self._energy.pay(",
+    ),
+    Mutant(
+        "the energy of what is given back is nobody's",
+        "app/worker/ledger.py",
+        "wasted_nj=paid.spent_nj,",
+        "wasted_nj=0,",
+    ),
+    Mutant(
+        "the energy of a late zombie is not noted",
+        STORE,
+        "ELSE greatest(attempts.wasted_nj, given.energy_nj + given.wasted_nj) END",
+        "ELSE attempts.wasted_nj END",
+        CLAIMS,
+    ),
+    Mutant(
+        "the energy of a step that runs is taken for that of the idle time before it",
+        "app/worker/energy/meter.py",
+        "running_ns = look.open_ns if self._gauges else 0",
+        "running_ns = 0",
+        "tests/unit/test_energy_meter.py",
     ),
 )
 

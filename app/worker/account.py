@@ -100,8 +100,8 @@ class Account:
             self._book((), spent)
 
     def _book(self, rows: Collection[Settled], spent: Spent) -> None:
-        busy = sum((Spent(row.device_ns, row.energy_nj) for row in rows), Spent())
-        waste = sum((Spent(row.wasted_ns, row.wasted_nj) for row in rows), Spent())
+        busy = Spent(sum(row.device_ns for row in rows), sum(row.energy_nj for row in rows))
+        waste = Spent(sum(row.wasted_ns for row in rows), sum(row.wasted_nj for row in rows))
         stray = spent - busy - waste
         self._busy += busy
         self._waste += waste + stray

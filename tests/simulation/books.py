@@ -84,6 +84,8 @@ def _check_window(window: Row, attempts: Collection[Row]) -> None:
         joules["waste"] == wasted_nj + window["stray_nj"],
         f"I5: {wasted_nj} nJ wasted in a window of {joules}, {window['stray_nj']} of it stray",
     )
+    is_told = window["stray_ns"] > 0 or window["stray_nj"] == 0
+    expect(is_told, f"I5: {window['stray_nj']} nJ are stray, and no time is")
     costs = [device_cost(ns, window["price"]) for ns in billed]
     costs += [device_cost(ns, window["price"]) for name, ns in parts.items() if name != "busy"]
     price = sum(costs, window["rounding"])

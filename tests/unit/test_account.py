@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import astuple
 from decimal import Decimal
 from typing import Any
 from uuid import UUID, uuid4
@@ -13,14 +14,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.books.cost import device_cost
+from app.books.energy import PowerModel
 from app.errors import NotStorable, Unavailable
 from app.store.claims import Settled
 from app.store.windows import Window
-from app.worker.account import Account
+from app.worker.account import Account, Spent
+from app.worker.energy.meter import Joules
+from app.worker.energy.source import Source
 from app.worker.engine.hours import Look
 from app.worker.engine.page import Totals
 
 PRICE = Decimal("0.036")
+WATTS = 30
 
 
 class FakeHours:
@@ -32,6 +37,18 @@ class FakeHours:
 
     def look(self) -> Look:
         return Look(self.totals, self.owed_ns)
+
+
+class FakeEnergy:
+    """A device that draws as much whatever it does."""
+
+    source = Source("nvml", "gpu", "as a test says", (), PowerModel(WATTS * 1_000, WATTS * 1_000))
+
+    def __init__(self, hours: FakeHours) -> None:
+        self._hours = hours
+
+    def joules(self) -> Joules:
+        return Joules(Totals(*(ns * WATTS for ns in astuple(self._hours.look().given))))
 
 
 class Store:
@@ -57,7 +74,11 @@ def hours() -> FakeHours:
 
 
 def account(hours: FakeHours, price: Decimal | None = PRICE) -> Account:
-    return Account(uuid4(), hours, price)  # type: ignore[arg-type]
+    return Account(uuid4(), hours, FakeEnergy(hours), price)  # type: ignore[arg-type]
+
+
+def spent(ns: int) -> Spent:
+    return Spent(ns, ns * WATTS)
 
 
 def closed(books: Account) -> list[Window]:
@@ -65,8 +86,9 @@ def closed(books: Account) -> list[Window]:
 
 
 def settle(books: Account, attempt: UUID, device_ns: int, wasted_ns: int = 0) -> None:
-    with books.settling({attempt: device_ns + wasted_ns}) as settling:
-        settling.rows = [Settled(attempt, device_ns, wasted_ns, counts=True)]
+    with books.settling({attempt: spent(device_ns + wasted_ns)}) as settling:
+        took = (device_ns, wasted_ns, device_ns * WATTS, wasted_ns * WATTS)
+        settling.rows = [Settled(attempt, *took, counts=True)]
 
 
 def test_what_is_computed_is_open_until_its_attempt_is_settled(hours: FakeHours) -> None:
@@ -82,13 +104,15 @@ def test_what_is_computed_is_open_until_its_attempt_is_settled(hours: FakeHours)
     assert (first.busy_ns, first.waste_ns, first.open_ns, first.up_ns) == (0, 0, 90, 190)
     assert (second.busy_ns, second.waste_ns, second.open_ns, second.up_ns) == (60, 30, -90, 5)
     assert (first.is_last, second.is_last, second.stray_ns) == (False, True, 0)
+    assert (first.busy_nj, first.open_nj, first.energy_nj) == (0, 90 * WATTS, 190 * WATTS)
+    assert (second.busy_nj, second.waste_nj, second.open_nj) == (1_800, 900, -2_700)
 
 
 def test_no_window_is_closed_while_the_fate_of_a_commit_is_unknown(hours: FakeHours) -> None:
     books, attempt = account(hours), uuid4()
     books.opened([attempt])
     hours.totals = Totals(busy=7)
-    with pytest.raises(Unavailable), books.settling({attempt: 7}):
+    with pytest.raises(Unavailable), books.settling({attempt: spent(7)}):
         raise Unavailable("The answer was lost.")
     books.close()
     assert closed(books) == []
@@ -115,13 +139,14 @@ def test_a_refused_record_is_no_doubt_and_what_it_took_is_stray(hours: FakeHours
     books, attempt = account(hours), uuid4()
     books.opened([attempt])
     hours.totals = Totals(busy=9)
-    with pytest.raises(NotStorable), books.settling({attempt: 9}):
+    with pytest.raises(NotStorable), books.settling({attempt: spent(9)}):
         raise NotStorable("It is no record.")
-    books.refused(attempt, 9)
+    books.refused(attempt, spent(9))
     books.close(is_last=True)
 
     [window] = closed(books)
     assert (window.waste_ns, window.stray_ns, window.open_ns, window.is_last) == (9, 9, 0, True)
+    assert (window.waste_nj, window.stray_nj, window.open_nj) == (270, 270, 0)
 
 
 def test_a_worker_that_leaves_attempts_to_rescue_has_no_last_window(hours: FakeHours) -> None:
@@ -143,6 +168,7 @@ def test_what_is_billed_before_the_clock_has_it_is_owed(hours: FakeHours) -> Non
 
     [window] = closed(books)
     assert (window.busy_ns, window.open_ns, window.owed_ns, window.stray_ns) == (10, -3, 3, 0)
+    assert (window.busy_nj, window.open_nj, window.stray_nj) == (300, 0, 0)
 
 
 def test_windows_wait_while_postgres_is_away_and_a_device_without_a_price_has_no_rounding(
@@ -187,4 +213,6 @@ def test_windows_add_up_to_all_time_and_money_whatever_was_settled_when(
         others = (each.load_ns, each.idle_ns, each.waste_ns, each.overhead_ns, each.open_ns)
         assert each.up_ns == sum(others) + each.busy_ns
         costs += sum(device_cost(ns, PRICE) for ns in others) + (each.rounding or 0)
+        energy = (each.load_nj, each.idle_nj, each.waste_nj, each.overhead_nj, each.open_nj)
+        assert each.energy_nj == sum(energy) + each.busy_nj == each.up_ns * WATTS
     assert costs == sum(device_cost(each.up_ns, PRICE) for each in windows)

@@ -96,6 +96,19 @@ def test_the_energy_of_a_step_that_runs_waits_for_its_end() -> None:
     assert meter.pay(600 * MS, 0).energy_nj == 180 * SECOND
 
 
+def test_what_a_step_draws_while_it_runs_is_not_taken_for_the_idle_times_before() -> None:
+    device = Clocked()
+    meter = device.meter(PowerModel(idle_mw=50_000, busy_mw=300_000))
+    device.turns(Phase.IDLE)
+    device.goes_on(100 * MS, watts=50)
+    device.turns(Phase.STEP)
+    device.goes_on(900 * MS, watts=300)
+
+    meter.read()
+
+    assert meter.joules().parts == Totals(idle=5 * SECOND)
+
+
 def test_what_runs_within_one_step_of_the_counter_pays_at_the_power_before() -> None:
     device = Clocked()
     meter = device.meter()
