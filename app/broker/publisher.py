@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections import defaultdict
@@ -59,6 +60,17 @@ def bundled(jobs: Iterable[J], size_of: Callable[[str], int]) -> Iterator[list[J
             yield group[start : start + size]
 
 
+def carried(group: Sequence[Message], most_bytes: int) -> dict[str, Any]:
+    """What the message of these jobs holds of their requests: a small one of a job alone. So Redis
+    stays small; all others a worker reads in the rows."""
+    first, *more = group
+    if more or first.request is None:
+        return {}
+    if len(json.dumps(first.request)) > most_bytes:  # in ASCII, as Celery writes it
+        return {}
+    return first.request | ({"url": first.url} if first.url else {})
+
+
 class Publisher:
     """Sends messages. Threads may share it; it connects when first used, and again after a fault.
 
@@ -72,6 +84,7 @@ class Publisher:
         self._unread: dict[str, int] = {}
         self._look_again_at = 0.0
         self._default_queue = settings.broker.default_queue
+        self._max_inline_bytes = settings.broker.max_inline_bytes
         self._bundle_sizes = {
             name: min(model.max_batch_size, MAX_BUNDLE) for name, model in settings.models.items()
         }
@@ -112,7 +125,7 @@ class Publisher:
             headers |= {MORE_HEADER: [str(each.job_id) for each in more], JOBS_HEADER: len(group)}
         self._app.send_task(
             TASK_NAMES[first.kind],
-            kwargs={} if more else self._kwargs(first),
+            kwargs=carried(group, self._max_inline_bytes),
             task_id=str(first.job_id),
             queue=self._queue(first.model),
             priority=first.priority,
@@ -130,11 +143,6 @@ class Publisher:
         if name not in self._app.amqp.queues:
             self._app.amqp.queues.add(name, exchange="", routing_key=name)
         return name
-
-    def _kwargs(self, message: Message) -> dict[str, Any]:
-        if message.request is None:
-            return {}
-        return message.request | ({"url": message.url} if message.url else {})
 
     def queue_lengths(self, models: Collection[str]) -> dict[str, int]:
         """Messages waiting in each model's queue, over all priorities. One round trip."""

@@ -50,7 +50,6 @@ class Sender:
         self._database = database
         self._publisher = publisher
         self._queues = Queues(publisher, broker.max_messages)
-        self._max_inline_bytes = broker.max_inline_bytes
         self._lock = threading.Lock()
         self._try_again_at: float | None = None
         self.num_sent = 0
@@ -82,7 +81,7 @@ class Sender:
         try:
             for start in range(0, len(jobs), PAGE_SIZE):
                 page = jobs[start : start + PAGE_SIZE]
-                self._publisher.send_many(self._messages(page))
+                self._publisher.send_many(map(_message, page))
                 num_sent += len(page)
         except Exception as error:  # the jobs are accepted, whatever it is
             self._pause(error)
@@ -115,24 +114,6 @@ class Sender:
             raise
         self._try_again_at = None
 
-    def _messages(self, jobs: Sequence[NewJob]) -> Iterator[Message]:
-        """Those of jobs that share a message have their requests in their rows alone."""
-        for group in bundled(jobs, self._publisher.bundle_size):
-            for job in group:
-                is_inline = len(group) == 1 and self._is_small(job.request)
-                yield Message(
-                    job_id=job.id,
-                    kind=job.kind,
-                    model=job.model,
-                    request=job.request if is_inline else None,
-                    url=job.url if is_inline else None,
-                    priority=job.priority,
-                )
-
-    def _is_small(self, request: dict[str, Any]) -> bool:
-        """So that Redis is; of a large one the worker reads the row."""
-        return len(json.dumps(request)) <= self._max_inline_bytes  # in ASCII, as Celery writes it
-
     def _pause(self, error: Exception, otherwise: str = "Rescue sends later.") -> None:
         self._try_again_at = time.monotonic() + BREAK_S
         said = error if isinstance(error, GristmillError) else type(error).__name__
@@ -156,6 +137,10 @@ class Sender:
                 return False
             self._try_again_at = now + BREAK_S
             return True
+
+
+def _message(job: NewJob) -> Message:
+    return Message(job.id, job.kind, job.model, job.request, job.url, job.priority)
 
 
 @dataclass(slots=True)

@@ -7,6 +7,7 @@ import json
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -131,14 +132,16 @@ def test_a_model_that_only_other_processes_know_has_its_queue_all_the_same(
 
 @pytest.mark.parametrize("size", [0, 700, 4_000, 9_000])
 def test_a_queue_takes_no_more_of_redis_than_its_settings_say(
-    publisher: Publisher, client: redis.Redis, settings: Settings, size: int
+    client: redis.Redis, settings: Settings, size: int
 ) -> None:
     num = 200
     broker = settings.broker.model_copy(update={"max_inline_bytes": size})
     request = {"prompt": "x" * (size - len(json.dumps({"prompt": ""})))} if size else None
     url = "/v1/completions" if size else None
 
-    publisher.send_many(Message(uuid4(), Kind.GENERATE, "stub", request, url) for _ in range(num))
+    with closing(Publisher(settings.model_copy(update={"broker": broker}))) as publisher:
+        for _ in range(num):  # alone, or they would share messages
+            publisher.send(Message(uuid4(), Kind.GENERATE, "stub", request, url))
 
     used = client.memory_usage(Layout().key("gristmill.stub"), samples=0)
     of_one = most_bytes(broker) / broker.max_messages / len(broker.priority_steps)

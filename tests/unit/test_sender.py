@@ -20,7 +20,6 @@ from app.intake.sender import Sender
 from app.jobs import Kind
 from app.store.submissions import NewJob
 
-MAX_INLINE_BYTES = 1_000
 BODY = {"prompt": "A grist mill is"}
 
 
@@ -91,8 +90,7 @@ def postgres(monkeypatch: pytest.MonkeyPatch) -> Postgres:
 
 @pytest.fixture
 def sender(redis: Redis, postgres: Postgres) -> Sender:
-    broker = BrokerSettings(max_messages=100, max_inline_bytes=MAX_INLINE_BYTES)
-    return Sender(postgres, redis, broker)  # type: ignore[arg-type]
+    return Sender(postgres, redis, BrokerSettings(max_messages=100))  # type: ignore[arg-type]
 
 
 def new_job(**given: Any) -> NewJob:
@@ -125,38 +123,6 @@ def test_a_message_is_sent(sender: Sender, redis: Redis, postgres: Postgres) -> 
     assert message.request == BODY
     assert postgres.not_sent == []
     assert (sender.num_sent, sender.num_left_to_rescue) == (1, 0)
-
-
-def test_a_large_request_stays_in_its_row(sender: Sender, redis: Redis) -> None:
-    largest = {"prompt": "x" * (MAX_INLINE_BYTES - len('{"prompt": ""}'))}
-    larger = {"prompt": largest["prompt"] + "x"}
-    larger_as_sent = {"prompt": "é" * (MAX_INLINE_BYTES // 5)}  # two bytes here, six there
-
-    submit(sender, [new_job(request=each) for each in (largest, larger, larger_as_sent)])
-
-    assert [message.request for message in redis.sent] == [largest, None, None]
-    assert [message.url for message in redis.sent] == ["/v1/completions", None, None]
-
-
-def test_requests_of_jobs_that_share_a_message_are_not_even_measured(
-    sender: Sender, redis: Redis, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sending.json, "dumps", lambda _: pytest.fail("A request was written out."))
-    redis.most_together = 64
-    jobs = [new_job() for _ in range(100)]
-
-    sender.send(jobs)
-
-    assert [each.job_id for each in redis.sent] == [job.id for job in jobs]
-    assert all(each.request is None for each in redis.sent)
-
-
-def test_without_room_in_messages_no_prompt_is_in_redis(redis: Redis, postgres: Postgres) -> None:
-    sender = Sender(postgres, redis, BrokerSettings(max_inline_bytes=0))  # type: ignore[arg-type]
-
-    submit(sender, [new_job()])
-
-    assert redis.sent[0].request is None
 
 
 def test_while_redis_is_away_nobody_waits_for_it_again(
