@@ -17,6 +17,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from app.api.waiting import Waiters
+from app.books.energy import NJ_PER_J
 from app.books.usage import Usage, hour_of
 from app.broker.publisher import Publisher
 from app.errors import GristmillError
@@ -110,6 +111,7 @@ class SystemCollector(Collector):
                 prompts = reads.prompt_tokens(connection)
                 self._since = self._since or hour_of(self._database.now())
                 used = usage.totals(connection, self._since, self._models)
+                drawn = usage.drawn_nj(connection, self._since)
         except GristmillError:
             up.add_metric([], 0)
             yield up
@@ -138,6 +140,12 @@ class SystemCollector(Collector):
             tokens.add_metric([model, "cache"], cached)
         yield tokens
         yield from _used(used)
+        energy = CounterMetricFamily(
+            "gristmill_energy_joules", "Energy of devices, by what it was for.", labels=["use"]
+        )
+        for use, nj in drawn.items():
+            energy.add_metric([use], nj / NJ_PER_J)
+        yield energy
 
     def _etas(self) -> Iterator[Metric]:
         ended = GaugeMetricFamily(

@@ -133,6 +133,10 @@ class DeviceRow(BaseModel):
     cost: dict[str, Money] | None = Field(
         description="What each costs; null without a price.", examples=[{"up": "2.900000000"}]
     )
+    energy_joules: dict[str, float] | None = Field(
+        description="What each drew, `up` all together; null where nothing is known.",
+        examples=[{"up": 1_260_000.0, "idle": 71_250.0}],
+    )
 
 
 class UsageAnswer(BaseModel):
@@ -307,6 +311,9 @@ def _device(question: Question, device: DeviceTime) -> DeviceRow:
         cost=None
         if device.price is None
         else {part: device.cost(part) or Decimal(0) for part in parts},
+        energy_joules={part: device.nj(part) / NJ_PER_J for part in parts}
+        if any(map(device.nj, parts))
+        else None,
     )
 
 

@@ -187,10 +187,21 @@ class DeviceTime:
     waste_ns: int
     overhead_ns: int
     open_ns: int  #: computed for attempts that are settled later; negative if more of before is
+    energy_nj: int = 0  #: of all that, as far as it is known; and by part
+    load_nj: int = 0
+    busy_nj: int = 0
+    idle_nj: int = 0
+    waste_nj: int = 0
+    overhead_nj: int = 0
+    open_nj: int = 0
 
     def ns(self, part: str) -> int:
         """Of one of the parts, or `up`."""
         return int(getattr(self, f"{part}_ns"))
+
+    def nj(self, part: str) -> int:
+        """Energy of one of the parts, or of `up`: all of it."""
+        return self.energy_nj if part == "up" else int(getattr(self, f"{part}_nj"))
 
     def cost(self, part: str) -> Decimal | None:
         """What it costs; None if the device has no price."""

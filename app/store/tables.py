@@ -1085,6 +1085,13 @@ device_sums = _roll_up(
         waste_ns="Computed in vain, in nanoseconds.",
         overhead_ns="Between steps, and between engine processes, in nanoseconds.",
         open_ns="Computed for attempts settled later, less what was so before, in nanoseconds.",
+        energy_nj="Energy of that time where it is known, in nanojoules: the sum of the next six.",
+        load_nj="Of load_ns, in nanojoules.",
+        busy_nj="Of answers, in nanojoules.",
+        idle_nj="Of idle_ns, in nanojoules.",
+        waste_nj="Spent in vain, in nanojoules.",
+        overhead_nj="Of overhead_ns, in nanojoules.",
+        open_nj="For attempts settled later, less what was so before, in nanojoules.",
     ),
     "Where the time of devices went, by hour. Read it through the view `device_time`. Never"
     " removed.",

@@ -23,6 +23,7 @@ from sqlalchemy import Connection, TextClause, text
 
 from app.books.usage import (
     LABEL,
+    PARTS,
     Answer,
     DeviceTime,
     Filling,
@@ -35,6 +36,9 @@ from app.books.usage import (
 from app.errors import RequestError
 from app.jobs import FINAL_STATES, LATEST
 from app.store.tables import ROLL_UPS, RollUp, device_sums, usage_sums
+
+DRAWN: Final = tuple(part for part in PARTS if part != "open")
+"""What energy is for, once it is settled."""
 
 MAX_ROWS: Final = 20_000
 """Of an answer: two years of hours, or a month of days of six hundred groups."""
@@ -92,6 +96,19 @@ def totals(connection: Connection, since: datetime, models: Sequence[str]) -> li
     question = Question(since=since, until=LATEST, by=("model",))
     rows = connection.execute(_TOTALS, {"since": since, "models": list(models)}).mappings()
     return [_usage(question, dict(row) | {"key_0": row["model"], "is_rest": False}) for row in rows]
+
+
+_DRAWN: Final = text(f"""
+    SELECT {", ".join(f"coalesce(sum({part}_nj), 0) AS {part}" for part in DRAWN)}
+    FROM device_time WHERE hour >= :since
+""")
+
+
+def drawn_nj(connection: Connection, since: datetime) -> dict[str, int]:
+    """Energy of all devices in windows that closed in that hour or later, by what it was for:
+    sums that only grow."""
+    row = connection.execute(_DRAWN, {"since": since}).one()
+    return {part: int(nj) for part, nj in row._mapping.items()}
 
 
 # ── questions ───────────────────────────────────────────────────────────────────────────────────

@@ -180,6 +180,16 @@ SUMMED = {
             Numeric,
             "Computed for attempts settled later, less what was so before, in nanoseconds.",
         ),
+        "energy_nj": (
+            Numeric,
+            "Energy of that time where it is known, in nanojoules: the sum of the next six.",
+        ),
+        "load_nj": (Numeric, "Of load_ns, in nanojoules."),
+        "busy_nj": (Numeric, "Of answers, in nanojoules."),
+        "idle_nj": (Numeric, "Of idle_ns, in nanojoules."),
+        "waste_nj": (Numeric, "Spent in vain, in nanojoules."),
+        "overhead_nj": (Numeric, "Of overhead_ns, in nanojoules."),
+        "open_nj": (Numeric, "For attempts settled later, less what was so before, in nanojoules."),
     },
 }
 OF_SUMS = {
@@ -256,12 +266,14 @@ CREATE FUNCTION note_windows() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     INSERT INTO device_time_deltas (
         hour, device, price_id, currency, price,
-        up_ns, load_ns, busy_ns, idle_ns, waste_ns, overhead_ns, open_ns
+        up_ns, load_ns, busy_ns, idle_ns, waste_ns, overhead_ns, open_ns,
+        energy_nj, load_nj, busy_nj, idle_nj, waste_nj, overhead_nj, open_nj
     )
     SELECT
         date_trunc('hour', until_at, 'UTC'), device, price_id, currency, price,
         sum(up_ns), sum(load_ns), sum(busy_ns), sum(idle_ns), sum(waste_ns), sum(overhead_ns),
-        sum(open_ns)
+        sum(open_ns), sum(energy_nj), sum(load_nj), sum(busy_nj), sum(idle_nj), sum(waste_nj),
+        sum(overhead_nj), sum(open_nj)
     FROM written GROUP BY 1, 2, 3, 4, 5;
     RETURN NULL;
 END

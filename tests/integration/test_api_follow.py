@@ -207,6 +207,7 @@ def test_the_metrics_count_what_ended_jobs_used_cached_tokens_among_the_input(
     assert told == [10, 4, 14]
     assert counted("device_seconds") == 0.024
     assert counted("cost") == pytest.approx(0.00000024)
+    assert counted("energy_joules") == 0  # of no window
 
 
 # ── long poll ───────────────────────────────────────────────────────────────────────────────────

@@ -297,7 +297,8 @@ def test_windows_are_summed_by_hour_device_and_price_and_tell_the_cost_at_real_u
             window = Window(
                 worker_id=worker_id, number=number, up_ns=12_000, load_ns=1_000, busy_ns=3_000,
                 idle_ns=6_000, waste_ns=1_000, overhead_ns=500, open_ns=500, stray_ns=0,
-                owed_ns=0, is_last=False, rounding=Decimal(0),
+                owed_ns=0, is_last=False, rounding=Decimal(0), energy_nj=360, load_nj=30,
+                busy_nj=90, idle_nj=180, waste_nj=30, overhead_nj=15, open_nj=15,
             )  # fmt: skip
             windows.write(connection, window, age_s=0)
     while fold(database):
@@ -308,8 +309,11 @@ def test_windows_are_summed_by_hour_device_and_price_and_tell_the_cost_at_real_u
     with database.begin() as connection:
         connection.execute(text("DELETE FROM windows"))
         answer = usage.ask(connection, question)
+        drawn = usage.drawn_nj(connection, since)
 
     [device] = answer.devices
+    assert device.nj("up") == sum(device.nj(part) for part in PARTS) == 720
+    assert drawn == {"load": 60, "busy": 180, "idle": 360, "waste": 60, "overhead": 30}
     assert (device.device, device.price, device.up_ns) == ("cpu", Decimal("3.6"), 24_000)
     assert sum(device.ns(part) for part in PARTS) == device.up_ns
     assert device.cost("idle") == Decimal("0.000000012")
