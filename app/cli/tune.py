@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +16,11 @@ from app.cli.terminal import as_json_option, load_settings, print_json, print_ta
 from app.errors import ConfigError
 
 if TYPE_CHECKING:
+    from sqlalchemy import Connection
+
     from app.config.file import Loaded
     from app.config.settings import ModelSettings
-    from app.tune.replay import Arrival
+    from app.store.traffic import Came
     from app.tune.report import Report
     from app.worker.policy import StepCost
 
@@ -67,6 +69,13 @@ class StepMs(click.ParamType[tuple[float, float]]):
     type=click.FloatRange(0, 1e9, min_open=True),
     help="The p95 to keep; else that of the settings now.",
 )
+@click.option(
+    "--tokens",
+    type=click.IntRange(1, 1_000_000),
+    default=64,
+    show_default=True,
+    help="Of a made-up answer, where sequences join between steps.",
+)
 @click.option("--seed", type=int, default=0, help="Of made-up arrivals.")
 @click.option("--html", type=click.Path(path_type=Path), help="Write a page with pictures.")
 @click.option("--write", type=click.Path(path_type=Path), help="Write the settings, as TOML.")
@@ -84,7 +93,8 @@ def tune(
 
     The trace is of the jobs that ran (--since, --until), of a file, or made up:
     constant:RATE, or bursts, swing or steps as in swing:LOW-HIGH/PERIOD, in jobs a second and
-    seconds. It is replayed through the worker's own batcher, on a simulated clock and device.
+    seconds. It is replayed through the worker's own batcher, on a simulated clock and device. Where
+    sequences join between steps, nothing waits for company: the number of rows alone is tried.
     """
     from app.tune import trace
 
@@ -118,24 +128,14 @@ def _check_ours(file: Path) -> None:
 
 
 def _model(loaded: Loaded, asked: str | None) -> str:
-    from app.engines import registry
-
     models = loaded.settings.models
     known = ", ".join(models)
     if asked is None:
-        tunable = [
-            name for name, each in models.items() if not registry.find(each.engine).joins(each)
-        ]
-        if len(tunable) != 1:
+        if len(models) != 1:
             raise click.UsageError(f"Say which model: {known}.")
-        return tunable[0]
+        return next(iter(models))
     if asked not in models:
         raise click.UsageError(f"No model {asked} is configured; there is {known}.")
-    if registry.find(models[asked].engine).joins(models[asked]):
-        raise click.UsageError(
-            f"{asked} runs with {models[asked].engine}, which takes sequences between its steps: "
-            "nothing waits for company there, and there is no wait to tune."
-        )
     return asked
 
 
@@ -150,10 +150,13 @@ def _report(
     jobs: int,
     step_ms: tuple[float, float] | None,
     p95_ms: float | None,
+    tokens: int,
     seed: int,
 ) -> Report:
+    from app.engines import registry
     from app.tune import trace
     from app.tune.frontier import Bench
+    from app.tune.replay import Arrival
     from app.tune.report import Report, setting_of
 
     if file is not None and synthetic is not None:
@@ -165,23 +168,32 @@ def _report(
     if since >= until:
         raise click.UsageError("--since is not before --until.")
     model = loaded.settings.models[name]
-    arrivals: Sequence[Arrival]
+    joins = registry.find(model.engine).joins(model)
     if file is not None:
         arrivals, source = trace.read(file)[-jobs:], str(file)
     elif synthetic is not None:
-        arrivals, source = trace.synthetic(synthetic, jobs, seed), synthetic
+        arrivals, source = trace.synthetic(synthetic, jobs, seed, tokens if joins else 0), synthetic
     else:
-        arrivals, source = _recorded(loaded, name, since, until, jobs), f"jobs of {name}"
-    arrivals = trace.checked(trace.from_zero(arrivals), source)
-    cost, cost_source = _cost(loaded, name, since, until, step_ms)
-    bench = Bench(arrivals, cost, model.max_batch_tokens, _progress())
+        arrivals = [
+            Arrival(
+                round(each.at.timestamp() * 1e9),
+                each.rows,
+                each.input_tokens // each.rows,
+                (each.generated if joins else each.output_tokens) // each.rows,
+            )
+            for each in _recorded(loaded, name, since, until, jobs)
+        ]
+        source = f"jobs of {name}"
+    arrivals = trace.from_zero(trace.checked(arrivals, source))
+    cost, cost_source = _cost(loaded, name, since, until, step_ms, joins=joins)
+    bench = Bench(arrivals, cost, model.max_batch_tokens, _progress(), joins=joins)
     current = setting_of(model)
     bench.search(_sizes(model, max(job.rows for job in arrivals)), current)
     point = bench.point(current)
     price = loaded.settings.prices.get(model.price or loaded.settings.worker.price)
     target_ms = p95_ms or point.p95_ms
     points = list(bench.points.values())
-    return Report(name, source, arrivals, cost, cost_source, price, points, point, target_ms)
+    return Report(name, source, arrivals, cost, cost_source, price, points, point, target_ms, joins)
 
 
 def _sizes(model: ModelSettings, least: int) -> list[int]:
@@ -208,20 +220,22 @@ def _progress() -> Callable[[], None]:
 
 def _recorded(
     loaded: Loaded, model: str, since: datetime, until: datetime, jobs: int
-) -> Sequence[Arrival]:
+) -> list[Came]:
     from app.store import traffic
+
+    with _connected(loaded) as connection:
+        return traffic.came(connection, model, since, until, jobs)
+
+
+@contextmanager
+def _connected(loaded: Loaded) -> Iterator[Connection]:
     from app.store.database import Database
-    from app.tune.trace import arrival
 
     with (
         closing(Database(loaded.connected().database.url, pool_size=1)) as database,
         database.autocommit() as connection,
     ):
-        came = traffic.came(connection, model, since, until, jobs)
-    return [
-        arrival(each.at.timestamp(), each.rows, each.input_tokens, each.output_tokens)
-        for each in came
-    ]
+        yield connection
 
 
 def _cost(
@@ -230,30 +244,46 @@ def _cost(
     since: datetime,
     until: datetime,
     step_ms: tuple[float, float] | None,
+    *,
+    joins: bool,
 ) -> tuple[StepCost, str]:
-    from app.store import traffic
-    from app.store.database import Database
+    """What a batch takes, or a step where sequences join, and how that is known."""
     from app.tune.frontier import fitted
     from app.worker.policy import StepCost
 
     if step_ms is not None:
         return StepCost(step_ms[0] * 1e6, step_ms[1] * 1e6), "given"
     try:
-        with (
-            closing(Database(loaded.connected().database.url, pool_size=1)) as database,
-            database.autocommit() as connection,
-        ):
-            ran = traffic.ran(connection, model, since, until, BATCHES)
+        ran = _measured(loaded, model, since, until, joins=joins)
     except ConfigError as error:
         raise ConfigError(f"{error} Or say what a batch takes: --step-ms.") from None
-    found = fitted([(each.rows, each.device_ns) for each in ran])
+    found = fitted(ran)
     if found is None:
         raise click.UsageError(
             f"No batch of {model} ran between {since:%Y-%m-%d %H:%M} and {until:%Y-%m-%d %H:%M} "
             "UTC: run some jobs, choose another time, or say what a batch takes: --step-ms."
         )
     cost, off = found
-    told = f"fitted to {len(ran):,} batches, off by {100 * off:.0f} % on average"
-    if len({each.rows for each in ran}) == 1:
+    what = "jobs" if joins else "batches"
+    told = f"fitted to {len(ran):,} {what}, off by {100 * off:.0f} % on average"
+    if len({rows for rows, _ in ran}) == 1:
         told += "; all had one size, so half of their time is taken as fixed"
     return cost, told
+
+
+def _measured(
+    loaded: Loaded, model: str, since: datetime, until: datetime, *, joins: bool
+) -> list[tuple[float, float]]:
+    """Sequences that ran together, and what that took in nanoseconds."""
+    from app.store import traffic
+    from app.tune.joined import step
+
+    if joins:
+        came = _recorded(loaded, model, since, until, BATCHES)
+        steps = (
+            step(each.rows, each.generated, each.inference_ns, each.device_ns) for each in came
+        )
+        return [found for found in steps if found is not None]
+    with _connected(loaded) as connection:
+        ran = traffic.ran(connection, model, since, until, BATCHES)
+    return [(each.rows, each.device_ns) for each in ran]

@@ -19,6 +19,9 @@ class Came:
     rows: int  #: its sequences; where its batch had others, their mean
     input_tokens: int  #: of all its prompts
     output_tokens: int  #: most allowed, of all its sequences
+    generated: int  #: of these, in all its sequences
+    inference_ns: int  #: from its start in the engine to its last token; 0 if that is not known
+    device_ns: int  #: its share of the device
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +39,16 @@ _CAME: Final = text(f"""
     SELECT greatest(job.created_at, job.not_before) AS at,
         greatest(1, coalesce(round(batch.num_sequences / nullif(batch.num_jobs, 0)), 1)) AS rows,
         coalesce(job.input_tokens, job.expected_input_tokens, 0) AS input_tokens,
-        coalesce(job.max_output_tokens, 0) AS output_tokens
+        coalesce(job.max_output_tokens, 0) AS output_tokens,
+        coalesce(job.output_tokens, 0) AS generated,
+        CAST(coalesce(job.inference_ms, 0) * 1e6 AS bigint) AS inference_ns, job.device_ns
     FROM (
         SELECT last.*
         FROM (SELECT DISTINCT tenant FROM usage WHERE model = :model) AS asked
         CROSS JOIN (VALUES {_STATES}) AS ended (state)
         CROSS JOIN LATERAL (
             SELECT created_at, not_before, input_tokens, expected_input_tokens, max_output_tokens,
-                batch_id
+                batch_id, output_tokens, inference_ms, device_ns
             FROM results
             WHERE tenant = asked.tenant AND model = :model AND state = ended.state
                 AND created_at >= :since AND created_at < :until AND batch_id IS NOT NULL
@@ -68,10 +73,7 @@ def came(
 ) -> list[Came]:
     """The last jobs of a model that were accepted in this time and ran, by when they came."""
     given = {"model": model, "since": since, "until": until, "most": most}
-    return [
-        Came(row.at, int(row.rows), row.input_tokens, row.output_tokens)
-        for row in connection.execute(_CAME, given)
-    ]
+    return [Came(row.at, int(row.rows), *row[2:]) for row in connection.execute(_CAME, given)]
 
 
 def ran(

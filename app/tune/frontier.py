@@ -7,10 +7,11 @@ is made finer there, for both policies alike.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from app.config.settings import Policy
+from app.tune.joined import replay_joined
 from app.tune.replay import Arrival, Outcome, replay
 from app.worker.batcher import Limits
 from app.worker.policy import CostFit, StepCost
@@ -75,23 +76,34 @@ class Bench:
         cost: StepCost,
         max_batch_tokens: int,
         tried: Callable[[], object] = lambda: None,
+        *,
+        joins: bool = False,
     ) -> None:
-        """`tried` is called after each."""
-        self._trace, self._cost = trace, cost
+        """`tried` is called after each. `joins`: sequences join between steps, which `cost` is of;
+        then there is nothing to try but their number."""
+        self._trace, self._cost, self._joins = trace, cost, joins
         self._max_batch_tokens, self._tried = max_batch_tokens, tried
         self.points: dict[Setting, Point] = {}
 
     def point(self, setting: Setting) -> Point:
         if setting not in self.points:
-            limits = setting.limits(self._max_batch_tokens)
-            outcome = replay(self._trace, limits, self._cost)
+            outcome = self._run(setting)
             self.points[setting] = _point(setting, outcome)
             self._tried()
         return self.points[setting]
 
+    def _run(self, setting: Setting) -> Outcome:
+        if self._joins:
+            return replay_joined(self._trace, setting.max_batch_size, self._cost)
+        return replay(self._trace, setting.limits(self._max_batch_tokens), self._cost)
+
     def search(self, sizes: Sequence[int], current: Setting) -> None:
         """Try a grid of settings, and then, around the best of each policy, a finer one."""
         self.point(current)
+        if self._joins:
+            for size in sizes:
+                self.point(replace(current, max_batch_size=size))
+            return
         unit_ms = self._cost.of(1) / 1e6
         waits = sorted({round(share * unit_ms, 3) for share in WAITS} | {current.max_wait_ms})
         for wait_cost in (None, *WAIT_COSTS):
@@ -182,8 +194,10 @@ def ratios(points: Sequence[Point], shares: Iterable[float]) -> list[Ratio]:
     by_policy = {
         policy: [point for point in points if point.setting.policy is policy] for policy in Policy
     }
+    found: list[Ratio] = []
+    if not all(by_policy.values()):
+        return found
     tightest_ms = min(point.p95_ms for point in by_policy[Policy.FIXED])
-    found = []
     for share in shares:
         fixed = cheapest(by_policy[Policy.FIXED], share * tightest_ms)
         adaptive = cheapest(by_policy[Policy.ADAPTIVE], share * tightest_ms)
@@ -201,9 +215,9 @@ def total_ratio(points: Sequence[Point], wait_cost: float) -> float:
     return least[Policy.ADAPTIVE] / least[Policy.FIXED]
 
 
-def fitted(batches: Sequence[tuple[int, int]]) -> tuple[StepCost, float] | None:
-    """(sequences, ns) of batches as a + b·n, and how far that is off on average, as a share of what
-    they took; None without batches that ran."""
+def fitted(batches: Sequence[tuple[float, float]]) -> tuple[StepCost, float] | None:
+    """a + b·n from (sequences, ns) of batches, or of steps, and how far that is off on average, as
+    a share of what they took; None without any that ran."""
     fit = CostFit(keep=1.0)
     good = [(rows, took_ns) for rows, took_ns in batches if rows > 0 and took_ns > 0]
     for rows, took_ns in good:

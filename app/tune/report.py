@@ -45,6 +45,7 @@ class Report:
     points: Sequence[Point]
     current: Point
     target_ms: float  #: the p95 to keep
+    joins: bool = False  #: sequences join between steps: their number alone is tried
 
     @property
     def chosen(self) -> Point:
@@ -102,10 +103,11 @@ class Report:
     def sentences(self) -> list[str]:
         span_s = self.trace[-1].at_ns / 1e9
         cost = self.cost
+        unit = "step" if self.joins else "batch"
+        takes = f"{number(cost.fixed_ns / 1e6)} + {number(cost.row_ns / 1e6)}·n ms"
         told = [
-            f"{len(self.trace):,} jobs in {number(span_s)} s ({self.source}); a batch of n "
-            f"sequences takes {number(cost.fixed_ns / 1e6)} + {number(cost.row_ns / 1e6)}·n ms "
-            f"({self.cost_source}).",
+            f"{len(self.trace):,} jobs in {number(span_s)} s ({self.source}); a {unit} of n "
+            f"sequences takes {takes} ({self.cost_source}).",
         ]
         if not self.keeps_target:
             told.append(f"No setting keeps a p95 of {number(self.target_ms)} ms; this is nearest.")
@@ -120,6 +122,8 @@ class Report:
             told.append(
                 f"Device time of the adaptive policy over the best fixed wait's, at p95: {at}."
             )
+        if not found:
+            return told
         totals = ", ".join(
             f"{total_ratio(self.points, each):.2f} at {each:g}" for each in WAIT_COSTS
         )
@@ -153,7 +157,7 @@ class Report:
                 for each in self.ratios
             ],
             "adaptive_over_fixed_with_waiting": {
-                f"{each:g}": total_ratio(self.points, each) for each in WAIT_COSTS
+                f"{each:g}": total_ratio(self.points, each) for each in WAIT_COSTS if self.ratios
             },
         }  # fmt: skip
 
@@ -177,6 +181,10 @@ class Report:
             f"{number(self.current.device_ms_per_job)}).",
             f"[models.{_key(self.model)}]",
             f"max_batch_size = {setting.max_batch_size}",
+        ]
+        if self.joins:
+            return "\n".join(lines) + "\n"
+        lines += [
             f"max_wait_ms = {float(setting.max_wait_ms)}",
             f'batch.policy = "{setting.policy.value}"',
         ]

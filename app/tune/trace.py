@@ -42,11 +42,6 @@ def checked(trace: Sequence[Arrival], name: str) -> Sequence[Arrival]:
     return trace
 
 
-def arrival(at_s: float, rows: int, input_tokens: int, output_tokens: int) -> Arrival:
-    """A recorded job: its tokens are those of all its sequences."""
-    return Arrival(round(at_s * 1e9), rows, input_tokens // rows, output_tokens // rows)
-
-
 def from_zero(trace: Sequence[Arrival]) -> list[Arrival]:
     """The same, from the first arrival on."""
     return [replace(job, at_ns=job.at_ns - trace[0].at_ns) for job in trace]
@@ -202,8 +197,9 @@ class Traffic:
         return self.low * math.pow(self.high / self.low, up)
 
 
-def synthetic(spec: str, jobs: int, seed: int = 0) -> list[Arrival]:
-    """So many jobs that come independently of each other, at the rates of a `Traffic`."""
+def synthetic(spec: str, jobs: int, seed: int = 0, tokens: int = 0) -> list[Arrival]:
+    """So many jobs that come independently of each other, at the rates of a `Traffic`, each with an
+    answer of so many tokens."""
     traffic = Traffic.of(spec)
     piece_s = traffic.period_s / PIECES if traffic.shape != "constant" else math.inf
     chance, at_s, trace = random.Random(seed), 0.0, []
@@ -216,5 +212,5 @@ def synthetic(spec: str, jobs: int, seed: int = 0) -> list[Arrival]:
         at_s += left / rate
         if at_s > MOST_S:
             raise TraceError(f"{spec}: {jobs} jobs would take more than {MOST_S:g} seconds.")
-        trace.append(Arrival(round(at_s * 1e9)))
+        trace.append(Arrival(round(at_s * 1e9), output_tokens=tokens))
     return trace

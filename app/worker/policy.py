@@ -43,7 +43,7 @@ class StepCost:
     fixed_ns: float
     row_ns: float  #: for each sequence
 
-    def of(self, rows: int) -> float:
+    def of(self, rows: float) -> float:
         return self.fixed_ns + self.row_ns * rows
 
 
@@ -55,9 +55,9 @@ class CostFit:
         self._keep = keep
         self._weight = self._n = self._t = self._nn = self._nt = 0.0
 
-    def add(self, rows: int, took_ns: int) -> None:
+    def add(self, rows: float, took_ns: float) -> None:
         """A batch of so many sequences has run; one that ran nothing says nothing."""
-        if rows < 1 or took_ns <= 0:
+        if rows <= 0 or took_ns <= 0:
             return
         self._weight = self._weight * self._keep + 1
         self._n = self._n * self._keep + rows

@@ -46,6 +46,7 @@ def test_what_came_and_what_it_took_is_read_back(database: Database) -> None:
         *[(1, 6, 8)] * 3,
         (4, 24, 32),
     ]
+    assert {(each.generated, each.device_ns) for each in came} == {(0, 1_000)}
     assert [each.at for each in came] == sorted(each.at for each in came)
     assert [(each.rows, each.device_ns) for each in ran] == [(4, 200), (3, 500)]
     assert others == []
@@ -72,7 +73,7 @@ def test_settings_are_recommended_from_the_jobs_of_the_database(
 
     def tune() -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as end:
-            cli.main(["tune", "--json"])
+            cli.main(["tune", MODEL, "--json"])
         captured = capsys.readouterr()
         return int(end.value.code or 0), captured.out, captured.err
 

@@ -17,6 +17,7 @@ from app.config.file import load
 from app.config.settings import Policy
 from app.tune import trace
 from app.tune.frontier import Bench, Point, Setting, cheapest, fitted, frontier, ratios
+from app.tune.joined import replay_joined, step
 from app.tune.replay import Arrival, replay
 from app.tune.trace import TraceError, Traffic, synthetic
 from app.worker.batcher import Limits
@@ -247,7 +248,7 @@ default = true
 options = { joins = true }
 """
 PRICES = '[prices.cpu]\nper_device_hour = "3.6"\ncurrency = "EUR"\n'
-MADE = ("--synthetic", "swing:1-100/20", "--step-ms", "100,8", "--jobs", "80")
+MADE = ("texts", "--synthetic", "swing:1-100/20", "--step-ms", "100,8", "--jobs", "80")
 
 
 @pytest.fixture
@@ -368,19 +369,23 @@ def test_a_file_that_holds_something_else_is_not_written_over(tune, folder: Path
 @pytest.mark.parametrize(
     ("arguments", "code", "complaint"),
     [
-        (("gone", *MADE), 2, "No model gone is configured; there is texts, chat.v1."),
-        (("chat.v1", *MADE), 2, "takes sequences between its steps"),
+        (("gone", *MADE[1:]), 2, "No model gone is configured; there is texts, chat.v1."),
+        (MADE[1:], 2, "Say which model: texts, chat.v1."),
         ((*MADE, "--trace", "x.csv"), 2, "Give --trace or --synthetic, and not both."),
         ((*MADE, "--since", "1h"), 2, "--since and --until are of jobs and batches that ran."),
-        (("--since", "1h", "--until", "2h"), 2, "--since is not before --until."),
-        ((*MADE[:2], "--step-ms", "100"), 2, "give two numbers, as in 100,8."),
-        ((*MADE[:2], "--step-ms", "nan,1"), 2, "milliseconds from 0 to 1e9, and not both 0."),
-        ((*MADE[:2], "--step-ms", "0,0"), 2, "milliseconds from 0 to 1e9, and not both 0."),
+        (("texts", "--since", "1h", "--until", "2h"), 2, "--since is not before --until."),
+        ((*MADE[:3], "--step-ms", "100"), 2, "give two numbers, as in 100,8."),
+        ((*MADE[:3], "--step-ms", "nan,1"), 2, "milliseconds from 0 to 1e9, and not both 0."),
+        ((*MADE[:3], "--step-ms", "0,0"), 2, "milliseconds from 0 to 1e9, and not both 0."),
         ((*MADE, "--jobs", "1"), 2, "Invalid value for '--jobs'"),
         ((*MADE, "--p95-ms", "-1"), 2, "Invalid value for '--p95-ms'"),
-        (("--synthetic", "tide:1", "--step-ms", "1,1"), 1, "tide:1: no such traffic"),
-        (("--trace", "none.csv", "--step-ms", "1,1"), 1, "none.csv cannot be read: No such file"),
-        (MADE[:2], 3, "Or say what a batch takes: --step-ms."),
+        (("texts", "--synthetic", "tide:1", "--step-ms", "1,1"), 1, "tide:1: no such traffic"),
+        (
+            ("texts", "--trace", "none.csv", "--step-ms", "1,1"),
+            1,
+            "none.csv cannot be read: No such file",
+        ),
+        (MADE[:3], 3, "Or say what a batch takes: --step-ms."),
     ],
 )
 def test_a_wrong_question_is_answered_in_a_sentence(
@@ -391,6 +396,70 @@ def test_a_wrong_question_is_answered_in_a_sentence(
     assert told[0] == code, told
     assert complaint in told[2]
     assert "Traceback" not in told[2]
+
+
+# ── engines that are joined between steps ────────────────────────────────────────────────────────
+
+
+def test_sequences_that_join_share_each_step_by_hand() -> None:
+    # given two jobs of ten tokens, the second half way through the first; a step of n takes 10 + n
+    jobs = [Arrival(0, output_tokens=10), Arrival(55, output_tokens=10)]
+
+    outcome = replay_joined(jobs, 4, StepCost(10, 1))
+
+    # then five steps alone, five together (12 each), and five alone again
+    assert outcome.latencies_ns == [55 + 60, 60 + 55]
+    assert outcome.ended_ns == outcome.device_ns == 170
+
+
+def test_a_job_goes_in_when_there_are_rows_for_all_of_it() -> None:
+    jobs = [Arrival(0, 2, output_tokens=1), Arrival(0, 2, output_tokens=1), Arrival(0, 9)]
+
+    outcome = replay_joined(jobs, 3, StepCost(10, 1))
+
+    assert outcome.latencies_ns == [12, 24, 24 + 13]
+    assert outcome.sizes == [2, 2, 3]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 10**4), st.integers(1, 9), st.integers(0, 99)), min_size=1),
+    st.integers(1, 12),
+    st.integers(0, 10**6),
+)
+def test_every_job_that_joins_ends_and_the_device_is_never_busier_than_time_passes(
+    found: list[tuple[int, int, int]], rows: int, fixed_ns: int
+) -> None:
+    jobs = [Arrival(at, size, output_tokens=tokens) for at, size, tokens in sorted(found)]
+
+    outcome = replay_joined(jobs, rows, StepCost(fixed_ns, 1))
+
+    assert len(outcome.latencies_ns) == len(jobs)
+    assert min(outcome.latencies_ns) >= 0
+    assert max(outcome.sizes) <= rows
+    assert outcome.device_ns <= outcome.ended_ns + 1
+
+
+def test_a_share_of_the_device_tells_how_many_were_inside_and_what_a_step_took() -> None:
+    # a job of one sequence, inside for 10 steps of 14 ns with 4 in them
+    assert step(1, 10, 140, 35) == (4, 14)
+    assert step(2, 20, 140, 70) == (4, 14)
+    assert step(1, 0, 140, 35) is None
+    assert step(1, 10, 0, 35) is None
+
+
+def test_rows_are_recommended_where_sequences_join(tune, folder: Path) -> None:
+    lines = folder / "new.toml"
+
+    code, out, err = tune(
+        "chat.v1", "--synthetic", "steps:1-50/20", "--step-ms", "10,1", "--jobs", "200",
+        "--write", str(lines), "--json",
+    )  # fmt: skip
+
+    assert code == 0, err
+    told = json.loads(out)
+    assert told["recommended"]["p95_ms"] <= told["now"]["p95_ms"]
+    assert told["adaptive_over_fixed"] == [] and told["frontier"]["adaptive"] == []
+    assert "max_batch_size" in lines.read_text() and "batch.policy" not in lines.read_text()
 
 
 def points(*found: tuple[float, float]) -> list[Point]:
