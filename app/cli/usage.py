@@ -18,7 +18,7 @@ from app.books.usage import MAX_TOP, PARTS, SPANS, hour_of, zone_of
 from app.cli import focus, usage_page
 from app.cli.api import QUICK_S, Api, uses_api
 from app.cli.options import NameValue
-from app.cli.terminal import print_json, print_table, say, tell
+from app.cli.terminal import out, print_json, print_table, say, tell
 from app.errors import RequestError
 from app.jobs import MAX_PRIORITY
 
@@ -206,7 +206,7 @@ def show(answer: Answer, form: str, of_devices: bool) -> None:
             shown = [columns[place] for place in kept]
             print_table(
                 [_SHORT.get(name, name.replace("_", " ")) for name in shown],
-                ([_short(row[place]) for place in kept] for row in rows),
+                ([_shown(row[place]) for place in kept] for row in rows),
             )
     if not answer["devices" if of_devices else "data"]:
         what = "No device was up" if of_devices else "No job ended"
@@ -279,8 +279,10 @@ def _is_formula(text: str) -> bool:
     return bool(_FORMULA.match(text)) and not re.fullmatch(r"-?[\d.]+", text)
 
 
-def _short(cell: object) -> object:
-    """For people: no more digits than one reads."""
+def _shown(cell: object) -> object:
+    """For people no more digits than one reads; for a pipe as it is."""
+    if not out.is_terminal:
+        return "" if cell is None else cell
     match cell:
         case float():
             return f"{cell:,.3f}".rstrip("0").rstrip(".")

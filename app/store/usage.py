@@ -136,7 +136,6 @@ _JOBS: Final = f"""
 _COLUMNS: Final = {"model": "model", "tenant": "tenant", "priority": "priority",
                    "price": "price_id"}  # fmt: skip
 
-
 # Room to sum groups by hashing: how many there are is only guessed, and sorting all rows for them
 # takes several times as long.
 _HASHED: Final = text("SET LOCAL work_mem = '128MB'")

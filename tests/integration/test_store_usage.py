@@ -15,7 +15,7 @@ from sqlalchemy import text
 
 from app.books.energy import EnergyMethod
 from app.books.usage import PARTS, Filling, Question
-from app.errors import JobNotFound, RequestError
+from app.errors import JobNotFound, RequestError, Unavailable
 from app.jobs import FINAL_STATES, JobState, Kind
 from app.store import claims, months, purging, retention, sizes, submissions, sweeps, usage, windows
 from app.store.claims import BatchStats
@@ -217,6 +217,26 @@ def test_what_commits_late_is_not_missed_by_a_sweep_that_came_before(database: D
 
     assert [row.jobs[JobState.COMPLETED] for row in ask(database)] == [2]
     assert fold(database) == 1
+
+
+def test_a_sweeper_that_is_killed_before_its_commit_has_added_nothing(database: Database) -> None:
+    ledger = Ledger(database)
+    ended(database, 3)
+    ledger.look()
+
+    def fold_and_die() -> None:
+        with database.begin() as doomed:
+            assert usage.fold(doomed, 1_000) == 1
+            pid = doomed.scalar(text("SELECT pg_backend_pid()"))
+            with database.begin() as other:
+                other.execute(text("SELECT pg_terminate_backend(:pid, 5000)"), {"pid": pid})
+
+    with pytest.raises(Unavailable):
+        fold_and_die()
+
+    assert told(database) == told(database, "usage_deltas") == ledger.sums
+    assert fold(database) == 1
+    assert told(database) == told(database, "usage_hours") == ledger.sums
 
 
 def test_a_finish_that_is_undone_or_repeated_is_summed_as_its_result_is(database: Database) -> None:

@@ -35,6 +35,7 @@ from app.books.usage import (
     zone_of,
 )
 from app.cli import api as api_module
+from app.cli.terminal import PlainConsole
 from app.cli.usage import csv_of, time_of
 from app.client import Client
 from app.errors import RequestError
@@ -320,7 +321,7 @@ def test_the_same_rows_are_a_table_json_and_csv(asked: Any) -> None:
     _, text, _ = asked("--by", "day,model", "--format", "csv", rows=rows)
     _, lines, _ = asked("--by", "day,model", "--json", rows=rows)
 
-    assert table.splitlines()[0].split("\t")[:3] == ["2027-01-31", "smollm2", "1,200"]
+    assert table.splitlines()[0].split("\t")[:3] == ["2027-01-31", "smollm2", "1200"]
     first, rest = csv.DictReader(io.StringIO(text))
     assert first["cost"] == "0.005120000" and first["jobs_completed"] == "1200"
     assert rest["model"] == "(others)" and rest["currency"] == ""
@@ -346,6 +347,20 @@ def test_where_the_time_of_devices_went_is_a_table_too(
     assert (paid["price"], paid["idle_cost"], paid["currency"]) == ("cpu", "0.1", "EUR")
     asked("--devices")
     assert "No device was up between" in capsys.readouterr().err
+
+
+def test_a_person_reads_short_numbers_and_a_pipe_gets_them_whole(
+    asked: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [row("2027-01-31T00:00:00Z", "smollm2")]
+    _, piped, _ = asked("--by", "day,model", rows=rows)
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setattr(PlainConsole, "is_terminal", property(lambda _: True))
+
+    _, shown, _ = asked("--by", "day,model", rows=rows)
+
+    assert "0.005120000" in piped and "31000" in piped
+    assert "0.00512 " in shown and "31,000" in shown and "per 1M tokens" in shown
 
 
 def test_focus_and_the_page_have_keys_of_their_own(asked: Any, tmp_path: Path) -> None:
