@@ -26,6 +26,7 @@ class Store:
     worker_id: UUID
     prompt: str = PROMPT
     response: str = PROMPT
+    batch_id: UUID = UUID(int=0)  #: claimed last
 
     @classmethod
     def of(cls, database: Database, **texts: str) -> Store:
@@ -52,6 +53,7 @@ class Store:
             close_reason=CloseReason.SIZE,
             wait_ms=1.0,
         )
+        self.batch_id = batch.id
         with self.database.begin() as connection:
             return claims.claim(connection, batch, [claims.Member(id, new_id()) for id in ids])
 
@@ -68,7 +70,7 @@ class Store:
             for each in claimed
         ]
         with self.database.begin() as connection:
-            claims.finish(connection, done)
+            claims.finish(connection, done, [claims.BatchStats(self.batch_id, 1, 1, 1)])
 
     def run(self, number: int) -> None:
         """Jobs from their submission to their results, batch by batch."""

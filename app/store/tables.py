@@ -832,7 +832,7 @@ batch_sums = _roll_up(
     ],
     [
         *_counts(
-            batches="Admission batches.",
+            batches="Admission batches of which something has ended.",
             jobs="Jobs claimed in them.",
             sequences="Sequences of those jobs.",
         ),

@@ -118,8 +118,8 @@ $$
 """
 
 # Sums by the hour. Whatever statement writes the rows that are summed writes what it adds to a sum
-# as well: all of it is kept or undone with them. A batch's totals are written again and again: the
-# sum gets the differences.
+# as well: all of it is kept or undone with them. A batch's totals are written again and again, from
+# the first end of a member on: the sum gets the differences.
 ROLL_UPS = {
     "usage": "they ended in",
     "batch_usage": "they were claimed in",
@@ -160,7 +160,7 @@ SUMMED = {
         ),
     },
     "batch_usage": {
-        "batches": (BigInteger, "Admission batches."),
+        "batches": (BigInteger, "Admission batches of which something has ended."),
         "jobs": (BigInteger, "Jobs claimed in them."),
         "sequences": (BigInteger, "Sequences of those jobs."),
         "useful_tokens": (Numeric, "Prompt and output tokens that were asked for."),
@@ -238,24 +238,11 @@ BEGIN
         hour, model, batches, jobs, sequences, useful_tokens, padded_tokens
     )
     SELECT
-        date_trunc('hour', claimed_at, 'UTC'), model, count(*), sum(num_jobs), sum(num_sequences),
-        sum(useful_tokens), sum(padded_tokens)
-    FROM written GROUP BY 1, 2;
-    RETURN NULL;
-END
-$$
-"""
-NOTE_BATCHES_AGAIN = """
-CREATE FUNCTION note_batches_again() RETURNS trigger LANGUAGE plpgsql AS $$
-BEGIN
-    INSERT INTO batch_usage_deltas (
-        hour, model, batches, jobs, sequences, useful_tokens, padded_tokens
-    )
-    SELECT
         date_trunc('hour', claimed_at, 'UTC'), model, sum(way), sum(way * num_jobs),
         sum(way * num_sequences), sum(way * CAST(useful_tokens AS numeric)),
         sum(way * CAST(padded_tokens AS numeric))
     FROM (SELECT 1 AS way, * FROM written UNION ALL SELECT -1, * FROM before) AS each
+    WHERE finished_at IS NOT NULL
     GROUP BY 1, 2;
     RETURN NULL;
 END
@@ -282,8 +269,7 @@ $$
 TRIGGERS = (
     ("note_windows", "INSERT", "windows", "NEW TABLE AS written"),
     ("note_usage", "INSERT", "results", "NEW TABLE AS written"),
-    ("note_batches", "INSERT", "batches", "NEW TABLE AS written"),
-    ("note_batches_again", "UPDATE", "batches", "OLD TABLE AS before NEW TABLE AS written"),
+    ("note_batches", "UPDATE", "batches", "OLD TABLE AS before NEW TABLE AS written"),
 )
 
 
@@ -1384,7 +1370,7 @@ def upgrade() -> None:
     )
     for name in ROLL_UPS:
         create_roll_up(name)
-    for function in (NOTE_USAGE, NOTE_BATCHES, NOTE_BATCHES_AGAIN, NOTE_WINDOWS):
+    for function in (NOTE_USAGE, NOTE_BATCHES, NOTE_WINDOWS):
         op.execute(function)
     for function, event, table, named in TRIGGERS:
         op.execute(
