@@ -31,6 +31,7 @@ ETA: Final = "app/books/eta.py"
 ETAS: Final = "tests/unit/test_eta.py"
 BOOKS: Final = "tests/unit/test_books.py"
 ACCOUNT: Final = "app/worker/account.py"
+ACCOUNTS: Final = "tests/unit/test_account.py"
 AUDIT: Final = "tests/integration/test_store_audit.py"
 STORE: Final = "app/store/claims.py"
 ENERGY: Final = "tests/unit/test_energy.py"
@@ -872,36 +873,42 @@ MUTANTS: Final = (
         ACCOUNT,
         "            if self._in_doubt:\n                return\n",
         "",
+        ACCOUNTS,
     ),
     Mutant(
         "what is committed a second time is booked a second time",
         ACCOUNT,
         "for id_, each in spent.items() if id_ in self._unsettled",
         "for id_, each in spent.items()",
+        ACCOUNTS,
     ),
     Mutant(
         "waste is booked as billed",
         ACCOUNT,
         "self._busy += busy\n        self._waste += waste + stray",
         "self._busy += busy + waste\n        self._waste += stray",
+        ACCOUNTS,
     ),
     Mutant(
         "what is open is forgotten from window to window",
         ACCOUNT,
         "self._before, self._joules, self._open = totals, joules, open_",
         "self._before, self._joules, self._open = totals, joules, Spent()",
+        ACCOUNTS,
     ),
     Mutant(
         "rounding leaves out what is open",
         ACCOUNT,
         "self._waste.ns, time_ns.overhead, open_.ns)",
         "self._waste.ns, time_ns.overhead)",
+        ACCOUNTS,
     ),
     Mutant(
         "a window is the next one's number",
         ACCOUNT,
         "            number=self._number,",
         "            number=self._number + 1,",
+        ACCOUNTS,
     ),
     Mutant(
         "what is given back is in no window",

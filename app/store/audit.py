@@ -267,12 +267,12 @@ RULES: Final = (
         "batch",
         "A batch took what its attempts did, if none of them was lost.",
         "ns",
-        """SELECT format('batch %s', batches.id), device_ns - spent_ns FROM batches JOIN (
-                SELECT batch_id, sum(device_ns + wasted_ns) AS spent_ns, count(*) AS attempts,
-                    bool_and(ended_at IS NOT NULL AND outcome <> 'lost') AS is_told
-                FROM attempts GROUP BY batch_id) AS members ON batch_id = batches.id
-            WHERE is_told AND attempts = num_jobs
-                AND claimed_at >= :since AND claimed_at < :until""",
+        """SELECT format('batch %s', batches.id),
+                batches.device_ns - sum(attempts.device_ns + wasted_ns)
+            FROM batches JOIN attempts ON batch_id = batches.id
+            WHERE batches.claimed_at >= :since AND batches.claimed_at < :until
+            GROUP BY batches.id
+            HAVING count(*) = num_jobs AND bool_and(ended_at IS NOT NULL AND outcome <> 'lost')""",
     ),
 )
 

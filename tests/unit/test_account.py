@@ -149,6 +149,20 @@ def test_a_refused_record_is_no_doubt_and_what_it_took_is_stray(hours: FakeHours
     assert (window.waste_nj, window.stray_nj, window.open_nj) == (270, 270, 0)
 
 
+def test_what_is_left_over_when_all_attempts_are_settled_is_stray_and_nothing_stays_open(
+    hours: FakeHours,
+) -> None:
+    books, attempt = account(hours), uuid4()
+    books.opened([attempt])
+    hours.totals = Totals(busy=9)
+    books.close()
+    settle(books, attempt, 5)
+    books.close(is_last=True)
+
+    _, last = closed(books)
+    assert (last.busy_ns, last.waste_ns, last.stray_ns, last.open_ns) == (5, 4, 4, -9)
+
+
 def test_a_worker_that_leaves_attempts_to_rescue_has_no_last_window(hours: FakeHours) -> None:
     books = account(hours)
     books.opened([uuid4()])
@@ -197,13 +211,17 @@ def test_windows_add_up_to_all_time_and_money_whatever_was_settled_when(
 ) -> None:
     hours = FakeHours()
     books, costs = account(hours), Decimal(0)
+    opened: list[tuple[UUID, int, int]] = []
     for busy, waste, idle, kept in steps:
-        attempt = uuid4()
-        books.opened([attempt])
-        hours.totals += Totals(load=1, busy=busy, waste=waste, idle=idle, overhead=3)
         device_ns = max(0, busy - kept)
-        settle(books, attempt, device_ns, busy - device_ns + waste)
-        costs += device_cost(device_ns, PRICE)
+        opened.append((uuid4(), device_ns, busy - device_ns + waste))
+        books.opened([opened[-1][0]])
+        hours.totals += Totals(load=1, busy=busy, waste=waste, idle=idle, overhead=3)
+        if kept % 2:  # some attempts end in a later window
+            for attempt in opened:
+                settle(books, *attempt)
+                costs += device_cost(attempt[1], PRICE)
+            opened.clear()
         books.close()
 
     windows = closed(books)
