@@ -81,10 +81,19 @@ class Assembly:
             raise self.runner.failure
         with self.database.begin() as connection:
             loads.end(connection, self.worker_id)
+        self._check_energy()
         self.lease.start(self.runner.facts())
         self.watchdog.start()
         if self.xid_watch is not None:
             self.xid_watch.start()
+
+    def _check_energy(self) -> None:
+        """A board that is here need not be what the models run on."""
+        if self.energy.source.is_assumed and self.runner.facts()["device_index"] is None:
+            if self.energy_watch is not None:
+                self.energy_watch.stop()
+            self.energy.forsake_counters()
+            log.warning("The models run on no GPU: its energy is not theirs, and is not counted.")
 
     def trouble(self) -> str | None:
         """What keeps this worker from making progress now; None if nothing does."""

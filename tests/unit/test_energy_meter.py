@@ -148,6 +148,26 @@ def test_without_a_source_nothing_is_known() -> None:
     assert meter.joules().num_absent > 0
 
 
+@pytest.mark.parametrize("model", [None, PowerModel(5_000, 30_000)])
+def test_a_board_that_the_models_do_not_run_on_tells_nothing_of_their_energy(
+    model: PowerModel | None,
+) -> None:
+    device = Clocked()
+    meter = device.meter(model)
+    device.goes_on(SECOND, watts=400)
+    meter.read()
+
+    meter.forsake_counters()
+
+    device.turns(Phase.STEP)
+    device.goes_on(10, watts=400)
+    device.turns(Phase.IDLE, given=10)
+    meter.read()
+    assert meter.source.name == ("model" if model else "none")
+    assert meter.pay(10, 0) == (Paid(300, 0, ESTIMATED) if model else NOTHING_KNOWN)
+    assert meter.joules().parts == (Totals(load=30 * SECOND, busy=300) if model else Totals())
+
+
 def test_the_time_of_a_killed_engine_process_has_its_energy() -> None:
     device = Clocked()
     meter = device.meter()
@@ -396,6 +416,7 @@ def test_auto_takes_the_board_then_the_processors_then_the_watts_then_none(
     monkeypatch.setitem(sys.modules, "pynvml", fake_nvml({"a": 1}))
     board = choose(settings())
     assert (board.name, board.boundary, board.why) == ("nvml", "gpu", "the counter of the Board a")
+    assert board.is_assumed and not choose(settings(worker__device="cuda:0")).is_assumed
     assert choose(settings(worker__device="cpu")).name == "rapl"
     assert choose(settings(energy__source="none")).name == "none"
 

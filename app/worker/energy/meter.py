@@ -65,10 +65,13 @@ class EnergyMeter:
         self._now_ns = now_ns
         self._lock = threading.Lock()
         self._gauges = [Gauge(now_ns(), each.read(), each.wraps_at_nj) for each in source.counters]
-        self._given = hours.look().given  #: time that is booked
+        self._begin()
+
+    def _begin(self) -> None:
+        self._given = Totals()  #: time that is booked
         self._modelled_nj = 0  #: of all that time
         self._running_nj = 0  #: taken, of time that is not over yet: a step runs
-        self._idle_power = IdlePower(source.model)
+        self._idle_power = IdlePower(self.source.model)
         self._booked = Joules(Totals())
         self._unpaid = Unpaid()
 
@@ -77,6 +80,13 @@ class EnergyMeter:
         values = [counter.read() for counter in self.source.counters]
         with self._lock:
             self._book(values)
+
+    def forsake_counters(self) -> None:
+        """They turned out to be of another device: all time is booked anew, without them."""
+        with self._lock:
+            self.source = self.source.without_counters()
+            self._gauges = []
+            self._begin()
 
     def pay(self, device_ns: int, wasted_ns: int) -> Paid:
         """What an attempt that ended took; to be asked once for each."""

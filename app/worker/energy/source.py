@@ -23,6 +23,14 @@ class Source:
     why: str  #: a sentence for people
     counters: tuple[Counter, ...] = ()
     model: PowerModel | None = None  #: the device's power, if it is configured
+    is_assumed: bool = False  #: a board is here; whether the models run on it is not known yet
+
+    def without_counters(self) -> Source:
+        """What is left if they are not of the device that the models run on."""
+        why = "the models do not run on the board that has a counter"
+        if self.model is None:
+            return Source("none", None, why)
+        return Source("model", MODEL_BOUNDARY, why, (), self.model)
 
     @property
     def method(self) -> EnergyMethod:
@@ -62,7 +70,9 @@ def choose(settings: Settings) -> Source:
 def _nvml(settings: Settings, power: PowerModel | None) -> Source:
     worker = settings.worker
     counter = nvml.NvmlCounter(worker.device, pci_address=worker.pci_address)
-    return Source("nvml", nvml.BOUNDARY, f"the counter of the {counter.name}", (counter,), power)
+    why = f"the counter of the {counter.name}"
+    is_assumed = settings.energy.source == worker.device == "auto"
+    return Source("nvml", nvml.BOUNDARY, why, (counter,), power, is_assumed)
 
 
 def _rapl(power: PowerModel | None) -> Source:
