@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Final
 from uuid import UUID
@@ -26,7 +26,7 @@ class Store:
     worker_id: UUID
     prompt: str = PROMPT
     response: str = PROMPT
-    batch_id: UUID = UUID(int=0)  #: claimed last
+    batch_id: UUID = field(default_factory=new_id, init=False)  #: claimed last
 
     @classmethod
     def of(cls, database: Database, **texts: str) -> Store:
