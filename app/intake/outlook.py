@@ -26,7 +26,7 @@ from app.books.eta import NOTHING, Ahead, Ended, Eta, Experience, Pace, Size, St
 from app.broker.queues import Layout
 from app.config.settings import Settings
 from app.errors import GristmillError
-from app.jobs import JobState
+from app.jobs import LATEST, JobState
 from app.store import loads
 from app.store import outlook as store
 from app.store.database import Database
@@ -43,9 +43,9 @@ IDLE_S: Final = 5.0
 """The same while nobody has for `ASKED_S`."""
 ASKED_S: Final = 10.0
 LOOK_SHARE: Final = 20
-"""Looking has at most one part in so many of the time: a queue of a million takes a second."""
+"""Looking has at most one part in so many of the time: a queue of 400,000 takes a second."""
 OLD_S: Final = 60.0
-"""An older look says nothing any more."""
+"""An older look says nothing any more, unless looks take so long that the next is not due yet."""
 
 MOST_ENDED: Final = 2_000
 """Jobs that ended, of one look; of more the last."""
@@ -81,7 +81,9 @@ class Forecast:
     load_s: float | None = None  #: what the model takes to load, where no worker is up
 
     def after(self, seconds: float) -> datetime:
-        return self.due_at + timedelta(seconds=seconds)
+        """So long after it is due, or the latest time that there is."""
+        left_s = (LATEST - self.due_at).total_seconds()
+        return self.due_at + timedelta(seconds=min(seconds, left_s)) if left_s > 0 else LATEST
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,8 +163,8 @@ class Outlook:
         self._lock = threading.Lock()
         self._seen: Mapping[str, _Seen] = {}
         self._added: defaultdict[tuple[str, int], Size] = defaultdict(Size)  #: since the look
-        self._looked_s = time.monotonic() - OLD_S - 1  #: by the monotonic clock; never yet
-        self._looked_at = datetime.now(UTC)  #: the same, by the database's clock
+        #: When it was looked, by the monotonic clock and by the database's; never yet.
+        self._looked = (time.monotonic() - OLD_S - 1, datetime.now(UTC))
         self._asked_s = -math.inf
         self._took_s = 0.0
         self._since: datetime | None = None  #: the last end that was seen
@@ -216,7 +218,12 @@ class Outlook:
 
     def _now(self) -> datetime:
         """By the database's clock, without asking it."""
-        return self._looked_at + timedelta(seconds=time.monotonic() - self._looked_s)
+        looked_s, looked_at = self._looked
+        return looked_at + timedelta(seconds=time.monotonic() - looked_s)
+
+    def _age_s(self) -> float:
+        """Of the last look."""
+        return time.monotonic() - self._looked[0]
 
     def _forecast(
         self, jobs: Iterable[Asked], added: defaultdict[tuple[str, int], Size]
@@ -242,7 +249,7 @@ class Outlook:
     ) -> Forecast:
         """What a job may expect with so much before it of its own step."""
         due_at = max(now, job.not_before) if job.not_before else now
-        if time.monotonic() - self._looked_s > OLD_S:
+        if self._age_s() > max(OLD_S, 2 * LOOK_SHARE * self._took_s):
             return Forecast(due_at, None, None, Reason.NOT_LOOKED)
         seen, step = self._seen.get(job.model, UNSEEN), self._layout.step(job.priority)
         queued, urgent = before, NOTHING
@@ -288,13 +295,16 @@ class Outlook:
         return max(LOOK_S if is_asked else IDLE_S, LOOK_SHARE * self._took_s)
 
     def look_if_old(self) -> None:
-        """For one who asks after a while in which nobody did."""
-        if time.monotonic() - self._looked_s > LOOK_S and self._took_s < LOOK_S:
-            self.look()
+        """For one who asks after a while in which nobody did; of many who come, one looks."""
+        if self._age_s() > LOOK_S > self._took_s:
+            self.look(LOOK_S)
 
-    def look(self) -> None:
-        """Look at everything. What cannot be looked at now is left as it was."""
+    def look(self, age_s: float = 0.0) -> None:
+        """Look at everything, if the last look is older than that. What cannot be looked at now is
+        left as it was."""
         with self._looking:
+            if self._age_s() < age_s:
+                return
             began_s = time.monotonic()
             try:
                 self._look(began_s)
@@ -317,7 +327,7 @@ class Outlook:
             if self._since is None:
                 for model in set(self._settings.models) - {job.model for job in ended}:
                     ended += store.ended_of(connection, model, MOST_OF_MODEL)
-        self._learn(ended, is_cut=len(ended) >= MOST_ENDED, now=now)
+        learnt = self._learn(ended, is_cut=len(ended) >= MOST_ENDED, now=now)
         running = {each.model: _size_of(each) for each in inside}
         lanes = _lanes(rungs)
         models = {*lanes, *running, *self._experience}
@@ -328,17 +338,20 @@ class Outlook:
                 lanes.get(model, {}),
                 running.get(model, NOTHING),
                 sum(each.is_up for each in up if model in each.models),
-                self._pace(model, lanes.get(model, {}), up, now),
+                self._pace(model, lanes.get(model, {}), up, now)
+                if model in learnt or model in lanes
+                else self._seen.get(model, UNSEEN).pace,
                 _start(model, started, now),
             )
             for model in models
         }
         with self._lock:
-            self._seen, self._looked_s, self._looked_at = seen, began_s, now
+            self._seen, self._looked = seen, (began_s, now)
             for key, size in before.items():  # those are in the ladder now, or gone from it
                 self._added[key] += size.times(-1.0)
 
-    def _learn(self, ended: Sequence[EndedJob], is_cut: bool, now: datetime) -> None:
+    def _learn(self, ended: Sequence[EndedJob], is_cut: bool, now: datetime) -> set[str]:
+        """Take in what ended since the last look; the models that it is of."""
         new = [job for job in ended if job.job_id not in self._known]
         if is_cut and self._since is not None and len(new) == len(ended):
             for each in self._experience.values():
@@ -351,6 +364,7 @@ class Outlook:
         self._since = max((job.finished_at for job in ended), default=self._since or now - OVERLAP)
         kept_from = self._since - OVERLAP
         self._known = {job.job_id for job in ended if job.finished_at > kept_from}
+        return set(by_model)
 
     def _pace(
         self, model: str, lanes: Mapping[int, _Lane], up: Sequence[Up], now: datetime
