@@ -91,7 +91,7 @@ class Report:
             name,
             setting.policy.value,
             str(setting.max_batch_size),
-            number(setting.max_wait_ms),
+            "" if self.joins else number(setting.max_wait_ms),
             "" if setting.wait_cost is None else f"{setting.wait_cost:g}",
             *(number(each) for each in (point.p50_ms, point.p95_ms, point.p99_ms)),
             f"{point.mean_size:.1f}",
@@ -117,13 +117,10 @@ class Report:
             f"{number(self.current.p95_ms)}), {number(self.chosen.device_ms_per_job)} ms of the "
             f"device a job (now {number(self.current.device_ms_per_job)}, {100 * more:+.0f} %)."
         )
-        if found := self.ratios:
-            at = ", ".join(f"{each.device:.2f} at {number(each.p95_ms)} ms" for each in found)
-            told.append(
-                f"Device time of the adaptive policy over the best fixed wait's, at p95: {at}."
-            )
-        if not found:
+        if not (found := self.ratios):
             return told
+        at = ", ".join(f"{each.device:.2f} at {number(each.p95_ms)} ms" for each in found)
+        told.append(f"Device time of the adaptive policy over the best fixed wait's, at p95: {at}.")
         totals = ", ".join(
             f"{total_ratio(self.points, each):.2f} at {each:g}" for each in WAIT_COSTS
         )

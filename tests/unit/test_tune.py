@@ -460,6 +460,7 @@ def test_rows_are_recommended_where_sequences_join(tune, folder: Path) -> None:
     assert told["recommended"]["p95_ms"] <= told["now"]["p95_ms"]
     assert told["adaptive_over_fixed"] == [] and told["frontier"]["adaptive"] == []
     assert "max_batch_size" in lines.read_text() and "batch.policy" not in lines.read_text()
+    assert "max_wait_ms" not in lines.read_text()  # nothing waits there
 
 
 def points(*found: tuple[float, float]) -> list[Point]:
