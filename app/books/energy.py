@@ -127,7 +127,7 @@ class PowerModel:
 
 
 class IdlePower:
-    """What idle time draws: as configured, or else as the last second with nothing to do drew."""
+    """What idle time draws: as the last second with nothing to do drew, or by the model."""
 
     def __init__(self, model: PowerModel | None) -> None:
         self._is_set = model is not None

@@ -156,7 +156,7 @@ class EnergySettings(_Section):
     busy_watts: Watts = Field(
         Decimal(0), description="Power of one device that loads or runs; 0: it is not known."
     )
-    reading_ms: Annotated[int, Field(ge=10, le=10_000)] = Field(
+    reading_ms: Annotated[int, Field(ge=10, le=1_000)] = Field(
         100, description="Pause between two readings of a counter."
     )
     carbon_grams_per_kwh: Annotated[Decimal, Field(ge=0, le=10_000, decimal_places=3)] = Field(

@@ -17,7 +17,7 @@ from app.config.settings import Settings
 from app.errors import ConfigError
 from app.worker.energy import rapl
 from app.worker.energy.counter import Unusable
-from app.worker.energy.meter import EnergyMeter, Joules
+from app.worker.energy.meter import EnergyMeter, EnergyWatch, Joules
 from app.worker.energy.nvml import NvmlCounter
 from app.worker.energy.rapl import RaplCounter, rapl_counters
 from app.worker.energy.source import Source, choose
@@ -98,15 +98,17 @@ def test_the_energy_of_a_step_that_runs_waits_for_its_end() -> None:
 
 def test_what_a_step_draws_while_it_runs_is_not_taken_for_the_idle_times_before() -> None:
     device = Clocked()
-    meter = device.meter(PowerModel(idle_mw=50_000, busy_mw=300_000))
+    meter = device.meter()
     device.turns(Phase.IDLE)
+    device.goes_on(SECOND, watts=50)
+    meter.read()
     device.goes_on(100 * MS, watts=50)
     device.turns(Phase.STEP)
     device.goes_on(900 * MS, watts=300)
 
     meter.read()
 
-    assert meter.joules().parts == Totals(idle=5 * SECOND)
+    assert meter.joules().parts == Totals(idle=55 * SECOND)
 
 
 def test_what_runs_within_one_step_of_the_counter_pays_at_the_power_before() -> None:
@@ -199,6 +201,19 @@ def test_a_reset_is_seen_and_the_counter_is_followed_from_there() -> None:
 
     told = meter.joules()
     assert (told.parts.idle, told.num_resets, told.num_estimated) == (160 * SECOND, 1, 1)
+
+
+def test_a_driver_that_fails_again_and_again_ends_no_worker() -> None:
+    device = Clocked()
+    meter = device.meter()
+    device.read = lambda: 1 // 0  # type: ignore[method-assign, assignment, return-value]
+
+    watch = EnergyWatch(meter, 1)
+    watch._restart_s = 0
+    watch.start()
+    watch.join(30)
+
+    assert not watch.is_alive()
 
 
 happenings = st.lists(

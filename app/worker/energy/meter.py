@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from app.threads import Background
 from app.worker.energy.source import Source
 from app.worker.engine.hours import Hours
 from app.worker.engine.page import Totals
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +74,7 @@ class EnergyMeter:
         self._given = Totals()  #: time that is booked
         self._modelled_nj = 0  #: of all that time
         self._running_nj = 0  #: taken, of time that is not over yet: a step runs
-        self._idle_power = IdlePower(self.source.model)
+        self._idle_power = IdlePower(None if self._gauges else self.source.model)
         self._booked = Joules(Totals())
         self._unpaid = Unpaid()
 
@@ -124,6 +127,8 @@ class EnergyMeter:
         idle, load, busy, waste, overhead, self._running_nj = parts
         self._idle_power.learn(time_ns.idle, idle, is_pure=not any(others))
         self._unpaid.add(time_ns.busy + time_ns.waste, busy + waste, taken.method)
+        if taken.was_reset:
+            log.warning("An energy counter began anew.", extra={"action": "energy_reset"})
         before = self._booked
         self._booked = Joules(
             before.parts + Totals(load, busy, idle, waste, overhead),
@@ -153,11 +158,12 @@ def _rise(before: Totals, now: Totals) -> Totals:
 
 
 class EnergyWatch(Background):
-    """Reads the meter again and again."""
+    """Reads the meter again and again. What a driver does to it costs no job: without readings
+    energy is an estimate."""
 
     def __init__(self, meter: EnergyMeter, reading_ms: int) -> None:
         self._stopping = threading.Event()
-        super().__init__("energy", self._read, self._stopping)
+        super().__init__("energy", self._read, self._stopping, give_up=log.error)
         self._meter = meter
         self._reading_s = reading_ms / 1e3
 
