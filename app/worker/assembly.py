@@ -69,12 +69,13 @@ class Assembly:
     def start(self) -> None:
         """LoadModels the models, then register. Raises what kept the worker from being ready."""
         self.database.check_schema()
-        if self.energy_watch is not None:
-            self.energy_watch.start()
         with self.database.begin() as connection:
             prices.keep(connection, self.prices)
             loads.begin(connection, self.worker_id, self.models)
+        self.energy.read()  # what was drawn before is not this worker's
         self.runner.start()
+        if self.energy_watch is not None:
+            self.energy_watch.start()
         if not self.runner.ready.wait(self.load_timeout_s):
             raise EngineError(f"The models were not loaded within {self.load_timeout_s:.0f} s.")
         if self.runner.failure is not None:

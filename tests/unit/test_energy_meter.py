@@ -170,6 +170,20 @@ def test_a_board_that_the_models_do_not_run_on_tells_nothing_of_their_energy(
     assert meter.joules().parts == (Totals(load=30 * SECOND, busy=300) if model else Totals())
 
 
+def test_what_was_drawn_before_the_engine_process_is_nobodys() -> None:
+    device = Clocked()
+    device.hours = Hours(lambda: device.now_ns)
+    meter = device.meter()
+    device.goes_on(SECOND, watts=100)
+    meter.read()
+
+    device.hours.begin(device.page)
+    device.goes_on(SECOND, watts=200)
+    meter.read()
+
+    assert meter.joules().parts == Totals(load=200 * SECOND)
+
+
 def test_the_time_of_a_killed_engine_process_has_its_energy() -> None:
     device = Clocked()
     meter = device.meter()

@@ -120,7 +120,7 @@ class EnergyMeter:
         running_ns = look.open_ns if self._gauges else 0
         nj = self._running_nj + taken.nj
         if not (time_ns.up or running_ns):
-            self._running_nj = nj
+            self._running_nj = nj if look.given.up else 0  # before the first process: nobody's
             return
         others = [time_ns.load, time_ns.busy, time_ns.waste, time_ns.overhead, running_ns]
         parts = by_phase(nj, time_ns.idle, others, self._idle_power.milliwatts)
