@@ -712,6 +712,13 @@ MUTANTS: Final = (
         AHEAD,
     ),
     Mutant(
+        "a batch of which a part waits for room has run",
+        "app/worker/dispatcher.py",
+        "if any(job.claimed_run.batch is batch for job in self._claimed.get(batch.model, ())):",
+        "if False:",
+        AHEAD,
+    ),
+    Mutant(
         "each end is a commit of its own, though the engine is full",
         "app/worker/runner.py",
         "is_full = self._dispatcher.has_claimed and self._drain is None",

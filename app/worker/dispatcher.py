@@ -217,7 +217,9 @@ class Dispatcher:
         self._ceilings.fitted(job.model, job.max_tokens, job.num_sequences)
 
     def note_batch(self, batch: Batch) -> None:
-        """The engine has answered all of it that was inside."""
+        """The engine has answered all of it that was inside; the rest may wait for room."""
+        if any(job.claimed_run.batch is batch for job in self._claimed.get(batch.model, ())):
+            return
         self._batcher.note_ran(batch.model, batch.num_sequences, batch.device_ns)
 
     def note_overflow(self, dropped: Sequence[Job]) -> None:

@@ -263,6 +263,19 @@ def test_a_job_claimed_before_there_is_room_begins_though_postgres_is_away() -> 
     assert ahead._are(ahead.running + ahead.next + more, JobState.COMPLETED)
 
 
+def test_what_a_batch_took_is_known_once_though_a_part_of_it_waited_for_room() -> None:
+    ahead = Ahead(*("good 1", "good 9") * 2, next_=("good 2",), way=JOINED)
+    jobs = ahead.running + ahead.next + ahead._submit(("good 1", "good 9", "good 4") * 4)
+    noted: list[tuple[str, int, int]] = []
+    batcher = ahead.worker.runner._dispatcher._batcher
+    batcher.note_ran = lambda *ran: noted.append(ran)  # type: ignore[method-assign]
+
+    ahead.world.heal()
+
+    assert sum(rows for _, rows, _ in noted) == len(jobs)
+    assert sum(took for *_, took in noted) == sum(each["device_ns"] for each in ahead.results(jobs))
+
+
 def test_while_claimed_jobs_wait_for_room_ends_are_written_together() -> None:
     ahead = Ahead("good 2", *("good 9",) * (MAX_ROWS - 1), next_=("good 2",), way=JOINED)
     behind = ahead._submit(("good 1", "good 2", "good 4") * 4)
