@@ -11,7 +11,7 @@ it, for those who bill by them: a second figure, of the same usage.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from decimal import Decimal
 from typing import Final
 
@@ -65,13 +65,6 @@ def upstream_cost(price: PriceSettings, usage: Usage, asked: Sequence[Decimal]) 
     if tariff is None and not asked:
         return None
     return money(in_nano(sum(asked, tariff or Decimal(0))))
-
-
-def rounding(up_ns: int, parts: Iterable[int], per_device_hour: Decimal) -> Decimal:
-    """What the price of a time is more than the prices of its parts, each by the rule."""
-    return device_cost(up_ns, per_device_hour) - sum(
-        (device_cost(part, per_device_hour) for part in parts), Decimal(0)
-    )
 
 
 def _half_up(numerator: int, denominator: int) -> int:

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.books.cost import HOUR_NS, NANO, device_cost, rounding, token_charge, upstream_cost
+from app.books.cost import HOUR_NS, NANO, device_cost, token_charge, upstream_cost
 from app.books.shares import decode_weights, prefill_weights, share
 from app.config.settings import PriceSettings
 from app.jobs import Usage
@@ -125,17 +125,6 @@ def test_an_hour_costs_the_price_of_an_hour_and_half_a_nano_unit_is_one() -> Non
     assert device_cost(HOUR_NS, Decimal("2.49")) == Decimal("2.490000000")
     assert device_cost(1_800, Decimal(1)) == Decimal("0.000000001")
     assert device_cost(1_799, Decimal(1)) == 0
-
-
-@given(st.lists(TIMES, max_size=50), AMOUNTS)
-def test_the_prices_of_parts_and_the_rounding_are_the_price_of_the_whole(
-    parts: list[int], price: Decimal
-) -> None:
-    left = rounding(sum(parts), parts, price)
-
-    costs = [device_cost(part, price) for part in parts]
-    assert sum(costs, left) == device_cost(sum(parts), price)
-    assert abs(left) <= NANO * (len(parts) + 1) / 2
 
 
 def a_price(**given: object) -> PriceSettings:
