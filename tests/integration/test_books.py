@@ -193,3 +193,28 @@ def test_the_books_balance_after_jobs_of_all_kinds_on_workers_that_come_and_go(m
 def _pairs(mill: Mill, query: str) -> list[tuple[str, int]]:
     with mill.database.begin() as connection:
         return [(row[0], row[1]) for row in connection.execute(text(query))]
+
+
+def test_a_device_without_a_price_runs_says_so_and_its_jobs_have_no_cost(
+    make_settings: Callable[..., Settings], database_url: str, redis_url: str, tmp_path: Path
+) -> None:
+    config = make_settings(
+        database={"url": database_url},
+        broker={"url": redis_url},
+        worker={"price": "", "heartbeat_s": 0.5},
+        models={"joins": stub(options={"joins": True}, default=True)},
+    )
+    with ExitStack() as stack:
+        mill = Mill(config, tmp_path, stack)
+        mill.start_worker()
+        insert(mill.database, new_job(model="joins"))
+        eventually(lambda: mill.ended() == 1, SECONDS)
+        mill.end()
+
+        found = mill.audit()
+        assert found.differences == []
+        assert [(each.currency, each.nano) for each in found.sums] == [(None, None)]
+        assert found.sums[0].ns["busy"] > 0
+        row = "SELECT coalesce(CAST(cost AS text), price_id, 'none') FROM results"
+        assert mill.count(row) == "none"
+        assert "The device has no price" in (tmp_path / "worker-0" / "worker.log").read_text()
