@@ -229,7 +229,7 @@ SPENT: Final = ("device_ns", "wasted_ns", "energy_nj", "wasted_nj")
 
 
 def _spent(table: str) -> str:
-    return ", ".join(f"coalesce({table}.{name}, 0)" for name in SPENT)
+    return ", ".join(f"coalesce({table}.{name}, 0) AS {name}" for name in SPENT)
 
 
 BILL: Final = ("cost", "upstream_cost", "currency", "price_id", "price")
@@ -308,13 +308,12 @@ _FINISH: Final = text(f"""
         WHERE attempts.created_at = given.created_at AND attempts.created_at = ANY({_MONTHS})
             AND attempts.job_id = given.job_id AND attempts.id = given.attempt_id
             AND (given.job_id IN (SELECT id FROM held) OR outcome IN ('lost', 'released'))
-        RETURNING attempts.id, {", ".join(f"attempts.{name}" for name in SPENT)}
+        RETURNING attempts.id, {_spent("attempts")}, given.job_id IN (SELECT id FROM held)
     ), {_SUM_BATCHES}
-    SELECT attempt_id, {_spent("closed")}, true
-    FROM held LEFT JOIN closed ON closed.id = attempt_id
-    UNION ALL
-    SELECT closed.id, {_spent("closed")}, false
-    FROM closed WHERE id NOT IN (SELECT attempt_id FROM held)
+    SELECT * FROM closed
+    UNION ALL  -- whose attempt somebody has deleted
+    SELECT attempt_id, {", ".join("0" for _ in SPENT)}, true
+    FROM held WHERE attempt_id NOT IN (SELECT id FROM closed)
     UNION ALL  -- committed by this very call before, if it is repeated, and not by who took the job
     SELECT attempt_id, {_spent("attempt")}, true FROM others
     CROSS JOIN LATERAL (
