@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +16,9 @@ from app.cli.terminal import as_json_option, load_settings, print_json, print_ta
 from app.errors import ConfigError
 
 if TYPE_CHECKING:
-    from sqlalchemy import Connection
-
     from app.config.file import Loaded
     from app.config.settings import ModelSettings
+    from app.store.database import Database
     from app.store.traffic import Came
     from app.tune.report import Report
     from app.worker.policy import StepCost
@@ -223,19 +222,14 @@ def _recorded(
 ) -> list[Came]:
     from app.store import traffic
 
-    with _connected(loaded) as connection:
+    with _database(loaded) as database, database.autocommit() as connection:
         return traffic.came(connection, model, since, until, jobs)
 
 
-@contextmanager
-def _connected(loaded: Loaded) -> Iterator[Connection]:
+def _database(loaded: Loaded) -> closing[Database]:
     from app.store.database import Database
 
-    with (
-        closing(Database(loaded.connected().database.url, pool_size=1)) as database,
-        database.autocommit() as connection,
-    ):
-        yield connection
+    return closing(Database(loaded.connected().database.url, pool_size=1))
 
 
 def _cost(
@@ -284,6 +278,6 @@ def _measured(
             step(each.rows, each.generated, each.inference_ns, each.device_ns) for each in came
         )
         return [found for found in steps if found is not None]
-    with _connected(loaded) as connection:
+    with _database(loaded) as database, database.autocommit() as connection:
         ran = traffic.ran(connection, model, since, until, BATCHES)
     return [(each.rows, each.device_ns) for each in ran]
