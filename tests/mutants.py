@@ -408,6 +408,13 @@ MUTANTS: Final = (
         "tests/unit/test_isolation.py",
     ),
     Mutant(
+        "a suspect goes in before what ended is written",
+        "app/worker/runner.py",
+        "return bool(self._over) and self._dispatcher.has_suspects",
+        "return False",
+        "tests/simulation/test_ahead.py",
+    ),
+    Mutant(
         "shares are rounded and do not add up",
         "app/books/shares.py",
         "by_remainder[: total - sum(parts)]",

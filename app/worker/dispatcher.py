@@ -73,6 +73,11 @@ class Dispatcher:
         return self._runs_apart
 
     @property
+    def has_suspects(self) -> bool:
+        """Whether suspects wait, claimed or not."""
+        return bool(self._suspects)
+
+    @property
     def has_claimed(self) -> bool:
         """Whether claimed jobs wait for room."""
         return any(self._claimed.values())

@@ -315,6 +315,8 @@ class Runner:
 
     def _admit(self) -> None:
         """Claim what is due, and hand it to the engine."""
+        if self._must_write_first:
+            self._commit()
         if self._claiming is not None:
             self._claim(*self._claiming)
         self._hand_over()
@@ -323,9 +325,17 @@ class Runner:
             return
         for job, most in self._dispatcher.misfits(rooms):
             self._end_misfit(job, most)
-        while closed := self._dispatcher.close(self._executor.rooms(), self._now_ns()):
+        while not self._must_write_first and (
+            closed := self._dispatcher.close(self._executor.rooms(), self._now_ns())
+        ):
             self._claim(closed.batch, closed.jobs)
             self._hand_over()
+
+    @property
+    def _must_write_first(self) -> bool:
+        """A worker that dies of a suspect must not take with it what has ended: that would be lost
+        as if it had run alone once more, and be blamed for it."""
+        return bool(self._over) and self._dispatcher.has_suspects
 
     def _end_misfit(self, job: Job, most: int) -> None:
         """End a job that has more sequences than its engine takes when it is empty."""
@@ -360,7 +370,9 @@ class Runner:
         """Run what is claimed and fits now; suspects alone, before the rest."""
         if self._drain is not None:
             return
-        while (rooms := self._executor.rooms()) and (jobs := self._dispatcher.next_claimed(rooms)):
+        while not self._must_write_first and (rooms := self._executor.rooms()):
+            if not (jobs := self._dispatcher.next_claimed(rooms)):
+                return
             self._run(jobs)
 
     def _run(self, jobs: list[Job]) -> None:

@@ -413,11 +413,11 @@ def test_the_tables_tell_of_results_cost_batches_and_what_waits(
     assert {row["model"] for row in query("sql energy")} == cost.keys()
     terminal.run("usage page")
     assert "BilledCost" in terminal.run("usage focus")
-    used = {row["model"]: row for row in query("sql usage")}
-    assert {model: row["cost"] for model, row in used.items() if row["currency"]} == {
+    used = query("sql usage")
+    assert {row["model"]: row["cost"] for row in used if row["currency"]} == {
         model: row["cost"] for model, row in cost.items()
     }
-    assert used.keys() >= {
+    assert {row["model"] for row in used} >= {
         line.split("\t")[1] for line in terminal.run("usage by day").splitlines()
     }
     reasons = {row["close_reason"]: row for row in query("sql batches")}

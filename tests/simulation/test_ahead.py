@@ -13,9 +13,10 @@ from uuid import UUID
 import pytest
 
 from app.broker.queues import queue_name
-from app.jobs import JobState
+from app.jobs import ALONE_AFTER, JobState
 from app.worker.engine.wire import Admit
 from app.worker.runner import GATHER_NS
+from app.worker.work import Job
 from tests.memory_store import Row
 from tests.simulation.engine import MAX_ROWS, STEP_NS
 from tests.simulation.producers import MAX_JOBS
@@ -138,6 +139,34 @@ def test_who_is_claimed_is_no_suspect_when_the_engine_dies_of_the_batch_before()
     batches = {each["batch_id"] for each in ahead.attempts(ahead.next)}
     sent = [each for each in host.began if UUID(each.batch_id) in batches]
     assert [len(each.sequences) for each in sent] == [MAX_ROWS]  # and it runs whole
+
+
+@pytest.mark.parametrize("way", [STATIC, JOINED])
+def test_what_ended_is_written_before_a_suspect_goes_in_of_which_the_worker_may_die(
+    way: int,
+) -> None:
+    # given jobs that were lost with their workers, and are to run alone
+    world = World()
+    world.workers[1].die(given_back=False)
+    runner, unwritten = world.workers[0].runner, list[int]()
+    run = runner._executor.run
+
+    def noted(jobs: list[Job]) -> None:
+        unwritten.append(len(runner._over))
+        run(jobs)
+
+    runner._executor.run = noted  # type: ignore[method-assign]
+    for _ in range(4):
+        world.submit(PROMPTS.index("good 2"), way, 0)
+    for job_id in world.expected:
+        world.store.tables["jobs"][job_id]["losses"] = ALONE_AFTER
+
+    # when each has run
+    world.heal()
+
+    # then each went in when what had ended before was in its row
+    assert len(unwritten) > 1
+    assert not any(unwritten)
 
 
 def test_a_shutdown_gives_back_at_once_and_uncharged_what_is_claimed_and_does_not_run() -> None:

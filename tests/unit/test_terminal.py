@@ -92,10 +92,11 @@ def test_a_table_too_wide_for_the_terminal_is_printed_one_row_below_the_other(
     columns = [f"column{number:02}" for number in range(12)]
 
     def printed(width: int) -> list[str]:
-        monkeypatch.setattr(terminal.out, "file", Screen())
-        monkeypatch.setattr(terminal.out, "width", width)
+        screen = Screen()
+        monkeypatch.setattr(terminal.out, "_file", screen)
+        monkeypatch.setenv("COLUMNS", str(width))
         terminal.print_table(columns, [range(12), range(12, 24)])
-        return re.sub(r"\x1b\[[0-9;]*m", "", terminal.out.file.getvalue()).splitlines()
+        return re.sub(r"\x1b\[[0-9;]*m", "", screen.getvalue()).splitlines()
 
     wide, narrow = printed(200), printed(60)
 
