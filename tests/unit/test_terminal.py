@@ -92,9 +92,9 @@ def test_a_table_too_wide_for_the_terminal_is_printed_one_row_below_the_other(
     columns = [f"column{number:02}" for number in range(12)]
 
     def printed(width: int) -> list[str]:
-        screen = Screen()
-        monkeypatch.setattr(terminal.out, "_file", screen)
-        monkeypatch.setenv("COLUMNS", str(width))
+        screen, console = Screen(), terminal.PlainConsole()
+        console.file, console.width = screen, width
+        monkeypatch.setattr(terminal, "out", console)
         terminal.print_table(columns, [range(12), range(12, 24)])
         return re.sub(r"\x1b\[[0-9;]*m", "", screen.getvalue()).splitlines()
 
