@@ -9,6 +9,7 @@ import re
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import ConsoleDimensions
 from rich.table import Table
 
 from app.cli import terminal
@@ -93,7 +94,7 @@ def test_a_table_too_wide_for_the_terminal_is_printed_one_row_below_the_other(
 
     def printed(width: int) -> list[str]:
         screen, console = Screen(), terminal.PlainConsole()
-        console.file, console.width = screen, width
+        console.file, console.size = screen, ConsoleDimensions(width, 25)  # whatever TERM is
         monkeypatch.setattr(terminal, "out", console)
         terminal.print_table(columns, [range(12), range(12, 24)])
         return re.sub(r"\x1b\[[0-9;]*m", "", screen.getvalue()).splitlines()
