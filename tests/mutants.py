@@ -941,8 +941,8 @@ MUTANTS: Final = (
     Mutant(
         "the audit does not see a nano-unit",
         "app/store/audit.py",
-        "- 1000000000 * rounding\n",
-        "- 1000000000 * rounding - 1\n",
+        "- 1000000000 * rounding FROM",
+        "- 1000000000 * rounding - 1 FROM",
         AUDIT,
     ),
     Mutant(

@@ -158,17 +158,23 @@ class JobError(BaseModel):
     message: str = Field(description="For people.", examples=["The deadline passed first."])
 
 
+WhyUnknown = Annotated[
+    Reason | None,
+    Field(
+        description="Why nobody can say: no worker that serves the model is up (no_worker), one "
+        "loads it for the first time that is measured (loading), no job of the model has ended yet "
+        "(no_history), or the queue could not be looked at lately (not_looked).",
+        examples=[None],
+    ),
+]
+
+
 class Eta(BaseModel):
     """When a job that waits will have ended, by what is measured now. It changes at each look."""
 
     p50: datetime | None = Field(description="As likely as not it has ended by then.")
     p90: datetime | None = Field(description="Nine of ten such jobs have ended by then.")
-    reason: Reason | None = Field(
-        description="Why nobody can say: no worker that serves the model is up (no_worker), one "
-        "loads it for the first time that is measured (loading), no job of the model has ended yet "
-        "(no_history), or the queue could not be looked at lately (not_looked).",
-        examples=[None],
-    )
+    reason: WhyUnknown
     load_s: float | None = Field(
         description="Where no worker that serves the model is up: what it takes to load, in "
         "seconds, as measured. `p50` and `p90` hold what is left of that.",

@@ -9,8 +9,7 @@ from uuid import UUID
 from pydantic import BaseModel, Field
 
 from app.api.problems import Problem
-from app.api.schemas import Money
-from app.intake.outlook import Reason
+from app.api.schemas import Money, WhyUnknown
 from app.jobs import Kind
 
 DeadlineOutlook = Literal["met", "at_risk", "missed"]
@@ -69,12 +68,7 @@ class Quote(BaseModel):
     )
     start: Expected | None = Field(description="When the engine would begin it.")
     finish: Expected | None = Field(description="When it would have ended.")
-    reason: Reason | None = Field(
-        description="Why neither is known: no worker that serves the model is up (no_worker), one "
-        "loads it for the first time that is measured (loading), no job of the model has ended yet "
-        "(no_history), or the queue could not be looked at lately (not_looked).",
-        examples=[None],
-    )
+    reason: WhyUnknown
     load_s: float | None = Field(
         description="Where no worker that serves the model is up: what it takes to load, in "
         "seconds, as measured. The times hold what is left of that.",

@@ -46,14 +46,21 @@ def numbered_lines(source: Source) -> Iterator[tuple[int, bytes] | None]:
         yield line
 
 
-def json_object(line: bytes) -> dict[str, Any]:
-    """The JSON object on a line; raises `RequestError`, which quotes nothing of it."""
+def text_of(line: bytes) -> str:
+    """A line as text; raises `RequestError`, which quotes nothing of it."""
     if len(line) > MAX_LINE_BYTES:
         raise RequestTooLarge(f"The line is longer than {MAX_LINE_BYTES:,} bytes.")
     try:
-        value = json.loads(line.decode())
+        return line.decode()
     except UnicodeDecodeError as error:
         raise RequestError(f"The line is not UTF-8, at byte {error.start + 1}.") from None
+
+
+def json_object(line: bytes) -> dict[str, Any]:
+    """The JSON object on a line; raises `RequestError`, which quotes nothing of it."""
+    text = text_of(line)
+    try:
+        value = json.loads(text)
     except json.JSONDecodeError as error:
         raise RequestError(f"The line is not JSON: {error.msg}, column {error.colno}.") from None
     except (ValueError, RecursionError) as error:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from app.cli.lines import MAX_LINE_BYTES, Source, json_object, numbered_lines
-from app.errors import RequestError, RequestTooLarge
+from app.cli.lines import Source, json_object, numbered_lines, text_of
+from app.errors import RequestError
 from app.jobs import Kind
 
 if TYPE_CHECKING:
@@ -77,12 +77,7 @@ def _question(where: str, raw: bytes, *, is_json: bool) -> Question:
     from app.trials.questions import Question
 
     if not is_json:
-        if len(raw) > MAX_LINE_BYTES:
-            raise RequestTooLarge(f"The line is longer than {MAX_LINE_BYTES:,} bytes.")
-        try:
-            return Question(where, raw.decode().strip())
-        except UnicodeDecodeError as error:
-            raise RequestError(f"The line is not UTF-8, at byte {error.start + 1}.") from None
+        return Question(where, text_of(raw).strip())
     value = json_object(raw)
     body, url = value.get("body", value), value.get("url")
     if not isinstance(body, dict):

@@ -15,10 +15,10 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, text
 
+from app.books.usage import PARTS
 from app.jobs import EARLIEST, LATEST
 from app.store.tables import device_cost
 
-PARTS: Final = ("load", "busy", "idle", "waste", "overhead", "open")
 MOST_ROWS: Final = 20
 """Of each rule that are named; all are counted."""
 BILLING: Final = (
@@ -113,7 +113,7 @@ _SETTLED: Final = f"""
 _WINDOW: Final = "format('window %s of worker %s', number, worker_id)"
 _ATTEMPT: Final = "format('attempt %s of job %s', attempts.id, attempts.job_id)"
 _IN_PERIOD: Final = "attempts.ended_at >= :since AND attempts.ended_at < :until"
-_OTHER_PARTS: Final = ("load_ns", "idle_ns", "waste_ns", "overhead_ns", "open_ns")
+_PART_NS: Final = tuple(f"{part}_ns" for part in PARTS)
 _BILL: Final = f"{device_cost('device_ns', 'price')} + coalesce(upstream_cost, 0)"
 
 RULES: Final = (
@@ -122,7 +122,7 @@ RULES: Final = (
         "The parts of a window are its up-time.",
         "ns",
         f"""WITH {_PICKED} SELECT {_WINDOW},
-            up_ns - load_ns - busy_ns - idle_ns - waste_ns - overhead_ns - open_ns FROM picked""",
+            up_ns - {" - ".join(_PART_NS)} FROM picked""",
     ),
     Rule(
         "billed",
@@ -141,8 +141,8 @@ RULES: Final = (
         "The price of a window's up-time is that of its jobs, its other parts and its rounding.",
         "nano",
         f"""WITH {_SETTLED} SELECT {_WINDOW}, {_money("up_ns")} - settled_nano
-            - {" - ".join(_money(part) for part in _OTHER_PARTS)} - 1000000000 * rounding
-            FROM told WHERE price IS NOT NULL""",
+            - {" - ".join(_money(part) for part in _PART_NS if part != "busy_ns")}
+            - 1000000000 * rounding FROM told WHERE price IS NOT NULL""",
     ),
     Rule(
         "joules",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from decimal import Decimal
 from typing import Final
 from uuid import UUID
@@ -44,33 +44,21 @@ class Window:
     counter_resets: int = 0
 
 
-ENERGY: Final = (
-    "energy_nj, load_nj, busy_nj, idle_nj, waste_nj, overhead_nj, open_nj, stray_nj,"
-    " energy_method, energy_boundary, counter_resets"
-)
+_CLOSED: Final = tuple(field.name for field in fields(Window))
 
 # Write a window that was closed some time ago, with what its worker's row says of device and price.
 _WRITE: Final = text(f"""
     INSERT INTO windows (
-        worker_id, number, from_at, until_at, up_ns, load_ns, busy_ns, idle_ns, waste_ns,
-        overhead_ns, open_ns, stray_ns, owed_ns, {ENERGY}, is_last, rounding,
-        device, device_index, price_id, currency, price
+        {", ".join(_CLOSED)}, from_at, until_at, device, device_index, price_id, currency, price
     )
     SELECT
-        worker_id, number, until_at - up_ns / 1000 * interval '1 us', until_at, up_ns, load_ns,
-        busy_ns, idle_ns, waste_ns, overhead_ns, open_ns, stray_ns, owed_ns, {ENERGY}, is_last,
-        rounding,
+        {", ".join(f"given.{name}" for name in _CLOSED)},
+        ended_at - given.up_ns / 1000 * interval '1 us', ended_at,
         workers.device, workers.device_index, workers.price_id, workers.currency,
         workers.price_per_device_hour
-    FROM jsonb_to_record(CAST(:window AS jsonb) -> 0) AS given(
-        worker_id uuid, number int, up_ns bigint, load_ns bigint, busy_ns bigint, idle_ns bigint,
-        waste_ns bigint, overhead_ns bigint, open_ns bigint, stray_ns bigint, owed_ns bigint,
-        energy_nj bigint, load_nj bigint, busy_nj bigint, idle_nj bigint, waste_nj bigint,
-        overhead_nj bigint, open_nj bigint, stray_nj bigint, energy_method text,
-        energy_boundary text, counter_resets int, is_last bool, rounding numeric
-    )
-    CROSS JOIN (SELECT now() - :age_s * interval '1 s' AS until_at)
-    JOIN workers ON workers.id = worker_id
+    FROM jsonb_populate_record(NULL::windows, CAST(:window AS jsonb) -> 0) AS given
+    CROSS JOIN (SELECT now() - :age_s * interval '1 s' AS ended_at) AS clock
+    JOIN workers ON workers.id = given.worker_id
     ON CONFLICT (worker_id, number) DO NOTHING
 """)
 

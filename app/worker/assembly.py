@@ -67,7 +67,7 @@ class Assembly:
     xid_watch: XidWatch | None = None
 
     def start(self) -> None:
-        """LoadModels the models, then register. Raises what kept the worker from being ready."""
+        """Load the models, then register. Raises what kept the worker from being ready."""
         self.database.check_schema()
         with self.database.begin() as connection:
             prices.keep(connection, self.prices)
@@ -158,16 +158,7 @@ def assemble(
     names = served_models(settings)
     catalog = load_catalog(settings, names)
     worker_id = new_id()
-    database = Database(
-        settings.database.url,
-        pool_size=1,
-        spare=3,
-        application_name="gristmill-worker",
-        connect_timeout_s=settings.database.connect_timeout_s,
-        statement_timeout_ms=settings.database.statement_timeout_ms,
-        lock_timeout_ms=settings.database.lock_timeout_ms,
-        looks_up_only=True,
-    )
+    database = _database(settings)
     publisher = Publisher(settings)
     host = _engine_host(settings, catalog)
     energy = EnergyMeter(source, host.hours)
@@ -205,13 +196,6 @@ def assemble(
         lease_s=settings.worker.lease_s,
         heartbeat_s=settings.worker.heartbeat_s,
     )
-    watch = None
-    if settings.worker.kernel_log:
-        watch = XidWatch(
-            Path(settings.worker.kernel_log),
-            settings.worker.pci_address,
-            lambda xid: heed(xid, thread.facts()["pid"]),
-        )
     watchdog = Watchdog(
         backlog=lambda: publisher.backlog(consumed()),
         runner=thread,
@@ -224,7 +208,30 @@ def assemble(
         load_timeout_s=settings.worker.load_timeout_s,
         energy_watch=EnergyWatch(energy, settings.energy.reading_ms) if source.counters else None,
         prices=settings.prices,
-        xid_watch=watch,
+        xid_watch=_xid_watch(settings, thread),
+    )
+
+
+def _database(settings: Settings) -> Database:
+    return Database(
+        settings.database.url,
+        pool_size=1,
+        spare=3,
+        application_name="gristmill-worker",
+        connect_timeout_s=settings.database.connect_timeout_s,
+        statement_timeout_ms=settings.database.statement_timeout_ms,
+        lock_timeout_ms=settings.database.lock_timeout_ms,
+        looks_up_only=True,
+    )
+
+
+def _xid_watch(settings: Settings, runner: RunnerThread) -> XidWatch | None:
+    if not settings.worker.kernel_log:
+        return None
+    return XidWatch(
+        Path(settings.worker.kernel_log),
+        settings.worker.pci_address,
+        lambda xid: heed(xid, runner.facts()["pid"]),
     )
 
 
