@@ -28,6 +28,7 @@ ODD: Final = "tests/integration/test_odd_data.py"
 ODD_MESSAGES: Final = f"{ODD}::test_no_message_ends_the_worker_or_keeps_others_from_their_end"
 ODD_ROWS: Final = f"{ODD}::test_no_row_ends_the_worker_or_keeps_others_from_their_end"
 ETA: Final = "app/books/eta.py"
+CALIBRATION: Final = "app/books/calibration.py"
 ETAS: Final = "tests/unit/test_eta.py"
 BOOKS: Final = "tests/unit/test_books.py"
 ACCOUNT: Final = "app/worker/account.py"
@@ -56,7 +57,7 @@ class Mutant:
 MUTANTS: Final = (
     Mutant(
         "a promise that was broken makes the next ones shorter",
-        ETA,
+        CALIBRATION,
         "margin += STEP",
         "margin -= STEP",
         ETAS,
@@ -70,7 +71,7 @@ MUTANTS: Final = (
     ),
     Mutant(
         "p50 and p90 are not compared with what jobs took of their estimates",
-        ETA,
+        CALIBRATION,
         "ratios = [(score.took_s / score.estimate_s, score.weight) for score in piece]",
         "ratios = [(1.0, score.weight) for score in piece]",
         ETAS,

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from decimal import Decimal
 
 from app.books.cost import device_cost, token_charge, upstream_cost
-from app.books.eta import Pace, Size
+from app.books.eta import Pace
+from app.books.work import Size
 from app.config.settings import PriceSettings
 from app.jobs import Usage
 

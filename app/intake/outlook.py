@@ -22,7 +22,9 @@ from itertools import groupby
 from typing import Any, Final
 from uuid import UUID
 
-from app.books.eta import NOTHING, Ahead, Ended, Eta, Experience, Pace, Size, Start, start_of
+from app.books.calibration import Ended
+from app.books.eta import Ahead, Eta, Experience, Pace, Start, start_of
+from app.books.work import NOTHING, Size
 from app.broker.queues import Layout
 from app.config.settings import Settings
 from app.errors import GristmillError

@@ -13,9 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.books import eta
-from app.books.eta import NOTHING, Ahead, Calibration, Ended, Experience, Pace, Size, Weights
+from app.books import calibration, eta, work
+from app.books.calibration import Calibration, Ended
+from app.books.eta import Ahead, Experience, Pace
 from app.books.quote import cost_range
+from app.books.work import NOTHING, Size, Weights
 from app.config.settings import PriceSettings
 
 NOBODY = UUID(int=0)
@@ -144,7 +146,7 @@ def test_without_history_there_is_no_pace() -> None:
 
 @given(st.lists(st.tuples(sizes, st.floats(0, 1e6)), min_size=1, max_size=30))
 def test_fitted_weights_are_never_negative(rows: list[tuple[Size, float]]) -> None:
-    weights = eta.fit([size for size, _ in rows], [cost for _, cost in rows])
+    weights = work.fit([size for size, _ in rows], [cost for _, cost in rows])
 
     assert weights.per_job >= 0
     assert weights.per_input_token >= 0
@@ -158,7 +160,7 @@ def test_a_cost_that_is_made_of_its_parts_is_found(
     weights, chance = Weights(per_job, per_input, per_output), random.Random(1)
     given_sizes = [Size(1.0, chance.randint(1, 2000), chance.randint(1, 500)) for _ in range(40)]
 
-    found = eta.fit(given_sizes, [weights.of(size) for size in given_sizes])
+    found = work.fit(given_sizes, [weights.of(size) for size in given_sizes])
 
     asked = Size(1.0, 700.0, 90.0)
     assert found.of(asked) == pytest.approx(weights.of(asked), rel=1e-3, abs=1e-6)
@@ -168,7 +170,7 @@ def test_a_cost_that_is_made_of_its_parts_is_found(
 def test_a_quantile_is_a_value_that_so_many_do_not_exceed(
     values: list[float], level: float
 ) -> None:
-    found = eta.quantile([(value, 1.0) for value in sorted(values)], level)
+    found = calibration.quantile([(value, 1.0) for value in sorted(values)], level)
 
     assert found in values
     assert sum(value <= found for value in values) >= level * len(values) * (1 - 1e-9)
@@ -215,7 +217,7 @@ def test_without_measured_device_time_all_jobs_count_alike() -> None:
     pace = pace_of([job(0.0, place // 4, 1.0, device_s=0.0) for place in range(40)])
 
     assert pace is not None
-    assert (pace.work, pace.device) == (eta.ONE_EACH, None)
+    assert (pace.work, pace.device) == (work.ONE_EACH, None)
     assert pace.drained_a_second == pytest.approx(4.0, rel=0.15)
 
 
