@@ -74,24 +74,24 @@ class Hold:
 Held = Annotated[Hold, Depends(Hold.of)]
 
 
-async def look(here: Services, job_id: UUID, hold: Hold) -> Snapshot:
-    """The job once it is final, or as it is at the end of the hold: now, if too many are held."""
+async def look(here: Services, tenant: str, job_id: UUID, hold: Hold) -> Snapshot:
+    """A tenant's job once it is final, or as it is at the end of the hold: now, if too many are."""
 
     def still_open(seen: Snapshot) -> list[UUID]:
         return [] if seen.is_final else [job_id]
 
-    read = partial(here.job, job_id)
+    read = partial(here.job, tenant, job_id)
     return await here.waiters.until(read, still_open, [job_id], hold.seconds_at(here))
 
 
-async def look_at_new(here: Services, stored: Stored, hold: Hold) -> Snapshot:
+async def look_at_new(here: Services, tenant: str, stored: Stored, hold: Hold) -> Snapshot:
     """The job of a submission. One that is new is accepted, whatever keeps it from being read, and
     is not read if the answer is not to be held."""
     if not stored.new_jobs:
-        return await look(here, stored.only.job_id, hold)
+        return await look(here, tenant, stored.only.job_id, hold)
     if hold.seconds:
         try:
-            return await look(here, stored.only.job_id, hold)
+            return await look(here, tenant, stored.only.job_id, hold)
         except Exception as error:
             why = type(error).__name__
             log.warning("A new job cannot be read: %s.", why, extra={"action": "new_job_not_read"})

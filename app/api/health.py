@@ -8,6 +8,7 @@ from typing import Final
 from fastapi import APIRouter, Response
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
+from app.api.caller import WhoAdministers
 from app.api.problems import RETRY_AFTER_UNAVAILABLE_S
 from app.api.schemas import Check, Readiness
 from app.api.services import Here
@@ -52,7 +53,7 @@ async def readyz(here: Here, response: Response) -> Readiness:
 
 
 @router.get("/metrics", summary="Metrics for Prometheus", responses={200: PLAIN_TEXT})
-async def metrics(here: Here) -> Response:
+async def metrics(here: Here, _: WhoAdministers) -> Response:
     """Jobs by state and model, queues, submissions and request durations; a second old at most."""
     return Response(await here.scrape.found(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 

@@ -13,6 +13,7 @@ from fastapi import APIRouter, Header, Path, Query, Request, Response
 
 from app.api import quotes, raw_bodies
 from app.api.answers import JSON, LOOK_AGAIN, Held, Hold, answer, look, look_at_new
+from app.api.caller import Caller, Who
 from app.api.openapi import json_body
 from app.api.problems import documented
 from app.api.schemas import BulkAnswer, BulkRequest, Job
@@ -108,6 +109,7 @@ _REPLAYED_BEFORE: Final[dict[int | str, dict[str, Any]]] = {
 async def submit(
     request: Request,
     here: Here,
+    who: Who,
     hold: Held,
     idempotency_key: IdempotencyKey = None,
     dry_run: DryRun = False,
@@ -118,17 +120,17 @@ async def submit(
     final, is answered with 200. With `dry_run` it is checked as ever, and answered with a quote.
     """
     if dry_run:
-        checked = await _checked_one(request, here, idempotency_key)
+        checked = await _checked_one(request, here, who, idempotency_key)
         return quotes.answer_of(await here.read(here.submitter.quote, [checked]))
-    stored = await _store_one(request, here, idempotency_key)
-    job = await look_at_new(here, stored, hold)
+    stored = await _store_one(request, here, who, idempotency_key)
+    job = await look_at_new(here, who.tenant, stored, hold)
     headers = {"Location": f"/v1/jobs/{stored.only.job_id}"}
     return answer(job, status=200 if job.is_final else 202, hold=hold, headers=headers)
 
 
-async def _store_one(request: Request, here: Services, key: str | None) -> Stored:
+async def _store_one(request: Request, here: Services, who: Caller, key: str | None) -> Stored:
     try:
-        stored = await here.writer.store(await _checked_one(request, here, key))
+        stored = await here.writer.store(await _checked_one(request, here, who, key))
         created = stored.only.created
     except GristmillError:
         here.metrics.count_submissions("refused")
@@ -137,14 +139,14 @@ async def _store_one(request: Request, here: Services, key: str | None) -> Store
     return stored
 
 
-async def _checked_one(request: Request, here: Services, key: str | None) -> NewJob:
+async def _checked_one(request: Request, here: Services, who: Caller, key: str | None) -> NewJob:
     most = here.settings.api.max_body_bytes
     async with raw_bodies.body_of(request, most, here.room) as raw:
         await here.expect_room(1)
-        return await here.work.run(len(raw), _check, here, raw, key)
+        return await here.work.run(len(raw), _check, here, who.tenant, raw, key)
 
 
-def _check(here: Services, raw: bytearray, header: str | None) -> NewJob:
+def _check(here: Services, tenant: str, raw: bytearray, header: str | None) -> NewJob:
     value = raw_bodies.parse_json(raw)
     if header is not None and isinstance(value, dict):
         key = _parse_key(header)
@@ -153,7 +155,7 @@ def _check(here: Services, raw: bytearray, header: str | None) -> NewJob:
                 "The header Idempotency-Key and the field idempotency_key differ.",
                 param="idempotency_key",
             )
-    return here.submitter.check(value)
+    return here.submitter.check(value, tenant=tenant)
 
 
 def _parse_key(header: str) -> str:
@@ -175,7 +177,7 @@ def _parse_key(header: str) -> str:
     summary="Submit many jobs",
     response_description="At least one job is accepted.",
 )
-async def submit_bulk(request: Request, here: Here, dry_run: DryRun = False) -> Response:
+async def submit_bulk(request: Request, here: Here, who: Who, dry_run: DryRun = False) -> Response:
     """Store up to 10,000 jobs in one transaction, and answer for each in its place.
 
     The good ones are accepted beside the bad ones: 202 if there is any good one, else 200. Only
@@ -185,7 +187,7 @@ async def submit_bulk(request: Request, here: Here, dry_run: DryRun = False) -> 
     """
     most = here.settings.api.max_bulk_bytes
     async with raw_bodies.body_of(request, most, here.room) as raw, here.bulk_turn():
-        checked = await _check_bulk(here, raw)
+        checked = await _check_bulk(here, who.tenant, raw)
         raw.clear()  # Postgres may take as long again
         if dry_run:
             quoted = await here.read(here.submitter.quote, checked)
@@ -195,7 +197,7 @@ async def submit_bulk(request: Request, here: Here, dry_run: DryRun = False) -> 
         return await here.tellers.begin(partial(_bulk_answer, here, stored))
 
 
-async def _check_bulk(here: Services, raw: bytearray) -> list[NewJob | RequestError]:
+async def _check_bulk(here: Services, tenant: str, raw: bytearray) -> list[NewJob | RequestError]:
     """Piece by piece, so that others have their turns, and of the values few are there at once."""
     limit = here.settings.api.max_bulk_items
     items = await here.work.run(len(raw), json_text.items_of, raw, "jobs", limit)
@@ -208,7 +210,7 @@ async def _check_bulk(here: Services, raw: bytearray) -> list[NewJob | RequestEr
     checked: list[NewJob | RequestError] = []
     for piece in pieces_of(items):
         size = piece[-1].stop - piece[0].start
-        checked += await here.work.run(size, _check_piece, here, raw, piece, len(checked))
+        checked += await here.work.run(size, _check_piece, here, tenant, raw, piece, len(checked))
     return checked
 
 
@@ -223,18 +225,18 @@ def pieces_of(items: list[slice]) -> Iterator[list[slice]]:
 
 
 def _check_piece(
-    here: Services, raw: bytearray, piece: list[slice], index: int
+    here: Services, tenant: str, raw: bytearray, piece: list[slice], index: int
 ) -> list[NewJob | RequestError]:
-    return [_check_item(here, raw[item], place) for place, item in enumerate(piece, index)]
+    return [_check_item(here, tenant, raw[item], place) for place, item in enumerate(piece, index)]
 
 
-def _check_item(here: Services, raw: bytearray, index: int) -> NewJob | RequestError:
+def _check_item(here: Services, tenant: str, raw: bytearray, index: int) -> NewJob | RequestError:
     most = here.settings.api.max_body_bytes
     if len(raw) > most:
         return RequestTooLarge(f"The job is larger than {most} bytes.", param="body")
     value = raw_bodies.parse_json(raw, f"jobs.{index}")
     try:
-        return here.submitter.check(value)
+        return here.submitter.check(value, tenant=tenant)
     except RequestError as error:
         error.__context__ = None  # what led to it holds the values, and so do its frames
         return error.with_traceback(None)
@@ -265,6 +267,7 @@ def _bulk_answer(here: Services, stored: Stored) -> Response:
 )
 async def get_job(
     here: Here,
+    who: Who,
     job_id: JobId,
     hold: Held,
     if_none_match: Annotated[
@@ -275,7 +278,7 @@ async def get_job(
 
     While it is not, `Retry-After` says when to look again.
     """
-    job = await look(here, job_id_of(job_id), hold)
+    job = await look(here, who.tenant, job_id_of(job_id), hold)
     return answer(job, hold=hold, if_none_match=if_none_match)
 
 
@@ -288,18 +291,18 @@ async def get_job(
     summary="Cancel a job",
     response_description="The job is running; its worker is asked to stop it.",
 )
-async def cancel(here: Here, job_id: JobId) -> Response:
+async def cancel(here: Here, who: Who, job_id: JobId) -> Response:
     """A queued job is cancelled at once: 200. A running one is stopped by its worker within a step
     or so, and what it generated is kept: 202, follow it. May be repeated."""
-    state = await here.write(_cancel, here, job_id_of(job_id))
+    state = await here.write(_cancel, here, who.tenant, job_id_of(job_id))
     await here.tell_workers([job_id_of(job_id)] if state is JobState.RUNNING else [])
-    job = await here.job(job_id_of(job_id))
+    job = await here.job(who.tenant, job_id_of(job_id))
     return answer(job, status=200 if job.is_final else 202)
 
 
-def _cancel(decision: Decision, here: Services, job_id: UUID) -> JobState:
+def _cancel(decision: Decision, here: Services, tenant: str, job_id: UUID) -> JobState:
     with here.database.begin() as connection:
-        state = cancellation.cancel(connection, job_id)
+        state = cancellation.cancel(connection, job_id, tenant=tenant)
         decision.commit()
     return state
 
@@ -321,13 +324,13 @@ def _cancel(decision: Decision, here: Services, job_id: UUID) -> JobState:
     summary="Replay a job",
     response_description="The new job is accepted.",
 )
-async def replay(here: Here, job_id: JobId) -> Response:
+async def replay(here: Here, who: Who, job_id: JobId) -> Response:
     """Run a job that failed, expired or was cancelled once more: as a new job, which says so in
     `replay_of`. May be repeated: one job is replayed once, and the same new job is answered."""
-    stored = await here.write(here.submitter.store_replay, job_id_of(job_id))
+    stored = await here.write(here.submitter.store_replay, job_id_of(job_id), tenant=who.tenant)
     here.metrics.count_submissions("accepted" if stored.only.created else "replayed")
     await here.send(stored)
     submitted = stored.only
-    job = await look_at_new(here, stored, Hold(0.0, False))
+    job = await look_at_new(here, who.tenant, stored, Hold(0.0, False))
     headers = {"Location": f"/v1/jobs/{submitted.job_id}"}
     return answer(job, status=202 if submitted.created else 200, headers=headers)

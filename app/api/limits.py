@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
+from app.api.caller import Who
 from app.api.schemas import MAX_PAGE, Limits, QueueLimits
 from app.api.schemas_many import MAX_IDS, MAX_IDS_FULL
 from app.api.services import Here
@@ -13,7 +14,7 @@ router = APIRouter(prefix="/v1/limits", tags=["limits"])
 
 
 @router.get("", summary="Tell the limits")
-async def limits(here: Here) -> Limits:
+async def limits(here: Here, _: Who) -> Limits:
     """How much this API takes, and how full its queue is. What each model takes is in /v1/models.
 
     `queue` is as last counted, mostly less than a second ago.

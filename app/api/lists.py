@@ -12,6 +12,7 @@ from uuid import UUID
 from fastapi import APIRouter, Depends, Query, Request
 
 from app.api import query
+from app.api.caller import Who
 from app.api.problems import documented
 from app.api.schemas import MAX_PAGE, JobList, JobSummary, ModelName
 from app.api.services import Here, Services
@@ -102,6 +103,7 @@ _METADATA: Final = query.family(
 )
 async def list_jobs(
     here: Here,
+    who: Who,
     wanted: Annotated[Filter, Depends(filter_of)],
     after: Annotated[
         str | None,
@@ -111,7 +113,12 @@ async def list_jobs(
 ) -> JobList:
     """Jobs without their answers, newest first. One whose row cannot be read is left out."""
     page = await here.read(
-        _list_jobs, here, wanted, after=job_id_of(after) if after else None, limit=limit + 1
+        _list_jobs,
+        here,
+        who.tenant,
+        wanted,
+        after=job_id_of(after) if after else None,
+        limit=limit + 1,
     )
     shown = page[:limit]
     return JobList(
@@ -132,7 +139,7 @@ def _summaries(here: Services, views: Iterable[JobView | Unreadable]) -> Iterato
 
 
 def _list_jobs(
-    here: Services, wanted: Filter, *, after: UUID | None, limit: int
+    here: Services, tenant: str, wanted: Filter, *, after: UUID | None, limit: int
 ) -> list[JobView | Unreadable]:
     with here.database.begin() as connection:
-        return reads.list_jobs(connection, wanted, after=after, limit=limit)
+        return reads.list_jobs(connection, wanted, after=after, limit=limit, tenant=tenant)

@@ -13,6 +13,7 @@ from fastapi import APIRouter, Request, Response
 
 from app.api import checked, problems, reader
 from app.api.answers import JSON, LOOK_AGAIN, Held, Hold
+from app.api.caller import Who, WhoReads
 from app.api.openapi import json_body
 from app.api.problems import documented
 from app.api.reader import Snapshot
@@ -66,7 +67,7 @@ _IDS: Final = ["0b9f1c5e-6c8f-4d3a-9a3f-0d9b7f2f6a11", "5b1d3a52-3a3c-4c0f-8c9a-
     summary="Follow many jobs",
     response_description="One item for each id, in order.",
 )
-async def status(request: Request, here: Here, hold: Held) -> Response:
+async def status(request: Request, here: Here, who: WhoReads, hold: Held) -> Response:
     """The jobs as they are, or, with `wait`, as soon as all of them (or any) are final.
 
     An id that is no job's is answered in its place, and is not waited for. With `wait_for` any,
@@ -75,9 +76,9 @@ async def status(request: Request, here: Here, hold: Held) -> Response:
     """
     asked = await checked.read(request, here, StatusRequest)
     ids = [job_id_of(text) for text in asked.ids]
-    states = await _states_in_time(here, dict.fromkeys(ids), asked.wait_for, hold)
+    states = await _states_in_time(here, who.tenant, dict.fromkeys(ids), asked.wait_for, hold)
     told: Mapping[UUID, Told] = (
-        states if asked.view == "state" else await _jobs(here, states, asked.view)
+        states if asked.view == "state" else await _jobs(here, who.tenant, states, asked.view)
     )
     items = [_status_item(index, id, told.get(id)) for index, id in enumerate(ids)]
     is_final = all(_is_final(each) for each in told.values())
@@ -90,7 +91,7 @@ async def status(request: Request, here: Here, hold: Held) -> Response:
 
 
 async def _states_in_time(
-    here: Services, ids: Collection[UUID], wait_for: WaitFor, hold: Hold
+    here: Services, tenant: str, ids: Collection[UUID], wait_for: WaitFor, hold: Hold
 ) -> Mapping[UUID, JobState | GristmillError]:
     """The states of those that exist, once all or any are final, or at the end of the hold."""
 
@@ -99,20 +100,22 @@ async def _states_in_time(
         is_enough = wait_for == "any" and len(are_open) < len(seen)
         return [] if is_enough else are_open
 
-    read = partial(here.read, _states, here, ids)
+    read = partial(here.read, _states, here, tenant, ids)
     return await here.waiters.until(
         read, still_open, ids, hold.seconds_at(here), for_all=wait_for == "all"
     )
 
 
-def _states(here: Services, ids: Collection[UUID]) -> Mapping[UUID, JobState | GristmillError]:
+def _states(
+    here: Services, tenant: str, ids: Collection[UUID]
+) -> Mapping[UUID, JobState | GristmillError]:
     with here.database.autocommit(looks_up=True) as connection:
-        found = reads.states(connection, ids)
+        found = reads.states(connection, ids, tenant=tenant)
     return {id: found[id] for id in ids if id in found}
 
 
 async def _jobs(
-    here: Services, states: Mapping[UUID, JobState | GristmillError], view: View
+    here: Services, tenant: str, states: Mapping[UUID, JobState | GristmillError], view: View
 ) -> Mapping[UUID, Told]:
     """The jobs, page by page; the states alone of those beyond `MAX_ANSWERS_BYTES`."""
     read, size = (reader.snapshots, WHOLE_PAGE) if view == "full" else (reader.summaries, PAGE)
@@ -123,7 +126,7 @@ async def _jobs(
         if num_bytes >= MAX_ANSWERS_BYTES:
             break
         page = await here.read(
-            read, here.database, here.submitter.outlook, ids[start : start + size]
+            read, here.database, here.submitter.outlook, tenant, ids[start : start + size]
         )
         told.update(page)
         num_bytes += sum(len(each.body) for each in page.values() if isinstance(each, Snapshot))
@@ -166,7 +169,7 @@ def _status_item(index: int, id: UUID, told: Told | None) -> bytes:
     summary="Cancel many jobs",
     response_description="One item for each job, in the order of the ids.",
 )
-async def cancel(request: Request, here: Here) -> Response:
+async def cancel(request: Request, here: Here, who: Who) -> Response:
     """Cancel jobs by their ids, or up to `limit` of those that pass a filter, newest first.
 
     Queued ones are cancelled at once; running ones are stopped by their workers, and do not pass
@@ -177,9 +180,9 @@ async def cancel(request: Request, here: Here) -> Response:
     if asked.filter is None:
         ids = [job_id_of(text) for text in asked.ids or ()]
     else:
-        page = await here.read(_open_jobs, here, asked.filter, asked.limit + 1)
+        page = await here.read(_open_jobs, here, who.tenant, asked.filter, asked.limit + 1)
         ids, has_more = page[: asked.limit], len(page) > asked.limit
-    told = await here.write(_cancel, here, set(ids))
+    told = await here.write(_cancel, here, who.tenant, set(ids))
     await here.tell_workers([id for id, state in told.items() if state is JobState.RUNNING])
     items = [_cancel_item(index, id, told.get(id)) for index, id in enumerate(ids)]
     counted = [item.status for item in items]
@@ -193,7 +196,7 @@ async def cancel(request: Request, here: Here) -> Response:
     return Response(body.model_dump_json(exclude_none=True), media_type=JSON)
 
 
-def _open_jobs(here: Services, given: CancelFilter, limit: int) -> list[UUID]:
+def _open_jobs(here: Services, tenant: str, given: CancelFilter, limit: int) -> list[UUID]:
     states = [JobState(given.state)] if given.state else [JobState.QUEUED, JobState.RUNNING]
     wanted = Filter(
         states=states,
@@ -204,30 +207,32 @@ def _open_jobs(here: Services, given: CancelFilter, limit: int) -> list[UUID]:
         is_asked=False,
     )
     with here.database.begin() as connection:
-        return lists.newest(connection, wanted, limit=limit)
+        return lists.newest(connection, wanted, limit=limit, tenant=tenant)
 
 
 def _cancel(
-    decision: Decision, here: Services, ids: Collection[UUID]
+    decision: Decision, here: Services, tenant: str, ids: Collection[UUID]
 ) -> dict[UUID, JobState | GristmillError]:
     """The states of those that exist. First those that nobody holds, in one transaction; then one
     by one what somebody held: nobody waits for a row while he holds others."""
     told: dict[UUID, JobState | GristmillError] = {}
     with here.database.begin() as connection:
-        told |= cancellation.cancel_free(connection, ids)
-        held = reads.states(connection, [id for id in ids if id not in told])
+        told |= cancellation.cancel_free(connection, ids, tenant=tenant)
+        held = reads.states(connection, [id for id in ids if id not in told], tenant=tenant)
         decision.commit()
     give_up_at = time.monotonic() + HELD_S
     for id in sorted(held):
         is_late = time.monotonic() > give_up_at
-        told[id] = Unavailable() if is_late else _cancel_held(decision, here, id)
+        told[id] = Unavailable() if is_late else _cancel_held(decision, here, tenant, id)
     return told
 
 
-def _cancel_held(decision: Decision, here: Services, id: UUID) -> JobState | GristmillError:
+def _cancel_held(
+    decision: Decision, here: Services, tenant: str, id: UUID
+) -> JobState | GristmillError:
     try:
         with here.database.begin() as connection:
-            state = cancellation.end(connection, id)
+            state = cancellation.end(connection, id, tenant=tenant)
             decision.commit()
     except GristmillError as error:
         return error

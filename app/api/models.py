@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
+from app.api.caller import Who
 from app.api.schemas import Model, ModelList
 from app.api.services import Here
 
@@ -11,7 +12,7 @@ router = APIRouter(prefix="/v1/models", tags=["models"])
 
 
 @router.get("", summary="List the models")
-async def list_models(here: Here) -> ModelList:
+async def list_models(here: Here, _: Who) -> ModelList:
     """The configured models, whether or not a worker serves them right now."""
     return ModelList(
         data=[

@@ -9,6 +9,7 @@ from uuid import UUID
 from fastapi import APIRouter, Response
 
 from app.api.answers import answer
+from app.api.caller import Who
 from app.api.jobs import JobId
 from app.api.problems import documented
 from app.api.schemas import Job
@@ -37,7 +38,7 @@ _STOPPING: Final[dict[int | str, dict[str, Any]]] = {
     summary="Purge a job",
     response_description="What the job says is removed.",
 )
-async def purge(here: Here, job_id: JobId) -> Response:
+async def purge(here: Here, who: Who, job_id: JobId) -> Response:
     """Remove the job's request, response, metadata, idempotency key and error text, at once and for
     good. Its state, timing, tokens and cost stay, and say so in `purged_at`. A queued job is
     cancelled with it, a running one is stopped and gets no response. May be repeated.
@@ -45,15 +46,15 @@ async def purge(here: Here, job_id: JobId) -> Response:
     The same idempotency key makes a new job afterwards.
     """
     id = job_id_of(job_id)
-    state = await here.write(_purge, here, id)
+    state = await here.write(_purge, here, who.tenant, id)
     if state is JobState.RUNNING:
         await here.tell_workers([id])
-        return answer(await here.job(id), status=202)
+        return answer(await here.job(who.tenant, id), status=202)
     return Response(status_code=204)
 
 
-def _purge(decision: Decision, here: Services, job_id: UUID) -> JobState:
+def _purge(decision: Decision, here: Services, tenant: str, job_id: UUID) -> JobState:
     with here.database.begin() as connection:
-        state = purging.purge(connection, job_id)
+        state = purging.purge(connection, job_id, tenant=tenant)
         decision.commit()
     return state

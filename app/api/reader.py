@@ -1,4 +1,4 @@
-"""Reads jobs for all who ask at about the same time, with one look at Postgres.
+"""Reads jobs for all of a tenant who ask at about the same time, with one look at Postgres.
 
 While a look is on its way, whoever asks waits for the next one, together with all others. So one
 caller is answered at once, and a thousand take a few looks and not a thousand: however many poll,
@@ -59,17 +59,21 @@ class Snapshot:
 Outcome = Snapshot | Exception
 
 
-def snapshots(database: Database, outlook: Outlook, ids: Sequence[UUID]) -> dict[UUID, Outcome]:
-    """Those of the jobs that exist, or why one cannot be told of. Not for the event loop."""
+def snapshots(
+    database: Database, outlook: Outlook, tenant: str, ids: Sequence[UUID]
+) -> dict[UUID, Outcome]:
+    """Those of the jobs that a tenant has, or why one cannot be told of. Not for the event loop."""
     with database.autocommit(looks_up=True) as connection:
-        views = reads.find(connection, ids)
+        views = reads.find(connection, ids, tenant=tenant)
     return {view.id: _snapshot(view, lambda view: job_of(view, outlook.of(view))) for view in views}
 
 
-def summaries(database: Database, outlook: Outlook, ids: Sequence[UUID]) -> dict[UUID, Outcome]:
+def summaries(
+    database: Database, outlook: Outlook, tenant: str, ids: Sequence[UUID]
+) -> dict[UUID, Outcome]:
     """The same without their answers."""
     with database.autocommit(looks_up=True) as connection:
-        views = reads.summaries(connection, ids)
+        views = reads.summaries(connection, ids, tenant=tenant)
     return {
         view.id: _snapshot(view, lambda view: summary_of(view, outlook.of(view))) for view in views
     }
@@ -84,22 +88,24 @@ def _snapshot(view: JobView | Unreadable, tell: Callable[[JobView], JobSummary])
         return JobUnreadable("The job's response is nested too deep.")
 
 
-Look = Callable[[Sequence[UUID]], Awaitable[Mapping[UUID, Outcome]]]
+Look = Callable[[str, Sequence[UUID]], Awaitable[Mapping[UUID, Outcome]]]
 
 
 class Reader:
     """Owner of the reads of single jobs; belongs to the event loop's thread."""
 
     def __init__(self, look: Look) -> None:
-        """`look` finds those of some jobs that exist."""
+        """`look` finds those of some jobs that a tenant has."""
         self._look = look
-        self._asked: dict[UUID, asyncio.Future[Outcome]] = {}  #: for the next look
+        #: For the next look.
+        self._asked: dict[tuple[str, UUID], asyncio.Future[Outcome]] = {}
         self._looking: set[asyncio.Task[None]] = set()
 
-    async def read(self, job_id: UUID) -> Snapshot:
-        """The job as it is now. Raises `JobNotFound`, and what kept it from being read."""
-        if (asked := self._asked.get(job_id)) is None:
-            asked = self._asked[job_id] = asyncio.get_running_loop().create_future()
+    async def read(self, tenant: str, job_id: UUID) -> Snapshot:
+        """The tenant's job as it is now. Raises `JobNotFound`, and what kept it from being read."""
+        key = tenant, job_id
+        if (asked := self._asked.get(key)) is None:
+            asked = self._asked[key] = asyncio.get_running_loop().create_future()
             if len(self._looking) < AT_ONCE:
                 task = asyncio.create_task(self._work_off())
                 self._looking.add(task)
@@ -111,19 +117,20 @@ class Reader:
 
     async def _work_off(self) -> None:
         while self._asked:
-            ids = list(islice(self._asked, MOST_JOBS))
-            futures = {id: self._asked.pop(id) for id in ids}
-            outcomes = await self._outcomes(ids)
+            tenant, _ = next(iter(self._asked))  # whoever has waited longest; a look is of one
+            ids = list(islice((id for owner, id in self._asked if owner == tenant), MOST_JOBS))
+            futures = {id: self._asked.pop((tenant, id)) for id in ids}
+            outcomes = await self._outcomes(tenant, ids)
             for id, future in futures.items():
                 future.set_result(outcomes[id])
 
-    async def _outcomes(self, ids: Sequence[UUID]) -> Mapping[UUID, Outcome]:
+    async def _outcomes(self, tenant: str, ids: Sequence[UUID]) -> Mapping[UUID, Outcome]:
         try:
-            found = await self._look(ids)
+            found = await self._look(tenant, ids)
         except GristmillError as error:
             return dict.fromkeys(ids, error)
         except Exception as error:  # of one of them: the others do not suffer for it
             if len(ids) == 1:
                 return {ids[0]: error}
-            return {id: (await self._outcomes([id]))[id] for id in ids}
+            return {id: (await self._outcomes(tenant, [id]))[id] for id in ids}
         return {id: found.get(id) or JobNotFound() for id in ids}

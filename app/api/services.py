@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,7 +15,7 @@ from fastapi import Depends, Request
 
 from app.api.metrics import Metrics
 from app.api.probe import Probe
-from app.api.reader import Reader, Snapshot, snapshots
+from app.api.reader import Outcome, Reader, Snapshot, snapshots
 from app.api.room import Room
 from app.api.threads import Call, Threads
 from app.api.waiting import Waiters
@@ -88,21 +88,24 @@ class Services:
         object.__setattr__(self, "redis", Probe(self.submitter.sender.try_to_send))
         object.__setattr__(self, "scrape", Probe(self.metrics.text, SCRAPE_S))
         outlook = self.submitter.outlook
-        reader = Reader(lambda ids: self.read(snapshots, self.database, outlook, ids))
-        object.__setattr__(self, "reader", reader)
+
+        async def look(tenant: str, ids: Sequence[UUID]) -> Mapping[UUID, Outcome]:
+            return await self.read(snapshots, self.database, outlook, tenant, ids)
+
+        object.__setattr__(self, "reader", Reader(look))
         object.__setattr__(self, "writer", Writer(self._store, self.send))
 
     def _store_takes_jobs(self) -> None:
         self.database.check_schema()
         self.submitter.try_to_store()
 
-    async def job(self, job_id: UUID) -> Snapshot:
-        """A job as it is now. Raises `JobNotFound` and `Unavailable`."""
+    async def job(self, tenant: str, job_id: UUID) -> Snapshot:
+        """A tenant's job as it is now. Raises `JobNotFound` and `Unavailable`."""
         # Timeouts of Postgres hold only while it runs. One that is frozen keeps the thread and its
         # connection until the system gives up on it; who waits is told in time to try again.
         try:
             async with asyncio.timeout(self._limit_s):
-                return await self.reader.read(job_id)
+                return await self.reader.read(tenant, job_id)
         except TimeoutError:
             raise Unavailable("Postgres does not answer.") from None
 

@@ -7,6 +7,7 @@ from uuid import UUID
 
 from fastapi import APIRouter
 
+from app.api.caller import Who
 from app.api.jobs import JobId
 from app.api.problems import documented
 from app.api.schemas_timeline import Timeline
@@ -27,15 +28,18 @@ router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
     summary="Explain a job",
     response_description="The job's timeline.",
 )
-async def timeline(here: Here, job_id: JobId) -> Timeline:
+async def timeline(here: Here, who: Who, job_id: JobId) -> Timeline:
     """Where each millisecond and each nanosecond of device time of a job went, from what the tables
     say: of one that waits or runs, until now."""
-    return await here.read(_read, here.database, job_id_of(job_id))
+    return await here.read(_read, here.database, who.tenant, job_id_of(job_id))
 
 
-def _read(database: Database, job_id: UUID) -> Timeline:
+def _read(database: Database, tenant: str, job_id: UUID) -> Timeline:
     with database.autocommit() as connection:
-        found = reads.summaries(connection, [job_id])
+        found = reads.summaries(connection, [job_id], tenant=tenant)
         if not found:
             raise JobNotFound()
-        return told(lambda job: timeline_of(job, surroundings.of_job(connection, job)), found[0])
+        return told(
+            lambda job: timeline_of(job, surroundings.of_job(connection, job, tenant=tenant)),
+            found[0],
+        )

@@ -12,6 +12,7 @@ from fastapi import APIRouter, Depends, Query, Request
 from pydantic import BaseModel, Field
 
 from app.api import query
+from app.api.caller import Caller, Scope, Who
 from app.api.problems import documented
 from app.api.schemas import ModelName, Money
 from app.api.services import Here, Services
@@ -156,6 +157,7 @@ class UsageAnswer(BaseModel):
 async def _question(
     request: Request,
     here: Here,
+    who: Who,
     by: Annotated[
         str,
         Query(
@@ -199,7 +201,11 @@ async def _question(
     ] = 50,
     model: Annotated[ModelName | None, Query(description="Only jobs of this model.")] = None,
     tenant: Annotated[
-        str | None, Query(max_length=200, description="Only jobs of this tenant.")
+        str | None,
+        Query(
+            max_length=200,
+            description="Only jobs of this tenant; without the scope `admin` it is your own.",
+        ),
     ] = None,
     priority: Annotated[
         int | None, Query(ge=0, le=MAX_PRIORITY, description="Only jobs of this priority.")
@@ -215,7 +221,7 @@ async def _question(
         zone=zone,
         top=top,
         model=model,
-        tenant=tenant,
+        tenant=_whose(who, tenant),
         priority=priority,
         metadata=parse_metadata(query.members_of("metadata", request)),
     )
@@ -223,6 +229,15 @@ async def _question(
         refuse_unstorable(label, "by")
     zone_of(zone, *(halves_of(begin, end) if question.span else ()))
     return question
+
+
+def _whose(who: Caller, asked: str | None) -> str | None:
+    """Whose usage is told; None is all tenants', which only an admin sees."""
+    if Scope.ADMIN not in who.scopes:
+        if asked not in (None, who.tenant):
+            who.need(Scope.ADMIN)
+        return who.tenant
+    return asked
 
 
 _METADATA: Final = query.family(
@@ -239,17 +254,22 @@ _METADATA: Final = query.family(
     summary="Sum up usage",
     response_description="One row for each group and currency.",
 )
-async def tell_usage(here: Here, question: Annotated[Question, Depends(_question)]) -> UsageAnswer:
+async def tell_usage(
+    here: Here, who: Who, question: Annotated[Question, Depends(_question)]
+) -> UsageAnswer:
     """What jobs that ended in a period used and cost, by time, model, tenant, priority, price or
-    what their metadata says. Sums stay when jobs are deleted; what metadata says goes with them."""
+    what their metadata says. Sums stay when jobs are deleted; what metadata says goes with them.
+
+    A key without the scope `admin` is told of its own tenant alone, and not of devices."""
+    sees_all = Scope.ADMIN in who.scopes
     answer = await here.read(_ask, here, question)
     return UsageAnswer(
         since=question.since,
         until=question.until,
         zone=question.zone,
         by=list(question.by),
-        data=[_row(question, row) for row in answer.rows],
-        devices=[_device(question, device) for device in answer.devices],
+        data=[_row(question, row, sees_all) for row in answer.rows],
+        devices=[_device(question, device) for device in answer.devices] if sees_all else [],
     )
 
 
@@ -267,7 +287,7 @@ def _ask(here: Services, question: Question) -> Answer:
         raise RequestError("Postgres knows no time zone of this name.", param="zone") from None
 
 
-def _row(question: Question, row: Usage) -> UsageRow:
+def _row(question: Question, row: Usage, sees_all: bool) -> UsageRow:
     group: dict[str, Any] = {
         key: _local(value, question) if isinstance(value, datetime) else value
         for key, value in row.group.items()
@@ -286,7 +306,7 @@ def _row(question: Question, row: Usage) -> UsageRow:
         upstream_cost=row.upstream_cost,
         price_per_hour=row.price,
         cost_per_million_tokens=row.cost_per_million_tokens,
-        cost_per_million_tokens_real=row.real_cost_per_million_tokens,
+        cost_per_million_tokens_real=row.real_cost_per_million_tokens if sees_all else None,
         charge=row.charge,
         energy_joules=row.energy_nj / NJ_PER_J if row.jobs_with_energy else None,
         energy_method=row.energy_method,

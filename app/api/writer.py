@@ -1,4 +1,4 @@
-"""Stores single submissions for all who come at about the same time, in one transaction.
+"""Stores single submissions of a tenant that come at about the same time, in one transaction.
 
 Whoever comes alone is stored at once. Where some came together, more do: these wait for each other
 for a moment, or until a group is back. So a thousand take a few commits and messages, and not a
@@ -35,7 +35,8 @@ class Writer:
         no answer waits."""
         self._write = write
         self._send = send
-        self._waiting: deque[tuple[NewJob, asyncio.Future[Stored]]] = deque()
+        #: By tenant, whose turn is next first: a group is of one.
+        self._waiting: dict[str, deque[tuple[NewJob, asyncio.Future[Stored]]]] = {}
         self._writing: set[asyncio.Task[None]] = set()
         self._gathers = False  #: one of them waits for company
         self._next_at = 0.0  #: by the loop's clock
@@ -47,7 +48,7 @@ class Writer:
         Whoever leaves meanwhile may have submitted it.
         """
         stored: asyncio.Future[Stored] = asyncio.get_running_loop().create_future()
-        self._waiting.append((job, stored))
+        self._waiting.setdefault(job.tenant, deque()).append((job, stored))
         self._begin()
         return await stored
 
@@ -60,12 +61,19 @@ class Writer:
     async def _work_off(self) -> None:
         while self._waiting and not self._gathers:
             await self._gather()
-            number = min(MOST_JOBS, len(self._waiting))
-            group = [self._waiting.popleft() for _ in range(number)]
-            self._next_at = asyncio.get_running_loop().time() + GATHER_S if number > 1 else 0.0
+            group = self._next_group()
+            self._next_at = asyncio.get_running_loop().time() + GATHER_S if len(group) > 1 else 0.0
             self._begin()
             if stays := [each for each in group if not each[1].cancelled()]:
                 await self._store(stays)
+
+    def _next_group(self) -> list[tuple[NewJob, asyncio.Future[Stored]]]:
+        tenant = next(iter(self._waiting))
+        waiting = self._waiting.pop(tenant)
+        group = [waiting.popleft() for _ in range(min(MOST_JOBS, len(waiting)))]
+        if waiting:
+            self._waiting[tenant] = waiting  # behind all others
+        return group
 
     async def _gather(self) -> None:
         pause_s = self._next_at - asyncio.get_running_loop().time()

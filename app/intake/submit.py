@@ -57,6 +57,7 @@ from app.store import reads, submissions
 from app.store.database import Database
 from app.store.isolation import Connection, Write, apart
 from app.store.submissions import Load, NewJob
+from app.store.tables import DEFAULT_TENANT
 
 PAGE_BYTES: Final = 2_000_000
 """Requests that are written in one statement."""
@@ -203,10 +204,10 @@ class Submitter:
         self.sender = Sender(database, publisher, settings.broker)
         self.outlook = Outlook(settings, database)
 
-    def check(self, value: object) -> NewJob:
-        """The job of a submission, or of the JSON value of one. Asks nobody, and may compute for
-        some tenths of a second. Raises `RequestError`."""
-        return self._new_job(parse_submission(value))
+    def check(self, value: object, *, tenant: str = DEFAULT_TENANT) -> NewJob:
+        """A tenant's job of a submission, or of the JSON value of one. Asks nobody, and may compute
+        for some tenths of a second. Raises `RequestError`."""
+        return self._new_job(parse_submission(value), tenant)
 
     def store(self, decision: Decision, checked: Sequence[NewJob | RequestError]) -> Stored:
         """An outcome for each, in order; the good ones become jobs in one transaction.
@@ -222,8 +223,10 @@ class Submitter:
         outcomes = [it if isinstance(it, RequestError) else next(answers) for it in checked]
         return replace(stored, outcomes=outcomes)
 
-    def store_replay(self, decision: Decision, job_id: UUID) -> Stored:
-        """Run a job that failed, expired or was cancelled once more, as a new job.
+    def store_replay(
+        self, decision: Decision, job_id: UUID, *, tenant: str = DEFAULT_TENANT
+    ) -> Stored:
+        """Run a tenant's job that failed, expired or was cancelled once more, as a new job.
 
         The new one has the request, priority and metadata of the old, and its deadline if that has
         not passed. A job is replayed once: asked again, this answers with the same new job. Raises
@@ -231,7 +234,7 @@ class Submitter:
         and what may be wrong with a submission.
         """
         with self._database.begin() as connection:
-            old = reads.replayable(connection, job_id)
+            old = reads.replayable(connection, job_id, tenant=tenant)
         now = self._database.now()
         if old.replayed_by is not None:
             return Stored([Submitted(old.replayed_by, False)], [], [], now)
@@ -246,7 +249,7 @@ class Submitter:
             deadline=old.deadline if old.deadline and old.deadline > now else None,
             metadata=old.metadata,
         )
-        job = replace(self._new_job(submission), replay_of=job_id)
+        job = replace(self._new_job(submission, tenant), replay_of=job_id)
         return self._insert([job], decision, now)
 
     def quote(self, checked: Sequence[NewJob | RequestError]) -> list[Quoted | GristmillError]:
@@ -338,7 +341,7 @@ class Submitter:
             decision.commit()
         return [outcomes[job.id] for job in jobs]
 
-    def _new_job(self, submission: Submission) -> NewJob:
+    def _new_job(self, submission: Submission, tenant: str) -> NewJob:
         try:
             request = bodies.parse(
                 submission.body,
@@ -365,6 +368,7 @@ class Submitter:
             not_before=submission.not_before,
             deadline=submission.deadline,
             metadata=request.body.metadata | submission.metadata,
+            tenant=tenant,
             idempotency_key=submission.idempotency_key,
             source="api",
             input_tokens=prepared.num_input_tokens,

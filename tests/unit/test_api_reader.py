@@ -21,13 +21,15 @@ class Postgres:
 
     def __init__(self) -> None:
         self.looks: list[Sequence[UUID]] = []
+        self.tenants: list[str] = []  #: of each look
         self.version = 0
         self.error: Callable[[Sequence[UUID]], Exception | None] = lambda ids: None
         self.missing: set[UUID] = set()
         self._gates: list[asyncio.Event] = []
 
-    async def look(self, ids: Sequence[UUID]) -> dict[UUID, Snapshot]:
+    async def look(self, tenant: str, ids: Sequence[UUID]) -> dict[UUID, Snapshot]:
         self.looks.append(ids)
+        self.tenants.append(tenant)
         version = self.version
         gate = asyncio.Event()
         self._gates.append(gate)
@@ -43,8 +45,8 @@ class Postgres:
             await asyncio.sleep(0)
 
 
-async def ask(reader: Reader, *ids: UUID) -> list[asyncio.Task[Snapshot]]:
-    tasks = [asyncio.create_task(reader.read(id)) for id in ids]
+async def ask(reader: Reader, *ids: UUID, tenant: str = "one") -> list[asyncio.Task[Snapshot]]:
+    tasks = [asyncio.create_task(reader.read(tenant, id)) for id in ids]
     for _ in range(5):
         await asyncio.sleep(0)
     return tasks
@@ -91,6 +93,20 @@ def test_what_a_look_on_its_way_may_have_missed_is_looked_for_again() -> None:
 
         await postgres.let_all_through(*before, *after)
         assert (before[0].result().body, after[0].result().body) == (b"0", b"1")
+
+    play(scene)
+
+
+def test_a_look_is_of_one_tenant_and_the_same_id_of_another_is_another_question() -> None:
+    async def scene(postgres: Postgres, reader: Reader) -> None:
+        held = [task for id in IDS[:AT_ONCE] for task in await ask(reader, id)]
+
+        ours = await ask(reader, *IDS[10:12])
+        theirs = await ask(reader, IDS[10], tenant="two")
+
+        await postgres.let_all_through(*held, *ours, *theirs)
+        asked = dict(zip(postgres.tenants[AT_ONCE:], postgres.looks[AT_ONCE:], strict=True))
+        assert asked == {"one": IDS[10:12], "two": [IDS[10]]}
 
     play(scene)
 

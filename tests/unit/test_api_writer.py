@@ -22,7 +22,7 @@ from app.store.submissions import NewJob
 AT = datetime(2026, 1, 1, tzinfo=UTC)
 
 
-def job(number: int) -> NewJob:
+def job(number: int, tenant: str = "one") -> NewJob:
     return NewJob(
         id=UUID(int=number + 1),
         model="m",
@@ -31,6 +31,7 @@ def job(number: int) -> NewJob:
         request={},
         fingerprint="",
         source="api",
+        tenant=tenant,
     )
 
 
@@ -70,8 +71,8 @@ class Postgres:
             await asyncio.sleep(0)
 
 
-async def submit(writer: Writer, *numbers: int) -> list[asyncio.Task[Stored]]:
-    tasks = [asyncio.create_task(writer.store(job(number))) for number in numbers]
+async def submit(writer: Writer, *numbers: int, tenant: str = "one") -> list[asyncio.Task[Stored]]:
+    tasks = [asyncio.create_task(writer.store(job(number, tenant))) for number in numbers]
     for _ in range(5):
         await asyncio.sleep(0)
     return tasks
@@ -159,6 +160,23 @@ def test_who_does_not_fit_together_is_tried_alone() -> None:
         # Then only the one that does not fit is refused
         assert isinstance(rest[1].exception(), QueueFull)
         assert [rest[place].result().only.created for place in (0, 2)] == [True, True]
+
+    play(scene)
+
+
+def test_a_group_is_of_one_tenant_and_tenants_take_turns() -> None:
+    async def scene(postgres: Postgres, writer: Writer) -> None:
+        # Given one with more than a group beside another's single submission
+        tasks = [task for number in range(AT_ONCE) for task in await submit(writer, number)]
+        tasks += await submit(writer, *range(100, 100 + 2 * MOST_JOBS))
+        tasks += await submit(writer, 7, tenant="two")
+
+        # When they are written
+        await postgres.let_all_through(tasks)
+
+        # Then the single one waited for one group, and for no more
+        told = [({new.tenant for new in group}, len(group)) for group in postgres.groups]
+        assert told[AT_ONCE:] == [({"one"}, MOST_JOBS), ({"two"}, 1), ({"one"}, MOST_JOBS)]
 
     play(scene)
 

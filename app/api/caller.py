@@ -1,0 +1,72 @@
+"""Who calls: whose jobs a request is about, and what its key allows."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Annotated, Final
+
+from fastapi import Depends, Request
+from starlette.exceptions import HTTPException
+
+from app.store.tables import DEFAULT_TENANT
+
+
+class Scope(enum.StrEnum):
+    """What a key allows."""
+
+    SUBMIT = "submit"
+    """To make, cancel, replay and purge its tenant's jobs."""
+    READ = "read"
+    """To read them, and what they used."""
+    ADMIN = "admin"
+    """To read what belongs to no tenant: metrics, and usage of all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Whose key came with a request. Another tenant's rows do not exist for it."""
+
+    tenant: str
+    scopes: frozenset[Scope]
+    key_id: str | None = None  #: None where no key is asked for
+
+    def need(self, scope: Scope) -> None:
+        """Raises 403 unless its key has this scope."""
+        if scope not in self.scopes:
+            raise HTTPException(
+                HTTPStatus.FORBIDDEN, f"This call takes a key with the scope `{scope}`."
+            )
+
+
+ANYBODY: Final = Caller(DEFAULT_TENANT, frozenset(Scope))
+"""Whoever reaches an API that asks for no key."""
+
+
+async def _caller(request: Request) -> Caller:
+    caller: Caller = getattr(request.state, "caller", ANYBODY)
+    return caller
+
+
+async def _who(request: Request, caller: Annotated[Caller, Depends(_caller)]) -> Caller:
+    caller.need(Scope.READ if request.method in ("GET", "HEAD") else Scope.SUBMIT)
+    return caller
+
+
+async def _who_reads(caller: Annotated[Caller, Depends(_caller)]) -> Caller:
+    caller.need(Scope.READ)
+    return caller
+
+
+async def _who_administers(caller: Annotated[Caller, Depends(_caller)]) -> Caller:
+    caller.need(Scope.ADMIN)
+    return caller
+
+
+Who = Annotated[Caller, Depends(_who)]
+"""The caller of a route: with the scope `read` for GET, else with `submit`."""
+WhoReads = Annotated[Caller, Depends(_who_reads)]
+"""The same for a POST that only reads."""
+WhoAdministers = Annotated[Caller, Depends(_who_administers)]
+"""The same for what belongs to no tenant."""
