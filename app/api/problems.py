@@ -197,7 +197,7 @@ RESPONSES: Final[dict[HTTPStatus, str]] = {
     HTTPStatus.BAD_REQUEST: "Broken JSON, an unknown field or parameter, a wrong type or a value "
     "out of range.",
     HTTPStatus.UNAUTHORIZED: "A token is set, and it is not sent.",
-    HTTPStatus.FORBIDDEN: "A web page of another origin makes the request, or its key lacks the scope.",
+    HTTPStatus.FORBIDDEN: "A web page of another origin asks, or the key lacks the scope for this.",
     HTTPStatus.NOT_FOUND: "No such job, model or url.",
     HTTPStatus.CONFLICT: "The job's state does not allow this. Not to be retried.",
     HTTPStatus.GONE: "The job's request is not kept any more.",

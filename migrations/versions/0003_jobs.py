@@ -11,6 +11,7 @@ from sqlalchemy import (
     Column,
     DateTime,
     Double,
+    Identity,
     Integer,
     LargeBinary,
     Numeric,
@@ -49,6 +50,9 @@ TABLES = (
     "prices",
     "windows",
     "comparisons",
+    "tenants",
+    "api_keys",
+    "admin_log",
 )
 IN_MONTHS = {"requests": {}, "attempts": {"fillfactor": "50"}, "results": {}}
 """Tables in monthly partitions, and what their partitions have beside `AGEING`. Rescue makes one
@@ -113,6 +117,14 @@ KEEP_PRICE = """
 CREATE FUNCTION keep_price() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     RAISE EXCEPTION 'A price is never changed: add one with a new id.';
+END
+$$
+"""
+
+KEEP_LOG = """
+CREATE FUNCTION keep_log() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    RAISE EXCEPTION 'What was done stays in the log.';
 END
 $$
 """
@@ -351,6 +363,10 @@ def recomputable(table: str) -> tuple[CheckConstraint, CheckConstraint]:
             "num_nulls(price, price_id, currency) IN (0, 3)", name=op.f(f"{table}_price_check")
         ),
     )
+
+
+def tenant(comment: str) -> Column[Any]:
+    return Column("tenant", Text, server_default="default", nullable=False, comment=comment)
 
 
 METHODS = "energy_method IN ('absent', 'estimated', 'measured')"
@@ -1358,6 +1374,88 @@ def upgrade() -> None:
     )
     op.create_index("comparisons_by_both", "comparisons", ["a_digest", "b_digest", "made_at"])
 
+    op.create_table(
+        "tenants",
+        Column("name", Text, nullable=False, comment="What `tenant` is in every other table."),
+        Column(
+            "created_at",
+            Stamp,
+            server_default=text("now()"),
+            nullable=False,
+            comment="Added then.",
+        ),
+        Column(
+            "weight",
+            Integer,
+            server_default=text("1"),
+            nullable=False,
+            comment="Its share of the devices beside that of others.",
+        ),
+        CheckConstraint(
+            "name ~ '^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$'", name=op.f("tenants_name_check")
+        ),
+        CheckConstraint("weight BETWEEN 1 AND 1000", name=op.f("tenants_weight_check")),
+        PrimaryKeyConstraint("name", name=op.f("tenants_pkey")),
+        comment="One row per tenant; `default` is whoever is not named.",
+    )
+    op.execute("INSERT INTO tenants (name) VALUES ('default')")
+    op.create_table(
+        "api_keys",
+        Column("id", Text, nullable=False, comment="Second part of the key; no secret."),
+        tenant("Whose key it is."),
+        Column("name", Text, nullable=False, comment="What it is for, in its owner's words."),
+        Column("scopes", ARRAY(Text), nullable=False, comment="Of submit, read and admin."),
+        Column("digest", LargeBinary, nullable=False, comment="SHA-256 of the whole key."),
+        Column(
+            "created_at", Stamp, server_default=text("now()"), nullable=False, comment="Made then."
+        ),
+        Column("expires_at", Stamp, comment="Of no use from then on; null is never."),
+        Column("revoked_at", Stamp, comment="Of no use since then; null is not revoked."),
+        Column("last_used_at", Stamp, comment="Last use, to some minutes; null is never."),
+        CheckConstraint("octet_length(digest) = 32", name=op.f("api_keys_digest_check")),
+        CheckConstraint(
+            "scopes <@ ARRAY['submit', 'read', 'admin'] AND cardinality(scopes) > 0",
+            name=op.f("api_keys_scopes_check"),
+        ),
+        CheckConstraint(
+            "char_length(name) <= 100 AND char_length(tenant) <= 200",
+            name=op.f("api_keys_lengths_check"),
+        ),
+        in_range("api_keys", "created_at", "expires_at"),
+        PrimaryKeyConstraint("id", name=op.f("api_keys_pkey")),
+        comment="One row per API key, for ever: revoked and expired ones say who had them.",
+    )
+    op.create_index("api_keys_by_tenant", "api_keys", ["tenant", "created_at"])
+    op.create_table(
+        "admin_log",
+        Column("id", BigInteger, Identity(always=True), nullable=False, comment="In their order."),
+        tenant("Whom it was about."),
+        Column("at", Stamp, server_default=text("now()"), nullable=False, comment="When."),
+        Column(
+            "actor",
+            Text,
+            nullable=False,
+            comment="Who: `cli:USER@HOST`, `key:ID` or `anybody`.",
+        ),
+        Column("action", Text, nullable=False, comment="What, as in key.created."),
+        Column(
+            "subject",
+            Text,
+            nullable=False,
+            comment="Id of the key or job, or a tenant's name.",
+        ),
+        Column(
+            "details",
+            JSONB,
+            server_default=text("'{}'::jsonb"),
+            nullable=False,
+            comment="What else there is to tell; no secret, and nothing that a job says.",
+        ),
+        PrimaryKeyConstraint("id", name=op.f("admin_log_pkey")),
+        comment="What was done about keys, tenants and content. Rows are only added.",
+    )
+    op.create_index("admin_log_by_tenant", "admin_log", ["tenant", "id"])
+
     for table, more in IN_MONTHS.items():
         options = ", ".join(f"{name} = {value}" for name, value in (AGEING | more).items())
         op.execute(f"CREATE TABLE {table}_default PARTITION OF {table} DEFAULT WITH ({options})")
@@ -1377,6 +1475,11 @@ def upgrade() -> None:
             f"CREATE TRIGGER {function} AFTER {event} ON {table} REFERENCING {named}"
             f" FOR EACH STATEMENT EXECUTE FUNCTION {function}()"
         )
+    op.execute(KEEP_LOG)
+    op.execute(
+        "CREATE TRIGGER keep_log BEFORE UPDATE OR DELETE OR TRUNCATE ON admin_log"
+        " FOR EACH STATEMENT EXECUTE FUNCTION keep_log()"
+    )
     op.execute(KEEP_PRICE)
     op.execute(
         "CREATE TRIGGER keep_price BEFORE UPDATE OR DELETE ON prices"
@@ -1396,3 +1499,4 @@ def downgrade() -> None:
     for function, *_ in TRIGGERS:
         op.execute(f"DROP FUNCTION {function}")
     op.execute("DROP FUNCTION keep_price")
+    op.execute("DROP FUNCTION keep_log")

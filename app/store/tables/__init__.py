@@ -6,6 +6,8 @@
     results      the same, and how it ended, written by the statement that ends it
     attempts     each try by a worker; then there are batches, workers, their loads and windows,
                  and prices
+    tenants      who shares the system; then there are their API keys, and a log of what was
+                 done about both
     usage_hours  what ended jobs used, summed by hour, for ever; see `RollUp`
 
 A job's row is the truth; a message in Redis is only a wake-up. A job's keys are written first and
@@ -26,6 +28,7 @@ from app.store.tables.comparisons import comparisons
 from app.store.tables.jobs import attempts, batches, job_keys, jobs, open_jobs, requests, results
 from app.store.tables.prices import prices
 from app.store.tables.sums import ROLL_UPS, RollUp, device_sums, usage_sums
+from app.store.tables.tenants import admin_log, api_keys, tenants
 from app.store.tables.workers import loads, windows, workers
 
 __all__ = [
@@ -33,6 +36,8 @@ __all__ = [
     "ROLL_UPS",
     "RollUp",
     "Stamp",
+    "admin_log",
+    "api_keys",
     "attempts",
     "batches",
     "comparisons",
@@ -46,6 +51,7 @@ __all__ = [
     "prices",
     "requests",
     "results",
+    "tenants",
     "usage_sums",
     "windows",
     "workers",
