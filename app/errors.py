@@ -10,6 +10,7 @@
     │   ├── InvalidSchema
     │   ├── DeadlinePassed
     │   ├── LaterFormat        of a later version: for other workers, not a failure
+    │   ├── WebhookRefused     its URL leads where webhooks may not go
     │   └── RequestTooLarge
     ├── IdempotencyConflict    same key, another request
     ├── JobNotFound
@@ -106,6 +107,12 @@ class LaterFormat(RequestError):
     """The request is in a format of a later version of Gristmill."""
 
     code = "later_format"
+
+
+class WebhookRefused(RequestError):
+    """The URL of a webhook leads where webhooks may not go."""
+
+    code = "webhook_refused"
 
 
 class RequestTooLarge(RequestError):

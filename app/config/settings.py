@@ -6,11 +6,12 @@ Units are part of a name: `_ms`, `_s`, `_days`, `_bytes`, `_tokens`. Everything 
 from __future__ import annotations
 
 import enum
+import ipaddress
 from datetime import date
 from decimal import Decimal
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr
 
 from app.errors import ModelNotFound
 from app.jobs import Kind
@@ -22,6 +23,14 @@ HostName = Annotated[
     str, Field(pattern=r"^(\*\.)?[A-Za-z0-9_]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9_])?$")
 ]
 """A name, or `*.` and the end of many."""
+
+
+def _network(text: str) -> str:
+    return str(ipaddress.ip_network(text))
+
+
+Network = Annotated[str, AfterValidator(_network)]
+"""An address with the length of its prefix, as 10.0.0.0/8."""
 
 
 class _Section(BaseModel):
@@ -186,6 +195,38 @@ class RetentionSettings(_Section):
     )
     jobs_days: Annotated[float, Field(gt=0, le=36_500)] = Field(
         365.0, description="Ended jobs are kept this long, with attempts, results and cost."
+    )
+
+
+class WebhookSettings(_Section):
+    ports: Annotated[
+        tuple[Annotated[int, Field(ge=1, le=65_535)], ...], Field(min_length=1, max_length=100)
+    ] = Field((443, 8443), description="Ports of receivers in the public internet, over https.")
+    allow_networks: Annotated[tuple[Network, ...], Field(max_length=100)] = Field(
+        (),
+        description="Networks that are not public and may receive webhooks, as 10.1.0.0/16: there "
+        "over http as well, on any port.",
+    )
+    encryption_key: str = Field(
+        "",
+        description="Seals signing secrets in the table: 32 bytes in URL-safe base64. Several, "
+        "with commas between: the first seals, all open.",
+        repr=False,
+    )
+    timeout_s: Annotated[float, Field(ge=1, le=60)] = Field(
+        20.0, description="Longest time of one attempt, from the name of the host to the answer."
+    )
+    poll_ms: Annotated[int, Field(ge=50, le=60_000)] = Field(
+        500, description="Pause between looks for what is due."
+    )
+    max_at_once: Annotated[int, Field(ge=1, le=1_000)] = Field(
+        64, description="Most attempts of one process at once."
+    )
+    max_at_once_each: Annotated[int, Field(ge=1, le=1_000)] = Field(
+        8, description="The same to one receiver: scheme, host and port."
+    )
+    keep_days: Annotated[float, Field(gt=0, le=36_500)] = Field(
+        30.0, description="Deliveries that ended are kept this long, with their attempts."
     )
 
 
@@ -416,6 +457,7 @@ class Settings(_Section):
     energy: EnergySettings = EnergySettings()
     rescue: RescueSettings = RescueSettings()
     retention: RetentionSettings = RetentionSettings()
+    webhooks: WebhookSettings = WebhookSettings()
     api: ApiSettings = ApiSettings()
     flower: FlowerSettings = FlowerSettings()
     models: dict[Name, ModelSettings] = Field(default_factory=dict)

@@ -1,0 +1,48 @@
+"""Secrets that have to sign later are kept, not hashed: sealed, where a key is set.
+
+Without a key they are in the table as they are: whoever reads the database can sign. With
+`webhooks.encryption_key` the table alone is of no use. Fernet is AES-128-CBC with HMAC-SHA256.
+https://cryptography.io/en/latest/fernet/
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from cryptography.fernet import Fernet, InvalidToken, MultiFernet
+
+from app.errors import ConfigError
+from app.webhooks.signing import PREFIX
+
+_SEALED: Final = "sealed:"
+
+
+class Vault:
+    """Seals with the first of its keys, and opens what was sealed with any, or never was."""
+
+    def __init__(self, keys: str = "") -> None:
+        """Keys in a row, with commas between. Raises `ConfigError`."""
+        try:
+            fernets = [Fernet(key.strip()) for key in keys.split(",") if key.strip()]
+        except ValueError:
+            raise ConfigError(
+                "webhooks.encryption_key must be 32 bytes in URL-safe base64, or several of these "
+                "with commas between. To make one: openssl rand -base64 32 | tr +/ -_"
+            ) from None
+        self._fernet = MultiFernet(fernets) if fernets else None
+
+    def seal(self, secret: str) -> str:
+        if self._fernet is None:
+            return secret
+        return _SEALED + self._fernet.encrypt(secret.encode()).decode()
+
+    def open(self, kept: str) -> str:
+        """Raises `ConfigError` if its key is not among ours."""
+        if kept.startswith(PREFIX):
+            return kept
+        try:
+            if self._fernet is not None:
+                return self._fernet.decrypt(kept.removeprefix(_SEALED)).decode()
+        except InvalidToken:
+            pass
+        raise ConfigError("A signing secret was sealed with a key that is not in encryption_key.")
