@@ -6,6 +6,7 @@ A request is `(url, body)`. The url follows from the field present when it is le
 named does that, and else /v1/embeddings. Field names and meanings are those of the OpenAI API, with
 vLLM's names for the calls and the sampling parameters it lacks (top_k, min_p, repetition_penalty,
 ignore_eos …) and transformers' for a search's; `app.requests.handling` says what is not obeyed.
+/v1/messages is Anthropic's, and has to be named: a chat has the same field.
 
 Pure: limits that depend on a model's tokenizer are checked by `app.engines.text.tokenizer`.
 """
@@ -17,6 +18,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final, Literal
 
 from pydantic import ValidationError
@@ -28,6 +30,7 @@ from app.requests.chat import ChatBody
 from app.requests.classification import ClassifyBody
 from app.requests.completion import CompletionBody
 from app.requests.embedding import EmbeddingBody
+from app.requests.messages import MessagesBody
 from app.requests.part import DROP_UNKNOWN
 from app.requests.problems import first_problem
 from app.requests.prompts import Prompt
@@ -53,6 +56,7 @@ class Url(enum.StrEnum):
     RERANK = "/v1/rerank"
     SCORE = "/v1/score"
     TRANSLATIONS = "/v1/translations"
+    MESSAGES = "/v1/messages"
 
     @classmethod
     def _missing_(cls, value: object) -> Url | None:
@@ -72,6 +76,7 @@ BODIES: Final[dict[Url, type[Body]]] = {
     Url.RERANK: RerankBody,
     Url.SCORE: ScoreBody,
     Url.TRANSLATIONS: TranslationBody,
+    Url.MESSAGES: MessagesBody,
 }
 _ALIASES: Final = {
     "/classify": Url.CLASSIFY,
@@ -102,12 +107,17 @@ def _kind_unknown(model: str) -> None:
 
 @dataclass(frozen=True)
 class Request:
-    """A checked request. `raw` is the body in its one form, without nulls, unknown fields and
-    metadata, and with schemas as JSON text: what is stored and fingerprinted."""
+    """A checked request. `sent` is the body of its call, and `body` what it means to a model. `raw`
+    is `sent` in its one form, without nulls, unknown fields and metadata, and with schemas as JSON
+    text: what is stored and fingerprinted."""
 
     url: Url
-    body: Body
+    sent: Body
     raw: dict[str, Any]
+
+    @cached_property
+    def body(self) -> Body:
+        return self.sent.meant
 
     @property
     def adapter(self) -> str:

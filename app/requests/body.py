@@ -50,6 +50,12 @@ class Body(Part):
     )
 
     @property
+    def meant(self) -> Body:
+        """The body that says the same in the form that models are asked in: itself, unless it is
+        of another API's call."""
+        return self
+
+    @property
     def prompts(self) -> list[Prompt]:
         """The distinct prompts, in order."""
         raise NotImplementedError

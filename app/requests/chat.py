@@ -131,17 +131,22 @@ class ChatBody(SampledBody):
     @property
     def prompts(self) -> list[Prompt]:
         offered = self.offer.functions
-        effort = self.reasoning_effort
-        hints = {"reasoning_effort": effort} if effort else {}
         return [
             Conversation(
                 messages=tuple(self.messages),
                 tools=tuple(each for each in self.tools if each.function in offered),
                 variables=self.chat_template_kwargs,
-                hints=hints | ({"enable_thinking": False} if effort == "none" else {}),
+                hints=self.hints,
                 ending=self._ending,
             )
         ]
+
+    @property
+    def hints(self) -> dict[str, Any]:
+        """Variables for chat templates that know them."""
+        effort = self.reasoning_effort
+        told: dict[str, Any] = {"reasoning_effort": effort} if effort else {}
+        return told | ({"enable_thinking": False} if effort == "none" else {})
 
     @property
     def _ending(self) -> Ending:

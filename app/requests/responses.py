@@ -1,7 +1,8 @@
 """From generations to the body of an OpenAI-style answer. Pure.
 
 Shapes follow the OpenAI API: chat.completion and text_completion, which a translation is like; of
-what generates nothing they are in `app.requests.pooled_answers`.
+what generates nothing they are in `app.requests.pooled_answers`, and that of Anthropic's API is in
+`app.requests.message_answer`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from app.requests.bodies import Request
 from app.requests.chat import ChatBody
 from app.requests.completion import CompletionBody
 from app.requests.logprobs import Spelling
+from app.requests.message_answer import message, stop_reason
+from app.requests.messages import MessagesBody
 from app.requests.pooled import PooledBody
 from app.requests.pooled_answers import pooled_answer
 from app.requests.sampled import SampledBody
@@ -74,6 +77,8 @@ def body(
         (i, each, Spelling(tokenizer, prompts[i // request.num_answers]))
         for i, each in enumerate(generations)
     ]
+    if isinstance(request.sent, MessagesBody):
+        return _message(request, generations[0], counted, job_id, model, tokenizer, prompts[0])
     match request.body:
         case ChatBody():
             return {
@@ -107,6 +112,30 @@ def body(
             }
         case _:
             raise NotImplementedError(request.url)
+
+
+def _message(
+    request: Request,
+    answer: Generation,
+    counted: Usage,
+    job_id: str,
+    model: str,
+    tokenizer: Tokenizer,
+    prompt: Sequence[int],
+) -> dict[str, Any]:
+    chat = request.body
+    assert isinstance(chat, ChatBody)
+    found = said(chat, answer, tokenizer, prompt)
+    reason, met = stop_reason(answer, bool(found.calls), chat.stops, tokenizer, prompt)
+    return message(
+        found,
+        [_call_id(job_id, 0, place) for place in range(len(found.calls))],
+        job_id=job_id,
+        model=model,
+        reason=reason,
+        stop_sequence=met,
+        counted=counted,
+    )
 
 
 def _usage(counted: Usage) -> dict[str, Any]:

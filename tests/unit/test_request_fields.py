@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any, Final
+from uuid import UUID
 
 import pytest
 from hypothesis import assume, given
@@ -37,11 +38,13 @@ BASES: Final[dict[Url, dict[str, Any]]] = {
     Url.RERANK: {"query": "flour", "documents": [LONG, "water"]},
     Url.TRANSLATIONS: {"input": "flour"},
     Url.SCORE: {"text_1": "flour", "text_2": [LONG, "water"]},
+    Url.MESSAGES: {"messages": [{"role": "user", "content": "What is flour?"}], "max_tokens": 64},
 }
 CARD: Final = Card(prompts={"query": "Find: "}, size=512, shorter=None)
-COMPANIONS: Final[dict[str, dict[str, Any]]] = {
-    "top_logprobs": {"logprobs": True},
-    "tool_choice": {"tools": TOOLS},
+COMPANIONS: Final[dict[tuple[Url, str], dict[str, Any]]] = {
+    (Url.CHAT, "top_logprobs"): {"logprobs": True},
+    (Url.CHAT, "tool_choice"): {"tools": TOOLS},
+    (Url.MESSAGES, "tool_choice"): {"tools": [{"name": "grind", "input_schema": {}}]},
 }
 """Fields that mean something beside others alone."""
 
@@ -75,7 +78,7 @@ def test_a_field_is_treated_as_the_table_says(
     # given a request with the field, and the same without
     field = BODIES[url].model_fields[name]
     value = (field.examples or [None])[0]
-    bare = BASES[url] | COMPANIONS.get(name, {})
+    bare = BASES[url] | COMPANIONS.get((url, name), {})
     asked = bare if field.is_required() else bare | {name: value}
 
     # when it is taken, then it means something else; when ignored, the same; else it is refused
@@ -115,7 +118,7 @@ def meaning(request: Request, tokenizers: dict[Kind, Tokenizer]) -> object:
     response = responses.body(
         request,
         [answer] * request.num_sequences,
-        job_id="1",
+        job_id=str(UUID(int=1)),
         model="stub",
         created=0,
         tokenizer=tokenizer,

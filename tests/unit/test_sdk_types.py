@@ -1,4 +1,4 @@
-"""Bodies as the openai package's own types describe them, every optional field once."""
+"""Bodies as the SDKs' own types describe them, every optional field once."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import pytest
 import typing_extensions
+from anthropic.types import message_create_params
 from openai.types import completion_create_params, embedding_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 
@@ -22,17 +23,32 @@ TYPES: Final[dict[Url, Any]] = {
     Url.CHAT: chat_create_params.CompletionCreateParamsNonStreaming,
     Url.COMPLETIONS: completion_create_params.CompletionCreateParamsNonStreaming,
     Url.EMBEDDINGS: embedding_create_params.EmbeddingCreateParams,
+    Url.MESSAGES: message_create_params.MessageCreateParamsNonStreaming,
 }
 BASES: Final[dict[Url, dict[str, Any]]] = {
     Url.CHAT: {"messages": [{"role": "user", "content": "mill"}], "model": "mill"},
     Url.COMPLETIONS: {"prompt": "mill", "model": "mill"},
     Url.EMBEDDINGS: {"input": "mill", "model": "mill"},
+    Url.MESSAGES: {
+        "messages": [{"role": "user", "content": "mill"}],
+        "model": "mill",
+        "max_tokens": 1,
+    },
 }
-COMPANIONS: Final[dict[str, dict[str, Any]]] = {
-    "top_logprobs": {"logprobs": True},
-    "tool_choice": {"tools": [{"type": "function", "function": {"name": "mill"}}]},
+COMPANIONS: Final[dict[tuple[Url, str], dict[str, Any]]] = {
+    (Url.CHAT, "top_logprobs"): {"logprobs": True},
+    (Url.CHAT, "tool_choice"): {"tools": [{"type": "function", "function": {"name": "mill"}}]},
+    (Url.MESSAGES, "tool_choice"): {"tools": [{"name": "mill", "input_schema": {}}]},
 }
 TEXTS: Final = {"arguments": "{}", "prompt_cache_retention": "24h"}
+
+PLAIN: Final[dict[Any, tuple[Any, ...]]] = {
+    int: (1,),
+    float: (0.5,),
+    bool: (True,),
+    object: ("mill",),
+}
+"""Values of what is no object or list; of a file there are none."""
 
 REFUSED: Final = re.compile(
     "|".join(
@@ -41,6 +57,9 @@ REFUSED: Final = re.compile(
             r"messages\.0\.role",  # function, the older name of tool
             r"messages\.0\.(audio|function_call)",
             r"messages\.0\.tool_calls\.0\.type",  # custom
+            r"messages\.0\.content\.0(\.content\.0)?(\.source)?",  # the same, of messages
+            r"messages",  # calls without their results
+            r"tools\.0",  # what a server would run
             r"tools\.0\.type",
             r"tool_choice\.type",
             r"dimensions",
@@ -74,10 +93,8 @@ def examples(kind: Any, name: str = "") -> Iterator[Any]:
     elif origin is not None and hasattr(origin, "__iter__"):
         for item in examples(arguments[0], name):
             yield [item]
-    elif kind is str:
-        yield TEXTS.get(name, "mill")
     else:
-        yield {int: 1, float: 0.5, bool: True, object: "mill"}[kind]
+        yield from (TEXTS.get(name, "mill"),) if kind is str else PLAIN.get(kind, ())
 
 
 def _objects(kind: Any) -> Iterator[dict[str, Any]]:
@@ -106,7 +123,7 @@ GIVEN: Final = [
 
 def refusal(url: Url, name: str, value: Any) -> RequestError | None:
     """Of a body with one field of theirs, as it is sent."""
-    body = json.loads(json.dumps(BASES[url] | COMPANIONS.get(name, {}) | {name: value}))
+    body = json.loads(json.dumps(BASES[url] | COMPANIONS.get((url, name), {}) | {name: value}))
     try:
         parse(body, url)
     except RequestError as error:
