@@ -22,6 +22,9 @@
     ├── QueueFull              bounded admission; come back later
     ├── Busy                   this process has too much in hand; come back soon
     ├── NotStorable            the store cannot hold a value; trying again would not help
+    ├── NoWorker               nobody is up who could answer a caller that waits
+    ├── TimedOut               a caller that waits had no answer in its time
+    ├── Cancelled              a job that a caller waits for was cancelled
     ├── Unavailable            Postgres or Redis cannot be reached; come back later
     ├── AttemptsExhausted      a job was interrupted too often
     └── EngineError            the model or its process failed
@@ -182,6 +185,26 @@ class Busy(GristmillError):
     retry_after: ClassVar[int] = 2
 
 
+class NoWorker(GristmillError):
+    """No worker that is up serves this model."""
+
+    code = "no_worker"
+    retryable = True
+
+
+class TimedOut(GristmillError):
+    """The answer did not come within the time that the caller waits."""
+
+    code = "deadline_exceeded"
+    retryable = True
+
+
+class Cancelled(GristmillError):
+    """The job was cancelled."""
+
+    code = "cancelled"
+
+
 class Unavailable(GristmillError):
     """A service that Gristmill needs cannot be reached right now."""
 
@@ -218,3 +241,15 @@ class OutOfMemory(EngineError):
     """The batch did not fit into the device's memory."""
 
     code = "out_of_memory"
+
+
+def of_code(code: str, message: str) -> GristmillError:
+    """The error that a job ended with, from what its row says of it."""
+    return _by_code(GristmillError).get(code, EngineError)(message)
+
+
+def _by_code(kind: type[GristmillError]) -> dict[str, type[GristmillError]]:
+    found = {kind.code: kind}
+    for child in kind.__subclasses__():
+        found |= _by_code(child)
+    return found

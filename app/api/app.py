@@ -35,6 +35,7 @@ from app.api import (
 from app.api.callers import KnownCallers
 from app.api.metrics import Metrics, SystemCollector
 from app.api.middleware import RequestScope
+from app.api.openai import calls
 from app.api.query import only_declared
 from app.api.services import Services
 from app.api.waiting import Waiters
@@ -91,7 +92,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(KnownCallers, settings=settings.api)
     app.add_middleware(RequestScope, metrics=services.metrics)  # around it: it counts refusals, too
     problems.install(app)
-    for surface in (jobs, timeline, lists, many, purge, usage, models, limits, health):
+    for surface in (jobs, timeline, lists, many, purge, usage, calls, models, limits, health):
         app.include_router(surface.router)
     openapi.install(app)
     return app

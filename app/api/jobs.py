@@ -149,7 +149,7 @@ async def _checked_one(request: Request, here: Services, who: Caller, key: str |
 def _check(here: Services, tenant: str, raw: bytearray, header: str | None) -> NewJob:
     value = raw_bodies.parse_json(raw)
     if header is not None and isinstance(value, dict):
-        key = _parse_key(header)
+        key = parse_key(header)
         if value.setdefault("idempotency_key", key) != key:
             raise RequestError(
                 "The header Idempotency-Key and the field idempotency_key differ.",
@@ -158,7 +158,7 @@ def _check(here: Services, tenant: str, raw: bytearray, header: str | None) -> N
     return here.submitter.check(value, tenant=tenant)
 
 
-def _parse_key(header: str) -> str:
+def parse_key(header: str) -> str:
     """The key of the header: a quoted string (a structured field), or bare."""
     match = _KEY.fullmatch(header.strip())
     if match is None:

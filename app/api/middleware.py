@@ -28,8 +28,9 @@ REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 class RequestScope:
-    """Gives each request its `x-request-id` (the caller's own, if it is a plain word), measures
-    it, and turns what nobody caught into a 500 that leaks nothing."""
+    """Gives each request its `x-request-id` (the caller's own, if it is a plain word), for which
+    Anthropic's clients look in `request-id`, measures it, and turns what nobody caught into a 500
+    that leaks nothing."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
@@ -49,7 +50,8 @@ class RequestScope:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"].append((b"x-request-id", request.state.request_id.encode()))
+                name = request.state.request_id.encode()
+                message["headers"] += [(b"x-request-id", name), (b"request-id", name)]
             await send(message)
 
         try:

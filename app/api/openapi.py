@@ -13,14 +13,16 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.routing import Route
 
-from app.api.problems import Problem, documented
+from app.api import envelopes
+from app.api.envelopes import Door, door_of
+from app.api.problems import documented
 from app.api.schemas import BulkRequest
 from app.api.schemas_many import CancelRequest, StatusRequest
 from app.intake.submit import Submission
 from app.requests.bodies import BODIES
 
 _SCHEMAS: Final[tuple[type[BaseModel], ...]] = (
-    Problem,
+    *envelopes.SCHEMAS.values(),
     Submission,
     BulkRequest,
     StatusRequest,
@@ -36,13 +38,17 @@ def json_body(schema: type[BaseModel], example: dict[str, Any]) -> dict[str, Any
 
 
 _REFUSALS: Final = {
-    str(status): answer
-    for status, answer in documented(
-        HTTPStatus.BAD_REQUEST,
-        HTTPStatus.UNAUTHORIZED,
-        HTTPStatus.FORBIDDEN,
-        HTTPStatus.MISDIRECTED_REQUEST,
-    ).items()
+    door: {
+        str(status): answer
+        for status, answer in documented(
+            HTTPStatus.BAD_REQUEST,
+            HTTPStatus.UNAUTHORIZED,
+            HTTPStatus.FORBIDDEN,
+            HTTPStatus.MISDIRECTED_REQUEST,
+            door=door,
+        ).items()
+    }
+    for door in Door
 }
 """Of every operation: see `app.api.query` and `app.api.callers`."""
 _TOKEN: Final = {
@@ -93,10 +99,11 @@ def _document(app: FastAPI) -> dict[str, Any]:
         document["security"] = [{}, {"token": []}]  # needed where the setting says so
         for unused in ("HTTPValidationError", "ValidationError"):
             schemas.pop(unused, None)
-        for operations in document["paths"].values():
+        for path, operations in document["paths"].items():
             for operation in operations.values():
                 # FastAPI documents its own 422 for parameters; here that is a 400.
-                answers = operation["responses"] = _REFUSALS | operation["responses"]
+                refusals = _REFUSALS[door_of(path, {})]
+                answers = operation["responses"] = refusals | operation["responses"]
                 if "HTTPValidationError" in str(answers.get("422", "")):
                     del answers["422"]
         app.openapi_schema = document

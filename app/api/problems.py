@@ -1,4 +1,4 @@
-"""One error shape for every answer that is not a success: RFC 9457 `application/problem+json`.
+"""What every answer that is not a success tells, whatever its shape (`app.api.envelopes`).
 
 `code` is stable and for programs, `detail` is for people, `param` names the wrong field. None of
 them ever holds a prompt.
@@ -13,10 +13,11 @@ from typing import Any, Final
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
-from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
 from app import errors
+from app.api import envelopes
+from app.api.envelopes import Door, Problem, door_of
 
 log = logging.getLogger(__name__)
 
@@ -38,10 +39,20 @@ STATUS: Final[dict[type[errors.GristmillError], HTTPStatus]] = {
     errors.Busy: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.Unavailable: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.SchemaError: HTTPStatus.SERVICE_UNAVAILABLE,
+    errors.NoWorker: HTTPStatus.SERVICE_UNAVAILABLE,
+    errors.Cancelled: HTTPStatus.CONFLICT,
+    errors.TimedOut: HTTPStatus.GATEWAY_TIMEOUT,
     errors.JobUnreadable: HTTPStatus.INTERNAL_SERVER_ERROR,
     errors.GristmillError: HTTPStatus.INTERNAL_SERVER_ERROR,
 }
 RETRY_AFTER_UNAVAILABLE_S: Final = 5
+MAX_RETRY_AFTER_S: Final = 60
+"""Of longer ones some clients give up at once, and others sleep that long."""
+DO_NOT_RETRY: Final = {"x-should-retry": "false"}
+_TRIED: Final = (errors.EngineError, errors.AttemptsExhausted)
+"""Ends of jobs that workers have tried again already, as far as that could help."""
+_TOLD: Final = (errors.Busy, errors.NoWorker, *_TRIED)
+"""Errors of ours whose own sentences are for callers."""
 _TRY_AGAIN: Final = (
     "The database cannot serve this right now. Try again: with an Idempotency-Key that cannot make "
     "a second job. The operator finds more under /readyz."
@@ -54,46 +65,13 @@ _OURS: Final = {
 _COME_BACK: Final = frozenset({HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE})
 
 
-class Problem(BaseModel):
-    """An error, as RFC 9457 has it."""
-
-    type: str = Field(
-        description="Identifies the kind of problem.",
-        examples=["urn:gristmill:problem:model_not_found"],
-    )
-    title: str = Field(
-        description="The kind of problem in a few words.", examples=["No such model is configured"]
-    )
-    status: int = Field(description="The HTTP status.", examples=[404])
-    detail: str = Field(
-        description="What is wrong here and what to do.",
-        examples=["No model 'gpt-9'. One of: smollm2-135m-instruct."],
-    )
-    instance: str = Field(description="The path that was called.", examples=["/v1/jobs"])
-    code: str = Field(
-        description="The kind of problem for programs; stable.", examples=["model_not_found"]
-    )
-    param: str | None = Field(
-        None, description="The field or parameter that is wrong.", examples=["body.model"]
-    )
-    request_id: str | None = Field(
-        None,
-        description="The `x-request-id` of this answer, for finding it in the logs.",
-        examples=["0199e0a4f4a97c53a7b3a9f5d8f6d2ce"],
-    )
-
-
-class ProblemResponse(Response):
-    media_type = "application/problem+json"
-
-
 def describe(error: errors.GristmillError, *, instance: str) -> Problem:
     """The problem that tells of `error`, which came up at the path `instance`.
 
     What is no fault of the caller is told in general words: its own text names our servers.
     """
     status = _status(error)
-    is_told = isinstance(error, errors.Busy)
+    is_told = isinstance(error, _TOLD)
     return Problem(
         type=f"urn:gristmill:problem:{error.code}",
         title=(type(error).__doc__ or "").split(".")[0],
@@ -105,16 +83,21 @@ def describe(error: errors.GristmillError, *, instance: str) -> Problem:
     )
 
 
-def respond(
-    problem: Problem, request: Request, headers: dict[str, str] | None = None
-) -> ProblemResponse:
-    """The answer that carries a problem. One that may pass says when to come back."""
+def respond(problem: Problem, request: Request, headers: dict[str, str] | None = None) -> Response:
+    """The answer that carries a problem, in the shape of the door that was called. One that may
+    pass says when to come back, and one that clients would repeat in vain that they should not."""
     told = problem.model_copy(update={"request_id": getattr(request.state, "request_id", None)})
-    pause = {"Retry-After": str(RETRY_AFTER_UNAVAILABLE_S)} if problem.status in _COME_BACK else {}
-    return ProblemResponse(
-        told.model_dump_json(exclude_none=True),
-        status_code=problem.status,
-        headers=pause | (headers or {}),
+    door = door_of(request.url.path, request.headers)
+    given: dict[str, str] = {}
+    if problem.status in _COME_BACK:
+        given["Retry-After"] = str(RETRY_AFTER_UNAVAILABLE_S)
+    if problem.status == HTTPStatus.CONFLICT:  # OpenAI's and Anthropic's clients retry every one
+        given |= DO_NOT_RETRY
+    return Response(
+        envelopes.written(door, told),
+        envelopes.status_at(door, problem),
+        given | (headers or {}),
+        media_type=envelopes.media_type_of(door),
     )
 
 
@@ -125,7 +108,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _on_wrong_parameter)
 
 
-def internal_error(request: Request) -> ProblemResponse:
+def internal_error(request: Request) -> Response:
     """The answer to a bug of ours; it tells nothing but the id to look for."""
     return respond(describe(errors.GristmillError(), instance=request.url.path), request)
 
@@ -141,14 +124,12 @@ def _on_gristmill_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, errors.GristmillError)
     problem = describe(error, instance=request.url.path)
     headers: dict[str, str] = {}
-    if isinstance(error, errors.QueueFull):
-        headers["Retry-After"] = str(error.retry_after)
-    elif isinstance(error, errors.Busy):  # there may be more of its body under way
-        headers |= {"Retry-After": str(error.retry_after), "Connection": "close"}
-    elif isinstance(error, errors.RequestTooLarge):
-        headers["Connection"] = "close"  # there may be more of it under way
-    elif isinstance(error, errors.JobStateConflict):
-        headers["x-should-retry"] = "false"  # the OpenAI and Anthropic clients retry every 409
+    if isinstance(error, errors.QueueFull | errors.Busy):
+        headers["Retry-After"] = str(min(max(error.retry_after, 1), MAX_RETRY_AFTER_S))
+    if isinstance(error, errors.Busy | errors.RequestTooLarge):
+        headers["Connection"] = "close"  # there may be more of its body under way
+    elif isinstance(error, _TRIED):
+        headers |= DO_NOT_RETRY
     elif problem.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         log.warning("%s", error, extra={"action": "request_failed", "code": error.code})
     return respond(problem, request, headers)
@@ -159,7 +140,7 @@ def _on_http_exception(request: Request, error: Exception) -> Response:
     return refused(request, error)
 
 
-def refused(request: Request, error: HTTPException) -> ProblemResponse:
+def refused(request: Request, error: HTTPException) -> Response:
     """The answer to a request that no route has served."""
     status = HTTPStatus(error.status_code)
     code = status.name.lower()
@@ -207,19 +188,20 @@ RESPONSES: Final[dict[HTTPStatus, str]] = {
     "context, a deadline in the past, an Idempotency-Key used for another request.",
     HTTPStatus.MISDIRECTED_REQUEST: "The Host is a name that `api.allowed_hosts` does not have.",
     HTTPStatus.TOO_MANY_REQUESTS: "The queue is full; `Retry-After` says when to try again.",
-    HTTPStatus.SERVICE_UNAVAILABLE: "Postgres cannot be reached, or too much is in hand here; "
-    "`Retry-After` says when to try again.",
+    HTTPStatus.SERVICE_UNAVAILABLE: "Postgres cannot be reached, too much is in hand here, or "
+    "no worker serves the model; `Retry-After` says when to try again.",
+    HTTPStatus.INTERNAL_SERVER_ERROR: "The model or its process failed, also when tried again.",
+    HTTPStatus.GATEWAY_TIMEOUT: "The answer did not come within the time that the caller waits.",
 }
 
 
-def documented(*statuses: HTTPStatus) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI entries of the errors that a route may answer."""
+def documented(*statuses: HTTPStatus, door: Door = Door.OWN) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI entries of the errors that a route of this door may answer."""
+    schema = {"$ref": f"#/components/schemas/{envelopes.SCHEMAS[door].__name__}"}
     return {
         int(status): {
             "description": RESPONSES[status],
-            "content": {
-                "application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}
-            },
+            "content": {envelopes.media_type_of(door): {"schema": schema}},
         }
         for status in statuses
     }

@@ -1,4 +1,4 @@
-"""The query of a URL: only what the called route declares, and once. Nothing is ignored."""
+"""The query of a URL: on our own paths only what the called route declares, and once."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from fastapi import Request
 from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIRoute
 
+from app.api.envelopes import Door, door_of
 from app.errors import RequestError
 from app.requests.part import MAX_TOLD, printable
 
@@ -20,8 +21,9 @@ async def only_declared(request: Request) -> None:
 
     A dependency of every route. It reads what FastAPI knows of the route: the parameters of the
     handler and its dependencies, and families of them (`metadata[KEY]`) in its `openapi_extra`.
+    Clients of other protocols send parameters of later versions, which are ignored.
     """
-    if not request.url.query:
+    if not request.url.query or door_of(request.url.path, request.headers) is not Door.OWN:
         return
     route = request.scope["route"]
     assert isinstance(route, APIRoute)

@@ -37,12 +37,13 @@ class Snapshot:
     state: JobState
     body: bytes
     lasting: bytes | None = None  #: the same without what changes by itself; None if nothing does
+    job: JobSummary | None = None  #: what it was made of
 
     @classmethod
     def of(cls, job: JobSummary) -> Snapshot:
         """Raises `ValueError` if it is nested too deep for JSON."""
         lasting = job.model_dump_json(exclude={"position", "eta"}).encode() if job.eta else None
-        return cls(job.state, job.model_dump_json().encode(), lasting)
+        return cls(job.state, job.model_dump_json().encode(), lasting, job)
 
     @property
     def is_final(self) -> bool:

@@ -9,7 +9,7 @@ from uuid import UUID
 
 from pydantic import BaseModel, Field, PlainSerializer
 
-from app.api.problems import Problem
+from app.api.envelopes import Problem
 from app.books.energy import EnergyMethod
 from app.intake.outlook import Reason
 from app.intake.submit import Submission

@@ -7,7 +7,7 @@ from uuid import UUID
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
-from app.api.problems import Problem
+from app.api.envelopes import Problem
 from app.api.schemas import Job, JobSummary, ModelName
 from app.errors import RequestError
 from app.intake.submit import Moment

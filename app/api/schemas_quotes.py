@@ -8,7 +8,7 @@ from uuid import UUID
 
 from pydantic import BaseModel, Field
 
-from app.api.problems import Problem
+from app.api.envelopes import Problem
 from app.api.schemas import Money, WhyUnknown
 from app.jobs import Kind
 

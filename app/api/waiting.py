@@ -49,7 +49,7 @@ class Waiters:
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._watches: defaultdict[UUID, set[_Watch]] = defaultdict(set)
-        self._is_closed = False
+        self.is_closed = False
         self.num_waiting = 0
 
     def open(self) -> None:
@@ -58,7 +58,7 @@ class Waiters:
 
     def close(self) -> None:
         """Let all who wait, now or later, answer at once with what there is."""
-        self._is_closed = True
+        self.is_closed = True
         self._wake_all()
 
     def jobs_are_done(self, job_ids: Collection[UUID]) -> None:
@@ -93,7 +93,7 @@ class Waiters:
                 seen = await read()
                 missing = set(still_open(seen))
                 remaining_s = give_up_at - time.monotonic()
-                if not missing or remaining_s <= 0 or self._is_closed:
+                if not missing or remaining_s <= 0 or self.is_closed:
                     return seen
                 watch.missing = missing - watch.noticed
                 if not watch.missing:

@@ -283,6 +283,11 @@ class ApiSettings(_Listening):
     max_wait_s: Annotated[float, Field(gt=0, le=600)] = Field(
         60.0, description="Longest long poll."
     )
+    live_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = Field(
+        600.0,
+        description="Longest wait of a call that is answered with its job's end, as "
+        "/v1/chat/completions is; a client may say that it waits for less.",
+    )
     max_long_polls: Annotated[int, Field(ge=0)] = Field(
         500, description="Most long polls held at once; further ones are answered at once."
     )

@@ -212,13 +212,13 @@ class Outlook:
         if before is None:  # it is one of those that came since
             came = added[job.model, step]
             before = lane.total + came.times(1 - 1 / max(came.jobs, 1.0))
-        return self._told(job, before, added, self._now())
+        return self._told(job, before, added, self.now())
 
     def _added_so_far(self) -> defaultdict[tuple[str, int], Size]:
         with self._lock:
             return defaultdict(Size, self._added)
 
-    def _now(self) -> datetime:
+    def now(self) -> datetime:
         """By the database's clock, without asking it."""
         looked_s, looked_at = self._looked
         return looked_at + timedelta(seconds=time.monotonic() - looked_s)
@@ -231,7 +231,7 @@ class Outlook:
         self, jobs: Iterable[Asked], added: defaultdict[tuple[str, int], Size]
     ) -> list[Forecast]:
         """What jobs may expect that come one after the other; counts them among `added`."""
-        now, self._asked_s = self._now(), time.monotonic()
+        now, self._asked_s = self.now(), time.monotonic()
         forecasts = []
         for job in jobs:
             step = self._layout.step(job.priority)

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
-from typing import Annotated, Any, Final, TypeGuard
+from typing import Annotated, Any, Final, Literal, TypeGuard
 from uuid import UUID
 
 from pydantic import (
@@ -140,6 +140,9 @@ def parse_submission(value: object) -> Submission:
     return submission
 
 
+UnknownFields = Literal["refuse", "ignore"]
+
+
 @dataclass(frozen=True, slots=True)
 class Submitted:
     """The job of a submission; not `created` if an earlier one with its key, or of the same replay,
@@ -204,10 +207,20 @@ class Submitter:
         self.sender = Sender(database, publisher, settings.broker)
         self.outlook = Outlook(settings, database)
 
-    def check(self, value: object, *, tenant: str = DEFAULT_TENANT) -> NewJob:
+    def check(
+        self,
+        value: object,
+        *,
+        tenant: str = DEFAULT_TENANT,
+        unknown_fields: UnknownFields | None = None,
+    ) -> NewJob:
         """A tenant's job of a submission, or of the JSON value of one. Asks nobody, and may compute
-        for some tenths of a second. Raises `RequestError`."""
-        return self._new_job(parse_submission(value), tenant)
+        for some tenths of a second. Raises `RequestError`.
+
+        Unknown fields of its body are treated as the settings say, unless it is said here.
+        """
+        ways = unknown_fields or self._settings.unknown_fields
+        return self._new_job(parse_submission(value), tenant, ways)
 
     def store(self, decision: Decision, checked: Sequence[NewJob | RequestError]) -> Stored:
         """An outcome for each, in order; the good ones become jobs in one transaction.
@@ -249,7 +262,7 @@ class Submitter:
             deadline=old.deadline if old.deadline and old.deadline > now else None,
             metadata=old.metadata,
         )
-        job = replace(self._new_job(submission, tenant), replay_of=job_id)
+        job = replace(self._new_job(submission, tenant, "refuse"), replay_of=job_id)
         return self._insert([job], decision, now)
 
     def quote(self, checked: Sequence[NewJob | RequestError]) -> list[Quoted | GristmillError]:
@@ -341,12 +354,14 @@ class Submitter:
             decision.commit()
         return [outcomes[job.id] for job in jobs]
 
-    def _new_job(self, submission: Submission, tenant: str) -> NewJob:
+    def _new_job(
+        self, submission: Submission, tenant: str, unknown_fields: UnknownFields
+    ) -> NewJob:
         try:
             request = bodies.parse(
                 submission.body,
                 submission.url,
-                unknown_fields=self._settings.unknown_fields,
+                unknown_fields=unknown_fields,
                 kind_of=self._settings.kind_of,
             )
             model = self._settings.model_name(request.kind, request.body.model)

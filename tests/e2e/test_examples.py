@@ -229,6 +229,10 @@ def test_the_client_answers_in_three_lines(terminal: Terminal) -> None:
     assert terminal.run("client short") == "A grist mill is\n"
 
 
+def test_openais_client_is_answered(terminal: Terminal) -> None:
+    assert "What is a grist mill?" in terminal.run("openai chat")  # the stub says what it is asked
+
+
 def test_the_client_submits_waits_and_cancels(terminal: Terminal) -> None:
     assert terminal.run("client").splitlines() == [
         "A grist mill is",

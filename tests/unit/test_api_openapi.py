@@ -14,6 +14,7 @@ from fastapi import FastAPI
 
 from app.api import checked
 from app.api.app import create_app
+from app.api.envelopes import door_of, media_type_of
 from app.api.schemas_many import CancelRequest, StatusRequest
 from app.api.schemas_timeline import EXAMPLE, Timeline
 from app.config.settings import Settings
@@ -115,7 +116,8 @@ def test_every_error_is_documented_as_a_problem(document: dict[str, Any]) -> Non
     for name, operation in operations(document):
         for status, answer in operation["responses"].items():
             if int(status) >= 400 and not name.endswith("/readyz"):
-                assert list(answer["content"]) == ["application/problem+json"], f"{name} {status}"
+                door = door_of(name.partition(" ")[2], {})
+                assert list(answer["content"]) == [media_type_of(door)], f"{name} {status}"
         assert "400" in operation["responses"], name  # of a parameter that it does not know
     submit = document["paths"]["/v1/jobs"]["post"]["responses"]
     assert {"202", "400", "404", "413", "415", "422", "429", "503"} <= set(submit)

@@ -12,10 +12,13 @@ import httpx
 import pytest
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
+from hypothesis import given
+from hypothesis import strategies as st
 from starlette.exceptions import HTTPException
 
 from app import errors
-from app.api import problems, raw_bodies
+from app.api import envelopes, problems, raw_bodies
+from app.api.envelopes import Door, door_of
 from app.api.metrics import Metrics
 from app.api.middleware import MAX_FIELDS, RequestScope
 from app.api.room import Room
@@ -244,3 +247,89 @@ def test_json_that_is_read_is_what_was_sent() -> None:
     value = {"prompt": "grüße ☕", "n": [1, 2.5, None, True]}
 
     assert raw_bodies.parse_json(json.dumps(value).encode()) == value
+
+
+# ── the shapes of other doors ───────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "door"),
+    [
+        ("/v1/jobs", {}, Door.OWN),
+        ("/v1/jobs/17/cancel", {}, Door.OWN),
+        ("/v1/jobs", {"anthropic-version": "2023-06-01"}, Door.OWN),
+        ("/v1/usage", {}, Door.OWN),
+        ("/healthz", {}, Door.OWN),
+        ("/v10/jobs", {}, Door.OWN),
+        ("/v1/chat/completions", {}, Door.OPENAI),
+        ("/v1/audio/speech", {}, Door.OPENAI),
+        ("/v1/jobsandmore", {}, Door.OPENAI),
+        ("/v1/models", {}, Door.OPENAI),
+        ("/v1/models/stub", {"anthropic-version": "2026-10-21"}, Door.ANTHROPIC),
+        ("/v1/messages", {}, Door.ANTHROPIC),
+        ("/v1/messages/batches/17", {}, Door.ANTHROPIC),
+    ],
+)
+def test_each_path_is_of_one_door(path: str, headers: dict[str, str], door: Door) -> None:
+    assert door_of(path, headers) is door
+
+
+KINDS = [kind for kind in subclasses(errors.GristmillError) if "app.errors" in kind.__module__]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_every_error_has_its_shape_at_every_door(kind: type[errors.GristmillError]) -> None:
+    problem = problems.describe(kind(), instance="/v1/chat/completions")
+
+    told = envelopes.openai(problem)["error"]
+    assert set(told) == {"message", "type", "param", "code"}
+    is_callers = told["type"] in ("invalid_request_error", "rate_limit_error")
+    assert is_callers == (problem.status < 500)
+    told = envelopes.anthropic(problem)
+    assert told["type"] == "error" and told["error"]["message"]
+    is_callers = told["error"]["type"] not in ("api_error", "overloaded_error", "timeout_error")
+    assert is_callers == (problem.status < 500)
+
+
+@pytest.mark.parametrize(
+    ("error", "door", "status"),
+    [
+        (errors.ContextLengthExceeded(), Door.OPENAI, 400),
+        (errors.ContextLengthExceeded(), Door.ANTHROPIC, 400),
+        (errors.ContextLengthExceeded(), Door.OWN, 422),
+        (errors.Busy(), Door.OPENAI, 503),
+        (errors.Busy(), Door.ANTHROPIC, 529),
+    ],
+)
+def test_other_doors_have_statuses_of_their_own(
+    error: errors.GristmillError, door: Door, status: int
+) -> None:
+    assert envelopes.status_at(door, problems.describe(error, instance="/")) == status
+
+
+def test_a_field_is_named_as_it_is_in_the_call_and_not_in_the_job() -> None:
+    wrong = errors.RequestError("Too hot.", param="body.temperature")
+    problem = problems.describe(wrong, instance="/")
+
+    assert envelopes.openai(problem)["error"]["param"] == "temperature"
+    assert envelopes.anthropic(problem)["error"]["message"] == "temperature: Too hot."
+
+
+def test_what_workers_have_tried_again_is_not_to_be_tried_again_by_clients() -> None:
+    for error in (errors.EngineCrashed(), errors.OutOfMemory(), errors.AttemptsExhausted()):
+        answer = answer_to(error)
+        assert (answer.status_code, answer.headers["x-should-retry"]) == (500, "false")
+
+
+@given(st.integers())
+def test_nobody_is_told_to_wait_for_longer_than_clients_do(retry_after: int) -> None:
+    answer = answer_to(errors.QueueFull(retry_after=retry_after))
+
+    assert 1 <= int(answer.headers["retry-after"]) <= 60
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_the_error_of_a_job_is_found_again_by_its_code(kind: type[errors.GristmillError]) -> None:
+    again = errors.of_code(kind.code, "Why.")
+
+    assert (again.code, again.message) == (kind.code, "Why.")

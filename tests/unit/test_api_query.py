@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from app.api import query
 from app.api.app import create_app
+from app.api.envelopes import Door, door_of
 from app.config.settings import Settings
 from app.errors import RequestError
 
@@ -57,6 +58,9 @@ def test_every_call_refuses_a_parameter_that_it_does_not_know(app: FastAPI) -> N
     for method, path, names in calls(app):
         answer = send(app, method, path, [("surprise", "1")])
 
+        if door_of(path, {}) is not Door.OWN:  # it knows nothing of what clients may send
+            assert answer.status_code != 400 or "surprise" not in answer.text
+            continue
         problem = answer.json()
         assert (answer.status_code, problem["param"]) == (400, "surprise"), f"{method} {path}"
         assert "none" in problem["detail"] if not names else names[0][:5] in problem["detail"]
