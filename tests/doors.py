@@ -1,4 +1,4 @@
-"""The whole way for tests of doors: an API, a worker with stub models, and an SDK in between."""
+"""The whole way for tests of doors: an API, a worker with stub models, and SDKs in between."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import anthropic
 import httpx
 import openai
 
@@ -26,6 +27,11 @@ class Doors:
         """OpenAI's own client, which checks each answer against its types."""
         known = {"api_key": "none", "max_retries": 0, "_strict_response_validation": True}
         return openai.OpenAI(**{"base_url": f"{self.http.base_url}/v1"} | known | given)
+
+    def anthropic(self, **given: Any) -> anthropic.Anthropic:
+        """Anthropic's own client, in the same way."""
+        known = {"api_key": "none", "max_retries": 0, "_strict_response_validation": True}
+        return anthropic.Anthropic(**{"base_url": str(self.http.base_url)} | known | given)
 
     def jobs(self, where: str = "true") -> list[dict[str, Any]]:
         return rows(self.settings, f"SELECT * FROM jobs WHERE {where} ORDER BY created_at, id")

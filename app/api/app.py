@@ -32,6 +32,7 @@ from app.api import (
     timeline,
     usage,
 )
+from app.api.anthropic import messages
 from app.api.callers import KnownCallers
 from app.api.metrics import Metrics, SystemCollector
 from app.api.middleware import RequestScope
@@ -92,7 +93,19 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(KnownCallers, settings=settings.api)
     app.add_middleware(RequestScope, metrics=services.metrics)  # around it: it counts refusals, too
     problems.install(app)
-    for surface in (jobs, timeline, lists, many, purge, usage, calls, models, limits, health):
+    for surface in (
+        jobs,
+        timeline,
+        lists,
+        many,
+        purge,
+        usage,
+        calls,
+        messages,
+        models,
+        limits,
+        health,
+    ):
         app.include_router(surface.router)
     openapi.install(app)
     return app

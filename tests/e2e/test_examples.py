@@ -233,6 +233,10 @@ def test_openais_client_is_answered(terminal: Terminal) -> None:
     assert "What is a grist mill?" in terminal.run("openai chat")  # the stub says what it is asked
 
 
+def test_anthropics_client_is_answered(terminal: Terminal) -> None:
+    assert "What is a grist mill?" in terminal.run("anthropic message")
+
+
 def test_the_client_submits_waits_and_cancels(terminal: Terminal) -> None:
     assert terminal.run("client").splitlines() == [
         "A grist mill is",

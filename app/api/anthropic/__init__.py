@@ -1,0 +1,1 @@
+"""Anthropic's protocol, as its clients speak it."""

@@ -1,0 +1,89 @@
+"""/v1/messages: answered when its job has ended; see `app.api.live`."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import Any, Final
+
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, Field
+from pydantic_core import to_json
+
+from app.api import live
+from app.api.answers import JSON
+from app.api.caller import Who, WhoReads
+from app.api.envelopes import Door
+from app.api.live import Understood
+from app.api.openapi import json_body
+from app.api.problems import documented
+from app.api.services import Here
+from app.requests.bodies import Url
+from app.requests.messages import MessagesBody
+
+router = APIRouter(prefix="/v1/messages", tags=["anthropic"])
+
+_EXAMPLE: Final = {
+    "max_tokens": 64,
+    "messages": [{"role": "user", "content": "What is a grist mill?"}],
+}
+_READ_ERRORS: Final = documented(
+    HTTPStatus.BAD_REQUEST,
+    HTTPStatus.NOT_FOUND,
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+    HTTPStatus.TOO_MANY_REQUESTS,
+    HTTPStatus.SERVICE_UNAVAILABLE,
+    door=Door.ANTHROPIC,
+)
+_ERRORS: Final = _READ_ERRORS | documented(
+    HTTPStatus.CONFLICT,
+    HTTPStatus.UNPROCESSABLE_ENTITY,
+    HTTPStatus.INTERNAL_SERVER_ERROR,
+    HTTPStatus.GATEWAY_TIMEOUT,
+    door=Door.ANTHROPIC,
+)
+_ANSWER: Final[dict[int | str, dict[str, Any]]] = {
+    200: {
+        "description": "A message.",
+        "content": {"application/json": {"schema": {"type": "object"}}},
+    }
+}
+
+
+class TokensCount(BaseModel):
+    input_tokens: int = Field(description="Tokens of the prompt, by the model.", examples=[17])
+
+
+def submission_of(body: dict[str, Any]) -> dict[str, Any]:
+    """What `Submitter.check` takes."""
+    return {"url": Url.MESSAGES, "body": body}
+
+
+@router.post(
+    "",
+    responses=_ANSWER | _ERRORS,
+    openapi_extra=json_body(MessagesBody, _EXAMPLE),
+    response_model=None,
+    summary="Messages",
+)
+async def create(request: Request, here: Here, who: Who) -> Response:
+    """Answer a conversation, as Anthropic's call of the same path does."""
+    job, _ = await live.read(request, here, who, lambda body: Understood(submission_of(body), None))
+    placed = await live.place(request, here, job)
+    ended = await live.ended(request, here, placed)
+    return Response(to_json(ended.response), media_type=JSON)
+
+
+@router.post(
+    "/count_tokens",
+    responses=_READ_ERRORS,
+    openapi_extra=json_body(MessagesBody, _EXAMPLE),
+    summary="Count the tokens of messages",
+)
+async def count_tokens(request: Request, here: Here, who: WhoReads) -> TokensCount:
+    """How many tokens the prompt of such a call has, as its model counts them. `max_tokens` may be
+    left out; nothing is stored."""
+    job, _ = await live.read(
+        request, here, who, lambda body: Understood(submission_of(body | {"max_tokens": 1}), None)
+    )
+    return TokensCount(input_tokens=job.input_tokens or 0)
