@@ -14,6 +14,7 @@
     │   └── RequestTooLarge
     ├── IdempotencyConflict    same key, another request
     ├── JobNotFound
+    ├── NoSuchFile
     ├── JobUnreadable          its row was written by hand, or by a later version
     ├── JobStateConflict       the job is not in a state that allows this
     ├── RequestRemoved         the job's request is not kept any more
@@ -26,6 +27,7 @@
     ├── TimedOut               a caller that waits had no answer in its time
     ├── Cancelled              a job that a caller waits for was cancelled
     ├── Unavailable            Postgres or Redis cannot be reached; come back later
+    │   └── StorageUnavailable the storage of files cannot
     ├── AttemptsExhausted      a job was interrupted too often
     └── EngineError            the model or its process failed
         ├── EngineCrashed      the engine process died
@@ -136,6 +138,12 @@ class JobNotFound(GristmillError):
     code = "job_not_found"
 
 
+class NoSuchFile(GristmillError):
+    """No such file."""
+
+    code = "file_not_found"
+
+
 class JobUnreadable(GristmillError):
     """The job's row holds what this version of Gristmill cannot read."""
 
@@ -210,6 +218,12 @@ class Unavailable(GristmillError):
 
     code = "unavailable"
     retryable = True
+
+
+class StorageUnavailable(Unavailable):
+    """The storage of files does not answer, or refuses. Try again."""
+
+    code = "storage_unavailable"
 
 
 class NotStorable(GristmillError):

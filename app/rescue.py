@@ -41,6 +41,7 @@ from app.broker.publisher import Publisher, bundled
 from app.broker.queues import room
 from app.config.settings import Settings
 from app.errors import GristmillError, SchemaError, Unavailable
+from app.intake.file_keeper import FileKeeper
 from app.store import delivery, months, retention, sweeps, usage
 from app.store.contact import Contact
 from app.store.database import Database
@@ -48,6 +49,7 @@ from app.store.delivery import WakeUp
 from app.store.months import Month
 from app.store.pages import Pages
 from app.store.translation import Locked, TookTooLong
+from app.threads import beside
 
 log = logging.getLogger(__name__)
 health_log = telemetry.say_once(logging.getLogger(f"{__name__}.health"))
@@ -371,7 +373,8 @@ def _message(wake_up: WakeUp) -> Message:
 def serve(settings: Settings) -> None:
     """Sweep until SIGTERM or SIGINT; wait out times without Postgres or Redis.
 
-    Raises `SchemaError` if the database does not fit this code.
+    Raises `SchemaError` if the database does not fit this code, and `ConfigError` for a storage of
+    files that cannot be.
     """
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -388,7 +391,8 @@ def serve(settings: Settings) -> None:
     publisher = Publisher(settings)
     _forget_alive(settings)  # what an earlier process noted says nothing
     try:
-        _sweep_until(stop, Rescue(settings, database, publisher), settings, database)
+        with beside("files", FileKeeper(settings).keep):
+            _sweep_until(stop, Rescue(settings, database, publisher), settings, database)
     finally:
         _forget_alive(settings)
         publisher.close()

@@ -36,7 +36,7 @@ from app.api.anthropic import messages
 from app.api.callers import KnownCallers
 from app.api.metrics import Metrics, SystemCollector
 from app.api.middleware import RequestScope
-from app.api.openai import calls
+from app.api.openai import calls, files
 from app.api.query import only_declared
 from app.api.services import Services
 from app.api.waiting import Waiters
@@ -45,6 +45,7 @@ from app.config.settings import Settings
 from app.engines.catalog import load_catalog
 from app.errors import ConfigError, Unavailable
 from app.intake.submit import Submitter
+from app.objects import Objects
 from app.store import notices
 from app.store.database import Database
 from app.threads import beside
@@ -102,6 +103,7 @@ def create_app(settings: Settings) -> FastAPI:
         usage,
         calls,
         messages,
+        files,
         models,
         limits,
         health,
@@ -129,7 +131,9 @@ def _services(settings: Settings) -> Services:
             database, publisher, submitter.sender, submitter.outlook, waiters, settings.models
         )
     )
-    return Services(settings, database, publisher, submitter, waiters, metrics)
+    return Services(
+        settings, database, publisher, submitter, waiters, metrics, Objects.of(settings)
+    )
 
 
 @asynccontextmanager

@@ -31,12 +31,14 @@ STATUS: Final[dict[type[errors.GristmillError], HTTPStatus]] = {
     errors.RequestTooLarge: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     errors.IdempotencyConflict: HTTPStatus.UNPROCESSABLE_ENTITY,
     errors.JobNotFound: HTTPStatus.NOT_FOUND,
+    errors.NoSuchFile: HTTPStatus.NOT_FOUND,
     errors.JobStateConflict: HTTPStatus.CONFLICT,
     errors.RequestRemoved: HTTPStatus.GONE,
     errors.ResponseRemoved: HTTPStatus.GONE,
     errors.NotStorable: HTTPStatus.BAD_REQUEST,
     errors.QueueFull: HTTPStatus.TOO_MANY_REQUESTS,
     errors.Busy: HTTPStatus.SERVICE_UNAVAILABLE,
+    errors.StorageUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.Unavailable: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.SchemaError: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.NoWorker: HTTPStatus.SERVICE_UNAVAILABLE,
@@ -51,7 +53,7 @@ MAX_RETRY_AFTER_S: Final = 60
 DO_NOT_RETRY: Final = {"x-should-retry": "false"}
 _TRIED: Final = (errors.EngineError, errors.AttemptsExhausted)
 """Ends of jobs that workers have tried again already, as far as that could help."""
-_TOLD: Final = (errors.Busy, errors.NoWorker, *_TRIED)
+_TOLD: Final = (errors.Busy, errors.NoWorker, errors.StorageUnavailable, *_TRIED)
 """Errors of ours whose own sentences are for callers."""
 _TRY_AGAIN: Final = (
     "The database cannot serve this right now. Try again: with an Idempotency-Key that cannot make "
@@ -72,6 +74,8 @@ def describe(error: errors.GristmillError, *, instance: str) -> Problem:
     """
     status = _status(error)
     is_told = isinstance(error, _TOLD)
+    if isinstance(error, errors.StorageUnavailable):
+        error = errors.StorageUnavailable()  # without what the storage says
     return Problem(
         type=f"urn:gristmill:problem:{error.code}",
         title=(type(error).__doc__ or "").split(".")[0],

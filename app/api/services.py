@@ -18,6 +18,7 @@ from app.api.probe import Probe
 from app.api.reader import Outcome, Reader, Snapshot, snapshots
 from app.api.room import Room
 from app.api.threads import Call, Threads
+from app.api.uploads import Uploads
 from app.api.waiting import Waiters
 from app.api.work import LARGE_AT_ONCE, Work
 from app.api.writer import Writer
@@ -26,6 +27,7 @@ from app.config.settings import Settings
 from app.errors import Busy, Unavailable
 from app.intake.decision import Decision
 from app.intake.submit import Stored, Submitter
+from app.objects import Objects
 from app.store import cancellation
 from app.store.database import Database
 from app.store.submissions import NewJob
@@ -59,6 +61,8 @@ class Services:
     submitter: Submitter
     waiters: Waiters
     metrics: Metrics
+    objects: Objects  #: files of callers
+    uploads: Uploads = field(init=False)
     room: Room = field(init=False)  #: for bodies, arriving and worked on
     work: Work = field(init=False)  #: on what has arrived
     bulk_turns: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_BULKS))
@@ -78,6 +82,7 @@ class Services:
         room = Room(api.max_held_bytes, max(api.max_body_bytes, api.max_bulk_bytes))
         object.__setattr__(self, "room", room)
         object.__setattr__(self, "work", Work())
+        object.__setattr__(self, "uploads", Uploads(self.settings.files.max_uploads))
         # One thread a connection: requests queue for a thread, not with a thread for a connection.
         # Reads have half of them, so that no storm of polls keeps a submission waiting.
         pool_size = self.settings.database.pool_size
@@ -186,6 +191,12 @@ class Services:
         self.behind.add(work)
         work.add_done_callback(self._ended)
         await asyncio.wait({work}, timeout=SEND_S)
+
+    def do_behind(self, call: Callable[[], object]) -> None:
+        """The same, and the answer does not wait at all."""
+        work = self.senders.begin(call)
+        self.behind.add(work)
+        work.add_done_callback(self._ended)
 
     def _ended(self, work: asyncio.Future[object]) -> None:
         self.behind.discard(work)

@@ -230,6 +230,37 @@ class WebhookSettings(_Section):
     )
 
 
+class FilesSettings(_Section):
+    """Files of callers, and outputs of batches."""
+
+    url: str = Field(
+        "",
+        description="Where they lie: s3://BUCKET/PREFIX, gs://…, az://… or file:///FOLDER; empty: "
+        "the folder `files` in cache_dir. The API and rescue must reach the same.",
+        repr=False,
+    )
+    options: dict[str, str] = Field(
+        default_factory=dict,
+        description="Of that storage, by the names of obstore: region, endpoint, access_key_id … "
+        "The environment of AWS, Google and Azure (AWS_ACCESS_KEY_ID …) is heeded, too.",
+        repr=False,
+    )
+    max_bytes: Annotated[int, Field(ge=1_000, le=80_000_000_000)] = Field(
+        512_000_000, description="Largest file."
+    )
+    max_batch_bytes: Annotated[int, Field(ge=1_000, le=80_000_000_000)] = Field(
+        200_000_000, description="Largest file of requests for a batch."
+    )
+    max_uploads: Annotated[int, Field(ge=1, le=1_000)] = Field(
+        8, description="Most uploads at once; each takes some 20 MB. Further ones are answered 503."
+    )
+    keep_days: Annotated[float, Field(gt=0, le=36_500)] = Field(
+        30.0,
+        description="Files for batches, and their outputs, are kept this long if the caller does "
+        "not say; other files until they are deleted.",
+    )
+
+
 class _Listening(_Section):
     """A part that listens on a host and a port."""
 
@@ -463,6 +494,7 @@ class Settings(_Section):
     rescue: RescueSettings = RescueSettings()
     retention: RetentionSettings = RetentionSettings()
     webhooks: WebhookSettings = WebhookSettings()
+    files: FilesSettings = FilesSettings()
     api: ApiSettings = ApiSettings()
     flower: FlowerSettings = FlowerSettings()
     models: dict[Name, ModelSettings] = Field(default_factory=dict)

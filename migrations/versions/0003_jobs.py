@@ -53,6 +53,7 @@ TABLES = (
     "tenants",
     "api_keys",
     "admin_log",
+    "files",
 )
 IN_MONTHS = {"requests": {}, "attempts": {"fillfactor": "50"}, "results": {}}
 """Tables in monthly partitions, and what their partitions have beside `AGEING`. Rescue makes one
@@ -399,7 +400,71 @@ def known_energy(table: str) -> tuple[CheckConstraint, CheckConstraint]:
     )
 
 
+def create_files() -> None:
+    op.create_table(
+        "files",
+        Column("id", Uuid, nullable=False, comment="File id, after `file-`; rises with time."),
+        Column(
+            "tenant",
+            Text,
+            server_default="default",
+            nullable=False,
+            comment="Who owns the file; one tenant never sees another's.",
+        ),
+        Column("purpose", Text, nullable=False, comment="What it is for, as the caller says."),
+        Column("filename", Text, nullable=False, comment="Its name at the caller's."),
+        Column(
+            "batch_id",
+            Uuid,
+            comment="Batch that writes it, or wrote it; null for a caller's own file.",
+        ),
+        Column("created_at", Stamp, nullable=False, comment="Its upload began, in whole seconds."),
+        Column("expires_at", Stamp, comment="Not there any more from then on; null is never."),
+        Column(
+            "state",
+            Text,
+            nullable=False,
+            comment="uploading, growing (an output of a batch that runs), ready or deleted.",
+        ),
+        Column("bytes", BigInteger, comment="Its size; null before it is ready."),
+        Column("sha256", Text, comment="Hex SHA-256 of its bytes; null before it is ready."),
+        CheckConstraint(
+            "state IN ('deleted', 'growing', 'ready', 'uploading')",
+            name=op.f("files_state_check"),
+        ),
+        in_range("files", "created_at", "expires_at"),
+        not_negative("files", "bytes"),
+        CheckConstraint(
+            "char_length(tenant) <= 200 AND char_length(purpose) <= 64"
+            " AND char_length(filename) BETWEEN 1 AND 255",
+            name=op.f("files_lengths_check"),
+        ),
+        CheckConstraint(
+            "(state = 'ready') <= (num_nulls(bytes, sha256) = 0)", name=op.f("files_ready_check")
+        ),
+        PrimaryKeyConstraint("id", name=op.f("files_pkey")),
+        comment="One row per file. Its bytes are in the storage of files, under its id.",
+        postgresql_with=AGEING,
+    )
+    op.create_index(
+        "files_by_id",
+        "files",
+        ["tenant", "id"],
+        postgresql_where=text("state IN ('growing', 'ready')"),
+    )
+    op.create_index(
+        "files_expire", "files", ["expires_at"], postgresql_where=text("expires_at IS NOT NULL")
+    )
+    op.create_index(
+        "files_going",
+        "files",
+        ["id"],
+        postgresql_where=text("state IN ('uploading', 'deleted')"),
+    )
+
+
 def upgrade() -> None:
+    create_files()
     op.create_table(
         "job_keys",
         Column("id", Uuid, nullable=False, comment="Job id; also the id of its Celery message."),

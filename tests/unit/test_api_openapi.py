@@ -142,8 +142,8 @@ def test_the_examples_of_submissions_would_be_accepted(document: dict[str, Any])
 
 
 def test_the_table_of_calls_is_that_of_the_api(document: dict[str, Any]) -> None:
-    page = (ROOT / "docs" / "jobs.md").read_text()
-    told = re.findall(r"^\| `([A-Z]+ /\S+)` \|", page, re.MULTILINE)
+    pages = "".join((ROOT / "docs" / page).read_text() for page in ("jobs.md", "batches.md"))
+    told = re.findall(r"^\| `([A-Z]+ /\S+)` \|", pages, re.MULTILINE)
 
     assert sorted(told) == sorted(name for name, _ in operations(document))
 

@@ -8,6 +8,7 @@
                  and prices
     tenants      who shares the system; then there are their API keys, and a log of what was
                  done about both
+    files        what is known of files; their bytes lie elsewhere
     usage_hours  what ended jobs used, summed by hour, for ever; see `RollUp`
 
 A job's row is the truth; a message in Redis is only a wake-up. A job's keys are written first and
@@ -25,6 +26,7 @@ update: Postgres compares values, and what is set to what it was has not changed
 
 from app.store.tables.columns import DEFAULT_TENANT, Stamp, device_cost, metadata
 from app.store.tables.comparisons import comparisons
+from app.store.tables.files import files
 from app.store.tables.jobs import attempts, batches, job_keys, jobs, open_jobs, requests, results
 from app.store.tables.prices import prices
 from app.store.tables.sums import ROLL_UPS, RollUp, device_sums, usage_sums
@@ -43,6 +45,7 @@ __all__ = [
     "comparisons",
     "device_cost",
     "device_sums",
+    "files",
     "job_keys",
     "jobs",
     "loads",

@@ -1,0 +1,341 @@
+"""/v1/files: what callers upload, and what batches write.
+
+https://platform.openai.com/docs/api-reference/files
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import AsyncIterator, Mapping
+from functools import partial
+from http import HTTPStatus
+from typing import Annotated, Final, Literal
+from uuid import UUID
+
+from fastapi import APIRouter, Path, Query, Request, Response
+from fastapi.responses import StreamingResponse
+
+from app.api.caller import Who
+from app.api.envelopes import Door
+from app.api.form import Form
+from app.api.openai.schemas_files import DeletedFile, FileList, FileObject
+from app.api.problems import documented
+from app.api.services import Here, Services
+from app.api.uploads import arriving
+from app.config.settings import FilesSettings
+from app.errors import RequestError, RequestTooLarge
+from app.files import UPLOADED, FileState, Purpose, id_in, key_of, name_of
+from app.intake.decision import Decision
+from app.jobs import new_id
+from app.store import files
+from app.store.files import FileView
+
+router = APIRouter(prefix="/v1/files", tags=["files"])
+
+DAY_S: Final = 86_400
+MIN_EXPIRY_S: Final = 3_600
+MAX_EXPIRY_S: Final = 30 * DAY_S
+
+FileId = Annotated[str, Path(description="The file's id.", examples=["file-0199e0a4f4a97c53"])]
+
+_ERRORS: Final = documented(
+    HTTPStatus.BAD_REQUEST,
+    HTTPStatus.NOT_FOUND,
+    HTTPStatus.SERVICE_UNAVAILABLE,
+    door=Door.OPENAI,
+)
+_FORM: Final = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["file", "purpose"],
+                    "properties": {
+                        "file": {
+                            "type": "string",
+                            "format": "binary",
+                            "description": "The file, with its name.",
+                        },
+                        "purpose": {
+                            "type": "string",
+                            "enum": list(UPLOADED),
+                            "description": "What it is for.",
+                        },
+                        "expires_after[anchor]": {
+                            "type": "string",
+                            "enum": ["created_at"],
+                            "description": "What `expires_after[seconds]` count from.",
+                        },
+                        "expires_after[seconds]": {
+                            "type": "integer",
+                            "minimum": MIN_EXPIRY_S,
+                            "maximum": MAX_EXPIRY_S,
+                            "description": "How long the file is kept; without it, one for a "
+                            "batch is kept for `files.keep_days`, others until they are deleted.",
+                        },
+                    },
+                }
+            }
+        },
+    }
+}
+
+
+@router.post(
+    "",
+    response_model=FileObject,
+    responses=documented(
+        HTTPStatus.BAD_REQUEST,
+        HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+        HTTPStatus.SERVICE_UNAVAILABLE,
+        door=Door.OPENAI,
+    ),
+    openapi_extra=_FORM,
+    summary="Upload a file",
+    response_description="The file.",
+)
+async def create(request: Request, here: Here, who: Who) -> FileObject:
+    """Store a file as it arrives. It is there once this is answered, and not before."""
+    form = Form(request.headers.get("content-type", ""))
+    limits = here.settings.files
+    async with here.uploads.turn(), arriving(request) as body:
+        stored = await store(here, who.tenant, Upload(form, body, limits))
+    return object_of(stored)
+
+
+async def store(here: Services, tenant: str, upload: Upload) -> FileView:
+    """Write the bytes of an upload, and then say that they are there."""
+    file_id = new_id()
+    purpose, filename = Purpose.USER_DATA, "file"  # until they have arrived
+    await here.write(_begin, here, file_id, tenant, purpose, filename)
+    digest = hashlib.sha256()
+    try:
+        async with here.objects.writing_async(key_of(file_id)) as writer:
+            async for piece in upload.pieces():
+                digest.update(piece)
+                await writer.write(piece)
+        return await here.write(_ready, here, file_id, upload, digest.hexdigest())
+    except BaseException:
+        here.do_behind(partial(_give_up, here, file_id))
+        raise
+
+
+class Upload:
+    """A form that arrives: the file's bytes, and what was said of it."""
+
+    def __init__(self, form: Form, body: AsyncIterator[bytes], limits: FilesSettings) -> None:
+        self._form = form
+        self._body = body
+        self._limits = limits
+        self.num_bytes = 0
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """The bytes. Raises `RequestError` for what is wrong with any of the form, at its end at
+        the latest, so that nothing of it is kept."""
+        async for data in self._body:
+            for piece in self._form.feed(data):
+                self.num_bytes += len(piece)
+                self._check_size()
+                yield piece
+        self._form.finish()
+        self._check_size()
+        _ = self.purpose, self.expires_s  # both right
+        if self.purpose is Purpose.BATCH and not self.filename.lower().endswith(".jsonl"):
+            raise RequestError("Invalid file format for Batch API. Must be .jsonl")
+
+    def _check_size(self) -> None:
+        is_batch = self._form.fields.get("purpose") == Purpose.BATCH
+        most = self._limits.max_batch_bytes if is_batch else self._limits.max_bytes
+        if self.num_bytes > most:
+            raise RequestTooLarge(f"The file is larger than {most} bytes.", param="file")
+
+    @property
+    def filename(self) -> str:
+        assert self._form.filename is not None
+        return self._form.filename
+
+    @property
+    def purpose(self) -> Purpose:
+        given = self._form.fields.get("purpose")
+        if given is None:
+            raise RequestError("Missing required parameter: 'purpose'.", param="purpose")
+        if given not in UPLOADED:
+            raise RequestError(f"'purpose' must be one of: {', '.join(UPLOADED)}.", param="purpose")
+        return Purpose(given)
+
+    @property
+    def expires_s(self) -> float | None:
+        given = expires_after(self._form.fields)
+        keep_s = self._limits.keep_days * DAY_S
+        return given if given or self.purpose is not Purpose.BATCH else keep_s
+
+
+def expires_after(fields: Mapping[str, str]) -> float | None:
+    """What the form says of it. Raises `RequestError`."""
+    anchor, seconds = (fields.get(f"expires_after[{name}]") for name in ("anchor", "seconds"))
+    if anchor is None and seconds is None:
+        return None
+    if anchor != "created_at":
+        raise RequestError(
+            "'expires_after[anchor]' must be created_at.", param="expires_after[anchor]"
+        )
+    if (
+        seconds is None
+        or not re.fullmatch(r"[0-9]{1,10}", seconds)
+        or not MIN_EXPIRY_S <= int(seconds) <= MAX_EXPIRY_S
+    ):
+        raise RequestError(
+            f"'expires_after[seconds]' must be from {MIN_EXPIRY_S} to {MAX_EXPIRY_S}.",
+            param="expires_after[seconds]",
+        )
+    return float(seconds)
+
+
+def _begin(
+    decision: Decision, here: Services, file_id: UUID, tenant: str, purpose: str, filename: str
+) -> None:
+    with here.database.begin() as connection:
+        files.begin(connection, file_id, tenant=tenant, purpose=purpose, filename=filename)
+        decision.commit()
+
+
+def _ready(
+    decision: Decision, here: Services, file_id: UUID, upload: Upload, sha256: str
+) -> FileView:
+    with here.database.begin() as connection:
+        view = files.ready(
+            connection,
+            file_id,
+            num_bytes=upload.num_bytes,
+            sha256=sha256,
+            purpose=upload.purpose,
+            filename=upload.filename,
+            expires_s=upload.expires_s,
+        )
+        decision.commit()
+    return view
+
+
+def _give_up(here: Services, file_id: UUID) -> None:
+    with here.database.begin() as connection:
+        files.give_up(connection, file_id)
+
+
+@router.get("", responses=_ERRORS, summary="List files", response_description="One page of files.")
+async def list_files(
+    here: Here,
+    who: Who,
+    purpose: Annotated[str | None, Query(description="Only files for this.")] = None,
+    limit: Annotated[int, Query(ge=1, le=10_000, description="Most files of a page.")] = 10_000,
+    order: Annotated[Literal["asc", "desc"], Query(description="Oldest or newest first.")] = "desc",
+    after: Annotated[
+        str | None, Query(max_length=255, description="Begin after this file: the last seen.")
+    ] = None,
+) -> FileList:
+    """Files that are there, newest first if not said otherwise."""
+    asked = Purpose(purpose) if purpose in tuple(Purpose) else None
+    begin = id_in(after) if after else None
+    if after and begin is None:
+        raise RequestError("'after' must be the id of a file.", param="after")
+    if purpose and asked is None:
+        return FileList(data=[], has_more=False)
+    page = await here.read(_listed, here, who.tenant, asked, begin, order == "desc", limit + 1)
+    shown = [object_of(each) for each in page[:limit]]
+    return FileList(
+        data=shown,
+        first_id=shown[0].id if shown else None,
+        last_id=shown[-1].id if shown else None,
+        has_more=len(page) > limit,
+    )
+
+
+def _listed(
+    here: Services,
+    tenant: str,
+    purpose: Purpose | None,
+    after: UUID | None,
+    newest_first: bool,
+    limit: int,
+) -> list[FileView]:
+    with here.database.begin() as connection:
+        return files.listed(
+            connection,
+            tenant=tenant,
+            purpose=purpose,
+            after=after,
+            newest_first=newest_first,
+            limit=limit,
+        )
+
+
+@router.get(
+    "/{file_id}", responses=_ERRORS, summary="Retrieve a file", response_description="The file."
+)
+async def retrieve(here: Here, who: Who, file_id: FileId) -> FileObject:
+    """What is known of the file."""
+    return object_of(await here.read(_find, here, who.tenant, file_id))
+
+
+@router.get(
+    "/{file_id}/content",
+    response_class=StreamingResponse,
+    responses=_ERRORS
+    | {200: {"content": {"application/octet-stream": {}}, "description": "The bytes."}},
+    summary="Download a file",
+)
+async def content(here: Here, who: Who, file_id: FileId) -> Response:
+    """The bytes of the file, as they were uploaded."""
+    view = await here.read(_find, here, who.tenant, file_id)
+    pieces = here.objects.read_async(key_of(view.id))
+    # The first piece before the answer begins: a storage that is away is an error, not half a file.
+    first = await anext(pieces, b"")
+
+    async def all_of_it() -> AsyncIterator[bytes]:
+        yield first
+        async for piece in pieces:
+            yield piece
+
+    return StreamingResponse(
+        all_of_it(),
+        media_type="application/octet-stream",
+        headers={"Content-Length": str(view.bytes), "Cache-Control": "private, no-cache"},
+    )
+
+
+@router.delete(
+    "/{file_id}", responses=_ERRORS, summary="Delete a file", response_description="It is gone."
+)
+async def delete(here: Here, who: Who, file_id: FileId) -> DeletedFile:
+    """The file is gone at once. A batch that reads it goes on."""
+    await here.write(_delete, here, who.tenant, file_id)
+    return DeletedFile(id=file_id)
+
+
+def _find(here: Services, tenant: str, name: str) -> FileView:
+    with here.database.begin() as connection:
+        return files.find(connection, id_in(name), tenant=tenant, name=_told(name))
+
+
+def _delete(decision: Decision, here: Services, tenant: str, name: str) -> None:
+    with here.database.begin() as connection:
+        files.delete(connection, id_in(name), tenant=tenant, name=_told(name))
+        decision.commit()
+
+
+def _told(name: str) -> str:
+    return name if re.fullmatch(r"[\w-]{1,100}", name, re.ASCII) else "?"
+
+
+def object_of(view: FileView) -> FileObject:
+    return FileObject(
+        id=name_of(view.id),
+        bytes=view.bytes,
+        created_at=int(view.created_at.timestamp()),
+        expires_at=int(view.expires_at.timestamp()) if view.expires_at else None,
+        filename=view.filename,
+        purpose=view.purpose,
+        status="processed" if view.state is FileState.READY else "uploaded",
+    )
