@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from app.engines.base import Generation
@@ -19,6 +19,7 @@ class Said:
     content: str
     reasoning: str | None = None
     calls: list[Call] = field(default_factory=list)
+    reasoning_tokens: int = 0  #: of the answer's tokens, with the marks around the thought
 
 
 def said(body: ChatBody, answer: Generation, tokenizer: Tokenizer, prompt: Sequence[int]) -> Said:
@@ -41,7 +42,31 @@ def said(body: ChatBody, answer: Generation, tokenizer: Tokenizer, prompt: Seque
         content,
         reasoning if body.include_reasoning else None,
         calls if offer.is_many else calls[:1],
+        _until(marks.end, kept, answer, tokenizer, prompt) if marks and reasoning else 0,
     )
+
+
+def _until(
+    end: str, marks: set[str], answer: Generation, tokenizer: Tokenizer, prompt: Sequence[int]
+) -> int:
+    """How many of the answer's tokens come to the end of its thought; all if it has none."""
+    text = ""
+    for number, piece in enumerate(
+        _pieces(marks, answer, tokenizer, Detokenizer(tokenizer, prompt))
+    ):
+        text = text[-len(end) :] + piece
+        if end in text:
+            return number + 1
+    return len(answer.token_ids)
+
+
+def _pieces(
+    marks: set[str], answer: Generation, tokenizer: Tokenizer, detokenizer: Detokenizer
+) -> Iterator[str]:
+    """What each of the answer's tokens adds to its text, special ones that are marks too."""
+    kept = {token_id: text for token_id, text in tokenizer.special.items() if text in marks}
+    for each in answer.token_ids:
+        yield kept.get(each, "") + detokenizer.read(each)
 
 
 def _text_with(
@@ -52,11 +77,9 @@ def _text_with(
     stops: Sequence[str],
 ) -> str:
     """The answer's text, with those of its special tokens that are marks."""
-    kept = {token_id: text for token_id, text in tokenizer.special.items() if text in marks}
-    if kept.keys().isdisjoint(answer.token_ids):
+    if not any(text in marks and it in answer.token_ids for it, text in tokenizer.special.items()):
         return answer.text
     detokenizer = Detokenizer(tokenizer, prompt)
-    pieces = (kept.get(each, "") + detokenizer.read(each) for each in answer.token_ids)
-    text = "".join(pieces) + detokenizer.break_off()
+    text = "".join(_pieces(marks, answer, tokenizer, detokenizer)) + detokenizer.break_off()
     ends = (place for stop in stops if (place := text.find(stop)) >= 0)
     return text[: min(ends, default=len(text))]

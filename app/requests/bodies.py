@@ -6,7 +6,8 @@ A request is `(url, body)`. The url follows from the field present when it is le
 named does that, and else /v1/embeddings. Field names and meanings are those of the OpenAI API, with
 vLLM's names for the calls and the sampling parameters it lacks (top_k, min_p, repetition_penalty,
 ignore_eos …) and transformers' for a search's; `app.requests.handling` says what is not obeyed.
-/v1/messages is Anthropic's, and has to be named: a chat has the same field.
+/v1/messages is Anthropic's, and has to be named: a chat has the same field; so has /v1/responses,
+since embeddings have an `input`, too.
 
 Pure: limits that depend on a model's tokenizer are checked by `app.engines.text.tokenizer`.
 """
@@ -34,6 +35,7 @@ from app.requests.messages import MessagesBody
 from app.requests.part import DROP_UNKNOWN
 from app.requests.problems import first_problem
 from app.requests.prompts import Prompt
+from app.requests.response import ResponsesBody
 from app.requests.scoring import RerankBody, ScoreBody
 from app.requests.storable import refuse_unstorable
 from app.requests.translation import TranslationBody
@@ -57,6 +59,7 @@ class Url(enum.StrEnum):
     SCORE = "/v1/score"
     TRANSLATIONS = "/v1/translations"
     MESSAGES = "/v1/messages"
+    RESPONSES = "/v1/responses"
 
     @classmethod
     def _missing_(cls, value: object) -> Url | None:
@@ -77,6 +80,7 @@ BODIES: Final[dict[Url, type[Body]]] = {
     Url.SCORE: ScoreBody,
     Url.TRANSLATIONS: TranslationBody,
     Url.MESSAGES: MessagesBody,
+    Url.RESPONSES: ResponsesBody,
 }
 _ALIASES: Final = {
     "/classify": Url.CLASSIFY,

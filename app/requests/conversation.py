@@ -141,7 +141,7 @@ class ChatMessage(Part):
                 where = f"{place}.content.{index}"
                 raise RequestError(f"{where} is no {each.type}.", param=where)
         for index, call in enumerate(self.tool_calls or ()):
-            if _object_of(call.function.arguments) is None:
+            if object_of(call.function.arguments) is None:
                 where = f"{place}.tool_calls.{index}.function.arguments"
                 raise RequestError(f"{where} is no JSON object.", param=where)
 
@@ -157,7 +157,7 @@ class ChatMessage(Part):
                 "type": "function",
                 "function": {
                     "name": each.function.name,
-                    "arguments": _object_of(each.function.arguments),
+                    "arguments": object_of(each.function.arguments),
                 },
             }
             for each in self.tool_calls or ()
@@ -200,7 +200,7 @@ def check_messages(messages: Iterable[ChatMessage]) -> None:
         each.check(f"messages.{index}")
 
 
-def _object_of(text: str) -> dict[str, Any] | None:
+def object_of(text: str) -> dict[str, Any] | None:
     """Arguments of a call; none at all are an empty object."""
     try:
         value = json.loads(text or "{}", parse_constant=_refuse_constant)

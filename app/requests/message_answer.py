@@ -16,6 +16,7 @@ from app.engines.text.tokenizer import Tokenizer
 from app.jobs import FinishReason, Usage
 from app.requests.answers import Said
 from app.requests.message_blocks import CALL_PREFIX
+from app.requests.storable import storable
 
 MESSAGE_PREFIX: Final = "msg_"
 
@@ -52,10 +53,10 @@ def content_of(found: Said, call_ids: Sequence[str]) -> list[dict[str, Any]]:
     """Blocks: the thought, what is said, the calls. An answer that says nothing has none."""
     blocks: list[dict[str, Any]] = []
     if found.reasoning:
-        thought = _storable(found.reasoning)
+        thought = storable(found.reasoning)
         blocks.append({"type": "thinking", "thinking": thought, "signature": ""})
     if found.content:
-        blocks.append({"type": "text", "text": _storable(found.content)})
+        blocks.append({"type": "text", "text": storable(found.content)})
     for call, call_id in zip(found.calls, call_ids, strict=True):
         blocks.append(
             {
@@ -114,8 +115,3 @@ def _met(
     text = "".join(pieces)
     found = [(place, -len(stop), stop) for stop in stops if (place := text.find(stop)) >= 0]
     return min(found)[2] if found else None
-
-
-def _storable(text: str) -> str:
-    """Postgres takes no NUL characters in JSON."""
-    return text.replace("\0", "\ufffd")

@@ -48,14 +48,11 @@ def _biases(given: Any) -> Any:
     return {token: float(bias) for token, bias in given.items()}
 
 
-class SampledBody(Body):
+class DrawnBody(Body):
+    """What says how tokens are drawn, in the bodies of several APIs."""
+
     KIND: ClassVar = Kind.GENERATE
 
-    max_tokens: Count | None = Field(
-        None,
-        description="Most tokens to generate; the model's `default_max_tokens` when left out.",
-        examples=[64],
-    )
     min_tokens: Annotated[Whole, Field(ge=0, le=MAX_COUNT)] = Field(
         0,
         description="Fewest tokens: neither the model nor `stop` ends an answer before.",
@@ -121,6 +118,14 @@ class SampledBody(Body):
     )
     seed: Annotated[Whole, Field(ge=-(2**63), lt=2**63)] | None = Field(
         None, description="Same seed, same text, whatever else is in the batch.", examples=[7]
+    )
+
+
+class SampledBody(DrawnBody):
+    max_tokens: Count | None = Field(
+        None,
+        description="Most tokens to generate; the model's `default_max_tokens` when left out.",
+        examples=[64],
     )
     n: Annotated[Whole, Field(ge=1, le=128)] = Field(
         1, description="How many answers; at most the model's `max_batch_size`.", examples=[2]

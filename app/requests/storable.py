@@ -53,3 +53,9 @@ def is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def storable(text: str) -> str:
+    """An answer's text, with something else for each NUL character: a model may well produce one,
+    and Postgres takes none in JSON."""
+    return text.replace("\0", "\ufffd")

@@ -19,7 +19,7 @@ from app.engines.base import Generation
 from app.engines.catalog import CatalogModel
 from app.errors import GristmillError
 from app.jobs import FinishReason, JobState, Usage
-from app.requests import responses
+from app.requests import replies
 from app.store.claims import BatchStats, Finished
 from app.worker.energy.meter import EnergyMeter
 from app.worker.work import Batch, Ending, Job, Run
@@ -56,7 +56,7 @@ class Settlement:
         record = self._record(job, ending, answers)
         if ending is not None and record.output_tokens == 0:
             return record
-        return replace(record, response=self._body(job, answers))
+        return replace(record, response=self._body(job, answers, ending))
 
     def without_response(self, job: Job) -> Finished:
         """The record of a job whose answer cannot be stored: it fails, and is billed as it was."""
@@ -65,7 +65,7 @@ class Settlement:
 
     def _record(self, job: Job, ending: Ending | None, answers: list[Generation]) -> Finished:
         run = job.claimed_run
-        usage = responses.usage(job.request, answers) if run.is_over else Usage()
+        usage = replies.usage(job.request, answers) if run.is_over else Usage()
         return Finished(
             job_id=job.id,
             attempt_id=run.attempt_id,
@@ -120,9 +120,9 @@ class Settlement:
             "carbon_ug": carbon_ug(paid.energy_nj, grams) if grams else None,
         }
 
-    def _body(self, job: Job, answers: list[Generation]) -> dict[str, Any]:
+    def _body(self, job: Job, answers: list[Generation], ending: Ending | None) -> dict[str, Any]:
         served = self._catalog[job.model]
-        return responses.body(
+        return replies.body(
             job.request,
             answers,
             job_id=str(job.id),
@@ -131,6 +131,9 @@ class Settlement:
             tokenizer=served.tokenizer,
             prompts=job.prepared.prompts,
             labels=served.card.labels,
+            state=ending.state if ending else JobState.COMPLETED,
+            error_code=ending.code if ending else None,
+            error_message=ending.message if ending else None,
         )
 
 

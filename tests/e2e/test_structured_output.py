@@ -16,7 +16,7 @@ from app.engines.checkpoint.models import ensure_files
 from app.engines.inflight.engine import InflightEngine
 from app.engines.text.tokenizer import Tokenizer, load_tokenizer
 from app.jobs import FinishReason, Kind
-from app.requests import responses
+from app.requests import replies
 from app.requests.bodies import parse
 from app.requests.prepare import prepare
 from tests.unit import chat_templates
@@ -91,7 +91,7 @@ def talk(
     while engine.has_work:
         found.update({each.sequence_id: each for each in engine.step()})
     told = [
-        responses.body(
+        replies.body(
             request, [found[i]], job_id=str(i), model="m", created=0, tokenizer=tokenizer,
             prompts=prepared[i].prompts,
         )["choices"][0]

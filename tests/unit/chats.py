@@ -8,7 +8,7 @@ from typing import Any, Final
 from app.engines.base import Generation
 from app.engines.text.tokenizer import FileTokenizer
 from app.jobs import FinishReason
-from app.requests import responses
+from app.requests import replies
 from app.requests.bodies import parse
 from app.requests.prepare import Prepared, prepare
 from tests.unit import tiny_tokenizers
@@ -50,7 +50,7 @@ def answered(tokenizer: FileTokenizer, text: str, **body: Any) -> dict[str, Any]
     ids = tokenizer._file.encode(text, add_special_tokens=False).ids
     plain = tokenizer.decode(ids)
     answer = Generation(1, FinishReason.STOP, ids, plain)
-    told = responses.body(
+    told = replies.body(
         request, [answer], job_id="1", model="m", created=0, tokenizer=tokenizer,
         prompts=made.prompts,
     )  # fmt: skip

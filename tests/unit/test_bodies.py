@@ -18,7 +18,7 @@ from app.errors import InvalidSchema, LaterFormat, RequestError
 from app.intake import submit
 from app.intake.submit import parse_submission
 from app.jobs import FinishReason, Kind, SamplingParams
-from app.requests import bodies, problems, responses
+from app.requests import bodies, problems, replies
 from app.requests.bodies import BODIES, FORMAT, Url, parse, parse_stored, readable
 from app.requests.prepare import prepare
 from tests.any_messages import FIELDS, requests
@@ -230,7 +230,7 @@ def test_the_log_probabilities_of_a_long_answer_are_written_at_once() -> None:
     answer = Generation(1, FinishReason.LENGTH, text="a" * tokens, logprobs=scores)
 
     # when it is told
-    body = responses.body(
+    body = replies.body(
         request,
         [answer],
         job_id="1",

@@ -18,7 +18,7 @@ from app.engines.base import Generation
 from app.engines.text.tokenizer import Tokenizer
 from app.errors import RequestError
 from app.jobs import FinishReason, Kind
-from app.requests import responses
+from app.requests import replies
 from app.requests.bodies import Request, parse, parse_stored
 from app.requests.chat import ChatBody
 from app.requests.messages import MessagesBody
@@ -178,7 +178,7 @@ def answered(
     prepared = prepare(request, tokenizer, STUB)
     drawn = list(tokenizer.encode_text(tokens or text, parse_special=True))
     generation = Generation(1, reason, drawn, text, input_tokens=9, cached_tokens=4)
-    body = responses.body(
+    body = replies.body(
         request,
         [generation],
         job_id=str(JOB),

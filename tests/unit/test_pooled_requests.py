@@ -23,7 +23,7 @@ from app.engines.checkpoint.card import Card, load_card
 from app.engines.text.tokenizer import FileTokenizer, StubTokenizer, load_tokenizer
 from app.errors import ConfigError, ContextLengthExceeded, RequestError
 from app.jobs import FinishReason, Kind
-from app.requests import responses
+from app.requests import replies
 from app.requests.bodies import BODIES, Request, Url, parse
 from app.requests.prepare import Prepared, prepare
 from app.requests.scoring import MAX_REPEATED
@@ -321,7 +321,7 @@ def answer(request: Request, *values: list[float], labels: tuple[str, ...] = ())
         Generation(place, FinishReason.STOP, input_tokens=3, **{field: value})  # type: ignore[arg-type]
         for place, value in enumerate(values)
     ]
-    return responses.body(
+    return replies.body(
         request,
         made,
         job_id="7",

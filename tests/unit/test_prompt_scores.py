@@ -17,7 +17,7 @@ from app.engines.inflight.engine import InflightEngine
 from app.engines.text.tokenizer import Tokenizer
 from app.errors import RequestError
 from app.jobs import FinishReason, Kind, SamplingParams
-from app.requests import responses
+from app.requests import replies
 from app.requests.bodies import parse
 from app.requests.prepare import prepare
 from tests.unit import tiny_models
@@ -150,7 +150,7 @@ def completion(of: Tokenizer, fields: dict[str, Any], answer: list[int], text: s
         else None,
         input_tokens=len(prompt),
     )
-    body = responses.body(
+    body = replies.body(
         request,
         [generation],
         job_id="1",
@@ -213,7 +213,7 @@ def test_each_token_of_an_echo_begins_where_its_offset_says(kind: str, data: st.
     # given token ids, as programs that evaluate models send them
     prompt, answer = data.draw(tokens(kind, min_size=1)), data.draw(tokens(kind, min_size=1))
     of = tokenizer(kind)
-    spelling = responses.logprobs.Spelling(of, prompt)
+    spelling = replies.logprobs.Spelling(of, prompt)
     scored = spelling.in_order([TokenLogprob(each, 0.0) for each in answer])
     joined = b"".join(spelling.bytes_of(each.token_id, before) for each, before in scored)
 

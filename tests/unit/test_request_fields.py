@@ -15,7 +15,7 @@ from app.engines.checkpoint.card import Card
 from app.engines.text.tokenizer import StubTokenizer, Tokenizer
 from app.errors import RequestError
 from app.jobs import FinishReason, Kind
-from app.requests import responses
+from app.requests import replies
 from app.requests.bodies import BODIES, Request, Url, parse
 from app.requests.handling import Ignored, Refused, handling_of
 from app.requests.prepare import prepare
@@ -39,12 +39,16 @@ BASES: Final[dict[Url, dict[str, Any]]] = {
     Url.TRANSLATIONS: {"input": "flour"},
     Url.SCORE: {"text_1": "flour", "text_2": [LONG, "water"]},
     Url.MESSAGES: {"messages": [{"role": "user", "content": "What is flour?"}], "max_tokens": 64},
+    Url.RESPONSES: {"input": "flour"},
 }
 CARD: Final = Card(prompts={"query": "Find: "}, size=512, shorter=None)
 COMPANIONS: Final[dict[tuple[Url, str], dict[str, Any]]] = {
     (Url.CHAT, "top_logprobs"): {"logprobs": True},
     (Url.CHAT, "tool_choice"): {"tools": TOOLS},
     (Url.MESSAGES, "tool_choice"): {"tools": [{"name": "grind", "input_schema": {}}]},
+    (Url.RESPONSES, "tool_choice"): {"tools": [{"type": "function", "name": "grind"}]},
+    (Url.RESPONSES, "background_options"): {"background": True},
+    (Url.RESPONSES, "previous_response_id"): {"history": [{"role": "user", "content": "Hello."}]},
 }
 """Fields that mean something beside others alone."""
 
@@ -115,7 +119,7 @@ def meaning(request: Request, tokenizers: dict[Kind, Tokenizer]) -> object:
     answer = Generation(
         1, FinishReason.STOP, [65], text, [score], embedding=[0.5], scores=[0.25, 0.75]
     )
-    response = responses.body(
+    response = replies.body(
         request,
         [answer] * request.num_sequences,
         job_id=str(UUID(int=1)),

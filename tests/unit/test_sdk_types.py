@@ -14,6 +14,7 @@ import typing_extensions
 from anthropic.types import message_create_params
 from openai.types import completion_create_params, embedding_create_params
 from openai.types.chat import completion_create_params as chat_create_params
+from openai.types.responses import response_create_params
 
 from app.errors import RequestError
 from app.requests.bodies import BODIES, Url, parse
@@ -24,6 +25,7 @@ TYPES: Final[dict[Url, Any]] = {
     Url.COMPLETIONS: completion_create_params.CompletionCreateParamsNonStreaming,
     Url.EMBEDDINGS: embedding_create_params.EmbeddingCreateParams,
     Url.MESSAGES: message_create_params.MessageCreateParamsNonStreaming,
+    Url.RESPONSES: response_create_params.ResponseCreateParamsNonStreaming,
 }
 BASES: Final[dict[Url, dict[str, Any]]] = {
     Url.CHAT: {"messages": [{"role": "user", "content": "mill"}], "model": "mill"},
@@ -34,11 +36,14 @@ BASES: Final[dict[Url, dict[str, Any]]] = {
         "model": "mill",
         "max_tokens": 1,
     },
+    Url.RESPONSES: {"input": "mill", "model": "mill"},
 }
 COMPANIONS: Final[dict[tuple[Url, str], dict[str, Any]]] = {
     (Url.CHAT, "top_logprobs"): {"logprobs": True},
     (Url.CHAT, "tool_choice"): {"tools": [{"type": "function", "function": {"name": "mill"}}]},
     (Url.MESSAGES, "tool_choice"): {"tools": [{"name": "mill", "input_schema": {}}]},
+    (Url.RESPONSES, "tool_choice"): {"tools": [{"type": "function", "name": "mill"}]},
+    (Url.RESPONSES, "background_options"): {"background": True},
 }
 TEXTS: Final = {"arguments": "{}", "prompt_cache_retention": "24h"}
 
@@ -62,8 +67,15 @@ REFUSED: Final = re.compile(
             r"tools\.0",  # what a server would run
             r"tools\.0\.type",
             r"tool_choice\.type",
+            r"tool_choice(\.allowed_tools)?\.tools\.0\.(function|name)",  # the other's
             r"dimensions",
             r"prompt",  # null: nothing to go on with
+            r"input\.0",  # what is run, searched or kept elsewhere
+            r"input\.0\.content\.0\.type",
+            r"input\.0\.call_id",
+            r"tool_choice",
+            r"text\.verbosity",
+            r"previous_response_id",  # which the door looks up
         )
     )
 )
@@ -86,7 +98,8 @@ def examples(kind: Any, name: str = "") -> Iterator[Any]:
     elif origin is typing.Literal:
         yield from arguments
     elif origin is dict and name == "tools":  # they only say so in words
-        yield {"type": "function", "function": {"name": "mill"}}
+        yield {"type": "function", "function": {"name": "mill"}}  # of a chat
+        yield {"type": "function", "name": "mill"}  # of a response
     elif origin is dict:
         key = "17" if arguments[1] is int else "mill"
         yield {key: next(examples(arguments[1]))}

@@ -13,7 +13,7 @@ from app.config.settings import ModelSettings
 from app.engines.base import Generation, TokenLogprob
 from app.engines.text.tokenizer import StubTokenizer
 from app.jobs import FinishReason, Kind
-from app.requests import bodies, responses
+from app.requests import bodies, replies
 from app.store.encoding import encode
 
 CHAT = {"messages": [{"role": "user", "content": "x"}], "logprobs": True, "top_logprobs": 3}
@@ -49,7 +49,7 @@ def test_an_answer_is_stored_whatever_its_text_and_numbers_are(
     request = bodies.parse({"model": "m", **body})
     model = ModelSettings(source="stub", kind=Kind.GENERATE, engine="stub")
 
-    made = responses.body(
+    made = replies.body(
         request,
         [answer],
         job_id="00000000-0000-0000-0000-000000000001",

@@ -24,7 +24,7 @@ from app.engines.text.stopping import Output
 from app.engines.text.tokenizer import FileTokenizer
 from app.errors import InvalidSchema
 from app.jobs import FinishReason, Grammar, SamplingParams
-from app.requests import responses
+from app.requests import replies
 from app.requests.bodies import parse
 from tests.unit import tiny_tokenizers
 from tests.unit.tiny_tokenizers import BOS, EOS, KINDS
@@ -70,7 +70,7 @@ def choice(kind: str, prompt: list[int], answer: list[int], *top: tuple[int, flo
     generated = output(kind, prompt)
     pieces(generated, answer)
     given = [TokenLogprob(token, -1.0, top) for token in generated.token_ids]
-    body = responses.body(
+    body = replies.body(
         parse({"prompt": prompt, "logprobs": 5}),
         [Generation(1, FinishReason.STOP, generated.token_ids, generated.text, given)],
         job_id="1",
@@ -96,7 +96,7 @@ def test_streamed_pieces_add_up_to_the_bytes_of_the_tokens(kind: str, data: st.D
     pieces(plain, answer)
 
     assert told == streamed.text == plain.text
-    scored = responses.logprobs.Spelling(tokenizer(kind), prompt)
+    scored = replies.logprobs.Spelling(tokenizer(kind), prompt)
     in_order = scored.in_order([TokenLogprob(each, 0.0) for each in plain.token_ids])
     joined = b"".join(scored.bytes_of(each.token_id, before) for each, before in in_order)
     assert joined.decode(errors="replace") == plain.text
@@ -236,9 +236,9 @@ def test_the_bytes_of_a_part_of_a_character_are_its_own() -> None:
         ids = [each for letter in "é🙂" for each in by_bytes(kind, letter)]
         scores = [TokenLogprob(each, -1.0, ((each, -1.0),)) for each in ids]
 
-        found = responses.logprobs.of_chat(
-            scores, responses.logprobs.Spelling(tokenizer(kind), [9])
-        )["content"]
+        found = replies.logprobs.of_chat(scores, replies.logprobs.Spelling(tokenizer(kind), [9]))[
+            "content"
+        ]
 
         assert bytes(byte for each in found for byte in each["bytes"]).decode() == "é🙂"
         assert [each["token"] for each in found] == [rf"\x{it:02x}" for it in "é🙂".encode()]
@@ -250,7 +250,7 @@ def test_what_is_no_character_takes_the_places_that_it_has_in_the_text() -> None
     # the first two could only begin a surrogate, and are told to be wrong by what follows
     broken = [0xED, 0xA0, ord("a"), 0xE2, 0x82, ord("b")]
 
-    found = responses.logprobs._offsets([bytes([each]) for each in broken])
+    found = replies.logprobs._offsets([bytes([each]) for each in broken])
 
     text = bytes(broken).decode(errors="replace")
     offsets = list(found)
@@ -264,8 +264,8 @@ def by_bytes(kind: str, text: str) -> list[int]:
 
 
 def test_a_special_token_has_a_name_and_no_bytes() -> None:
-    [found] = responses.logprobs.of_chat(
-        [TokenLogprob(EOS, -1.0)], responses.logprobs.Spelling(tokenizer("llama"), [9])
+    [found] = replies.logprobs.of_chat(
+        [TokenLogprob(EOS, -1.0)], replies.logprobs.Spelling(tokenizer("llama"), [9])
     )["content"]
 
     assert (found["token"], found["bytes"]) == ("</s>", None)

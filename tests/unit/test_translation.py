@@ -21,7 +21,7 @@ from app.engines.registry import create
 from app.engines.text.tokenizer import Tokenizer, load_tokenizer
 from app.errors import RequestError
 from app.jobs import FinishReason, Kind, SamplingParams
-from app.requests import responses
+from app.requests import replies
 from app.requests.bodies import Url, parse
 from app.requests.prepare import prepare
 from tests.unit import tiny_translators
@@ -247,7 +247,7 @@ def test_an_answer_is_a_choice_for_each_text() -> None:
         Generation(i, FinishReason.STOP, [65], text, input_tokens=4) for i, text in enumerate("ab")
     ]
 
-    body = responses.body(
+    body = replies.body(
         request,
         given,
         job_id="7",
@@ -305,7 +305,7 @@ def translated(folder: Path, *bodies: dict[str, Any]) -> list[dict[str, Any]]:
     while engine.has_work:
         ended |= {each.sequence_id: each for each in engine.step()}
     return [
-        responses.body(
+        replies.body(
             request,
             [ended[each.id] for each in part],
             job_id="1",

@@ -1,8 +1,8 @@
 """From generations to the body of an OpenAI-style answer. Pure.
 
 Shapes follow the OpenAI API: chat.completion and text_completion, which a translation is like; of
-what generates nothing they are in `app.requests.pooled_answers`, and that of Anthropic's API is in
-`app.requests.message_answer`.
+what generates nothing they are in `app.requests.pooled_answers`, a response's is in
+`app.requests.response_answer`, and that of Anthropic's API in `app.requests.message_answer`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from app.engines.base import Generation
 from app.engines.text.tokenizer import Tokenizer
-from app.jobs import FinishReason, Usage
+from app.jobs import FinishReason, JobState, Usage, job_id_of
 from app.requests import logprobs
 from app.requests.answers import Said, said
 from app.requests.bodies import Request
@@ -24,7 +24,10 @@ from app.requests.message_answer import message, stop_reason
 from app.requests.messages import MessagesBody
 from app.requests.pooled import PooledBody
 from app.requests.pooled_answers import pooled_answer
+from app.requests.response import ResponsesBody
+from app.requests.response_answer import answered, response_shell
 from app.requests.sampled import SampledBody
+from app.requests.storable import storable
 from app.requests.translation import TranslationBody
 
 _FINISH_REASON: Final = {
@@ -59,9 +62,13 @@ def body(
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
     labels: Sequence[str] = (),
+    state: JobState = JobState.COMPLETED,
+    error_code: str | None = None,
+    error_message: str | None = None,
 ) -> dict[str, Any]:
     """The response body. `generations` are in the order of the request's sequences, `prompts` are
-    the distinct ones in tokens; `created` is in UNIX seconds; `labels` are a classifier's."""
+    the distinct ones in tokens; `created` is in UNIX seconds; `labels` are a classifier's; what is
+    told of the end is for calls whose answers have a place for it."""
     counted = usage(request, generations)
     if isinstance(request.body, PooledBody):
         return pooled_answer(
@@ -79,6 +86,10 @@ def body(
     ]
     if isinstance(request.sent, MessagesBody):
         return _message(request, generations[0], counted, job_id, model, tokenizer, prompts[0])
+    if isinstance(request.sent, ResponsesBody):
+        [answer] = answers
+        ended = (state, error_code, error_message)
+        return _response(request.sent, *answer, prompts[0], counted, job_id, model, created, ended)
     match request.body:
         case ChatBody():
             return {
@@ -138,6 +149,41 @@ def _message(
     )
 
 
+def _response(
+    asked: ResponsesBody,
+    index: int,
+    answer: Generation,
+    spelling: Spelling,
+    prompt: Sequence[int],
+    counted: Usage,
+    job_id: str,
+    model: str,
+    created: int,
+    ended: tuple[JobState, str | None, str | None],
+) -> dict[str, Any]:
+    found = said(asked.meant, answer, spelling.tokenizer, prompt)
+    state, error_code, error_message = ended
+    shell = response_shell(
+        asked,
+        job_id=job_id_of(job_id),
+        model=model,
+        created_at=created,
+        metadata=asked.metadata,
+    )
+    scored = answer.logprobs
+    return answered(
+        shell,
+        found,
+        [_call_id(job_id, index, place) for place in range(len(found.calls))],
+        reason=answer.finish_reason,
+        counted=counted,
+        logprobs=() if scored is None else logprobs.of_chat(scored, spelling)["content"],
+        state=state,
+        error_code=error_code,
+        error_message=error_message,
+    )
+
+
 def _usage(counted: Usage) -> dict[str, Any]:
     return {
         "prompt_tokens": counted.input_tokens,
@@ -153,9 +199,9 @@ def _chat(
     scored = answer.logprobs
     message: dict[str, Any] = {"role": "assistant", "content": None, "refusal": None}
     if found.content or not (found.reasoning or found.calls):
-        message["content"] = _storable(found.content)
+        message["content"] = storable(found.content)
     if found.reasoning is not None:
-        message["reasoning_content"] = _storable(found.reasoning)
+        message["reasoning_content"] = storable(found.reasoning)
     if found.calls:
         message["tool_calls"] = [
             {
@@ -195,7 +241,7 @@ def _completion(
             told = logprobs.behind(answer.prompt_logprobs or [], spelling, prompt, told)
     return {
         "index": index,
-        "text": _storable(text),
+        "text": storable(text),
         "logprobs": told,
         "finish_reason": _FINISH_REASON[reason],
     }
@@ -204,11 +250,6 @@ def _completion(
 def _translation(index: int, answer: Generation) -> dict[str, Any]:
     return {
         "index": index,
-        "text": _storable(answer.text),
+        "text": storable(answer.text),
         "finish_reason": _FINISH_REASON[answer.finish_reason],
     }
-
-
-def _storable(text: str) -> str:
-    """Postgres takes no NUL characters in JSON; a model may well produce one."""
-    return text.replace("\0", "\ufffd")
