@@ -18,7 +18,7 @@ from app.api.raw_bodies import DRAIN_BYTES
 from app.config.callers import HEADERS, refusal
 from app.config.settings import ApiSettings
 
-OPEN: Final = frozenset({"/healthz", "/readyz", "/docs", "/openapi.json"})
+OPEN: Final = frozenset({"/health", "/healthz", "/readyz", "/docs", "/openapi.json"})
 """Need no token: health checks have none, and the documentation is the same everywhere."""
 OPEN_FOLDER: Final = "/static-offline-docs/"
 """The documentation's scripts and styles."""

@@ -24,6 +24,8 @@ PLAIN_TEXT: Final = {"content": {"text/plain": {"schema": {"type": "string"}}}}
 
 @router.get("/healthz", summary="Is the process up", responses={200: PLAIN_TEXT})
 @router.head("/healthz", include_in_schema=False)
+@router.get("/health", include_in_schema=False)  # where vLLM has it, and load generators look
+@router.head("/health", include_in_schema=False)
 async def healthz() -> Response:
     """Answers `ok` as long as the process does; looks at nothing else."""
     return Response("ok\n", media_type="text/plain", headers=NOT_KEPT)

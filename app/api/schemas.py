@@ -306,6 +306,7 @@ class Model(BaseModel):
     id: str = Field(description="Its name in requests.", examples=["smollm2-135m-instruct"])
     object: Literal["model"] = Field("model", description="Always `model`.")
     owned_by: Literal["gristmill"] = Field("gristmill", description="Always `gristmill`.")
+    created: Literal[0] = Field(0, description="Always 0: it is not known.")
     kind: Kind = Field(description="What it does.")
     default: bool = Field(description="Whether it takes requests that name no model.")
     labels: list[str] = Field(
@@ -334,6 +335,27 @@ class ModelList(BaseModel):
 
     object: Literal["list"] = Field("list", description="Always `list`.")
     data: list[Model] = Field(description="The models.")
+
+
+class AnthropicModel(BaseModel):
+    """A model that messages may name, as Anthropic's clients read it."""
+
+    type: Literal["model"] = Field("model", description="Always `model`.")
+    id: str = Field(description="Its name in requests.", examples=["smollm2-135m-instruct"])
+    display_name: str = Field(description="The same.", examples=["smollm2-135m-instruct"])
+    created_at: datetime = Field(description="Always the beginning of 1970: it is not known.")
+    lifecycle: Literal["active"] = Field("active", description="Always `active`.")
+    max_input_tokens: int = Field(description="Most tokens of prompt and output.", examples=[8192])
+    max_tokens: int = Field(description="Largest max_tokens taken.", examples=[4096])
+
+
+class AnthropicModelList(BaseModel):
+    """A page of models, as Anthropic's clients read it."""
+
+    data: list[AnthropicModel] = Field(description="The models.")
+    has_more: bool = Field(description="Whether there are more in this direction.")
+    first_id: str | None = Field(description="The first of the page.")
+    last_id: str | None = Field(description="The last of the page: `after_id` of the next.")
 
 
 class QueueLimits(BaseModel):

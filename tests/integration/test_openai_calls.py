@@ -361,3 +361,44 @@ def test_without_its_token_nobody_gets_in(make_settings: Callable[..., Settings]
     assert refused.value.code == "invalid_api_key"
     assert away.status_code == 503 and away.json()["error"]["type"] == "server_error"
     assert 1 <= int(away.headers["retry-after"]) <= 60
+
+
+# ── models ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_models_are_listed_and_told_of(client: openai.OpenAI) -> None:
+    listed = client.models.list()
+    stub = client.models.retrieve("stub")
+
+    assert {model.id for model in listed} == set(STUB_MODELS)
+    assert stub in listed.data
+    assert (stub.object, stub.owned_by) == ("model", "gristmill")
+    with pytest.raises(openai.NotFoundError) as unknown:
+        client.models.retrieve("gpt-9")
+    assert unknown.value.code == "model_not_found"
+    with pytest.raises(openai.APIStatusError) as refused:
+        client.models.delete("stub")
+    assert refused.value.status_code == 405
+
+
+@pytest.mark.parametrize("version", ["2023-06-01", "2026-10-21", "later"])
+def test_anthropics_clients_are_told_of_models_in_their_shape(doors: Doors, version: str) -> None:
+    headers = {"anthropic-version": version}
+
+    page = doors.http.get("/v1/models?limit=1&beta=true", headers=headers).json()
+    rest = doors.http.get(f"/v1/models?after_id={page['last_id']}", headers=headers).json()
+    before = doors.http.get(f"/v1/models?before_id={page['last_id']}", headers=headers).json()
+    unknown = doors.http.get("/v1/models/gpt-9", headers=headers)
+
+    [stub] = page["data"]
+    assert (stub["id"], stub["type"], stub["lifecycle"]) == ("stub", "model", "active")
+    assert page["first_id"] == page["last_id"] == "stub" and not page["has_more"]
+    assert rest["data"] == before["data"] == [] and rest["last_id"] is None
+    assert doors.http.get("/v1/models/stub", headers=headers).json() == stub
+    assert unknown.status_code == 404
+    assert unknown.json()["error"]["type"] == "not_found_error"
+    assert unknown.json()["request_id"] == unknown.headers["request-id"]
+
+
+def test_load_generators_find_that_it_is_up(doors: Doors) -> None:
+    assert doors.http.get("/health").status_code == 200

@@ -68,7 +68,7 @@ def test_every_call_refuses_a_parameter_that_it_does_not_know(app: FastAPI) -> N
 
 def test_every_call_refuses_a_parameter_that_comes_twice(app: FastAPI) -> None:
     for method, path, names in calls(app):
-        for name in names:
+        for name in names if door_of(path, {}) is Door.OWN else ():
             answer = send(app, method, path, [(name, "1"), (name, "2")])
 
             assert (answer.status_code, answer.json()["param"]) == (400, name), f"{method} {path}"
