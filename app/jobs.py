@@ -24,6 +24,10 @@ from typing import Final, Literal
 MAX_PRIORITY: Final = 9
 """Priorities run from 0, served first and the default (as in Celery on Redis), to 9."""
 
+LIVE_PRIORITY: Final = -1
+"""Of calls that are waited for, as /v1/chat/completions is: in front of all that runs in the
+background. Nobody can ask for it."""
+
 
 _TASK_IDS: Final = uuid.UUID("6b9d3c1e-5c0a-5f0e-9d53-2f4e1a7c8b60")
 

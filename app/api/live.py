@@ -35,7 +35,7 @@ from app.api.services import Services
 from app.errors import GristmillError, NoWorker, RequestError, TimedOut, Unavailable
 from app.intake.decision import Decision
 from app.intake.outlook import Reason, asked_of
-from app.jobs import JobState
+from app.jobs import LIVE_PRIORITY, JobState
 from app.store import cancellation
 from app.store.submissions import NewJob
 
@@ -109,7 +109,7 @@ async def place(request: Request, here: Services, job: NewJob) -> Placed:
     try:
         await _expect_worker(here, job)
         deadline = outlook.now() + timedelta(seconds=timeout_s)
-        stored = await here.writer.store(replace(job, deadline=deadline))
+        stored = await here.writer.store(replace(job, priority=LIVE_PRIORITY, deadline=deadline))
         submitted = stored.only
     except GristmillError:
         here.metrics.count_submissions("refused")

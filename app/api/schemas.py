@@ -210,7 +210,7 @@ class JobSummary(BaseModel):
     url: str | None = Field(description="Which call it is.", examples=["/v1/chat/completions"])
     kind: Kind = Field(description="What the model does.")
     model: str = Field(description="The model asked.", examples=["smollm2-135m-instruct"])
-    priority: int = Field(description="0 is served first, 9 last.", examples=[0])
+    priority: int = Field(description="0 is served first, 9 last; -1 is waited for.", examples=[0])
     replay_of: UUID | None = Field(description="The ended job that this one runs once more.")
     created_at: datetime = Field(description="When it was accepted.")
     not_before: datetime = Field(description="The earliest time to run it.")

@@ -59,7 +59,7 @@ class Quote(BaseModel):
     url: str = Field(description="Which call it is.", examples=["/v1/chat/completions"])
     kind: Kind = Field(description="What the model does.")
     model: str = Field(description="The model asked.", examples=["smollm2-135m-instruct"])
-    priority: int = Field(description="0 is served first, 9 last.", examples=[0])
+    priority: int = Field(description="0 is served first, 9 last; -1 is waited for.", examples=[0])
     tokens: QuotedTokens = Field(description="Its tokens.")
     position: int | None = Field(
         description="The place that it would have among those that wait for its model, 1 for the "

@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Final, Self
 
 from app.config.settings import BrokerSettings, Settings
-from app.jobs import MAX_PRIORITY
+from app.jobs import LIVE_PRIORITY, MAX_PRIORITY
 from app.requests.bodies import FORMAT
 
 
@@ -80,10 +80,12 @@ class Layout:
     @property
     def bands(self) -> tuple[range, ...]:
         """The priorities that share each list."""
-        return tuple(range(*ends) for ends in pairwise([*self.steps, MAX_PRIORITY + 1]))
+        ends = [LIVE_PRIORITY, *self.steps[1:], MAX_PRIORITY + 1]
+        return tuple(range(*each) for each in pairwise(ends))
 
     def step(self, priority: int) -> int:
-        """The place in `steps` of the list for messages of this priority."""
+        """The place in `steps` of the list for messages of this priority; -1 for those that are
+        put at the front of the first."""
         return bisect_right(self.steps, priority) - 1
 
     def key(self, queue: str, priority: int = 0) -> str:
@@ -92,7 +94,7 @@ class Layout:
 
     def name(self, queue: str, priority: int = 0) -> str:
         """The key for kombu's own client, which puts the prefix in front of it."""
-        step = self.steps[self.step(priority)]
+        step = self.steps[max(0, self.step(priority))]
         return f"{queue}{self.sep}{step}" if step else queue
 
     def queue(self, key: str) -> str:

@@ -37,7 +37,7 @@ _CELERY: Final = (
     *("publish", "subscribe", "psubscribe", "unsubscribe", "punsubscribe"),
 )
 _SEND: Final = (
-    *("lpush", "lpushx", "llen", "publish"),
+    *("lpush", "lpushx", "rpush", "llen", "publish"),
     *("lrange", "evalsha", "script|load"),  # rescue looks for lost messages
 )
 _LOOK: Final = ("info", "scan", "lindex")

@@ -38,6 +38,7 @@ from app.broker.message import num_jobs
 from app.broker.qos import QoS, UnlessFull, UnlessLost
 from app.broker.refusal import said
 from app.broker.settling import Message
+from app.jobs import LIVE_PRIORITY
 
 log = logging.getLogger(__name__)
 telemetry.say_once(log)
@@ -156,6 +157,18 @@ class _Outliving:
         item = message.serializable() | {"properties": properties}
         key = self._q_for_pri(queue, self._get_message_priority(item, reverse=False))  # type: ignore[attr-defined]
         return key, dumps(item)  # type: ignore[no-untyped-call]
+
+    def _put(self, queue: str, message: dict[str, Any], **options: Any) -> None:
+        """What is waited for goes to the end of its list that is taken from."""
+        if message["properties"].get("priority") != LIVE_PRIORITY:
+            super()._put(queue, message, **options)  # type: ignore[misc]
+            return
+        key, item = self._q_for_pri(queue, 0), dumps(message)  # type: ignore[attr-defined,no-untyped-call]
+        if (batch := options.get("_publish_batch")) is not None:
+            batch.add("rpush", key, item)
+            return
+        with self.conn_or_acquire() as client:  # type: ignore[attr-defined]
+            client.rpush(key, item)
 
     # ── taking and taking off ────────────────────────────────────────────────────────────────
 

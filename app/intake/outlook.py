@@ -28,7 +28,7 @@ from app.books.work import NOTHING, Size
 from app.broker.queues import Layout
 from app.config.settings import Settings
 from app.errors import GristmillError
-from app.jobs import LATEST, JobState
+from app.jobs import LATEST, LIVE_PRIORITY, JobState
 from app.store import loads
 from app.store import outlook as store
 from app.store.database import Database
@@ -255,7 +255,7 @@ class Outlook:
             return Forecast(due_at, None, None, Reason.NOT_LOOKED)
         seen, step = self._seen.get(job.model, UNSEEN), self._layout.step(job.priority)
         queued, urgent = before, NOTHING
-        for other in range(step):
+        for other in range(self._layout.step(LIVE_PRIORITY), step):
             lane = seen.lanes.get(other, EMPTY)
             queued += lane.total + added.get((job.model, other), NOTHING)
             urgent += lane.a_second

@@ -199,6 +199,8 @@ class Queues:
 
     def _takes(self, queue: _Queue, priority: int) -> bool:
         step = self._publisher.layout.step(priority)
+        if step < 0:  # there are no more of them than callers who wait
+            return True
         if room(queue.lengths, step, self._max // 2 if step in queue.held else self._max) < 1:
             queue.held.add(step)
             return False

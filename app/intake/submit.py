@@ -258,7 +258,7 @@ class Submitter:
         submission = Submission.model_construct(  # from a row: checked when it was written
             url=old.url,
             body=old.request,
-            priority=old.priority,
+            priority=max(old.priority, 0),  # nobody waits for it any more
             deadline=old.deadline if old.deadline and old.deadline > now else None,
             metadata=old.metadata,
         )

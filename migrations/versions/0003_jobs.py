@@ -644,7 +644,7 @@ def upgrade() -> None:
         ),
         CheckConstraint("state IN ('queued', 'running')", name=op.f("open_jobs_state_check")),
         CheckConstraint("source IN ('api', 'message')", name=op.f("open_jobs_source_check")),
-        CheckConstraint("priority BETWEEN 0 AND 9", name=op.f("open_jobs_priority_check")),
+        CheckConstraint("priority BETWEEN -1 AND 9", name=op.f("open_jobs_priority_check")),
         CheckConstraint("max_attempts >= 1", name=op.f("open_jobs_max_attempts_check")),
         CheckConstraint("format >= 1", name=op.f("open_jobs_format_check")),
         in_range(

@@ -23,7 +23,7 @@ from app.broker.publisher import MAX_BUNDLE, Publisher
 from app.broker.queues import Layout, most_bytes
 from app.config.settings import Settings
 from app.errors import RequestError, RequestTooLarge, Unavailable
-from app.jobs import Kind
+from app.jobs import LIVE_PRIORITY, Kind
 from app.local.ports import free_port
 from app.worker.pool import envelope
 from tests.own_redis import OwnRedis, running_redis
@@ -164,6 +164,21 @@ def test_threads_share_a_publisher(publisher: Publisher) -> None:
             pass
 
     assert publisher.queue_lengths(["stub"]) == {"stub": 200}
+
+
+def test_what_is_waited_for_is_taken_before_all_that_waits(
+    publisher: Publisher, client: redis.Redis
+) -> None:
+    background = [wake_up() for _ in range(3)]
+    publisher.send_many(background)
+
+    live, with_others = wake_up(LIVE_PRIORITY), [wake_up(LIVE_PRIORITY), wake_up()]
+    publisher.send(live)
+    publisher.send_many(with_others)
+
+    first = [json.loads(client.rpop(Layout().key("gristmill.stub"))) for _ in range(2)]
+    assert [ids_in(each)[0] for each in first] == [str(with_others[0].job_id), str(live.job_id)]
+    assert publisher.queue_lengths(["stub"]) == {"stub": 2}
 
 
 # ── many jobs in one message ────────────────────────────────────────────────────────────────────

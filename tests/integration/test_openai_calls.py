@@ -13,6 +13,7 @@ import openai
 import pytest
 
 from app.config.settings import Settings
+from app.jobs import LIVE_PRIORITY
 from app.local.servers import EmbeddedRedis
 from tests.apis import running_api
 from tests.conftest import STUB_MODELS
@@ -67,6 +68,7 @@ def test_a_chat_is_answered_as_openai_answers_it(client: openai.OpenAI, doors: D
     assert answer.usage is not None and answer.usage.completion_tokens == 8
     job = doors.the_last_job()
     assert answer.id == f"chatcmpl-{job['id']}"
+    assert job["priority"] == LIVE_PRIORITY
     assert (job["state"], job["url"]) == ("completed", "/v1/chat/completions")
 
 

@@ -24,7 +24,7 @@ from app.broker.queues import Layout, queue_name, queues_of
 from app.broker.refusal import said
 from app.config.settings import ModelSettings, Settings
 from app.errors import ConfigError
-from app.jobs import Kind
+from app.jobs import LIVE_PRIORITY, MAX_PRIORITY, Kind
 from app.worker.pool import envelope
 
 PROMPT = "the miller's secret"
@@ -288,6 +288,16 @@ def test_a_later_format_has_queues_that_workers_of_before_do_not_take() -> None:
 def test_what_redis_said_is_told_without_what_it_quotes(error: Exception, text: str) -> None:
     assert said(error).startswith(text)
     assert PROMPT not in said(error)
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout((0,)), Layout((0, 5), ":", "mill:")])
+def test_each_priority_has_one_list_and_what_is_waited_for_the_first(layout: Layout) -> None:
+    told = [priority for band in layout.bands for priority in band]
+
+    assert told == list(range(LIVE_PRIORITY, MAX_PRIORITY + 1))
+    for step, band in enumerate(layout.bands):
+        assert {max(0, layout.step(priority)) for priority in band} == {step}
+    assert layout.key("q", LIVE_PRIORITY) == layout.key("q", 0)
 
 
 @pytest.mark.parametrize("layout", [Layout(), Layout((0, 5), ":", "mill:")])

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.api.app import create_app
+from app.api.envelopes import Door, door_of
 from app.config.callers import HEADERS, refusal
 from app.config.settings import ApiSettings, Settings
 
@@ -190,7 +191,9 @@ def test_without_the_token_nothing_is_answered_but_probes_and_documentation(
             raw = {name: it.encode() for name, it in headers.items()}
             answer = ask(app, method, path, headers=raw)
 
-            assert (answer.status_code, answer.json()["code"]) == (401, "unauthorized"), path
+            assert answer.status_code == 401, path
+            if door_of(path, {}) is Door.OWN:
+                assert answer.json()["code"] == "unauthorized"
             assert answer.headers["WWW-Authenticate"].startswith('Bearer realm="gristmill"')
             assert TOKEN not in answer.text
     assert TOKEN not in caplog.text

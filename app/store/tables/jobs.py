@@ -23,7 +23,15 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 
 from app.books.energy import EnergyMethod
-from app.jobs import FINAL_STATES, MAX_PRIORITY, OPEN_STATES, AttemptOutcome, CloseReason, Kind
+from app.jobs import (
+    FINAL_STATES,
+    LIVE_PRIORITY,
+    MAX_PRIORITY,
+    OPEN_STATES,
+    AttemptOutcome,
+    CloseReason,
+    Kind,
+)
 from app.store.tables.columns import (
     AGEING,
     BUSY,
@@ -121,7 +129,7 @@ open_jobs = Table(
     one_of("kind", Kind),
     one_of("state", OPEN_STATES),
     CheckConstraint("source IN ('api', 'message')", name="source"),
-    CheckConstraint(f"priority BETWEEN 0 AND {MAX_PRIORITY}", name="priority"),
+    CheckConstraint(f"priority BETWEEN {LIVE_PRIORITY} AND {MAX_PRIORITY}", name="priority"),
     CheckConstraint("max_attempts >= 1", name="max_attempts"),
     CheckConstraint("format >= 1", name="format"),
     in_range(
