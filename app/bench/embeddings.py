@@ -27,16 +27,16 @@ from transformers import AutoModel
 
 from app.bench.report import machine, print_json, print_table
 from app.bench.workloads import words
-from app.client import Client
 from app.config.file import load
 from app.config.settings import ModelSettings, Settings
 from app.engines import registry
 from app.engines.base import Engine, Sequence
 from app.engines.checkpoint.models import ensure_files
 from app.engines.text.tokenizer import Tokenizer, load_tokenizer
-from app.errors import ConfigError, GristmillError
+from app.errors import ConfigError
 from app.jobs import Kind
 from app.local.supervisor import System
+from gristmill_client import Client, GristmillError
 
 T = TypeVar("T")
 

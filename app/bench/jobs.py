@@ -29,9 +29,9 @@ from celery import Celery
 from app.bench import plain_celery
 from app.bench.own_system import OwnSystem
 from app.bench.report import machine, print_json, print_table
-from app.client import AsyncClient, Client
 from app.config.settings import Settings
 from app.errors import GristmillError
+from gristmill_client import AsyncClient, Client
 
 BODY: Final = {"prompt": "x", "max_tokens": 1}
 CALLERS: Final = 16

@@ -31,11 +31,10 @@ import httpx
 from app.bench.own_system import OwnSystem
 from app.bench.report import machine, print_json, print_table
 from app.bench.workloads import WORKLOADS, Request, make
-from app.client import Client, Job
 from app.engines.catalog import load_catalog
-from app.errors import GristmillError
 from app.jobs import Kind
 from app.local.supervisor import System
+from gristmill_client import Client, GristmillError, Job
 
 SHARES: Final = (0.05, 0.3, 0.7, 1.1)
 """Of the capacity. Beyond it the queue grows for as long as jobs come."""

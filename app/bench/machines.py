@@ -23,9 +23,8 @@ from typing import Final
 
 from app.bench.mill import Host, Mill
 from app.bench.report import machine, print_json, print_table
-from app.client import Client
 from app.errors import ConfigError
-from app.jobs import JobState
+from gristmill_client import Client, JobState
 
 _NET: Final = "10.77.0"
 _HERE: Final = Host(f"{_NET}.1")

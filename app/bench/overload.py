@@ -25,10 +25,8 @@ import psutil
 
 from app.bench.own_system import OwnSystem
 from app.bench.report import machine, print_json, print_table
-from app.client import Client, Job
-from app.errors import GristmillError
-from app.jobs import JobState
 from app.local.supervisor import System
+from gristmill_client import Client, GristmillError, Job, JobState
 
 BODY: Final = {"prompt": "x", "max_tokens": 2}
 STEPS: Final = 2

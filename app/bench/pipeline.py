@@ -14,15 +14,14 @@ from statistics import median
 
 from app.bench.report import machine, print_json, print_table
 from app.bench.workloads import WORKLOADS, Request, make
-from app.client import Client
 from app.config.file import load
 from app.config.settings import Settings
 from app.engines import registry
 from app.engines.base import Engine, Sequence
 from app.engines.catalog import load_catalog
-from app.errors import GristmillError
 from app.jobs import Kind, SamplingParams
 from app.local.supervisor import System
+from gristmill_client import Client, GristmillError
 
 
 def main(arguments: Seq[str]) -> None:

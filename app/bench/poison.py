@@ -16,11 +16,9 @@ from typing import Final
 
 from app.bench.report import print_json, print_table
 from app.bench.system import Bench
-from app.client import Client, Job
 from app.config.file import load
-from app.errors import GristmillError
-from app.jobs import JobState
 from app.local.supervisor import System
+from gristmill_client import Client, GristmillError, Job, JobState
 
 BATCH: Final = 64
 _CONFIG: Final = {

@@ -25,7 +25,6 @@ import httpx
 
 from app.bench.own_system import OwnSystem
 from app.bench.report import machine, print_json, print_table
-from app.client import Client
 from app.config.settings import Policy
 from app.jobs import JobState
 from app.local.supervisor import System
@@ -36,6 +35,7 @@ from app.tune.replay import Arrival
 from app.tune.report import SHARES, WAIT_COSTS
 from app.tune.trace import from_zero, synthetic
 from app.worker.policy import StepCost
+from gristmill_client import Client
 
 SIZES: Final = (16, 24, 32, 40, 48, 64)
 MOST_TOKENS: Final = 1_000_000

@@ -17,11 +17,9 @@ from statistics import median
 
 from app.bench.report import machine, print_json, print_table
 from app.bench.system import Bench
-from app.client import Client
 from app.config.file import load
-from app.errors import GristmillError
-from app.jobs import JobState
 from app.local.supervisor import System
+from gristmill_client import Client, GristmillError, JobState
 
 PLAIN_TIMEOUT_S = 3_600.0
 """Celery's default visibility timeout on Redis."""

@@ -10,8 +10,8 @@ from typing import TypeVar
 
 import psutil
 
-from app.client import Client, Job
 from app.local.supervisor import System
+from gristmill_client import Client, Job
 
 T = TypeVar("T")
 

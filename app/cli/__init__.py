@@ -30,8 +30,9 @@ from app.cli import (
     verify,
 )
 from app.cli.terminal import FAILED, INTERRUPTED, JOB_FAILED, UNAVAILABLE, WRONG_SETTINGS, tell
-from app.client import JobFailed
 from app.errors import ConfigError, GristmillError, QueueFull, SchemaError, Unavailable
+from gristmill_client import JobFailed
+from gristmill_client import errors as answered
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = FAILED
-    except (GristmillError, TimeoutError) as error:
+    except (GristmillError, answered.GristmillError, TimeoutError) as error:
         tell(f"gristmill: {error}")
         code = _exit_code(error)
     except OSError as error:  # a full disk, a folder that is not ours
@@ -61,6 +62,8 @@ def _exit_code(error: Exception) -> int:
         SchemaError: WRONG_SETTINGS,
         Unavailable: UNAVAILABLE,
         QueueFull: UNAVAILABLE,
+        answered.Unavailable: UNAVAILABLE,
+        answered.QueueFull: UNAVAILABLE,
         JobFailed: JOB_FAILED,
     }
     return next((code for kind, code in codes.items() if isinstance(error, kind)), FAILED)

@@ -11,8 +11,8 @@ from typing import Any, Final, TypeVar
 import click
 
 from app.cli.terminal import load_settings, tell
-from app.client import Client
-from app.errors import GristmillError
+from gristmill_client import Client
+from gristmill_client.errors import GristmillError
 
 T = TypeVar("T")
 

@@ -20,10 +20,10 @@ from app.cli.terminal import (
     print_table,
     tell,
 )
-from app.client import Client, Job
-from app.client.exchange import COME_BACK
-from app.errors import GristmillError
-from app.jobs import REPLAYED, JobState
+from app.jobs import REPLAYED
+from gristmill_client import Client, Job, JobState
+from gristmill_client.errors import GristmillError
+from gristmill_client.exchange import COME_BACK
 
 
 @click.command()

@@ -8,7 +8,7 @@ import select
 from collections.abc import Iterator
 from typing import Any, Final, Protocol
 
-from app.errors import RequestError, RequestTooLarge
+from gristmill_client.errors import RequestError, RequestTooLarge
 
 CHUNK_BYTES: Final = 1_000_000
 MAX_LINE_BYTES: Final = 64_000_000

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from app.cli.lines import Source, json_object, numbered_lines, text_of
-from app.errors import RequestError
 from app.jobs import Kind
+from gristmill_client.errors import RequestError
 
 if TYPE_CHECKING:
     from app.trials.questions import Question

@@ -7,8 +7,8 @@ from typing import Any
 
 from app.cli.api import LASTING_S, Api
 from app.cli.terminal import FAILED, print_fields, print_json, print_table, tell
-from app.client import Submission
-from app.errors import GristmillError
+from gristmill_client import Submission
+from gristmill_client.errors import GristmillError
 
 Line = tuple[int, Submission | GristmillError]
 """A line of a file with its number: a job, or why it is none."""

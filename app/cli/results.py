@@ -22,10 +22,9 @@ from app.cli.terminal import (
     say,
     tell,
 )
-from app.client import Client, Job, JobFailed
-from app.client.exchange import COME_BACK
-from app.errors import GristmillError, RequestError, ResponseRemoved
-from app.jobs import JobState
+from gristmill_client import Client, Job, JobFailed, JobState
+from gristmill_client.errors import GristmillError, RequestError, ResponseRemoved
+from gristmill_client.exchange import COME_BACK
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,9 +19,9 @@ from app.cli.quote import Line, quote_many, quote_one
 from app.cli.results import Asked, show, show_as_they_end
 from app.cli.soft_stop import SoftStop
 from app.cli.terminal import FAILED, JOB_FAILED, as_json_option, print_json, print_row, tell
-from app.client import Submission
-from app.errors import GristmillError, IdempotencyConflict, NotStorable, RequestError
-from app.jobs import MAX_PRIORITY, JobState
+from app.jobs import MAX_PRIORITY
+from gristmill_client import JobState, Submission
+from gristmill_client.errors import GristmillError, IdempotencyConflict, NotStorable, RequestError
 
 MAX_UNANSWERED: Final = 1_000
 """Lines that may be ahead of their outcome: about a page of the client's."""

@@ -24,8 +24,3 @@ def is_loopback(host: str) -> bool:
     if is_address(host):
         return ipaddress.ip_address(host).is_loopback
     return is_localhost(host.lower().rstrip("."))
-
-
-def stays_here(host: str) -> bool:
-    """Whether what is sent there stays on this machine: to 0.0.0.0 it does, too."""
-    return is_loopback(host) or (is_address(host) and ipaddress.ip_address(host).is_unspecified)

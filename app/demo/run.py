@@ -22,7 +22,6 @@ from rich.table import Table
 from app.broker.client import connected
 from app.broker.message import raw_message
 from app.broker.queues import Layout
-from app.client import AsyncClient, Client
 from app.config.file import Loaded
 from app.config.settings import Settings
 from app.demo.prompts import prompts
@@ -37,6 +36,7 @@ from app.requests.prepare import prepare
 from app.store import reads
 from app.store.database import Database
 from app.store.reads import JobView
+from gristmill_client import AsyncClient, Client
 
 SAMPLE: Final = 6
 """Prompts that are also sent one at a time, each after the answer to the one before."""

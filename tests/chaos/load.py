@@ -27,8 +27,8 @@ import redis
 
 from app.broker.message import raw_message
 from app.broker.queues import Layout, queue_name
-from app.client.exchange import CONNECTIONS
 from app.jobs import Kind
+from gristmill_client.exchange import CONNECTIONS
 from tests.chaos.history import History
 from tests.chaos.world import MODELS, NotInTime, World, eventually
 

@@ -13,9 +13,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from app.client import Client
 from app.local.ports import free_port
 from app.local.servers import EmbeddedPostgres, package_folder
+from gristmill_client import Client
 from tests.compose import services
 from tests.systems import write_stub_config
 from tests.waiting import eventually

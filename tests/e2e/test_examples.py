@@ -33,7 +33,7 @@ from tests.signals import HEEDING_SIGNALS
 from tests.waiting import eventually
 
 API = "http://127.0.0.1:8000"  # in the examples; the tests' own port takes its place
-NO_PACKAGE = "\nimport sys\nassert not {'app', 'app.client', 'app.broker'} & sys.modules.keys()\n"
+NO_PACKAGE = "\nimport sys\nassert not {'app', 'gristmill_client'} & sys.modules.keys()\n"
 
 
 # ── everything runs once, for all examples ──────────────────────────────────────────────────────

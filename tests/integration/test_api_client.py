@@ -13,10 +13,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from app.client import AsyncClient, Client, Job, JobFailed
 from app.config.settings import Settings
-from app.errors import GristmillError, JobNotFound, JobStateConflict, ModelNotFound
-from app.jobs import JobState
+from gristmill_client import AsyncClient, Client, Job, JobFailed, JobState
+from gristmill_client.errors import GristmillError, JobNotFound, JobStateConflict, ModelNotFound
 from tests.apis import running_api
 from tests.workers import running_worker
 

@@ -13,11 +13,11 @@ import httpx
 import psycopg
 import pytest
 
-from app.client import Client
 from app.config.settings import Settings
-from app.errors import JobStateConflict, RequestRemoved
 from app.jobs import JobState
 from app.store.database import Database
+from gristmill_client import Client
+from gristmill_client.errors import JobStateConflict, RequestRemoved
 from tests.apis import Hands, running_api
 from tests.rows import accept_earlier, at_once
 from tests.workers import rows

@@ -13,8 +13,8 @@ from celery import Celery
 from transformers import AutoModelForSequenceClassification
 
 from app.cli.results import answers
-from app.client import Client
 from app.config.settings import Settings
+from gristmill_client import Client
 from tests.integration.tiny_system import System, running_system
 from tests.unit import tiny_encoders, tiny_models
 from tests.unit.tiny_models import BOS, EOS

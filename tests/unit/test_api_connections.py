@@ -20,10 +20,10 @@ from app.api.app import (
     listen_on,
 )
 from app.api.connections import SPARE_FILES
-from app.client.exchange import CONNECTIONS
-from app.client.timer import HOLD_S
 from app.config.settings import Settings
 from app.errors import ConfigError
+from gristmill_client.exchange import CONNECTIONS
+from gristmill_client.timer import HOLD_S
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ import pytest
 
 from app import cli
 from app.cli.api import Api
-from app.client import Job, JobFailed
 from app.errors import (
     ConfigError,
     GristmillError,
@@ -22,7 +21,7 @@ from app.errors import (
     SchemaError,
     Unavailable,
 )
-from app.jobs import JobState
+from gristmill_client import Job, JobFailed, JobState
 
 
 @pytest.fixture

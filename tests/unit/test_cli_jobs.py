@@ -22,9 +22,9 @@ from app import cli
 from app.api.schemas_timeline import EXAMPLE
 from app.cli import api as api_module
 from app.cli.explain import BAR
-from app.client import Client
 from app.config.file import Loaded
 from app.config.settings import ApiSettings, Settings
+from gristmill_client import Client
 from tests.fake_api import FakeApi
 from tests.signals import heeding_signals
 
@@ -329,7 +329,9 @@ def test_an_interruption_does_not_wait_for_an_api_that_is_away(
     gristmill: Gristmill, api: FakeApi, monkeypatch: pytest.MonkeyPatch
 ):
     api.troubles = [httpx.ConnectError("refused")] * 100
-    monkeypatch.setattr("app.client.sync.time.sleep", lambda _: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(
+        "gristmill_client.sync.time.sleep", lambda _: os.kill(os.getpid(), signal.SIGINT)
+    )
 
     code, _, err = gristmill("submit", "hello")
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from app.cli import lines
 from app.cli.lines import json_object, numbered_lines
-from app.errors import RequestError, RequestTooLarge
+from gristmill_client.errors import RequestError, RequestTooLarge
 
 
 class InPieces(io.BytesIO):

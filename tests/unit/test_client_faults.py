@@ -7,8 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from app.client import Client, flows, sync
-from app.client.pages import PageSize
+from gristmill_client import Client, flows, sync
+from gristmill_client.pages import PageSize
 from tests.fake_api import FakeApi
 
 

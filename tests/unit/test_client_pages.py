@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.client.pages import PageSize, pages
+from gristmill_client.pages import PageSize, pages
 
 Submissions = list[dict[str, Any] | None]
 submissions = st.lists(

@@ -11,8 +11,9 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from app.client import AsyncClient, Client
-from app.config.host import is_loopback, stays_here
+from app.config.host import is_loopback
+from gristmill_client import AsyncClient, Client
+from gristmill_client.exchange import stays_here
 
 JOB = json.dumps({"id": "1", "state": "queued"}).encode()
 

@@ -37,9 +37,9 @@ from app.books.usage import (
 from app.cli import api as api_module
 from app.cli.terminal import PlainConsole
 from app.cli.usage import csv_of, time_of
-from app.client import Client
 from app.errors import RequestError
 from app.jobs import FINAL_STATES, JobState
+from gristmill_client import Client
 
 NOW = datetime(2027, 2, 1, 12, 34, 56, tzinfo=UTC)
 

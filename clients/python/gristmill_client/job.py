@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Self
 
-from app.client.problem import error_of
-from app.errors import GristmillError
-from app.jobs import JobState
+from gristmill_client.errors import GristmillError, error_of
+from gristmill_client.state import JobState
 
 
 @dataclass(frozen=True, slots=True)

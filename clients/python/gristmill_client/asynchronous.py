@@ -1,30 +1,29 @@
-"""The client for plain code."""
+"""The client for asyncio."""
 
 from __future__ import annotations
 
+import asyncio
 import ssl
-import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
 import httpx
 
-from app.client.exchange import CONNECTIONS, Exchange, ExchangeOptions, Flow, Outcome
-from app.client.flows import Flows, Given, Stream
-from app.client.job import Cancelled, Job
-from app.client.options import Chosen, Filters, Options, Submission, Usage
-from app.errors import GristmillError
+from gristmill_client.errors import GristmillError
+from gristmill_client.exchange import CONNECTIONS, Exchange, ExchangeOptions, Flow, Outcome
+from gristmill_client.flows import Flows, Given, Stream
+from gristmill_client.job import Cancelled, Job
+from gristmill_client.options import Chosen, Filters, Options, Submission, Usage
 
 T = TypeVar("T")
 
 
-class Client:
-    """The API for plain code. Threads may share one. Close it, or use it as a context manager.
+class AsyncClient:
+    """The API for asyncio: `Client` with every method awaited, and every iterator an async one.
 
-    The options are those of `ExchangeOptions`: `token`, `headers`, `timeout_s`, `patience_s`,
-    `on_pause`. `verify` is for TLS: an `ssl.SSLContext` holds an authority or a certificate of
-    one's own; False trusts anybody. `transport` is one of httpx, for everything else.
+    What is submitted or followed is taken from its iterable between two awaits: one that blocks
+    keeps the loop waiting.
     """
 
     def __init__(
@@ -32,39 +31,39 @@ class Client:
         base_url: str = "http://127.0.0.1:8000",
         *,
         verify: ssl.SSLContext | bool = True,
-        transport: httpx.BaseTransport | None = None,
+        transport: httpx.AsyncBaseTransport | None = None,
         **options: Unpack[ExchangeOptions],
     ) -> None:
         api = Exchange(base_url, **options)
         self._flows = Flows(api)
-        self._http = httpx.Client(
+        self._http = httpx.AsyncClient(
             verify=verify, transport=transport, trust_env=api.heeds_proxies, limits=CONNECTIONS
         )
 
     # ── submit ──────────────────────────────────────────────────────────────────────────────────
 
-    def submit(self, body: Mapping[str, Any], **options: Unpack[Options]) -> str:
+    async def submit(self, body: Mapping[str, Any], **options: Unpack[Options]) -> str:
         """Submit the body of an OpenAI-style call; returns the job's id."""
-        return self._run(self._flows.submit(body, options))
+        return await self._run(self._flows.submit(body, options))
 
-    def quote(self, body: Mapping[str, Any], **options: Unpack[Options]) -> dict[str, Any]:
+    async def quote(self, body: Mapping[str, Any], **options: Unpack[Options]) -> dict[str, Any]:
         """What a job would meet: its tokens, place, start, finish and cost; nothing is submitted.
         See the API's documentation of POST /v1/jobs."""
-        return self._run(self._flows.quote(body, options))
+        return await self._run(self._flows.quote(body, options))
 
-    def quote_many(self, submissions: Iterable[Submission]) -> dict[str, Any]:
+    async def quote_many(self, submissions: Iterable[Submission]) -> dict[str, Any]:
         """The same for many, each as if those before it were submitted: as many as one call of the
         API takes."""
-        return self._run(self._flows.quote_many(submissions))
+        return await self._run(self._flows.quote_many(submissions))
 
-    def submit_many(self, submissions: Iterable[Submission]) -> list[str | GristmillError]:
+    async def submit_many(self, submissions: Iterable[Submission]) -> list[str | GristmillError]:
         """Submit many; returns a job id or an error for each, in order, whatever happens on the
         way. Whoever may be interrupted takes `iter_submit`."""
-        return list(self.iter_submit(submissions))
+        return [each async for each in self.iter_submit(submissions)]
 
     def iter_submit(
         self, submissions: Iterable[Submission | None]
-    ) -> Iterator[str | GristmillError]:
+    ) -> AsyncIterator[str | GristmillError]:
         """Submit many, and hand out a job id or an error for each, in order, as soon as the API
         has answered.
 
@@ -76,32 +75,32 @@ class Client:
 
     # ── follow ──────────────────────────────────────────────────────────────────────────────────
 
-    def job(self, job_id: str) -> Job:
+    async def job(self, job_id: str) -> Job:
         """The job as it is now."""
-        return self._run(self._flows.job(job_id))
+        return await self._run(self._flows.job(job_id))
 
-    def timeline(self, job_id: str) -> dict[str, Any]:
+    async def timeline(self, job_id: str) -> dict[str, Any]:
         """Where the job's time went so far: see the API's documentation of
         GET /v1/jobs/{job_id}/timeline."""
-        return self._run(self._flows.timeline(job_id))
+        return await self._run(self._flows.timeline(job_id))
 
-    def jobs_status(
+    async def jobs_status(
         self, job_ids: Iterable[str], *, with_responses: bool = False
     ) -> list[Job | GristmillError]:
         """Jobs as they are now, each in its place, or why one cannot be told of."""
-        return self._run(self._flows.jobs_status(job_ids, with_responses))
+        return await self._run(self._flows.jobs_status(job_ids, with_responses))
 
-    def wait(self, job_id: str, timeout_s: float | None = None) -> Job:
+    async def wait(self, job_id: str, timeout_s: float | None = None) -> Job:
         """The job once it has ended, however it did.
 
         Raises `TimeoutError` after `timeout_s`, and not before, whatever becomes of the API.
         Without one it raises `Unavailable` if the API is away for longer than `patience_s`.
         """
-        return self._run(self._flows.wait(job_id, timeout_s))
+        return await self._run(self._flows.wait(job_id, timeout_s))
 
     def as_completed(
         self, job_ids: Iterable[str | None], timeout_s: float | None = None
-    ) -> Iterator[tuple[str, Job | GristmillError]]:
+    ) -> AsyncIterator[tuple[str, Job | GristmillError]]:
         """Each id with its job once that has ended, in the order in which they do, or with why it
         cannot be told of. An id that is given twice comes once.
 
@@ -110,72 +109,74 @@ class Client:
         """
         return self._stream(self._flows.as_completed(job_ids, timeout_s))
 
-    def result(self, job_id: str, timeout_s: float | None = None) -> dict[str, Any]:
+    async def result(self, job_id: str, timeout_s: float | None = None) -> dict[str, Any]:
         """The response body once there is one.
 
         Raises `JobFailed` if the job ends without one, `ResponseRemoved` if it is not kept any
         more, and as `wait` does.
         """
-        return self._run(self._flows.result(job_id, timeout_s))
+        return await self._run(self._flows.result(job_id, timeout_s))
 
-    def jobs(self, *, limit: int | None = None, **filters: Unpack[Filters]) -> list[Job]:
+    async def jobs(self, *, limit: int | None = None, **filters: Unpack[Filters]) -> list[Job]:
         """Jobs without their responses, newest first; all that fit, or `limit`."""
-        return list(self.iter_jobs(limit=limit, **filters))
+        return [each async for each in self.iter_jobs(limit=limit, **filters)]
 
-    def iter_jobs(self, *, limit: int | None = None, **filters: Unpack[Filters]) -> Iterator[Job]:
+    def iter_jobs(
+        self, *, limit: int | None = None, **filters: Unpack[Filters]
+    ) -> AsyncIterator[Job]:
         """The same, page by page."""
         return self._stream(self._flows.iter_jobs(limit, filters))
 
-    def limits(self) -> dict[str, Any]:
+    async def limits(self) -> dict[str, Any]:
         """What the API takes: see its documentation of GET /v1/limits."""
-        return self._run(self._flows.limits())
+        return await self._run(self._flows.limits())
 
-    def usage(self, **asked: Unpack[Usage]) -> dict[str, Any]:
+    async def usage(self, **asked: Unpack[Usage]) -> dict[str, Any]:
         """What jobs used and cost, summed: see its documentation of GET /v1/usage."""
-        return self._run(self._flows.usage(asked))
+        return await self._run(self._flows.usage(asked))
 
     # ── act ─────────────────────────────────────────────────────────────────────────────────────
 
-    def replay(self, job_id: str) -> Job:
+    async def replay(self, job_id: str) -> Job:
         """Run a job that ended badly once more; returns the new job, the same one every time."""
-        return self._run(self._flows.replay(job_id))
+        return await self._run(self._flows.replay(job_id))
 
-    def cancel(self, job_id: str) -> Job:
+    async def cancel(self, job_id: str) -> Job:
         """Cancel the job; raises `JobStateConflict` if it has ended otherwise."""
-        return self._run(self._flows.cancel(job_id))
+        return await self._run(self._flows.cancel(job_id))
 
-    def cancel_many(self, job_ids: Iterable[str]) -> list[Cancelled]:
+    async def cancel_many(self, job_ids: Iterable[str]) -> list[Cancelled]:
         """Cancel jobs; what became of each, in its place."""
-        return self._run(self._flows.cancel_many(job_ids))
+        return await self._run(self._flows.cancel_many(job_ids))
 
-    def cancel_chosen(self, **chosen: Unpack[Chosen]) -> Iterator[Cancelled]:
+    def cancel_chosen(self, **chosen: Unpack[Chosen]) -> AsyncIterator[Cancelled]:
         """Cancel all jobs of which all of this holds, newest first; at least one thing is given."""
         return self._stream(self._flows.cancel_chosen(chosen))
 
-    def purge(self, job_id: str) -> None:
+    async def purge(self, job_id: str) -> None:
         """Remove what a job was asked and what it answered, for good; what it cost stays.
 
         One that has not ended is cancelled. May be repeated; raises `JobNotFound`.
         """
-        self._run(self._flows.purge(job_id))
+        await self._run(self._flows.purge(job_id))
 
     # ── carrying flows out ──────────────────────────────────────────────────────────────────────
 
-    def close(self) -> None:
-        self._http.close()
+    async def close(self) -> None:
+        await self._http.aclose()
 
-    def __enter__(self) -> Self:
+    async def __aenter__(self) -> Self:
         return self
 
-    def __exit__(
+    async def __aexit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        await self.close()
 
-    def _run(self, flow: Flow[T]) -> T:
+    async def _run(self, flow: Flow[T]) -> T:
         outcome: Outcome = None
         while True:
             try:
@@ -183,9 +184,9 @@ class Client:
             except StopIteration as end:
                 result: T = end.value
                 return result
-            outcome = self._take(step)
+            outcome = await self._take(step)
 
-    def _stream(self, stream: Stream[T]) -> Iterator[T]:
+    async def _stream(self, stream: Stream[T]) -> AsyncIterator[T]:
         outcome: Outcome = None
         while True:
             try:
@@ -196,13 +197,13 @@ class Client:
                 yield step.value
                 outcome = None
             else:
-                outcome = self._take(step)
+                outcome = await self._take(step)
 
-    def _take(self, step: httpx.Request | float) -> Outcome:
+    async def _take(self, step: httpx.Request | float) -> Outcome:
         if not isinstance(step, httpx.Request):
-            time.sleep(step)
+            await asyncio.sleep(step)
             return None
         try:
-            return self._http.send(step)
+            return await self._http.send(step)
         except httpx.RequestError as error:
             return error

@@ -6,7 +6,7 @@ import math
 import time
 from typing import Final
 
-from app.client.exchange import Patience
+from gristmill_client.exchange import Patience
 
 HOLD_S: Final = 30
 """How long one long poll is held; a wait is made of many."""

@@ -10,13 +10,16 @@ only carries flows out.
 
 Answers 408, 429, 502, 503 and 504 and lost connections are tried again for `patience_s`, which
 outlasts a restart of the API, and never sooner than Retry-After says. That is safe: a submission
-has an idempotency key in any case. Errors are those of `app.errors`, by the `code` of the answer.
+has an idempotency key in any case. Errors are those of `gristmill_client.errors`, by the `code` of
+the answer.
 """
 
-from app.client.asynchronous import AsyncClient
-from app.client.job import Cancelled, Job, JobFailed
-from app.client.options import Chosen, Filters, Options, Submission
-from app.client.sync import Client
+from gristmill_client.asynchronous import AsyncClient
+from gristmill_client.errors import GristmillError
+from gristmill_client.job import Cancelled, Job, JobFailed
+from gristmill_client.options import Chosen, Filters, Options, Submission
+from gristmill_client.state import JobState
+from gristmill_client.sync import Client
 
 __all__ = [
     "AsyncClient",
@@ -24,8 +27,10 @@ __all__ = [
     "Chosen",
     "Client",
     "Filters",
+    "GristmillError",
     "Job",
     "JobFailed",
+    "JobState",
     "Options",
     "Submission",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import itertools
 import json
 import math
@@ -14,9 +15,14 @@ from typing import Any, Final, TypedDict, TypeVar
 
 import httpx
 
-from app.client.problem import error_of
-from app.config.host import stays_here
-from app.errors import GristmillError, QueueFull, RequestError, RequestTooLarge, Unavailable
+from gristmill_client.errors import (
+    GristmillError,
+    QueueFull,
+    RequestError,
+    RequestTooLarge,
+    Unavailable,
+    error_of,
+)
 
 RETRIED: Final = frozenset({408, 429, 502, 503, 504})
 MAX_PAUSE_S: Final = 60.0
@@ -27,7 +33,7 @@ CONNECTIONS: Final = httpx.Limits(
     max_connections=100, max_keepalive_connections=20, keepalive_expiry=60.0
 )
 """httpx's own, but kept open from one look at a job to the next, and for less time than the API
-keeps them (`app.api.app.KEEP_ALIVE_S`): whoever connects anew waits behind others who do."""
+keeps them (75 s): whoever connects anew waits behind others who do."""
 
 COME_BACK: Final = (Unavailable, QueueFull)
 """Refusals of the service itself, not of what was asked: everything else would meet them too."""
@@ -194,6 +200,17 @@ def _url(address: str) -> httpx.URL:
     if url.scheme not in ("http", "https") or not url.host:
         raise ValueError("The API's address must begin with http:// or https:// and a host.")
     return url
+
+
+def stays_here(host: str) -> bool:
+    """Whether what is sent there stays on this machine: to 0.0.0.0 it does, too. Looks nothing up:
+    `localhost` and what ends with it are kept for this machine (RFC 6761)."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        name = host.lower().rstrip(".")
+        return name == "localhost" or name.endswith(".localhost")
+    return address.is_loopback or address.is_unspecified
 
 
 def encode(value: object) -> bytes:

@@ -9,14 +9,20 @@ from urllib.parse import quote
 
 import httpx
 
-from app.client.exchange import COME_BACK, Exchange, Flow, Outcome, Patience, encode
-from app.client.job import Cancelled, Job, JobFailed
-from app.client.options import Chosen, Filters, Options, Usage, plain, query_of
-from app.client.pages import PageSize, pages, submission_of
-from app.client.problem import items_of
-from app.client.timer import Timer
-from app.errors import GristmillError, NotStorable, RequestError, RequestTooLarge, ResponseRemoved
-from app.jobs import JobState
+from gristmill_client.errors import (
+    GristmillError,
+    NotStorable,
+    RequestError,
+    RequestTooLarge,
+    ResponseRemoved,
+)
+from gristmill_client.exchange import COME_BACK, Exchange, Flow, Outcome, Patience, encode
+from gristmill_client.items import items_of
+from gristmill_client.job import Cancelled, Job, JobFailed
+from gristmill_client.options import Chosen, Filters, Options, Usage, plain, query_of
+from gristmill_client.pages import PageSize, pages, submission_of
+from gristmill_client.state import JobState
+from gristmill_client.timer import Timer
 
 PAGE_S: Final = 60
 """What a page may take beyond other requests: all of it is tokenised before it is answered."""

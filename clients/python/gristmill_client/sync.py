@@ -1,29 +1,30 @@
-"""The client for asyncio."""
+"""The client for plain code."""
 
 from __future__ import annotations
 
-import asyncio
 import ssl
-from collections.abc import AsyncIterator, Iterable, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
 import httpx
 
-from app.client.exchange import CONNECTIONS, Exchange, ExchangeOptions, Flow, Outcome
-from app.client.flows import Flows, Given, Stream
-from app.client.job import Cancelled, Job
-from app.client.options import Chosen, Filters, Options, Submission, Usage
-from app.errors import GristmillError
+from gristmill_client.errors import GristmillError
+from gristmill_client.exchange import CONNECTIONS, Exchange, ExchangeOptions, Flow, Outcome
+from gristmill_client.flows import Flows, Given, Stream
+from gristmill_client.job import Cancelled, Job
+from gristmill_client.options import Chosen, Filters, Options, Submission, Usage
 
 T = TypeVar("T")
 
 
-class AsyncClient:
-    """The API for asyncio: `Client` with every method awaited, and every iterator an async one.
+class Client:
+    """The API for plain code. Threads may share one. Close it, or use it as a context manager.
 
-    What is submitted or followed is taken from its iterable between two awaits: one that blocks
-    keeps the loop waiting.
+    The options are those of `ExchangeOptions`: `token`, `headers`, `timeout_s`, `patience_s`,
+    `on_pause`. `verify` is for TLS: an `ssl.SSLContext` holds an authority or a certificate of
+    one's own; False trusts anybody. `transport` is one of httpx, for everything else.
     """
 
     def __init__(
@@ -31,39 +32,39 @@ class AsyncClient:
         base_url: str = "http://127.0.0.1:8000",
         *,
         verify: ssl.SSLContext | bool = True,
-        transport: httpx.AsyncBaseTransport | None = None,
+        transport: httpx.BaseTransport | None = None,
         **options: Unpack[ExchangeOptions],
     ) -> None:
         api = Exchange(base_url, **options)
         self._flows = Flows(api)
-        self._http = httpx.AsyncClient(
+        self._http = httpx.Client(
             verify=verify, transport=transport, trust_env=api.heeds_proxies, limits=CONNECTIONS
         )
 
     # ── submit ──────────────────────────────────────────────────────────────────────────────────
 
-    async def submit(self, body: Mapping[str, Any], **options: Unpack[Options]) -> str:
+    def submit(self, body: Mapping[str, Any], **options: Unpack[Options]) -> str:
         """Submit the body of an OpenAI-style call; returns the job's id."""
-        return await self._run(self._flows.submit(body, options))
+        return self._run(self._flows.submit(body, options))
 
-    async def quote(self, body: Mapping[str, Any], **options: Unpack[Options]) -> dict[str, Any]:
+    def quote(self, body: Mapping[str, Any], **options: Unpack[Options]) -> dict[str, Any]:
         """What a job would meet: its tokens, place, start, finish and cost; nothing is submitted.
         See the API's documentation of POST /v1/jobs."""
-        return await self._run(self._flows.quote(body, options))
+        return self._run(self._flows.quote(body, options))
 
-    async def quote_many(self, submissions: Iterable[Submission]) -> dict[str, Any]:
+    def quote_many(self, submissions: Iterable[Submission]) -> dict[str, Any]:
         """The same for many, each as if those before it were submitted: as many as one call of the
         API takes."""
-        return await self._run(self._flows.quote_many(submissions))
+        return self._run(self._flows.quote_many(submissions))
 
-    async def submit_many(self, submissions: Iterable[Submission]) -> list[str | GristmillError]:
+    def submit_many(self, submissions: Iterable[Submission]) -> list[str | GristmillError]:
         """Submit many; returns a job id or an error for each, in order, whatever happens on the
         way. Whoever may be interrupted takes `iter_submit`."""
-        return [each async for each in self.iter_submit(submissions)]
+        return list(self.iter_submit(submissions))
 
     def iter_submit(
         self, submissions: Iterable[Submission | None]
-    ) -> AsyncIterator[str | GristmillError]:
+    ) -> Iterator[str | GristmillError]:
         """Submit many, and hand out a job id or an error for each, in order, as soon as the API
         has answered.
 
@@ -75,32 +76,32 @@ class AsyncClient:
 
     # ── follow ──────────────────────────────────────────────────────────────────────────────────
 
-    async def job(self, job_id: str) -> Job:
+    def job(self, job_id: str) -> Job:
         """The job as it is now."""
-        return await self._run(self._flows.job(job_id))
+        return self._run(self._flows.job(job_id))
 
-    async def timeline(self, job_id: str) -> dict[str, Any]:
+    def timeline(self, job_id: str) -> dict[str, Any]:
         """Where the job's time went so far: see the API's documentation of
         GET /v1/jobs/{job_id}/timeline."""
-        return await self._run(self._flows.timeline(job_id))
+        return self._run(self._flows.timeline(job_id))
 
-    async def jobs_status(
+    def jobs_status(
         self, job_ids: Iterable[str], *, with_responses: bool = False
     ) -> list[Job | GristmillError]:
         """Jobs as they are now, each in its place, or why one cannot be told of."""
-        return await self._run(self._flows.jobs_status(job_ids, with_responses))
+        return self._run(self._flows.jobs_status(job_ids, with_responses))
 
-    async def wait(self, job_id: str, timeout_s: float | None = None) -> Job:
+    def wait(self, job_id: str, timeout_s: float | None = None) -> Job:
         """The job once it has ended, however it did.
 
         Raises `TimeoutError` after `timeout_s`, and not before, whatever becomes of the API.
         Without one it raises `Unavailable` if the API is away for longer than `patience_s`.
         """
-        return await self._run(self._flows.wait(job_id, timeout_s))
+        return self._run(self._flows.wait(job_id, timeout_s))
 
     def as_completed(
         self, job_ids: Iterable[str | None], timeout_s: float | None = None
-    ) -> AsyncIterator[tuple[str, Job | GristmillError]]:
+    ) -> Iterator[tuple[str, Job | GristmillError]]:
         """Each id with its job once that has ended, in the order in which they do, or with why it
         cannot be told of. An id that is given twice comes once.
 
@@ -109,74 +110,72 @@ class AsyncClient:
         """
         return self._stream(self._flows.as_completed(job_ids, timeout_s))
 
-    async def result(self, job_id: str, timeout_s: float | None = None) -> dict[str, Any]:
+    def result(self, job_id: str, timeout_s: float | None = None) -> dict[str, Any]:
         """The response body once there is one.
 
         Raises `JobFailed` if the job ends without one, `ResponseRemoved` if it is not kept any
         more, and as `wait` does.
         """
-        return await self._run(self._flows.result(job_id, timeout_s))
+        return self._run(self._flows.result(job_id, timeout_s))
 
-    async def jobs(self, *, limit: int | None = None, **filters: Unpack[Filters]) -> list[Job]:
+    def jobs(self, *, limit: int | None = None, **filters: Unpack[Filters]) -> list[Job]:
         """Jobs without their responses, newest first; all that fit, or `limit`."""
-        return [each async for each in self.iter_jobs(limit=limit, **filters)]
+        return list(self.iter_jobs(limit=limit, **filters))
 
-    def iter_jobs(
-        self, *, limit: int | None = None, **filters: Unpack[Filters]
-    ) -> AsyncIterator[Job]:
+    def iter_jobs(self, *, limit: int | None = None, **filters: Unpack[Filters]) -> Iterator[Job]:
         """The same, page by page."""
         return self._stream(self._flows.iter_jobs(limit, filters))
 
-    async def limits(self) -> dict[str, Any]:
+    def limits(self) -> dict[str, Any]:
         """What the API takes: see its documentation of GET /v1/limits."""
-        return await self._run(self._flows.limits())
+        return self._run(self._flows.limits())
 
-    async def usage(self, **asked: Unpack[Usage]) -> dict[str, Any]:
+    def usage(self, **asked: Unpack[Usage]) -> dict[str, Any]:
         """What jobs used and cost, summed: see its documentation of GET /v1/usage."""
-        return await self._run(self._flows.usage(asked))
+        return self._run(self._flows.usage(asked))
 
     # ── act ─────────────────────────────────────────────────────────────────────────────────────
 
-    async def replay(self, job_id: str) -> Job:
+    def replay(self, job_id: str) -> Job:
         """Run a job that ended badly once more; returns the new job, the same one every time."""
-        return await self._run(self._flows.replay(job_id))
+        return self._run(self._flows.replay(job_id))
 
-    async def cancel(self, job_id: str) -> Job:
+    def cancel(self, job_id: str) -> Job:
         """Cancel the job; raises `JobStateConflict` if it has ended otherwise."""
-        return await self._run(self._flows.cancel(job_id))
+        return self._run(self._flows.cancel(job_id))
 
-    async def cancel_many(self, job_ids: Iterable[str]) -> list[Cancelled]:
+    def cancel_many(self, job_ids: Iterable[str]) -> list[Cancelled]:
         """Cancel jobs; what became of each, in its place."""
-        return await self._run(self._flows.cancel_many(job_ids))
+        return self._run(self._flows.cancel_many(job_ids))
 
-    def cancel_chosen(self, **chosen: Unpack[Chosen]) -> AsyncIterator[Cancelled]:
+    def cancel_chosen(self, **chosen: Unpack[Chosen]) -> Iterator[Cancelled]:
         """Cancel all jobs of which all of this holds, newest first; at least one thing is given."""
         return self._stream(self._flows.cancel_chosen(chosen))
 
-    async def purge(self, job_id: str) -> None:
+    def purge(self, job_id: str) -> None:
         """Remove what a job was asked and what it answered, for good; what it cost stays.
 
         One that has not ended is cancelled. May be repeated; raises `JobNotFound`.
         """
-        await self._run(self._flows.purge(job_id))
+        self._run(self._flows.purge(job_id))
 
     # ── carrying flows out ──────────────────────────────────────────────────────────────────────
 
-    async def close(self) -> None:
-        await self._http.aclose()
+    def close(self) -> None:
+        self._http.close()
 
-    async def __aenter__(self) -> Self:
+    def __enter__(self) -> Self:
         return self
 
-    async def __aexit__(
+    def __exit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        await self.close()
+        self.close()
 
-    async def _run(self, flow: Flow[T]) -> T:
+    def _run(self, flow: Flow[T]) -> T:
         outcome: Outcome = None
         while True:
             try:
@@ -184,9 +183,9 @@ class AsyncClient:
             except StopIteration as end:
                 result: T = end.value
                 return result
-            outcome = await self._take(step)
+            outcome = self._take(step)
 
-    async def _stream(self, stream: Stream[T]) -> AsyncIterator[T]:
+    def _stream(self, stream: Stream[T]) -> Iterator[T]:
         outcome: Outcome = None
         while True:
             try:
@@ -197,13 +196,13 @@ class AsyncClient:
                 yield step.value
                 outcome = None
             else:
-                outcome = await self._take(step)
+                outcome = self._take(step)
 
-    async def _take(self, step: httpx.Request | float) -> Outcome:
+    def _take(self, step: httpx.Request | float) -> Outcome:
         if not isinstance(step, httpx.Request):
-            await asyncio.sleep(step)
+            time.sleep(step)
             return None
         try:
-            return await self._http.send(step)
+            return self._http.send(step)
         except httpx.RequestError as error:
             return error

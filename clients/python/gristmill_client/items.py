@@ -1,28 +1,13 @@
-"""From the problem documents of the API to the errors of `app.errors`."""
+"""What is told of each of many things, or what was wrong with it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
-from app import errors
-from app.errors import GristmillError, RequestError
+from gristmill_client.errors import GristmillError, error_of
 
 T = TypeVar("T")
-
-_KINDS: Final = {
-    kind.code: kind
-    for kind in vars(errors).values()
-    if isinstance(kind, type) and issubclass(kind, GristmillError)
-}
-
-
-def error_of(problem: dict[str, Any]) -> GristmillError:
-    """The error that a problem document tells of. Raises `KeyError` if it is none."""
-    kind = _KINDS.get(problem["code"], GristmillError)
-    if issubclass(kind, RequestError):
-        return kind(problem["detail"], param=problem.get("param"))
-    return kind(problem["detail"])
 
 
 def items_of(

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 from uuid import uuid4
 
-from app.client.exchange import encode
-from app.client.options import plain
-from app.errors import RequestError
+from gristmill_client.errors import RequestError
+from gristmill_client.exchange import encode
+from gristmill_client.options import plain
 
 MAX_JOBS: Final = 1_000
 MAX_BYTES: Final = 4_000_000
