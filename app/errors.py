@@ -15,6 +15,8 @@
     ├── IdempotencyConflict    same key, another request
     ├── JobNotFound
     ├── NoSuchFile
+    ├── KeyNotFound            no API key of this id, or it is not valid any more
+    ├── NoKey                  a call without an API key, or with one that is not valid
     ├── JobUnreadable          its row was written by hand, or by a later version
     ├── JobStateConflict       the job is not in a state that allows this
     ├── RequestRemoved         the job's request is not kept any more
@@ -142,6 +144,18 @@ class NoSuchFile(GristmillError):
     """No such file."""
 
     code = "file_not_found"
+
+
+class KeyNotFound(GristmillError):
+    """No such API key."""
+
+    code = "key_not_found"
+
+
+class NoKey(GristmillError):
+    """The call needs an API key."""
+
+    code = "unauthorized"
 
 
 class JobUnreadable(GristmillError):

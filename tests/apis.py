@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import timedelta
+from contextlib import closing, contextmanager
+from datetime import datetime, timedelta
 from decimal import Decimal
 from uuid import UUID, uuid4
 
@@ -15,7 +15,8 @@ from app.api.app import Server, create_app, listen_on
 from app.books.energy import EnergyMethod
 from app.config.settings import Settings
 from app.jobs import CloseReason, JobState
-from app.store import claims, notices, workers
+from app.keys import NewKey, Scope, new_key
+from app.store import claims, keys, notices, workers
 from app.store.database import Database
 
 
@@ -35,6 +36,24 @@ def running_api(settings: Settings, port: int = 0) -> Iterator[httpx.Client]:
     finally:
         server.should_exit = True
         thread.join()
+
+
+def made_key(
+    database_url: str, tenant: str, *scopes: Scope, expires_at: datetime | None = None
+) -> NewKey:
+    """A new API key; those of `submit` and `read` unless scopes are named."""
+    key = new_key()
+    with closing(Database(database_url, pool_size=1)) as database, database.begin() as connection:
+        keys.create(
+            connection,
+            key,
+            actor="test",
+            name="test",
+            scopes=scopes or (Scope.SUBMIT, Scope.READ),
+            tenant=tenant,
+            expires_at=expires_at,
+        )
+    return key
 
 
 class Hands:

@@ -41,12 +41,13 @@ from app.api.query import only_declared
 from app.api.services import Services
 from app.api.waiting import Waiters
 from app.broker.publisher import Publisher
-from app.config.settings import Settings
+from app.config.host import is_loopback
+from app.config.settings import ApiSettings, Settings
 from app.engines.catalog import load_catalog
 from app.errors import ConfigError, Unavailable
 from app.intake.submit import Submitter
 from app.objects import Objects
-from app.store import notices
+from app.store import keys, notices
 from app.store.database import Database
 from app.threads import beside
 
@@ -91,7 +92,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.services = services
     app.state.idle_connections = {}
     app.state.unread = connections.Unread(settings.api.max_unread_bytes)
-    app.add_middleware(KnownCallers, settings=settings.api)
+    app.add_middleware(KnownCallers, settings=settings.api, keyring=services.keyring)
     app.add_middleware(RequestScope, metrics=services.metrics)  # around it: it counts refusals, too
     problems.install(app)
     for surface in (
@@ -202,7 +203,7 @@ def serve(settings: Settings) -> None:
     memory.give_back()
     connections.allow(settings.api.max_connections)
     app = create_app(settings)
-    _check_schema(app.state.services.database)
+    check_start(app.state.services.database, settings.api)
     openapi.text(app)  # now, and not while others wait for their answers
     memory.settle()
     sys.setswitchinterval(SWITCH_S)
@@ -213,9 +214,18 @@ def serve(settings: Settings) -> None:
         Server(app).run(sockets=[sock])
 
 
-def _check_schema(database: Database) -> None:
+def check_start(database: Database, api: ApiSettings) -> None:
+    """Raises `SchemaError`, and `ConfigError` if others reach the API and nobody has a key. Says so
+    if the database is away, and no more: keys are needed there in any case."""
     try:
         database.check_schema()
+        with database.begin() as connection:
+            if not is_loopback(api.host) and not keys.any_valid(connection):
+                raise ConfigError(
+                    f"api.host is {api.host}, where other machines reach the API, and there is no "
+                    "API key. Make the first one: `gristmill keys create --name NAME`; or set "
+                    "api.host to 127.0.0.1."
+                )
     except Unavailable as error:
         log.warning("%s Starting all the same.", error, extra={"action": "database_away"})
 

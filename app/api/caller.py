@@ -1,8 +1,10 @@
-"""Who calls: whose jobs a request is about, and what its key allows."""
+"""Who calls: whose jobs a request is about, and what its key allows.
+
+A handler takes `who: Who` and passes `who.tenant` on; see `app.api.callers` for where it is from.
+"""
 
 from __future__ import annotations
 
-import enum
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Annotated, Final
@@ -10,18 +12,8 @@ from typing import Annotated, Final
 from fastapi import Depends, Request
 from starlette.exceptions import HTTPException
 
+from app.keys import Scope
 from app.store.tables import DEFAULT_TENANT
-
-
-class Scope(enum.StrEnum):
-    """What a key allows."""
-
-    SUBMIT = "submit"
-    """To make, cancel, replay and purge its tenant's jobs."""
-    READ = "read"
-    """To read them, and what they used."""
-    ADMIN = "admin"
-    """To read what belongs to no tenant: metrics, and usage of all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +23,11 @@ class Caller:
     tenant: str
     scopes: frozenset[Scope]
     key_id: str | None = None  #: None where no key is asked for
+
+    @property
+    def actor(self) -> str:
+        """As the log of what was done knows it."""
+        return f"key:{self.key_id}" if self.key_id else "anybody"
 
     def need(self, scope: Scope) -> None:
         """Raises 403 unless its key has this scope."""
@@ -45,7 +42,7 @@ ANYBODY: Final = Caller(DEFAULT_TENANT, frozenset(Scope))
 
 
 async def _caller(request: Request) -> Caller:
-    caller: Caller = getattr(request.state, "caller", ANYBODY)
+    caller: Caller = request.state.caller  # or it would not have come this far
     return caller
 
 

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import re
 from contextlib import suppress
 from http import HTTPStatus
 from typing import Final
 
-from fastapi import Request
+from fastapi import Request, Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api import problems
+from app.api.keyring import Keyring
 from app.api.raw_bodies import DRAIN_BYTES
 from app.config.callers import HEADERS, refusal
 from app.config.settings import ApiSettings
+from app.errors import NoKey, Unavailable
+from app.keys import is_shaped
 
 OPEN: Final = frozenset({"/health", "/healthz", "/readyz", "/docs", "/openapi.json"})
-"""Need no token: health checks have none, and the documentation is the same everywhere."""
+"""Need no key: health checks have none, and the documentation is the same everywhere."""
 OPEN_FOLDER: Final = "/static-offline-docs/"
 """The documentation's scripts and styles."""
 
@@ -31,11 +33,13 @@ _HEADERS: Final = [(name.lower().encode(), value.encode()) for name, value in HE
 
 
 class KnownCallers:
-    """Refuses web pages of other origins and, where a token is set, whoever does not send it."""
+    """Refuses web pages of other origins and whoever has no valid key, where one is needed; of all
+    others it says who they are (`app.api.caller`)."""
 
-    def __init__(self, app: ASGIApp, settings: ApiSettings) -> None:
+    def __init__(self, app: ASGIApp, settings: ApiSettings, keyring: Keyring) -> None:
         self._app = app
         self._settings = settings
+        self._keyring = keyring
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -48,35 +52,54 @@ class KnownCallers:
             await send(message)
 
         request = Request(scope)
-        refused = self._refused(request)
+        refused = self._of_a_foreign_page(request) or await self._without_key(request)
         if refused is None:
             await self._app(scope, receive, send_closed)
             return
         await _drain(receive)
-        await problems.refused(request, refused)(scope, receive, send_closed)
+        await refused(scope, receive, send_closed)
 
-    def _refused(self, request: Request) -> HTTPException | None:
+    def _of_a_foreign_page(self, request: Request) -> Response | None:
         allowed = self._settings.allowed_hosts
         foreign = refusal(request.method, request.headers, allowed, "api.allowed_hosts")
-        if foreign is not None:
-            return HTTPException(foreign.status, foreign.detail, {"Connection": "close"})
-        path = request.scope["path"]
-        if not self._settings.token or path in OPEN or path.startswith(OPEN_FOLDER):
+        if foreign is None:
             return None
-        return self._lacks_token(request)
+        error = HTTPException(foreign.status, foreign.detail, {"Connection": "close"})
+        return problems.refused(request, error)
 
-    def _lacks_token(self, request: Request) -> HTTPException | None:
-        """As RFC 6750 has it."""
-        given = _BEARER.fullmatch(request.headers.get("Authorization", ""))
-        if given and hmac.compare_digest(given[1].encode(), self._settings.token.encode()):
+    async def _without_key(self, request: Request) -> Response | None:
+        path = request.scope["path"]
+        if path in OPEN or path.startswith(OPEN_FOLDER):
             return None
-        problem = ', error="invalid_token"' if given else ""
-        return HTTPException(
-            HTTPStatus.UNAUTHORIZED,
-            "Send the token of the setting api.token, as `Authorization: Bearer TOKEN`"
-            f"{'; the one that was sent is another' if given else ''}.",
-            {"WWW-Authenticate": f'Bearer realm="gristmill"{problem}', "Connection": "close"},
-        )
+        given = _key_of(request)
+        try:
+            request.state.caller = await self._keyring.caller(given)
+        except NoKey as error:
+            return problems.refused(request, _unauthorized(error, has_key=given is not None))
+        except Unavailable as error:
+            problem = problems.describe(error, instance=path)
+            return problems.respond(problem, request, {"Connection": "close"})
+        return None
+
+
+def _key_of(request: Request) -> str | None:
+    """The key that came with a request: of two the one that means to be ours."""
+    bearer = _BEARER.fullmatch(request.headers.get("Authorization", ""))
+    given = [bearer[1]] if bearer else []
+    given += [each for each in (request.headers.get("x-api-key"),) if each]
+    return next(filter(is_shaped, given), given[0] if given else None)
+
+
+def _unauthorized(error: NoKey, *, has_key: bool) -> HTTPException:
+    """As RFC 6750 has it."""
+    why = f"{error} " if has_key else ""
+    problem = ', error="invalid_token"' if has_key else ""
+    return HTTPException(
+        HTTPStatus.UNAUTHORIZED,
+        f"{why}Send an API key as `Authorization: Bearer KEY` or `x-api-key: KEY`; "
+        "`gristmill keys create` makes one.",
+        {"WWW-Authenticate": f'Bearer realm="gristmill"{problem}', "Connection": "close"},
+    )
 
 
 async def _drain(receive: Receive) -> None:

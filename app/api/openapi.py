@@ -51,10 +51,18 @@ _REFUSALS: Final = {
     for door in Door
 }
 """Of every operation: see `app.api.query` and `app.api.callers`."""
-_TOKEN: Final = {
-    "type": "http",
-    "scheme": "bearer",
-    "description": "The setting `api.token`, where it is set.",
+_KEYS: Final = {
+    "bearer": {
+        "type": "http",
+        "scheme": "bearer",
+        "description": "An API key, as `gristmill keys create` makes one.",
+    },
+    "x-api-key": {
+        "type": "apiKey",
+        "in": "header",
+        "name": "x-api-key",
+        "description": "The same key, as other clients send it.",
+    },
 }
 
 
@@ -95,8 +103,8 @@ def _document(app: FastAPI) -> dict[str, Any]:
         )
         schemas = document["components"]["schemas"]
         schemas.update(own["$defs"])
-        document["components"]["securitySchemes"] = {"token": _TOKEN}
-        document["security"] = [{}, {"token": []}]  # needed where the setting says so
+        document["components"]["securitySchemes"] = _KEYS
+        document["security"] = [{}, *({name: []} for name in _KEYS)]  # {}: where none is needed
         for unused in ("HTTPValidationError", "ValidationError"):
             schemas.pop(unused, None)
         for path, operations in document["paths"].items():

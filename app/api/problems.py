@@ -181,7 +181,7 @@ def _status(error: errors.GristmillError) -> HTTPStatus:
 RESPONSES: Final[dict[HTTPStatus, str]] = {
     HTTPStatus.BAD_REQUEST: "Broken JSON, an unknown field or parameter, a wrong type or a value "
     "out of range.",
-    HTTPStatus.UNAUTHORIZED: "A token is set, and it is not sent.",
+    HTTPStatus.UNAUTHORIZED: "An API key is needed, and none that is valid was sent.",
     HTTPStatus.FORBIDDEN: "A web page of another origin asks, or the key lacks the scope for this.",
     HTTPStatus.NOT_FOUND: "No such job, model or url.",
     HTTPStatus.CONFLICT: "The job's state does not allow this. Not to be retried.",

@@ -9,14 +9,14 @@ from uuid import UUID
 from fastapi import APIRouter, Response
 
 from app.api.answers import answer
-from app.api.caller import Who
+from app.api.caller import Caller, Who
 from app.api.jobs import JobId
 from app.api.problems import documented
 from app.api.schemas import Job
 from app.api.services import Here, Services
 from app.intake.decision import Decision
 from app.jobs import JobState, job_id_of
-from app.store import purging
+from app.store import admin_log, purging
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
@@ -46,15 +46,16 @@ async def purge(here: Here, who: Who, job_id: JobId) -> Response:
     The same idempotency key makes a new job afterwards.
     """
     id = job_id_of(job_id)
-    state = await here.write(_purge, here, who.tenant, id)
+    state = await here.write(_purge, here, who, id)
     if state is JobState.RUNNING:
         await here.tell_workers([id])
         return answer(await here.job(who.tenant, id), status=202)
     return Response(status_code=204)
 
 
-def _purge(decision: Decision, here: Services, tenant: str, job_id: UUID) -> JobState:
+def _purge(decision: Decision, here: Services, who: Caller, job_id: UUID) -> JobState:
     with here.database.begin() as connection:
-        state = purging.purge(connection, job_id, tenant=tenant)
+        state = purging.purge(connection, job_id, tenant=who.tenant)
+        admin_log.note(connection, who.actor, "job.purged", str(job_id), tenant=who.tenant)
         decision.commit()
     return state

@@ -13,6 +13,8 @@ from uuid import UUID
 
 from fastapi import Depends, Request
 
+from app.api import keyring
+from app.api.keyring import Keyring
 from app.api.metrics import Metrics
 from app.api.probe import Probe
 from app.api.reader import Outcome, Reader, Snapshot, snapshots
@@ -23,6 +25,7 @@ from app.api.waiting import Waiters
 from app.api.work import LARGE_AT_ONCE, Work
 from app.api.writer import Writer
 from app.broker.publisher import Publisher
+from app.config.host import is_loopback
 from app.config.settings import Settings
 from app.errors import Busy, Unavailable
 from app.intake.decision import Decision
@@ -30,6 +33,7 @@ from app.intake.submit import Stored, Submitter
 from app.objects import Objects
 from app.store import cancellation
 from app.store.database import Database
+from app.store.keys import Known
 from app.store.submissions import NewJob
 
 log = logging.getLogger(__name__)
@@ -73,6 +77,7 @@ class Services:
     behind: set[asyncio.Future[object]] = field(default_factory=set)  #: answers, on its way
     reader: Reader = field(init=False)
     writer: Writer = field(init=False)
+    keyring: Keyring = field(init=False)
     postgres: Probe[None] = field(init=False)
     redis: Probe[None] = field(init=False)
     scrape: Probe[bytes] = field(init=False)
@@ -98,6 +103,15 @@ class Services:
             return await self.read(snapshots, self.database, outlook, tenant, ids)
 
         object.__setattr__(self, "reader", Reader(look))
+
+        async def find(id: str, digest: bytes) -> Known | None:
+            return await self.read(keyring.look_up, self.database, id, digest)
+
+        async def any_made() -> bool:
+            return await self.read(keyring.any_made, self.database)
+
+        ring = Keyring(find, any_made, is_open=is_loopback(api.host))
+        object.__setattr__(self, "keyring", ring)
         object.__setattr__(self, "writer", Writer(self._store, self.send))
 
     def _store_takes_jobs(self) -> None:

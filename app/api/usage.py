@@ -12,7 +12,7 @@ from fastapi import APIRouter, Depends, Query, Request
 from pydantic import BaseModel, Field
 
 from app.api import query
-from app.api.caller import Caller, Scope, Who
+from app.api.caller import Caller, Who
 from app.api.problems import documented
 from app.api.schemas import ModelName, Money
 from app.api.services import Here, Services
@@ -31,6 +31,7 @@ from app.books.usage import (
 )
 from app.errors import NotStorable, RequestError
 from app.jobs import MAX_PRIORITY, JobState
+from app.keys import Scope
 from app.requests.storable import parse_metadata, refuse_unstorable
 from app.store import usage
 from app.store.translation import TookTooLong

@@ -161,7 +161,7 @@ def run_engine(engine: Engine, tokenizer: Tokenizer, texts: Seq[str]) -> Tensor:
 
 def _run_path(settings: Settings, texts: Seq[str]) -> Tensor:
     """A job for each text, from the submission of all to the last answer."""
-    with Client(settings.api.url, token=settings.api.token) as client:
+    with Client(settings.api.url, key=settings.api.key) as client:
         ids = [_good(it) for it in client.submit_many([{"body": {"input": it}} for it in texts])]
         ended = dict(client.as_completed(ids))
     answers = [_good(ended[job_id]).response or {} for job_id in ids]

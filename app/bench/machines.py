@@ -64,7 +64,7 @@ def main(arguments: Seq[str]) -> None:
     ]
     with _namespaces(), _wire() as wire, Mill(options.batch_size, options.step_ms, HOSTS) as mill:
         mill.start_rescue(0)
-        with Client(*mill.start_apis(1)) as client:
+        with Client(*mill.start_apis(1), key=mill.key) as client:
             mill.grow(2)
             mill.run(64)  # warm
             for trial in trials:

@@ -30,10 +30,11 @@ from app.broker.publisher import Publisher
 from app.config.file import load
 from app.config.settings import Settings
 from app.jobs import Kind, new_id
+from app.keys import Scope, new_key
 from app.local.child import Child, with_parent
 from app.local.ports import LOOPBACK, free_port
 from app.local.servers import EmbeddedPostgres, _not_root, package_folder
-from app.store import submissions
+from app.store import keys, submissions
 from app.store.database import Database, migrate
 from app.store.submissions import NewJob
 
@@ -135,6 +136,7 @@ class Mill:
             self._environment = os.environ | {"GRISTMILL_CONFIG": str(config)}
             self.settings = load(config, {}).connected()
             self.database = held.enter_context(closing(Database(url, pool_size=1)))
+            self.key = self._made_key()
             self._publisher = held.enter_context(closing(Publisher(self.settings)))
             self._redis = held.enter_context(redis.Redis.from_url(broker))
             self._held = held.pop_all()
@@ -142,6 +144,13 @@ class Mill:
 
     def __exit__(self, *_: object) -> None:
         self._held.close()
+
+    def _made_key(self) -> str:
+        """One for the APIs, which others reach where parts are in namespaces of their own."""
+        key = new_key()
+        with self.database.begin() as connection:
+            keys.create(connection, key, actor="bench", name="bench", scopes=list(Scope))
+        return key.text
 
     def _end_children(self) -> None:
         with ThreadPoolExecutor(16) as pool:

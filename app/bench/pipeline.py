@@ -69,7 +69,7 @@ def run_path(settings: Settings, requests: Seq[Request]) -> float:
         }
         for request in requests
     ]
-    with Client(settings.api.url, token=settings.api.token) as client:
+    with Client(settings.api.url, key=settings.api.key) as client:
         began = time.monotonic()
         for job_id in client.submit_many([{"body": body} for body in bodies]):
             if isinstance(job_id, GristmillError):

@@ -71,7 +71,7 @@ def main(arguments: Seq[str]) -> None:
             levels.append(level)
             print(f"{number} workers: {level.rate:.0f} jobs/s", flush=True)
         with mill.counted(levels[-1].connections):
-            refused = _crowd(urls)
+            refused = _crowd(urls, mill.key)
         starved = mill.logged("has no connection left")
     _print(levels, refused, starved, options)
 
@@ -88,10 +88,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _crowd(urls: Seq[str], each: int = 32) -> int:
+def _crowd(urls: Seq[str], key: str, each: int = 32) -> int:
     """Submit to all APIs at once; how many jobs were refused."""
     job = {"url": "/v1/embeddings", "body": {"input": "grist"}}
-    with httpx.Client(timeout=60) as client, ThreadPoolExecutor(each) as pool:
+    headers = {"x-api-key": key}
+    with httpx.Client(timeout=60, headers=headers) as client, ThreadPoolExecutor(each) as pool:
         asked = pool.map(lambda url: client.post(f"{url}/v1/jobs", json=job), [*urls] * each)
         return sum(answer.is_error for answer in asked)
 

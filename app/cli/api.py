@@ -26,7 +26,7 @@ TELL_EVERY_S: Final = 30.0
 @dataclass(slots=True)
 class Api:
     url: str | None
-    token: str | None
+    key: str | None
     patience_s: float | None
     _told_at: float = field(default=float("-inf"), init=False)
 
@@ -41,13 +41,13 @@ class Api:
                 self._told_at = time.monotonic()
                 tell(f"{error} Trying again.")
 
-        url, token = self.url, self.token
+        url, key = self.url, self.key
         if url is None:
             settings = load_settings().settings.api
-            url, token = settings.url, token or settings.token  # which is for that url alone
+            url, key = settings.url, key or settings.key  # which is for that url alone
         patience_s = patience_s if self.patience_s is None else self.patience_s
         try:
-            return Client(url, token=token, patience_s=patience_s, on_pause=tell_why)
+            return Client(url, key=key, patience_s=patience_s, on_pause=tell_why)
         except ValueError as error:
             raise click.UsageError(str(error)) from None
 
@@ -57,9 +57,9 @@ def uses_api(command: Callable[..., T]) -> Callable[..., T]:
 
     @wraps(command)
     def with_api(
-        *, api_url: str | None, token: str | None, patience: float | None, **options: Any
+        *, api_url: str | None, key: str | None, patience: float | None, **options: Any
     ) -> T:
-        return command(Api(api_url, token, patience), **options)
+        return command(Api(api_url, key, patience), **options)
 
     for option in (
         click.option(
@@ -69,9 +69,9 @@ def uses_api(command: Callable[..., T]) -> Callable[..., T]:
             help="How long to try again while the API is away or full.",
         ),
         click.option(
-            "--token",
-            envvar="GRISTMILL_API__TOKEN",
-            help="The API's token; better in GRISTMILL_API__TOKEN, which no other user sees.",
+            "--key",
+            envvar="GRISTMILL_API__KEY",
+            help="Your API key; better in GRISTMILL_API__KEY, which no other user sees.",
         ),
         click.option(
             "--api-url",

@@ -65,10 +65,10 @@ def _show(settings: Settings, how_it_stops: str) -> None:
         f"[bold]API[/]     {settings.api.url}/docs\n[bold]Flower[/]  {settings.flower.url}",
         markup=True,
     )
-    if not settings.api.token:
+    if not _needs_keys(settings):
         out.print(
-            "Every user of this machine can use the API; set GRISTMILL_API__TOKEN to a secret of "
-            "16 characters or more to keep it for yourself.",
+            "Every user of this machine can use the API, until `gristmill keys create` makes the "
+            "first key: from then on a call needs one.",
             soft_wrap=True,
         )
     out.print(
@@ -76,6 +76,17 @@ def _show(settings: Settings, how_it_stops: str) -> None:
         f"`gristmill config get database.url` and `… broker.url`.\n{how_it_stops}",
         soft_wrap=True,
     )
+
+
+def _needs_keys(settings: Settings) -> bool:
+    from app.store import keys
+    from app.store.database import Database
+
+    with (
+        contextlib.closing(Database(settings.database.url, pool_size=1)) as database,
+        database.begin() as connection,
+    ):
+        return keys.any_made(connection)
 
 
 def _tell_when(line: str) -> None:

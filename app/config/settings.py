@@ -326,10 +326,10 @@ class ApiSettings(_Listening):
         4_000,
         description="Most connections; further ones take an idle one's place or are answered 503.",
     )
-    token: Annotated[str, Field(pattern=r"^([A-Za-z0-9._~+/-]{16,200}=*)?$")] = Field(
+    key: Annotated[str, Field(pattern=r"^[!-~]{0,255}$")] = Field(
         "",
-        description="Callers must send this as `Authorization: Bearer`; empty lets in whoever "
-        "reaches the port.",
+        description="The API key that commands send (`gristmill submit`, say); the API itself has "
+        "no use for it.",
         repr=False,
     )
 

@@ -77,8 +77,8 @@ def by_celery(settings: Settings, given: Bodies) -> list[str]:
 
 
 def _http(settings: Settings) -> httpx.Client:
-    token = settings.api.token
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    key = settings.api.key
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
     return httpx.Client(base_url=settings.api.url, headers=headers, trust_env=False)
 
 
@@ -95,13 +95,13 @@ def by_http_bulk(settings: Settings, given: Bodies) -> list[str]:
 
 
 def by_client(settings: Settings, given: Bodies) -> list[str]:
-    with Client(settings.api.url, token=settings.api.token) as client:
+    with Client(settings.api.url, key=settings.api.key) as client:
         return [client.submit(body) for body in given]
 
 
 def by_async_client(settings: Settings, given: Bodies) -> list[str]:
     async def submit() -> list[str]:
-        async with AsyncClient(settings.api.url, token=settings.api.token) as client:
+        async with AsyncClient(settings.api.url, key=settings.api.key) as client:
             return list(await asyncio.gather(*(client.submit(body) for body in given)))
 
     return asyncio.run(submit())
@@ -212,7 +212,7 @@ def _one_at_a_time(
     sample = _sample(sent)
     out.print(f"For comparison, {len(sample)} of them again, one at a time.")
     ids = []
-    with Client(settings.api.url, token=settings.api.token) as client:
+    with Client(settings.api.url, key=settings.api.key) as client:
         for body in sample:
             ids.append(client.submit(body))
             client.wait(ids[-1], TIMEOUT_S)

@@ -27,6 +27,7 @@ from app.engines.catalog import load_catalog
 from app.engines.spec import Files
 from app.errors import ConfigError, GristmillError, Unavailable
 from app.local.servers import package_folder
+from app.store import keys
 from app.store.database import Database
 from app.store.link import Found
 from app.store.sizes import connections
@@ -226,18 +227,21 @@ def _unread(settings: Settings) -> Finding:
 
 def _api(settings: Settings) -> Finding:
     api = settings.api
-    if api.token:
-        return Finding("API", True, f"on {api.host}, for those who send api.token")
-    if is_loopback(api.host):
-        return Finding("API", True, f"on {api.host}, for every user of this machine; see api.token")
-    if api.allowed_hosts:
-        names = ", ".join(api.allowed_hosts)
-        return Finding("API", True, f"on {api.host} as {names}, without a token of its own")
+    if not settings.database.url:
+        return Finding("API", None, f"on {api.host}; Postgres knows its keys, and does not run")
+    with closing(Database(settings.database.url, pool_size=1)) as database:
+        database.check_schema()
+        with database.begin() as connection:
+            ever, now = keys.any_made(connection), keys.any_valid(connection)
+    if now:
+        return Finding("API", True, f"on {api.host}, for those who send an API key")
+    if not ever and is_loopback(api.host):
+        detail = f"on {api.host}, for every user of this machine, until there is an API key"
+        return Finding("API", True, detail)
     return Finding(
         "API",
-        None,
-        f"on {api.host}, for whoever reaches port {api.port}: set api.token, or put a proxy that "
-        "knows its users in front and its name in api.allowed_hosts",
+        False,
+        f"on {api.host}, for nobody: no API key is valid; run `gristmill keys create --name NAME`",
     )
 
 

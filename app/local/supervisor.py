@@ -107,8 +107,8 @@ class System:
                 raise ConfigError(f"{section}.host: {error.message}") from None
             if wanted.port not in (0, port):
                 self._tell(f"Port {wanted.port} cannot be had: {section} takes {port}.")
-        if self.settings.api.token:  # other terminals need it, too
-            chosen["api", "token"] = self.settings.api.token
+        if self.settings.api.key:  # other terminals need it, too
+            chosen["api", "key"] = self.settings.api.key
         self.settings = _with(self.settings, chosen)
         self._tell(f"The schema is at {migrate(self.settings.database.url)}.")
         prices.keep_at(self.settings.database.url, self.settings.prices)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Final
@@ -23,7 +24,6 @@ from tests.waiting import eventually
 
 pytestmark = pytest.mark.skipif(not CAN_BE_ONE, reason="only root can become another user")
 
-TOKEN: Final = "token-that-nobody-else-knows"
 PROMPT: Final = "a prompt that nobody else knows"
 CONTROL: Final = "a text that everybody may know"
 
@@ -42,13 +42,24 @@ def system(open_folder: Path) -> Iterator[Up]:
     """It was run before by a version that left its folders open."""
     for old in ("the cache", "the cache/redis", "the cache/logs"):
         (open_folder / old).mkdir(mode=0o755)
-    up = Up(open_folder, f'[api]\ntoken = "{TOKEN}"\n')
-    up.config.chmod(0o600)  # whoever writes a token into a file closes it
+    up = Up(open_folder)
     try:
         up.wait_until_ready()
+        up.config.chmod(0o600)  # whoever writes a key into a file closes it
+        with up.config.open("a") as settings:
+            settings.write(f'[api]\nkey = "{_made_key(up)}"\n')
         yield up
     finally:
         up.end()
+
+
+def _made_key(up: Up) -> str:
+    """The first key, once the API has heard of it."""
+    made = up.gristmill("keys", "create", "--name", "first")
+    assert made.returncode == 0, made.stderr
+    url = f"http://127.0.0.1:{up.run_file['api.port']}/v1/jobs"
+    eventually(lambda: httpx.get(url, trust_env=False).status_code == 401)
+    return made.stdout.strip()
 
 
 @contextlib.contextmanager
@@ -77,14 +88,15 @@ def test_another_user_finds_no_prompt_no_key_and_no_password_anywhere(
     system: Up, open_folder: Path
 ) -> None:
     chosen = system.run_file
+    key = tomllib.loads(system.config.read_text())["api"]["key"]
     passwords = [str(urlsplit(chosen[f"{name}.url"]).password) for name in ("database", "broker")]
     (open_folder / "everybodys").write_text(CONTROL)
     speaking = [sys.executable, "-c", "import time; time.sleep(600)", CONTROL]
 
     with client_at_work(system, open_folder), running(speaking) as everybodys:
-        jobs = eventually(lambda: _running(chosen["api.port"]), timeout_s=120)
+        jobs = eventually(lambda: _running(chosen["api.port"], key), timeout_s=120)
         began = psutil.Process(system.process.pid).create_time() - 1
-        found = look([PROMPT, TOKEN, CONTROL, *passwords], began, _doors(chosen, jobs))
+        found = look([PROMPT, key, CONTROL, *passwords], began, _doors(chosen, jobs))
 
     learnt = {each.partition(" in ")[0] for each in found}
     assert learnt == {CONTROL}, found
@@ -93,9 +105,9 @@ def test_another_user_finds_no_prompt_no_key_and_no_password_anywhere(
     assert f"/proc/{everybodys.pid}/cmdline" in places
 
 
-def _running(port: int) -> list[str]:
+def _running(port: int, key: str) -> list[str]:
     """Ids of the jobs, once one is done and the other runs."""
-    headers = {"Authorization": f"Bearer {TOKEN}"}
+    headers = {"Authorization": f"Bearer {key}"}
     answer = httpx.get(f"http://127.0.0.1:{port}/v1/jobs", headers=headers, trust_env=False)
     jobs: list[dict[str, Any]] = answer.raise_for_status().json()["data"]
     states = sorted(job["state"] for job in jobs)

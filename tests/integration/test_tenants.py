@@ -2,139 +2,249 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Final
 from uuid import uuid4
 
 import httpx
 import pytest
-from fastapi import FastAPI, Request
+from fastapi.routing import APIRoute, RouteContext, iter_route_contexts
 
-from app.api import caller
-from app.api.caller import Caller, Scope
+from app.api.app import create_app
+from app.api.caller import _caller
+from app.api.callers import OPEN
 from app.config.settings import Settings
-from tests.apis import running_api
+from app.keys import Scope
+from app.local.servers import EmbeddedRedis
+from tests.apis import made_key, running_api
+from tests.conftest import STUB_MODELS
 
-BODY = {"prompt": "A grist mill is"}
+BODY: Final = {"prompt": "A grist mill is"}
+Headers = Mapping[str, str]
 
 
-@pytest.fixture
-def api(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[httpx.Client]:
-    """Its callers say who they are, and with which scopes."""
-    from tests import apis
+@pytest.fixture(scope="module")
+def settings(
+    empty_databases: Callable[[str], str], migrated_template: str, redis_server: EmbeddedRedis
+) -> Settings:
+    """One system for all of these."""
+    return Settings(
+        database={"url": empty_databases(migrated_template)},
+        broker={"url": redis_server.url.removesuffix("/0") + "/98"},
+        models=STUB_MODELS,
+    )
 
-    create = apis.create_app
 
-    def create_app(settings: Settings) -> FastAPI:
-        async def told(request: Request) -> Caller:
-            scopes = request.headers.get("x-scopes", "submit read").split()
-            return Caller(request.headers["x-tenant"], frozenset(map(Scope, scopes)))
-
-        app = create(settings)
-        app.dependency_overrides[caller._caller] = told
-        return app
-
-    monkeypatch.setattr(apis, "create_app", create_app)
+@pytest.fixture(scope="module")
+def api(settings: Settings) -> Iterator[httpx.Client]:
     with running_api(settings) as client:
         yield client
 
 
-OURS, THEIRS = {"x-tenant": "ours"}, {"x-tenant": "theirs"}
+@pytest.fixture
+def as_tenant(settings: Settings) -> Callable[..., dict[str, str]]:
+    """Headers with a new key of a tenant."""
+
+    def headers(tenant: str, *scopes: Scope) -> dict[str, str]:
+        return {"x-api-key": made_key(settings.database.url, tenant, *scopes).text}
+
+    return headers
 
 
-def submit(api: httpx.Client, headers: dict[str, str], **fields: Any) -> str:
+@pytest.fixture
+def ours(as_tenant: Callable[..., dict[str, str]]) -> dict[str, str]:
+    return as_tenant(f"ours-{uuid4()}")
+
+
+@pytest.fixture
+def theirs(as_tenant: Callable[..., dict[str, str]]) -> dict[str, str]:
+    return as_tenant(f"theirs-{uuid4()}")
+
+
+def submit(api: httpx.Client, headers: Headers, **fields: Any) -> str:
     answer = api.post("/v1/jobs", json={"body": BODY} | fields, headers=headers)
     assert answer.status_code in (200, 202), answer.text
     return str(answer.json()["id"])
 
 
-def test_another_tenants_job_is_answered_as_one_that_never_was(api: httpx.Client) -> None:
-    job_id, nobody = submit(api, OURS), str(uuid4())
-    calls = [("GET", ""), ("GET", "/timeline"), ("POST", "/cancel"), ("POST", "/replay"),
-             ("DELETE", "")]  # fmt: skip
-
-    for method, rest in calls:
-        told = {}
-        for id in (job_id, nobody):
-            answer = api.request(method, f"/v1/jobs/{id}{rest}", headers=THEIRS)
-            assert answer.status_code == 404, (method, rest)
-            told[id] = {**answer.json(), "request_id": "", "instance": ""}
-        assert told[job_id] == told[nobody]
-
-    job = api.get(f"/v1/jobs/{job_id}", headers=OURS).json()
-    assert job["state"] == "queued"
+# ── every route ─────────────────────────────────────────────────────────────────────────────────
 
 
-def test_lists_and_calls_for_many_jobs_are_of_one_tenant(api: httpx.Client) -> None:
-    ours, theirs = submit(api, OURS, metadata={"a": "b"}), submit(api, THEIRS, metadata={"a": "b"})
+def upload(api: httpx.Client, headers: Headers) -> str:
+    form = {"files": {"file": ("in.jsonl", b"{}")}, "data": {"purpose": "user_data"}}
+    answer = api.post("/v1/files", headers=headers, **form)
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["id"])
 
-    listed = api.get("/v1/jobs", params={"metadata[a]": "b"}, headers=THEIRS).json()
-    status = api.post("/v1/jobs/status", json={"ids": [ours, theirs]}, headers=THEIRS).json()
-    full = {"ids": [ours, theirs], "view": "full"}
-    whole = api.post("/v1/jobs/status", json=full, headers=THEIRS).json()
-    after = api.get("/v1/jobs", params={"after": ours}, headers=THEIRS)
-    cancelled = api.post("/v1/jobs/cancel", json={"ids": [ours]}, headers=THEIRS).json()
-    filtered = {"filter": {"metadata": {"a": "b"}}}
-    passed = api.post("/v1/jobs/cancel", json=filtered, headers=THEIRS).json()
 
-    assert [job["id"] for job in listed["data"]] == [theirs]
+Make = Callable[[httpx.Client, Headers], str]
+
+IDS: Final[dict[str, Make]] = {
+    "job_id": submit,
+    "file_id": upload,
+}
+"""How a tenant comes to have what an id in a path names, and the id. Whoever adds a route with
+another id adds it here: it is then asked for by another tenant."""
+
+SHARED: Final = {"model_id"}
+"""Names in paths that belong to no tenant: all see the same."""
+
+BODIES: Final[dict[tuple[str, str], dict[str, Any]]] = {}
+"""What a call with an id in its path must be sent, where it needs anything."""
+
+NEEDS_NO_CALLER: Final = {*OPEN, "/docs/oauth2-redirect"}
+
+
+def routes(settings: Settings) -> list[RouteContext]:
+    found = iter_route_contexts(create_app(settings).routes)
+    return [each for each in found if isinstance(each.original_route, APIRoute)]
+
+
+def test_every_route_knows_who_calls(settings: Settings) -> None:
+    def asks(dependant: Any) -> bool:
+        return dependant.call is _caller or any(map(asks, dependant.dependencies))
+
+    known = routes(settings)
+    assert {"/v1/jobs", "/v1/jobs/{job_id}", "/metrics"} <= {route.path for route in known}
+    forgotten = {
+        route.path
+        for route in known
+        if route.path not in NEEDS_NO_CALLER and not asks(route.dependant)
+    }
+
+    assert forgotten == set(), "take `who: Who` and pass who.tenant on"
+
+
+def test_another_tenants_id_is_answered_on_every_route_as_one_that_never_was(
+    api: httpx.Client, settings: Settings, ours: Headers, theirs: Headers
+) -> None:
+    found = 0
+    for route in routes(settings):
+        names = [each.alias for each in route.dependant.path_params if each.alias not in SHARED]
+        assert set(names) <= set(IDS), f"{route.path}: say in IDS how one comes to be"
+        for method in sorted((route.methods or set()) - {"HEAD"}) if names else ():
+            told = []
+            made = IDS[names[0]](api, ours)
+            nobodys = made[:-1] + ("1" if made[-1] == "0" else "0")
+            for id in (made, nobodys):
+                path = str(route.path).replace("{" + names[0] + "}", id)
+                for name in names[1:]:
+                    path = path.replace("{" + name + "}", str(uuid4()))
+                body = BODIES.get((method, str(route.path)))
+                answer = api.request(method, path, json=body, headers=theirs)
+                assert answer.status_code == 404, (method, path, answer.text)
+                told.append(answer.text.replace(id, "ID").replace(_request_id(answer), ""))
+            assert told[0] == told[1], (method, path)
+            found += 1
+
+    assert found >= 5
+
+
+def _request_id(answer: httpx.Response) -> str:
+    return answer.headers["x-request-id"]
+
+
+def test_what_another_tenant_tried_with_a_job_has_not_touched_it(
+    api: httpx.Client, ours: Headers, theirs: Headers
+) -> None:
+    job_id = submit(api, ours)
+
+    for method, rest in (("POST", "/cancel"), ("DELETE", "")):
+        assert api.request(method, f"/v1/jobs/{job_id}{rest}", headers=theirs).status_code == 404
+
+    job = api.get(f"/v1/jobs/{job_id}", headers=ours).json()
+    assert (job["state"], job["purged_at"]) == ("queued", None)
+
+
+# ── lists and sums ──────────────────────────────────────────────────────────────────────────────
+
+
+def test_lists_and_calls_for_many_jobs_are_of_one_tenant(
+    api: httpx.Client, ours: Headers, theirs: Headers
+) -> None:
+    label = str(uuid4())
+    mine = submit(api, ours, metadata={"a": label})
+    other = submit(api, theirs, metadata={"a": label})
+
+    listed = api.get("/v1/jobs", params={"metadata[a]": label}, headers=theirs).json()
+    status = api.post("/v1/jobs/status", json={"ids": [mine, other]}, headers=theirs).json()
+    full = {"ids": [mine, other], "view": "full"}
+    whole = api.post("/v1/jobs/status", json=full, headers=theirs).json()
+    after = api.get("/v1/jobs", params={"after": mine}, headers=theirs)
+    cancelled = api.post("/v1/jobs/cancel", json={"ids": [mine]}, headers=theirs).json()
+    filtered = {"filter": {"metadata": {"a": label}}}
+    passed = api.post("/v1/jobs/cancel", json=filtered, headers=theirs).json()
+
+    assert [job["id"] for job in listed["data"]] == [other]
     assert [item["status"] for item in status["items"]] == [404, 200]
     assert [item["status"] for item in whole["items"]] == [404, 200]
     assert after.status_code == 404
     assert [item["status"] for item in cancelled["items"]] == [404]
-    assert [item["id"] for item in passed["items"]] == [theirs]
-    assert api.get(f"/v1/jobs/{ours}", headers=OURS).json()["state"] == "queued"
+    assert [item["id"] for item in passed["items"]] == [other]
+    assert api.get(f"/v1/jobs/{mine}", headers=ours).json()["state"] == "queued"
 
 
-def test_an_idempotency_key_is_its_tenants_own(api: httpx.Client) -> None:
-    ours = submit(api, OURS, idempotency_key="order 42")
-    theirs = submit(api, THEIRS, idempotency_key="order 42")
+def test_an_idempotency_key_is_its_tenants_own(
+    api: httpx.Client, ours: Headers, theirs: Headers
+) -> None:
+    mine = submit(api, ours, idempotency_key="order 42")
+    other = submit(api, theirs, idempotency_key="order 42")
 
-    assert ours != theirs
-    assert submit(api, OURS, idempotency_key="order 42") == ours
+    assert mine != other
+    assert submit(api, ours, idempotency_key="order 42") == mine
     bulk = {"jobs": [{"body": BODY, "idempotency_key": "order 42"}]}
-    [item] = api.post("/v1/jobs/bulk", json=bulk, headers=THEIRS).json()["items"]
-    assert (item["status"], item["id"]) == (200, theirs)
+    [item] = api.post("/v1/jobs/bulk", json=bulk, headers=theirs).json()["items"]
+    assert (item["status"], item["id"]) == (200, other)
+    listed = api.get("/v1/jobs", params={"idempotency_key": "order 42"}, headers=theirs).json()
+    assert [job["id"] for job in listed["data"]] == [other]
 
 
-def test_a_tenant_is_told_of_its_own_usage_and_an_admin_of_all(api: httpx.Client) -> None:
-    for headers in (OURS, THEIRS):
+def test_a_tenant_is_told_of_its_own_usage_and_an_admin_of_all(
+    api: httpx.Client, as_tenant: Callable[..., Headers]
+) -> None:
+    for tenant in ("mill", "bakery"):
+        headers = as_tenant(tenant)
         job_id = submit(api, headers)
-        api.post(f"/v1/jobs/{job_id}/cancel", headers=headers)
+        assert api.post(f"/v1/jobs/{job_id}/cancel", headers=headers).status_code == 200
+    mill, admin = as_tenant("mill"), as_tenant("mill", Scope.READ, Scope.ADMIN)
 
-    def tenants(headers: dict[str, str], **params: str) -> list[str]:
+    def tenants(headers: Headers, **params: str) -> set[str]:
         answer = api.get("/v1/usage", params={"by": "tenant"} | params, headers=headers)
         assert answer.status_code == 200, answer.text
-        return sorted(row["group"]["tenant"] for row in answer.json()["data"])
+        return {row["group"]["tenant"] for row in answer.json()["data"]}
 
-    assert tenants(OURS) == ["ours"]
-    assert tenants(OURS, tenant="ours") == ["ours"]
-    refused = api.get("/v1/usage", params={"tenant": "theirs"}, headers=OURS)
-    assert refused.status_code == 403
-    admin = OURS | {"x-scopes": "read admin"}
-    assert tenants(admin) == ["ours", "theirs"]
-    assert tenants(admin, tenant="theirs") == ["theirs"]
+    assert tenants(mill) == tenants(mill, tenant="mill") == {"mill"}
+    for another in ("bakery", "of whom nobody has heard"):
+        refused = api.get("/v1/usage", params={"tenant": another}, headers=mill)
+        assert refused.status_code == 403
+    assert tenants(admin) >= {"mill", "bakery"}
+    assert tenants(admin, tenant="bakery") == {"bakery"}
 
 
-def test_a_scope_allows_what_it_says_and_nothing_else(api: httpx.Client) -> None:
-    job_id = submit(api, OURS)
+# ── scopes ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_scope_allows_what_it_says_and_nothing_else(
+    api: httpx.Client, as_tenant: Callable[..., Headers]
+) -> None:
+    job_id = submit(api, as_tenant("mill"))
     reads = [("GET", f"/v1/jobs/{job_id}"), ("GET", "/v1/jobs"), ("POST", "/v1/jobs/status")]
-    writes = [("POST", "/v1/jobs"), ("POST", f"/v1/jobs/{job_id}/cancel"),
-              ("DELETE", f"/v1/jobs/{job_id}")]  # fmt: skip
+    reads += [("GET", "/v1/models"), ("GET", "/v1/usage"), ("GET", f"/v1/jobs/{job_id}/timeline")]
+    writes = [("POST", "/v1/jobs"), ("POST", f"/v1/jobs/{job_id}/cancel")]
+    writes += [("POST", "/v1/jobs/cancel"), ("DELETE", f"/v1/jobs/{job_id}")]
     admins = [("GET", "/metrics")]
 
-    def refused(scope: str, calls: list[tuple[str, str]]) -> set[bool]:
-        headers = OURS | {"x-scopes": scope}
-        body = {"ids": [job_id]}
+    def refused(scope: Scope, calls: list[tuple[str, str]]) -> set[bool]:
+        headers = as_tenant("mill", scope)
         answers = [
-            api.request(method, path, json=body if method == "POST" else None, headers=headers)
+            api.request(method, path, json={"ids": [job_id]}, headers=headers)
             for method, path in calls
         ]
         return {answer.status_code == 403 for answer in answers}
 
-    assert refused("read", writes + admins) == {True}
-    assert refused("submit", reads + admins) == {True}
-    assert refused("admin", reads + writes) == {True}
-    assert (
-        refused("read", reads) == refused("submit", writes) == refused("admin", admins) == {False}
-    )
+    assert refused(Scope.READ, writes + admins) == {True}
+    assert refused(Scope.SUBMIT, reads + admins) == {True}
+    assert refused(Scope.ADMIN, reads + writes) == {True}
+    assert refused(Scope.READ, reads) == {False}
+    assert refused(Scope.SUBMIT, writes) == {False}
+    assert refused(Scope.ADMIN, admins) == {False}

@@ -133,7 +133,7 @@ def test_what_is_refused_of_a_bulk_keeps_nothing_of_what_was_sent(
     )
     raw = bytearray(json.dumps({"body": {"prompt": "mill", "max_tokens": -1}}), "ascii")
 
-    refused = jobs._check_item(app.state.services, raw, 0)
+    refused = jobs._check_item(app.state.services, "default", raw, 0)
 
     assert isinstance(refused, RequestError)
     assert (refused.__traceback__, refused.__context__, refused.__cause__) == (None, None, None)

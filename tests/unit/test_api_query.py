@@ -12,13 +12,18 @@ from fastapi import FastAPI, Request
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.api import query
+from app.api import keyring, query
 from app.api.app import create_app
 from app.api.envelopes import Door, door_of
 from app.config.settings import Settings
 from app.errors import RequestError
 
 ID = "00000000-0000-4000-8000-000000000000"
+
+
+@pytest.fixture(autouse=True)
+def _no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keyring, "any_made", lambda _: False)
 
 
 @pytest.fixture(scope="module")

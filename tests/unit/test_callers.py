@@ -13,12 +13,14 @@ from fastapi import FastAPI
 from hypothesis import given
 from hypothesis import strategies as st
 
+from app.api import keyring
 from app.api.app import create_app
 from app.api.envelopes import Door, door_of
 from app.config.callers import HEADERS, refusal
-from app.config.settings import ApiSettings, Settings
+from app.config.settings import Settings
+from app.keys import Scope, new_key
+from app.store.keys import Known
 
-TOKEN = "a-token-of-24-characters"
 ALLOWED = ("api.example.com", "*.svc.cluster.local")
 
 
@@ -107,11 +109,21 @@ def test_a_link_on_another_page_may_lead_here_and_neither_a_form_nor_a_frame() -
     assert status("GET", **link | {"sec_fetch_dest": "iframe"}) == HTTPStatus.FORBIDDEN
 
 
-@pytest.fixture
-def app_with(make_settings: Callable[..., Settings]) -> Callable[..., FastAPI]:
-    """The application with these settings of the API; it connects to nothing."""
+KEY = new_key()
 
-    def make(**api: Any) -> FastAPI:
+
+@pytest.fixture
+def app_with(
+    make_settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., FastAPI]:
+    """The application with these settings of the API; it connects to nothing. `is_locked`: there is
+    one key."""
+    found = Known("theirs", frozenset(Scope), KEY.digest, None, True)
+
+    def make(is_locked: bool = False, **api: Any) -> FastAPI:
+        known = {KEY.id: found} if is_locked else {}
+        monkeypatch.setattr(keyring, "look_up", lambda _, id, digest: known.get(id))
+        monkeypatch.setattr(keyring, "any_made", lambda _: is_locked)
         return create_app(
             make_settings(
                 database={"url": "postgresql://nobody@127.0.0.1:1/none"},
@@ -164,16 +176,21 @@ def paths(app: FastAPI) -> set[tuple[str, str]]:
     return {(method.upper(), path) for path, methods in document.items() for method in methods}
 
 
-def test_without_the_token_nothing_is_answered_but_probes_and_documentation(
+def test_without_a_key_nothing_is_answered_but_probes_and_documentation(
     app_with: Callable[..., FastAPI], caplog: pytest.LogCaptureFixture
 ) -> None:
-    app = app_with(token=TOKEN)
+    app = app_with(is_locked=True)
+    key, another = KEY.text, new_key().text
+    stolen = key[:20] + another[20:]  # another secret under its id
     wrong: list[dict[str, str]] = [
         {},
-        {"Authorization": TOKEN},
-        {"Authorization": f"Basic {TOKEN}"},
-        {"Authorization": f"Bearer {TOKEN[:-1]}"},
-        {"Authorization": f"Bearer {TOKEN}x"},
+        {"Authorization": key},
+        {"Authorization": f"Basic {key}"},
+        {"Authorization": f"Bearer {key[:-1]}"},
+        {"Authorization": f"Bearer {key}x"},
+        {"Authorization": f"Bearer {another}", "x-api-key": stolen},
+        {"x-api-key": stolen},
+        {"x-api-key": "sk-ant-another-systems"},
         {"Authorization": "Bearer é"},
     ]
     open_paths = {"/healthz", "/docs", "/openapi.json", "/static-offline-docs/swagger-ui.css"}
@@ -195,23 +212,28 @@ def test_without_the_token_nothing_is_answered_but_probes_and_documentation(
             if door_of(path, {}) is Door.OWN:
                 assert answer.json()["code"] == "unauthorized"
             assert answer.headers["WWW-Authenticate"].startswith('Bearer realm="gristmill"')
-            assert TOKEN not in answer.text
-    assert TOKEN not in caplog.text
+            assert not [each for each in (key, another, stolen) if each in answer.text]
+    assert "gm_" not in caplog.text
 
 
-def test_with_the_token_a_request_is_served(app_with: Callable[..., FastAPI]) -> None:
-    for scheme in ("Bearer", "bearer"):
-        answer = ask(
-            app_with(token=TOKEN),
-            "GET",
-            "/v1/models",
-            headers={"Authorization": f"{scheme} {TOKEN}"},
-        )
+def test_with_a_key_in_either_header_a_request_is_served(app_with: Callable[..., FastAPI]) -> None:
+    app = app_with(is_locked=True)
+    ways = [
+        {"Authorization": f"Bearer {KEY.text}"},
+        {"Authorization": f"bearer {KEY.text}"},
+        {"x-api-key": KEY.text},
+        {"x-api-key": KEY.text, "Authorization": "Basic cHJveHk6c2VjcmV0"},
+        {"x-api-key": KEY.text, "Authorization": "Bearer another-systems"},
+    ]
 
-        assert answer.status_code == 200
+    for headers in ways:
+        assert ask(app, "GET", "/v1/models", headers=headers).status_code == 200, headers
 
 
-@pytest.mark.parametrize("token", ["short", "with a space in between", "ünïcödéünïcödéünïcödé"])
-def test_a_token_that_cannot_be_sent_or_can_be_guessed_is_no_setting(token: str) -> None:
-    with pytest.raises(ValueError, match="token"):
-        ApiSettings(token=token)
+def test_until_there_is_a_key_whoever_comes_to_this_machine_is_served_whatever_it_sends(
+    app_with: Callable[..., FastAPI],
+) -> None:
+    for headers in ({}, {"Authorization": "Bearer sk-none"}, {"x-api-key": new_key().text}):
+        assert ask(app_with(), "GET", "/v1/models", headers=headers).status_code == 200
+        locked = app_with(host="0.0.0.0")
+        assert ask(locked, "GET", "/v1/models", headers=headers).status_code == 401

@@ -630,16 +630,16 @@ def test_nothing_or_two_things_at_once_is_wrong_usage(
 
 
 @pytest.mark.parametrize("way", ["options", "environment"])
-def test_the_api_and_its_token_are_said_by_options_or_the_environment(
+def test_the_api_and_its_key_are_said_by_options_or_the_environment(
     gristmill: Gristmill, api: FakeApi, monkeypatch: pytest.MonkeyPatch, way: str
 ):
     api.add("one")
     url, options = "http://gristmill.example:81", []
     if way == "options":
-        options = ["--api-url", url, "--token", "0123456789abcdef"]
+        options = ["--api-url", url, "--key", "0123456789abcdef"]
     else:
         monkeypatch.setenv("GRISTMILL_API_URL", url)
-        monkeypatch.setenv("GRISTMILL_API__TOKEN", "0123456789abcdef")
+        monkeypatch.setenv("GRISTMILL_API__KEY", "0123456789abcdef")
 
     assert gristmill("status", "one", *options)[0] == 0
 
@@ -647,11 +647,11 @@ def test_the_api_and_its_token_are_said_by_options_or_the_environment(
     assert api.requests[0].headers["authorization"] == "Bearer 0123456789abcdef"
 
 
-def test_the_token_of_the_settings_goes_to_the_api_of_the_settings_alone(
+def test_the_key_of_the_settings_goes_to_the_api_of_the_settings_alone(
     gristmill: Gristmill, api: FakeApi, monkeypatch: pytest.MonkeyPatch
 ):
     api.add("one")
-    ours = Settings(api=ApiSettings(token="0123456789abcdef"))
+    ours = Settings(api=ApiSettings(key="0123456789abcdef"))
     loaded = Loaded(ours, {}, Path("my.toml"))
     monkeypatch.setattr(api_module, "load_settings", lambda: loaded)
 

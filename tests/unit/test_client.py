@@ -593,10 +593,10 @@ def test_cancelling_answers_with_the_job(call: Call) -> None:
     assert (api.requests[0].method, api.requests[0].url.path) == ("POST", "/v1/jobs/j1/cancel")
 
 
-def test_a_token_and_headers_go_with_every_request(call: Call) -> None:
+def test_a_key_and_headers_go_with_every_request(call: Call) -> None:
     api = Api(job())
 
-    call(api, "job", "j1", made={"token": "abc", "headers": {"X-Team": "mill"}})
+    call(api, "job", "j1", made={"key": "abc", "headers": {"X-Team": "mill"}})
 
     sent = api.requests[0].headers
     assert (sent["authorization"], sent["x-team"]) == ("Bearer abc", "mill")
@@ -627,9 +627,9 @@ def test_an_address_that_is_none_is_refused_at_once() -> None:
     for address in ("localhost:8000", "127.0.0.1", "ftp://host", "http://", "http://[::1", "x\0y"):
         with pytest.raises(ValueError, match="http://"):
             Client(address)
-    for token in ("a\nb", "é"):
+    for key in ("a\nb", "é"):
         with pytest.raises(ValueError, match="visible ASCII"):
-            AsyncClient("http://host", token=token)
+            AsyncClient("http://host", key=key)
 
 
 def test_what_is_no_job_is_said_to_be_none(call: Call) -> None:

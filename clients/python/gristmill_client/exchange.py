@@ -47,7 +47,7 @@ Flow = Generator[httpx.Request | float, Outcome, T]
 class ExchangeOptions(TypedDict, total=False):
     """How the API is spoken to.
 
-    token: sent as `Authorization: Bearer`.
+    key: an API key, sent as `Authorization: Bearer`.
     headers: sent with every request.
     timeout_s: longest wait for a connection and for an answer; a long poll has its own on top.
     patience_s: how long a request is tried again while the API is away or says come back later,
@@ -55,7 +55,7 @@ class ExchangeOptions(TypedDict, total=False):
     on_pause: told of every pause between two tries: why, and its seconds.
     """
 
-    token: str | None
+    key: str | None
     headers: Mapping[str, str]
     timeout_s: float
     patience_s: float
@@ -87,22 +87,22 @@ class Patience:
 class Exchange:
     """The API at one address, as flows: nothing is sent here.
 
-    Raises `ValueError` for an address or a token that is none.
+    Raises `ValueError` for an address or a key that is none.
     """
 
     def __init__(
         self,
         base_url: str,
         *,
-        token: str | None = None,
+        key: str | None = None,
         headers: Mapping[str, str] | None = None,
         timeout_s: float = 30.0,
         patience_s: float = PATIENCE_S,
         on_pause: Callable[[GristmillError, float], None] | None = None,
     ) -> None:
         url = _url(base_url)
-        if token and not (token.isascii() and token.isprintable()):
-            raise ValueError("A token has visible ASCII characters alone.")
+        if key and not (key.isascii() and key.isprintable()):
+            raise ValueError("A key has visible ASCII characters alone.")
         self._base_url = str(url)
         self.shown_url = str(url.copy_with(userinfo=b""))  #: without a password
         self._host = url.host
@@ -111,8 +111,8 @@ class Exchange:
         self._on_pause = on_pause
         self._headers = {"Accept": "application/json", "User-Agent": "gristmill-client"}
         self._headers |= headers or {}
-        if token:
-            self._headers["Authorization"] = f"Bearer {token}"
+        if key:
+            self._headers["Authorization"] = f"Bearer {key}"
 
     @property
     def heeds_proxies(self) -> bool:

@@ -22,7 +22,7 @@ T = TypeVar("T")
 class Client:
     """The API for plain code. Threads may share one. Close it, or use it as a context manager.
 
-    The options are those of `ExchangeOptions`: `token`, `headers`, `timeout_s`, `patience_s`,
+    The options are those of `ExchangeOptions`: `key`, `headers`, `timeout_s`, `patience_s`,
     `on_pause`. `verify` is for TLS: an `ssl.SSLContext` holds an authority or a certificate of
     one's own; False trusts anybody. `transport` is one of httpx, for everything else.
     """
