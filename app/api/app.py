@@ -36,7 +36,7 @@ from app.api.anthropic import messages
 from app.api.callers import KnownCallers
 from app.api.metrics import Metrics, SystemCollector
 from app.api.middleware import RequestScope
-from app.api.openai import calls, files
+from app.api.openai import calls, files, responses
 from app.api.query import only_declared
 from app.api.services import Services
 from app.api.waiting import Waiters
@@ -103,6 +103,7 @@ def create_app(settings: Settings) -> FastAPI:
         purge,
         usage,
         calls,
+        responses,
         messages,
         files,
         models,

@@ -70,29 +70,39 @@ async def read(
     here: Services,
     who: Caller,
     understand: Callable[[dict[str, Any]], Understood[T]],
+    look_up: Callable[[dict[str, Any]], Awaitable[dict[str, Any]]] | None = None,
 ) -> tuple[NewJob, T]:
     """The job that a call asks for, checked, and what its door has to know.
 
-    `understand` makes a submission of the body; it runs in a thread. Fields that are not known are
-    left out: clients of other protocols send those of later versions. Raises `RequestError`.
+    `understand` makes a submission of the body; it runs in a thread. Before, `look_up` may complete
+    the body with what it refers to. Fields that are not known are left out: clients of other
+    protocols send those of later versions. Raises `RequestError`.
     """
     most = here.settings.api.max_body_bytes
     key = request.headers.get("idempotency-key")
     async with raw_bodies.body_of(request, most, here.room) as raw:
         await here.expect_room(1)
-        return await here.work.run(len(raw), _checked, here, who.tenant, raw, key, understand)
+        check = partial(_checked, here, who.tenant, key, understand)
+        if look_up is None:
+            return await here.work.run(len(raw), lambda: check(_object(raw)))
+        value = await look_up(await here.work.run(len(raw), _object, raw))
+        return await here.work.run(len(raw), check, value)
+
+
+def _object(raw: bytearray) -> dict[str, Any]:
+    value = raw_bodies.parse_json(raw)
+    if not isinstance(value, dict):
+        raise RequestError("The body must be a JSON object.", param="body")
+    return value
 
 
 def _checked(
     here: Services,
     tenant: str,
-    raw: bytearray,
     key: str | None,
     understand: Callable[[dict[str, Any]], Understood[T]],
+    value: dict[str, Any],
 ) -> tuple[NewJob, T]:
-    value = raw_bodies.parse_json(raw)
-    if not isinstance(value, dict):
-        raise RequestError("The body must be a JSON object.", param="body")
     understood = understand(value)
     submission = understood.submission
     if key is not None:

@@ -299,7 +299,7 @@ class ResponsesBody(DrawnBody):
                 )
 
 
-_OURS: Final = frozenset({"metadata", "user", "safety_identifier", "request_id", "priority"})
+_OURS: Final = frozenset({"user", "safety_identifier", "request_id", "priority"})
 """Of every body, and not of what is asked of a model."""
 
 

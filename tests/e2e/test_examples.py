@@ -233,6 +233,10 @@ def test_openais_client_is_answered(terminal: Terminal) -> None:
     assert "What is a grist mill?" in terminal.run("openai chat")  # the stub says what it is asked
 
 
+def test_openais_client_is_answered_in_the_background(terminal: Terminal) -> None:
+    assert "What is a grist mill?" in terminal.run("openai background")
+
+
 def test_anthropics_client_is_answered(terminal: Terminal) -> None:
     assert "What is a grist mill?" in terminal.run("anthropic message")
 

@@ -1,0 +1,142 @@
+"""Responses as they are read back: the `response` object of a job, made of its rows."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, Final, NoReturn
+from uuid import UUID
+
+from app.api.schemas import Job, JobSummary
+from app.api.services import Services
+from app.errors import JobNotFound, JobUnreadable, RequestError
+from app.jobs import JobState
+from app.requests.bodies import Url, parse_stored
+from app.requests.response import RESPONSE_PREFIX, ResponsesBody
+from app.requests.response_answer import ended, response_id, response_shell
+from app.store.asked import Asked, asked
+from app.store.database import Database
+
+_ID: Final = re.compile(rf"{RESPONSE_PREFIX}([0-9a-f]{{32}})")
+_OPEN: Final[dict[JobState, Any]] = {
+    JobState.QUEUED: "queued",
+    JobState.RUNNING: "in_progress",
+}
+
+
+def job_id_in(response_id: str) -> UUID:
+    """Raises `JobNotFound` for what is no id of a response."""
+    match = _ID.fullmatch(response_id)
+    return _not_found() if match is None else UUID(match[1])
+
+
+def _not_found() -> NoReturn:
+    raise JobNotFound("There is no such response.")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A response that may be told of: it is this tenant's, stored, and not deleted."""
+
+    job: Job
+    asked: Asked
+
+    @cached_property
+    def body(self) -> ResponsesBody:
+        return body_of(self.asked)
+
+    @cached_property
+    def response(self) -> dict[str, Any]:
+        return response_of(self.job, self.body)
+
+
+async def row_of(here: Services, tenant: str, response_id: str) -> Row:
+    """Raises `JobNotFound`: for one whose answer is not kept any more, as well."""
+    job_id = job_id_in(response_id)
+    job = whole((await here.job(tenant, job_id)).job)
+    if job.url != Url.RESPONSES or job.purged_at is not None:
+        _not_found()
+    found = await here.read(_asked, here.database, job_id, tenant)
+    if found is None or (job.state is JobState.COMPLETED and job.response is None):
+        _not_found()
+    row = Row(job, found)
+    return row if row.body.store else _not_found()
+
+
+def _asked(database: Database, job_id: UUID, tenant: str) -> Asked | None:
+    with database.autocommit(looks_up=True) as connection:
+        return asked(connection, job_id, tenant=tenant)
+
+
+def whole(job: JobSummary | None) -> Job:
+    assert isinstance(job, Job)  # single jobs are read with their answers
+    return job
+
+
+def body_of(found: Asked) -> ResponsesBody:
+    """Raises `JobUnreadable` for one that was written by hand, or by a later version."""
+    try:
+        body = parse_stored(found.request, found.url, found.format).sent
+    except RequestError:
+        raise JobUnreadable() from None
+    assert isinstance(body, ResponsesBody)
+    return body
+
+
+def response_of(job: Job, body: ResponsesBody) -> dict[str, Any]:
+    """The response as it is now."""
+    made = partial(
+        response_shell,
+        body,
+        job_id=job.id,
+        model=job.model,
+        created_at=int(job.created_at.timestamp()),
+        metadata=job.metadata,
+    )
+    if (status := _OPEN.get(job.state)) is not None:
+        return made(status=status)
+    if job.response is not None:
+        told = job.response
+    elif job.error is None:
+        told = ended(made(), job.state)
+    else:
+        told = ended(made(), job.state, job.error.code, job.error.message)
+    if told["status"] == "completed" and job.finished_at is not None:
+        told = told | {"completed_at": int(job.finished_at.timestamp())}
+    return told | {
+        "id": response_id(job.id),
+        "created_at": int(job.created_at.timestamp()),
+        "metadata": job.metadata,
+    }
+
+
+async def history_of(here: Services, tenant: str, previous: str) -> list[dict[str, Any]]:
+    """The conversation that ends with a response: what it was asked, and what it answered.
+
+    Raises `RequestError` if there is none, or it is not complete.
+    """
+    try:
+        row = await row_of(here, tenant, previous)
+    except JobNotFound:
+        raise RequestError(
+            "There is no such response to go on from.", param="previous_response_id"
+        ) from None
+    if row.job.state is not JobState.COMPLETED:
+        raise RequestError(
+            f"The response to go on from is {row.response['status']}: only what is complete has an "
+            "answer to go on from.",
+            param="previous_response_id",
+        )
+    asked_for = row.asked.request
+    given = asked_for["input"]
+    items = [{"role": "user", "content": given}] if isinstance(given, str) else given
+    return [*asked_for.get("history", ()), *items, *map(_kept, row.response["output"])]
+
+
+def _kept(item: dict[str, Any]) -> dict[str, Any]:
+    """An output item without what the next answer has no use for."""
+    if item["type"] != "message":
+        return item
+    parts = [{"type": part["type"], "text": part["text"]} for part in item["content"]]
+    return item | {"content": parts}

@@ -1,0 +1,275 @@
+"""/v1/responses: OpenAI's Responses API, in the same call or in the background.
+
+A response is a job like all others, and its id is the job's. What is told of one comes from its
+rows, so that it outlives every process: https://platform.openai.com/docs/guides/background.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from http import HTTPStatus
+from typing import Annotated, Any, Final, Literal
+from uuid import UUID
+
+from fastapi import APIRouter, Path, Query, Request, Response
+from pydantic_core import to_json
+
+from app.api import live
+from app.api.answers import JSON, Hold, look, look_at_new
+from app.api.caller import Caller, Who, WhoReads
+from app.api.envelopes import Door
+from app.api.live import Understood
+from app.api.openai.response_rows import (
+    body_of,
+    history_of,
+    response_of,
+    row_of,
+    whole,
+)
+from app.api.openapi import json_body
+from app.api.problems import documented
+from app.api.services import Here, Services
+from app.errors import GristmillError, RequestError
+from app.intake.decision import Decision
+from app.jobs import MAX_PRIORITY, JobState
+from app.requests.bodies import FORMAT, Url
+from app.requests.response import ResponsesBody
+from app.requests.response_answer import hex_of
+from app.requests.response_input import input_items, page_of
+from app.store import cancellation, purging
+from app.store.asked import Asked
+from app.store.submissions import NewJob
+
+router = APIRouter(prefix="/v1/responses", tags=["openai"])
+
+WINDOWS: Final = {"2h": timedelta(hours=2), "8h": timedelta(hours=8)}
+"""When a response in the background expires that has one of these as its `completion_window`."""
+PRIORITIES: Final = {"flex": 5, "2h": 7, "8h": MAX_PRIORITY}
+"""Of jobs that may wait, by their service tier or completion window; others have 0."""
+STOP_S: Final = 5.0
+"""How long the answer to a cancel waits for the worker to stop."""
+
+_EXAMPLE: Final = {"input": "What is a grist mill?", "max_output_tokens": 64, "background": True}
+_READ_ERRORS: Final = documented(
+    HTTPStatus.BAD_REQUEST,
+    HTTPStatus.NOT_FOUND,
+    HTTPStatus.INTERNAL_SERVER_ERROR,
+    HTTPStatus.SERVICE_UNAVAILABLE,
+    door=Door.OPENAI,
+)
+_CONFLICT: Final = documented(HTTPStatus.CONFLICT, door=Door.OPENAI)
+_BODY_ERRORS: Final = _READ_ERRORS | documented(
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+    HTTPStatus.TOO_MANY_REQUESTS,
+    door=Door.OPENAI,
+)
+_ERRORS: Final = (
+    _BODY_ERRORS
+    | _CONFLICT
+    | documented(HTTPStatus.UNPROCESSABLE_ENTITY, HTTPStatus.GATEWAY_TIMEOUT, door=Door.OPENAI)
+)
+_OBJECT: Final = {"application/json": {"schema": {"type": "object"}}}
+
+ResponseId = Annotated[
+    str, Path(description="The response's id.", examples=["resp_0b9f1c5e6c8f4d3a9a3f0d9b7f2f6a11"])
+]
+
+
+def _described(
+    answer: str, errors: dict[int | str, dict[str, Any]] = _READ_ERRORS
+) -> dict[str, Any]:
+    found: dict[int | str, dict[str, Any]] = {200: {"description": answer, "content": _OBJECT}}
+    return {"response_model": None, "responses": found | errors}
+
+
+def _json(value: object) -> Response:
+    return Response(to_json(value), media_type=JSON)
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What of a body is the door's own affair."""
+
+    is_background: bool
+    is_stored: bool
+    is_streamed: bool
+
+
+def understood(body: dict[str, Any]) -> Understood[Told]:
+    told = Told(
+        is_background=body.get("background") is True,
+        is_stored=body.get("store") is not False,
+        is_streamed=body.get("stream") is True,
+    )
+    return Understood({"url": Url.RESPONSES, "body": body}, told)
+
+
+async def _read(
+    request: Request, here: Services, who: Caller, ignored: frozenset[str] = frozenset()
+) -> tuple[NewJob, Told]:
+    """The job that is asked for, with the conversation before it."""
+
+    async def complete(body: dict[str, Any]) -> dict[str, Any]:
+        body = {name: it for name, it in body.items() if name not in ignored}
+        if isinstance(previous := body.get("previous_response_id"), str):
+            return body | {"history": await history_of(here, who.tenant, previous)}
+        return body
+
+    return await live.read(request, here, who, understood, complete)
+
+
+@router.post(
+    "",
+    **_described("The response; one in the background is queued.", _ERRORS),
+    openapi_extra=json_body(ResponsesBody, _EXAMPLE),
+    summary="Create a response",
+)
+async def create(request: Request, here: Here, who: Who) -> Response:
+    """Answer a text or a conversation, as OpenAI's call of the same path does. With `background` it
+    is answered at once, stored, and to be retrieved when it is done."""
+    job, told = await _read(request, here, who)
+    if told.is_streamed:
+        raise RequestError("Responses are not streamed yet: leave out stream.", param="stream")
+    if told.is_background:
+        return _json(await _queued(here, job))
+    placed = await live.place(request, here, job)
+    ended = await live.ended(request, here, placed)
+    if not told.is_stored:
+        await _forget(here, placed.tenant, placed.id)
+    return _json(response_of(ended, body_of(_asked(job))))
+
+
+async def _queued(here: Services, job: NewJob) -> dict[str, Any]:
+    """Store a job that is retrieved later, and tell of it."""
+    body = body_of(_asked(job))
+    window = body.background_options and body.background_options.completion_window
+    later = WINDOWS.get(window or "")
+    try:
+        stored = await here.writer.store(
+            replace(
+                job,
+                priority=PRIORITIES.get(window or body.service_tier or "", 0),
+                deadline=None if later is None else here.submitter.outlook.now() + later,
+            )
+        )
+        submitted = stored.only
+    except GristmillError:
+        here.metrics.count_submissions("refused")
+        raise
+    here.metrics.count_submissions("accepted" if submitted.created else "replayed")
+    seen = await look_at_new(here, job.tenant, stored, Hold(0.0, False))
+    return response_of(whole(seen.job), body)
+
+
+def _asked(job: NewJob) -> Asked:
+    return Asked(job.url, job.request, FORMAT)
+
+
+async def _forget(here: Services, tenant: str, job_id: UUID) -> None:
+    """What is not to be stored has been told, and is removed."""
+    await here.write(_purge, here, tenant, job_id)
+
+
+@router.get(
+    "/{response_id}",
+    **_described("The response as it is."),
+    summary="Retrieve a response",
+)
+async def retrieve(here: Here, who: Who, response_id: ResponseId) -> Response:
+    """A response as it is now: follow one in the background until its `status` is neither `queued`
+    nor `in_progress`."""
+    return _json((await row_of(here, who.tenant, response_id)).response)
+
+
+@router.post(
+    "/{response_id}/cancel",
+    **_described("The response, cancelled.", _READ_ERRORS | _CONFLICT),
+    summary="Cancel a response",
+)
+async def cancel(here: Here, who: Who, response_id: ResponseId) -> Response:
+    """Cancel a response that runs in the background. May be repeated."""
+    row = await row_of(here, who.tenant, response_id)
+    if not row.body.background:
+        raise RequestError("Only a response in the background can be cancelled.")
+    state = await here.write(_cancel, here, who.tenant, row.job.id)
+    if state is JobState.RUNNING:
+        await here.tell_workers([row.job.id])
+    hold = Hold(STOP_S, False)
+    seen = await look(here, who.tenant, row.job.id, hold)
+    return _json(response_of(whole(seen.job), row.body))
+
+
+def _cancel(decision: Decision, here: Services, tenant: str, job_id: UUID) -> JobState:
+    with here.database.begin() as connection:
+        state = cancellation.cancel(connection, job_id, tenant=tenant)
+        decision.commit()
+    return state
+
+
+@router.delete(
+    "/{response_id}",
+    **_described("It is deleted."),
+    summary="Delete a response",
+)
+async def delete(here: Here, who: Who, response_id: ResponseId) -> Response:
+    """Remove what was asked and answered, at once and for good. One that has not ended is
+    cancelled. What it took stays in the books."""
+    row = await row_of(here, who.tenant, response_id)
+    state = await here.write(_purge, here, who.tenant, row.job.id)
+    if state is JobState.RUNNING:
+        await here.tell_workers([row.job.id])
+    return _json({"id": response_id, "object": "response", "deleted": True})
+
+
+def _purge(decision: Decision, here: Services, tenant: str, job_id: UUID) -> JobState:
+    with here.database.begin() as connection:
+        state = purging.purge(connection, job_id, tenant=tenant)
+        decision.commit()
+    return state
+
+
+@router.get(
+    "/{response_id}/input_items",
+    **_described("A page of items."),
+    summary="List what a response was asked",
+)
+async def list_input_items(
+    here: Here,
+    who: Who,
+    response_id: ResponseId,
+    limit: Annotated[
+        int, Query(ge=1, le=100, description="Most items of a page.", examples=[20])
+    ] = 20,
+    order: Annotated[
+        Literal["asc", "desc"], Query(description="Oldest first, or newest first.")
+    ] = "desc",
+    after: Annotated[
+        str | None, Query(description="The id of the last item of the page before.")
+    ] = None,
+) -> Response:
+    """The items of a response's input, the conversation before it included, page by page."""
+    row = await row_of(here, who.tenant, response_id)
+    items = input_items(row.body, hex_of(row.response))
+    try:
+        return _json(page_of(items, order, after, limit))
+    except ValueError:
+        raise RequestError("There is no such item.", param="after") from None
+
+
+@router.post(
+    "/input_tokens",
+    **_described("How many tokens it has.", _BODY_ERRORS),
+    openapi_extra=json_body(ResponsesBody, {"input": "What is a grist mill?"}),
+    summary="Count the tokens of an input",
+)
+async def count_input_tokens(request: Request, here: Here, who: WhoReads) -> Response:
+    """How many tokens the prompt of such a call has, as its model counts them. Nothing is
+    stored."""
+    job, _ = await _read(request, here, who, _NOT_COUNTED)
+    return _json({"object": "response.input_tokens", "input_tokens": job.input_tokens or 0})
+
+
+_NOT_COUNTED: Final = frozenset({"background", "background_options", "store", "stream"})
+"""Fields that have nothing to do with the prompt, and might not go together."""
