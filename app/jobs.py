@@ -21,6 +21,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final, Literal
 
+DEFAULT_TENANT: Final = "default"
+"""Whose all is where nobody asks for keys."""
+
 MAX_PRIORITY: Final = 9
 """Priorities run from 0, served first and the default (as in Celery on Redis), to 9."""
 

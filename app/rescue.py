@@ -36,13 +36,14 @@ from typing import Any, Final
 from uuid import UUID
 
 from app import telemetry
+from app.broker.lanes import Length
 from app.broker.message import Message
 from app.broker.publisher import Publisher, bundled
 from app.broker.queues import room
 from app.config.settings import Settings
 from app.errors import GristmillError, SchemaError, Unavailable
 from app.intake.file_keeper import FileKeeper
-from app.store import delivery, months, retention, sweeps, usage
+from app.store import delivery, months, retention, shares, sweeps, usage
 from app.store.contact import Contact
 from app.store.database import Database
 from app.store.delivery import WakeUp
@@ -118,6 +119,7 @@ class Rescue:
     ) -> None:
         self._sweep_s = settings.rescue.sweep_ms / 1000
         self._lost_after_s = settings.rescue.lost_after_s
+        self._models = tuple(settings.models)
         self._max_messages = settings.broker.max_messages
         self._lease_s = settings.worker.lease_s
         self._retention = settings.retention
@@ -284,37 +286,44 @@ class Rescue:
 
     def _send_due(self) -> int:
         """Fill the queues with what is unsent, each up to its limit."""
+        self._publisher.ring(self._models)
         with self._begin() as connection:
-            models = delivery.unsent_models(connection)
-        if not models:
-            return 0
-        lengths = self._publisher.list_lengths(models)
-        sent = sum(self._fill(model, lengths[model]) for model in models)
+            self._publisher.set_weights(shares.weights(connection))
+            unsent = delivery.unsent(connection)
+        sent = sum(self._fill(model, tenant) for model, tenant in unsent)
         if sent:
             extra = {"action": "send_due", "jobs": sent}
             log.info("Sent jobs that were due and never sent.", extra=extra)
         return sent
 
-    def _fill(self, model: str, lengths: Sequence[int]) -> int:
-        """Send the unsent jobs of one model as far as its lists take their messages."""
-        filled = list(lengths)
+    def _fill(self, model: str, tenant: str) -> int:
+        """Send the unsent jobs of one model and tenant as far as its lists take their messages."""
+        lengths = self._publisher.list_lengths([model], tenant)[model]
+        filled = [each.all for each in lengths]
         return sum(
             sent
             for step, priorities in enumerate(self._publisher.layout.bands)
-            for sent in self._send_pages(model, step, priorities, filled)
+            for sent in self._send_pages(model, tenant, step, priorities, filled, lengths[step])
         )
 
     def _send_pages(
-        self, model: str, step: int, priorities: Sequence[int], filled: list[int]
+        self,
+        model: str,
+        tenant: str,
+        step: int,
+        priorities: Sequence[int],
+        filled: list[int],
+        before: Length,
     ) -> Iterator[int]:
         """Yields how many jobs were sent, and counts their messages in `filled`."""
         for _ in range(MAX_PAGES):
-            free = int(room(filled, step, self._max_messages))
+            own = before.own + filled[step] - before.all
+            free = int(room(filled, step, self._max_messages, own, before.tenants))
             page = min(free * self._publisher.bundle_size(model), self._page)
             if page <= 0:
                 break
             with self._begin() as connection:
-                wake_ups = delivery.send_due(connection, model, priorities, page)
+                wake_ups = delivery.send_due(connection, model, priorities, page, tenant=tenant)
             yield self._send(wake_ups)
             filled[step] += sum(1 for _ in bundled(wake_ups, self._publisher.bundle_size))
             if len(wake_ups) < page:
@@ -367,7 +376,13 @@ class Rescue:
 
 
 def _message(wake_up: WakeUp) -> Message:
-    return Message(wake_up.id, wake_up.kind, wake_up.model, priority=wake_up.priority)
+    return Message(
+        wake_up.id,
+        wake_up.kind,
+        wake_up.model,
+        priority=wake_up.priority,
+        tenant=wake_up.tenant,
+    )
 
 
 def serve(settings: Settings) -> None:

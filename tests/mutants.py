@@ -39,6 +39,8 @@ ENERGY: Final = "tests/unit/test_energy.py"
 ARRIVALS: Final = "app/worker/pool/arrivals.py"
 ANY_MESSAGE: Final = "tests/unit/test_any_message.py"
 FETCHING: Final = "app/broker/fetching.py"
+LANES: Final = "app/broker/lanes.py"
+SHARES: Final = "tests/integration/test_broker_lanes.py"
 FETCHES: Final = "tests/integration/test_broker_fetching.py"
 SETTLING: Final = "tests/unit/test_settling.py"
 SAMPLING: Final = "app/engines/sampling/sampler.py"
@@ -79,7 +81,7 @@ MUTANTS: Final = (
     Mutant(
         "jobs that are more urgent are not ahead",
         "app/intake/outlook.py",
-        "for other in range(step):",
+        "for other in range(self._layout.step(LIVE_PRIORITY), step):",
         "for other in range(0):",
         "tests/integration/test_api_outlook.py",
     ),
@@ -553,6 +555,48 @@ MUTANTS: Final = (
         "return self._publisher.without_message(late) if late else set()",
         "lengths = self._publisher.queue_lengths(set(late.values()))\n"
         "        return set(late) if sum(lengths.values()) < len(late) else set()",
+    ),
+    Mutant(
+        "tenants take turns by jobs, and not by what these take",
+        LANES,
+        "local extra = (spent - ended * mean) / weight",
+        "local extra = 0",
+        f"{SHARES}::test_tenants_are_served_by_device_time_and_not_by_jobs",
+    ),
+    Mutant(
+        "a tenant's weight counts for nothing",
+        LANES,
+        "+ jobs * cost(at, tenant) / weight",
+        "+ jobs * cost(at, tenant)",
+        f"{SHARES}::test_tenants_are_served_by_their_weights",
+    ),
+    Mutant(
+        "who has next to no weight starves",
+        LANES,
+        "== 0 and at.since or at.tags",
+        "== 0 and at.tags or at.tags",
+        f"{SHARES}::test_who_has_next_to_no_weight_is_served_now_and_then_all_the_same",
+    ),
+    Mutant(
+        "a tenant that had nothing to do saves up turns",
+        LANES,
+        "do_('ZADD', at.tags, exact(math.max(v, past)), tenant)",
+        "do_('ZADD', at.tags, exact(past), tenant)",
+        f"{SHARES}::test_having_waited_for_nothing_saves_up_no_turns",
+    ),
+    Mutant(
+        "a sated worker leaves a newcomer's job where it is",
+        "app/broker/transport.py",
+        "held[queue] < self._most_with_new(queue)",
+        "False",
+        f"{SHARES}::test_a_sated_worker_takes_a_newcomers_job_and_nobody_elses",
+    ),
+    Mutant(
+        "in a batch a tenant's tenth job comes before another's first",
+        "app/worker/batcher.py",
+        "seen[priority, candidate.tenant] += 1",
+        "pass",
+        "tests/unit/test_batcher.py",
     ),
     Mutant(
         "a flood in the list of all holds up those behind it",

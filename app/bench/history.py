@@ -181,7 +181,7 @@ def _steps(store: Store) -> list[tuple[str, Callable[[], object]]]:
         ("finish", lambda: store.finish(claimed)),
         ("status", look(lambda c: reads.find(c, ids[:1]))),
         ("list of 50", look(lambda c: reads.list_jobs(c, Filter(model=MODEL)))),
-        ("unsent", look(delivery.unsent_models)),
+        ("unsent", look(delivery.unsent)),
         ("overdue", look(lambda c: delivery.overdue(c, 10.0, PAGE))),
         ("lost", look(lambda c: sweeps.find_lost(c, PAGE))),
         ("held by the lost", look(lambda c: delivery.free_lost(c, PAGE))),

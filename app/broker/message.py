@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 from uuid import UUID, uuid4
 
-from app.jobs import Kind
+from app.jobs import DEFAULT_TENANT, Kind
 
 TASK_NAMES: Final = {kind: f"inference.{kind}" for kind in Kind}
 TASKS: Final = {name: kind for kind, name in TASK_NAMES.items()} | {"inference.score": Kind.RERANK}
@@ -20,6 +20,9 @@ MORE_HEADER: Final = "more"
 JOBS_HEADER: Final = "num_jobs"
 """Header with the number of all its jobs, where a server finds it without parsing."""
 MAX_MORE: Final = 999
+
+TENANT_HEADER: Final = "tenant"
+"""Header with the tenant whose list a message goes into; without it, into that of all."""
 
 FORMAT_HEADER: Final = "request_format"
 """Header with the version of the format of the request inside; the first one when left out."""
@@ -35,6 +38,7 @@ class Message:
     request: dict[str, Any] | None = None
     url: str | None = None
     priority: int = 0
+    tenant: str = DEFAULT_TENANT
 
 
 def num_jobs(headers: Mapping[str, Any]) -> int:

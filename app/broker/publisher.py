@@ -13,15 +13,23 @@ from uuid import UUID
 
 import redis
 
-from app.broker import cancels
+from app.broker import cancels, lanes
 from app.broker.app import make_app
-from app.broker.message import FORMAT_HEADER, JOBS_HEADER, MORE_HEADER, TASK_NAMES, Message
+from app.broker.lanes import Length, Used
+from app.broker.message import (
+    FORMAT_HEADER,
+    JOBS_HEADER,
+    MORE_HEADER,
+    TASK_NAMES,
+    TENANT_HEADER,
+    Message,
+)
 from app.broker.queues import NO_LIST, Layout, queue_name, queues_of
 from app.broker.refusal import as_unavailable
 from app.broker.unread import unread
 from app.broker.waiting import without_message
 from app.config.settings import Settings
-from app.jobs import Kind, digits_of
+from app.jobs import DEFAULT_TENANT, LIVE_PRIORITY, Kind, digits_of
 from app.requests.bodies import FORMAT
 
 MAX_BUNDLE: Final = 100
@@ -43,21 +51,28 @@ class Sent(Protocol):
     def model(self) -> str: ...
     @property
     def priority(self) -> int: ...
+    @property
+    def tenant(self) -> str: ...
 
 
 J = TypeVar("J", bound=Sent)
 
 
 def bundled(jobs: Iterable[J], size_of: Callable[[str], int]) -> Iterator[list[J]]:
-    """Those that share a message: of one kind, model and priority, in order, at most `size_of` the
-    model."""
-    alike: dict[tuple[Kind, str, int], list[J]] = {}
+    """Those that share a message: of one tenant, kind, model and priority, in order, at most
+    `size_of` the model."""
+    alike: dict[tuple[str, Kind, str, int], list[J]] = {}
     for job in jobs:
-        alike.setdefault((job.kind, job.model, job.priority), []).append(job)
-    for (_, model, _), group in alike.items():
+        alike.setdefault((job.tenant, job.kind, job.model, job.priority), []).append(job)
+    for (_, _, model, _), group in alike.items():
         size = size_of(model)
         for start in range(0, len(group), size):
             yield group[start : start + size]
+
+
+def own_list(tenant: str, priority: int = 0) -> str:
+    """The tenant, or "" for one whose messages are in the list of all."""
+    return "" if tenant == DEFAULT_TENANT and priority != LIVE_PRIORITY else tenant
 
 
 def carried(group: Sequence[Message], most_bytes: int) -> dict[str, Any]:
@@ -123,6 +138,8 @@ class Publisher:
         headers: dict[str, Any] = {FORMAT_HEADER: FORMAT}
         if more:
             headers |= {MORE_HEADER: [str(each.job_id) for each in more], JOBS_HEADER: len(group)}
+        if tenant := own_list(first.tenant, first.priority):
+            headers[TENANT_HEADER] = tenant
         self._app.send_task(
             TASK_NAMES[first.kind],
             kwargs=carried(group, self._max_inline_bytes),
@@ -146,29 +163,68 @@ class Publisher:
 
     def queue_lengths(self, models: Collection[str]) -> dict[str, int]:
         """Messages waiting in each model's queue, over all priorities. One round trip."""
-        return {model: sum(lengths) for model, lengths in self.list_lengths(models).items()}
+        return {
+            model: sum(each.all for each in lengths)
+            for model, lengths in zip(models, self._lengths(map(queue_name, models)), strict=True)
+        }
 
-    def list_lengths(self, models: Collection[str]) -> dict[str, list[int]]:
-        """Messages waiting in each model's queue, by the steps of `layout`. One round trip."""
-        return dict(zip(models, self._lengths(map(queue_name, models)), strict=True))
+    def list_lengths(
+        self, models: Collection[str], tenant: str = DEFAULT_TENANT
+    ) -> dict[str, list[Length]]:
+        """What waits in each model's queue, by the steps of `layout`. One round trip."""
+        found = self._lengths(map(queue_name, models), tenant)
+        return {model: steps for model, (_, *steps) in zip(models, found, strict=True)}
 
     def backlog(self, queues: Iterable[str]) -> int:
         """Messages in these queues, by name."""
-        return sum(map(sum, self._lengths(queues)))
+        return sum(each.all for lengths in self._lengths(queues) for each in lengths)
 
-    def _lengths(self, queues: Iterable[str]) -> list[list[int]]:
+    def _lengths(self, queues: Iterable[str], tenant: str = DEFAULT_TENANT) -> list[list[Length]]:
+        """Of each queue's lanes, in their order."""
+        ends = self.layout.ends
+        lists = [self.layout.prefix + queue + end for queue in queues for end in ends]
+        with self._client() as client:
+            found = lanes.lengths(client, lists, self.layout.sep, own_list(tenant))
+        return [found[at : at + len(ends)] for at in range(0, len(found), len(ends))]
+
+    def ring(self, models: Iterable[str]) -> None:
+        """Wake workers for messages of tenants, where the last to be woken may have died of it."""
+        queues = [self.layout.prefix + queue for queue in queues_of(models)]
+        with self._client() as client:
+            lanes.ring(client, queues, self.layout.ends, self.layout.sep)
+
+    def note_used(self, used: Mapping[tuple[str, int, str], Used]) -> None:
+        """Tell what ended jobs took of the device, by model, priority and tenant."""
+        by_list: dict[tuple[str, str], Used] = {}
+        for (model, priority, tenant), each in used.items():
+            key = self.layout.lane(queue_name(model), priority), own_list(tenant, priority)
+            by_list[key] = by_list.get(key, Used()) + each
+        weights = self.layout.prefix + lanes.WEIGHTS
+        with self._client() as client:
+            lanes.note_used(client, weights, by_list, self.layout.sep)
+
+    def set_weights(self, weights: Mapping[str, float]) -> None:
+        """Have tenants served by these weights from now on; all others have 1."""
+        key = self.layout.prefix + lanes.WEIGHTS
+        given: dict[Any, Any] = dict(weights)
+        if DEFAULT_TENANT in given:
+            given[own_list(DEFAULT_TENANT)] = given[DEFAULT_TENANT]
+        with self._client() as client:
+            pipe = client.pipeline()
+            pipe.delete(key)
+            if given:
+                pipe.hset(key, mapping=given)
+            pipe.execute()
+
+    @contextmanager
+    def _client(self) -> Iterator[redis.Redis]:
+        """A plain client: its keys are whole."""
         with (
             as_unavailable(),
             self._app.pool.acquire(block=True) as connection,
             _left_on_error(connection),
         ):
-            pipe = connection.default_channel.client.pipeline(transaction=False)
-            for queue in queues:
-                for step in self.layout.steps:
-                    pipe.llen(self.layout.name(queue, step))
-            lengths = pipe.execute()
-        steps = len(self.layout.steps)
-        return [lengths[at : at + steps] for at in range(0, len(lengths), steps)]
+            yield redis.Redis(connection_pool=connection.default_channel.pool)
 
     def unread(self) -> dict[str, int]:
         """Messages in lists that nobody here reads, by list; as of a minute ago at most."""
@@ -189,17 +245,19 @@ class Publisher:
         queues = {queue: ids for model, ids in by_model.items() for queue in queues_of([model])} | {
             self._default_queue: models.keys()
         }
-        lists = {
-            self.layout.name(queue, step): ids
-            for queue, ids in queues.items()
-            for step in self.layout.steps
-        }
+        lists = {queue + end: ids for queue, ids in queues.items() for end in self.layout.ends}
         with (
             as_unavailable(),
             self._app.pool.acquire(block=True) as connection,
             _left_on_error(connection),
         ):
-            return without_message(connection.default_channel.client, lists)
+            client = connection.default_channel.client
+            own = {
+                key: ids
+                for name, ids in lists.items()
+                for key in lanes.tenants(client, name, self.layout.sep)
+            }
+            return without_message(client, lists | own)
 
     def tell_cancelled(self, worker_id: UUID, job_ids: Iterable[UUID]) -> None:
         """Tell a worker that jobs which it runs were cancelled. Raises `Unavailable`."""

@@ -49,16 +49,26 @@ def most_bytes(broker: BrokerSettings) -> int:
     return len(broker.priority_steps) * broker.max_messages * message
 
 
+LIVE: Final = "live"
+"""What follows the name of a queue in that of the lane of calls that are waited for: it is served
+before all lists, and holds messages of tenants alone, `DEFAULT_TENANT` among them."""
+
 PATIENT_SHARE: Final = 16
 """One of so many messages that a worker takes is the most patient that waits, and so much of a
 queue is kept for each list of it, however many urgent messages there are."""
 
 
-def room(lengths: Sequence[float], step: int, most: int) -> float:
+def room(
+    lengths: Sequence[float], step: int, most: int, own: float | None = None, tenants: int = 1
+) -> float:
     """How many messages the list of this step of a queue takes yet, or less than 1 if none: those
-    that fewer than `most` messages would be served before, and its share in any case."""
-    share = -(-most // PATIENT_SHARE)
-    return max(most - sum(lengths[: step + 1]), share - lengths[step])
+    that fewer than `most` messages would be served before, and its share in any case.
+
+    Where so many tenants share it, a tenant with `own` messages there has a part of that share.
+    """
+    share = -(-most // (PATIENT_SHARE * max(1, tenants)))
+    mine = lengths[step] if own is None else own
+    return max(most - sum(lengths[: step + 1]), share - mine)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +106,16 @@ class Layout:
         """The key for kombu's own client, which puts the prefix in front of it."""
         step = self.steps[max(0, self.step(priority))]
         return f"{queue}{self.sep}{step}" if step else queue
+
+    @property
+    def ends(self) -> list[str]:
+        """What follows a queue's name in those of its lanes, in the order in which they are
+        served."""
+        return [f"{self.sep}{LIVE}", *(self.name("", step) for step in self.steps)]
+
+    def lane(self, queue: str, priority: int) -> str:
+        """The whole key of the list that the lane for this priority is named after."""
+        return self.prefix + queue + self.ends[self.step(priority) + 1]
 
     def queue(self, key: str) -> str:
         """The queue that the list with this whole key belongs to."""

@@ -34,11 +34,14 @@ _CELERY: Final = (
     *("zrevrangebyscore", "zrangebyscore"),
     *("set", "get", "del", "evalsha", "script|load", "script|exists", "time"),  # locks
     *("sadd", "srem", "smembers", "exists", "pexpire"),  # bindings
+    *("eval", "zscore", "zcard", "zremrangebyscore", "hincrby"),  # turns of tenants
     *("publish", "subscribe", "psubscribe", "unsubscribe", "punsubscribe"),
 )
 _SEND: Final = (
-    *("lpush", "lpushx", "rpush", "llen", "publish"),
+    *("lpush", "lpushx", "llen", "publish"),
     *("lrange", "evalsha", "script|load"),  # rescue looks for lost messages
+    *("eval", "zscore", "zcard", "zrange", "zadd", "zrem", "hget", "hset", "del"),  # and of tenants
+    *("multi", "exec"),
 )
 _LOOK: Final = ("info", "scan", "lindex")
 """For `doctor` and the metric of messages that nobody reads; without them they say less."""
@@ -82,7 +85,7 @@ def missing(settings: Settings, client: redis.Redis, role: Role) -> list[str]:
             try:
                 connection.read_response()
             except NoPermissionError:
-                key = () if command == "EVALSHA" else arguments[:1]
+                key = () if command in ("EVAL", "EVALSHA") else arguments[:1]
                 lacking.append(" on ".join([command, *key]))
             except ResponseError:
                 pass  # not taken by a transaction, or unknown to this server: no matter of rights
@@ -104,13 +107,19 @@ def _samples(settings: Settings, role: Role) -> Iterator[tuple[str, ...]]:
         yield from (("RPOP", key), ("LPUSH", key, ""), ("RPUSH", key, ""), ("LLEN", key))
         yield "LRANGE", key, "0", "0"
     yield "LPUSHX", prefix + NO_LIST, ""
-    if role is Role.WORKER:
-        yield "LPUSH", f"{prefix}x.reply.celery.pidbox", ""
-    yield from (("HSET", unacked, "", ""), ("HGET", unacked, ""), ("HDEL", unacked, ""))
-    yield from (("ZADD", index, "0", ""), ("ZREM", index, ""), ("ZRANGE", index, "0", "0"))
-    yield from (("WATCH", unacked), ("SET", lock, ""), ("GET", lock), ("DEL", lock))
-    yield from (("EVALSHA", "0" * 40, "0"), ("TIME",))
-    yield from (("SADD", bindings, ""), ("SREM", bindings, ""), ("SMEMBERS", bindings))
+    tags, fair = f"{lists[0]}{layout.sep}tags", f"{lists[0]}{layout.sep}fair"
+    yield from (("ZADD", tags, "0", ""), ("ZREM", tags, ""), ("ZRANGE", tags, "0", "0"))
+    yield from (("ZSCORE", tags, ""), ("ZCARD", tags), ("ZREMRANGEBYSCORE", tags, "0", "0"))
+    yield from (("HSET", fair, "", ""), ("HGET", fair, ""), ("HINCRBY", fair, "", "0"))
+    yield from (("DEL", fair), ("EVAL", "", "0"), ("EVALSHA", "0" * 40, "0"))
     for channel in _channels(settings, role):
         yield "PUBLISH", channel, ""
         yield "PSUBSCRIBE", channel
+    if role is not Role.WORKER:
+        return
+    yield "LPUSH", f"{prefix}x.reply.celery.pidbox", ""
+    yield from (("HSET", unacked, "", ""), ("HGET", unacked, ""), ("HDEL", unacked, ""))
+    yield from (("ZADD", index, "0", ""), ("ZREM", index, ""), ("ZRANGE", index, "0", "0"))
+    yield from (("WATCH", unacked), ("SET", lock, ""), ("GET", lock), ("DEL", lock))
+    yield ("TIME",)
+    yield from (("SADD", bindings, ""), ("SREM", bindings, ""), ("SMEMBERS", bindings))

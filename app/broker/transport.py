@@ -12,14 +12,15 @@ AttributeError, which Celery takes for the end of the worker.
 
 Messages are waited for by kombu's BRPOP. Once one has come, those behind it are fetched together,
 and so are those that follow as work gets done: one round trip takes off what is done and brings as
-many again.
+many again. Those of tenants are in lists of their own (`lanes`), and a bell is waited for.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from queue import Empty
 from types import MappingProxyType
@@ -33,9 +34,11 @@ from kombu.utils.scheduling import round_robin_cycle
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 from app import telemetry
+from app.broker import lanes
 from app.broker.fetching import MAX_BYTES, Fetcher, Taken
-from app.broker.message import num_jobs
+from app.broker.message import TENANT_HEADER, num_jobs
 from app.broker.qos import QoS, UnlessFull, UnlessLost
+from app.broker.queues import LIVE
 from app.broker.refusal import said
 from app.broker.settling import Message
 from app.jobs import LIVE_PRIORITY
@@ -158,18 +161,6 @@ class _Outliving:
         key = self._q_for_pri(queue, self._get_message_priority(item, reverse=False))  # type: ignore[attr-defined]
         return key, dumps(item)  # type: ignore[no-untyped-call]
 
-    def _put(self, queue: str, message: dict[str, Any], **options: Any) -> None:
-        """What is waited for goes to the end of its list that is taken from."""
-        if message["properties"].get("priority") != LIVE_PRIORITY:
-            super()._put(queue, message, **options)  # type: ignore[misc]
-            return
-        key, item = self._q_for_pri(queue, 0), dumps(message)  # type: ignore[attr-defined,no-untyped-call]
-        if (batch := options.get("_publish_batch")) is not None:
-            batch.add("rpush", key, item)
-            return
-        with self.conn_or_acquire() as client:  # type: ignore[attr-defined]
-            client.rpush(key, item)
-
     # ── taking and taking off ────────────────────────────────────────────────────────────────
 
     def settle_soon(self) -> None:
@@ -177,17 +168,19 @@ class _Outliving:
         if getattr(self.connection, "loop", None) is None:  # type: ignore[attr-defined]
             self.settle()
 
-    def settle(self, first: Taken | None = None) -> None:
+    def settle(self, first: Taken | None = None, new_in: str | None = None) -> None:
         """Take off what is done, and take more where more waits: one round trip.
 
-        `first` was taken before and is to be noted.
+        `first` was taken before and is to be noted. From the queue `new_in` only newcomers' are
+        taken, and nothing of others.
         """
-        most, rooms = self._rooms(first)
+        most, rooms = self._rooms(first) if new_in is None else self._rooms_for_new(new_in)
         done = self.qos.take_done()  # type: ignore[attr-defined]
         if not (done or rooms or first):
             return
         prefix = getattr(self, "global_keyprefix", "")
         notes = prefix + self.unacked_key, prefix + self.unacked_index_key  # type: ignore[attr-defined]
+        weights = prefix + lanes.WEIGHTS
         client = plain.Redis(connection_pool=self.pool)  # type: ignore[attr-defined]
         pipe = client.pipeline(transaction=False)
         if done:
@@ -195,10 +188,18 @@ class _Outliving:
             pipe.hdel(notes[0], *done)
         if takes := bool(rooms or first):
             lists = [
-                [prefix + self._q_for_pri(queue, step) for queue in rooms]  # type: ignore[attr-defined]
-                for step in self.priority_steps  # type: ignore[attr-defined]
+                [f"{prefix}{queue}{self.sep}{LIVE}" for queue in rooms],  # type: ignore[attr-defined]
+                *(
+                    [prefix + self._q_for_pri(queue, step) for queue in rooms]  # type: ignore[attr-defined]
+                    for step in self.priority_steps  # type: ignore[attr-defined]
+                ),
             ]
-            self._fetcher.call(pipe, notes, lists, rooms, most, first)
+            self._fetcher.call(
+                *(pipe, (*notes, weights), lists, rooms, most, first),
+                prefix=prefix,
+                sep=self.sep,  # type: ignore[attr-defined]
+                only_new=new_in is not None,
+            )
         try:
             replies = pipe.execute(raise_on_error=False)
             if takes and isinstance(replies[-1], NoScriptError):
@@ -211,7 +212,21 @@ class _Outliving:
             if isinstance(refused, ResponseError):
                 log.warning("%s Messages are done and not taken off.", said(refused))
         if takes:
-            self._take(replies[-1], most, rooms)
+            self._take(replies[-1], most, rooms, is_all=new_in is None)
+
+    def _rooms_for_new(self, queue: str) -> tuple[int, dict[str, int]]:
+        """The same beyond what a queue is given: its bell was heard here, and may have to be rung
+        again for others, so that it is asked for even if there is no room by now."""
+        most = self.qos.can_consume_max_estimate()  # type: ignore[attr-defined]
+        held = self.qos.held[queue]  # type: ignore[attr-defined]
+        room = max(
+            0, min(MOST_AT_ONCE if most is None else most, self._most_with_new(queue) - held)
+        )
+        return room, {queue: room}
+
+    def _most_with_new(self, queue: str) -> int:
+        """Jobs of a queue that are held at most, newcomers' included."""
+        return self.queue_budgets.get(queue, 0) * 3 // 2
 
     def _rooms(self, first: Taken | None) -> tuple[int, dict[str, int]]:
         """Jobs to take now, and of each queue at most; none if none waits, as far as is known. The
@@ -236,8 +251,8 @@ class _Outliving:
             return 0, {}
         return most, rooms
 
-    def _take(self, reply: Any, most: int, rooms: Mapping[str, int]) -> None:
-        """Deliver what was fetched."""
+    def _take(self, reply: Any, most: int, rooms: Mapping[str, int], *, is_all: bool) -> None:
+        """Deliver what was fetched; `is_all` tells whether all that waits was asked for."""
         taken = self._fetcher.first
         if isinstance(reply, ResponseError):
             self._long.clear()
@@ -253,7 +268,7 @@ class _Outliving:
         for each in more:
             by_queue[each.queue] += each.num_jobs
         is_cut = by_queue.total() >= most or sum(len(each.item) for each in more) >= MAX_BYTES
-        for queue, room in rooms.items():
+        for queue, room in rooms.items() if is_all else ():
             (self._long.add if is_cut or by_queue[queue] >= room else self._long.discard)(queue)
         for queue in by_queue:
             self._queue_cycle.rotate(queue)  # type: ignore[no-untyped-call]
@@ -274,10 +289,38 @@ class _Outliving:
         self.connection._deliver(payload, taken.queue)  # type: ignore[attr-defined]
 
     def _brpop_start(self, timeout: float | None = None) -> None:
+        queues = self._queue_cycle.consume(len(self.active_queues))  # type: ignore[attr-defined]
+        self._asked = set(queues)
+        bells = [self._bell(queue, lanes.BELL) for queue in queues if queue in self.queue_budgets]
+        bells += [self._bell(queue, lanes.NEW) for queue in self._open_to_new(queues)]
         if self._queue_cycle.leaves_out:
             timeout = LOOK_AGAIN_S
-        self._asked = set(self._queue_cycle.consume(len(self.active_queues)))  # type: ignore[attr-defined]
-        super()._brpop_start(timeout)  # type: ignore[misc]
+        lists = [
+            self._q_for_pri(queue, step)  # type: ignore[attr-defined]
+            for step in self.priority_steps  # type: ignore[attr-defined]
+            for queue in queues
+        ]
+        if not (bells or lists):
+            return
+        client: Any = self.client  # type: ignore[attr-defined]
+        self._in_poll: Any = client.connection
+        self._brpop_sent_at: Any = time.monotonic()
+        words = ["BRPOP", *bells, *lists, timeout or self.brpop_timeout]  # type: ignore[attr-defined]
+        if getattr(self, "global_keyprefix", ""):
+            words = client._prefix_args(words)
+        client.connection.send_command(*words)
+
+    def _bell(self, queue: str, name: str) -> str:
+        return f"{queue}{self.sep}{name}"  # type: ignore[attr-defined]
+
+    def _open_to_new(self, asked: Sequence[str]) -> list[str]:
+        """Queues that are not asked for all they have, and of which newcomers would be taken."""
+        held: Counter[str] = self.qos.held  # type: ignore[attr-defined]
+        return [
+            queue
+            for queue in self.active_queues  # type: ignore[attr-defined]
+            if queue not in asked and held[queue] < self._most_with_new(queue)
+        ]
 
     def _brpop_read(self, **options: Any) -> bool:
         """One message, and those behind it."""
@@ -288,13 +331,21 @@ class _Outliving:
             client.connection.disconnect()
             raise
         finally:
-            self._in_poll: Any = None
+            self._in_poll = None
             self._flush_brpop_reauth()  # type: ignore[attr-defined]
         if not found:
             raise Empty
         key, item = found
+        queue, _, bell = key.decode().rpartition(self.sep)  # type: ignore[attr-defined]
+        if bell == lanes.NEW and queue in self.queue_budgets:
+            self.settle(new_in=queue)
+            return True
         queue = key.decode().rsplit(self.sep, 1)[0]  # type: ignore[attr-defined]
         self._queue_cycle.rotate(queue)  # type: ignore[no-untyped-call]
+        if bell == lanes.BELL and queue in self.queue_budgets:
+            self._long.add(queue)
+            self.settle()
+            return True
         payload = self.read(queue, item)
         if queue in self._unnoted:
             if payload:
@@ -306,6 +357,25 @@ class _Outliving:
         else:
             self.settle()
         return True
+
+    def _put(self, queue: str, message: Any, **options: Any) -> None:
+        """A tenant's message goes into a list of its own, and what is waited for into a lane."""
+        is_live = message["properties"].get("priority") == LIVE_PRIORITY
+        tenant = (message.get("headers") or {}).get(TENANT_HEADER)
+        if not tenant:
+            return super()._put(queue, message, **options)  # type: ignore[misc,no-any-return]
+        step = self._q_for_pri(queue, self._get_message_priority(message, reverse=False))  # type: ignore[attr-defined]
+        if is_live:
+            step = f"{queue}{self.sep}{LIVE}"  # type: ignore[attr-defined]
+        key = getattr(self, "global_keyprefix", "") + queue
+        text = dumps(message)  # type: ignore[no-untyped-call]
+        words = (lanes.PUSH, 1, key, step.removeprefix(queue), self.sep, tenant, text)  # type: ignore[attr-defined]
+        if (batch := options.get("_publish_batch")) is not None:
+            batch.add("eval", *words)
+            return None
+        with self.conn_or_acquire() as client:  # type: ignore[attr-defined]
+            client.eval(*words)
+        return None
 
     def basic_consume(self, queue: str, no_ack: bool = False, *args: Any, **options: Any) -> Any:
         if no_ack:

@@ -30,8 +30,13 @@ def unread(settings: Settings, client: redis.Redis) -> dict[str, int]:
     """
     layout = Layout.of(settings)
     queues = [*queues_of(settings.models), settings.broker.default_queue]
-    read = {layout.key(queue, step).encode() for queue in queues for step in layout.steps}
-    found = [key for key in _lists(client) if key not in read and not key.endswith(_REPLIES)]
+    read = {(layout.prefix + queue + end).encode() for queue in queues for end in layout.ends}
+    of = f"{layout.sep}of{layout.sep}".encode()
+    found = [
+        key
+        for key in _lists(client)
+        if key.partition(of)[0] not in read and not key.endswith(_REPLIES)
+    ]
     pipe = client.pipeline(transaction=False)
     for key in found[:MAX_LISTS]:
         pipe.llen(key)

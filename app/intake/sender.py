@@ -140,14 +140,16 @@ class Sender:
 
 
 def _message(job: NewJob) -> Message:
-    return Message(job.id, job.kind, job.model, job.request, job.url, job.priority)
+    return Message(job.id, job.kind, job.model, job.request, job.url, job.priority, job.tenant)
 
 
 @dataclass(slots=True)
 class _Queue:
-    """A queue of Redis as this process knows it."""
+    """A queue of Redis as this process knows it, for one tenant."""
 
     lengths: list[int]  #: messages in its lists, by the steps of `Publisher.layout`
+    own: list[int]  #: those of the tenant among them
+    tenants: list[int]
     looked_at: float  #: monotonic
     held: set[int] = field(default_factory=set)  #: lists whose jobs are left to rescue
 
@@ -156,9 +158,9 @@ class Queues:
     """Which new jobs are worth a message: those that few enough messages would be served before.
 
     So an urgent job does not wait behind a queue that is full of patient ones, and these have a
-    share of it, or a flood of urgent ones would keep them out for ever. Once a list is full
-    rescue alone feeds it, in order, until it is half empty: new jobs do not overtake those that
-    were held back. If rescue is away, half of the limit goes on without it.
+    share of it, or a flood of urgent ones would keep them out for ever; so has each tenant. Once a
+    list is full rescue alone feeds it, in order, until it is half empty: new jobs do not overtake
+    those that were held back. If rescue is away, half of the limit goes on without it.
 
     Lengths are looked up now and then and counted up between, so the limit is kept to within what
     other processes send in `LOOK_EVERY_S`.
@@ -168,44 +170,55 @@ class Queues:
         self._publisher = publisher
         self._max = max_messages
         self._lock = threading.Lock()
-        self._queues: dict[str, _Queue] = {}
+        self._queues: dict[tuple[str, str], _Queue] = {}  #: by model and tenant
 
     def take(self, jobs: Sequence[NewJob]) -> list[NewJob]:
         """Those of the jobs that are to be sent now. Raises `Unavailable`."""
-        self._look({job.model for job in jobs})
+        for tenant in {job.tenant for job in jobs}:
+            self._look({job.model for job in jobs if job.tenant == tenant}, tenant)
         with self._lock:
             return [
                 job
                 for group in bundled(jobs, self._publisher.bundle_size)
-                if self._takes(self._queues[group[0].model], group[0].priority)
+                if self._takes(self._queues[group[0].model, group[0].tenant], group[0].priority)
                 for job in group
             ]
 
-    def _look(self, models: set[str]) -> None:
+    def _look(self, models: set[str], tenant: str) -> None:
         oldest = time.monotonic() - LOOK_EVERY_S
         with self._lock:
             known = self._queues
             stale = [
-                each for each in models if each not in known or known[each].looked_at <= oldest
+                model
+                for model in models
+                if (model, tenant) not in known or known[model, tenant].looked_at <= oldest
             ]
         if not stale:
             return
-        found = self._publisher.list_lengths(stale)
+        found = self._publisher.list_lengths(stale, tenant)
         now = time.monotonic()
         with self._lock:
-            for model, lengths in found.items():
-                held = known[model].held if model in known else set()
-                known[model] = _Queue(lengths, now, held)
+            for model, lanes in found.items():
+                before = known.get((model, tenant))
+                known[model, tenant] = _Queue(
+                    [each.all for each in lanes],
+                    [each.own for each in lanes],
+                    [each.tenants for each in lanes],
+                    now,
+                    before.held if before else set(),
+                )
 
     def _takes(self, queue: _Queue, priority: int) -> bool:
         step = self._publisher.layout.step(priority)
         if step < 0:  # there are no more of them than callers who wait
             return True
-        if room(queue.lengths, step, self._max // 2 if step in queue.held else self._max) < 1:
+        most = self._max // 2 if step in queue.held else self._max
+        if room(queue.lengths, step, most, queue.own[step], queue.tenants[step]) < 1:
             queue.held.add(step)
             return False
         queue.held.discard(step)
         queue.lengths[step] += 1
+        queue.own[step] += 1
         return True
 
 

@@ -27,7 +27,7 @@ from uuid import UUID
 
 from sqlalchemy import Connection, Row, text
 
-from app.jobs import Kind
+from app.jobs import DEFAULT_TENANT, Kind
 from app.requests.bodies import FORMAT
 from app.store.lookup import locked
 
@@ -110,40 +110,43 @@ class WakeUp:
     model: str
     kind: Kind
     priority: int
+    tenant: str
 
 
 def _wake_ups(rows: Sequence[Row[Any]]) -> list[WakeUp]:
     """In the order to send them: by priority, then oldest first."""
     ordered = sorted(rows, key=lambda row: (row.priority, row.not_before, row.id))
-    return [WakeUp(row.id, row.model, Kind(row.kind), row.priority) for row in ordered]
+    return [WakeUp(row.id, row.model, Kind(row.kind), row.priority, row.tenant) for row in ordered]
 
 
-# The models of unsent jobs, by steps from each to the next in the index.
-_UNSENT_MODELS: Final = text(f"""
-    WITH RECURSIVE found (model) AS (
-        (SELECT model FROM open_jobs WHERE {UNSENT} ORDER BY model LIMIT 1)
+# The models and tenants of unsent jobs, by steps from each to the next in the index.
+_UNSENT: Final = text(f"""
+    WITH RECURSIVE found (model, tenant) AS (
+        (SELECT model, tenant FROM open_jobs WHERE {UNSENT} ORDER BY model, tenant LIMIT 1)
         UNION ALL
-        SELECT (
-            SELECT open_jobs.model FROM open_jobs WHERE {UNSENT} AND open_jobs.model > found.model
-            ORDER BY open_jobs.model LIMIT 1
-        ) FROM found WHERE found.model IS NOT NULL
+        SELECT next.* FROM found CROSS JOIN LATERAL (
+            SELECT open_jobs.model, open_jobs.tenant FROM open_jobs
+            WHERE {UNSENT}
+                AND (open_jobs.model, open_jobs.tenant) > (found.model, found.tenant)
+            ORDER BY open_jobs.model, open_jobs.tenant LIMIT 1
+        ) AS next
     )
-    SELECT model FROM found WHERE model IS NOT NULL
+    SELECT model, tenant FROM found
 """)
 
 
-def unsent_models(connection: Connection) -> list[str]:
-    """The models of all unsent jobs, due or not."""
-    return list(connection.scalars(_UNSENT_MODELS))
+def unsent(connection: Connection) -> list[tuple[str, str]]:
+    """The models of all unsent jobs, due or not, each with each tenant that has some."""
+    return [(row.model, row.tenant) for row in connection.execute(_UNSENT)]
 
 
-# Mark unsent jobs of a model that are due: by priority, then oldest first.
+# Mark unsent jobs of a model and tenant that are due: by priority, then oldest first.
 _SEND_DUE: Final = text(f"""
     WITH due AS MATERIALIZED (
         SELECT job.id FROM unnest(CAST(:priorities AS int[])) AS given(priority)
         CROSS JOIN LATERAL (
             SELECT id FROM open_jobs
-            WHERE {UNSENT} AND model = :model AND priority = given.priority
+            WHERE {UNSENT} AND model = :model AND tenant = :tenant AND priority = given.priority
                 AND not_before <= now() AND {KNOWN}
             ORDER BY not_before LIMIT :page
             FOR NO KEY UPDATE SKIP LOCKED
@@ -151,15 +154,20 @@ _SEND_DUE: Final = text(f"""
         LIMIT :page
     )
     UPDATE open_jobs SET enqueued_at = now() FROM due WHERE open_jobs.id = due.id
-    RETURNING open_jobs.id, model, kind, priority, not_before
+    RETURNING open_jobs.id, model, kind, priority, not_before, tenant
 """)
 
 
 def send_due(
-    connection: Connection, model: str, priorities: Sequence[int], page: int
+    connection: Connection,
+    model: str,
+    priorities: Sequence[int],
+    page: int,
+    *,
+    tenant: str = DEFAULT_TENANT,
 ) -> list[WakeUp]:
     """Mark due jobs of the first of these priorities that have unsent ones. Commit, then send."""
-    given = {"model": model, "priorities": list(priorities), "page": page}
+    given = {"model": model, "priorities": list(priorities), "page": page, "tenant": tenant}
     return _wake_ups(connection.execute(_SEND_DUE, given).all())
 
 
@@ -205,7 +213,7 @@ _SEND_AGAIN: Final = text(f"""
     )
     UPDATE open_jobs SET enqueued_at = now(), wake_count = least(wake_count, 32766) + 1
     FROM lost WHERE open_jobs.id = lost.id
-    RETURNING open_jobs.id, model, kind, priority, not_before
+    RETURNING open_jobs.id, model, kind, priority, not_before, tenant
 """)
 
 

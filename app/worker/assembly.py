@@ -41,6 +41,7 @@ from app.worker.registrar import Registrar
 from app.worker.runner import Runner
 from app.worker.settlement import Settlement
 from app.worker.thread import RunnerThread
+from app.worker.used import UsedTeller
 from app.worker.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ class Assembly:
     publisher: Publisher
     watchdog: Watchdog
     energy: EnergyMeter
+    used: UsedTeller
     load_timeout_s: float
     prices: Mapping[str, PriceSettings]
     energy_watch: EnergyWatch | None = None
@@ -84,6 +86,7 @@ class Assembly:
             loads.end(connection, self.worker_id)
         self._check_energy()
         self.lease.start(self.runner.facts())
+        self.used.start()
         self.watchdog.start()
         if self.xid_watch is not None:
             self.xid_watch.start()
@@ -117,6 +120,7 @@ class Assembly:
         if self.energy_watch is not None:
             self.energy_watch.stop()
         self.lease.stop()
+        self.used.stop()
         self.publisher.close()
         self.database.close()
 
@@ -165,6 +169,7 @@ def assemble(
     per_hour = settings.prices[price_id].per_device_hour if price_id else None
     account = Account(worker_id, host.hours, energy, per_hour)
     limits: dict[str, Limits] = {name: Limits.of(model.settings) for name, model in catalog.items()}
+    used = UsedTeller(publisher.note_used)
     runner = Runner(
         models=names,
         registrar=Registrar(
@@ -185,6 +190,7 @@ def assemble(
             account=account,
         ),
         host=host,
+        note_used=used.note,
     )
     thread = RunnerThread(runner, on_end)
     lease = LeaseKeeper(
@@ -204,7 +210,7 @@ def assemble(
         lease_s=settings.worker.lease_s,
     )
     return Assembly(
-        *(worker_id, names, thread, lease, database, publisher, watchdog, energy),
+        *(worker_id, names, thread, lease, database, publisher, watchdog, energy, used),
         load_timeout_s=settings.worker.load_timeout_s,
         energy_watch=EnergyWatch(energy, settings.energy.reading_ms) if source.counters else None,
         prices=settings.prices,

@@ -17,8 +17,10 @@ While an engine runs that takes nothing before it is free again, the batch for t
 as it is full; one that is not may still grow.
 
 What does not fit opens the next batch, and what could not even be alone in an empty engine is
-handed back by `misfits`: nothing behind it would ever run. Members go in by priority, then
-deadline, then age; a candidate that has been passed over for `STARVATION_WAITS` times its group's
+handed back by `misfits`: nothing behind it would ever run. Members go in by priority; within one
+each tenant's first, then each one's second, and so on; those of a tenant by deadline, then age. How
+many of whom are here at all is decided where messages are fetched: see `app.broker.lanes`. A
+candidate that has been passed over for `STARVATION_WAITS` times its group's
 `max_wait_ms`, and `STARVATION_FLOOR_NS`, goes first whatever its priority, so nothing waits for
 ever.
 """
@@ -26,6 +28,7 @@ ever.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -86,6 +89,7 @@ class Candidate:
     priority: int = 0
     deadline: float = math.inf  #: UNIX seconds; only compared
     expires_ns: int | None = None  #: the deadline on the caller's clock
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +173,7 @@ class Batcher:
         timely = self._timely(group, capacity, now_ns)
         if timely is None and _takes_more(waiting.values(), size, limits, capacity):
             return None
-        ordered = sorted(waiting.values(), key=lambda c: _urgency(c, limits, now_ns))
+        ordered = _in_turns([(_urgency(c, limits, now_ns), c) for c in waiting.values()])
         members, full = fill(ordered, size, limits.max_batch_tokens, capacity)
         if full is CloseReason.SIZE and size < limits.max_batch_size and capacity.joins:
             full = CloseReason.JOIN
@@ -239,11 +243,28 @@ def _takes_more(
     return rows * (prompt + output) <= limits.max_batch_tokens
 
 
-def _urgency(candidate: Candidate, limits: Limits, now_ns: int) -> tuple[bool, int, float, int]:
+_Urgency = tuple[bool, int, float, int]
+
+
+def _urgency(candidate: Candidate, limits: Limits, now_ns: int) -> _Urgency:
     fed = now_ns - candidate.arrived_ns < limits.starvation_ns
     if not fed:
         return (False, 0, 0.0, candidate.arrived_ns)
     return (True, candidate.priority, candidate.deadline, candidate.arrived_ns)
+
+
+def _in_turns(urgent: list[tuple[_Urgency, Candidate]]) -> list[Candidate]:
+    """By urgency; those that are fed and of one priority, each tenant's first before any second."""
+    urgent.sort(key=lambda each: each[0])
+    if len({candidate.tenant for _, candidate in urgent}) < 2:
+        return [candidate for _, candidate in urgent]
+    seen: Counter[tuple[int, str]] = Counter()
+    placed = []
+    for (fed, priority, *_), candidate in urgent:
+        placed.append((fed, priority, seen[priority, candidate.tenant] if fed else 0))
+        seen[priority, candidate.tenant] += 1
+    order = sorted(range(len(urgent)), key=placed.__getitem__)  # stable
+    return [urgent[place][1] for place in order]
 
 
 def fill(

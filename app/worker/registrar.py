@@ -279,7 +279,15 @@ class Registrar:
     def _forward(self, row: Received, ticket: Ticket) -> None:
         """Send a wake-up to the queue of the workers that serve this model."""
         try:
-            self._publisher.send(Message(row.id, Kind(row.kind), row.model, priority=row.priority))
+            self._publisher.send(
+                Message(
+                    row.id,
+                    Kind(row.kind),
+                    row.model,
+                    priority=row.priority,
+                    tenant=row.tenant,
+                )
+            )
         except Unavailable:
             log.info("A message could not be forwarded; rescue will.", extra={"job_id": row.id})
         ticket.dropped()

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Final
 from uuid import UUID
 
+from app.broker.lanes import Used
 from app.errors import (
     GristmillError,
     LeaseLost,
@@ -35,6 +36,7 @@ from app.worker.pool.arrivals import Refusal
 from app.worker.pool.ticket import Ticket
 from app.worker.registrar import Registrar
 from app.worker.telling import tell_doomed, tell_ended
+from app.worker.used import Whose
 from app.worker.work import CANCELLED, EXPIRED, TIMED_OUT, Batch, Doomed, Ending, Job, LeaseNews
 
 log = logging.getLogger(__name__)
@@ -58,8 +60,10 @@ class Runner:
         batcher: Batcher,
         ledger: Ledger,
         host: EngineHost,
+        note_used: Callable[[Whose, Used], object] = lambda *_: None,
         now_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
+        self._note_used = note_used
         self.turned_ns = now_ns()  #: when the last turn began
         self.waits_for_database = False
         self._now_ns = now_ns
@@ -310,6 +314,9 @@ class Runner:
         committed = self._ledger.commit(self._over)
         for job in self._over:
             tell_ended(job, is_committed=job.claimed_run.attempt_id in committed)
+            self._note_used(
+                (job.model, job.priority, job.tenant), Used(1, 1, job.claimed_run.spent_ns)
+            )
             self._jobs.pop(job.id, None)
         self._over = []
 
@@ -361,6 +368,7 @@ class Runner:
         self._claiming = None
         for job in jobs:
             if job not in granted:
+                self._note_used((job.model, job.priority, job.tenant), Used(ended=1))
                 del self._jobs[job.id]
                 self._registrar.give_back(job.id)  # if it is queued all the same
                 job.ticket.dropped()

@@ -180,6 +180,7 @@ class Job:
             priority=self.priority,
             deadline=self.deadline.timestamp() if self.deadline else math.inf,
             expires_ns=self.expires_ns,
+            tenant=self.tenant,
         )
 
     @property

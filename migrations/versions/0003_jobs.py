@@ -728,7 +728,7 @@ def upgrade() -> None:
     op.create_index(
         "open_jobs_unsent",
         "open_jobs",
-        ["model", "priority", "not_before"],
+        ["model", "tenant", "priority", "not_before"],
         postgresql_where=text("enqueued_at IS NULL"),
     )
     op.create_table(

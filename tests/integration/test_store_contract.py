@@ -379,7 +379,7 @@ class Moves:
             ),
             lambda connection, _: sweeps.expire_leases(connection, self.jobs),
             lambda connection, _: sweeps.expire_deadlines(connection, self.jobs),
-            lambda connection, _: delivery.unsent_models(connection),
+            lambda connection, _: delivery.unsent(connection),
             lambda connection, _: delivery.send_due(connection, MODEL, range(10), PAGE),
             lambda connection, _: list(delivery.overdue(connection, 1_700.0, PAGE)),
             lambda connection, _: delivery.send_again(connection, self.jobs, 1_700.0),

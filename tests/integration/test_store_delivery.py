@@ -12,7 +12,7 @@ from sqlalchemy import text
 
 import app
 from app.errors import GristmillError
-from app.jobs import JobState, Kind
+from app.jobs import DEFAULT_TENANT, JobState, Kind
 from app.store import cancellation, claims, delivery, submissions, sweeps
 from app.store.claims import Claimed, Member
 from app.store.database import Database
@@ -101,7 +101,9 @@ def test_urgent_jobs_are_sent_first_and_then_old_ones(database: Database) -> Non
     rewrite(database, "not_before = now() - interval '2 hours'", patient)
 
     with database.begin() as connection:
-        assert delivery.unsent_models(connection) == sorted([MODEL, "other"])
+        assert delivery.unsent(connection) == sorted(
+            [(MODEL, DEFAULT_TENANT), ("other", DEFAULT_TENANT)]
+        )
     assert send_due(database, [0, 1, 2], page=2) == [old, young]
     assert send_due(database, [0, 1, 2], page=2) == [patient]
 

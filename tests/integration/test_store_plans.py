@@ -270,7 +270,7 @@ def test_cancelling(service: Service) -> None:
     [
         (partial(delivery.free_lost, page=500), "open_jobs_by_worker"),
         (partial(sweeps.find_late, page=500), "open_jobs_deadline"),
-        (delivery.unsent_models, "open_jobs_unsent"),
+        (delivery.unsent, "open_jobs_unsent"),
         (
             partial(delivery.send_due, model=MODEL, priorities=range(3), page=500),
             "open_jobs_unsent",

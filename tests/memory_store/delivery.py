@@ -29,13 +29,13 @@ def _is_overdue(self: MemoryConnection, job: Row, lost_after_s: float) -> bool:
 def _mark(self: MemoryConnection, job: Row, **more: object) -> Row:
     """`_wake_ups` takes it."""
     job = self.update("jobs", job["id"], enqueued_at=self.now, **more)
-    return {name: job[name] for name in ("id", "model", "kind", "priority", "not_before")}
+    return {name: job[name] for name in ("id", "model", "kind", "priority", "not_before", "tenant")}
 
 
-@statement(delivery._UNSENT_MODELS)
-def _unsent_models(self: MemoryConnection, _: Params) -> Answer:
-    models = {job["model"] for job in self.jobs.values() if _is_unsent(job)}
-    return Answer([{"model": model} for model in sorted(models)])
+@statement(delivery._UNSENT)
+def _unsent(self: MemoryConnection, _: Params) -> Answer:
+    found = {(job["model"], job["tenant"]) for job in self.jobs.values() if _is_unsent(job)}
+    return Answer([{"model": model, "tenant": tenant} for model, tenant in sorted(found)])
 
 
 @statement(delivery._SEND_DUE)
@@ -44,7 +44,7 @@ def _send_due(self: MemoryConnection, given: Params) -> Answer:
         job
         for job in self.jobs.values()
         if _is_unsent(job)
-        and job["model"] == given["model"]
+        and (job["model"], job["tenant"]) == (given["model"], given["tenant"])
         and job["priority"] in given["priorities"]
         and job["not_before"] <= self.now
         and is_known(job)

@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID
 
+from app.broker.lanes import Length
 from app.broker.message import Message as WakeUp
 from app.broker.publisher import bundled
 from app.broker.queues import Layout, queue_name, queues_of
@@ -178,13 +179,22 @@ class Queue:
     def bundle_size(self, model: str) -> int:
         return SETTINGS.models[model].max_batch_size
 
-    def list_lengths(self, models: Iterable[str]) -> dict[str, list[int]]:
+    def list_lengths(self, models: Iterable[str], _: str = "") -> dict[str, list[Length]]:
         self._reach()
         steps = {
             model: [_step(each.priority) for each in self.lists[queue_name(model, bodies.FORMAT)]]
             for model in models
         }
-        return {model: list(map(found.count, _STEPS)) for model, found in steps.items()}
+        return {
+            model: [Length(found.count(step), found.count(step), 0) for step in _STEPS]
+            for model, found in steps.items()
+        }
+
+    def set_weights(self, weights: Mapping[str, float]) -> None:
+        self._reach()
+
+    def ring(self, models: Iterable[str]) -> None:
+        self._reach()
 
     def without_message(self, models: Mapping[UUID, str]) -> set[UUID]:
         self._reach()
@@ -195,7 +205,10 @@ class Queue:
         return any(job_id in message.job_ids for name in queues for message in self.lists[name])
 
     def queue_lengths(self, models: Iterable[str]) -> dict[str, int]:
-        return {model: sum(lengths) for model, lengths in self.list_lengths(models).items()}
+        return {
+            model: sum(each.all for each in lengths)
+            for model, lengths in self.list_lengths(models).items()
+        }
 
     def _reach(self) -> None:
         if self._world.clock.ns < self._world.redis_back_ns:

@@ -320,3 +320,49 @@ def test_no_candidate_waits_for_ever_behind_one_that_does_not_fit(
 
     # then each has run or was refused
     assert (len(waiting), given_out) == (0, len(sizes))
+
+
+def test_each_tenants_first_comes_before_anybodys_second() -> None:
+    noisy = [candidate(arrived_ms=n, tenant="noisy") for n in range(8)]
+    hasty = [candidate(arrived_ms=8 + n, tenant="hasty", deadline=1.0) for n in range(2)]
+    lone = candidate(arrived_ms=10, tenant="lone")
+    waiting = batcher(*noisy, *hasty, lone)
+
+    closed = waiting.close("g", IDLE, now_ns=11 * MS)
+
+    assert closed is not None
+    assert set(closed.members) == {noisy[0], hasty[0], lone, hasty[1]}
+
+
+def test_a_tenants_turn_is_within_its_priority() -> None:
+    urgent = [candidate(tenant="noisy") for _ in range(4)]
+    patient = candidate(tenant="lone", priority=1)
+    waiting = batcher(patient, *urgent)
+
+    closed = waiting.close("g", IDLE, now_ns=0)
+
+    assert closed is not None
+    assert set(closed.members) == set(urgent)
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 2), st.integers(0, 20_000))))
+@settings(max_examples=100, deadline=None)
+def test_whatever_tenants_wait_those_of_one_keep_their_order(
+    jobs: list[tuple[str, int, int]],
+) -> None:
+    waiting = batcher(
+        *(candidate(arrived_ms=at, tenant=tenant, priority=step) for tenant, step, at in jobs)
+    )
+    taken: list[Candidate] = []
+    while closed := waiting.close("g", IDLE, now_ns=20_100 * MS):
+        taken += closed.members
+
+    assert len(taken) == len(jobs)
+    for tenant in "abc":
+        own = [each for each in taken if each.tenant == tenant]
+        starving = [each for each in own if 20_100 * MS - each.arrived_ns >= 10_000 * MS]
+        fed = [each for each in own if each not in starving]
+        assert own == [
+            *sorted(starving, key=lambda each: each.arrived_ns),
+            *sorted(fed, key=lambda each: (each.priority, each.arrived_ns)),
+        ]

@@ -11,16 +11,21 @@ from uuid import UUID, uuid4
 
 import pytest
 
+from app.broker.lanes import Length
 from app.broker.message import Message
 from app.broker.queues import Layout
 from app.config.settings import BrokerSettings
 from app.errors import Unavailable
 from app.intake import sender as sending
 from app.intake.sender import Sender
-from app.jobs import Kind
+from app.jobs import DEFAULT_TENANT, Kind
 from app.store.submissions import NewJob
 
 BODY = {"prompt": "A grist mill is"}
+
+
+def lanes(lengths: list[int]) -> list[Length]:
+    return [Length(each, each, 0) for each in lengths]
 
 
 class Redis:
@@ -52,10 +57,12 @@ class Redis:
     def try_to_send(self) -> None:
         self._answer()
 
-    def list_lengths(self, models: Collection[str]) -> dict[str, list[int]]:
+    def list_lengths(
+        self, models: Collection[str], tenant: str = DEFAULT_TENANT
+    ) -> dict[str, list[Length]]:
         self._answer()
         self.num_looks += 1
-        return {model: list(self.waiting) for model in models}
+        return {model: lanes(self.waiting) for model in models}
 
     def _answer(self) -> None:
         if self.is_away:
@@ -268,7 +275,9 @@ def test_a_full_queue_of_one_model_does_not_hold_back_another(
     sender: Sender, redis: Redis, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        redis, "list_lengths", lambda models: {m: [500 * (m == "long"), 0, 0, 0] for m in models}
+        redis,
+        "list_lengths",
+        lambda models, _: {m: lanes([500 * (m == "long"), 0, 0, 0]) for m in models},
     )
 
     submit(sender, [new_job(model="long"), new_job(model="short")])

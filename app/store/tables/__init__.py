@@ -24,7 +24,8 @@ Of `open_jobs` no column that changes while a job waits or runs is indexed but `
 update: Postgres compares values, and what is set to what it was has not changed.
 """
 
-from app.store.tables.columns import DEFAULT_TENANT, Stamp, device_cost, metadata
+from app.jobs import DEFAULT_TENANT
+from app.store.tables.columns import Stamp, device_cost, metadata
 from app.store.tables.comparisons import comparisons
 from app.store.tables.files import files
 from app.store.tables.jobs import attempts, batches, job_keys, jobs, open_jobs, requests, results

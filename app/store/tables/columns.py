@@ -22,9 +22,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONB
 
 from app.books.cost import HOUR_NS
-from app.jobs import EARLIEST, LATEST, JobState
-
-DEFAULT_TENANT = "default"
+from app.jobs import DEFAULT_TENANT, EARLIEST, LATEST, JobState
 
 metadata = MetaData(
     naming_convention={

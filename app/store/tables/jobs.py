@@ -175,6 +175,7 @@ open_jobs = Table(
     Index(
         "open_jobs_unsent",
         "model",
+        "tenant",
         "priority",
         "not_before",
         postgresql_where=text("enqueued_at IS NULL"),
