@@ -31,11 +31,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 from uuid import UUID
 
-from app import telemetry
+from app.alive import Alive
 from app.broker.lanes import Length
 from app.broker.message import Message
 from app.broker.publisher import Publisher, bundled
@@ -43,7 +42,7 @@ from app.broker.queues import room
 from app.config.settings import Settings
 from app.errors import GristmillError, SchemaError, Unavailable
 from app.intake.file_keeper import FileKeeper
-from app.store import delivery, months, retention, shares, sweeps, usage
+from app.store import delivery, months, retention, shares, sweeps, usage, webhooks
 from app.store.contact import Contact
 from app.store.database import Database
 from app.store.delivery import WakeUp
@@ -53,7 +52,6 @@ from app.store.translation import Locked, TookTooLong
 from app.threads import beside
 
 log = logging.getLogger(__name__)
-health_log = telemetry.say_once(logging.getLogger(f"{__name__}.health"))
 
 MAX_PAGES: Final = 20
 """Of one kind of work in one sweep, so that none keeps the others waiting."""
@@ -91,9 +89,6 @@ MAX_PAUSE_S: Final = 5.0
 LOOKS_PER_LEASE: Final = 8
 """However long a pause is, Postgres is asked so often whether it is there."""
 
-ALIVE_S: Final = 60.0
-"""A rescue process that has not swept for this long is not alive."""
-
 
 @dataclass(frozen=True, slots=True)
 class SweepReport:
@@ -123,6 +118,7 @@ class Rescue:
         self._max_messages = settings.broker.max_messages
         self._lease_s = settings.worker.lease_s
         self._retention = settings.retention
+        self._hooks_days = settings.webhooks.keep_days
         self._database = database
         self._publisher = publisher
         self._now_s = now_s
@@ -273,6 +269,7 @@ class Rescue:
             (retention.delete_windows, kept.jobs_days, "Deleted windows of long ago."),
             (retention.delete_jobs, kept.jobs_days, "Deleted old jobs."),
             (retention.delete_batches, kept.jobs_days, "Deleted batches of old jobs."),
+            (webhooks.delete_deliveries, self._hooks_days, "Deleted old webhooks."),
         )
         return sum(self._remove(sentence, step, days) for step, days, sentence in steps)
 
@@ -404,12 +401,12 @@ def serve(settings: Settings) -> None:
         lock_timeout_ms=given.lock_timeout_ms,
     )
     publisher = Publisher(settings)
-    _forget_alive(settings)  # what an earlier process noted says nothing
+    alive(settings).forget()  # what an earlier process noted says nothing
     try:
         with beside("files", FileKeeper(settings).keep):
             _sweep_until(stop, Rescue(settings, database, publisher), settings, database)
     finally:
-        _forget_alive(settings)
+        alive(settings).forget()
         publisher.close()
         database.close()
 
@@ -430,10 +427,10 @@ def _sweep_until(
         except Unavailable as error:
             pause_s = min(max(2 * pause_s, sweep_s), MAX_PAUSE_S)
             log.warning("%s Trying again.", error, extra={"action": "wait", "pause_s": pause_s})
-            _note_alive(settings, has_swept=False)
+            alive(settings).note(has_worked=False)
         else:
             pause_s = sweep_s
-            _note_alive(settings, has_swept=True)
+            alive(settings).note(has_worked=True)
 
 
 def _pause(stop: threading.Event, pause_s: float, settings: Settings, rescuer: Rescue) -> bool:
@@ -447,47 +444,6 @@ def _pause(stop: threading.Event, pause_s: float, settings: Settings, rescuer: R
     return stop.wait(max(0.0, left_s))
 
 
-# ── liveness ────────────────────────────────────────────────────────────────────────────────────
-
-
-def _alive_file(settings: Settings) -> Path:
-    return Path(settings.cache_dir) / "rescue.alive"
-
-
-def _tried_file(settings: Settings) -> Path:
-    return Path(settings.cache_dir) / "rescue.tried"
-
-
-def _note_alive(settings: Settings, *, has_swept: bool) -> None:
-    """A folder that cannot be written makes rescue look dead, and does not end it."""
-    try:
-        for file in [_tried_file(settings), *([_alive_file(settings)] if has_swept else [])]:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.touch()
-    except OSError as error:
-        extra = {"action": "not_noted_alive"}
-        health_log.warning("That rescue is alive cannot be noted: %s", error, extra=extra)
-
-
-def _forget_alive(settings: Settings) -> None:
-    for file in (_alive_file(settings), _tried_file(settings)):
-        with suppress(OSError):
-            file.unlink()
-
-
-def is_alive(settings: Settings) -> bool:
-    """Whether a rescue process with this cache folder has swept within the last `ALIVE_S`."""
-    return _is_young(_alive_file(settings))
-
-
-def has_tried(settings: Settings) -> bool:
-    """The same, or could not for what Postgres or Redis said."""
-    return _is_young(_tried_file(settings))
-
-
-def _is_young(file: Path) -> bool:
-    """By a clock that may have been set; one that is ahead of us is not trusted either."""
-    try:
-        return abs(time.time() - file.stat().st_mtime) < ALIVE_S
-    except OSError:
-        return False
+def alive(settings: Settings) -> Alive:
+    """Of rescue processes with this cache folder."""
+    return Alive(settings.cache_dir, "rescue")

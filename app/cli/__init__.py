@@ -19,6 +19,7 @@ from app.cli import (
     audit,
     compare,
     explain,
+    hooks,
     jobs,
     keys,
     machine,
@@ -86,6 +87,7 @@ def cli(config: Path | None) -> None:
 for command in (
     *machine.COMMANDS,
     *parts.COMMANDS,
+    hooks.hooks,
     submit.submit,
     results.results,
     *jobs.COMMANDS,

@@ -122,7 +122,7 @@ def down() -> None:
     help="Last lines to show.",
 )
 def logs(parts: tuple[str, ...], follow: bool, lines: int) -> None:
-    """Show what the parts log: api, worker, rescue, flower, postgres, redis, or all.
+    """Show what the parts log: api, worker, rescue, hooks, flower, postgres, redis, or all.
 
     `up` is the log of `gristmill up --detach`. Logs stay when what wrote them has ended.
     """

@@ -38,7 +38,7 @@ def api(check: bool) -> None:
     if check:
         from app.local import checks
 
-        _answer(checks.api(load_settings().settings))
+        tell_whether_well(checks.api(load_settings().settings))
     from app.api.app import serve
 
     serve(load_settings().connected())
@@ -53,7 +53,7 @@ def worker(models: tuple[str, ...], device: str | None, check: bool) -> None:
     if check:
         from app.local import checks
 
-        _answer(checks.worker(load_settings().connected()))
+        tell_whether_well(checks.worker(load_settings().connected()))
     from app.broker.commands import worker_command
 
     if models:
@@ -70,7 +70,7 @@ def rescue(check: bool) -> None:
     if check:
         from app.local import checks
 
-        _answer(checks.rescue(load_settings().settings))
+        tell_whether_well(checks.rescue(load_settings().settings))
     from app.rescue import serve
     from app.telemetry import setup_logging
 
@@ -86,7 +86,7 @@ def flower(check: bool) -> None:
     if check:
         from app.local import checks
 
-        _answer(checks.flower(load_settings().settings))
+        tell_whether_well(checks.flower(load_settings().settings))
     from app.broker.commands import flower_command
     from app.local.ports import require_port
 
@@ -130,7 +130,8 @@ def migrate(move: str, revision: str | None, yes: bool) -> None:
         out.print(f"The schema is at {database.downgrade(url, revision)}.")
 
 
-def _answer(answer: Answer | None) -> NoReturn:
+def tell_whether_well(answer: Answer | None) -> NoReturn:
+    """By the exit code."""
     from app.local.upkeep import Answer
 
     sys.exit(0 if answer is Answer.READY else FAILED)

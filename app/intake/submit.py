@@ -58,6 +58,8 @@ from app.store.database import Database
 from app.store.isolation import Connection, Write, apart
 from app.store.submissions import Load, NewJob
 from app.store.tables import DEFAULT_TENANT
+from app.webhooks.addresses import Reach
+from app.webhooks.urls import MAX_URL, parse_url
 
 PAGE_BYTES: Final = 2_000_000
 """Requests that are written in one statement."""
@@ -114,6 +116,11 @@ class Submission(Part):
         description="Up to 16 texts of your own, given back with the job. Keys have up to 64 "
         "characters, values up to 512.",
         examples=[{"customer": "42"}],
+    )
+    webhook_url: Annotated[str, Field(max_length=MAX_URL)] | None = Field(
+        None,
+        description="Where to tell of the job's end, by a signed POST.",
+        examples=["https://example.com/hooks/gristmill"],
     )
     idempotency_key: Annotated[str, Field(min_length=1, max_length=255)] | None = Field(
         None,
@@ -201,6 +208,7 @@ class Submitter:
     ) -> None:
         self._settings = settings
         self._database = database
+        self._reach = Reach.of(settings.webhooks)
         self.models = served
         most = Load(settings.api.max_queued_jobs, settings.api.max_queued_tokens)
         self.admission = Admission(database, most)
@@ -261,6 +269,7 @@ class Submitter:
             priority=max(old.priority, 0),  # nobody waits for it any more
             deadline=old.deadline if old.deadline and old.deadline > now else None,
             metadata=old.metadata,
+            webhook_url=old.webhook_url,
         )
         job = replace(self._new_job(submission, tenant, "refuse"), replay_of=job_id)
         return self._insert([job], decision, now)
@@ -385,11 +394,20 @@ class Submitter:
             metadata=request.body.metadata | submission.metadata,
             tenant=tenant,
             idempotency_key=submission.idempotency_key,
+            webhook_url=self._webhook_url(submission),
             source="api",
             input_tokens=prepared.num_input_tokens,
             max_output_tokens=prepared.max_tokens * request.num_sequences,
             max_attempts=self._settings.worker.max_attempts,
         )
+
+    def _webhook_url(self, submission: Submission) -> str | None:
+        """As it is called. Whether its host may be reached is seen, again, when it is."""
+        if submission.webhook_url is None:
+            return None
+        url = parse_url(submission.webhook_url)
+        self._reach.check_url(url)
+        return str(url)
 
 
 def _num_tokens(jobs: Iterable[NewJob]) -> int:

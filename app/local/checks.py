@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 import httpx
 
+from app.alive import Alive
 from app.config.settings import Settings
 from app.errors import Unavailable
 from app.local.upkeep import Answer
@@ -52,11 +53,22 @@ def worker(settings: Settings, asking: Asking | None = None) -> Answer | None:
 
 def rescue(settings: Settings) -> Answer:
     """READY if it has swept of late."""
-    from app.rescue import has_tried, is_alive
+    from app.rescue import alive
 
-    if is_alive(settings):
+    return _said(alive(settings))
+
+
+def hooks(settings: Settings) -> Answer:
+    """READY if it has looked for webhooks of late."""
+    from app.hooks import alive
+
+    return _said(alive(settings))
+
+
+def _said(alive: Alive) -> Answer:
+    if alive.is_alive:
         return Answer.READY
-    return Answer.ALIVE if has_tried(settings) else Answer.SILENT
+    return Answer.ALIVE if alive.has_tried else Answer.SILENT
 
 
 def flower(settings: Settings) -> Answer:

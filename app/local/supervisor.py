@@ -1,6 +1,6 @@
 """Everything on this machine: what `gristmill up` starts, watches and stops.
 
-    Postgres, Redis ──▶ schema ──▶ models ──▶ api, worker, rescue, flower
+    Postgres, Redis ──▶ schema ──▶ models ──▶ api, worker, rescue, hooks, flower
 
 Servers whose URL is set are taken as they are. Every part logs to a file of its own in
 `cache_dir/logs`; a part that ends, or hangs, is started again; `run.json` tells other terminals
@@ -53,6 +53,7 @@ _CHECKS: Final[dict[str, Callable[[Settings], Answer | None]]] = {
     "api": checks.api,
     "worker": checks.worker,
     "rescue": checks.rescue,
+    "hooks": checks.hooks,
     "flower": checks.flower,
 }
 """The children, each with the question whether it is well."""

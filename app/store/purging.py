@@ -1,7 +1,7 @@
 """Purging a job: what it says leaves its rows at the caller's word, what it took stays.
 
-Content is the request, the response, the metadata, the idempotency key, the request's fingerprint
-and the error's text. State, times, tokens and cost are the books.
+Content is the request, the response, the metadata, the idempotency key, the request's fingerprint,
+the URL of its webhook and the error's text. State, times, tokens and cost are the books.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _PURGE: Final = text("""
         WHERE id = :job_id
     )
     UPDATE results SET
-        response = NULL, error_message = NULL, metadata = '{}',
+        response = NULL, error_message = NULL, metadata = '{}', webhook_url = NULL,
         purged_at = coalesce(purged_at, now())
     FROM known WHERE results.created_at = known.created_at AND results.job_id = :job_id
 """)

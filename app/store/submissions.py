@@ -45,6 +45,7 @@ class NewJob:
     max_attempts: int = 3
     quoted_ms: float | None = None  #: its estimated time to its end; None if nothing is known
     quoted_p90_ms: float | None = None
+    webhook_url: str | None = None  #: who is told of its end
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,12 +110,13 @@ _WRITE: Final = """
         INSERT INTO open_jobs (
             id, tenant, model, kind, url, format, source, metadata, priority, input_tokens,
             max_output_tokens, not_before, deadline, time_limit_s, max_attempts, quoted_ms,
-            quoted_p90_ms, created_at, state, queued_at, worker_id, received_at, enqueued_at
+            quoted_p90_ms, webhook_url, created_at, state, queued_at, worker_id, received_at,
+            enqueued_at
         )
         SELECT
             id, tenant, model, kind, url, format, source, metadata, priority, input_tokens,
             max_output_tokens, coalesce(not_before, now()), deadline, time_limit_s, max_attempts,
-            quoted_ms, quoted_p90_ms, now(), 'queued', now(), {delivery}
+            quoted_ms, quoted_p90_ms, webhook_url, now(), 'queued', now(), {delivery}
         FROM given JOIN new USING (id)
         RETURNING *
     )

@@ -11,6 +11,7 @@ from sqlalchemy import (
     Column,
     DateTime,
     Double,
+    ForeignKeyConstraint,
     Identity,
     Integer,
     LargeBinary,
@@ -54,6 +55,10 @@ TABLES = (
     "api_keys",
     "admin_log",
     "files",
+    "webhook_attempts",
+    "webhook_deliveries",
+    "webhook_endpoints",
+    "webhook_receivers",
 )
 IN_MONTHS = {"requests": {}, "attempts": {"fillfactor": "50"}, "results": {}}
 """Tables in monthly partitions, and what their partitions have beside `AGEING`. Rescue makes one
@@ -71,7 +76,8 @@ SELECT
     job.format, encode(job_keys.fingerprint, 'hex') AS fingerprint, job.source,
     job_keys.idempotency_key, job_keys.replay_of,
     job.metadata, job.priority, job.input_tokens, job.max_output_tokens, job.not_before,
-    job.deadline, job.time_limit_s, job.quoted_ms, job.quoted_p90_ms, job.state, job.attempt,
+    job.deadline, job.time_limit_s, job.quoted_ms, job.quoted_p90_ms, job.webhook_url,
+    job.state, job.attempt,
     job.attempts_charged, job.max_attempts, job.losses, job.attempt_id, job.worker_id,
     job.batch_id, job.received_by, job.enqueued_at, job.received_at, job.wake_count,
     job.cancel_requested_at, job.purged_at, job.created_at, job.queued_at, job.claimed_at,
@@ -79,8 +85,8 @@ SELECT
 FROM (
     SELECT
         id, tenant, model, kind, url, format, source, metadata, priority, input_tokens,
-        max_output_tokens, not_before, deadline, time_limit_s, quoted_ms, quoted_p90_ms, state,
-        attempt, attempts_charged, max_attempts, losses, attempt_id,
+        max_output_tokens, not_before, deadline, time_limit_s, quoted_ms, quoted_p90_ms,
+        webhook_url, state, attempt, attempts_charged, max_attempts, losses, attempt_id,
         CASE state WHEN 'running' THEN worker_id END AS worker_id, batch_id,
         CASE state WHEN 'queued' THEN worker_id END AS received_by, enqueued_at, received_at,
         wake_count, cancel_requested_at, purged_at, created_at, queued_at, claimed_at,
@@ -89,9 +95,9 @@ FROM (
     UNION ALL
     SELECT
         job_id, tenant, model, kind, url, format, source, metadata, priority, expected_input_tokens,
-        max_output_tokens, not_before, deadline, time_limit_s, quoted_ms, quoted_p90_ms, state,
-        attempt, attempts_charged, max_attempts, losses, CAST(NULL AS uuid), CAST(NULL AS uuid),
-        CAST(NULL AS uuid), CAST(NULL AS uuid), enqueued_at,
+        max_output_tokens, not_before, deadline, time_limit_s, quoted_ms, quoted_p90_ms,
+        webhook_url, state, attempt, attempts_charged, max_attempts, losses, CAST(NULL AS uuid),
+        CAST(NULL AS uuid), CAST(NULL AS uuid), CAST(NULL AS uuid), enqueued_at,
         received_at, wake_count, cancel_requested_at, purged_at, created_at, queued_at, claimed_at,
         finished_at
     FROM results
@@ -279,9 +285,80 @@ BEGIN
 END
 $$
 """
+# Who is told of what ended: the tenant's endpoints that ask for such events, and the URL that it
+# brought. Whoever ends anything calls this in the same transaction.
+ANNOUNCE_ENDS = """
+CREATE FUNCTION announce_ends(ids uuid[], tenants text[], types text[], objects text[], urls text[])
+RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    WITH ended AS MATERIALIZED (
+        SELECT * FROM unnest(ids, tenants, types, objects, urls)
+            AS ended(id, tenant, type, object_id, url)
+    ), told AS MATERIALIZED (
+        SELECT id, tenant, type, object_id, CAST(NULL AS uuid) AS endpoint_id, url
+        FROM ended WHERE url IS NOT NULL
+        UNION ALL
+        SELECT ended.id, ended.tenant, ended.type, object_id, webhook_endpoints.id,
+            webhook_endpoints.url
+        FROM ended JOIN webhook_endpoints ON webhook_endpoints.tenant = ended.tenant
+            AND ended.type = ANY(event_types)
+            AND webhook_endpoints.url IS NOT NULL AND disabled_at IS NULL
+    ), placed AS MATERIALIZED (
+        SELECT * FROM (SELECT *, substring(url FROM '^https?://[^/]+') AS origin FROM told) AS each
+        -- A row may have been written by hand: it keeps nobody's job from its end.
+        WHERE origin IS NOT NULL AND char_length(url) <= 2100
+    ), received AS (
+        INSERT INTO webhook_receivers (tenant, origin)
+        SELECT DISTINCT tenant, origin FROM placed
+        WHERE NOT EXISTS (  -- most are known, and need no new version of their row
+            SELECT FROM webhook_receivers AS known
+            WHERE known.tenant = placed.tenant AND known.origin = placed.origin
+        )
+        ORDER BY tenant, origin  -- so that those who write several never wait for each other
+        ON CONFLICT DO NOTHING
+    )
+    INSERT INTO webhook_deliveries (
+        id, tenant, event_id, endpoint_id, type, object_id, url, origin, state,
+        created_at, since, next_at
+    )
+    SELECT gen_random_uuid(), tenant, id, endpoint_id, type, object_id, url, origin, 'pending',
+        now(), now(), now()
+    FROM placed
+    ON CONFLICT DO NOTHING;
+END
+$$
+"""
+
+# What is told of a job. One that was asked for as a response is a response to its caller.
+NOTE_ENDS = """
+CREATE FUNCTION note_ends() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM announce_ends(
+        array_agg(job_id), array_agg(tenant), array_agg(type), array_agg(object_id),
+        array_agg(webhook_url)
+    )
+    FROM (
+        SELECT job_id, tenant, webhook_url,
+            CASE WHEN url IS DISTINCT FROM '/v1/responses' THEN 'job.' || state
+                WHEN response ->> 'status' = 'incomplete' THEN 'response.incomplete'
+                WHEN state = 'expired' THEN 'response.failed'
+                ELSE 'response.' || state END AS type,
+            CASE WHEN url IS DISTINCT FROM '/v1/responses' THEN CAST(job_id AS text)
+                ELSE 'resp_' || replace(CAST(job_id AS text), '-', '') END AS object_id
+        FROM written
+        WHERE webhook_url IS NOT NULL OR tenant IN (
+            SELECT tenant FROM webhook_endpoints WHERE url IS NOT NULL AND disabled_at IS NULL
+        )
+    ) AS told
+    HAVING count(*) > 0;
+    RETURN NULL;
+END
+$$
+"""
 TRIGGERS = (
     ("note_windows", "INSERT", "windows", "NEW TABLE AS written"),
     ("note_usage", "INSERT", "results", "NEW TABLE AS written"),
+    ("note_ends", "INSERT", "results", "NEW TABLE AS written"),
     ("note_batches", "UPDATE", "batches", "OLD TABLE AS before NEW TABLE AS written"),
 )
 
@@ -588,6 +665,7 @@ def upgrade() -> None:
             Double,
             comment="The same, within which nine of ten jobs were to end: its p90, in ms.",
         ),
+        Column("webhook_url", Text, comment="Who is told of its end; null if it names nobody."),
         Column("created_at", Stamp, nullable=False, comment="Row written: the job is accepted."),
         Column("state", Text, nullable=False, comment="queued or running."),
         Column(
@@ -969,6 +1047,7 @@ def upgrade() -> None:
             Double,
             comment="The same, within which nine of ten jobs were to end: its p90, in ms.",
         ),
+        Column("webhook_url", Text, comment="Who is told of its end; null if it names nobody."),
         Column(
             "attempt",
             Integer,
@@ -1521,6 +1600,189 @@ def upgrade() -> None:
     )
     op.create_index("admin_log_by_tenant", "admin_log", ["tenant", "id"])
 
+    op.create_table(
+        "webhook_endpoints",
+        Column("id", Uuid, nullable=False, comment="A new id for each."),
+        tenant("Whose events it receives."),
+        Column("name", Text, nullable=False, comment="The tenant's word for it."),
+        Column(
+            "url",
+            Text,
+            comment="Where events go; null for the one that signs for webhook_url of jobs and "
+            "batches.",
+        ),
+        Column(
+            "event_types",
+            ARRAY(Text),
+            nullable=False,
+            comment="Which events; see app.webhooks.events.",
+        ),
+        Column("secret", Text, nullable=False, comment="Signs; sealed if a key is configured."),
+        Column("secret_hint", Text, nullable=False, comment="What of the secret may be shown."),
+        Column("old_secret", Text, comment="The one before, which signs as well for a while."),
+        Column("old_secret_until", Stamp, comment="For how long it does."),
+        Column("created_at", Stamp, nullable=False, comment="Made."),
+        Column("updated_at", Stamp, nullable=False, comment="Its settings or secret last changed."),
+        Column(
+            "disabled_at",
+            Stamp,
+            comment="It answered 410: nothing goes there until it is updated; null if it receives.",
+        ),
+        in_range(
+            "webhook_endpoints", "old_secret_until", "created_at", "updated_at", "disabled_at"
+        ),
+        CheckConstraint(
+            "num_nulls(old_secret, old_secret_until) IN (0, 2)",
+            name=op.f("webhook_endpoints_old_secret_check"),
+        ),
+        CheckConstraint(
+            "char_length(tenant) <= 200 AND char_length(name) BETWEEN 1 AND 200"
+            " AND char_length(url) <= 2100",
+            name=op.f("webhook_endpoints_lengths_check"),
+        ),
+        PrimaryKeyConstraint("id", name=op.f("webhook_endpoints_pkey")),
+        comment="One row per receiver of a tenant's events.",
+    )
+    op.create_index(
+        "webhook_endpoints_by_tenant", "webhook_endpoints", ["tenant", "created_at", "id"]
+    )
+    op.create_index(
+        "webhook_endpoints_own",
+        "webhook_endpoints",
+        ["tenant"],
+        unique=True,
+        postgresql_where=text("url IS NULL"),
+    )
+    op.create_table(
+        "webhook_receivers",
+        tenant("Whose webhooks."),
+        Column("origin", Text, nullable=False, comment="Scheme, host and port of its URLs."),
+        Column(
+            "failures",
+            Integer,
+            nullable=False,
+            server_default=text("0"),
+            comment="Attempts in a row that it did not answer, or answered 429 or 5xx.",
+        ),
+        Column("retry_at", Stamp, comment="It rests until then; null if it does not."),
+        in_range("webhook_receivers", "retry_at"),
+        not_negative("webhook_receivers", "failures"),
+        PrimaryKeyConstraint("tenant", "origin", name=op.f("webhook_receivers_pkey")),
+        postgresql_with={"fillfactor": "50"} | BUSY,
+        comment="One row per server that receives a tenant's webhooks: whether it is well.",
+    )
+    op.create_table(
+        "webhook_deliveries",
+        Column("id", Uuid, nullable=False, comment="A new id for each."),
+        tenant("Whose event it is."),
+        Column(
+            "event_id",
+            Uuid,
+            nullable=False,
+            comment="The event's: the id of what ended; that of a test is a new one.",
+        ),
+        Column("endpoint_id", Uuid, comment="Who receives it; null for a webhook_url of its own."),
+        Column("type", Text, nullable=False, comment="What happened, as job.completed."),
+        Column("object_id", Text, nullable=False, comment="To what, as the API names it."),
+        Column("url", Text, nullable=False, comment="Where it goes."),
+        Column("origin", Text, nullable=False, comment="Its receiver: scheme, host and port."),
+        Column("state", Text, nullable=False, comment="pending, delivered or failed."),
+        Column(
+            "is_test",
+            Boolean,
+            nullable=False,
+            server_default=text("false"),
+            comment="Asked for by its tenant, and tried once.",
+        ),
+        Column(
+            "attempts",
+            Integer,
+            nullable=False,
+            server_default=text("0"),
+            comment="Attempts that were begun, ever.",
+        ),
+        Column(
+            "attempts_before",
+            Integer,
+            nullable=False,
+            server_default=text("0"),
+            comment="Of these, before it was last replayed.",
+        ),
+        Column("created_at", Stamp, nullable=False, comment="The event's."),
+        Column(
+            "since", Stamp, nullable=False, comment="Begin of its schedule: created, or replayed."
+        ),
+        Column("next_at", Stamp, comment="Due; while it is sent, until when that is waited for."),
+        Column("lease", Uuid, comment="The sending under way: the fence of its record; else null."),
+        Column("ended_at", Stamp, comment="Delivered or given up; null while pending."),
+        Column("status_code", Integer, comment="Of the last answer; null if there was none."),
+        Column("error", Text, comment="Why the last attempt failed; null if it did not."),
+        in_range("webhook_deliveries", "created_at", "since", "next_at", "ended_at"),
+        not_negative("webhook_deliveries", "attempts", "attempts_before"),
+        CheckConstraint(
+            "attempts_before <= attempts", name=op.f("webhook_deliveries_attempts_check")
+        ),
+        CheckConstraint(
+            "CASE state WHEN 'pending' THEN ended_at IS NULL AND next_at IS NOT NULL"
+            " WHEN 'delivered' THEN ended_at IS NOT NULL AND error IS NULL"
+            " AND num_nonnulls(next_at, lease) = 0"
+            " WHEN 'failed' THEN ended_at IS NOT NULL AND error IS NOT NULL"
+            " AND num_nonnulls(next_at, lease) = 0 ELSE false END",
+            name=op.f("webhook_deliveries_state_check"),
+        ),
+        PrimaryKeyConstraint("id", name=op.f("webhook_deliveries_pkey")),
+        postgresql_with={"fillfactor": "70"} | BUSY,
+        comment="One row per event and receiver: the outbox, written by what ends a job.",
+    )
+    op.create_index(
+        "webhook_deliveries_event",
+        "webhook_deliveries",
+        ["event_id", "endpoint_id"],
+        unique=True,
+        postgresql_nulls_not_distinct=True,
+    )
+    op.create_index(
+        "webhook_deliveries_due",
+        "webhook_deliveries",
+        ["tenant", "origin", "next_at"],
+        postgresql_where=text("state = 'pending'"),
+    )
+    op.create_index(
+        "webhook_deliveries_pending",
+        "webhook_deliveries",
+        ["endpoint_id"],
+        postgresql_where=text("state = 'pending'"),
+    )
+    op.create_index(
+        "webhook_deliveries_by_tenant", "webhook_deliveries", ["tenant", "created_at", "id"]
+    )
+    op.create_index(
+        "webhook_deliveries_ended",
+        "webhook_deliveries",
+        ["ended_at"],
+        postgresql_where=text("state <> 'pending'"),
+    )
+    op.create_table(
+        "webhook_attempts",
+        Column("delivery_id", Uuid, nullable=False, comment="Delivery that was tried."),
+        Column("number", Integer, nullable=False, comment="1 for its first attempt."),
+        tenant("Whose event it was."),
+        Column("started_at", Stamp, nullable=False, comment="Began."),
+        Column("took_ms", Double, nullable=False, comment="Until the answer, in ms."),
+        Column("status_code", Integer, comment="Of the answer; null if there was none."),
+        Column("error", Text, comment="Why it failed, a word of app.webhooks.post; null if not."),
+        in_range("webhook_attempts", "started_at"),
+        not_negative("webhook_attempts", "number", "took_ms"),
+        PrimaryKeyConstraint("delivery_id", "number", name=op.f("webhook_attempts_pkey")),
+        ForeignKeyConstraint(
+            ["delivery_id"],
+            ["webhook_deliveries.id"],
+            ondelete="CASCADE",
+            name=op.f("webhook_attempts_delivery_id_fkey"),
+        ),
+        comment="One row per attempt whose end was seen. Holds nothing of what was answered.",
+    )
+
     for table, more in IN_MONTHS.items():
         options = ", ".join(f"{name} = {value}" for name, value in (AGEING | more).items())
         op.execute(f"CREATE TABLE {table}_default PARTITION OF {table} DEFAULT WITH ({options})")
@@ -1533,7 +1795,7 @@ def upgrade() -> None:
     )
     for name in ROLL_UPS:
         create_roll_up(name)
-    for function in (NOTE_USAGE, NOTE_BATCHES, NOTE_WINDOWS):
+    for function in (NOTE_USAGE, NOTE_BATCHES, NOTE_WINDOWS, ANNOUNCE_ENDS, NOTE_ENDS):
         op.execute(function)
     for function, event, table, named in TRIGGERS:
         op.execute(
@@ -1563,5 +1825,6 @@ def downgrade() -> None:
         op.drop_table(table)
     for function, *_ in TRIGGERS:
         op.execute(f"DROP FUNCTION {function}")
+    op.execute("DROP FUNCTION announce_ends")
     op.execute("DROP FUNCTION keep_price")
     op.execute("DROP FUNCTION keep_log")

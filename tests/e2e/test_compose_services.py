@@ -109,7 +109,7 @@ def test_every_service_starts_by_its_command_and_is_found_healthy(tmp_path: Path
         host.run_once("migrate")
 
         with contextlib.ExitStack() as stack:
-            for name in ("redis", "api", "worker", "rescue", "flower"):
+            for name in ("redis", "api", "worker", "rescue", "hooks", "flower"):
                 stack.enter_context(host.running(name))
 
             with Client(f"http://127.0.0.1:{host.replaced['GRISTMILL_API__PORT']}") as client:

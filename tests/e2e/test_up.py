@@ -83,7 +83,7 @@ def test_a_doctor_finds_the_running_system_well(system: Up):
     assert done.returncode == 0
 
 
-@pytest.mark.parametrize("name", ["worker", "api", "rescue", "flower"])
+@pytest.mark.parametrize("name", ["worker", "api", "rescue", "hooks", "flower"])
 def test_a_part_that_is_killed_starts_again_and_work_goes_on(system: Up, name: str):
     killed = system.part(name)
     assert killed

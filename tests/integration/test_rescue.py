@@ -26,6 +26,7 @@ import redis
 from sqlalchemy import text
 
 from app import rescue
+from app.alive import ALIVE_S
 from app.broker import publisher
 from app.broker.message import MORE_HEADER, Message
 from app.broker.publisher import Publisher
@@ -836,11 +837,11 @@ def serving(settings: Settings, tmp_path: Path) -> Iterator[subprocess.Popen[byt
 def test_the_process_sweeps_says_that_it_is_alive_and_stops_on_sigterm(
     serving: subprocess.Popen[bytes], world: World, settings: Settings
 ) -> None:
-    assert not rescue.is_alive(settings)
+    assert not rescue.alive(settings).is_alive
     ids = world.submit(3)
 
     eventually(lambda: sorted(world.messages()) == sorted(ids), timeout_s=30)
-    eventually(lambda: rescue.is_alive(settings))
+    eventually(lambda: rescue.alive(settings).is_alive)
 
     serving.send_signal(signal.SIGTERM)
     assert serving.wait(10) == 0
@@ -849,7 +850,7 @@ def test_the_process_sweeps_says_that_it_is_alive_and_stops_on_sigterm(
 def test_the_process_outlives_a_postgres_that_goes_away_and_comes_back(
     serving: subprocess.Popen[bytes], world: World, settings: Settings
 ) -> None:
-    eventually(lambda: rescue.is_alive(settings), timeout_s=30)
+    eventually(lambda: rescue.alive(settings).is_alive, timeout_s=30)
 
     with psycopg.connect(settings.database.url, autocommit=True) as connection:
         connection.execute(
@@ -889,7 +890,7 @@ def test_the_process_goes_on_when_its_folder_cannot_be_written_and_says_so_once(
     settings: Settings,
     tmp_path: Path,
 ) -> None:
-    eventually(lambda: rescue.is_alive(settings), timeout_s=60)
+    eventually(lambda: rescue.alive(settings).is_alive, timeout_s=60)
     shutil.rmtree(settings.cache_dir)
     Path(settings.cache_dir).touch()  # keeps root out, too
 
@@ -902,11 +903,11 @@ def test_the_process_goes_on_when_its_folder_cannot_be_written_and_says_so_once(
 
 
 def test_a_process_that_has_not_swept_for_long_is_not_alive(settings: Settings) -> None:
-    rescue._note_alive(settings, has_swept=True)
-    assert rescue.is_alive(settings)
+    rescue.alive(settings).note(has_worked=True)
+    assert rescue.alive(settings).is_alive
 
-    for far_s in (-2 * rescue.ALIVE_S, 2 * rescue.ALIVE_S):  # or the clock was set back since
+    for far_s in (-2 * ALIVE_S, 2 * ALIVE_S):  # or the clock was set back since
         then = time.time() + far_s
-        os.utime(rescue._alive_file(settings), (then, then))
+        os.utime(Path(settings.cache_dir) / "rescue.alive", (then, then))
 
-        assert not rescue.is_alive(settings)
+        assert not rescue.alive(settings).is_alive

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from datetime import timedelta
 
-from app.store import months, retention
+from app.store import months, retention, webhooks
 from tests.memory_store.database import Answer, MemoryConnection, statement
 from tests.memory_store.rows import Params, Row, of_tenant
 
@@ -86,3 +86,9 @@ def _delete_batches(self: MemoryConnection, given: Params) -> Answer:
     for batch in old:
         self.delete("batches", batch["id"])
     return Answer([], rowcount=len(old))
+
+
+@statement(webhooks._DELETE)
+def _delete_deliveries(self: MemoryConnection, _: Params) -> Answer:
+    """There are none here."""
+    return Answer([], rowcount=0)

@@ -14,7 +14,7 @@ from app.config.file import load
 from tests.compose import ROOT, document, services
 
 SECRETS = {"POSTGRES_PASSWORD": "p0", "REDIS_PASSWORD": "r0", "FLOWER_BASIC_AUTH": "me:f0"}
-OURS = ("migrate", "api", "worker", "worker-gpu", "rescue", "flower")
+OURS = ("migrate", "api", "worker", "worker-gpu", "rescue", "hooks", "flower")
 NAMES = ("postgres", "redis", *OURS)
 
 

@@ -10,6 +10,7 @@
                  done about both
     files        what is known of files; their bytes lie elsewhere
     usage_hours  what ended jobs used, summed by hour, for ever; see `RollUp`
+    webhook_deliveries  whom to tell of an end, written by the statement that ends the job
 
 A job's row is the truth; a message in Redis is only a wake-up. A job's keys are written first and
 removed last: whoever inserts a job that is there, open, ended or just between, meets its keys, and
@@ -32,6 +33,12 @@ from app.store.tables.jobs import attempts, batches, job_keys, jobs, open_jobs, 
 from app.store.tables.prices import prices
 from app.store.tables.sums import ROLL_UPS, RollUp, device_sums, usage_sums
 from app.store.tables.tenants import admin_log, api_keys, tenants
+from app.store.tables.webhooks import (
+    webhook_attempts,
+    webhook_deliveries,
+    webhook_endpoints,
+    webhook_receivers,
+)
 from app.store.tables.workers import loads, windows, workers
 
 __all__ = [
@@ -57,6 +64,10 @@ __all__ = [
     "results",
     "tenants",
     "usage_sums",
+    "webhook_attempts",
+    "webhook_deliveries",
+    "webhook_endpoints",
+    "webhook_receivers",
     "windows",
     "workers",
 ]

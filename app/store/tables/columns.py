@@ -184,6 +184,7 @@ def terms() -> list[Column[Any]]:
             Double,
             comment="The same, within which nine of ten jobs were to end: its p90, in ms.",
         ),
+        Column("webhook_url", Text, comment="Who is told of its end; null if it names nobody."),
     ]
 
 

@@ -492,6 +492,7 @@ jobs = Table(
     Column("time_limit_s", Double),
     Column("quoted_ms", Double),
     Column("quoted_p90_ms", Double),
+    Column("webhook_url", Text),
     Column("state", Text),
     Column("attempt", Integer),
     Column("attempts_charged", Integer),
