@@ -28,6 +28,7 @@
     ├── NoWorker               nobody is up who could answer a caller that waits
     ├── TimedOut               a caller that waits had no answer in its time
     ├── Cancelled              a job that a caller waits for was cancelled
+    ├── Restarted              a stream told tokens that an answer does not begin with any more
     ├── Unavailable            Postgres or Redis cannot be reached; come back later
     │   └── StorageUnavailable the storage of files cannot
     ├── AttemptsExhausted      a job was interrupted too often
@@ -225,6 +226,13 @@ class Cancelled(GristmillError):
     """The job was cancelled."""
 
     code = "cancelled"
+
+
+class Restarted(GristmillError):
+    """The answer was begun anew after its worker was lost, and is not what was told of it."""
+
+    code = "restarted"
+    retryable = True
 
 
 class Unavailable(GristmillError):

@@ -44,6 +44,7 @@ STATUS: Final[dict[type[errors.GristmillError], HTTPStatus]] = {
     errors.NoWorker: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.Cancelled: HTTPStatus.CONFLICT,
     errors.TimedOut: HTTPStatus.GATEWAY_TIMEOUT,
+    errors.Restarted: HTTPStatus.INTERNAL_SERVER_ERROR,
     errors.JobUnreadable: HTTPStatus.INTERNAL_SERVER_ERROR,
     errors.GristmillError: HTTPStatus.INTERNAL_SERVER_ERROR,
 }
@@ -53,7 +54,10 @@ MAX_RETRY_AFTER_S: Final = 60
 DO_NOT_RETRY: Final = {"x-should-retry": "false"}
 _TRIED: Final = (errors.EngineError, errors.AttemptsExhausted)
 """Ends of jobs that workers have tried again already, as far as that could help."""
-_TOLD: Final = (errors.Busy, errors.NoWorker, errors.StorageUnavailable, *_TRIED)
+_TOLD: Final = (
+    *(errors.Busy, errors.NoWorker, errors.Restarted, errors.StorageUnavailable),
+    *_TRIED,
+)
 """Errors of ours whose own sentences are for callers."""
 _TRY_AGAIN: Final = (
     "The database cannot serve this right now. Try again: with an Idempotency-Key that cannot make "

@@ -10,8 +10,9 @@ from app.engines.text.detokenizer import Detokenizer
 from app.engines.text.tokenizer import Tokenizer
 from app.requests.calls import Call
 from app.requests.chat import ChatBody
-from app.requests.reasoning import marks_of
-from app.requests.tool_formats import format_of
+from app.requests.reasoning import Marks, marks_of
+from app.requests.tagged_calls import TaggedFormat
+from app.requests.tool_formats import ToolFormat, format_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,7 @@ def said(body: ChatBody, answer: Generation, tokenizer: Tokenizer, prompt: Seque
     marks = marks_of(template.source)
     offer = body.offer
     form = format_of(template.source) if offer.functions else None
-    kept = {*(form.marks if form else ()), *((marks.begin, marks.end) if marks else ())}
+    kept = kept_in(marks, form)
     content = _text_with(kept, answer, tokenizer, prompt, body.stops)
     reasoning = None
     if marks is not None:
@@ -44,6 +45,11 @@ def said(body: ChatBody, answer: Generation, tokenizer: Tokenizer, prompt: Seque
         calls if offer.is_many else calls[:1],
         _until(marks.end, kept, answer, tokenizer, prompt) if marks and reasoning else 0,
     )
+
+
+def kept_in(marks: Marks | None, form: ToolFormat | TaggedFormat | None) -> set[str]:
+    """Texts that mean something in an answer, and may be special tokens of a model."""
+    return {*(form.marks if form else ()), *((marks.begin, marks.end) if marks else ())}
 
 
 def _until(

@@ -31,6 +31,11 @@ class TaggedFormat:
         return ("<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>",
                 "</arg_value>")  # fmt: skip
 
+    @property
+    def openers(self) -> tuple[str, ...]:
+        """As those of `ToolFormat`."""
+        return self.signs[:2] if self.signs[1].startswith("<function") else self.signs[:1]
+
     def read(self, text: str, functions: Sequence[Function]) -> tuple[str, list[Call]]:
         """What is said, and the calls; if these cannot be read, all is said and there are none."""
         by_name = {each.name: _properties(each) for each in functions}

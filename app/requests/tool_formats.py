@@ -44,6 +44,12 @@ class ToolFormat:
         written = "\n".join((self.pattern.open, self.pattern.call, self.pattern.close, *self.signs))
         return tuple(dict.fromkeys(_MARK.findall(written)))
 
+    @property
+    def openers(self) -> tuple[str, ...]:
+        """Texts with one of which calls begin: before the first of them all is said."""
+        begun = (_MARK.match(each) for each in (self.pattern.open, self.pattern.call))
+        return tuple(found[0] for found in begun if found)
+
     def read(self, text: str, functions: Sequence[Function]) -> tuple[str, list[Call]]:
         """What is said, and the calls; if these cannot be read, all is said and there are none."""
         try:
