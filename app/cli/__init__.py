@@ -17,6 +17,7 @@ import click
 
 from app.cli import (
     audit,
+    batch,
     compare,
     explain,
     hooks,
@@ -90,6 +91,7 @@ for command in (
     hooks.hooks,
     submit.submit,
     results.results,
+    batch.batch,
     *jobs.COMMANDS,
     usage.usage,
     audit.audit,

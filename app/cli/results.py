@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import click
@@ -182,6 +183,10 @@ def answers(response: dict[str, Any]) -> Iterator[Any]:
     for item in response.get("data", ()):
         yield item.get("embedding", item.get("score", item.get("scores")))
     yield from response.get("results", ())
+    said = (item.get("content", ()) for item in response.get("output", ()))  # of a response
+    for part in (*response.get("content", ()), *chain.from_iterable(said)):  # of a message
+        if "text" in part:
+            yield part["text"]
 
 
 def _fields(raw: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -6,7 +6,6 @@ engines, which are stubs.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -261,43 +260,58 @@ def test_the_client_hands_out_answers_as_jobs_end(terminal: Terminal) -> None:
     ]
 
 
-def test_a_script_that_is_interrupted_goes_on_and_joins_answers_to_lines_by_id(
+def test_the_client_runs_many_and_hands_out_each_as_it_ends(terminal: Terminal) -> None:
+    assert sorted(terminal.run("client run").splitlines()) == [
+        "0 0 mills",
+        "1 1 mills",
+        "2 2 mills",
+    ]
+
+
+def test_a_batch_is_answered_in_a_file(terminal: Terminal) -> None:
+    answers = [json.loads(line) for line in terminal.run("command batch").splitlines()]
+    assert {
+        each["custom_id"]: each["response"]["body"]["choices"][0]["text"] for each in answers
+    } == {
+        "1": "1 mills",
+        "2": "2 mills",
+        "3": "3 mills",
+    }
+
+    shown = terminal.run("batch short", then="cat answers.jsonl")
+    assert "One mills" in shown and "Three mills" in shown
+
+
+def test_a_batch_that_is_interrupted_goes_on_and_runs_no_line_twice(
     terminal: Terminal, run_sql: Query
 ) -> None:
-    # given a file of two pages, one of whose lines is broken and one of whose jobs takes its time
+    # given a file of more than two pages, one of whose lines is broken and one takes its time
     prompts = [f"grain {n} {uuid4()}" for n in range(1_200)]
     lines = [json.dumps({"prompt": prompt, "max_tokens": 100}) for prompt in prompts]
     lines[3] = "nonsense"
     lines[5] = json.dumps({"prompt": "sleep 5000", "max_tokens": 100})
     file = terminal.write("prompts.jsonl", "\n".join(lines))
-    script = terminal.write("ask.sh", EXAMPLES["file script"][1])
-    ids = file.with_suffix(".jsonl.ids")
+    out = file.with_name("out.jsonl")
+    command = ["gristmill", "batch", "run", str(file), "-o", str(out)]
 
-    # when it is interrupted after the first ids, and once more while it waits for answers
-    for has_come_so_far in (
-        lambda: ids.exists() and ids.stat().st_size,
-        lambda: (
-            file.with_suffix(".jsonl.results").exists() and ids.read_text().count("\n") == 1_199
-        ),
-    ):
-        with terminal.started(["sh", str(script), str(file)]) as running:
-            eventually(has_come_so_far, timeout_s=60)
-            os.killpg(running.pid, signal.SIGINT)
+    # when it is interrupted after the first answers, killed after more, and then runs to its end
+    for sent, least in ((signal.SIGINT, 1), (signal.SIGKILL, 500)):
+        with terminal.started(command) as running:
+            eventually(lambda: out.exists() and out.read_bytes().count(b"\n") > least)  # noqa: B023
+            os.killpg(running.pid, sent)
             assert running.wait(30) != 0
+    run = out.with_name("out.jsonl.run").read_text()
+    with terminal.started(command) as running:
+        assert running.wait(60) == 5  # one line has no answer
 
-    # and then runs to its end
-    terminal.check(["sh", str(script), str(file)])
-
-    # then each line that is none has no answer, each other one its own, and nothing ran twice
-    answers = [
-        line.split("\t") for line in file.with_suffix(".jsonl.answers").read_text().splitlines()
-    ]
-    assert [int(line) for _, line, _, _ in answers] == [n for n in range(1, 1_201) if n != 4]
-    assert {state for _, _, state, _ in answers} == {"completed"}
-    for _, line, _, answer in answers:
-        assert line == "6" or json.loads(answer) == prompts[int(line) - 1]
-    key = hashlib.sha256(file.read_bytes()).hexdigest()[:32]
-    [row] = run_sql(f"SELECT count(*) FROM jobs WHERE idempotency_key LIKE '{key}-%'")
+    # then each line has one answer, its own, and each job was made once
+    answers = {each["custom_id"]: each for each in map(json.loads, out.read_text().splitlines())}
+    assert len(answers) == out.read_text().count("\n") == 1_200
+    assert answers.pop("line-4")["error"]["code"] == "invalid_request"
+    for custom_id, answer in answers.items():
+        text = answer["response"]["body"]["choices"][0]["text"]
+        assert custom_id == "line-6" or text == prompts[int(custom_id[5:]) - 1]
+    [row] = run_sql(f"SELECT count(*) FROM jobs WHERE idempotency_key LIKE '{run}-%'")
     assert row["count"] == 1_199
 
 

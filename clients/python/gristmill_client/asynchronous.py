@@ -109,6 +109,17 @@ class AsyncClient:
         """
         return self._stream(self._flows.as_completed(job_ids, timeout_s))
 
+    def iter_run(
+        self, submissions: Iterable[Submission]
+    ) -> AsyncIterator[tuple[int, Job | GristmillError]]:
+        """Submit many and hand out each, by its place among them, once it has ended: its job, or
+        why there is none.
+
+        At most 1,000 are under way, and no more are taken from the iterable than that. With an
+        `idempotency_key` each, the same once more after an interruption runs none of them again.
+        """
+        return self._stream(self._flows.iter_run(submissions))
+
     async def result(self, job_id: str, timeout_s: float | None = None) -> dict[str, Any]:
         """The response body once there is one.
 

@@ -33,6 +33,8 @@ MAX_IDS: Final = 1_000
 """Most ids of one request."""
 MAX_IDS_FULL: Final = 25
 """The same where the answer holds responses: a hundredth part of the jobs may be megabytes each."""
+RUN_PAGE: Final = 500
+"""Jobs that a run submits at once: the next ones follow while these run."""
 ROUND_S: Final = 0.2
 """Shortest time from one look at many jobs to the next, so that they come in handfuls."""
 
@@ -156,24 +158,60 @@ class Flows:
                     break
             if not followed:
                 return
-            body = encode({"ids": list(followed), "view": "state", "wait_for": "any"})
-            answer = yield from self._poll("POST", "/v1/jobs/status", body, timer)
-            states = items_of(answer, len(followed), lambda item: JobState(item["state"]))
-            ended = [
-                job_id
-                for job_id, state in zip(followed, states, strict=True)
-                if not isinstance(state, JobState) or state.is_final
-            ]
-            for start in range(0, len(ended), MAX_IDS_FULL):
-                part = ended[start : start + MAX_IDS_FULL]
-                jobs = yield from self.jobs_status(part, with_responses=True)
-                for job_id, job in zip(part, jobs, strict=True):
-                    del followed[job_id]
-                    yield Given((job_id, job))
+            ended = yield from self._ended(list(followed), timer)
+            for job_id, job in ended:
+                del followed[job_id]
+                yield Given((job_id, job))
             yield timer.pause_s(
                 f"{len(followed)} jobs have not ended",
                 shortest_round_s=ROUND_S if ended else 1.0,
             )
+
+    def _ended(self, job_ids: list[str], timer: Timer) -> Flow[list[tuple[str, Found]]]:
+        """Those that have ended by the end of a round, with their responses."""
+        body = encode({"ids": job_ids, "view": "state", "wait_for": "any"})
+        answer = yield from self._poll("POST", "/v1/jobs/status", body, timer)
+        states = items_of(answer, len(job_ids), lambda item: JobState(item["state"]))
+        ended = [
+            job_id
+            for job_id, state in zip(job_ids, states, strict=True)
+            if not isinstance(state, JobState) or state.is_final
+        ]
+        jobs = yield from self.jobs_status(ended, with_responses=True)
+        return list(zip(ended, jobs, strict=True))
+
+    def iter_run(
+        self, submissions: Iterable[Mapping[str, Any] | None]
+    ) -> Stream[tuple[int, Found]]:
+        most = PageSize(jobs=RUN_PAGE)
+        patience = Patience(self._api.patience_s)
+        coming = pages(submissions, most)
+        places: dict[str, list[int]] = {}  #: of the jobs that are followed
+        timer, index, has_more = Timer(None), 0, True
+        while has_more or places:
+            while has_more and len(places) <= MAX_IDS - RUN_PAGE:
+                page = next(coming, None)
+                if page is None:
+                    has_more = False
+                    break
+                jobs = [job for job in page if isinstance(job, bytes)]
+                accepted = iter((yield from self._submit_page(jobs, most, patience)))
+                for job in page:
+                    outcome = next(accepted) if isinstance(job, bytes) else job
+                    if isinstance(outcome, COME_BACK):
+                        raise outcome
+                    if isinstance(outcome, GristmillError):
+                        yield Given((index, outcome))
+                    else:
+                        places.setdefault(outcome, []).append(index)
+                    index += 1
+            if places:
+                ended = yield from self._ended(list(places), timer)
+                for job_id, found in ended:
+                    for place in places.pop(job_id):
+                        yield Given((place, found))
+            if places:
+                yield timer.pause_s("", shortest_round_s=ROUND_S if ended else 1.0)
 
     def _poll(
         self, method: str, path: str, body: bytes | None, timer: Timer

@@ -1,0 +1,186 @@
+"""The lines of a batch: requests in the forms of several doors, and the file of their answers."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Final, cast
+from uuid import uuid4
+
+import click
+
+from app.cli.lines import json_object
+from gristmill_client import Job, JobState, Submission
+from gristmill_client.errors import GristmillError, RequestError
+
+MESSAGES: Final = "/v1/messages"
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What the command says of every line; a line comes before it."""
+
+    model: str | None
+    options: dict[str, Any]
+    metadata: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A request of the file."""
+
+    custom_id: str
+    told: dict[str, Any]  #: what `submit` takes: a body, and what is beside it
+
+    def submission(self, form: Form, run: str) -> Submission:
+        body = self.told["body"]
+        if form.model and isinstance(body, dict):
+            body = {"model": form.model} | body
+        told = {k: v for k, v in form.options.items() if v is not None} | self.told
+        metadata = self.told.get("metadata") or {}
+        if isinstance(metadata, dict):
+            told["metadata"] = metadata | form.metadata
+        told |= {"body": body, "idempotency_key": self._key(run, body)}
+        return cast("Submission", told)
+
+    def _key(self, run: str, body: object) -> str:
+        """The same for the same line of the same run: it is one job, however often it is sent."""
+        asked = json.dumps([self.custom_id, self.told.get("url"), body], sort_keys=True)
+        return f"{run}-{hashlib.sha256(asked.encode(errors='replace')).hexdigest()[:32]}"
+
+
+def line_of(raw: bytes, number: int) -> tuple[str, Line | RequestError]:
+    """A line of the file, or what is wrong with it, and its custom_id: it may have none, and is
+    then called by its number."""
+    custom_id = f"line-{number}"
+    try:
+        value = json_object(raw)
+        custom_id = _custom_id(value, custom_id)
+        return custom_id, Line(custom_id, _told(value))
+    except RequestError as error:
+        return custom_id, error
+
+
+def _custom_id(value: dict[str, Any], default: str) -> str:
+    custom_id = value.get("custom_id", default)
+    if not (isinstance(custom_id, str) and custom_id):
+        raise RequestError("custom_id must be a text.", param="custom_id")
+    return custom_id
+
+
+def _told(value: dict[str, Any]) -> dict[str, Any]:
+    if "params" in value:  # of Anthropic's batches
+        return {"url": MESSAGES, "body": value["params"]}
+    told = {name: each for name, each in value.items() if name not in ("custom_id", "method")}
+    if "body" not in value:
+        return {"body": told}
+    if value.get("method", "POST") != "POST":
+        raise RequestError("method must be POST.", param="method")
+    return told
+
+
+class Output:
+    """The file of answers. What is in it has ended, and is not asked again.
+
+    Beside it, while there is something left to do, is one with the name of the run: jobs that were
+    submitted before an interruption are found by it.
+    """
+
+    def __init__(self, path: Path, file: BinaryIO, run: str) -> None:
+        self._path, self._file = path, file
+        self.run = run
+        self.ended: set[str] = set()
+        self.num_failed = 0
+
+    @classmethod
+    @contextmanager
+    def opened(cls, path: Path) -> Iterator[Output]:
+        with path.open("a+b") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise click.UsageError(f"{path}: another run is writing there.") from None
+            output = cls(path, file, _run_of(_beside(path)))
+            output._read()
+            yield output
+
+    def _read(self) -> None:
+        """What ended before. The end of a line that was being written is taken off."""
+        self._file.seek(0)
+        whole = 0
+        for number, raw in enumerate(self._file, 1):
+            if not raw.endswith(b"\n"):
+                break
+            try:
+                value = json_object(raw)
+                self.ended.add(str(value["custom_id"]))
+                self.num_failed += value["error"] is not None
+            except (RequestError, KeyError):
+                raise click.UsageError(
+                    f"{self._path}, line {number}: this was not written by `gristmill batch run`. "
+                    "Name another file for the answers."
+                ) from None
+            whole += len(raw)
+        self._file.truncate(whole)
+        self._file.seek(0, os.SEEK_END)
+
+    def write(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line).encode() + b"\n")
+        self._file.flush()
+        self.ended.add(line["custom_id"])
+
+    def finish(self) -> None:
+        os.fsync(self._file.fileno())
+        _beside(self._path).unlink(missing_ok=True)
+
+
+def _run_of(beside: Path) -> str:
+    """The run that was interrupted, or a new one."""
+    known = beside.read_text().strip() if beside.exists() else ""
+    if not known:
+        known = f"batch-{uuid4().hex}"
+        beside.write_text(known)
+    return known
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.run")
+
+
+def answer_line(custom_id: str, found: Job | GristmillError) -> dict[str, Any]:
+    """A line of OpenAI's output and error files; of what has no answer both fields say why."""
+    if isinstance(found, Job) and found.state is JobState.COMPLETED and found.response is not None:
+        response = {"status_code": 200, "request_id": found.id, "body": found.response}
+        return {
+            "id": f"batch_req_{found.id}",
+            "custom_id": custom_id,
+            "response": response,
+            "error": None,
+        }
+    error = _error_of(found)
+    job_id = found.id if isinstance(found, Job) else None
+    return {
+        "id": f"batch_req_{job_id or uuid4()}",
+        "custom_id": custom_id,
+        "response": None,
+        "error": error,
+    }
+
+
+def _error_of(found: Job | GristmillError) -> dict[str, Any]:
+    if isinstance(found, GristmillError):
+        param = getattr(found, "param", None)
+        return {"code": found.code, "message": found.message, "param": param}
+    told = found.error or {}
+    if found.state is JobState.COMPLETED:
+        return {"code": "response_removed", "message": "Its answer is not kept any more."}
+    return {
+        "code": told.get("code", f"batch_{found.state}"),
+        "message": told.get("message", f"The job was {found.state}."),
+    }
