@@ -19,8 +19,6 @@ from uuid import UUID
 
 from sqlalchemy import Connection, text
 
-from app.store.tables import DEFAULT_TENANT
-
 TABLES: Final = {
     "requests": "",
     "attempts": "fillfactor = 50, ",  # each is updated once, when it ends
@@ -121,26 +119,21 @@ _IS_OVER: Final = text("""
     SELECT :until <= now() - :keep_s * interval '1 s' AND NOT EXISTS (
         SELECT FROM results
         WHERE created_at >= :since AND created_at < :until
-            AND tenant = :tenant AND finished_at >= now() - :keep_s * interval '1 s'
-    ) AND NOT EXISTS (
-        SELECT FROM results
-        WHERE created_at >= :since AND created_at < :until AND tenant <> :tenant
+            AND finished_at >= now() - :keep_s * interval '1 s'
     ) AND NOT EXISTS (
         SELECT FROM open_jobs WHERE created_at >= :since AND created_at < :until
     )
 """)
 
 
-def over(
-    connection: Connection, table: str, keep_s: float, *, tenant: str = DEFAULT_TENANT
-) -> list[Month]:
+def over(connection: Connection, table: str, keep_s: float) -> list[Month]:
     """The months of a table whose jobs have all been final for `keep_s`, oldest first."""
     return [
         month
         for month in kept(connection, table)
         if connection.scalar(
             _IS_OVER,
-            {"since": month.begin, "until": month.next.begin, "keep_s": keep_s, "tenant": tenant},
+            {"since": month.begin, "until": month.next.begin, "keep_s": keep_s},
         )
     ]
 

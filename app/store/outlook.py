@@ -13,8 +13,6 @@ from uuid import UUID
 
 from sqlalchemy import Connection, text
 
-from app.store.tables import DEFAULT_TENANT
-
 RUNGS: Final = 100
 """Of the ladder of a model and step of priority: a longer queue is told by the hundredth part."""
 
@@ -128,7 +126,7 @@ _ENDED: Final = """
         coalesce(output_tokens, 0) AS output_tokens,
         coalesce(max_output_tokens, 0) AS max_output_tokens, device_ns, quoted_ms, quoted_p90_ms
     FROM results
-    WHERE tenant = :tenant AND started_at IS NOT NULL AND state IN ('completed', 'failed')
+    WHERE started_at IS NOT NULL AND state IN ('completed', 'failed')
 """
 
 # What ended last, newest first, by the index of ends.
@@ -136,26 +134,25 @@ _ENDED_SINCE: Final = text(f"""
     {_ENDED} AND finished_at > :since ORDER BY finished_at DESC LIMIT :most
 """)
 
-# What of one model was accepted last and has ended, by the index of lists.
+# What of one model was accepted last and has ended, by the index of lists: it is by tenant first.
 _ENDED_OF: Final = text(f"""
-    {_ENDED} AND model = :model AND state = 'completed'
-    ORDER BY created_at DESC LIMIT :most
+    SELECT last.* FROM tenants CROSS JOIN LATERAL (
+        {_ENDED} AND model = :model AND state = 'completed' AND tenant = tenants.name
+        ORDER BY created_at DESC LIMIT :most
+    ) AS last
+    ORDER BY finished_at DESC LIMIT :most
 """)
 
 
-def ended_since(
-    connection: Connection, since: datetime, most: int, *, tenant: str = DEFAULT_TENANT
-) -> list[EndedJob]:
-    """Jobs that ran and ended after this time; of more than `most` the last, newest first."""
-    given = {"tenant": tenant, "since": since, "most": most}
+def ended_since(connection: Connection, since: datetime, most: int) -> list[EndedJob]:
+    """Jobs of all tenants that ran and ended after this time, newest first, `most` at most."""
+    given = {"since": since, "most": most}
     return [EndedJob(*row) for row in connection.execute(_ENDED_SINCE, given)]
 
 
-def ended_of(
-    connection: Connection, model: str, most: int, *, tenant: str = DEFAULT_TENANT
-) -> list[EndedJob]:
-    """Jobs of a model that completed, those that were accepted last."""
-    given = {"tenant": tenant, "model": model, "most": most}
+def ended_of(connection: Connection, model: str, most: int) -> list[EndedJob]:
+    """Jobs of a model that completed, of all tenants, those that were accepted last."""
+    given = {"model": model, "most": most}
     return [EndedJob(*row) for row in connection.execute(_ENDED_OF, given)]
 
 

@@ -395,7 +395,7 @@ def queue_depths(connection: Connection) -> list[QueueDepth]:
 _PROMPT_TOKENS: Final = text("""
     SELECT model, sum(input_tokens - coalesce(cached_tokens, 0)), sum(coalesce(cached_tokens, 0))
     FROM results
-    WHERE tenant = :tenant AND response IS NOT NULL AND input_tokens IS NOT NULL
+    WHERE response IS NOT NULL AND input_tokens IS NOT NULL
         AND finished_at > now() - interval '1 minute'
     GROUP BY model ORDER BY model
 """)
@@ -403,7 +403,7 @@ _PROMPT_TOKENS: Final = text("""
 
 def prompt_tokens(connection: Connection) -> dict[str, tuple[int, int]]:
     """By model, prompt tokens of the answers of the last minute: computed, and found in a cache."""
-    rows = connection.execute(_PROMPT_TOKENS, {"tenant": DEFAULT_TENANT})
+    rows = connection.execute(_PROMPT_TOKENS)
     return {model: (int(computed), int(cached)) for model, computed, cached in rows}
 
 
@@ -413,15 +413,13 @@ _OLDEST_QUEUED: Final = text("""
     FROM unnest(CAST(:models AS text[])) AS given (model)
     CROSS JOIN LATERAL (
         SELECT created_at FROM open_jobs
-        WHERE tenant = :tenant AND open_jobs.model = given.model AND state = 'queued'
+        WHERE open_jobs.model = given.model AND state = 'queued'
         ORDER BY created_at, id LIMIT 1
     ) AS oldest
 """)
 
 
-def oldest_queued_s(
-    connection: Connection, models: Sequence[str], *, tenant: str = DEFAULT_TENANT
-) -> dict[str, float]:
+def oldest_queued_s(connection: Connection, models: Sequence[str]) -> dict[str, float]:
     """Seconds since the oldest queued job of each model was accepted; without those of no job."""
-    rows = connection.execute(_OLDEST_QUEUED, {"models": list(models), "tenant": tenant})
+    rows = connection.execute(_OLDEST_QUEUED, {"models": list(models)})
     return {model: float(seconds) for model, seconds in rows}

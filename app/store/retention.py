@@ -11,8 +11,6 @@ from typing import Final
 
 from sqlalchemy import Connection, TextClause, text
 
-from app.store.tables import DEFAULT_TENANT
-
 BEFORE_S: Final = 3_600
 """Windows are deleted so much sooner than jobs."""
 
@@ -23,7 +21,7 @@ _REMOVE_REQUESTS: Final = text("""
         FROM requests CROSS JOIN LATERAL (
             SELECT FROM results
             WHERE results.created_at = requests.created_at AND results.job_id = requests.job_id
-                AND finished_at < now() - :keep_s * interval '1 s' AND tenant = :tenant
+                AND finished_at < now() - :keep_s * interval '1 s'
             OFFSET 0  -- oldest first, each looked up: never all of a month
         ) AS ended
         WHERE requests.created_at < now() - :keep_s * interval '1 s'
@@ -38,8 +36,7 @@ _REMOVE_REQUESTS: Final = text("""
 _REDACT_RESPONSES: Final = text("""
     WITH due AS MATERIALIZED (
         SELECT created_at, job_id FROM results
-        WHERE tenant = :tenant AND response IS NOT NULL
-            AND finished_at < now() - :keep_s * interval '1 s'
+        WHERE response IS NOT NULL AND finished_at < now() - :keep_s * interval '1 s'
         ORDER BY finished_at LIMIT :page
         FOR NO KEY UPDATE SKIP LOCKED
     )
@@ -51,7 +48,7 @@ _REDACT_RESPONSES: Final = text("""
 _DELETE_JOBS: Final = text("""
     WITH due AS MATERIALIZED (
         SELECT created_at, job_id FROM results
-        WHERE tenant = :tenant AND finished_at < now() - :keep_s * interval '1 s'
+        WHERE finished_at < now() - :keep_s * interval '1 s'
         ORDER BY finished_at LIMIT :page
         FOR UPDATE SKIP LOCKED
     ), requested AS (
@@ -94,29 +91,23 @@ _DELETE_WINDOWS: Final = text(f"""
 """)
 
 
-def remove_requests(
-    connection: Connection, keep_s: float, page: int, *, tenant: str = DEFAULT_TENANT
-) -> int:
+def remove_requests(connection: Connection, keep_s: float, page: int) -> int:
     """Remove the requests of jobs that have been final for `keep_s`; how many."""
-    return _done(connection, _REMOVE_REQUESTS, keep_s=keep_s, page=page, tenant=tenant)
+    return _done(connection, _REMOVE_REQUESTS, keep_s=keep_s, page=page)
 
 
-def redact_responses(
-    connection: Connection, keep_s: float, page: int, *, tenant: str = DEFAULT_TENANT
-) -> int:
+def redact_responses(connection: Connection, keep_s: float, page: int) -> int:
     """Set to null the responses of jobs that have been final for `keep_s`; how many."""
-    return _done(connection, _REDACT_RESPONSES, keep_s=keep_s, page=page, tenant=tenant)
+    return _done(connection, _REDACT_RESPONSES, keep_s=keep_s, page=page)
 
 
-def delete_jobs(
-    connection: Connection, keep_s: float, page: int, *, tenant: str = DEFAULT_TENANT
-) -> int:
+def delete_jobs(connection: Connection, keep_s: float, page: int) -> int:
     """Delete jobs that have been final for `keep_s`, with attempts and results; how many.
 
     A message that comes after that would make the job anew: keep jobs for longer than Redis keeps
     unacknowledged messages.
     """
-    return _done(connection, _DELETE_JOBS, keep_s=keep_s, page=page, tenant=tenant)
+    return _done(connection, _DELETE_JOBS, keep_s=keep_s, page=page)
 
 
 def delete_batches(connection: Connection, keep_s: float, page: int) -> int:

@@ -361,13 +361,13 @@ def queued(connection: Connection) -> Load:
 # Measure what ended lately.
 _ENDED: Final = text(f"""
     SELECT {_LOAD.format(input_tokens="expected_input_tokens")} FROM results
-    WHERE tenant = :tenant AND finished_at > now() - :window_s * interval '1 s'
+    WHERE finished_at > now() - :window_s * interval '1 s'
 """)
 
 
-def ended(connection: Connection, window_s: float, *, tenant: str = DEFAULT_TENANT) -> Load:
+def ended(connection: Connection, window_s: float) -> Load:
     """What became final within the last `window_s`: how fast the queue drains. Reads their rows."""
-    return _load(connection, _ENDED, window_s=window_s, tenant=tenant)
+    return _load(connection, _ENDED, window_s=window_s)
 
 
 def _load(connection: Connection, query: TextClause, **given: object) -> Load:

@@ -1154,11 +1154,11 @@ def upgrade() -> None:
         "results_by_model", "results", ["tenant", "model", "state", "created_at", "job_id"]
     )
     op.create_index("results_by_state", "results", ["tenant", "state", "created_at", "job_id"])
-    op.create_index("results_finished", "results", ["tenant", "finished_at"])
+    op.create_index("results_finished", "results", ["finished_at"])
     op.create_index(
         "results_responses",
         "results",
-        ["tenant", "finished_at"],
+        ["finished_at"],
         postgresql_where=text("response IS NOT NULL"),
     )
     op.create_table(
@@ -1804,8 +1804,8 @@ def upgrade() -> None:
         )
     op.execute(KEEP_LOG)
     op.execute(
-        "CREATE TRIGGER keep_log BEFORE UPDATE OR DELETE OR TRUNCATE ON admin_log"
-        " FOR EACH STATEMENT EXECUTE FUNCTION keep_log()"
+        "CREATE TRIGGER keep_log BEFORE UPDATE OR DELETE ON admin_log"
+        " FOR EACH ROW EXECUTE FUNCTION keep_log()"
     )
     op.execute(KEEP_PRICE)
     op.execute(

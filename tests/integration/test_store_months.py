@@ -142,7 +142,7 @@ def test_requests_of_a_month_are_dropped_alone_when_only_they_are_too_old(
     assert len(job.attempts) == 1
 
 
-@pytest.mark.parametrize("what", ["young", "open", "of another tenant", "not over yet"])
+@pytest.mark.parametrize("what", ["young", "open", "young, of another tenant", "not over yet"])
 def test_a_month_with_a_job_that_is_to_be_kept_is_not_over(
     database: Database, old: Month, what: str
 ) -> None:
@@ -152,11 +152,12 @@ def test_a_month_with_a_job_that_is_to_be_kept_is_not_over(
         end_earlier(database, ended(database), -LONG_AGO)
     elif what == "open":
         accept_earlier(database, insert(database, new_job()), LONG_AGO)
-    elif what == "of another tenant":
+    elif what == "young, of another tenant":
+        ids = ended(database)
+        end_earlier(database, ids, -LONG_AGO)
         with database.begin() as connection:
             connection.execute(
-                text("UPDATE results SET tenant = 'other' WHERE job_id = :id"),
-                {"id": ended(database)[0]},
+                text("UPDATE results SET tenant = 'other' WHERE job_id = ANY(:ids)"), {"ids": ids}
             )
     else:
         days = 200.0

@@ -124,3 +124,14 @@ def test_two_processes_share_the_pages(database: Database) -> None:
         assert (page(one), page(other)) == (5, 5)
         assert page(other) == 0
     assert count(database, "jobs") == 0
+
+
+def test_every_tenants_jobs_have_their_time(database: Database) -> None:
+    ids = insert(database, new_job(tenant="mill"), new_job(tenant="bakery"), new_job())
+    worker = Worker.registered(database)
+    worker.complete(worker.claim(ids))
+    age(database, ids)
+
+    assert run(database, retention.remove_requests) == 3
+    assert run(database, retention.redact_responses) == 3
+    assert run(database, retention.delete_jobs) == 3

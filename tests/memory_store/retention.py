@@ -7,7 +7,7 @@ from datetime import timedelta
 
 from app.store import months, retention, webhooks
 from tests.memory_store.database import Answer, MemoryConnection, statement
-from tests.memory_store.rows import Params, Row, of_tenant
+from tests.memory_store.rows import Params, Row
 
 
 def _kept_for_long(self: MemoryConnection, rows: Iterable[Row], given: Params) -> list[Row]:
@@ -36,7 +36,7 @@ def _is_over(self: MemoryConnection, _: Params) -> Answer:
 
 @statement(retention._REMOVE_REQUESTS)
 def _remove_requests(self: MemoryConnection, given: Params) -> Answer:
-    kept = [job for job in of_tenant(self.jobs, given) if job["request"] is not None]
+    kept = [job for job in self.jobs.values() if job["request"] is not None]
     old = _kept_for_long(self, kept, given)
     for job in old:
         self.update("jobs", job["id"], request=None)
@@ -45,7 +45,7 @@ def _remove_requests(self: MemoryConnection, given: Params) -> Answer:
 
 @statement(retention._REDACT_RESPONSES)
 def _redact_responses(self: MemoryConnection, given: Params) -> Answer:
-    kept = [result for result in of_tenant(self.results, given) if result["response"] is not None]
+    kept = [result for result in self.results.values() if result["response"] is not None]
     old = _kept_for_long(self, kept, given)
     for result in old:
         self.update("results", result["job_id"], response=None)
@@ -54,7 +54,7 @@ def _redact_responses(self: MemoryConnection, given: Params) -> Answer:
 
 @statement(retention._DELETE_JOBS)
 def _delete_jobs(self: MemoryConnection, given: Params) -> Answer:
-    old = [job["id"] for job in _kept_for_long(self, of_tenant(self.jobs, given), given)]
+    old = [job["id"] for job in _kept_for_long(self, self.jobs.values(), given)]
     for job_id in old:
         self.delete("jobs", job_id)
         if job_id in self.results:

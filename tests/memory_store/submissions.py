@@ -9,7 +9,7 @@ from uuid import UUID
 
 from app.store import submissions
 from tests.memory_store.database import Answer, MemoryConnection, statement
-from tests.memory_store.rows import FINAL, Params, Row, is_known, is_waiting, of_tenant, records
+from tests.memory_store.rows import FINAL, Params, Row, is_known, is_waiting, records
 
 
 def _new_row(self: MemoryConnection, job: Row, **more: Any) -> Row:
@@ -134,8 +134,9 @@ def _queued(self: MemoryConnection, _: Params) -> Answer:
 @statement(submissions._ENDED)
 def _ended(self: MemoryConnection, given: Params) -> Answer:
     since = self.now - timedelta(seconds=given["window_s"])
-    jobs = of_tenant(self.jobs, given)
-    return _load(job for job in jobs if job["finished_at"] and job["finished_at"] > since)
+    return _load(
+        job for job in self.jobs.values() if job["finished_at"] and job["finished_at"] > since
+    )
 
 
 def _load(jobs: Iterable[Row]) -> Answer:

@@ -394,12 +394,11 @@ results = Table(
     Index("results_by_model", "tenant", "model", "state", "created_at", "job_id"),
     by_metadata("results"),
     # How fast the queue drains; retention: jobs to delete, by age.
-    Index("results_finished", "tenant", "finished_at"),
+    Index("results_finished", "finished_at"),
     CheckConstraint("jsonb_typeof(response) = 'object'", name="response"),
     # Retention: responses to remove, by age.
     Index(
         "results_responses",
-        "tenant",
         "finished_at",
         postgresql_where=text("response IS NOT NULL"),
     ),
