@@ -55,6 +55,11 @@ class Worker:
         return self._process.poll() is not None
 
     @property
+    def is_down(self) -> bool:
+        """It has ended, or was never started."""
+        return self._process is None or self.has_ended
+
+    @property
     def log(self) -> str:
         return (self._folder / "worker.log").read_text()
 

@@ -19,6 +19,7 @@ from fastapi_offline import FastAPIOffline
 from app import telemetry
 from app.api import (
     connections,
+    event_streams,
     health,
     jobs,
     limits,
@@ -97,6 +98,7 @@ def create_app(settings: Settings) -> FastAPI:
     problems.install(app)
     for surface in (
         jobs,
+        event_streams,
         timeline,
         lists,
         many,
@@ -143,11 +145,13 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     services: Services = app.state.services
     settings = services.settings
     services.waiters.open()
+    services.listeners.open()
     listen = partial(_listen, settings.database.news_url, services.waiters)
     outlook = services.submitter.outlook
     with (
         beside("trim", memory.keep_small),
         beside("listen", listen),
+        beside("events", services.listeners.hear),
         beside("outlook", outlook.keep),
     ):
         yield

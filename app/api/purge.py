@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from http import HTTPStatus
 from typing import Any, Final
 from uuid import UUID
@@ -14,6 +15,7 @@ from app.api.jobs import JobId
 from app.api.problems import documented
 from app.api.schemas import Job
 from app.api.services import Here, Services
+from app.errors import Unavailable
 from app.intake.decision import Decision
 from app.jobs import JobState, job_id_of
 from app.store import admin_log, purging
@@ -47,6 +49,8 @@ async def purge(here: Here, who: Who, job_id: JobId) -> Response:
     """
     id = job_id_of(job_id)
     state = await here.write(_purge, here, who, id)
+    with suppress(Unavailable):  # what Redis has of it is gone within minutes
+        await here.listeners.forget([id])
     if state is JobState.RUNNING:
         await here.tell_workers([id])
         return answer(await here.job(who.tenant, id), status=202)

@@ -19,6 +19,7 @@ from app.api.metrics import Metrics
 from app.api.probe import Probe
 from app.api.reader import Outcome, Reader, Snapshot, snapshots
 from app.api.room import Room
+from app.api.streams import Listeners
 from app.api.threads import Call, Threads
 from app.api.uploads import Uploads
 from app.api.waiting import Waiters
@@ -64,6 +65,7 @@ class Services:
     publisher: Publisher
     submitter: Submitter
     waiters: Waiters
+    listeners: Listeners = field(init=False)
     metrics: Metrics
     objects: Objects  #: files of callers
     uploads: Uploads = field(init=False)
@@ -88,6 +90,8 @@ class Services:
         object.__setattr__(self, "room", room)
         object.__setattr__(self, "work", Work())
         object.__setattr__(self, "uploads", Uploads(self.settings.files.max_uploads))
+        listeners = Listeners(self.publisher.streams(), api.max_streams)
+        object.__setattr__(self, "listeners", listeners)
         # One thread a connection: requests queue for a thread, not with a thread for a connection.
         # Reads have half of them, so that no storm of polls keeps a submission waiting.
         pool_size = self.settings.database.pool_size
@@ -230,6 +234,7 @@ class Services:
         for probe in (self.postgres, self.redis, self.scrape):
             probe.close()
         self.work.close()
+        self.listeners.close()
         self.publisher.close()
         self.database.close()
 

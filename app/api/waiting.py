@@ -27,7 +27,7 @@ JOBS_OF_A_POLL: Final = 100
 
 
 @dataclass(slots=True, eq=False)
-class _Watch:
+class Watch:
     """One who waits: for all of some jobs to end, or for any of them."""
 
     for_all: bool
@@ -48,7 +48,7 @@ class Waiters:
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._watches: defaultdict[UUID, set[_Watch]] = defaultdict(set)
+        self._watches: defaultdict[UUID, set[Watch]] = defaultdict(set)
         self.is_closed = False
         self.num_waiting = 0
 
@@ -86,7 +86,7 @@ class Waiters:
         Looks again when all that were open have ended; unless `for_all`, when any has.
         """
         give_up_at = time.monotonic() + timeout_s
-        with self._watching(job_ids, for_all) as watch:
+        with self.watching(job_ids, for_all=for_all) as watch:
             while True:
                 watch.wake.clear()  # before reading, so that what happens meanwhile is not missed
                 watch.noticed.clear()
@@ -104,8 +104,9 @@ class Waiters:
                     continue
 
     @contextmanager
-    def _watching(self, job_ids: Collection[UUID], for_all: bool) -> Iterator[_Watch]:
-        watch = _Watch(for_all, set(job_ids))
+    def watching(self, job_ids: Collection[UUID], *, for_all: bool = True) -> Iterator[Watch]:
+        """A watch whose `wake` is set at notices of these jobs, and when all are to look again."""
+        watch = Watch(for_all, set(job_ids))
         weight = 1 + len(job_ids) // JOBS_OF_A_POLL
         for job_id in job_ids:
             self._watches[job_id].add(watch)

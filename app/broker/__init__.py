@@ -20,6 +20,10 @@ The lists here are those of the default `broker.priority_steps` and `broker.sep`
     _kombu.binding.<exchange>          set: bindings of celery.pidbox, reply.celery.pidbox, celeryev
     _kombu.binding_permanent.<exchange>, _kombu.binding_deadlines     their upkeep
     /<db>.celery.pidbox, /<db>.celeryev/…     channels: remote control, events for Flower
+    gristmill.events.<job id>          stream: what is told of a job while it runs, for those that
+                                       ask for it; cut to `streams.MAX_ENTRIES`, kept for
+                                       `streams.KEPT_S`; its entries are told of in `events`
+    gristmill.events.wake.<uuid>       stream of one entry: ends the waiting read of one API process
     gristmill.cancels.<worker id>      channel: ids of that worker's jobs that were cancelled
 
 Message. Celery protocol 2 as JSON, one element of the list:

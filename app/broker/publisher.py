@@ -26,6 +26,7 @@ from app.broker.message import (
 )
 from app.broker.queues import NO_LIST, Layout, queue_name, queues_of
 from app.broker.refusal import as_unavailable
+from app.broker.streams import Streams
 from app.broker.unread import unread
 from app.broker.waiting import without_message
 from app.config.settings import Settings
@@ -283,6 +284,10 @@ class Publisher:
             _left_on_error(connection),
         ):
             connection.default_channel.client.lpushx(self.layout.prefix + NO_LIST, "")
+
+    def streams(self) -> Streams:
+        """Of jobs that have one; over this publisher's connections."""
+        return Streams(self._app, self.layout.prefix)
 
     def close(self) -> None:
         self._app.close()

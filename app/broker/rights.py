@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from enum import StrEnum
 from typing import Final
+from uuid import UUID
 
 import redis
 from redis.exceptions import NoPermissionError, ResponseError
 
-from app.broker import cancels
+from app.broker import cancels, streams
 from app.broker.queues import NO_LIST, Layout, queues_of, served_models
 from app.config.broker_url import database_of
 from app.config.settings import Settings
@@ -35,6 +36,7 @@ _CELERY: Final = (
     *("set", "get", "del", "evalsha", "script|load", "script|exists", "time"),  # locks
     *("sadd", "srem", "smembers", "exists", "pexpire"),  # bindings
     *("eval", "zscore", "zcard", "zremrangebyscore", "hincrby"),  # turns of tenants
+    *("xadd", "xread", "xrange"),  # streams of jobs
     *("publish", "subscribe", "psubscribe", "unsubscribe", "punsubscribe"),
 )
 _SEND: Final = (
@@ -42,6 +44,7 @@ _SEND: Final = (
     *("lrange", "evalsha", "script|load"),  # rescue looks for lost messages
     *("eval", "zscore", "zcard", "zrange", "zadd", "zrem", "hget", "hset", "del"),  # and of tenants
     *("multi", "exec"),
+    *("xread", "xrange", "xadd", "pexpire"),  # the API reads streams of jobs
 )
 _LOOK: Final = ("info", "scan", "lindex")
 """For `doctor` and the metric of messages that nobody reads; without them they say less."""
@@ -85,7 +88,7 @@ def missing(settings: Settings, client: redis.Redis, role: Role) -> list[str]:
             try:
                 connection.read_response()
             except NoPermissionError:
-                key = () if command in ("EVAL", "EVALSHA") else arguments[:1]
+                key = () if command in ("EVAL", "EVALSHA", "XREAD") else arguments[:1]
                 lacking.append(" on ".join([command, *key]))
             except ResponseError:
                 pass  # not taken by a transaction, or unknown to this server: no matter of rights
@@ -112,6 +115,9 @@ def _samples(settings: Settings, role: Role) -> Iterator[tuple[str, ...]]:
     yield from (("ZSCORE", tags, ""), ("ZCARD", tags), ("ZREMRANGEBYSCORE", tags, "0", "0"))
     yield from (("HSET", fair, "", ""), ("HGET", fair, ""), ("HINCRBY", fair, "", "0"))
     yield from (("DEL", fair), ("EVAL", "", "0"), ("EVALSHA", "0" * 40, "0"))
+    stream = streams.key_of(UUID(int=0), prefix)
+    yield from (("XADD", stream, "1-0", "e", ""), ("XRANGE", stream, "-", "+"))
+    yield from (("XREAD", "STREAMS", stream, "0"), ("PEXPIRE", stream, "1"))
     for channel in _channels(settings, role):
         yield "PUBLISH", channel, ""
         yield "PSUBSCRIBE", channel

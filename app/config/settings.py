@@ -322,6 +322,9 @@ class ApiSettings(_Listening):
     max_long_polls: Annotated[int, Field(ge=0)] = Field(
         500, description="Most long polls held at once; further ones are answered at once."
     )
+    max_streams: Annotated[int, Field(ge=0)] = Field(
+        500, description="Most listeners to the events of jobs at once; further ones get 503."
+    )
     max_connections: Annotated[int, Field(ge=1)] = Field(
         4_000,
         description="Most connections; further ones take an idle one's place or are answered 503.",

@@ -114,6 +114,7 @@ class NewTokens:
     sequence_id: int
     token_ids: tuple[int, ...]
     text: str
+    logprobs: tuple[TokenLogprob, ...] = ()  #: of these tokens, where they are asked for
 
 
 @dataclass(slots=True)

@@ -85,9 +85,9 @@ class StaticEngine(abc.ABC):
         stats.device_ns = sum(each.device_ns for each in ended.values())
         self._stats.append(stats)
         self._new_tokens += [
-            NewTokens(each.id, tuple(ended[each.id].token_ids), ended[each.id].text)
+            NewTokens(each.id, (*it.token_ids,), it.text, (*(it.logprobs or ()),))
             for each in sequences
-            if each.stream
+            if each.stream and (it := ended[each.id]).token_ids
         ]
         return [ended[each.id] for each in sequences]
 

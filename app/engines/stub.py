@@ -169,7 +169,9 @@ class StubEngine(JoiningEngine):
         token = row.left.pop() if row.left else StubTokenizer.EOS
         reason = row.output.append(token)
         if row.sequence.stream:
-            new = NewTokens(row.sequence.id, (token,), row.output.take_text())
+            k = row.sequence.params.logprobs
+            scored = () if k is None else (TokenLogprob(token, 0.0, ((token, 0.0),)[:k]),)
+            new = NewTokens(row.sequence.id, (token,), row.output.take_text(), scored)
             self._new_tokens.append(new)
         stats = self._stats_of(row.batch_id)
         stats.useful_tokens += 1

@@ -111,6 +111,11 @@ class Submission(Part):
         description="The job expires if it is not finished by then (RFC 3339).",
         examples=["2027-01-31T18:00:00Z"],
     )
+    stream_events: bool = Field(
+        False,
+        description="Let its tokens be followed as they come: GET /v1/jobs/ID/events.",
+        examples=[True],
+    )
     metadata: Annotated[dict[str, str], BeforeValidator(parse_metadata)] = Field(
         default_factory=dict,
         description="Up to 16 texts of your own, given back with the job. Keys have up to 64 "
@@ -270,6 +275,7 @@ class Submitter:
             deadline=old.deadline if old.deadline and old.deadline > now else None,
             metadata=old.metadata,
             webhook_url=old.webhook_url,
+            stream_events=old.stream_events,
         )
         job = replace(self._new_job(submission, tenant, "refuse"), replay_of=job_id)
         return self._insert([job], decision, now)
@@ -391,6 +397,7 @@ class Submitter:
             priority=submission.priority,
             not_before=submission.not_before,
             deadline=submission.deadline,
+            stream_events=submission.stream_events,
             metadata=request.body.metadata | submission.metadata,
             tenant=tenant,
             idempotency_key=submission.idempotency_key,

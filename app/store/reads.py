@@ -257,12 +257,13 @@ class Replayable:
     deadline: datetime | None
     metadata: dict[str, str]
     webhook_url: str | None
+    stream_events: bool
     replayed_by: UUID | None
 
 
 # A job to be replayed, and the job that replays it already.
 _REPLAYABLE: Final = text("""
-    SELECT state, url, request, priority, deadline, metadata, webhook_url,
+    SELECT state, url, request, priority, deadline, metadata, webhook_url, stream_events,
         (SELECT later.id FROM job_keys AS later WHERE later.replay_of = jobs.id) AS replayed_by
     FROM jobs WHERE id = :job_id AND tenant = :tenant
 """)

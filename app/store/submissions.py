@@ -35,6 +35,7 @@ class NewJob:
     not_before: datetime | None = None  #: None is now
     deadline: datetime | None = None
     time_limit_s: float | None = None  #: of each attempt; None is any time
+    stream_events: bool = False  #: its tokens are put into a stream in Redis as they come
     format: int = FORMAT  #: version of the request's format
     metadata: dict[str, str] = field(default_factory=dict)
     tenant: str = DEFAULT_TENANT
@@ -81,6 +82,7 @@ class Received:
     deadline: datetime | None
     expires_in_s: float | None  #: from now to the deadline
     time_limit_s: float | None
+    stream_events: bool
     format: int
     priority: int
     attempts_charged: int
@@ -110,13 +112,13 @@ _WRITE: Final = """
         INSERT INTO open_jobs (
             id, tenant, model, kind, url, format, source, metadata, priority, input_tokens,
             max_output_tokens, not_before, deadline, time_limit_s, max_attempts, quoted_ms,
-            quoted_p90_ms, webhook_url, created_at, state, queued_at, worker_id, received_at,
-            enqueued_at
+            quoted_p90_ms, webhook_url, stream_events, created_at, state, queued_at, worker_id,
+            received_at, enqueued_at
         )
         SELECT
             id, tenant, model, kind, url, format, source, metadata, priority, input_tokens,
             max_output_tokens, coalesce(not_before, now()), deadline, time_limit_s, max_attempts,
-            quoted_ms, quoted_p90_ms, webhook_url, now(), 'queued', now(), {delivery}
+            quoted_ms, quoted_p90_ms, webhook_url, stream_events, now(), 'queued', now(), {delivery}
         FROM given JOIN new USING (id)
         RETURNING *
     )
@@ -198,7 +200,7 @@ def _once(jobs: Iterable[NewJob]) -> Iterable[NewJob]:
 _RECEIVED: Final = """
     tenant, model, kind, state, not_before <= now() AS is_due, not_before, deadline,
     CAST(extract(epoch FROM deadline - now()) AS double precision) AS expires_in_s, time_limit_s,
-    format, priority, attempts_charged, losses, created_at, url
+    stream_events, format, priority, attempts_charged, losses, created_at, url
 """
 
 # The request of a row, unless the message brought the same.

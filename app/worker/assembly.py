@@ -40,6 +40,7 @@ from app.worker.ledger import Ledger
 from app.worker.registrar import Registrar
 from app.worker.runner import Runner
 from app.worker.settlement import Settlement
+from app.worker.streams import TokenStreams
 from app.worker.thread import RunnerThread
 from app.worker.used import UsedTeller
 from app.worker.watchdog import Watchdog
@@ -63,6 +64,7 @@ class Assembly:
     watchdog: Watchdog
     energy: EnergyMeter
     used: UsedTeller
+    streams: TokenStreams
     load_timeout_s: float
     prices: Mapping[str, PriceSettings]
     energy_watch: EnergyWatch | None = None
@@ -75,6 +77,7 @@ class Assembly:
             prices.keep(connection, self.prices)
             loads.begin(connection, self.worker_id, self.models)
         self.energy.read()  # what was drawn before is not this worker's
+        self.streams.start()
         self.runner.start()
         if self.energy_watch is not None:
             self.energy_watch.start()
@@ -121,6 +124,7 @@ class Assembly:
             self.energy_watch.stop()
         self.lease.stop()
         self.used.stop()
+        self.streams.stop()
         self.publisher.close()
         self.database.close()
 
@@ -164,7 +168,8 @@ def assemble(
     worker_id = new_id()
     database = _database(settings)
     publisher = Publisher(settings)
-    host = _engine_host(settings, catalog)
+    streams = TokenStreams(publisher.streams().write)
+    host = _engine_host(settings, catalog, streams)
     energy = EnergyMeter(source, host.hours)
     per_hour = settings.prices[price_id].per_device_hour if price_id else None
     account = Account(worker_id, host.hours, energy, per_hour)
@@ -191,6 +196,7 @@ def assemble(
         ),
         host=host,
         note_used=used.note,
+        streams=streams,
     )
     thread = RunnerThread(runner, on_end)
     lease = LeaseKeeper(
@@ -210,7 +216,7 @@ def assemble(
         lease_s=settings.worker.lease_s,
     )
     return Assembly(
-        *(worker_id, names, thread, lease, database, publisher, watchdog, energy, used),
+        *(worker_id, names, thread, lease, database, publisher, watchdog, energy, used, streams),
         load_timeout_s=settings.worker.load_timeout_s,
         energy_watch=EnergyWatch(energy, settings.energy.reading_ms) if source.counters else None,
         prices=settings.prices,
@@ -241,7 +247,9 @@ def _xid_watch(settings: Settings, runner: RunnerThread) -> XidWatch | None:
     )
 
 
-def _engine_host(settings: Settings, catalog: dict[str, CatalogModel]) -> EngineHost:
+def _engine_host(
+    settings: Settings, catalog: dict[str, CatalogModel], streams: TokenStreams
+) -> EngineHost:
     models = tuple(
         ServedModel(
             name, model.folder, model.settings, registry.find(model.settings.engine).factory
@@ -258,6 +266,7 @@ def _engine_host(settings: Settings, catalog: dict[str, CatalogModel]) -> Engine
         load_timeout_s=settings.worker.load_timeout_s,
         step_timeout_s=settings.worker.step_timeout_s,
         python=_python(catalog),
+        hear_tokens=streams.hear,
     )
 
 

@@ -14,6 +14,7 @@ from app.worker.engine.host import EngineHost
 from app.worker.engine.pipe import WorkerEnd
 from app.worker.engine.wire import Broken, DidNotFit, Ready, Recalled, Stepped
 from app.worker.running import Running
+from app.worker.streams import TokenStreams
 from app.worker.suspects import verdict
 from app.worker.work import Ending, Job
 
@@ -30,6 +31,7 @@ class Executor:
         models: tuple[str, ...],
         host: EngineHost,
         dispatcher: Dispatcher,
+        streams: TokenStreams,
         now_ns: Callable[[], int],
     ) -> None:
         self.loaded = threading.Event()  #: the models are, or never will be
@@ -37,6 +39,7 @@ class Executor:
         self._now_ns = now_ns
         self._host = host
         self._dispatcher = dispatcher
+        self._streams = streams
         self._running = Running()
         self._deaths = 0  #: of engine processes since the last answer
         self._starts_again = True
@@ -101,7 +104,9 @@ class Executor:
         """Hand claimed jobs of one batch over."""
         batch = jobs[0].claimed_run.batch
         waits = self._host.must_wait(batch.model)
-        self._host.admit(batch.model, str(batch.id), self._running.enter(jobs, waits=waits))
+        sequences = self._running.enter(jobs, waits=waits)
+        self._streams.enter(jobs, sequences)
+        self._host.admit(batch.model, str(batch.id), sequences)
         if not waits:
             self._begin(jobs)
 
@@ -110,6 +115,7 @@ class Executor:
             run = job.claimed_run
             run.began_ns = run.began_ns or self._now_ns()
             job.ticket.started()
+            self._streams.begin(job)
 
     def cut_short(self, job: Job, ending: Ending) -> None:
         """End a claimed job early; the engine answers with what it has, or gives it back."""

@@ -73,6 +73,7 @@ class Ledger:
         for job in granted:
             job.run = Run(
                 attempt_id=job.attempt_id,
+                number=grants[job.id].number,
                 batch=batch,
                 claimed_at=grants[job.id].claimed_at,
                 created_at=grants[job.id].created_at,

@@ -231,6 +231,7 @@ class Registrar:
             registered_ns=now_ns,
             expires_ns=expires_ns,
             time_limit_s=limit_s if limit_s is not None else each.ticket.time_limit_s,
+            stream_events=row.stream_events,
         )
 
     def _prepare(self, request: Request, model: str | None) -> Prepared | RequestError | None:

@@ -35,6 +35,7 @@ from app.worker.ledger import Ledger
 from app.worker.pool.arrivals import Refusal
 from app.worker.pool.ticket import Ticket
 from app.worker.registrar import Registrar
+from app.worker.streams import TokenStreams
 from app.worker.telling import tell_doomed, tell_ended
 from app.worker.used import Whose
 from app.worker.work import CANCELLED, EXPIRED, TIMED_OUT, Batch, Doomed, Ending, Job, LeaseNews
@@ -61,6 +62,7 @@ class Runner:
         ledger: Ledger,
         host: EngineHost,
         note_used: Callable[[Whose, Used], object] = lambda *_: None,
+        streams: TokenStreams,
         now_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self._note_used = note_used
@@ -70,7 +72,8 @@ class Runner:
         self._registrar = registrar
         self._ledger = ledger
         self._dispatcher = Dispatcher(batcher)
-        self._executor = Executor(models, host, self._dispatcher, now_ns)
+        self._streams = streams
+        self._executor = Executor(models, host, self._dispatcher, streams, now_ns)
         self._num_received = 0  #: messages
         self._commands: deque[Command] = deque()
         self._jobs: dict[UUID, Job] = {}
@@ -277,6 +280,7 @@ class Runner:
         self._ledger.release(self._leaving)
         for job in self._leaving:
             job.ticket.dropped()
+            self._streams.leave(job)
             del self._jobs[job.id]
         self._leaving = []
 
@@ -317,6 +321,7 @@ class Runner:
             self._note_used(
                 (job.model, job.priority, job.tenant), Used(1, 1, job.claimed_run.spent_ns)
             )
+            self._streams.leave(job)
             self._jobs.pop(job.id, None)
         self._over = []
 

@@ -42,6 +42,7 @@ class Run:
     machine's monotonic clock measured since."""
 
     attempt_id: UUID
+    number: int  #: of the attempt: 1 for the job's first
     batch: Batch
     claimed_at: dt.datetime
     created_at: dt.datetime  #: of the job
@@ -135,6 +136,7 @@ class Job:
     registered_ns: int  #: when its row was known; what the row calls batch wait counts from here
     expires_ns: int | None = None  #: its deadline on this machine's clock, as far as is known
     time_limit_s: float | None = None  #: from when it runs
+    stream_events: bool = False  #: its tokens are told as they come
     run: Run | None = None
     attempt_id: UUID = field(default_factory=new_id)  #: of the attempt that its claim is to open
     closed_ns: int = 0  #: when its batch was closed
@@ -201,6 +203,7 @@ class Job:
                 priority=self.priority,
                 adapter=self.request.adapter,
                 pooling=self.prepared.pooling,
+                stream=self.stream_events,
                 token_type_ids=types[place // answers] if types else (),
             )
             for place in range(self.num_sequences)

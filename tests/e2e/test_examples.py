@@ -29,6 +29,7 @@ from app.local.servers import EmbeddedPostgres
 from app.local.supervisor import System
 from tests.pages import EXAMPLES, ROOT
 from tests.signals import HEEDING_SIGNALS
+from tests.sse import read_events, text_of
 from tests.waiting import eventually
 
 API = "http://127.0.0.1:8000"  # in the examples; the tests' own port takes its place
@@ -379,6 +380,15 @@ def test_an_etag_is_answered_with_304_while_nothing_changes(
     ended(job_id)
 
     assert terminal.run("etag", ID=job_id) == "304\n"
+
+
+def test_a_job_is_followed_token_by_token(terminal: Terminal) -> None:
+    events = list(read_events(iter(terminal.run("events").split("\n"))))
+
+    end = events[-1]
+    assert end.event == "end" and end.data["complete"]
+    assert text_of(events) == end.data["job"]["response"]["choices"][0]["text"] != ""
+    assert sum(each.event == "tokens" for each in events) > 1
 
 
 def test_a_job_is_explained_by_the_command_and_by_the_call(

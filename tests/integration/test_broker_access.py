@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -16,6 +17,7 @@ from celery import Celery
 
 from app.broker.client import check_kind, connected
 from app.broker.commands import ready_workers
+from app.broker.events import Whole
 from app.broker.message import Message, raw_message
 from app.broker.publisher import Publisher
 from app.broker.queues import Layout
@@ -25,7 +27,9 @@ from app.config.settings import Settings
 from app.errors import ConfigError, Unavailable
 from app.jobs import Kind
 from app.local.ports import free_port
+from app.store.database import Database
 from tests.own_redis import OwnRedis, running_redis
+from tests.rows import insert_sent, new_job
 from tests.waiting import eventually
 from tests.workers import results, running_worker
 
@@ -59,6 +63,22 @@ def send_and_wait(settings: Settings) -> None:
     publisher.send(message)
     eventually(lambda: str(message.job_id) in results(settings), 30)
     publisher.close()
+
+
+def stream_and_read(settings: Settings) -> None:
+    """What a worker tells of a job reaches who reads with these settings."""
+    job = new_job(model="stub", stream_events=True)
+    with closing(Database(settings.database.url)) as database:
+        insert_sent(database, job)
+    with closing(Publisher(settings)) as publisher:
+        following = publisher.streams().follow()
+        following.follow(job.id, None)
+        following.wake()
+        publisher.send(Message(job.id, job.kind, job.model))
+        assert job.id in next(following.heard(threading.Event()))
+        eventually(lambda: any(it.told == Whole() for it in publisher.streams().read(job.id, None)))
+        publisher.streams().forget([job.id])
+        assert publisher.streams().read(job.id, None) == []
 
 
 def is_ready(settings: Settings) -> bool:
@@ -100,6 +120,7 @@ def test_with_the_rights_that_are_written_down_all_parts_work_and_nothing_is_den
         eventually(lambda: "Connection to broker lost" in worker.log)
         send_and_wait(sender_settings)
         eventually(lambda: is_ready(worker_settings), 30)
+        stream_and_read(sender_settings)
         with connected(worker_settings) as looking:
             assert missing(worker_settings, looking, Role.WORKER) == []
             assert unread(worker_settings, looking) == {}

@@ -99,8 +99,8 @@ def _noted(row: Row, worker_id: UUID, now: datetime) -> Row:
 
 def _received(row: Row, fingerprint: str | None, now: datetime) -> Row:
     names = (
-        "not_before", "deadline", "time_limit_s", "format", "priority", "attempts_charged",
-        "losses", "created_at",
+        "not_before", "deadline", "time_limit_s", "stream_events", "format", "priority",
+        "attempts_charged", "losses", "created_at",
     )  # fmt: skip
     is_same = fingerprint is not None and fingerprint == row["fingerprint"]
     return {

@@ -32,6 +32,7 @@ from app.worker.pool.ticket import JobFailed, Ticket
 from app.worker.registrar import Registrar
 from app.worker.runner import Runner
 from app.worker.settlement import Settlement
+from app.worker.streams import TokenStreams
 from tests.simulation.broken import Broken, expect
 from tests.simulation.channel import SimulatedChannel
 from tests.simulation.effects import Effect
@@ -89,6 +90,7 @@ class SimulatedWorker:
                 **shared,
             ),
             host=self.host,
+            streams=TokenStreams(lambda _: None),
             now_ns=now_ns,
         )
         self.lease = LeaseKeeper(

@@ -42,7 +42,7 @@ def job(model: str = "one", losses: int = 0, num_sequences: int = 1) -> Job:
     )
     batch = Batch(uuid4(), model, CloseReason.SIZE, 0)
     now = dt.datetime.now(dt.UTC)
-    made.run = Run(uuid4(), batch, now, now, 0, [None])
+    made.run = Run(uuid4(), 1, batch, now, now, 0, [None])
     return made
 
 

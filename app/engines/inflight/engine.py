@@ -384,7 +384,8 @@ class InflightEngine(JoiningEngine):
                 row.generation.first_token_ns = now
             reason = row.output.append(token)
             if row.sequence.stream:
-                new = NewTokens(row.sequence.id, (token,), row.output.take_text())
+                scored = (row.generation.logprobs or ())[-1:]  # it was added just now
+                new = NewTokens(row.sequence.id, (token,), row.output.take_text(), (*scored,))
                 self._new_tokens.append(new)
             if reason is not None:
                 self._leave(row, reason, row.output.error)

@@ -156,9 +156,10 @@ class OpenAiEngine(JoiningEngine):
         for generation in ended:
             row = self._rows.pop(generation.sequence_id)
             self._count(row)
-            if row.sequence.stream:
-                tokens = tuple(generation.token_ids)
-                self._new_tokens.append(NewTokens(row.sequence.id, tokens, generation.text))
+            if row.sequence.stream and (generation.text or generation.token_ids):
+                tokens, scored = (*generation.token_ids,), (*(generation.logprobs or ()),)
+                new = NewTokens(row.sequence.id, tokens, generation.text, scored)
+                self._new_tokens.append(new)
         self._progress()
         return ended
 

@@ -238,7 +238,10 @@ class VllmEngine(JoiningEngine):
                 break
         if row.sequence.stream:
             text = row.output.take_text()
-            self._new_tokens.append(NewTokens(row.sequence.id, tuple(taken), text))
+            scored: tuple[TokenLogprob, ...] = ()
+            if params.logprobs is not None and taken:
+                scored = (*(row.generation.logprobs or ())[-len(taken) :],)
+            self._new_tokens.append(NewTokens(row.sequence.id, (*taken,), text, scored))
         if reason is None and output.finished:
             reason = _REASONS.get(new.finish_reason, FinishReason.ERROR)
         if reason is not None:

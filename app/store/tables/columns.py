@@ -7,6 +7,7 @@ from typing import Any
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     CheckConstraint,
     Column,
     DateTime,
@@ -165,6 +166,13 @@ def terms() -> list[Column[Any]]:
         Column("deadline", Stamp, comment="Expires if not finished by this time; null is never."),
         Column(
             "time_limit_s", Double, comment="Longest time an attempt may take; null is any time."
+        ),
+        Column(
+            "stream_events",
+            Boolean,
+            nullable=False,
+            server_default=text("false"),
+            comment="Its tokens are put into a stream in Redis as they come.",
         ),
         Column(
             "max_attempts",

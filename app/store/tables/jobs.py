@@ -492,6 +492,7 @@ jobs = Table(
     Column("quoted_ms", Double),
     Column("quoted_p90_ms", Double),
     Column("webhook_url", Text),
+    Column("stream_events", Boolean),
     Column("state", Text),
     Column("attempt", Integer),
     Column("attempts_charged", Integer),

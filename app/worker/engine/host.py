@@ -73,10 +73,13 @@ class EngineHost:
         load_timeout_s: float,
         step_timeout_s: float,
         python: str = sys.executable,
+        hear_tokens: Callable[[socket.socket], object] | None = None,
         now_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
-        """`python` is the interpreter of the engine process."""
+        """`python` is the interpreter of the engine process. `hear_tokens` gets our end of the
+        socket over which each process says `Streamed`, to keep."""
         self._load = load
+        self._hear_tokens = hear_tokens
         self._python = python
         self._now_ns = now_ns
         self._load_timeout_ns = int(load_timeout_s * 1e9)
@@ -105,10 +108,11 @@ class EngineHost:
     def _spawn(self) -> None:
         page = _shared_page()
         ours, theirs = socket.socketpair()
+        heard, told = socket.socketpair() if self._hear_tokens else (None, None)
         try:
             self._progress = mmap.mmap(page, PAGE_BYTES)
             self.hours.begin(self._progress)
-            fds = (theirs.fileno(), page)
+            fds = (theirs.fileno(), page, *([told.fileno()] if told else []))
             self._process = subprocess.Popen(
                 [self._python, str(LAUNCH), *map(str, fds)],
                 stdin=subprocess.DEVNULL,
@@ -118,8 +122,12 @@ class EngineHost:
             )
         finally:
             theirs.close()
+            if told is not None:
+                told.close()
             os.close(page)
         self._connection = WorkerEnd(ours)
+        if self._hear_tokens is not None and heard is not None:
+            self._hear_tokens(heard)
 
     @property
     def pid(self) -> int | None:

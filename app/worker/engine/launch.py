@@ -1,4 +1,4 @@
-"""Starts the engine process: `python launch.py SOCKET_FD PROGRESS_FD`, by the engine host alone.
+"""Starts the engine process, by the host alone: `launch.py SOCKET_FD PROGRESS_FD [TOKENS_FD]`.
 
 The interpreter need not be the worker's, so nothing is imported from beside this package: what the
 engine needs must be the interpreter's own.

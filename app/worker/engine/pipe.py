@@ -43,6 +43,10 @@ class WorkerEnd:
         """Whether something waits here until the socket takes more: call `flush` then."""
         return bool(self._outgoing)
 
+    @property
+    def unsent_bytes(self) -> int:
+        return len(self._outgoing)
+
     def send(self, message: object) -> None:
         """Raises `OSError` if the other end is gone."""
         self._outgoing += _framed(message)

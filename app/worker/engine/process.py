@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import Final
 
 from app.engines import builds, registry
-from app.engines.base import Engine, StepStats
+from app.engines.base import Engine, Generation, StepStats
 from app.engines.hardware import hardware
 from app.errors import ConfigError, GristmillError, OutOfMemory
 from app.threads import Background, place_of
+from app.worker.engine.outlet import Outlet
 from app.worker.engine.page import PAGE_BYTES, PROGRESS, Phase, shown
 from app.worker.engine.pipe import EngineEnd
 from app.worker.engine.wire import (
@@ -54,8 +55,11 @@ PR_SET_PDEATHSIG: Final = 1  #: linux/prctl.h
 class EngineProcess:
     """Runs admitted sequences to their end and says so, until its parent goes away."""
 
-    def __init__(self, parent: EngineEnd, progress: mmap.mmap) -> None:
+    def __init__(
+        self, parent: EngineEnd, progress: mmap.mmap, outlet: Outlet | None = None
+    ) -> None:
         self._parent = parent
+        self._outlet = outlet  #: None where nobody wants tokens before their answers
         self._progress = progress
         self._clock = shown(progress)  #: it began when this process was spawned
         self._steps = 0
@@ -66,6 +70,7 @@ class EngineProcess:
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()  #: something waits
         self._engines: dict[str, Engine] = {}
         self._inside: dict[str, set[int]] = {}  #: by model, the sequences that have no answer yet
+        self._streaming: set[int] = set()  #: those of them whose tokens are told as they come
         self._given: Counter[str] = Counter()  #: by model, device time that these have had
         self._stats: dict[str, dict[str, StepStats]] = {}  #: by model and batch, not sent yet
         self.is_ready = False
@@ -142,11 +147,14 @@ class EngineProcess:
                         break
                     ids = (each.id for each in admit.sequences)
                     self._inside.setdefault(model, set()).update(ids)
+                    self._streaming.update(each.id for each in admit.sequences if each.stream)
                     engine.admit(admit.batch_id, admit.sequences)
             if any(engine.has_work for engine in self._engines.values()):
                 break
             if not was_idle:
                 self._turn(Phase.IDLE)
+                if self._outlet is not None:
+                    self._outlet.rest()
             was_idle = True
             self._wake.get()
         if was_idle:
@@ -160,6 +168,7 @@ class EngineProcess:
             if not engine.joins:
                 self._give_back(model)  # it may not fit either
             dropped = tuple(self._inside.pop(model, ()))
+            self._streaming.difference_update(dropped)
             self._given[model] += self._turn(
                 Phase.STEP, self._take_stats(model, engine), in_vain=True
             )
@@ -168,11 +177,21 @@ class EngineProcess:
         finally:
             self._made_progress()
         self._turn(Phase.STEP, self._take_stats(model, engine))
+        if self._streaming:
+            self._tell_tokens(engine, generations)
         if generations:
             self._inside[model].difference_update(each.sequence_id for each in generations)
             self._given[model] -= sum(each.device_ns for each in generations)
             stats = self._stats.pop(model, {})
             self._parent.send(Stepped(model, generations, list(stats.values())))
+
+    def _tell_tokens(self, engine: Engine, generations: list[Generation]) -> None:
+        """Before the answers: whoever hears of those has the last tokens at hand."""
+        ended = [each.sequence_id for each in generations if each.sequence_id in self._streaming]
+        self._streaming.difference_update(ended)
+        tokens = engine.take_tokens()
+        if self._outlet is not None:
+            self._outlet.send(tokens, ended)
 
     def _take_stats(self, model: str, engine: Engine) -> int:
         """Keep what the step computed until there is something to say; its device time."""
@@ -206,12 +225,13 @@ def _taken(waiting: deque[Admit]) -> Admit | None:
 
 
 def main() -> None:
-    """Called by `launch` with SOCKET_FD and PROGRESS_FD."""
-    socket_fd, progress_fd = int(sys.argv[1]), int(sys.argv[2])
+    """Called by `launch` with SOCKET_FD, PROGRESS_FD and, if somebody wants tokens, TOKENS_FD."""
+    socket_fd, progress_fd, *tokens_fd = map(int, sys.argv[1:])
     _die_with_parent()
     _be_killed_first()
     parent = EngineEnd(socket.socket(fileno=socket_fd))
-    process = EngineProcess(parent, mmap.mmap(progress_fd, PAGE_BYTES))
+    outlet = Outlet(socket.socket(fileno=tokens_fd[0])) if tokens_fd else None
+    process = EngineProcess(parent, mmap.mmap(progress_fd, PAGE_BYTES), outlet)
     try:
         process.run()
     except (BrokenPipeError, ConnectionResetError, KeyboardInterrupt):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from app.config.settings import ModelSettings
-from app.engines.base import Generation, Sequence, StepStats
+from app.engines.base import Generation, Sequence, StepStats, TokenLogprob
 from app.engines.hardware import Hardware
 
 
@@ -80,6 +80,16 @@ class Stepped:
     model: str
     generations: list[Generation]
     stats: list[StepStats]
+
+
+@dataclass(frozen=True, slots=True)
+class Streamed:
+    """New of sequences that stream: on a socket of its own, read by `app.worker.streams`."""
+
+    tokens: list[tuple[int, str, tuple[int, ...], tuple[TokenLogprob, ...]]]
+    """Fields of `NewTokens`, without their class: there may be thousands a second."""
+    ended: tuple[int, ...] = ()  #: sequences of which these were the last
+    lost: tuple[int, ...] = ()  #: sequences of which some could not be sent
 
 
 @dataclass(frozen=True, slots=True)

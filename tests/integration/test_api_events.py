@@ -1,0 +1,191 @@
+"""A job's events over HTTP, from a real worker: told once, in order, and to the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from app.config.settings import Settings
+from app.local.servers import EmbeddedRedis
+from tests.apis import running_api
+from tests.rescues import running_rescue
+from tests.sse import Sse, following, text_of
+from tests.workers import Worker, running_worker
+
+PROMPT = "the mill by the water grinds rye"
+
+
+STUB = {
+    "source": "stub",
+    "engine": "stub",
+    "kind": "generate",
+    "default": True,
+    "max_wait_ms": 5,
+    "default_max_tokens": 256,
+    "options": {"step_ms": 10, "joins": True},
+}
+
+
+@pytest.fixture(scope="module")
+def config(
+    empty_databases: Callable[[str], str], migrated_template: str, redis_server: EmbeddedRedis
+) -> Settings:
+    return Settings(
+        database={"url": empty_databases(migrated_template)},
+        broker={"url": redis_server.url.removesuffix("/0") + "/127"},
+        worker={"lease_s": 3, "heartbeat_s": 0.5, "grace_s": 5},
+        models={"stub": STUB},
+        prices={"cpu": {"per_device_hour": "0.036", "currency": "USD"}},
+    )
+
+
+@pytest.fixture(scope="module")
+def api(config: Settings) -> Iterator[httpx.Client]:
+    with running_api(config) as api:
+        yield api
+
+
+@pytest.fixture(scope="module")
+def first_worker(config: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+    worker = Worker(config, tmp_path_factory.mktemp("worker"))
+    yield worker
+    worker.kill()
+
+
+@pytest.fixture
+def worker(first_worker: Worker) -> Worker:
+    """One that runs; a test before may have killed it."""
+    return first_worker.start() if first_worker.is_down else first_worker
+
+
+def submit(api: httpx.Client, prompt: str = PROMPT, stream: bool = True, **body: Any) -> str:
+    job = {"body": {"prompt": prompt} | body, "stream_events": stream}
+    answer = api.post("/v1/jobs", json=job)
+    assert answer.status_code == 202, answer.text
+    return str(answer.json()["id"])
+
+
+def all_events(api: httpx.Client, job_id: str, after: str | None = None) -> list[Sse]:
+    with following(api, job_id, after) as events:
+        return list(events)
+
+
+def kinds(events: list[Sse]) -> list[str]:
+    return list(dict.fromkeys(each.event for each in events))
+
+
+def test_a_job_tells_where_it_waits_when_it_begins_its_tokens_and_its_end(
+    api: httpx.Client, worker: Worker
+) -> None:
+    events = all_events(api, submit(api))
+
+    assert kinds(events)[-3:] == ["started", "tokens", "end"]
+    assert text_of(events) == PROMPT
+    started = next(each for each in events if each.event == "started")
+    assert started.id == "1-0"
+    assert started.data["attempt"] == 1 and started.data["batch"]["size"] == 1
+    tokens = [each for each in events if each.event == "tokens"]
+    assert [each.id for each in tokens] == [f"1-{n}" for n in range(1, len(tokens) + 1)]
+    assert sum(each.data["tokens"] for each in tokens) == len(PROMPT) + 1  # and the one that ends
+    end = events[-1].data
+    assert end["complete"]
+    assert end["job"]["state"] == "completed"
+    assert end["job"]["response"]["choices"][0]["text"] == PROMPT
+    assert end["job"]["batch"]["id"] == started.data["batch"]["id"]
+
+
+def test_a_job_that_did_not_ask_for_it_has_no_tokens_and_its_whole_result_at_the_end(
+    api: httpx.Client, worker: Worker
+) -> None:
+    events = all_events(api, submit(api, stream=False))
+
+    assert set(kinds(events)) <= {"queued", "end"}
+    assert not events[-1].data["complete"]
+    assert events[-1].data["job"]["response"]["choices"][0]["text"] == PROMPT
+
+
+def test_a_stream_that_is_cut_goes_on_with_no_gap_and_no_repeat(
+    api: httpx.Client, worker: Worker
+) -> None:
+    # given a listener that leaves after each few events, while the job runs
+    job_id = submit(api, PROMPT * 2)
+    had: list[Sse] = []
+    after: str | None = None
+
+    # when it comes back each time with the last id
+    while not had or had[-1].event != "end":
+        with following(api, job_id, after) as events:
+            for number, each in enumerate(events):
+                had.append(each)
+                after = each.id or after
+                if number == 4:
+                    break
+
+    # then it has had all, once
+    ids = [each.id for each in had if each.event in ("started", "tokens")]
+    assert ids == [f"1-{n}" for n in range(len(ids))]
+    assert text_of(had) == had[-1].data["job"]["response"]["choices"][0]["text"]
+
+
+def test_who_comes_after_the_end_is_told_all_the_same(api: httpx.Client, worker: Worker) -> None:
+    job_id = submit(api, logprobs=1)
+    first = all_events(api, job_id)
+
+    again = all_events(api, job_id)
+    rest = all_events(api, job_id, "1-5")
+
+    tokens = [each for each in first if each.event == "tokens"]
+    assert [each for each in again if each.event == "tokens"] == tokens
+    assert [each.id for each in rest if each.event == "tokens"] == [each.id for each in tokens[5:]]
+    assert again[-1].data["complete"] and rest[-1].data["complete"]
+    assert tokens[0].data["logprobs"] == [0.0]
+
+
+def test_each_choice_of_several_prompts_has_its_index(api: httpx.Client, worker: Worker) -> None:
+    events = all_events(api, submit(api, ["rye", "wheat 漢字🙂"], n=2))
+
+    assert [text_of(events, index) for index in range(4)] == ["rye"] * 2 + ["wheat 漢字🙂"] * 2
+
+
+def test_a_job_that_runs_again_tells_so_and_then_all_tokens_anew(
+    api: httpx.Client, worker: Worker, config: Settings, tmp_path: Path
+) -> None:
+    # given a listener that has had some tokens
+    job_id = submit(api, PROMPT * 4)
+    had: list[Sse] = []
+    with following(api, job_id) as events:
+        for each in events:
+            had.append(each)
+            if each.event == "tokens" and len(had) > 10:
+                worker.kill()  # when its worker is killed, and another takes over
+                break
+        assert text_of(had)
+        with (
+            running_worker(config, tmp_path / "other"),
+            running_rescue(config, tmp_path / "rescue"),
+        ):
+            had += events
+
+    # then it is told so, and its text is that of the second run
+    restarted = next(each for each in had if each.event == "restarted")
+    assert restarted.data["attempt"] == 2 and restarted.id == "2-0"
+    assert had[-1].data["complete"]
+    assert text_of(had) == had[-1].data["job"]["response"]["choices"][0]["text"] == PROMPT * 4
+
+
+def test_another_tenants_job_and_none_at_all_are_not_found(api: httpx.Client) -> None:
+    nothing = api.get("/v1/jobs/00000000-0000-7000-8000-000000000000/events")
+    assert nothing.status_code == 404
+    assert nothing.headers["content-type"] == "application/problem+json"
+
+
+@pytest.mark.parametrize("last", ["x", "-1-2", "1", "1-", "99999999999-1", "٣-1"])
+def test_what_is_no_events_id_is_refused(api: httpx.Client, last: str) -> None:
+    url = "/v1/jobs/00000000-0000-7000-8000-000000000000/events"
+    refused = api.get(url, headers={"Last-Event-ID": last.encode()})
+    assert refused.status_code == 400
+    assert refused.json()["param"] == "Last-Event-ID"
