@@ -26,23 +26,21 @@ def message_id(job_id: str) -> str:
     return f"{MESSAGE_PREFIX}{UUID(job_id).hex}"
 
 
-def message(
-    found: Said,
-    call_ids: Sequence[str],
-    *,
+def message_of(
     job_id: str,
     model: str,
-    reason: str,
+    content: list[dict[str, Any]],
+    reason: str | None,
     stop_sequence: str | None,
     counted: Usage,
 ) -> dict[str, Any]:
-    """`reason` and `stop_sequence` are of `stop_reason`."""
+    """`reason` is its `stop_reason`; None while it is not over."""
     return {
         "id": message_id(job_id),
         "type": "message",
         "role": "assistant",
         "model": model,
-        "content": content_of(found, call_ids),
+        "content": content,
         "stop_reason": reason,
         "stop_sequence": stop_sequence,
         "usage": usage_of(counted),

@@ -20,7 +20,7 @@ from app.requests.bodies import Request
 from app.requests.chat import ChatBody
 from app.requests.completion import CompletionBody
 from app.requests.logprobs import Spelling
-from app.requests.message_answer import message, stop_reason
+from app.requests.message_answer import content_of, message_of, stop_reason
 from app.requests.messages import MessagesBody
 from app.requests.pooled import PooledBody
 from app.requests.pooled_answers import pooled_answer
@@ -138,15 +138,8 @@ def _message(
     assert isinstance(chat, ChatBody)
     found = said(chat, answer, tokenizer, prompt)
     reason, met = stop_reason(answer, bool(found.calls), chat.stops, tokenizer, prompt)
-    return message(
-        found,
-        [_call_id(job_id, 0, place) for place in range(len(found.calls))],
-        job_id=job_id,
-        model=model,
-        reason=reason,
-        stop_sequence=met,
-        counted=counted,
-    )
+    ids = [_call_id(job_id, 0, place) for place in range(len(found.calls))]
+    return message_of(job_id, model, content_of(found, ids), reason, met, counted)
 
 
 def _response(
