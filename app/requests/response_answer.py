@@ -7,7 +7,7 @@ may be left out or null there, those are told that strict clients ask for.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, Literal
+from typing import Any, Final
 from uuid import UUID
 
 from app.errors import (
@@ -23,8 +23,6 @@ from app.requests.response import RESPONSE_PREFIX, ResponsesBody
 from app.requests.response_tools import ChoiceObject
 from app.requests.storable import storable
 
-Status = Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
-
 _TIERS: Final = {None: "default", "auto": "default", "fast": "priority"}
 
 
@@ -39,7 +37,6 @@ def response_shell(
     model: str,
     created_at: int,
     metadata: Mapping[str, str],
-    status: Status = "queued",
 ) -> dict[str, Any]:
     """A response without an answer: what was asked, given back. `created_at` is in UNIX seconds."""
     choice, options = asked.tool_choice, asked.background_options
@@ -48,7 +45,7 @@ def response_shell(
         "id": response_id(job_id),
         "object": "response",
         "created_at": created_at,
-        "status": status,
+        "status": "queued",
         "background": asked.background,
         "background_options": options and options.model_dump(exclude_none=True),
         "completed_at": None,

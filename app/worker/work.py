@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import datetime as dt
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from uuid import UUID
 
 from app.books.energy import Paid
 from app.engines.base import Generation, Sequence
 from app.errors import GristmillError
-from app.jobs import SUSPECT_AFTER, CloseReason, JobState, new_id
+from app.jobs import SUSPECT_AFTER, CloseReason, JobState, int64, new_id
 from app.requests.bodies import Request
 from app.requests.prepare import Prepared
 from app.store.claims import Finished
@@ -194,11 +194,12 @@ class Job:
     def sequences(self, first_id: int) -> list[Sequence]:
         """What the engine is to run, in the order of the answers, with ids from `first_id`."""
         answers, types = self.request.num_answers, self.prepared.type_ids
+        drawn = self._drawn
         return [
             Sequence(
                 id=first_id + place,
                 prompt_token_ids=self.prepared.prompts[place // answers],
-                params=self.prepared.sampling(place % answers),
+                params=drawn.sampling(place % answers),
                 tenant=self.tenant,
                 priority=self.priority,
                 adapter=self.request.adapter,
@@ -208,6 +209,15 @@ class Job:
             )
             for place in range(self.num_sequences)
         ]
+
+    @property
+    def _drawn(self) -> Prepared:
+        """What is told as it comes has to come again if a worker is lost: without a seed of its own
+        the job has that of its id."""
+        params = self.prepared.params
+        if not self.stream_events or params is None or params.seed is not None:
+            return self.prepared
+        return replace(self.prepared, params=replace(params, seed=int64(self.id.int)))
 
 
 @dataclass(frozen=True, slots=True)

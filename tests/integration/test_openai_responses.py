@@ -7,6 +7,7 @@ from typing import Any, Final, Literal
 
 import openai
 import pytest
+import redis
 from openai.types.responses import Response
 from pydantic import BaseModel
 
@@ -208,6 +209,146 @@ def test_tokens_are_counted_with_the_conversation_before(client: openai.OpenAI) 
     assert answered.usage is not None
     assert counted.input_tokens == answered.usage.input_tokens
     assert counted.object == "response.input_tokens"
+
+
+# ── streams ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def numbers(events: list[Any]) -> list[int]:
+    return [each.sequence_number for each in events]
+
+
+def told_of(client: openai.OpenAI, text: str, **given: Any) -> list[Any]:
+    return list(client.responses.create(model="stub", input=text, stream=True, **given))
+
+
+def text_in(events: list[Any]) -> str:
+    return "".join(each.delta for each in events if each.type == "response.output_text.delta")
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_response_is_streamed_and_retrieved_as_it_was_told(
+    client: openai.OpenAI, doors: Doors, in_background: bool
+) -> None:
+    # given
+    with client.responses.stream(
+        model="stub", input="A mill grinds grain, slowly.", background=in_background
+    ) as told:
+        events = list(told)
+        final = told.get_final_response()
+
+    # then events are numbered without a gap, and the response is the one that is stored
+    assert numbers(events) == list(range(len(events)))
+    assert [each.type.removeprefix("response.") for each in events[:5]] == [
+        "created",
+        "queued",
+        "in_progress",
+        "output_item.added",
+        "content_part.added",
+    ]
+    assert text_in(events) == final.output_text == "A mill grinds grain, slowly."
+    assert len(events) > 12
+    assert client.responses.retrieve(final.id).output_text == final.output_text
+    assert doors.the_last_job()["stream_events"]
+
+
+def test_a_stream_is_resumed_after_any_event_in_both_ways(client: openai.OpenAI) -> None:
+    events = told_of(client, "One two three.", background=True)
+    id = events[-1].response.id
+    assert len(events) > 10
+    assert client.responses.retrieve(id) == events[-1].response
+
+    for last in (0, 3, len(events) // 2, len(events) - 2):
+        # of the server's own accord
+        rest = list(client.responses.retrieve(id, stream=True, starting_after=last))
+        assert numbers(rest) == list(range(last + 1, len(events)))
+        assert [each.to_dict() for each in rest] == [each.to_dict() for each in events[last + 1 :]]
+        # by the client, from the first on
+        with client.responses.stream(response_id=id, starting_after=last) as again:
+            assert numbers(list(again)) == numbers(rest)
+            assert again.get_final_response().output_text == "One two three."
+    # who has had all of it hears the end once more
+    [end] = client.responses.retrieve(id, stream=True, starting_after=len(events))
+    assert (end.type, end.sequence_number) == ("response.completed", len(events) + 1)
+
+
+def test_a_stream_that_redis_lost_is_told_of_the_row(client: openai.OpenAI, doors: Doors) -> None:
+    events = told_of(client, "One two three.", background=True)
+
+    with redis.Redis.from_url(doors.settings.broker.url) as server:
+        for key in server.scan_iter("*gristmill.events.*"):
+            server.delete(key)
+    again = list(client.responses.retrieve(events[-1].response.id, stream=True))
+
+    assert again == events
+
+
+def test_one_that_was_not_begun_as_a_stream_is_streamed_at_its_end(client: openai.OpenAI) -> None:
+    response = background(client, "sleep 500")
+
+    events = list(client.responses.retrieve(response.id, stream=True))
+
+    assert numbers(events) == list(range(len(events)))
+    assert text_in(events) == "sleep 500"
+
+
+def test_a_response_that_is_cancelled_ends_its_stream(client: openai.OpenAI) -> None:
+    stream = client.responses.create(
+        model="stub", input="sleep 60000", background=True, stream=True
+    )
+    first = next(stream)
+    assert first.type == "response.created"
+    eventually(lambda: client.responses.retrieve(first.response.id).status == "in_progress")
+
+    client.responses.cancel(first.response.id)
+
+    last = list(stream)[-1]
+    assert last.type == "response.incomplete" and last.response.status == "cancelled"
+
+
+def test_a_response_that_fails_ends_its_stream(client: openai.OpenAI) -> None:
+    events = list(client.responses.create(model="stub", input="nan", stream=True))
+
+    assert events[-1].type == "response.failed" and events[-1].response.error is not None
+    assert events[-1].response.error.code == "server_error"
+
+
+def test_who_leaves_a_stream_takes_a_response_along_that_is_not_in_the_background(
+    client: openai.OpenAI, doors: Doors
+) -> None:
+    for in_background in (True, False):
+        stream = client.responses.create(
+            model="stub", input="sleep 60000", stream=True, background=in_background
+        )
+        first = next(stream)
+        assert first.type == "response.created"
+        id = first.response.id
+
+        stream.response.close()
+
+        if in_background:
+            assert client.responses.retrieve(id).status in OPEN
+            client.responses.cancel(id)
+        else:
+            eventually(lambda id=id: client.responses.retrieve(id).status == "cancelled")
+
+
+def test_what_is_not_to_be_stored_is_streamed_once(client: openai.OpenAI, doors: Doors) -> None:
+    with client.responses.stream(model="stub", input="Flour.", store=False) as told:
+        final = told.get_final_response()
+
+    assert final.output_text == "Flour."
+    eventually(lambda: doors.the_last_job()["request"] is None)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(final.id)
+
+
+@pytest.mark.parametrize("after", [-1, "x", 2**70])
+def test_a_wrong_place_to_go_on_from_is_named(client: openai.OpenAI, after: Any) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.responses.retrieve(UNKNOWN, stream=True, starting_after=after)
+
+    assert refused.value.param == "starting_after"
 
 
 # ── cancel and delete ───────────────────────────────────────────────────────────────────────────

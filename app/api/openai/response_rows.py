@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, Final, NoReturn
 from uuid import UUID
 
@@ -19,10 +19,7 @@ from app.store.asked import Asked, asked
 from app.store.database import Database
 
 _ID: Final = re.compile(rf"{RESPONSE_PREFIX}([0-9a-f]{{32}})")
-_OPEN: Final[dict[JobState, Any]] = {
-    JobState.QUEUED: "queued",
-    JobState.RUNNING: "in_progress",
-}
+_OPEN: Final = {JobState.QUEUED: "queued", JobState.RUNNING: "in_progress"}
 
 
 def job_id_in(response_id: str) -> UUID:
@@ -84,24 +81,27 @@ def body_of(found: Asked) -> ResponsesBody:
     return body
 
 
-def response_of(job: Job, body: ResponsesBody) -> dict[str, Any]:
-    """The response as it is now."""
-    made = partial(
-        response_shell,
+def shell_of(job: Job, body: ResponsesBody) -> dict[str, Any]:
+    """The response without what has become of it."""
+    return response_shell(
         body,
         job_id=job.id,
         model=job.model,
         created_at=int(job.created_at.timestamp()),
         metadata=job.metadata,
     )
+
+
+def response_of(job: Job, body: ResponsesBody) -> dict[str, Any]:
+    """The response as it is now."""
     if (status := _OPEN.get(job.state)) is not None:
-        return made(status=status)
+        return shell_of(job, body) | {"status": status}
     if job.response is not None:
         told = job.response
     elif job.error is None:
-        told = ended(made(), job.state)
+        told = ended(shell_of(job, body), job.state)
     else:
-        told = ended(made(), job.state, job.error.code, job.error.message)
+        told = ended(shell_of(job, body), job.state, job.error.code, job.error.message)
     if told["status"] == "completed" and job.finished_at is not None:
         told = told | {"completed_at": int(job.finished_at.timestamp())}
     return told | {

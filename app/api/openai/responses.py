@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from http import HTTPStatus
 from typing import Annotated, Any, Final, Literal
 from uuid import UUID
@@ -19,16 +20,12 @@ from app.api import live
 from app.api.answers import JSON, Hold, look, look_at_new
 from app.api.caller import Caller, Who, WhoReads
 from app.api.envelopes import Door
-from app.api.live import Understood
-from app.api.openai.response_rows import (
-    body_of,
-    history_of,
-    response_of,
-    row_of,
-    whole,
-)
+from app.api.live import Placed, Understood
+from app.api.openai.response_rows import Row, body_of, history_of, response_of, row_of, whole
+from app.api.openai.response_stream import stream
 from app.api.openapi import json_body
 from app.api.problems import documented
+from app.api.schemas import Job
 from app.api.services import Here, Services
 from app.errors import GristmillError, RequestError
 from app.intake.decision import Decision
@@ -103,7 +100,8 @@ def understood(body: dict[str, Any]) -> Understood[Told]:
         is_stored=body.get("store") is not False,
         is_streamed=body.get("stream") is True,
     )
-    return Understood({"url": Url.RESPONSES, "body": body}, told)
+    submission = {"url": Url.RESPONSES, "body": body, "stream_events": told.is_streamed}
+    return Understood(submission, told)
 
 
 async def _read(
@@ -130,20 +128,33 @@ async def create(request: Request, here: Here, who: Who) -> Response:
     """Answer a text or a conversation, as OpenAI's call of the same path does. With `background` it
     is answered at once, stored, and to be retrieved when it is done."""
     job, told = await _read(request, here, who)
-    if told.is_streamed:
-        raise RequestError("Responses are not streamed yet: leave out stream.", param="stream")
+    asked = Asked(job.url, job.request, FORMAT)
     if told.is_background:
-        return _json(await _queued(here, job))
+        row = Row(await _queued(here, job, body_of(asked)), asked)
+        return (
+            await stream(here, who.tenant, row, None) if told.is_streamed else _json(row.response)
+        )
     placed = await live.place(request, here, job)
-    ended = await live.ended(request, here, placed)
+    if told.is_streamed:
+        row = Row(whole((await here.job(who.tenant, placed.id)).job), asked)
+        close = partial(_close, here, placed, is_stored=told.is_stored)
+        return await stream(here, who.tenant, row, None, close)
+    row = Row(await live.ended(request, here, placed), asked)
     if not told.is_stored:
-        await _forget(here, placed.tenant, placed.id)
-    return _json(response_of(ended, body_of(_asked(job))))
+        await _forget(here, placed)
+    return _json(row.response)
 
 
-async def _queued(here: Services, job: NewJob) -> dict[str, Any]:
-    """Store a job that is retrieved later, and tell of it."""
-    body = body_of(_asked(job))
+async def _close(here: Services, placed: Placed, has_ended: bool, *, is_stored: bool) -> None:
+    """Nobody listens any more, or there is no more to hear."""
+    if not has_ended:
+        await live.cancel(here, placed)
+    if not is_stored:
+        await _forget(here, placed)
+
+
+async def _queued(here: Services, job: NewJob, body: ResponsesBody) -> Job:
+    """Store a job that is followed or retrieved later."""
     window = body.background_options and body.background_options.completion_window
     later = WINDOWS.get(window or "")
     try:
@@ -160,27 +171,43 @@ async def _queued(here: Services, job: NewJob) -> dict[str, Any]:
         raise
     here.metrics.count_submissions("accepted" if submitted.created else "replayed")
     seen = await look_at_new(here, job.tenant, stored, Hold(0.0, False))
-    return response_of(whole(seen.job), body)
+    return whole(seen.job)
 
 
-def _asked(job: NewJob) -> Asked:
-    return Asked(job.url, job.request, FORMAT)
-
-
-async def _forget(here: Services, tenant: str, job_id: UUID) -> None:
+async def _forget(here: Services, placed: Placed) -> None:
     """What is not to be stored has been told, and is removed."""
-    await here.write(_purge, here, tenant, job_id)
+    await here.write(_purge, here, placed.tenant, placed.id)
 
 
 @router.get(
     "/{response_id}",
-    **_described("The response as it is."),
+    **_described("The response as it is, or its events."),
     summary="Retrieve a response",
 )
-async def retrieve(here: Here, who: Who, response_id: ResponseId) -> Response:
+async def retrieve(
+    here: Here,
+    who: Who,
+    response_id: ResponseId,
+    streams: Annotated[
+        bool, Query(alias="stream", description="Its events, till it has ended.")
+    ] = False,
+    starting_after: Annotated[
+        int | None,
+        Query(
+            ge=0,
+            lt=2**63,
+            description="With `stream`: those after the event with this number. Without it, all.",
+            examples=[7],
+        ),
+    ] = None,
+) -> Response:
     """A response as it is now: follow one in the background until its `status` is neither `queued`
-    nor `in_progress`."""
-    return _json((await row_of(here, who.tenant, response_id)).response)
+    nor `in_progress`. Or its events, from the first one or from any other one on; text comes piece
+    by piece while it runs if it was created with `stream`."""
+    row = await row_of(here, who.tenant, response_id)
+    if streams:
+        return await stream(here, who.tenant, row, starting_after)
+    return _json(row.response)
 
 
 @router.post(

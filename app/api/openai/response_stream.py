@@ -1,0 +1,150 @@
+"""A response as server-sent events, from its first event or from one on.
+
+All of them are told anew for each listener, from the job's stream of tokens as far as that is
+there and from its row at its end, and those that the listener has are left out. They are the same
+each time (`app.requests.response_events`), so nothing is missing or told twice, whichever process
+tells them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import aclosing
+from typing import Final, cast
+
+from fastapi.sse import EventSourceResponse, format_sse_event
+from pydantic_core import to_json
+
+from app.api import events
+from app.api.event_streams import HEADERS, KEEP_ALIVE
+from app.api.events import Begun, Ended, NewTokens, Silence
+from app.api.openai.response_rows import Row, response_of, shell_of, whole
+from app.api.services import Services
+from app.errors import Restarted
+from app.requests.answers import Said
+from app.requests.bodies import parse_stored
+from app.requests.prepare import encode
+from app.requests.response_answer import hex_of, output_of
+from app.requests.response_events import LAST, Event, Narration
+from app.requests.saying import Saying
+
+Close = Callable[[bool], Awaitable[None]]
+"""What is to be done at the end; with whether the response has ended."""
+
+
+async def stream(
+    here: Services, tenant: str, row: Row, after: int | None, close: Close | None = None
+) -> EventSourceResponse:
+    """The answer that streams a response, without the events up to `after`."""
+    happening = cast("AsyncGenerator[events.Event, None]", events.events(here, tenant, row.job.id))
+    first = await anext(happening)  # what is wrong is an answer of its own
+    told = _told(here, row, first, happening, close)
+    return EventSourceResponse(_on_the_wire(told, after), headers=HEADERS)
+
+
+async def _on_the_wire(
+    told: AsyncGenerator[Event | None, None], after: int | None
+) -> AsyncIterator[bytes]:
+    async with aclosing(told):
+        async for event in told:
+            if event is None:
+                yield KEEP_ALIVE
+            elif after is None or event["sequence_number"] > after:
+                yield _written(event)
+            elif event["type"] in LAST:  # it has had more events than there are now
+                yield _written(event | {"sequence_number": after + 1})
+
+
+def _written(event: Event) -> bytes:
+    return format_sse_event(event=event["type"], data_str=to_json(event).decode())
+
+
+async def _told(
+    here: Services,
+    row: Row,
+    first: events.Event,
+    happening: AsyncGenerator[events.Event, None],
+    close: Close | None,
+) -> AsyncGenerator[Event | None, None]:
+    """The response's events; None while nothing happens."""
+    telling = Telling(row, await here.work.run(0, _listener, here, row))
+    has_ended = False
+    try:
+        async with aclosing(happening):
+            for told in telling.queued():
+                yield told
+            for each in telling.of(first):
+                yield each
+            async for event in happening:
+                has_ended = isinstance(event, Ended)
+                for each in telling.of(event):
+                    yield each
+    finally:
+        if close is not None:
+            task = asyncio.ensure_future(close(has_ended))
+            _CLOSING.add(task)  # it goes on if the listener is gone, and this with it
+            task.add_done_callback(_CLOSING.discard)
+            await asyncio.shield(task)
+
+
+_CLOSING: Final[set[asyncio.Future[None]]] = set()
+
+
+def _listener(here: Services, row: Row) -> Saying | None:
+    """None if the model is not configured any more."""
+    model = here.submitter.models.get(row.job.model)
+    if model is None:
+        return None
+    request = parse_stored(row.asked.request, row.asked.url, row.asked.format)
+    [prompt] = encode(request, model.tokenizer)
+    return Saying(row.body.meant, model.tokenizer, prompt)
+
+
+class Telling:
+    """From the events of a job to those of its response."""
+
+    def __init__(self, row: Row, saying: Saying | None) -> None:
+        self._row = row
+        self._saying = saying
+        self._narration = Narration(shell_of(row.job, row.body))
+        self._digits = hex_of(shell_of(row.job, row.body))
+        self._content = self._reasoning = ""
+
+    def queued(self) -> Iterator[Event]:
+        return self._narration.queued()
+
+    def of(self, event: events.Event) -> Iterator[Event | None]:
+        match event:
+            case Begun():
+                yield from self._narration.started()
+                if event.is_restart:
+                    self._again()
+            case NewTokens():
+                yield from self._spoken(event)
+            case Ended():
+                job = whole(event.job.job)
+                yield from self._narration.end(response_of(job, self._row.body))
+            case Silence():
+                yield None
+
+    def _again(self) -> None:
+        if self._saying is not None:
+            try:
+                self._saying.again()
+            except Restarted:
+                self._narration.has_parted = True
+
+    def _spoken(self, event: NewTokens) -> Iterator[Event]:
+        if self._saying is None or self._narration.has_parted:
+            return
+        try:
+            new = self._saying.take(event.text, event.tokens.token_ids)
+        except Restarted:
+            self._narration.has_parted = True
+            return
+        self._content += new.content
+        self._reasoning += new.reasoning
+        if self._content or self._reasoning:
+            found = Said(self._content, self._reasoning or None)
+            yield from self._narration.so_far(output_of(found, [], self._digits))
