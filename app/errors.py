@@ -11,10 +11,13 @@
     │   ├── DeadlinePassed
     │   ├── LaterFormat        of a later version: for other workers, not a failure
     │   ├── WebhookRefused     its URL leads where webhooks may not go
+    │   ├── WebhookUnreachable a test of it was not answered
     │   └── RequestTooLarge
     ├── IdempotencyConflict    same key, another request
     ├── JobNotFound
     ├── NoSuchFile
+    ├── WebhookNotFound
+    ├── WebhookConflict        not while it is as it is
     ├── KeyNotFound            no API key of this id, or it is not valid any more
     ├── NoKey                  a call without an API key, or with one that is not valid
     ├── JobUnreadable          its row was written by hand, or by a later version
@@ -123,6 +126,12 @@ class WebhookRefused(RequestError):
     code = "webhook_refused"
 
 
+class WebhookUnreachable(RequestError):
+    """The receiver of a webhook gave no answer."""
+
+    code = "webhook_unreachable"
+
+
 class RequestTooLarge(RequestError):
     """The request body is larger than allowed."""
 
@@ -139,6 +148,18 @@ class JobNotFound(GristmillError):
     """No such job."""
 
     code = "job_not_found"
+
+
+class WebhookNotFound(GristmillError):
+    """No such webhook endpoint."""
+
+    code = "webhook_not_found"
+
+
+class WebhookConflict(GristmillError):
+    """The webhook endpoint or delivery is not in a state that allows this."""
+
+    code = "webhook_conflict"
 
 
 class NoSuchFile(GristmillError):

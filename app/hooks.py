@@ -25,13 +25,14 @@ from typing import Final, TypeVar
 from app.alive import Alive
 from app.config.settings import Settings
 from app.errors import ConfigError, GristmillError, RequestError, Unavailable
-from app.store import webhooks
+from app.store import webhook_endpoints, webhooks
 from app.store.database import Database
 from app.store.webhooks import Due, Receiver, Tried
 from app.webhooks.addresses import Reach
+from app.webhooks.ids import EVENT, name_of
 from app.webhooks.post import Outcome, Postman, SystemResolver
 from app.webhooks.schedule import pause_s, wait_s
-from app.webhooks.signing import body_of, headers_of, hint_of, new_secret
+from app.webhooks.signing import body_of, headers_of
 from app.webhooks.urls import HookUrl, parse_url
 from app.webhooks.vault import Vault
 
@@ -128,17 +129,16 @@ class Deliverer:
         return await self._post(due, url, secrets)
 
     async def _post(self, due: Due, url: HookUrl, secrets: list[str]) -> Outcome:
-        event_id = f"evt_{due.event_id.hex}"
+        event_id = name_of(EVENT, due.event_id)
         body = body_of(event_id, due.type, due.created_at, due.object_id)
         return await self._postman.post(url, headers_of(event_id, body, due.now, secrets), body)
 
     async def _secrets(self, due: Due) -> list[str]:
         kept = due.secret
         if kept is None:
-            secret = new_secret()
-            sealed, hint = self._vault.seal(secret), hint_of(secret)
+            _, made = self._vault.make()
             kept = await self._store(
-                lambda connection: webhooks.own_secret(connection, due.tenant, sealed, hint)
+                lambda connection: webhook_endpoints.own_secret(connection, made, tenant=due.tenant)
             )
         return [self._vault.open(each) for each in (kept, due.old_secret) if each is not None]
 

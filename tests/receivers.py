@@ -1,14 +1,20 @@
-"""Receivers of webhooks for the tests: HTTP servers that note what they get and answer as told."""
+"""Receivers of webhooks for the tests: HTTP servers that note what they get and answer as told; and
+processes that deliver to them."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+
+from app.config.settings import Settings
 
 
 @dataclass
@@ -73,3 +79,29 @@ def receiving(answer: Answer = fine) -> Iterator[Receiver]:
         finally:
             server.shutdown()
             thread.join()
+
+
+_MAIN = """
+import sys
+from pathlib import Path
+from app import hooks, telemetry
+from app.config.settings import Settings
+
+telemetry.setup_logging()
+hooks.serve(Settings.model_validate_json(Path(sys.argv[1]).read_text()))
+"""
+
+
+@contextmanager
+def running_hooks(settings: Settings, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A deliverer process that is killed at the end of the block; its log is `hooks.log`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "settings.json"
+    file.write_text(settings.model_dump_json())
+    with (folder / "hooks.log").open("ab") as log:
+        process = subprocess.Popen([sys.executable, "-c", _MAIN, str(file)], stdout=log, stderr=log)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()

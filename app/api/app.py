@@ -32,12 +32,13 @@ from app.api import (
     purge,
     timeline,
     usage,
+    webhook_deliveries,
 )
 from app.api.anthropic import messages
 from app.api.callers import KnownCallers
 from app.api.metrics import Metrics, SystemCollector
 from app.api.middleware import RequestScope
-from app.api.openai import calls, files, responses
+from app.api.openai import calls, files, responses, webhooks
 from app.api.query import only_declared
 from app.api.services import Services
 from app.api.waiting import Waiters
@@ -108,6 +109,8 @@ def create_app(settings: Settings) -> FastAPI:
         responses,
         messages,
         files,
+        webhooks,
+        webhook_deliveries,
         models,
         limits,
         health,

@@ -27,7 +27,7 @@ class Door(enum.Enum):
     ANTHROPIC = "anthropic"
 
 
-OWN: Final = frozenset({"jobs", "usage", "limits"})
+OWN: Final = frozenset({"jobs", "usage", "limits", "webhook_deliveries", "webhook_secret"})
 """First words of our own paths behind /v1/; what is served by no one is answered as to OpenAI's
 clients, who ask for more than there is here."""
 

@@ -15,6 +15,7 @@ from starlette.routing import Route
 
 from app.api import envelopes
 from app.api.envelopes import Door, door_of
+from app.api.openai.schemas_webhooks import EndpointChange, NewEndpoint, Rotation, TestedEvent
 from app.api.problems import documented
 from app.api.schemas import BulkRequest
 from app.api.schemas_many import CancelRequest, StatusRequest
@@ -27,6 +28,10 @@ _SCHEMAS: Final[tuple[type[BaseModel], ...]] = (
     BulkRequest,
     StatusRequest,
     CancelRequest,
+    NewEndpoint,
+    EndpointChange,
+    Rotation,
+    TestedEvent,
     *BODIES.values(),
 )
 

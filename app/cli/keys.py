@@ -105,11 +105,11 @@ def create(
     if expires and expires <= datetime.now(UTC):
         raise click.UsageError("--expires lies in the past.")
     made = new_key()
-    with _database() as database, database.begin() as connection:
+    with open_database() as database, database.begin() as connection:
         view = store.create(
             connection,
             made,
-            actor=_actor(),
+            actor=actor(),
             name=name,
             scopes=[Scope(scope) for scope in scopes],
             tenant=tenant,
@@ -125,7 +125,7 @@ def list_(tenant: str | None, as_json: bool) -> None:
     """List keys, valid or not; never their secrets."""
     from app.store import keys as store
 
-    with _database() as database, database.begin() as connection:
+    with open_database() as database, database.begin() as connection:
         found = store.listed(connection, tenant=tenant)
     if as_json:
         print_json([_told(view) for view in found])
@@ -149,8 +149,8 @@ def rotate(key_id: str, overlap: float, as_json: bool) -> None:
     from app.store import keys as store
 
     made = new_key()
-    with _database() as database, database.begin() as connection:
-        view, old = store.rotate(connection, key_id, made, actor=_actor(), overlap_s=overlap)
+    with open_database() as database, database.begin() as connection:
+        view, old = store.rotate(connection, key_id, made, actor=actor(), overlap_s=overlap)
     _show(made.text, view, as_json)
     tell(f"The key {old.id} ends at {_time(old.expires_at)}.")
 
@@ -161,9 +161,9 @@ def revoke(key_ids: Sequence[str]) -> None:
     """Make keys useless, within five seconds."""
     from app.store import keys as store
 
-    with _database() as database, database.begin() as connection:
+    with open_database() as database, database.begin() as connection:
         for key_id in key_ids:
-            is_new = store.revoke(connection, key_id, actor=_actor())
+            is_new = store.revoke(connection, key_id, actor=actor())
             tell(f"The key {key_id} is revoked{'' if is_new else ' already'}.")
 
 
@@ -177,7 +177,7 @@ def log(tenant: str | None, limit: int, as_json: bool) -> None:
     """Show what was done about keys, tenants and content, and by whom."""
     from app.store import admin_log
 
-    with _database() as database, database.begin() as connection:
+    with open_database() as database, database.begin() as connection:
         entries = admin_log.last(connection, limit, tenant=tenant)
     if as_json:
         print_json([asdict(entry) | {"at": entry.at.isoformat()} for entry in entries])
@@ -199,7 +199,7 @@ def log(tenant: str | None, limit: int, as_json: bool) -> None:
 
 
 @contextlib.contextmanager
-def _database() -> Iterator[Database]:
+def open_database() -> Iterator[Database]:
     """The database of the settings; the embedded one is started for as long, if nothing runs."""
     from app.store.database import Database
 
@@ -223,7 +223,8 @@ def _embedded(settings: Settings) -> Iterator[str]:
         yield server.url
 
 
-def _actor() -> str:
+def actor() -> str:
+    """Who is at the terminal, as the log of admin actions knows them."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError):

@@ -207,7 +207,9 @@ class WebhookSettings(_Section):
         description="Networks that are not public and may receive webhooks, as 10.1.0.0/16: there "
         "over http as well, on any port.",
     )
-    encryption_key: str = Field(
+    encryption_key: Annotated[
+        str, Field(pattern=r"^([A-Za-z0-9_-]{43}=( *, *[A-Za-z0-9_-]{43}=)*)?$")
+    ] = Field(
         "",
         description="Seals signing secrets in the table: 32 bytes in URL-safe base64. Several, "
         "with commas between: the first seals, all open.",

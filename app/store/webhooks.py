@@ -23,7 +23,6 @@ from uuid import UUID
 
 from sqlalchemy import Connection, text
 
-from app.jobs import new_id
 from app.store.encoding import encode
 from app.webhooks.schedule import TRIP, WINDOW_S
 
@@ -276,45 +275,3 @@ _DELETE: Final = text("""
 def delete_deliveries(connection: Connection, keep_s: float, page: int) -> int:
     """Delete deliveries that ended `keep_s` ago, of all tenants; how many."""
     return connection.execute(_DELETE, {"keep_s": keep_s, "page": page}).rowcount
-
-
-# ── the secret of webhook_url ───────────────────────────────────────────────────────────────────
-
-# Keep the secret that signs for the URLs that jobs and batches bring, unless there is one.
-_KEEP_OWN: Final = text("""
-    INSERT INTO webhook_endpoints (
-        id, tenant, name, event_types, secret, secret_hint, created_at, updated_at
-    )
-    VALUES (:id, :tenant, 'webhook_url', '{}', :secret, :hint, now(), now())
-    ON CONFLICT (tenant) WHERE url IS NULL DO NOTHING
-""")
-
-# The same, or another one in its place; the one before may sign for a while as well.
-_ROTATE_OWN: Final = text("""
-    INSERT INTO webhook_endpoints (
-        id, tenant, name, event_types, secret, secret_hint, created_at, updated_at
-    )
-    VALUES (:id, :tenant, 'webhook_url', '{}', :secret, :hint, now(), now())
-    ON CONFLICT (tenant) WHERE url IS NULL DO UPDATE SET
-        old_secret = CASE WHEN :keep_s > 0 THEN webhook_endpoints.secret END,
-        old_secret_until = CASE WHEN :keep_s > 0 THEN now() + :keep_s * interval '1 s' END,
-        secret = excluded.secret, secret_hint = excluded.secret_hint, updated_at = now()
-""")
-
-_OWN: Final = text("SELECT secret FROM webhook_endpoints WHERE tenant = :tenant AND url IS NULL")
-
-
-def own_secret(connection: Connection, tenant: str, sealed: str, hint: str) -> str:
-    """The secret, sealed, that signs for a tenant's webhook_url; the given one if it had none."""
-    given = {"id": new_id(), "tenant": tenant, "secret": sealed, "hint": hint}
-    connection.execute(_KEEP_OWN, given)
-    secret: str = connection.execute(_OWN, {"tenant": tenant}).scalar_one()
-    return secret
-
-
-def rotate_own_secret(
-    connection: Connection, tenant: str, sealed: str, hint: str, keep_s: float = 0.0
-) -> None:
-    """Have this secret sign from now on; the one before signs as well for `keep_s`."""
-    given = {"id": new_id(), "tenant": tenant, "secret": sealed, "hint": hint, "keep_s": keep_s}
-    connection.execute(_ROTATE_OWN, given)

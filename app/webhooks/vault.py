@@ -7,14 +7,23 @@ https://cryptography.io/en/latest/fernet/
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Final
 
 from cryptography.fernet import Fernet, InvalidToken, MultiFernet
 
 from app.errors import ConfigError
-from app.webhooks.signing import PREFIX
+from app.webhooks.signing import PREFIX, hint_of, new_secret
 
 _SEALED: Final = "sealed:"
+
+
+@dataclass(frozen=True, slots=True)
+class Secret:
+    """A signing secret as it is kept."""
+
+    sealed: str
+    hint: str  #: what of it may be shown
 
 
 class Vault:
@@ -30,6 +39,11 @@ class Vault:
                 "with commas between. To make one: openssl rand -base64 32 | tr +/ -_"
             ) from None
         self._fernet = MultiFernet(fernets) if fernets else None
+
+    def make(self) -> tuple[str, Secret]:
+        """A new secret as its owner has to know it, once, and as it is kept."""
+        secret = new_secret()
+        return secret, Secret(self.seal(secret), hint_of(secret))
 
     def seal(self, secret: str) -> str:
         if self._fernet is None:

@@ -431,6 +431,23 @@ def test_settings_are_recommended_for_traffic_that_is_made_up(terminal: Terminal
     assert "recommended" in terminal.run("tune")
 
 
+def test_a_job_with_a_webhook_is_told_of_and_its_secret_verifies(terminal: Terminal) -> None:
+    job = json.loads(terminal.run("webhook", then="\nmv webhook.secret webhook.kept\n"))
+    eventually(lambda: job["id"] in terminal.run("webhook list", then="gristmill hooks list\n"))
+    signed = """
+from app.webhooks.signing import headers_of
+from datetime import datetime, UTC
+body = b'{"type": "job.completed", "data": {"id": "42"}}'
+handle(body, headers_of("evt_1", body, datetime.now(UTC), [os.environ["WEBHOOK_SECRET"]]))
+"""
+    secret = terminal.run("webhook list", then="cat webhook.kept\n").strip()
+    assert terminal.run("webhook verify", then=signed, WEBHOOK_SECRET=secret) == "42\n"
+
+
+def test_openais_client_makes_an_endpoint(terminal: Terminal) -> None:
+    assert terminal.run("webhook endpoint").startswith("whsec_")
+
+
 def test_the_tables_tell_of_results_cost_batches_and_what_waits(
     query: Query, terminal: Terminal, ended: Ended, system: System, job_id: str
 ) -> None:

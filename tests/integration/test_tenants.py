@@ -79,7 +79,24 @@ def upload(api: httpx.Client, headers: Headers) -> str:
 
 Make = Callable[[httpx.Client, Headers], str]
 
+
+def endpoint(api: httpx.Client, headers: Headers) -> str:
+    body = {"name": "a", "url": "https://a.example/", "event_types": ["job.cancelled"]}
+    answer = api.post("/v1/webhook_endpoints", json=body, headers=headers)
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["id"])
+
+
+def delivery(api: httpx.Client, headers: Headers) -> str:
+    job_id = submit(api, headers, webhook_url="https://a.example/")
+    api.post(f"/v1/jobs/{job_id}/cancel", headers=headers).raise_for_status()
+    answer = api.get("/v1/webhook_deliveries", params={"object_id": job_id}, headers=headers)
+    return str(answer.json()["data"][0]["id"])
+
+
 IDS: Final[dict[str, Make]] = {
+    "webhook_endpoint_id": endpoint,
+    "delivery_id": delivery,
     "job_id": submit,
     "file_id": upload,
 }
@@ -89,7 +106,10 @@ another id adds it here: it is then asked for by another tenant."""
 SHARED: Final = {"model_id"}
 """Names in paths that belong to no tenant: all see the same."""
 
-BODIES: Final[dict[tuple[str, str], dict[str, Any]]] = {}
+BODIES: Final[dict[tuple[str, str], dict[str, Any]]] = {
+    ("POST", "/v1/webhook_endpoints/{webhook_endpoint_id}"): {},
+    ("POST", "/v1/webhook_endpoints/{webhook_endpoint_id}/test"): {"event_type": "job.failed"},
+}
 """What a call with an id in its path must be sent, where it needs anything."""
 
 NEEDS_NO_CALLER: Final = {*OPEN, "/docs/oauth2-redirect"}

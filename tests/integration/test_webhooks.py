@@ -6,9 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import subprocess
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from ipaddress import ip_address
 from pathlib import Path
@@ -25,7 +23,15 @@ from standardwebhooks import Webhook
 from app.config.settings import Settings
 from app.hooks import Deliverer
 from app.jobs import JobState
-from app.store import cancellation, claims, purging, submissions, sweeps, webhooks
+from app.store import (
+    cancellation,
+    claims,
+    purging,
+    submissions,
+    sweeps,
+    webhook_endpoints,
+    webhooks,
+)
 from app.store.claims import Finished
 from app.store.database import Database
 from app.store.submissions import RejectedJob
@@ -34,8 +40,8 @@ from app.webhooks.addresses import Address, Reach
 from app.webhooks.post import Postman
 from app.webhooks.schedule import TRIP
 from app.webhooks.signing import hint_of, new_secret
-from app.webhooks.vault import Vault
-from tests.receivers import receiving
+from app.webhooks.vault import Secret, Vault
+from tests.receivers import receiving, running_hooks
 from tests.rows import Worker, completed, end_lease, insert, new_job, rewrite
 from tests.waiting import eventually
 
@@ -308,7 +314,7 @@ def test_a_message_that_cannot_run_ends_without_a_webhook_and_all_the_same(
 def test_an_end_is_delivered_signed_and_once(database: Database, config: Settings) -> None:
     secret = new_secret()
     with database.begin() as connection:
-        webhooks.rotate_own_secret(connection, "default", secret, hint_of(secret))
+        webhook_endpoints.rotate_own(connection, Secret(secret, hint_of(secret)))
     with receiving() as receiver:
         id = end_one(database, receiver.url("/hook?a=b"))
         deliver(config, database, looks=3)
@@ -337,7 +343,7 @@ def test_a_tenant_without_a_secret_gets_one_that_nobody_has_seen_and_may_replace
         # when its secret is made known by making a new one, and the old one signs as well
         secret = new_secret()
         with database.begin() as connection:
-            webhooks.rotate_own_secret(connection, "default", secret, hint_of(secret), keep_s=3600)
+            webhook_endpoints.rotate_own(connection, Secret(secret, hint_of(secret)), 3600)
         end_one(database, receiver.url())
         deliver(config, database)
         let_pass(database, timedelta(hours=2))
@@ -501,27 +507,6 @@ def test_several_deliverers_share_the_work(database: Database, config: Settings)
                 break
 
     assert sorted(hook.id for hook in receiver.hooks) == sorted(ids)
-
-
-@contextmanager
-def running_hooks(settings: Settings, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A deliverer process that is killed at the end of the block; its log is `hooks.log`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "settings.json"
-    file.write_text(settings.model_dump_json())
-    main = (
-        "import sys; from pathlib import Path\n"
-        "from app import hooks, telemetry; from app.config.settings import Settings\n"
-        "telemetry.setup_logging()\n"
-        "hooks.serve(Settings.model_validate_json(Path(sys.argv[1]).read_text()))"
-    )
-    with (folder / "hooks.log").open("ab") as log:
-        process = subprocess.Popen([sys.executable, "-c", main, str(file)], stdout=log, stderr=log)
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
 
 
 # ── receivers that are unwell, unwanted or hostile ──────────────────────────────────────────────

@@ -141,8 +141,12 @@ def test_the_examples_of_submissions_would_be_accepted(document: dict[str, Any])
         bodies.parse(parse_submission(submission).body)
 
 
+PAGES = ("jobs.md", "batches.md", "webhooks.md")
+"""Where calls are told of, each on one of them."""
+
+
 def test_the_table_of_calls_is_that_of_the_api(document: dict[str, Any]) -> None:
-    pages = "".join((ROOT / "docs" / page).read_text() for page in ("jobs.md", "batches.md"))
+    pages = "".join((ROOT / "docs" / page).read_text() for page in PAGES)
     told = re.findall(r"^\| `([A-Z]+ /\S+)` \|", pages, re.MULTILINE)
 
     assert sorted(told) == sorted(name for name, _ in operations(document))
