@@ -21,6 +21,7 @@ BENCHES: Final = (
     "eta",
     "outside",
     "overload",
+    "fairness",
     "retention",
     "history",
     "usage",
