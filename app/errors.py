@@ -26,6 +26,9 @@
     ├── ResponseRemoved        the job's response is not kept any more
     ├── LeaseLost              this worker was declared stopped; it must end
     ├── QueueFull              bounded admission; come back later
+    │   └── QuotaExceeded      a limit of the tenant's own
+    │       ├── RateLimited    calls a minute
+    │       └── BudgetSpent    money a day or month
     ├── Busy                   this process has too much in hand; come back soon
     ├── NotStorable            the store cannot hold a value; trying again would not help
     ├── NoWorker               nobody is up who could answer a caller that waits
@@ -219,6 +222,31 @@ class QueueFull(GristmillError):
     def __init__(self, message: str | None = None, *, retry_after: int = 5) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class QuotaExceeded(QueueFull):
+    """A limit of the tenant is reached. `limit` names it. Where waiting up to a minute cannot help
+    there is no time to come back after."""
+
+    code = "quota_exceeded"
+
+    def __init__(
+        self, message: str | None = None, *, limit: str = "", retry_after: int | None = None
+    ) -> None:
+        super().__init__(message, retry_after=retry_after or 0)
+        self.limit = limit
+
+
+class RateLimited(QuotaExceeded):
+    """The tenant makes too many calls."""
+
+    code = "rate_limit_exceeded"
+
+
+class BudgetSpent(QuotaExceeded):
+    """The tenant has spent what it may."""
+
+    code = "insufficient_quota"
 
 
 class Busy(GristmillError):

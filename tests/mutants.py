@@ -557,6 +557,22 @@ MUTANTS: Final = (
         "        return set(late) if sum(lengths.values()) < len(late) else set()",
     ),
     Mutant(
+        "two submissions at once pass a tenant's limit together",
+        "app/intake/quotas.py",
+        "            store.take_turn(connection, tenant)",
+        "            pass",
+        "tests/integration/test_quotas.py"
+        "::test_submissions_at_the_same_time_do_not_pass_a_limit_together",
+    ),
+    Mutant(
+        "tokens of jobs that run count as queued",
+        "app/store/quotas.py",
+        "FILTER (WHERE state = 'queued')",
+        "FILTER (WHERE true)",
+        "tests/integration/test_quotas.py"
+        "::test_queued_tokens_are_bounded_and_those_of_a_job_that_runs_are_given_back",
+    ),
+    Mutant(
         "tenants take turns by jobs, and not by what these take",
         LANES,
         "local extra = (spent - ended * mean) / weight",

@@ -65,6 +65,12 @@ class Problem(BaseModel):
     param: str | None = Field(
         None, description="The field or parameter that is wrong.", examples=["body.model"]
     )
+    violated_policies: list[str] | None = Field(
+        None,
+        serialization_alias="violated-policies",
+        description="The limits of the tenant that were reached.",
+        examples=[["max_open_jobs"]],
+    )
     request_id: str | None = Field(
         None,
         description="The `x-request-id` of this answer, for finding it in the logs.",
@@ -138,7 +144,7 @@ def written(door: Door, problem: Problem) -> bytes:
     """The body of the answer."""
     match door:
         case Door.OWN:
-            return problem.model_dump_json(exclude_none=True).encode()
+            return problem.model_dump_json(exclude_none=True, by_alias=True).encode()
         case Door.OPENAI:
             return to_json(openai(problem))
         case Door.ANTHROPIC:
@@ -165,6 +171,7 @@ _OPENAI_CODES: Final[dict[str, str | None]] = {
     "not_found": None,
     "unauthorized": "invalid_api_key",
     "queue_full": "rate_limit_exceeded",
+    "quota_exceeded": "rate_limit_exceeded",
     "internal_error": "server_error",
 }
 

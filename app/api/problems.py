@@ -55,6 +55,8 @@ STATUS: Final[dict[type[errors.GristmillError], HTTPStatus]] = {
 RETRY_AFTER_UNAVAILABLE_S: Final = 5
 MAX_RETRY_AFTER_S: Final = 60
 """Of longer ones some clients give up at once, and others sleep that long."""
+QUOTA_EXCEEDED: Final = "https://iana.org/assignments/http-problem-types#quota-exceeded"
+"""draft-ietf-httpapi-ratelimit-headers registers it."""
 DO_NOT_RETRY: Final = {"x-should-retry": "false"}
 _TRIED: Final = (errors.EngineError, errors.AttemptsExhausted)
 """Ends of jobs that workers have tried again already, as far as that could help."""
@@ -84,14 +86,16 @@ def describe(error: errors.GristmillError, *, instance: str) -> Problem:
     is_told = isinstance(error, _TOLD)
     if isinstance(error, errors.StorageUnavailable):
         error = errors.StorageUnavailable()  # without what the storage says
+    is_quota = isinstance(error, errors.QuotaExceeded)
     return Problem(
-        type=f"urn:gristmill:problem:{error.code}",
+        type=QUOTA_EXCEEDED if is_quota else f"urn:gristmill:problem:{error.code}",
         title=(type(error).__doc__ or "").split(".")[0],
         status=status,
         detail=error.message if is_told else _OURS.get(status, error.message),
         instance=instance,
         code=error.code,
         param=getattr(error, "param", None),
+        violated_policies=[error.limit] if isinstance(error, errors.QuotaExceeded) else None,
     )
 
 
@@ -101,7 +105,7 @@ def respond(problem: Problem, request: Request, headers: dict[str, str] | None =
     told = problem.model_copy(update={"request_id": getattr(request.state, "request_id", None)})
     door = door_of(request.url.path, request.headers)
     given: dict[str, str] = {}
-    if problem.status in _COME_BACK:
+    if problem.status in _COME_BACK and not (headers or {}).keys() & DO_NOT_RETRY.keys():
         given["Retry-After"] = str(RETRY_AFTER_UNAVAILABLE_S)
     if problem.status == HTTPStatus.CONFLICT:  # OpenAI's and Anthropic's clients retry every one
         given |= DO_NOT_RETRY
@@ -136,7 +140,9 @@ def _on_gristmill_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, errors.GristmillError)
     problem = describe(error, instance=request.url.path)
     headers: dict[str, str] = {}
-    if isinstance(error, errors.QueueFull | errors.Busy):
+    if isinstance(error, errors.QuotaExceeded) and not error.retry_after:
+        headers |= DO_NOT_RETRY
+    elif isinstance(error, errors.QueueFull | errors.Busy):
         headers["Retry-After"] = str(min(max(error.retry_after, 1), MAX_RETRY_AFTER_S))
     if isinstance(error, errors.Busy | errors.RequestTooLarge):
         headers["Connection"] = "close"  # there may be more of its body under way

@@ -10,7 +10,8 @@ one after the other, at odd moments. Each is held to its bound:
               it ran beside one job of each of them
 
 At the end, in a system of their own, three tenants of different weights have more to do than there
-is time, and their device time is compared with their weights. Submissions go through the intake itself, as API processes use it, without HTTP.
+is time, and their device time is compared with their weights. Submissions go through the intake
+itself, as API processes use it, without HTTP.
 """
 
 from __future__ import annotations
@@ -193,7 +194,7 @@ def _eventually(answer: Callable[[], Any]) -> Any:
 
 
 def _make_noise(mill: Mill, tenants: int, jobs: int) -> None:
-    """The first has all the jobs, each further one two thousandths of them."""
+    """The first has all the jobs, each further one a five-hundredth of them."""
     known = {
         tenant
         for (tenant,) in mill.rows.execute("SELECT DISTINCT tenant FROM open_jobs").fetchall()

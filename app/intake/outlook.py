@@ -175,6 +175,11 @@ class Outlook:
 
     # ── what is asked ───────────────────────────────────────────────────────────────────────────
 
+    def pace(self, model: str) -> Pace | None:
+        """What is known of a model from jobs that ended."""
+        with self._lock:
+            return self._seen.get(model, UNSEEN).pace
+
     def promised(self, jobs: Sequence[NewJob]) -> list[NewJob]:
         """Jobs that are about to be written, each with what it is promised."""
         added = self._added_so_far()

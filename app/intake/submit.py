@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
+from decimal import Decimal
 from functools import partial
 from typing import Annotated, Any, Final, Literal, TypeGuard
 from uuid import UUID
@@ -27,6 +28,7 @@ from pydantic import (
 )
 
 from app.books.quote import Likely, cost_range
+from app.books.work import Size
 from app.broker.publisher import Publisher
 from app.config.prices import price_id_of
 from app.config.settings import PriceSettings, Settings
@@ -45,6 +47,7 @@ from app.errors import (
 from app.intake.admission import Admission
 from app.intake.decision import Decision
 from app.intake.outlook import Forecast, Outlook, asked_of, raw_size
+from app.intake.quotas import Tenants
 from app.intake.sender import Sender, num_bytes
 from app.jobs import MAX_PRIORITY, REPLAYED, bounded, new_id
 from app.requests import bodies
@@ -219,6 +222,7 @@ class Submitter:
         self.admission = Admission(database, most)
         self.sender = Sender(database, publisher, settings.broker)
         self.outlook = Outlook(settings, database)
+        self.tenants = Tenants(database, self._likely_cost)
 
     def check(
         self,
@@ -310,6 +314,15 @@ class Submitter:
         cost = cost_range(price, raw_size(asked_of(job)), forecast.pace) if price else None
         return Quoted(job, forecast, cost, price_id, price, known.id if known else None)
 
+    def _likely_cost(self, model: str, size: Size, currency: str) -> Decimal:
+        """Of jobs of this size, together; 0 as long as nothing is known."""
+        price_id = price_id_of(self._settings, model) if model in self._settings.models else None
+        price = self._settings.prices.get(price_id) if price_id else None
+        if price is None or price.currency != currency:
+            return Decimal(0)
+        least, most = cost_range(price, size, self.outlook.pace(model))
+        return ((least.amount or Decimal(0)) + (most.amount or Decimal(0))) / 2
+
     def queued(self) -> Load:
         """What waits, as it is held against the limits of the queue."""
         return self.admission.queued()
@@ -360,12 +373,16 @@ class Submitter:
     ) -> Sequence[Outcome]:
         """By pages: one statement for 64 MB would take too long, here and in Postgres."""
         outcomes: dict[UUID, Outcome] = {}
+        bounded = self.tenants.bounded(job.tenant for job in jobs)
         with self._database.begin(looks_up=True) as connection:
+            self.tenants.take_turns(connection, bounded)
             for page in _pages(jobs):
                 if outcomes:
                     decision.step()
                 inserted = insert(connection, page)
                 outcomes |= zip((job.id for job in page), inserted, strict=True)
+            if any(map(_is_new, outcomes.values())):
+                self.tenants.enforce(connection, bounded, self._database.now())
             decision.commit()
         return [outcomes[job.id] for job in jobs]
 

@@ -800,6 +800,12 @@ def upgrade() -> None:
     )
     op.create_index("open_jobs_by_model", "open_jobs", ["model", "created_at", "id"])
     op.create_index(
+        "open_jobs_by_tenant",
+        "open_jobs",
+        ["tenant"],
+        postgresql_where=text("tenant <> 'default'"),
+    )
+    op.create_index(
         "open_jobs_by_worker",
         "open_jobs",
         ["worker_id"],
@@ -1550,6 +1556,32 @@ def upgrade() -> None:
             server_default=text("1"),
             nullable=False,
             comment="Its share of the devices beside that of others.",
+        ),
+        Column(
+            "max_requests_per_minute", Integer, comment="Calls that submit; null is any number."
+        ),
+        Column("max_open_jobs", Integer, comment="Queued and running at once; null is any number."),
+        Column(
+            "max_queued_tokens",
+            BigInteger,
+            comment="Of queued jobs, with those that they may generate; null is any number.",
+        ),
+        Column(
+            "max_cost_per_day", Money, comment="Of jobs that ended in a day, in UTC; null is any."
+        ),
+        Column("max_cost_per_month", Money, comment="The same of a month."),
+        Column("currency", Text, comment="ISO 4217 code of both; other currencies do not count."),
+        CheckConstraint(
+            "max_cost_per_day >= 0 AND max_cost_per_month >= 0",
+            name=op.f("tenants_counts_check"),
+        ),
+        CheckConstraint(
+            "max_requests_per_minute >= 1 AND max_open_jobs >= 1 AND max_queued_tokens >= 1",
+            name=op.f("tenants_limits_check"),
+        ),
+        CheckConstraint(
+            "coalesce(max_cost_per_day, max_cost_per_month) IS NULL OR currency IS NOT NULL",
+            name=op.f("tenants_currency_check"),
         ),
         CheckConstraint(
             "name ~ '^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$'", name=op.f("tenants_name_check")

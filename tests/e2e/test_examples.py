@@ -465,6 +465,7 @@ def test_the_tables_tell_of_results_cost_batches_and_what_waits(
     terminal.run("usage of devices")
     assert {row["model"] for row in query("sql energy")} == cost.keys()
     terminal.run("usage page")
+    assert "default" in terminal.run("tenants set")
     assert "BilledCost" in terminal.run("usage focus")
     used = query("sql usage")
     assert {row["model"]: row["cost"] for row in used if row["currency"]} == {

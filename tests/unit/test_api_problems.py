@@ -105,10 +105,23 @@ def test_what_may_pass_says_when_to_come_back_and_nothing_else_does() -> None:
         *(HTTPException(status) for status in HTTPStatus if status >= 400),
     ):
         answer = answer_to(error)
-        if answer.status_code in (429, 503):
+        if answer.headers.get("x-should-retry") == "false":
+            assert "retry-after" not in answer.headers, error
+        elif answer.status_code in (429, 503):
             assert 1 <= int(answer.headers["retry-after"]) <= 60, error
         else:
             assert "retry-after" not in answer.headers, error
+
+
+def test_a_limit_that_a_minute_does_not_lift_tells_clients_not_to_try_again() -> None:
+    soon = answer_to(errors.QuotaExceeded(limit="max_open_jobs", retry_after=9))
+    late = answer_to(errors.BudgetSpent(limit="max_cost_per_day"))
+
+    assert (soon.headers["retry-after"], soon.json()["violated-policies"]) == (
+        "9",
+        ["max_open_jobs"],
+    )
+    assert (late.status_code, late.headers["x-should-retry"]) == (429, "false")
 
 
 def test_a_conflict_tells_clients_not_to_try_again() -> None:
@@ -283,7 +296,7 @@ def test_every_error_has_its_shape_at_every_door(kind: type[errors.GristmillErro
 
     told = envelopes.openai(problem)["error"]
     assert set(told) == {"message", "type", "param", "code"}
-    is_callers = told["type"] in ("invalid_request_error", "rate_limit_error")
+    is_callers = told["type"] != "server_error"
     assert is_callers == (problem.status < 500)
     told = envelopes.anthropic(problem)
     assert told["type"] == "error" and told["error"]["message"]

@@ -169,6 +169,8 @@ open_jobs = Table(
     CheckConstraint("state <> 'queued' OR cancel_requested_at IS NULL", name="cancel_requested_at"),
     # Listing, model by model if none is asked for.
     Index("open_jobs_by_model", "model", "created_at", "id"),
+    # Limits of tenants.
+    Index("open_jobs_by_tenant", "tenant", postgresql_where=text("tenant <> 'default'")),
     # Listing by labels.
     by_metadata("open_jobs"),
     # Rescue: never sent; sent longest ago; with a worker; with a deadline.

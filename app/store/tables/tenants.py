@@ -16,7 +16,14 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 
-from app.store.tables.columns import Stamp, in_range, metadata, tenant_column
+from app.store.tables.columns import (
+    Money,
+    Stamp,
+    in_range,
+    metadata,
+    not_negative,
+    tenant_column,
+)
 
 tenants = Table(
     "tenants",
@@ -31,6 +38,25 @@ tenants = Table(
         nullable=False,
         server_default=text("1"),
         comment="Its share of the devices beside that of others.",
+    ),
+    Column("max_requests_per_minute", Integer, comment="Calls that submit; null is any number."),
+    Column("max_open_jobs", Integer, comment="Queued and running at once; null is any number."),
+    Column(
+        "max_queued_tokens",
+        BigInteger,
+        comment="Of queued jobs, with those that they may generate; null is any number.",
+    ),
+    Column("max_cost_per_day", Money, comment="Of jobs that ended in a day, in UTC; null is any."),
+    Column("max_cost_per_month", Money, comment="The same of a month."),
+    Column("currency", Text, comment="ISO 4217 code of both; other currencies do not count."),
+    not_negative("max_cost_per_day", "max_cost_per_month"),
+    CheckConstraint(
+        "max_requests_per_minute >= 1 AND max_open_jobs >= 1 AND max_queued_tokens >= 1",
+        name="limits",
+    ),
+    CheckConstraint(
+        "coalesce(max_cost_per_day, max_cost_per_month) IS NULL OR currency IS NOT NULL",
+        name="currency",
     ),
     CheckConstraint("name ~ '^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$'", name="name"),
     CheckConstraint("weight BETWEEN 1 AND 1000", name="weight"),
