@@ -48,18 +48,28 @@ async def purge(here: Here, who: Who, job_id: JobId) -> Response:
     The same idempotency key makes a new job afterwards.
     """
     id = job_id_of(job_id)
-    state = await here.write(_purge, here, who, id)
-    with suppress(Unavailable):  # what Redis has of it is gone within minutes
-        await here.listeners.forget([id])
-    if state is JobState.RUNNING:
-        await here.tell_workers([id])
+    if await purged(here, who, id) is JobState.RUNNING:
         return answer(await here.job(who.tenant, id), status=202)
     return Response(status_code=204)
 
 
-def _purge(decision: Decision, here: Services, who: Caller, job_id: UUID) -> JobState:
+async def purged(here: Services, who: Caller, job_id: UUID, *, is_noted: bool = True) -> JobState:
+    """Remove what a caller's job says, wherever it is; its state. It is noted in the log of what
+    was done, unless nobody had to ask for it. Raises `JobNotFound`."""
+    state = await here.write(_purge, here, who, job_id, is_noted)
+    with suppress(Unavailable):  # what Redis has of it is gone within minutes
+        await here.listeners.forget([job_id])
+    if state is JobState.RUNNING:
+        await here.tell_workers([job_id])
+    return state
+
+
+def _purge(
+    decision: Decision, here: Services, who: Caller, job_id: UUID, is_noted: bool
+) -> JobState:
     with here.database.begin() as connection:
         state = purging.purge(connection, job_id, tenant=who.tenant)
-        admin_log.note(connection, who.actor, "job.purged", str(job_id), tenant=who.tenant)
+        if is_noted:
+            admin_log.note(connection, who.actor, "job.purged", str(job_id), tenant=who.tenant)
         decision.commit()
     return state

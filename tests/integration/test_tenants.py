@@ -77,6 +77,13 @@ def upload(api: httpx.Client, headers: Headers) -> str:
     return str(answer.json()["id"])
 
 
+def respond(api: httpx.Client, headers: Headers) -> str:
+    body = {"input": "A grist mill is", "background": True}
+    answer = api.post("/v1/responses", headers=headers, json=body)
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["id"])
+
+
 Make = Callable[[httpx.Client, Headers], str]
 
 
@@ -99,6 +106,7 @@ IDS: Final[dict[str, Make]] = {
     "delivery_id": delivery,
     "job_id": submit,
     "file_id": upload,
+    "response_id": respond,
 }
 """How a tenant comes to have what an id in a path names, and the id. Whoever adds a route with
 another id adds it here: it is then asked for by another tenant."""

@@ -25,6 +25,7 @@ from app.api.openai.response_rows import Row, body_of, history_of, response_of, 
 from app.api.openai.response_stream import stream
 from app.api.openapi import json_body
 from app.api.problems import documented
+from app.api.purge import purged
 from app.api.schemas import Job
 from app.api.services import Here, Services
 from app.errors import GristmillError, RequestError
@@ -34,7 +35,7 @@ from app.requests.bodies import FORMAT, Url
 from app.requests.response import ResponsesBody
 from app.requests.response_answer import hex_of
 from app.requests.response_input import input_items, page_of
-from app.store import cancellation, purging
+from app.store import cancellation
 from app.store.asked import Asked
 from app.store.submissions import NewJob
 
@@ -137,20 +138,22 @@ async def create(request: Request, here: Here, who: Who) -> Response:
     placed = await live.place(request, here, job)
     if told.is_streamed:
         row = Row(whole((await here.job(who.tenant, placed.id)).job), asked)
-        close = partial(_close, here, placed, is_stored=told.is_stored)
+        close = partial(_close, here, who, placed, is_stored=told.is_stored)
         return await stream(here, who.tenant, row, None, close)
     row = Row(await live.ended(request, here, placed), asked)
     if not told.is_stored:
-        await _forget(here, placed)
+        await purged(here, who, placed.id, is_noted=False)
     return _json(row.response)
 
 
-async def _close(here: Services, placed: Placed, has_ended: bool, *, is_stored: bool) -> None:
+async def _close(
+    here: Services, who: Caller, placed: Placed, has_ended: bool, *, is_stored: bool
+) -> None:
     """Nobody listens any more, or there is no more to hear."""
     if not has_ended:
         await live.cancel(here, placed)
     if not is_stored:
-        await _forget(here, placed)
+        await purged(here, who, placed.id, is_noted=False)
 
 
 async def _queued(here: Services, job: NewJob, body: ResponsesBody) -> Job:
@@ -172,11 +175,6 @@ async def _queued(here: Services, job: NewJob, body: ResponsesBody) -> Job:
     here.metrics.count_submissions("accepted" if submitted.created else "replayed")
     seen = await look_at_new(here, job.tenant, stored, Hold(0.0, False))
     return whole(seen.job)
-
-
-async def _forget(here: Services, placed: Placed) -> None:
-    """What is not to be stored has been told, and is removed."""
-    await here.write(_purge, here, placed.tenant, placed.id)
 
 
 @router.get(
@@ -244,17 +242,8 @@ async def delete(here: Here, who: Who, response_id: ResponseId) -> Response:
     """Remove what was asked and answered, at once and for good. One that has not ended is
     cancelled. What it took stays in the books."""
     row = await row_of(here, who.tenant, response_id)
-    state = await here.write(_purge, here, who.tenant, row.job.id)
-    if state is JobState.RUNNING:
-        await here.tell_workers([row.job.id])
+    await purged(here, who, row.job.id)
     return _json({"id": response_id, "object": "response", "deleted": True})
-
-
-def _purge(decision: Decision, here: Services, tenant: str, job_id: UUID) -> JobState:
-    with here.database.begin() as connection:
-        state = purging.purge(connection, job_id, tenant=tenant)
-        decision.commit()
-    return state
 
 
 @router.get(
