@@ -8,6 +8,9 @@
     │   ├── UrlNotFound
     │   ├── ContextLengthExceeded
     │   ├── InvalidSchema
+    │   ├── InvalidValue       of OpenAI's own words for what is wrong, as are the next two
+    │   ├── InvalidType
+    │   ├── MissingParameter
     │   ├── DeadlinePassed
     │   ├── LaterFormat        of a later version: for other workers, not a failure
     │   ├── WebhookRefused     its URL leads where webhooks may not go
@@ -20,6 +23,9 @@
     ├── WebhookConflict        not while it is as it is
     ├── KeyNotFound            no API key of this id, or it is not valid any more
     ├── NoKey                  a call without an API key, or with one that is not valid
+    ├── BatchNotFound
+    ├── BatchStateConflict     the batch is not in a state that allows this
+    ├── BatchKeyConflict       same key, another batch
     ├── JobUnreadable          its row was written by hand, or by a later version
     ├── JobStateConflict       the job is not in a state that allows this
     ├── RequestRemoved         the job's request is not kept any more
@@ -111,6 +117,24 @@ class InvalidSchema(RequestError):
     code = "invalid_schema"
 
 
+class InvalidValue(RequestError):
+    """A parameter has a value that is not supported."""
+
+    code = "invalid_value"
+
+
+class InvalidType(RequestError):
+    """A parameter has a value of another type."""
+
+    code = "invalid_type"
+
+
+class MissingParameter(RequestError):
+    """A parameter is missing."""
+
+    code = "missing_required_parameter"
+
+
 class DeadlinePassed(RequestError):
     """The deadline is over before the job could run."""
 
@@ -181,6 +205,24 @@ class NoKey(GristmillError):
     """The call needs an API key."""
 
     code = "unauthorized"
+
+
+class BatchNotFound(GristmillError):
+    """No such batch."""
+
+    code = "batch_not_found"
+
+
+class BatchStateConflict(GristmillError):
+    """The batch is in a state that does not allow this."""
+
+    code = "batch_state_conflict"
+
+
+class BatchKeyConflict(GristmillError):
+    """The idempotency key was used before for another batch."""
+
+    code = "batch_key_conflict"
 
 
 class JobUnreadable(GristmillError):

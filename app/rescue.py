@@ -41,8 +41,9 @@ from app.broker.publisher import Publisher, bundled
 from app.broker.queues import room
 from app.config.settings import Settings
 from app.errors import GristmillError, SchemaError, Unavailable
+from app.intake.batches.keeper import BatchKeeper
 from app.intake.file_keeper import FileKeeper
-from app.store import delivery, months, retention, shares, sweeps, usage, webhooks
+from app.store import batch_work, delivery, months, retention, shares, sweeps, usage, webhooks
 from app.store.contact import Contact
 from app.store.database import Database
 from app.store.delivery import WakeUp
@@ -266,6 +267,8 @@ class Rescue:
         steps: tuple[tuple[Callable[..., int], float, str], ...] = (
             (retention.remove_requests, kept.prompts_days, "Removed requests of old jobs."),
             (retention.redact_responses, kept.results_days, "Removed responses of old jobs."),
+            (batch_work.delete_lines, kept.results_days, "Deleted lines of old batches."),
+            (batch_work.delete_old, kept.jobs_days, "Deleted old batches of callers."),
             (retention.delete_windows, kept.jobs_days, "Deleted windows of long ago."),
             (retention.delete_jobs, kept.jobs_days, "Deleted old jobs."),
             (retention.delete_batches, kept.jobs_days, "Deleted batches of old jobs."),
@@ -403,7 +406,10 @@ def serve(settings: Settings) -> None:
     publisher = Publisher(settings)
     alive(settings).forget()  # what an earlier process noted says nothing
     try:
-        with beside("files", FileKeeper(settings).keep):
+        with (
+            beside("files", FileKeeper(settings).keep),
+            beside("batches", BatchKeeper(settings).keep),
+        ):
             _sweep_until(stop, Rescue(settings, database, publisher), settings, database)
     finally:
         alive(settings).forget()

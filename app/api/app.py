@@ -38,7 +38,7 @@ from app.api.anthropic import messages
 from app.api.callers import KnownCallers
 from app.api.metrics import Metrics, SystemCollector
 from app.api.middleware import RequestScope
-from app.api.openai import calls, files, responses, webhooks
+from app.api.openai import batches, calls, files, responses, webhooks
 from app.api.query import only_declared
 from app.api.services import Services
 from app.api.waiting import Waiters
@@ -111,6 +111,7 @@ def create_app(settings: Settings) -> FastAPI:
         files,
         webhooks,
         webhook_deliveries,
+        batches,
         models,
         limits,
         health,

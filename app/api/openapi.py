@@ -15,6 +15,7 @@ from starlette.routing import Route
 
 from app.api import envelopes
 from app.api.envelopes import Door, door_of
+from app.api.openai.schemas_batches import BatchBody
 from app.api.openai.schemas_webhooks import EndpointChange, NewEndpoint, Rotation, TestedEvent
 from app.api.problems import documented
 from app.api.schemas import BulkRequest
@@ -32,6 +33,7 @@ _SCHEMAS: Final[tuple[type[BaseModel], ...]] = (
     EndpointChange,
     Rotation,
     TestedEvent,
+    BatchBody,
     *BODIES.values(),
 )
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr
 
 from app.errors import ModelNotFound
-from app.jobs import Kind
+from app.jobs import MAX_PRIORITY, Kind
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 
@@ -263,6 +263,27 @@ class FilesSettings(_Section):
     )
 
 
+class JobBatchesSettings(_Section):
+    """Batches that callers submit. (How a worker makes its own is `models.NAME.batch`.)"""
+
+    max_requests: Annotated[int, Field(ge=1, le=1_000_000)] = Field(
+        50_000, description="Most requests of one batch."
+    )
+    window_s: Annotated[float, Field(ge=1, le=31_536_000)] = Field(
+        86_400.0,
+        description="How long a batch may take; then what is open in it expires. Callers know it "
+        "as the completion window `24h`.",
+    )
+    max_open_lines: Annotated[int, Field(ge=1, le=1_000_000)] = Field(
+        5_000,
+        description="Most lines of one batch that are jobs and have not ended; the others wait in "
+        "its file.",
+    )
+    priority: Annotated[int, Field(ge=0, le=MAX_PRIORITY)] = Field(
+        6, description="Priority of the jobs of batches: 0 is served first, 9 last."
+    )
+
+
 class _Listening(_Section):
     """A part that listens on a host and a port."""
 
@@ -500,6 +521,7 @@ class Settings(_Section):
     retention: RetentionSettings = RetentionSettings()
     webhooks: WebhookSettings = WebhookSettings()
     files: FilesSettings = FilesSettings()
+    job_batches: JobBatchesSettings = JobBatchesSettings()
     api: ApiSettings = ApiSettings()
     flower: FlowerSettings = FlowerSettings()
     models: dict[Name, ModelSettings] = Field(default_factory=dict)

@@ -17,6 +17,10 @@ MAX_PARTS: Final = 50_000
 some 20,000. Numbers do not count: prompts may be lists of them, and they are cheap."""
 
 _SPACE: Final = rb"[ \t\n\r]*"
+_OPEN: Final = re.compile(_SPACE + rb"\{" + _SPACE)
+_COLON: Final = re.compile(_SPACE + b":" + _SPACE)
+_COMMA: Final = re.compile(_SPACE + b"," + _SPACE)
+_SCALAR: Final = re.compile(rb"[^\s,\]}]+")
 _STEP: Final = re.compile(rb'["\[\]{},]')
 _PART: Final = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[\]{}]', re.DOTALL)
 _TEXT, _OPENING, _CLOSING = ord('"'), b"[{", b"]}"
@@ -48,6 +52,54 @@ def items_of(raw: bytes | bytearray, name: str, most: int) -> list[slice] | None
                     found.append(slice(start, step.start()))
                 return found if closing.match(raw, step.start()) else None
     return None
+
+
+def list_among(raw: bytes | bytearray, name: str, most: int) -> tuple[list[slice], slice] | None:
+    """The same for a field among others: where its items are, and where the whole list is.
+
+    None if the object has no such field, or it is no list, or a longer one than `most`.
+    """
+    wanted = f'"{name}"'.encode()
+    at = _past(_OPEN, raw, 0)
+    while at is not None and raw[at : at + 1] == b'"':
+        key_end = end_of_part(raw, at)
+        value = _past(_COLON, raw, key_end)
+        if value is None:
+            return None
+        if raw[at:key_end] == wanted:
+            return _list_at(raw, value, most)
+        is_part = raw[value : value + 1] in (b'"', b"[", b"{")
+        end = end_of_part(raw, value) if is_part else _past(_SCALAR, raw, value)
+        at = None if end is None else _past(_COMMA, raw, end)
+    return None
+
+
+def _list_at(raw: bytes | bytearray, start: int, most: int) -> tuple[list[slice], slice] | None:
+    if raw[start : start + 1] != b"[":
+        return None
+    found: list[slice] = []
+    begin = at = start + 1
+    while step := _STEP.search(raw, at):
+        at = step.end()
+        match step[0]:
+            case b"[" | b"{" | b'"':
+                at = end_of_part(raw, step.start())
+            case b",":
+                found.append(slice(begin, step.start()))
+                begin = at
+            case _:
+                if found or raw[begin : step.start()].strip():
+                    found.append(slice(begin, step.start()))
+                is_list = step[0] == b"]" and len(found) <= most
+                return (found, slice(start, at)) if is_list else None
+        if len(found) > most:
+            break
+    return None
+
+
+def _past(pattern: re.Pattern[bytes], raw: bytes | bytearray, at: int) -> int | None:
+    found = pattern.match(raw, at)
+    return found.end() if found else None
 
 
 def refuse_crowded(raw: bytes | bytearray) -> None:

@@ -14,7 +14,7 @@ from uuid import UUID
 
 from sqlalchemy import Connection, Row, text
 
-from app.errors import NoSuchFile
+from app.errors import BatchStateConflict, NoSuchFile
 from app.files import FileState, Purpose
 
 
@@ -49,8 +49,12 @@ _BEGIN: Final = text("""
 _READY: Final = text(f"""
     UPDATE files SET
         state = 'ready', bytes = :bytes, sha256 = :sha256, purpose = :purpose,
-        filename = :filename,
-        expires_at = created_at + CAST(:expires_s AS double precision) * interval '1 s'
+        filename = :filename, created_at = given.at,
+        expires_at = given.at + CAST(:expires_s AS double precision) * interval '1 s'
+    FROM (
+        SELECT CASE state WHEN 'growing' THEN date_trunc('second', now()) ELSE created_at END AS at
+        FROM files WHERE id = :id
+    ) AS given
     WHERE id = :id AND state IN ('uploading', 'growing')
     RETURNING {_SHOWN}
 """)
@@ -67,18 +71,25 @@ _LIST: Final = """
 """
 
 _DELETE: Final = text(f"""
-    UPDATE files SET state = 'deleted' WHERE id = :id AND tenant = :tenant AND {_THERE}
+    UPDATE files SET state = 'deleted'
+    WHERE id = :id AND tenant = :tenant AND {_THERE} AND state = 'ready'
     RETURNING id
 """)
 
 _DROP: Final = text("UPDATE files SET state = 'deleted' WHERE id = :id AND state <> 'deleted'")
 
 # Files whose bytes may go: deleted, expired, or of an upload that never ended.
-_GOING: Final = text("""
+_UNREAD: Final = """
+    NOT EXISTS (
+        SELECT FROM job_batches WHERE input_file_id = files.id AND ended_at IS NULL
+    )
+"""
+_GOING: Final = text(f"""
     SELECT id FROM (
-        (SELECT id FROM files WHERE state = 'deleted' LIMIT :page)
+        (SELECT id FROM files WHERE state = 'deleted' AND {_UNREAD} LIMIT :page)
         UNION ALL
-        (SELECT id FROM files WHERE state = 'ready' AND expires_at <= now() LIMIT :page)
+        (SELECT id FROM files
+         WHERE state = 'ready' AND expires_at <= now() AND {_UNREAD} LIMIT :page)
         UNION ALL
         (SELECT id FROM files
          WHERE state = 'uploading' AND created_at < now() - :patience_s * interval '1 s'
@@ -165,9 +176,11 @@ def listed(
 
 
 def delete(connection: Connection, file_id: UUID | None, *, tenant: str, name: str) -> None:
-    """It is gone for its caller; its bytes go later. Raises `NoSuchFile`."""
+    """It is gone for its caller; its bytes go later. Raises `NoSuchFile`, and `BatchStateConflict`
+    for one that a batch still adds to."""
     if connection.execute(_DELETE, {"id": file_id, "tenant": tenant}).one_or_none() is None:
-        raise NoSuchFile(f"No such File object: {name}")
+        find(connection, file_id, tenant=tenant, name=name)
+        raise BatchStateConflict("The file is still written by its batch: cancel that first.")
 
 
 def give_up(connection: Connection, file_id: UUID) -> None:

@@ -122,6 +122,8 @@ _IS_OVER: Final = text("""
             AND finished_at >= now() - :keep_s * interval '1 s'
     ) AND NOT EXISTS (
         SELECT FROM open_jobs WHERE created_at >= :since AND created_at < :until
+    ) AND NOT EXISTS (
+        SELECT FROM job_batches WHERE ended_at IS NULL AND created_at < :until
     )
 """)
 

@@ -2,7 +2,8 @@
 
 Every statement takes a page of what has been final for longest, and skips rows that somebody holds,
 so several rescue processes share the work. Repeat one until its page is not full. A row that lost
-its request or its response keeps all the rest: state, timing and cost.
+its request or its response keeps all the rest: state, timing and cost. A result that is still to be
+written into a file of its batch stays until it is.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 from typing import Final
 
 from sqlalchemy import Connection, TextClause, text
+
+from app.store.batch_work import UNWRITTEN
 
 BEFORE_S: Final = 3_600
 """Windows are deleted so much sooner than jobs."""
@@ -33,10 +36,11 @@ _REMOVE_REQUESTS: Final = text("""
 """)
 
 # Remove the responses of jobs that ended long ago.
-_REDACT_RESPONSES: Final = text("""
+_REDACT_RESPONSES: Final = text(f"""
     WITH due AS MATERIALIZED (
         SELECT created_at, job_id FROM results
         WHERE response IS NOT NULL AND finished_at < now() - :keep_s * interval '1 s'
+            AND NOT {UNWRITTEN}
         ORDER BY finished_at LIMIT :page
         FOR NO KEY UPDATE SKIP LOCKED
     )
@@ -45,10 +49,10 @@ _REDACT_RESPONSES: Final = text("""
 """)
 
 # Delete jobs that ended long ago; their attempts and results go with them.
-_DELETE_JOBS: Final = text("""
+_DELETE_JOBS: Final = text(f"""
     WITH due AS MATERIALIZED (
         SELECT created_at, job_id FROM results
-        WHERE finished_at < now() - :keep_s * interval '1 s'
+        WHERE finished_at < now() - :keep_s * interval '1 s' AND NOT {UNWRITTEN}
         ORDER BY finished_at LIMIT :page
         FOR UPDATE SKIP LOCKED
     ), requested AS (

@@ -59,6 +59,8 @@ TABLES = (
     "webhook_deliveries",
     "webhook_endpoints",
     "webhook_receivers",
+    "job_batch_lines",
+    "job_batches",
 )
 IN_MONTHS = {"requests": {}, "attempts": {"fillfactor": "50"}, "results": {}}
 """Tables in monthly partitions, and what their partitions have beside `AGEING`. Rescue makes one
@@ -542,8 +544,290 @@ def create_files() -> None:
     )
 
 
+def create_job_batches() -> None:
+    op.create_table(
+        "job_batches",
+        Column("id", Uuid, nullable=False, comment="Batch id, after `batch_`; rises with time."),
+        Column(
+            "tenant",
+            Text,
+            server_default="default",
+            nullable=False,
+            comment="Who owns the batch; one tenant never sees another's.",
+        ),
+        Column("door", Text, nullable=False, comment="Protocol of its lines: openai or anthropic."),
+        Column("url", Text, nullable=False, comment="Call that all its lines are."),
+        Column("model", Text, comment="Model that all its lines name; null if they name several."),
+        Column("input_name", Text, nullable=False, comment="File with its lines, as it was named."),
+        Column("input_file_id", Uuid, comment="That file; null if there is no such one."),
+        Column("input_bytes", BigInteger, nullable=False, comment="Size of that file."),
+        Column(
+            "metadata",
+            JSONB,
+            server_default=text("'{}'::jsonb"),
+            nullable=False,
+            comment="The caller's own labels, returned as they came.",
+        ),
+        Column("idempotency_key", Text, comment="The caller's key; unique per tenant."),
+        Column("fingerprint", Text, nullable=False, comment="Hex SHA-256 of what was asked."),
+        Column("created_at", Stamp, nullable=False, comment="Accepted, in whole seconds."),
+        Column("expires_at", Stamp, nullable=False, comment="Lines that are open then expire."),
+        Column(
+            "output_expires_s",
+            Double,
+            nullable=False,
+            comment="How long its files are kept from when they are made, in seconds.",
+        ),
+        Column("state", Text, nullable=False, comment="See app.batches."),
+        Column("in_progress_at", Stamp, comment="Its lines were found right."),
+        Column("cancelling_at", Stamp, comment="Cancelled by the caller."),
+        Column("finalizing_at", Stamp, comment="Its last line had its outcome."),
+        Column("ended_at", Stamp, comment="Reached its final state; its files are there."),
+        Column("errors", JSONB, comment="What is wrong with its lines; null unless it failed."),
+        Column("output_file_id", Uuid, comment="Its output; null before it has a line."),
+        Column("error_file_id", Uuid, comment="The lines without an answer; null likewise."),
+        Column(
+            "total",
+            Integer,
+            server_default=text("0"),
+            nullable=False,
+            comment="Lines; 0 until they are all read.",
+        ),
+        Column(
+            "fed",
+            Integer,
+            server_default=text("0"),
+            nullable=False,
+            comment="Lines that became jobs, or have an outcome without.",
+        ),
+        Column(
+            "fed_bytes",
+            BigInteger,
+            server_default=text("0"),
+            nullable=False,
+            comment="Where the next one begins in the input.",
+        ),
+        Column(
+            "fed_rows",
+            Integer,
+            server_default=text("0"),
+            nullable=False,
+            comment="Rows of text before that place, empty ones too.",
+        ),
+        Column(
+            "succeeded",
+            Integer,
+            server_default=text("0"),
+            nullable=False,
+            comment="Lines whose jobs completed.",
+        ),
+        Column(
+            "errored",
+            Integer,
+            server_default=text("0"),
+            nullable=False,
+            comment="Lines that were refused, or whose jobs failed.",
+        ),
+        Column(
+            "cancelled",
+            Integer,
+            server_default=text("0"),
+            nullable=False,
+            comment="Lines that were cancelled.",
+        ),
+        Column(
+            "expired",
+            Integer,
+            server_default=text("0"),
+            nullable=False,
+            comment="Lines that expired.",
+        ),
+        Column(
+            "output",
+            Integer,
+            server_default=text("0"),
+            nullable=False,
+            comment="Lines in the output.",
+        ),
+        Column(
+            "error_lines",
+            Integer,
+            server_default=text("0"),
+            nullable=False,
+            comment="Lines in the error file.",
+        ),
+        Column(
+            "input_tokens",
+            BigInteger,
+            server_default=text("0"),
+            nullable=False,
+            comment="Prompt tokens of its ended jobs, cached ones too.",
+        ),
+        Column(
+            "cached_tokens",
+            BigInteger,
+            server_default=text("0"),
+            nullable=False,
+            comment="Of these, found in a prefix cache.",
+        ),
+        Column(
+            "output_tokens",
+            BigInteger,
+            server_default=text("0"),
+            nullable=False,
+            comment="Tokens generated by its ended jobs.",
+        ),
+        Column("keeper_id", Uuid, comment="Rescue process that works on it; null if none does."),
+        Column("keeper_until", Stamp, comment="Another one may take it from then on."),
+        CheckConstraint(
+            "(ended_at IS NOT NULL) = (state IN ('failed', 'completed', 'expired', 'cancelled'))",
+            name=op.f("job_batches_ended_check"),
+        ),
+        CheckConstraint(
+            "(state IN ('completed', 'expired', 'cancelled', 'finalizing')) <= "
+            "(output + error_lines = total)",
+            name=op.f("job_batches_whole_check"),
+        ),
+        in_range(
+            "job_batches",
+            "created_at",
+            "expires_at",
+            "in_progress_at",
+            "cancelling_at",
+            "finalizing_at",
+            "ended_at",
+            "keeper_until",
+        ),
+        CheckConstraint("door IN ('anthropic', 'openai')", name=op.f("job_batches_door_check")),
+        CheckConstraint(
+            "jsonb_typeof(metadata) = 'object'", name=op.f("job_batches_metadata_check")
+        ),
+        CheckConstraint(
+            "state IN ('cancelled', 'cancelling', 'completed', 'expired', "
+            "'failed', 'finalizing', 'in_progress', 'validating')",
+            name=op.f("job_batches_state_check"),
+        ),
+        CheckConstraint(
+            "char_length(tenant) <= 200 AND char_length(url) <= 200 AND "
+            "char_length(model) <= 200 AND char_length(input_name) <= 200 AND "
+            "char_length(idempotency_key) BETWEEN 1 AND 255",
+            name=op.f("job_batches_lengths_check"),
+        ),
+        CheckConstraint(
+            "succeeded + errored + cancelled + expired = output + error_lines AND "
+            "output + error_lines <= fed AND fed <= total",
+            name=op.f("job_batches_sums_check"),
+        ),
+        not_negative(
+            "job_batches",
+            "total",
+            "fed",
+            "fed_bytes",
+            "fed_rows",
+            "succeeded",
+            "errored",
+            "cancelled",
+            "expired",
+            "output",
+            "error_lines",
+            "input_tokens",
+            "cached_tokens",
+            "output_tokens",
+            "input_bytes",
+            "output_expires_s",
+        ),
+        PrimaryKeyConstraint("id", name=op.f("job_batches_pkey")),
+        comment="One row per batch that a caller submitted: its state, and what became "
+        "of its lines.",
+        postgresql_with={"fillfactor": "50"} | AGEING,
+    )
+    op.create_index("job_batches_by_id", "job_batches", ["tenant", "id"])
+    op.create_index(
+        "job_batches_ended",
+        "job_batches",
+        ["ended_at"],
+        postgresql_where=text("ended_at IS NOT NULL"),
+    )
+    op.create_index(
+        "job_batches_open", "job_batches", ["id"], postgresql_where=text("ended_at IS NULL")
+    )
+    op.create_index(
+        "job_batches_idempotency_key",
+        "job_batches",
+        ["tenant", "idempotency_key"],
+        unique=True,
+        postgresql_where=text("idempotency_key IS NOT NULL"),
+    )
+    op.create_table(
+        "job_batch_lines",
+        Column("batch_id", Uuid, nullable=False, comment="Batch of the line."),
+        Column("number", Integer, nullable=False, comment="Its row in the input, from 1 on."),
+        Column(
+            "tenant", Text, server_default="default", nullable=False, comment="Owner of the batch."
+        ),
+        Column("custom_id", Text, nullable=False, comment="The caller's name for it."),
+        Column("job_id", Uuid, comment="Its job; null if it never became one."),
+        Column(
+            "job_created_at", Stamp, comment="When that was accepted: the month its rows are in."
+        ),
+        Column("error", JSONB, comment="Why it is no job: status, code, message and param."),
+        Column("outcome", Text, comment="What became of it; null while it is open."),
+        Column(
+            "file", Text, comment="File that it is in: output or errors; null while it is open."
+        ),
+        Column("place", Integer, comment="Its place in that file, from 1 on; null likewise."),
+        CheckConstraint("file IN ('errors', 'output')", name=op.f("job_batch_lines_file_check")),
+        CheckConstraint(
+            "outcome IN ('cancelled', 'errored', 'expired', 'succeeded')",
+            name=op.f("job_batch_lines_outcome_check"),
+        ),
+        CheckConstraint(
+            "char_length(tenant) <= 200 AND char_length(custom_id) <= 512",
+            name=op.f("job_batch_lines_lengths_check"),
+        ),
+        CheckConstraint(
+            "num_nulls(job_id, job_created_at) IN (0, 2)", name=op.f("job_batch_lines_job_check")
+        ),
+        CheckConstraint(
+            "num_nulls(outcome, file, place) IN (0, 3)", name=op.f("job_batch_lines_ended_check")
+        ),
+        CheckConstraint(
+            "outcome IS NOT NULL OR job_id IS NOT NULL", name=op.f("job_batch_lines_open_check")
+        ),
+        ForeignKeyConstraint(
+            ["batch_id"],
+            ["job_batches.id"],
+            name=op.f("job_batch_lines_batch_id_fkey"),
+            ondelete="CASCADE",
+        ),
+        PrimaryKeyConstraint("batch_id", "number", name=op.f("job_batch_lines_pkey")),
+        comment="One row per line of a batch, from when it became a job, or could not.",
+        postgresql_with={"fillfactor": "70"} | BUSY,
+    )
+    op.create_index(
+        "job_batch_lines_by_job",
+        "job_batch_lines",
+        ["job_id"],
+        postgresql_where=text("job_id IS NOT NULL"),
+    )
+    op.create_index(
+        "job_batch_lines_by_place",
+        "job_batch_lines",
+        ["batch_id", "file", "place"],
+        unique=True,
+        postgresql_where=text("place IS NOT NULL"),
+    )
+    op.create_index(
+        "job_batch_lines_open",
+        "job_batch_lines",
+        ["batch_id", "number"],
+        postgresql_where=text("outcome IS NULL"),
+    )
+
+
 def upgrade() -> None:
     create_files()
+    create_job_batches()
     op.create_table(
         "job_keys",
         Column("id", Uuid, nullable=False, comment="Job id; also the id of its Celery message."),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from functools import partial
 from http import HTTPStatus
 from typing import Annotated, Final, Literal
@@ -23,13 +23,16 @@ from app.api.openai.schemas_files import DeletedFile, FileList, FileObject
 from app.api.problems import documented
 from app.api.services import Here, Services
 from app.api.uploads import arriving
+from app.batches import LineFile
 from app.config.settings import FilesSettings
 from app.errors import RequestError, RequestTooLarge
 from app.files import UPLOADED, FileState, Purpose, id_in, key_of, name_of
+from app.intake.batches import output_file
 from app.intake.decision import Decision
 from app.jobs import new_id
-from app.store import files
+from app.store import files, job_batches
 from app.store.files import FileView
+from app.store.job_batches import BatchView
 
 router = APIRouter(prefix="/v1/files", tags=["files"])
 
@@ -286,10 +289,32 @@ async def retrieve(here: Here, who: Who, file_id: FileId) -> FileObject:
     | {200: {"content": {"application/octet-stream": {}}, "description": "The bytes."}},
     summary="Download a file",
 )
-async def content(here: Here, who: Who, file_id: FileId) -> Response:
-    """The bytes of the file, as they were uploaded."""
+async def content(
+    here: Here,
+    who: Who,
+    file_id: FileId,
+    offset: Annotated[
+        int, Query(ge=0, description="Leave out so many lines at the beginning.")
+    ] = 0,
+) -> Response:
+    """The bytes of the file. What a batch writes can be read while it grows: `X-Incomplete` says
+    whether it does, `X-Last-Line` how many lines there are, the next call's `offset`."""
     view = await here.read(_find, here, who.tenant, file_id)
-    pieces = here.objects.read_async(key_of(view.id))
+    headers = {"Cache-Control": "private, no-cache"}
+    batch = await here.read(_batch_of, here, view) if view.batch_id else None
+    if batch is not None:
+        file = LineFile.OUTPUT if batch.output_file_id == view.id else LineFile.ERRORS
+        headers["X-Incomplete"] = "true" if view.state is FileState.GROWING else "false"
+        headers["X-Last-Line"] = str(output_file.num_lines(batch, file))
+    if view.state is FileState.GROWING:
+        assert batch is not None
+        pieces = _growing(here, output_file.pages(here.database, batch, file, offset))
+    else:
+        pieces = here.objects.read_async(key_of(view.id))
+        if offset:
+            pieces = _behind(pieces, offset)
+        else:
+            headers["Content-Length"] = str(view.bytes)
     # The first piece before the answer begins: a storage that is away is an error, not half a file.
     first = await anext(pieces, b"")
 
@@ -298,15 +323,34 @@ async def content(here: Here, who: Who, file_id: FileId) -> Response:
         async for piece in pieces:
             yield piece
 
-    return StreamingResponse(
-        all_of_it(),
-        media_type="application/octet-stream",
-        headers={"Content-Length": str(view.bytes), "Cache-Control": "private, no-cache"},
-    )
+    return StreamingResponse(all_of_it(), media_type="application/octet-stream", headers=headers)
+
+
+def _batch_of(here: Services, view: FileView) -> BatchView | None:
+    with here.database.begin() as connection:
+        return job_batches.writing(connection, view.batch_id, tenant=view.tenant)
+
+
+async def _growing(here: Services, pages: Iterator[bytes]) -> AsyncIterator[bytes]:
+    while (page := await here.read(next, pages, None)) is not None:
+        yield page
+
+
+async def _behind(pieces: AsyncIterator[bytes], num_lines: int) -> AsyncIterator[bytes]:
+    """What comes behind the first so many lines."""
+    async for piece in pieces:
+        at = 0
+        while num_lines and (end := piece.find(b"\n", at)) >= 0:
+            num_lines, at = num_lines - 1, end + 1
+        if not num_lines:
+            yield piece[at:]
 
 
 @router.delete(
-    "/{file_id}", responses=_ERRORS, summary="Delete a file", response_description="It is gone."
+    "/{file_id}",
+    responses=_ERRORS | documented(HTTPStatus.CONFLICT, door=Door.OPENAI),
+    summary="Delete a file",
+    response_description="It is gone.",
 )
 async def delete(here: Here, who: Who, file_id: FileId) -> DeletedFile:
     """The file is gone at once. A batch that reads it goes on."""

@@ -9,6 +9,7 @@
     tenants      who shares the system; then there are their API keys, and a log of what was
                  done about both
     files        what is known of files; their bytes lie elsewhere
+    job_batches  batches that callers submit; then there are their lines
     usage_hours  what ended jobs used, summed by hour, for ever; see `RollUp`
     webhook_deliveries  whom to tell of an end, written by the statement that ends the job
 
@@ -29,6 +30,7 @@ from app.jobs import DEFAULT_TENANT
 from app.store.tables.columns import Stamp, device_cost, metadata
 from app.store.tables.comparisons import comparisons
 from app.store.tables.files import files
+from app.store.tables.job_batches import job_batch_lines, job_batches
 from app.store.tables.jobs import attempts, batches, job_keys, jobs, open_jobs, requests, results
 from app.store.tables.prices import prices
 from app.store.tables.sums import ROLL_UPS, RollUp, device_sums, usage_sums
@@ -54,6 +56,8 @@ __all__ = [
     "device_cost",
     "device_sums",
     "files",
+    "job_batch_lines",
+    "job_batches",
     "job_keys",
     "jobs",
     "loads",

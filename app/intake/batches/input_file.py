@@ -1,0 +1,59 @@
+"""The rows of an input file, from any place on: a part of it is in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+PART_BYTES: Final = 1_000_000
+"""Read at once."""
+
+Read = Callable[[int, int], bytes]
+"""Up to so many bytes (the second) from a place (the first) on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row of text."""
+
+    number: int  #: from 1
+    raw: bytes | None  #: without its end; None if it is longer than a row may be
+    end: int  #: where the next one begins
+
+    @property
+    def is_blank(self) -> bool:
+        return self.raw is not None and not self.raw.strip()
+
+
+def rows(
+    read: Read, size: int, *, start: int, number: int, longest: int, part: int = PART_BYTES
+) -> Iterator[Row]:
+    """Rows from `start` on, of which the first has this number, to the end of a file of this size.
+
+    A row has up to `longest` bytes: of a longer one nothing is kept.
+    """
+    held = bytearray()
+    begin, at = start, start  #: of the row; of what is to be read
+    is_long = False
+    while at < size:
+        piece = read(at, min(part, size - at))
+        if not piece:
+            raise EOFError("The file is shorter than its row says.")
+        at += len(piece)
+        done = 0
+        while (newline := piece.find(b"\n", done)) >= 0:
+            held += piece[done:newline]
+            done = newline + 1
+            end = at - len(piece) + done
+            is_long = is_long or len(held) > longest
+            yield Row(number, None if is_long else bytes(held), end)
+            held.clear()
+            number, begin, is_long = number + 1, end, False
+        if not is_long:
+            held += piece[done:]
+            if len(held) > longest:
+                held.clear()
+                is_long = True
+    if begin < size:
+        yield Row(number, None if is_long else bytes(held), size)
