@@ -15,13 +15,14 @@ import openai
 from app.config.settings import Settings
 from tests.apis import running_api
 from tests.waiting import eventually
-from tests.workers import rows, running_worker
+from tests.workers import Worker, rows, running_worker
 
 
 @dataclass(frozen=True)
 class Doors:
     settings: Settings
     http: httpx.Client
+    worker: Worker
 
     def openai(self, **given: Any) -> openai.OpenAI:
         """OpenAI's own client, which checks each answer against its types."""
@@ -43,11 +44,11 @@ class Doors:
 @contextmanager
 def open_doors(settings: Settings, folder: Path) -> Iterator[Doors]:
     """An API and a worker that is seen to be up."""
-    with running_worker(settings, folder), running_api(settings) as http:
+    with running_worker(settings, folder) as worker, running_api(settings) as http:
 
         def is_seen() -> bool:
             quote = http.post("/v1/jobs?dry_run=true", json={"body": {"prompt": "a"}}).json()
             return "no_worker" not in str(quote)
 
         eventually(is_seen)
-        yield Doors(settings, http)
+        yield Doors(settings, http, worker)

@@ -44,6 +44,8 @@ log = logging.getLogger(__name__)
 PATIENCE: Final = ("x-stainless-read-timeout", "x-stainless-timeout")
 """Headers in which OpenAI's and Anthropic's clients say for how many seconds they wait."""
 
+STOPPING: Final = "The API is being shut down."
+
 T = TypeVar("T")
 
 
@@ -152,7 +154,12 @@ def _patience_s(headers: Mapping[str, str], most_s: float) -> float:
 async def ended(request: Request, here: Services, placed: Placed) -> Job:
     """The job when it has completed. Raises what it ended with, `TimedOut`, and `ClientDisconnect`
     if the caller has gone."""
-    job = (await while_there(request, here, placed, _final(here, placed))).job
+    return completed(await while_there(request, here, placed, _final(here, placed)))
+
+
+def completed(seen: Snapshot) -> Job:
+    """A final job with its response. Raises what it ended with if it did not complete."""
+    job = seen.job
     assert isinstance(job, Job)
     if job.state is JobState.COMPLETED:
         if job.response is None:
@@ -201,7 +208,7 @@ async def _final(here: Services, placed: Placed) -> Snapshot:
     seen = await here.waiters.until(read, still_open, [placed.id], placed.timeout_s)
     if seen.is_final:
         return seen
-    raise Unavailable("The API is being shut down.") if here.waiters.is_closed else TimedOut()
+    raise Unavailable(STOPPING) if here.waiters.is_closed else TimedOut()
 
 
 async def cancel(here: Services, placed: Placed) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Annotated, Concatenate, Final, ParamSpec, TypeVar
+from typing import Annotated, Any, Concatenate, Final, ParamSpec, TypeVar
 from uuid import UUID
 
 from fastapi import Depends, Request
@@ -202,6 +202,12 @@ class Services:
             self.submitter.sender.tell_cancelled(told)
         except Unavailable as error:
             log.warning("A cancel was not told: %s", error, extra={"action": "news_away"})
+
+    def later(self, work: Coroutine[Any, Any, object]) -> None:
+        """Do what no answer waits for; what is wrong with it is logged."""
+        task = asyncio.ensure_future(work)
+        self.behind.add(task)
+        task.add_done_callback(self._ended)
 
     async def _behind(self, call: Callable[[], object]) -> None:
         """Do what an answer does not depend on; it waits a moment for that."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -16,25 +17,37 @@ _UTF8: Final = codecs.getincrementaldecoder("utf-8")
 
 def of_chat(scored: Sequence[TokenLogprob], spelling: Spelling) -> dict[str, Any]:
     """`logprobs` of a choice of a chat completion."""
+    return _of_chat(scored, spelling, spelling.first)
+
+
+def _of_chat(
+    scored: Sequence[TokenLogprob], spelling: Spelling, before: int | None
+) -> dict[str, Any]:
     content = [
         {
             **_entry(each.token_id, each.logprob, spelling, before),
             "top_logprobs": [_entry(*top, spelling, before) for top in each.top],
         }
-        for each, before in spelling.in_order(scored)
+        for each, before in spelling.in_order(scored, before)
     ]
     return {"content": content, "refusal": None}
 
 
 def of_completion(scored: Sequence[TokenLogprob], spelling: Spelling, text: str) -> dict[str, Any]:
     """`logprobs` of a choice of a completion, whose text may end before the last token does."""
-    places = list(spelling.in_order(scored))
+    places = list(spelling.in_order(scored, spelling.first))
+    return _of_places(places, spelling, len(text))
+
+
+def _of_places(
+    places: Sequence[tuple[TokenLogprob, int | None]], spelling: Spelling, most: int
+) -> dict[str, Any]:
     offsets = _offsets([spelling.bytes_of(each.token_id, before) for each, before in places])
     return {
         "tokens": [spelling.name(each.token_id, before, "bytes:") for each, before in places],
-        "token_logprobs": [finite(each.logprob) for each in scored],
+        "token_logprobs": [finite(each.logprob) for each, _ in places],
         "top_logprobs": [_by_name(each, spelling, before) for each, before in places],
-        "text_offset": [min(offset, len(text)) for offset in offsets],
+        "text_offset": [min(offset, most) for offset in offsets],
     }
 
 
@@ -49,6 +62,35 @@ def behind(
     return {name: told[name] + each for name, each in (answer | {"text_offset": offsets}).items()}
 
 
+class Running:
+    """Those of an answer whose tokens come a few at a time."""
+
+    def __init__(self, spelling: Spelling) -> None:
+        self._spelling = spelling
+        self._before = spelling.first
+        self._text = Detokenizer(spelling.tokenizer, spelling.prompt_token_ids)
+        self._length = 0  #: of the text so far, in characters
+
+    def of_chat(self, scored: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
+        """Entries of `content`."""
+        told: list[dict[str, Any]] = _of_chat(scored, self._spelling, self._before)["content"]
+        self._go_on(scored)
+        return told
+
+    def of_completion(self, scored: Sequence[TokenLogprob]) -> dict[str, Any]:
+        places = list(self._spelling.in_order(scored, self._before))
+        told = _of_places(places, self._spelling, sys.maxsize)
+        told["text_offset"] = [self._length + offset for offset in told["text_offset"]]
+        self._length += sum(len(self._text.read(each.token_id)) for each in scored)
+        self._go_on(scored)
+        return told
+
+    def _go_on(self, scored: Sequence[TokenLogprob]) -> None:
+        for each, before in self._spelling.in_order(scored, self._before):
+            has_text = self._spelling.bytes_of(each.token_id, before)
+            self._before = each.token_id if has_text else before
+
+
 @dataclass(frozen=True, slots=True)
 class Spelling:
     """How the tokens of an answer are written."""
@@ -61,9 +103,15 @@ class Spelling:
         text = Detokenizer(self.tokenizer, ())
         return "".join(map(text.read, self.prompt_token_ids)) + text.rest
 
-    def in_order(self, scored: Sequence[TokenLogprob]) -> Iterator[tuple[TokenLogprob, int | None]]:
-        """Each token with the one whose text it follows."""
-        before = last_token(self.tokenizer, self.prompt_token_ids)
+    @property
+    def first(self) -> int | None:
+        """What the first token's text follows."""
+        return last_token(self.tokenizer, self.prompt_token_ids)
+
+    def in_order(
+        self, scored: Sequence[TokenLogprob], before: int | None
+    ) -> Iterator[tuple[TokenLogprob, int | None]]:
+        """Each token with the one whose text it follows; `before` is that of the first."""
         for each in scored:
             yield each, before
             before = each.token_id if self.bytes_of(each.token_id, before) else before

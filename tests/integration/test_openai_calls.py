@@ -3,26 +3,41 @@
 from __future__ import annotations
 
 import base64
+import itertools
+import json
 import struct
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
-from app.config.settings import Settings
+from app.config.settings import ModelSettings, Settings
 from app.jobs import LIVE_PRIORITY
+from app.keys import Scope, new_key
 from app.local.servers import EmbeddedRedis
+from app.store import keys
+from app.store.database import Database
 from tests.apis import running_api
 from tests.conftest import STUB_MODELS
 from tests.doors import Doors, open_doors
+from tests.rescues import running_rescue
 from tests.waiting import eventually
-from tests.workers import rows
+from tests.workers import rows, running_worker
 
 ASK = [{"role": "user", "content": "What is flour?"}]
 """The stub model says what it is asked."""
+
+
+def slow_stub(step_ms: int = 5) -> ModelSettings:
+    """A token takes so long, and sequences join between the steps."""
+    options = {"joins": True, "step_ms": step_ms}
+    return ModelSettings(
+        source="stub", kind="generate", engine="stub", default=True, options=options
+    )
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +52,7 @@ def doors(
         cache_dir=str(folder),
         database={"url": empty_databases(migrated_template)},
         broker={"url": redis_server.url.removesuffix("/0") + "/99"},
-        models=STUB_MODELS,
+        models=STUB_MODELS | {"stub": slow_stub()},
         worker={"max_attempts": 1, "lease_s": 4, "heartbeat_s": 1},
     )
     with open_doors(settings, folder / "worker") as doors:
@@ -325,6 +340,177 @@ def test_an_answer_that_does_not_come_in_time_is_a_timeout(doors: Doors) -> None
     assert (late.value.status_code, late.value.code) == (504, "deadline_exceeded")
 
 
+# ── streams ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_chat_is_told_as_it_comes_and_is_what_it_is_at_once(
+    client: openai.OpenAI, doors: Doors
+) -> None:
+    whole = client.chat.completions.create(model="stub", messages=ASK, max_tokens=8)
+    chunks = list(
+        client.chat.completions.create(model="stub", messages=ASK, max_tokens=8, stream=True)
+    )
+
+    first, *middle, last = chunks
+    assert first.choices[0].delta.role == "assistant" and first.choices[0].delta.content == ""
+    assert "".join(each.choices[0].delta.content or "" for each in chunks) == (
+        whole.choices[0].message.content
+    )
+    assert len(middle) > 1
+    assert {each.object for each in chunks} == {"chat.completion.chunk"}
+    assert {each.id for each in chunks} == {f"chatcmpl-{doors.the_last_job()['id']}"}
+    assert [each.choices[0].finish_reason for each in (first, *middle)] == [None] * len(chunks[:-1])
+    assert last.choices[0].finish_reason == "length" and last.choices[0].delta.content is None
+    assert all(each.usage is None for each in chunks)
+
+
+def test_a_stream_ends_with_the_usage_where_that_is_wanted(client: openai.OpenAI) -> None:
+    *chunks, last = client.chat.completions.create(
+        model="stub",
+        messages=ASK,
+        max_tokens=8,
+        stream=True,
+        stream_options={"include_usage": True, "include_obfuscation": False},
+        service_tier="auto",
+    )
+
+    assert all(each.usage is None and each.choices for each in chunks)
+    assert last.choices == [] and last.usage is not None
+    assert last.usage.completion_tokens == 8
+    assert {each.service_tier for each in (*chunks, last)} == {"default"}
+
+
+def test_load_generators_hear_the_usage_with_each_chunk(doors: Doors) -> None:
+    body = {
+        "messages": ASK,
+        "max_tokens": 5,
+        "stream": True,
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+        "ignore_eos": True,
+        "stop": None,
+    }
+
+    with doors.http.stream("POST", "/v1/chat/completions", json=body) as answer:
+        lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
+
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert lines[-1] == "[DONE]"
+    counts = [json.loads(line)["usage"]["completion_tokens"] for line in lines[:-1]]
+    assert counts == sorted(counts) and counts[-1] == 5
+
+
+def test_several_answers_are_told_with_their_logprobs(client: openai.OpenAI) -> None:
+    given: dict[str, Any] = {
+        "model": "stub", "messages": ASK, "max_tokens": 6, "n": 2, "logprobs": True,
+        "top_logprobs": 1,
+    }  # fmt: skip
+    whole = client.chat.completions.create(**given)
+    chunks = list(client.chat.completions.create(**given, stream=True))
+
+    for choice in whole.choices:
+        own = [each.choices[0] for each in chunks if each.choices[0].index == choice.index]
+        assert "".join(each.delta.content or "" for each in own) == choice.message.content
+        scored = [each.logprobs.content or [] for each in own if each.logprobs]
+        assert choice.logprobs is not None
+        told = [entry.to_dict() for entry in itertools.chain.from_iterable(scored)]
+        assert told == [entry.to_dict() for entry in choice.logprobs.content or []]
+
+
+@pytest.mark.parametrize("echo", [False, True])
+def test_texts_are_gone_on_with_as_it_comes(doors: Doors, echo: bool) -> None:
+    given: dict[str, Any] = {
+        "model": "stub", "prompt": ["A mill", "A wheel"], "max_tokens": 4, "n": 2, "logprobs": 1,
+        "echo": echo,
+    }  # fmt: skip
+    with doors.openai(_strict_response_validation=False) as client:  # it knows no unended chunk
+        whole = client.completions.create(**given)
+        chunks = list(client.completions.create(**given, stream=True))
+
+    assert {each.object for each in chunks} == {"text_completion"}
+    for choice in whole.choices:
+        own = [each.choices[0] for each in chunks if each.choices[0].index == choice.index]
+        assert "".join(each.text for each in own) == choice.text
+        assert [each.finish_reason for each in own if each.finish_reason] == ["length"]
+        assert choice.logprobs is not None
+        for name, told in choice.logprobs.to_dict().items():
+            parts = [each.logprobs.to_dict()[name] for each in own if each.logprobs]
+            assert list(itertools.chain.from_iterable(parts)) == told  # type: ignore[arg-type]
+
+
+def test_what_fails_before_it_is_begun_is_an_error_of_its_own(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(
+            model="stub",
+            messages=ASK,
+            stream=True,
+            extra_body={"stream_options": {"include_usage": 1}},
+        )
+    with pytest.raises(openai.BadRequestError) as odd:
+        client.chat.completions.create(model="stub", messages=ASK, extra_body={"stream": "yes"})
+
+    assert refused.value.param == "stream_options.include_usage"
+    assert odd.value.param == "stream"
+
+
+def test_what_fails_in_the_middle_is_the_last_event(doors: Doors) -> None:
+    headers = {"x-stainless-read-timeout": "1"}
+
+    with doors.openai() as client:
+        stream = client.chat.completions.create(
+            model="stub", messages=saying("sleep 60000"), stream=True, extra_headers=headers
+        )
+        with pytest.raises(openai.APIError) as failed:
+            list(stream)
+
+    assert failed.value.code == "deadline_exceeded"
+    assert doors.the_last_job()["state"] == "expired"
+
+
+def test_who_leaves_a_stream_takes_the_job_along(doors: Doors) -> None:
+    with doors.openai() as client:
+        stream = client.chat.completions.create(
+            model="stub", messages=saying("sleep 60000"), stream=True
+        )
+        assert next(iter(stream)).choices[0].delta.role == "assistant"
+        stream.close()
+
+    eventually(lambda: doors.the_last_job()["state"] == "cancelled")
+
+
+def test_a_stream_goes_on_where_it_was_when_its_worker_is_killed(
+    make_settings: Callable[..., Settings], database_url: str, redis_url: str, tmp_path: Path
+) -> None:
+    # given a stream that is being told
+    said = "flour " * 20
+    settings = make_settings(
+        database={"url": database_url},
+        broker={"url": redis_url},
+        models={"stub": slow_stub(20)},
+        worker={"lease_s": 2, "heartbeat_s": 0.5},
+    )
+    with open_doors(settings, tmp_path / "worker") as doors, doors.openai() as client:
+        stream = iter(
+            client.chat.completions.create(model="stub", messages=saying(said), stream=True)
+        )
+        told = [next(stream) for _ in range(10)]
+
+        # when its worker is killed, and another one takes the job up
+        doors.worker.kill()
+        with (
+            running_rescue(settings, tmp_path / "rescue"),
+            running_worker(settings, tmp_path / "another"),
+        ):
+            told += stream
+
+    # then it is one answer, told once
+    text = "".join(each.choices[0].delta.content or "" for each in told)
+    [job] = rows(settings, "SELECT response FROM results")
+    assert text == job["response"]["choices"][0]["message"]["content"] and said.strip() in text
+    assert [each.choices[0].finish_reason for each in told if each.choices[0].finish_reason] == [
+        "stop"
+    ]
+
+
 # ── an API alone ────────────────────────────────────────────────────────────────────────────────
 
 
@@ -344,23 +530,30 @@ def _refused(http: httpx.Client, status: int) -> httpx.Response | None:
     return answer if answer.status_code == status else None
 
 
-def test_without_its_token_nobody_gets_in(make_settings: Callable[..., Settings]) -> None:
+def test_without_a_key_nobody_gets_in(settings: Settings, database: Database) -> None:
+    key = new_key()
+    with database.begin() as connection:
+        keys.create(connection, key, actor="test", name="first", scopes=set(Scope))
+
+    with running_api(settings) as http:
+        url = f"{http.base_url}/v1"
+        client = openai.OpenAI(base_url=url, api_key="another", max_retries=0)
+        with client, pytest.raises(openai.AuthenticationError) as refused:
+            client.chat.completions.create(model="stub", messages=ASK)
+        with openai.OpenAI(base_url=url, api_key=key.text) as client:
+            assert client.models.list().data
+
+    assert (refused.value.type, refused.value.code) == ("invalid_request_error", "invalid_api_key")
+
+
+def test_without_postgres_a_call_may_come_back(make_settings: Callable[..., Settings]) -> None:
     settings = make_settings(
         database={"url": "postgresql://nobody@127.0.0.1:1/none"},
         broker={"url": "redis://127.0.0.1:1/0"},
-        api={"port": 0, "token": "the-token-of-the-mill"},
     )
     with running_api(settings) as http:
-        client = openai.OpenAI(base_url=f"{http.base_url}/v1", api_key="another")
-        with client, pytest.raises(openai.AuthenticationError) as refused:
-            client.chat.completions.create(model="stub", messages=ASK)
-        away = http.post(
-            "/v1/chat/completions",
-            json={"messages": ASK},
-            headers={"Authorization": "Bearer the-token-of-the-mill"},
-        )
+        away = http.post("/v1/chat/completions", json={"messages": ASK})
 
-    assert refused.value.code == "invalid_api_key"
     assert away.status_code == 503 and away.json()["error"]["type"] == "server_error"
     assert 1 <= int(away.headers["retry-after"]) <= 60
 

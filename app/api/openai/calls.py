@@ -5,11 +5,16 @@ Each is a job like all others, with this call's url and body; see `app.api.live`
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from http import HTTPStatus
 from typing import Any, Final
+from uuid import UUID
 
 from fastapi import APIRouter, Request, Response
+from pydantic import ValidationError
 from pydantic_core import to_json
 
 from app.api import live
@@ -17,11 +22,16 @@ from app.api.answers import JSON
 from app.api.caller import Caller, Who
 from app.api.envelopes import Door
 from app.api.live import Understood
+from app.api.openai.chunks import Chunks, Wanted, reads_prompt
+from app.api.openai.streams import stream
 from app.api.openapi import json_body
 from app.api.problems import documented
-from app.api.schemas import Job
 from app.api.services import Here, Services
-from app.requests.bodies import BODIES, Url
+from app.requests.bodies import BODIES, FORMAT, Url, parse_stored
+from app.requests.part import DROP_UNKNOWN, Part
+from app.requests.prepare import prepare
+from app.requests.problems import first_problem
+from app.store.submissions import NewJob
 
 router = APIRouter(tags=["openai"])
 
@@ -29,36 +39,83 @@ _TIERS: Final = {"auto": "default", "fast": "priority"}
 """What OpenAI's service answers for those that it knows by another name."""
 
 
+_STREAMED: Final = {Url.CHAT: ("chatcmpl", "chat.completion.chunk"),
+                    Url.COMPLETIONS: ("cmpl", "text_completion")}  # fmt: skip
+"""Calls that can be streamed: what their ids begin with, and what a chunk is called."""
+
+
+class _Options(Part):
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class _Streaming(Part):
+    stream: bool = False
+    stream_options: _Options = _Options()
+
+
 @dataclass(frozen=True, slots=True)
 class Asked:
     """What of a body is the door's own affair."""
 
-    service_tier: str | None
-
-    @property
-    def tier(self) -> str | None:
-        return self.service_tier and _TIERS.get(self.service_tier, self.service_tier)
+    url: Url
+    is_streamed: bool
+    wanted: Wanted
+    heard_again: dict[str, Any]  #: what an answer repeats of its request
 
 
 def understood(url: Url, body: dict[str, Any]) -> Understood[Asked]:
+    """Raises `RequestError`."""
     tier = body.get("service_tier")
-    asked = Asked(tier if isinstance(tier, str) else None)
-    return Understood({"url": url, "body": body}, asked)
+    heard_again = {"service_tier": _TIERS.get(tier, tier)} if isinstance(tier, str) else {}
+    asked = _Streaming()
+    if url in _STREAMED:
+        body = dict(body)
+        asked = _streaming({name: body.pop(name, None) for name in _Streaming.model_fields})
+    submission = {"url": url, "body": body, "stream_events": asked.stream}
+    options = asked.stream_options
+    wanted = Wanted(options.include_usage, options.continuous_usage_stats)
+    return Understood(submission, Asked(url, asked.stream, wanted, heard_again))
+
+
+def _streaming(given: dict[str, Any]) -> _Streaming:
+    try:
+        return _Streaming.model_validate(given, context=DROP_UNKNOWN)
+    except ValidationError as error:
+        raise first_problem(error, given) from None
 
 
 async def _answer(request: Request, here: Services, who: Caller, url: Url) -> Response:
-    job, asked = await live.read(request, here, who, lambda body: understood(url, body))
+    job, asked = await live.read(request, here, who, partial(understood, url))
     placed = await live.place(request, here, job)
+    if asked.is_streamed:
+        num_bytes = _BYTES_OF_TOKEN * (job.input_tokens or 0)
+        making = here.work.run(num_bytes, _chunks, here, job, placed.id, asked)
+        chunks = await live.while_there(request, here, placed, making)
+        return await stream(request, here, placed, chunks)
     ended = await live.ended(request, here, placed)
-    return Response(to_json(answer_of(ended, asked)), media_type=JSON)
+    return Response(to_json((ended.response or {}) | asked.heard_again), media_type=JSON)
 
 
-def answer_of(job: Job, asked: Asked) -> dict[str, Any]:
-    """The response of a completed job, with what the caller hears again of its own."""
-    response = dict(job.response or {})
-    if asked.tier is not None:
-        response["service_tier"] = asked.tier
-    return response
+_BYTES_OF_TOKEN: Final = 4
+
+
+def _chunks(here: Services, job: NewJob, job_id: UUID, asked: Asked) -> Chunks:
+    served = here.submitter.models[job.model]
+    request = parse_stored(job.request, job.url, FORMAT)
+    prompts: Sequence[Sequence[int]] = [()] * len(request.prompts)
+    if reads_prompt(request, served.tokenizer):
+        prepared = prepare(request, served.tokenizer, served.settings, served.card)
+        prompts = prepared.prompts
+    prefix, name = _STREAMED[asked.url]
+    head = {
+        "id": f"{prefix}-{job_id}",
+        "object": name,
+        "created": int(time.time()),
+        "model": job.model,
+        **asked.heard_again,
+    }
+    return Chunks(request, served.tokenizer, prompts, head, asked.wanted, job.input_tokens or 0)
 
 
 _ERRORS: Final = documented(
