@@ -216,7 +216,7 @@ class MessagesBody(Body):
     mcp_servers: Annotated[Any, Refused("nothing is called here", ([],))] = Field(
         None, examples=[[{"type": "url", "url": "https://example.com", "name": "mill"}]]
     )
-    stream: Annotated[Any, Refused("jobs are polled, not streamed", (False,))] = Field(
+    stream: Annotated[Any, Refused("a job has stream_events, beside its body", (False,))] = Field(
         None, examples=[True]
     )
 

@@ -171,12 +171,12 @@ class SampledBody(DrawnBody):
         Ignored("a job has a priority"),
     ] = Field(None, examples=["flex"])
     stream_options: Annotated[
-        dict[str, bool] | None, Ignored("nothing is streamed"), Field(max_length=16)
+        dict[str, bool] | None, Ignored("as `stream`"), Field(max_length=16)
     ] = Field(None, examples=[{"include_usage": True}])
     prompt_cache_key: Annotated[
         str | None, Ignored("prompts share what they have in common by themselves")
     ] = Field(None, examples=["mill"])
-    stream: Annotated[Any, Refused("jobs are polled, not streamed", (False,))] = Field(
+    stream: Annotated[Any, Refused("a job has stream_events, beside its body", (False,))] = Field(
         None, examples=[True]
     )
     echo: Annotated[Any, Refused("an answer does not repeat its prompt", (False,))] = Field(

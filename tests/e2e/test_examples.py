@@ -230,7 +230,9 @@ def test_the_client_answers_in_three_lines(terminal: Terminal) -> None:
 
 
 def test_openais_client_is_answered(terminal: Terminal) -> None:
-    assert "What is a grist mill?" in terminal.run("openai chat")  # the stub says what it is asked
+    # the stub says what it is asked
+    assert "What is a grist mill?" in terminal.run("openai chat")
+    assert "What is a grist mill?" in terminal.run("openai stream")
 
 
 def test_openais_client_is_answered_in_the_background(terminal: Terminal) -> None:

@@ -1,6 +1,7 @@
-"""Calls that are answered when their job has ended: chat, completions, embeddings, and vLLM's.
+"""Calls whose callers wait: chat, completions, embeddings, and vLLM's.
 
-Each is a job like all others, with this call's url and body; see `app.api.live`.
+Each is a job like all others, with this call's url and body; see `app.api.live`, and for those that
+are told as they come `app.api.openai.streams`.
 """
 
 from __future__ import annotations
@@ -134,10 +135,14 @@ _ERRORS: Final = documented(
 _OBJECT: Final = {"application/json": {"schema": {"type": "object"}}}
 
 
+_EVENTS: Final = {"text/event-stream": {"schema": {"type": "string"}}}
+
+
 def _described(url: Url, example: dict[str, Any], answer: str) -> dict[str, Any]:
+    content = _OBJECT | (_EVENTS if url in _STREAMED else {})
     return {
         "path": url,
-        "responses": {200: {"description": answer, "content": _OBJECT}} | _ERRORS,
+        "responses": {200: {"description": answer, "content": content}} | _ERRORS,
         "openapi_extra": json_body(BODIES[url], example),
         "response_model": None,
     }
@@ -147,7 +152,7 @@ def _described(url: Url, example: dict[str, Any], answer: str) -> dict[str, Any]
     **_described(
         Url.CHAT,
         {"messages": [{"role": "user", "content": "What is a grist mill?"}], "max_tokens": 64},
-        "A chat.completion.",
+        "A chat.completion, or its chunks.",
     ),
     summary="Chat",
 )
@@ -158,7 +163,9 @@ async def chat(request: Request, here: Here, who: Who) -> Response:
 
 @router.post(
     **_described(
-        Url.COMPLETIONS, {"prompt": "A grist mill is", "max_tokens": 32}, "A text_completion."
+        Url.COMPLETIONS,
+        {"prompt": "A grist mill is", "max_tokens": 32},
+        "A text_completion, or its chunks.",
     ),
     summary="Complete a text",
 )
