@@ -43,6 +43,7 @@ class FakeApi:
         self.requests: list[httpx.Request] = []
         self.troubles: list[Answer] = []
         self.before: Callable[[httpx.Request], None] = lambda _: None
+        self.tells_all = True  #: in the events of a job
         self._by_key: dict[str, str] = {}
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
@@ -53,6 +54,8 @@ class FakeApi:
             if isinstance(trouble, Exception):
                 raise trouble
             return trouble
+        if request.url.path.endswith("/events"):
+            return self._events(request.url.path.split("/")[-2])
         status, value = self._answer(request)
         return httpx.Response(status, json=value) if value is not None else httpx.Response(status)
 
@@ -92,6 +95,18 @@ class FakeApi:
                     return 410, {"code": "request_removed", "detail": "It is not there."}
                 return 202, self.add(f"new-{old}", replay_of=old)
         raise AssertionError(path)
+
+    def _events(self, job_id: str) -> httpx.Response:
+        """Of a job that is begun twice; its first answer has two tokens."""
+        self._told(job_id, is_held=True)
+        job = self.jobs[job_id]
+        text = job["response"]["choices"][0]["text"]
+        told: list[tuple[str, dict[str, Any]]] = [("queued", {"position": 1}), ("started", {})]
+        told += [("tokens", {"index": 0, "text": "void"}), ("restarted", {})]
+        told += [("tokens", {"index": 0, "text": part}) for part in (text[:2], text[2:])]
+        told.append(("end", {"complete": self.tells_all, "job": job}))
+        lines = [f"event: {event}\ndata: {json.dumps(data)}\n\n" for event, data in told]
+        return httpx.Response(200, content="".join(lines))
 
     def _quoted(self, asked: dict[str, Any]) -> dict[str, Any]:
         """The same quote for every job but those of one model."""

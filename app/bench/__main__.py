@@ -17,6 +17,7 @@ BENCHES: Final = (
     "pipeline",
     "jobs",
     "latency",
+    "streams",
     "policy",
     "eta",
     "outside",

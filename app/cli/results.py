@@ -163,12 +163,34 @@ def _show_line(
         print_row(*line, asked.id, state, json.dumps(answer))
 
 
-def show(job: Job, as_json: bool) -> None:
+def show_as_it_comes(client: Client, job_id: str, as_json: bool) -> Job:
+    """The first answer token by token, and behind it the record; or each event as JSON."""
+    is_within = False  #: of a line
+    for event in client.stream(job_id):
+        if as_json:
+            print_json({"event": event.event, "id": event.id, "data": event.data})
+        elif event.event == "restarted" and is_within:
+            say("")
+            tell("The job is begun anew.")
+        elif event.text and event.index == 0:
+            say(event.text, goes_on=True)
+        is_within = bool(event.text) or (is_within and event.event != "restarted")
+        if (job := event.job) is not None:
+            if not as_json:
+                is_shown = event.data["complete"] and len([*answers(job.response or {})]) == 1
+                if is_within:
+                    say("")
+                show(job, as_json, with_answers=not (is_within and is_shown))
+            return job
+    raise AssertionError("a stream ends with its job")
+
+
+def show(job: Job, as_json: bool, *, with_answers: bool = True) -> None:
     """The answer, and behind it the record."""
     if as_json:
         print_json(job.raw)
         return
-    for answer in answers(job.response or {}):
+    for answer in answers(job.response or {}) if with_answers else ():
         if isinstance(answer, list):
             say(f"a vector of {len(answer)} numbers")
         else:

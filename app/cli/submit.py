@@ -16,7 +16,7 @@ from app.cli.api import LASTING_S, Api, uses_api
 from app.cli.lines import Source, json_object, numbered_lines
 from app.cli.options import Time, metadata_option, setting
 from app.cli.quote import Line, quote_many, quote_one
-from app.cli.results import Asked, show, show_as_they_end
+from app.cli.results import Asked, show, show_as_it_comes, show_as_they_end
 from app.cli.soft_stop import SoftStop
 from app.cli.terminal import FAILED, JOB_FAILED, as_json_option, print_json, print_row, tell
 from app.jobs import MAX_PRIORITY
@@ -55,6 +55,7 @@ OF_THE_LINE: Final = (RequestError, IdempotencyConflict, NotStorable)
 @click.option("--deadline", type=Time(is_ahead=True), help="Expires then; or in 90m, 12h, 7d.")
 @metadata_option
 @click.option("--wait", is_flag=True, help="Wait for the answers; exit code 5 if a job fails.")
+@click.option("--stream", is_flag=True, help="Show the answer to TEXT as it comes.")
 @click.option("--dry-run", is_flag=True, help="Only tell when it would have ended, and its cost.")
 @as_json_option
 @uses_api
@@ -70,6 +71,7 @@ def submit(
     deadline: datetime | None,
     metadata: dict[str, str],
     wait: bool,
+    stream: bool,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -79,9 +81,16 @@ def submit(
     With --idempotency-key the same command goes on where an earlier one was interrupted.
     """
     _check_usage(text, file)
+    if stream and (file is not None or dry_run):
+        raise click.UsageError("--stream is for a single TEXT that is submitted.")
+    wait = wait or stream
     form = Form(
         settings=dict(map(setting, given)) | ({"model": model} if model else {}),
-        options={"priority": priority, "deadline": deadline},
+        options={
+            "priority": priority,
+            "deadline": deadline,
+            "stream_events": stream or None,
+        },
         metadata=metadata,
         key=idempotency_key,
     )
@@ -103,9 +112,13 @@ def submit(
     if wait:
         with api.client(LASTING_S) as client:
             if file is None and ledger.accepted:
-                job = client.wait(ledger.accepted[0].id)
+                job_id = ledger.accepted[0].id
+                if stream:
+                    job = show_as_it_comes(client, job_id, as_json)
+                else:
+                    job = client.wait(job_id)
+                    show(job, as_json)
                 all_answered = job.state is JobState.COMPLETED
-                show(job, as_json)
             else:
                 all_answered = show_as_they_end(client, ledger.accepted, as_json)
     sys.exit(FAILED if ledger.num_refused else 0 if all_answered else JOB_FAILED)

@@ -55,9 +55,11 @@ def tell(line: str) -> None:
     err.print(line, soft_wrap=True)
 
 
-def say(text: str) -> None:
-    """Print what a model said: as it is into a file or pipe, harmless to a terminal."""
-    click.echo(printable(text) if out.is_terminal else text, color=True)  # True: left as it is
+def say(text: str, *, goes_on: bool = False) -> None:
+    """Print what a model said: as it is into a file or pipe, harmless to a terminal. `goes_on`:
+    more of the same line follows."""
+    shown = printable(text) if out.is_terminal else text
+    click.echo(shown, color=True, nl=not goes_on)  # True: left as it is
 
 
 def print_row(*cells: object) -> None:

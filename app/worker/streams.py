@@ -83,6 +83,7 @@ class _Begin:
 @dataclass(frozen=True, slots=True)
 class _Leave:
     job_id: UUID
+    attempt: int
 
 
 class TokenStreams:
@@ -99,7 +100,7 @@ class TokenStreams:
         self._streams: dict[UUID, _Stream] = {}
         self._owners: dict[int, tuple[_Stream, int]] = {}  #: by sequence id
         self._ends: list[WorkerEnd] = []  #: one for each engine process
-        self._left: list[UUID] = []  #: jobs of which nothing more comes
+        self._left: list[_Leave] = []  #: of which nothing more comes
         self._fresh: dict[UUID, _Stream] = {}  #: there is something to write of
         self._writing: list[Written] = []  #: a write that may have failed
         self._held = 0  #: tokens in `new` of all streams
@@ -122,6 +123,8 @@ class TokenStreams:
             self._thread.join()
             os.close(self._wake_in)
             os.close(self._wake_out)
+            for end in self._ends:
+                end.close()
 
     def hear(self, sock: socket.socket) -> None:
         """Over this an engine process will tell of tokens."""
@@ -143,9 +146,9 @@ class TokenStreams:
             self._post(_Begin(job.id))
 
     def leave(self, job: Job) -> None:
-        """It has ended, or is not run here any more."""
+        """Its attempt has ended, or is not run here any more."""
         if job.stream_events:
-            self._post(_Leave(job.id))
+            self._post(_Leave(job.id, job.claimed_run.number))
 
     def _post(self, command: _Enter | _Begin | _Leave | WorkerEnd) -> None:
         if self._thread.is_alive():
@@ -182,8 +185,8 @@ class TokenStreams:
         self._read()
         if time.monotonic() >= self._retry_at:
             self._write()
-        for job_id in left:  # and all that the engine told of them is read
-            self._forget(job_id)
+        for leave in left:  # and all that the engine told of them is read
+            self._forget(leave)
 
     def _take_commands(self) -> None:
         while self._commands:
@@ -192,8 +195,8 @@ class TokenStreams:
                     self._enter(enter)
                 case _Begin(job_id):
                     self._begin(self._streams.get(job_id))
-                case _Leave(job_id):
-                    self._left.append(job_id)
+                case _Leave() as leave:
+                    self._left.append(leave)
                 case WorkerEnd() as end:
                     self._ends.append(end)
 
@@ -299,11 +302,12 @@ class TokenStreams:
             if not stream.is_broken:
                 yield Whole()
 
-    def _forget(self, job_id: UUID) -> None:
+    def _forget(self, leave: _Leave) -> None:
         """What is not written yet still will be."""
-        if (stream := self._streams.get(job_id)) is not None:
+        stream = self._streams.get(leave.job_id)
+        if stream is not None and stream.next.attempt == leave.attempt:
             self._disown(stream)
-            del self._streams[job_id]
+            del self._streams[leave.job_id]
 
     def _disown(self, stream: _Stream) -> None:
         for sequence_id in stream.open:

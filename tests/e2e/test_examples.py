@@ -263,6 +263,14 @@ def test_the_client_hands_out_answers_as_jobs_end(terminal: Terminal) -> None:
     ]
 
 
+def test_the_client_and_the_command_show_an_answer_as_it_comes(terminal: Terminal) -> None:
+    assert terminal.run("client events") == "A grist mill is"
+
+    answer, *record = terminal.run("stream").splitlines()
+    assert "Name three uses of a grist mill." in answer
+    assert "state\tcompleted" in record
+
+
 def test_the_client_runs_many_and_hands_out_each_as_it_ends(terminal: Terminal) -> None:
     assert sorted(terminal.run("client run").splitlines()) == [
         "0 0 mills",
@@ -390,7 +398,7 @@ def test_a_job_is_followed_token_by_token(terminal: Terminal) -> None:
     end = events[-1]
     assert end.event == "end" and end.data["complete"]
     assert text_of(events) == end.data["job"]["response"]["choices"][0]["text"] != ""
-    assert sum(each.event == "tokens" for each in events) > 1
+    assert sum(each.data["tokens"] for each in events if each.event == "tokens") > 1
 
 
 def test_a_job_is_explained_by_the_command_and_by_the_call(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import pytest
 import redis
 
 from app.config.settings import Settings
+from app.local.ports import free_port
+from gristmill_client import Client, JobEvent
 from tests.apis import running_api
 from tests.own_redis import running_redis
-from tests.rescues import running_rescue
+from tests.rescues import running_api_process, running_rescue
 from tests.waiting import eventually
 from tests.workers import results, rows, running_worker
 
@@ -134,3 +137,55 @@ def test_a_redis_that_restarts_empty_neither_ends_the_worker_nor_loses_a_job(
 
     assert {row["state"] for row in found.values()} == {"completed"}
     assert len(rows(settings, "SELECT id FROM workers")) == 1
+
+
+def test_a_stream_goes_on_through_a_killed_api_and_a_killed_worker(
+    make_settings: Callable[..., Settings], settings: Settings, tmp_path: Path
+) -> None:
+    stub = settings.models["stub"].model_copy(
+        update={"options": {"step_ms": 30, "joins": True}, "default_max_tokens": 400}
+    )
+    settings = settings.model_copy(
+        update={
+            "models": {"stub": stub},
+            "api": settings.api.model_copy(update={"port": free_port()}),
+        }
+    )
+    text, had = "the mill by the water " * 12, list[JobEvent]()
+    url = f"http://127.0.0.1:{settings.api.port}"
+
+    def listen(job_id: str) -> None:
+        with Client(url) as gristmill:
+            for each in gristmill.stream(job_id):
+                had.append(each)
+
+    def has_more(than: int) -> Callable[[], bool]:
+        return lambda: len(had) > than + 10
+
+    with (
+        running_rescue(settings, tmp_path / "rescue"),
+        Client(url) as gristmill,
+        running_worker(settings, tmp_path / "first") as worker,
+    ):
+        with running_api_process(settings, tmp_path / "api"):
+            job_id = gristmill.submit({"prompt": text}, stream_events=True)
+            listener = threading.Thread(target=listen, args=(job_id,))
+            listener.start()
+            eventually(has_more(0), 60)
+        # the API is killed, and then, while its next one tells, the worker
+        with running_api_process(settings, tmp_path / "api"):
+            eventually(has_more(len(had)), 60)
+            assert "restarted" not in {each.event for each in had}
+            worker.kill()
+            with running_worker(settings, tmp_path / "second"):
+                listener.join(60)
+
+    told = [each for each in had if each.event in ("started", "tokens", "restarted")]
+    again = next(at for at, each in enumerate(told) if each.event == "restarted")
+    assert [each.id for each in told[:again]] == [f"1-{n}" for n in range(again)]
+    assert [each.id for each in told[again:]] == [f"2-{n}" for n in range(len(told) - again)]
+    assert had[-1].data["complete"] and had[-1].job is not None
+    assert "".join(each.text for each in told[again:]) == text
+    assert had[-1].job.response is not None
+    assert had[-1].job.response["choices"][0]["text"] == text
+    assert len(rows(settings, "SELECT job_id FROM results")) == 1

@@ -11,6 +11,7 @@ import pytest
 
 from app.config.settings import Settings
 from app.local.servers import EmbeddedRedis
+from gristmill_client import Client
 from tests.apis import running_api
 from tests.rescues import running_rescue
 from tests.sse import Sse, following, text_of
@@ -189,3 +190,14 @@ def test_what_is_no_events_id_is_refused(api: httpx.Client, last: str) -> None:
     refused = api.get(url, headers={"Last-Event-ID": last.encode()})
     assert refused.status_code == 400
     assert refused.json()["param"] == "Last-Event-ID"
+
+
+def test_the_client_streams_what_it_submits(api: httpx.Client, worker: Worker) -> None:
+    with Client(str(api.base_url)) as gristmill:
+        job_id = gristmill.submit({"prompt": PROMPT}, stream_events=True)
+        events = list(gristmill.stream(job_id))
+        rest = list(gristmill.stream(job_id, after="1-3"))
+
+    assert "".join(each.text for each in events) == PROMPT
+    assert "".join(each.text for each in rest) == PROMPT[3:]
+    assert events[-1].job is not None and events[-1].job.id == job_id

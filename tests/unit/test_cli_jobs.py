@@ -54,6 +54,23 @@ def test_a_text_is_submitted_as_a_chat_with_its_settings(gristmill: Gristmill, a
     assert api.submitted[0]["body"] == {"messages": [message], "max_tokens": 8, "stop": "."}
 
 
+def test_an_answer_is_shown_as_it_comes_and_once(gristmill: Gristmill, api: FakeApi):
+    code, out, err = gristmill("submit", "--as", "prompt", "hello", "--stream")
+
+    assert api.submitted[0]["stream_events"] is True
+    lines = out.splitlines()
+    assert (code, lines[:3]) == (0, ["void", "hello!", "id\tjob-1"])
+    assert "begun anew" in err
+
+    api.tells_all = False  # something of the stream was lost
+    code, out, _ = gristmill("submit", "--as", "prompt", "again", "--stream")
+    assert (code, out.splitlines()[:4]) == (0, ["void", "again!", "again!", "id\tjob-2"])
+
+    code, out, _ = gristmill("submit", "--as", "prompt", "third", "--stream", "--json")
+    assert [told["event"] for told in objects(out)][-3:] == ["tokens", "tokens", "end"]
+    assert gristmill("submit", "hello", "--dry-run", "--stream")[0] == 2
+
+
 def test_a_dry_run_tells_when_and_for_how_much_and_submits_nothing(
     gristmill: Gristmill, api: FakeApi, prompts
 ):

@@ -41,7 +41,7 @@ class Outlet:
                 self._end.send(Streamed(fresh, tuple(ended), tuple(self._lost)))
                 self._lost.clear()
         except OSError:
-            self._end = None
+            self.close()
 
     def rest(self) -> None:
         """There is nothing to do for now: whoever reads slowly gets what is left."""
@@ -51,4 +51,10 @@ class Outlet:
             select.select([], [self._end], [], LAST_WORD_S)
             self._end.flush()
         except OSError:
+            self.close()
+
+    def close(self) -> None:
+        """Tell no more."""
+        if self._end is not None:
+            self._end.close()
             self._end = None

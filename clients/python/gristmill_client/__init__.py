@@ -16,6 +16,7 @@ the answer.
 
 from gristmill_client.asynchronous import AsyncClient
 from gristmill_client.errors import GristmillError
+from gristmill_client.events import JobEvent
 from gristmill_client.job import Cancelled, Job, JobFailed
 from gristmill_client.options import Chosen, Filters, Options, Submission
 from gristmill_client.state import JobState
@@ -29,6 +30,7 @@ __all__ = [
     "Filters",
     "GristmillError",
     "Job",
+    "JobEvent",
     "JobFailed",
     "JobState",
     "Options",

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import aclosing
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
 import httpx
 
 from gristmill_client.errors import GristmillError
+from gristmill_client.events import JobEvent, Open, Read
 from gristmill_client.exchange import CONNECTIONS, Exchange, ExchangeOptions, Flow, Outcome
 from gristmill_client.flows import Flows, Given, Stream
 from gristmill_client.job import Cancelled, Job
@@ -97,6 +99,34 @@ class AsyncClient:
         Without one it raises `Unavailable` if the API is away for longer than `patience_s`.
         """
         return await self._run(self._flows.wait(job_id, timeout_s))
+
+    async def stream(self, job_id: str, after: str | None = None) -> AsyncIterator[JobEvent]:
+        """What happens to a job, as it happens: where it waits, when it begins, its tokens (of one
+        that was submitted with `stream_events`), and at the `end` the job itself.
+
+        A connection that breaks off is opened anew where it was, for `patience_s`, which any event
+        renews; `after` is the `id` of the last event that was had before. `restarted` says that
+        the tokens of before are void. Raises `JobNotFound`, and `Unavailable` as `wait` does.
+        """
+        opened = _Opened(self._http)
+        outcome: httpx.Response | bytes | httpx.RequestError | None = None
+        listening = self._flows.stream(job_id, after)
+        async with aclosing(opened):
+            while True:
+                try:
+                    step = listening.send(outcome)
+                except StopIteration:
+                    return
+                outcome = None
+                match step:
+                    case JobEvent():
+                        yield step
+                    case Open(request):
+                        outcome = await opened.open(request)
+                    case Read():
+                        outcome = await opened.read()
+                    case _:
+                        await asyncio.sleep(step)
 
     def as_completed(
         self, job_ids: Iterable[str | None], timeout_s: float | None = None
@@ -218,3 +248,34 @@ class AsyncClient:
             return await self._http.send(step)
         except httpx.RequestError as error:
             return error
+
+
+class _Opened:
+    """A response whose body is read piece by piece."""
+
+    def __init__(self, http: httpx.AsyncClient) -> None:
+        self._http = http
+        self._response: httpx.Response | None = None
+        self._pieces: AsyncIterator[bytes] | None = None
+
+    async def open(self, request: httpx.Request) -> httpx.Response | httpx.RequestError:
+        await self.aclose()
+        try:
+            self._response = await self._http.send(request, stream=True)
+            if not self._response.is_success:
+                await self._response.aread()
+        except httpx.RequestError as error:
+            return error
+        self._pieces = self._response.aiter_bytes()
+        return self._response
+
+    async def read(self) -> bytes | httpx.RequestError:
+        assert self._pieces is not None
+        try:
+            return await anext(self._pieces, b"")
+        except httpx.RequestError as error:
+            return error
+
+    async def aclose(self) -> None:
+        if self._response is not None:
+            await self._response.aclose()

@@ -135,31 +135,49 @@ class Exchange:
         of, or `Unavailable` if it is away for longer than `patience`.
         """
         patience = patience or Patience(self.patience_s)
-        headers = self._headers | ({"Content-Type": "application/json"} if body else {})
-        timeout = httpx.Timeout(self._timeout_s, read=self._timeout_s + hold_s)
+        headers = {"Content-Type": "application/json"} if body else {}
         for tries in itertools.count(1):
-            outcome = yield httpx.Request(
-                method,
-                self._base_url + path,
-                params=params,
-                content=body,
-                headers=headers,
-                extensions={"timeout": timeout.as_dict()},
+            outcome = yield self.request(
+                method, path, body, params=params, hold_s=hold_s, headers=headers
             )
             if isinstance(outcome, httpx.Response) and outcome.is_success:
                 patience.renew()
                 return self._object(outcome) if outcome.content else {}
-            failure = self._failure(outcome)
-            if not _may_pass(outcome):
-                patience.renew()
-                raise failure
-            pause_s = _pause_s(outcome, tries)
-            if not patience.allows(pause_s):
-                raise failure
-            if self._on_pause:
-                self._on_pause(failure, pause_s)
-            yield pause_s
+            yield self.pause_s(outcome, tries, patience)
         raise AssertionError("unreachable")
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        *,
+        params: Mapping[str, Any] | None = None,
+        hold_s: float = 0,
+        headers: Mapping[str, str],
+    ) -> httpx.Request:
+        timeout = httpx.Timeout(self._timeout_s, read=self._timeout_s + hold_s)
+        return httpx.Request(
+            method,
+            self._base_url + path,
+            params=params,
+            content=body,
+            headers={**self._headers, **headers},
+            extensions={"timeout": timeout.as_dict()},
+        )
+
+    def pause_s(self, outcome: Outcome, tries: int, patience: Patience) -> float:
+        """How long to wait before the next try; raises what went wrong if there is none."""
+        failure = self._failure(outcome)
+        if not _may_pass(outcome):
+            patience.renew()
+            raise failure
+        pause_s = _pause_s(outcome, tries)
+        if not patience.allows(pause_s):
+            raise failure
+        if self._on_pause:
+            self._on_pause(failure, pause_s)
+        return pause_s
 
     def _object(self, response: httpx.Response) -> dict[str, Any]:
         try:

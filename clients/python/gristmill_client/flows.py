@@ -16,6 +16,7 @@ from gristmill_client.errors import (
     RequestTooLarge,
     ResponseRemoved,
 )
+from gristmill_client.events import Listening, listen
 from gristmill_client.exchange import COME_BACK, Exchange, Flow, Outcome, Patience, encode
 from gristmill_client.items import items_of
 from gristmill_client.job import Cancelled, Job, JobFailed
@@ -263,6 +264,9 @@ class Flows:
     def usage(self, asked: Usage) -> Flow[dict[str, Any]]:
         query = {"by": ""} | query_of(asked)
         return (yield from self._api.ask("GET", "/v1/usage", params=query, hold_s=USAGE_S))
+
+    def stream(self, job_id: str, after: str | None) -> Listening:
+        return listen(self._api, f"{_path(job_id)}/events", after)
 
     # ── act ─────────────────────────────────────────────────────────────────────────────────────
 

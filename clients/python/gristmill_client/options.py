@@ -14,6 +14,7 @@ class Options(TypedDict, total=False):
     priority: int  #: 0, served first, to 9
     not_before: datetime
     deadline: datetime
+    stream_events: bool  #: its tokens can be followed as they come, by `stream`
     metadata: dict[str, str]
     idempotency_key: str  #: the same key and body once more are the same job
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import ssl
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
 import httpx
 
 from gristmill_client.errors import GristmillError
+from gristmill_client.events import JobEvent, Open, Read
 from gristmill_client.exchange import CONNECTIONS, Exchange, ExchangeOptions, Flow, Outcome
 from gristmill_client.flows import Flows, Given, Stream
 from gristmill_client.job import Cancelled, Job
@@ -98,6 +100,34 @@ class Client:
         Without one it raises `Unavailable` if the API is away for longer than `patience_s`.
         """
         return self._run(self._flows.wait(job_id, timeout_s))
+
+    def stream(self, job_id: str, after: str | None = None) -> Iterator[JobEvent]:
+        """What happens to a job, as it happens: where it waits, when it begins, its tokens (of one
+        that was submitted with `stream_events`), and at the `end` the job itself.
+
+        A connection that breaks off is opened anew where it was, for `patience_s`, which any event
+        renews; `after` is the `id` of the last event that was had before. `restarted` says that
+        the tokens of before are void. Raises `JobNotFound`, and `Unavailable` as `wait` does.
+        """
+        opened = _Opened(self._http)
+        outcome: httpx.Response | bytes | httpx.RequestError | None = None
+        listening = self._flows.stream(job_id, after)
+        with closing(opened):
+            while True:
+                try:
+                    step = listening.send(outcome)
+                except StopIteration:
+                    return
+                outcome = None
+                match step:
+                    case JobEvent():
+                        yield step
+                    case Open(request):
+                        outcome = opened.open(request)
+                    case Read():
+                        outcome = opened.read()
+                    case _:
+                        time.sleep(step)
 
     def as_completed(
         self, job_ids: Iterable[str | None], timeout_s: float | None = None
@@ -217,3 +247,33 @@ class Client:
             return self._http.send(step)
         except httpx.RequestError as error:
             return error
+
+
+class _Opened:
+    """A response whose body is read piece by piece."""
+
+    def __init__(self, http: httpx.Client) -> None:
+        self._http = http
+        self._response: httpx.Response | None = None
+        self._pieces: Iterator[bytes] = iter(())
+
+    def open(self, request: httpx.Request) -> httpx.Response | httpx.RequestError:
+        self.close()
+        try:
+            self._response = self._http.send(request, stream=True)
+            if not self._response.is_success:
+                self._response.read()
+        except httpx.RequestError as error:
+            return error
+        self._pieces = self._response.iter_bytes()
+        return self._response
+
+    def read(self) -> bytes | httpx.RequestError:
+        try:
+            return next(self._pieces, b"")
+        except httpx.RequestError as error:
+            return error
+
+    def close(self) -> None:
+        if self._response is not None:
+            self._response.close()
