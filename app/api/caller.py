@@ -12,6 +12,7 @@ from typing import Annotated, Final
 from fastapi import Depends, Request
 from starlette.exceptions import HTTPException
 
+from app.api import rates
 from app.keys import Scope
 from app.store.tables import DEFAULT_TENANT
 
@@ -47,7 +48,10 @@ async def _caller(request: Request) -> Caller:
 
 
 async def _who(request: Request, caller: Annotated[Caller, Depends(_caller)]) -> Caller:
-    caller.need(Scope.READ if request.method in ("GET", "HEAD") else Scope.SUBMIT)
+    is_read = request.method in ("GET", "HEAD")
+    caller.need(Scope.READ if is_read else Scope.SUBMIT)
+    if not is_read:
+        await rates.count(request, caller.tenant)
     return caller
 
 

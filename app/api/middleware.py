@@ -13,7 +13,7 @@ from fastapi import Request
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.api import problems
+from app.api import problems, rates
 from app.api.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -52,6 +52,7 @@ class RequestScope:
                 status = message["status"]
                 name = request.state.request_id.encode()
                 message["headers"] += [(b"x-request-id", name), (b"request-id", name)]
+                message["headers"] += rates.headers_of(request)
             await send(message)
 
         try:

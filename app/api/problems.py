@@ -147,7 +147,7 @@ def _on_gristmill_error(request: Request, error: Exception) -> Response:
         headers |= DO_NOT_RETRY
     elif isinstance(error, errors.QueueFull | errors.Busy):
         headers["Retry-After"] = str(min(max(error.retry_after, 1), MAX_RETRY_AFTER_S))
-    if isinstance(error, errors.Busy | errors.RequestTooLarge):
+    if isinstance(error, errors.Busy | errors.RequestTooLarge | errors.RateLimited):
         headers["Connection"] = "close"  # there may be more of its body under way
     elif isinstance(error, _TRIED):
         headers |= DO_NOT_RETRY

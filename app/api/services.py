@@ -26,6 +26,7 @@ from app.api.waiting import Waiters
 from app.api.work import LARGE_AT_ONCE, Work
 from app.api.writer import Writer
 from app.broker.publisher import Publisher
+from app.broker.rates import Rates
 from app.config.host import is_loopback
 from app.config.settings import Settings
 from app.errors import Busy, Unavailable
@@ -68,6 +69,7 @@ class Services:
     listeners: Listeners = field(init=False)
     metrics: Metrics
     objects: Objects  #: files of callers
+    rates: Rates = field(init=False)
     uploads: Uploads = field(init=False)
     room: Room = field(init=False)  #: for bodies, arriving and worked on
     work: Work = field(init=False)  #: on what has arrived
@@ -89,6 +91,7 @@ class Services:
         room = Room(api.max_held_bytes, max(api.max_body_bytes, api.max_bulk_bytes))
         object.__setattr__(self, "room", room)
         object.__setattr__(self, "work", Work())
+        object.__setattr__(self, "rates", Rates(self.settings))
         object.__setattr__(self, "uploads", Uploads(self.settings.files.max_uploads))
         listeners = Listeners(self.publisher.streams(), api.max_streams)
         object.__setattr__(self, "listeners", listeners)
@@ -242,6 +245,7 @@ class Services:
         self.work.close()
         self.listeners.close()
         self.publisher.close()
+        self.rates.close()
         self.database.close()
 
 

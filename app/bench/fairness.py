@@ -147,19 +147,20 @@ def main(arguments: Seq[str]) -> None:
             _make_noise(mill, number, options.jobs)
             waited.append(_measure(mill, number, options.lone))
             print(f"{number} noisy: {waited[-1].waits}", flush=True)
-    with OwnSystem(_SETTINGS, models) as system, _mill(system) as mill:
-        shares = _shares(mill, options.seconds, options.batch_ms)
+    shares = _shares(models, options.seconds, options.batch_ms) if options.seconds else {}
     print(f"\n{machine()}\n")
     _print_waited(waited)
     print()
     due = {tenant: weight / sum(WEIGHTS.values()) for tenant, weight in WEIGHTS.items()}
     print_table(
         ["tenant", "share due", "share of device time"],
-        [[tenant, f"{due[tenant]:.3f}", f"{shares[tenant]:.3f}"] for tenant in WEIGHTS],
+        [[tenant, f"{due[tenant]:.3f}", f"{share:.3f}"] for tenant, share in shares.items()],
     )
     ratios = {
         "wait_over_bound": {str(each.tenants): round(each.over_bound, 3) for each in waited},
-        "share_over_due": {tenant: round(shares[tenant] / due[tenant], 3) for tenant in WEIGHTS},
+        "share_over_due": {
+            tenant: round(share / due[tenant], 3) for tenant, share in shares.items()
+        },
     }
     print()
     print_json("fairness", ratios, jobs=options.jobs, batch_ms=options.batch_ms)
@@ -171,7 +172,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tenants", type=int, nargs="+", default=[1, 10, 100], help="noisy ones")
     parser.add_argument("--lone", type=int, default=5, help="lone jobs beside each")
     parser.add_argument("--batch-ms", type=float, default=200.0, help="of the stub engine")
-    parser.add_argument("--seconds", type=float, default=30.0, help="to compare weights in")
+    parser.add_argument(
+        "--seconds", type=float, default=30.0, help="to compare weights in; 0: not at all"
+    )
     return parser
 
 
@@ -212,8 +215,13 @@ def _measure(mill: Mill, tenants: int, number: int) -> Waited:
     return Waited(tenants, queued, waits, mill.batch_ms())
 
 
-def _shares(mill: Mill, seconds: float, batch_ms: float) -> dict[str, float]:
+def _shares(models: str, seconds: float, batch_ms: float) -> dict[str, float]:
     """What part of their device time each of the weighed tenants has had."""
+    with OwnSystem(_SETTINGS, models) as system, _mill(system) as mill:
+        return _shared(mill, seconds, batch_ms)
+
+
+def _shared(mill: Mill, seconds: float, batch_ms: float) -> dict[str, float]:
     for tenant, weight in WEIGHTS.items():
         mill.rows.execute(
             "INSERT INTO tenants (name, weight) VALUES (%s, %s)"

@@ -13,6 +13,7 @@ The lists here are those of the default `broker.priority_steps` and `broker.sep`
     <queue>                            list: waiting messages of priority 0 to 2; LPUSH, BRPOP, RPOP
     <queue>\\x06\\x163  \\x06\\x166  \\x06\\x169   lists: priorities 3 to 5, 6 to 8, and 9
     <queue>\\x06\\x16bell, <list>\\x06\\x16tags …, gristmill.weights   turns of tenants, see `lanes`
+    gristmill.rates/…                  calls of tenants with a limit a minute: see `rates`
     unacked                            hash: delivery tag → [message, exchange, routing key] as JSON
     unacked_index                      sorted set: delivery tag by the second it was taken
     unacked_mutex                      lock of the worker that puts overdue messages back

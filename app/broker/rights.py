@@ -44,6 +44,7 @@ _SEND: Final = (
     *("lrange", "evalsha", "script|load"),  # rescue looks for lost messages
     *("eval", "zscore", "zcard", "zrange", "zadd", "zrem", "hget", "hset", "del"),  # and of tenants
     *("multi", "exec"),
+    *("get", "set", "pttl", "rename", "exists", "incrby"),  # calls of tenants are counted
     *("xread", "xrange", "xadd", "pexpire"),  # the API reads streams of jobs
 )
 _LOOK: Final = ("info", "scan", "lindex")
@@ -118,6 +119,9 @@ def _samples(settings: Settings, role: Role) -> Iterator[tuple[str, ...]]:
     stream = streams.key_of(UUID(int=0), prefix)
     yield from (("XADD", stream, "1-0", "e", ""), ("XRANGE", stream, "-", "+"))
     yield from (("XREAD", "STREAMS", stream, "0"), ("PEXPIRE", stream, "1"))
+    rate = f"{prefix}gristmill.rates/x"
+    yield from (("PTTL", rate), ("RENAME", rate, rate), ("INCRBY", rate, "1"), ("EXISTS", rate))
+    yield from (("GET", rate), ("SET", rate, ""))
     for channel in _channels(settings, role):
         yield "PUBLISH", channel, ""
         yield "PSUBSCRIBE", channel

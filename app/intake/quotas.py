@@ -42,13 +42,17 @@ class Tenants:
         self._lock = threading.Lock()
         self._known: dict[str, tuple[float, Quotas]] = {}
 
-    def of(self, tenant: str) -> Quotas:
-        """Raises `Unavailable` where nothing is known of them yet."""
-        now_s = time.monotonic()
+    def known(self, tenant: str) -> Quotas | None:
+        """As they were read a moment ago; None if they were not."""
         with self._lock:
             read_s, known = self._known.get(tenant, (-math.inf, store.NO_QUOTAS))
-        if now_s < read_s + FRESH_S:
+        return known if time.monotonic() < read_s + FRESH_S else None
+
+    def of(self, tenant: str) -> Quotas:
+        """As of a moment ago. Raises `Unavailable`."""
+        if (known := self.known(tenant)) is not None:
             return known
+        now_s = time.monotonic()
         with self._database.begin() as connection:
             known = store.find(connection, tenant)
         with self._lock:

@@ -15,6 +15,7 @@ import pytest
 from app import cli
 from app.config.settings import Settings
 from app.intake import quotas as intake
+from app.local.ports import free_port
 from app.store import quotas as store
 from app.store.database import Database
 from app.store.quotas import Quotas
@@ -235,3 +236,47 @@ def test_a_limit_that_is_none_is_refused(gristmill: Gristmill, wrong: tuple[str,
 
     assert code == 2
     assert "Traceback" not in told
+
+
+def test_calls_a_minute_are_counted_told_and_refused(
+    mill: httpx.Client, database: Database, settings: Settings
+) -> None:
+    limit(database, max_requests_per_minute=3)
+
+    left = [submit(mill).headers["ratelimit"] for _ in range(3)]
+    refused = submit(mill)
+
+    assert [each.partition(";t=")[0] for each in left] == [f'"requests";r={n}' for n in (2, 1, 0)]
+    assert refused.status_code == 429
+    assert refused.json()["code"] == "rate_limit_exceeded"
+    assert refused.json()["violated-policies"] == ["max_requests_per_minute"]
+    assert refused.headers["ratelimit-policy"] == '"requests";q=3;w=60'
+    assert 1 <= int(refused.headers["retry-after"]) <= 60
+    reading = mill.get("/v1/jobs")
+    assert (reading.status_code, "ratelimit" in reading.headers) == (200, False)
+    theirs = {"x-api-key": made_key(settings.database.url, "bakery").text}
+    assert mill.post("/v1/jobs", json=BODY, headers=theirs).status_code == 202
+
+
+def test_a_rate_holds_across_processes(
+    mill: httpx.Client, database: Database, settings: Settings
+) -> None:
+    limit(database, max_requests_per_minute=4)
+    with running_api(settings) as other:
+        other.headers["x-api-key"] = mill.headers["x-api-key"]
+
+        answers = [submit(client).status_code for client in (mill, other) * 3]
+
+    assert answers == [202] * 4 + [429] * 2
+
+
+def test_while_redis_is_away_no_call_is_refused_for_its_rate(
+    make_settings: Callable[..., Settings], database: Database, database_url: str
+) -> None:
+    limit(database, max_requests_per_minute=1)
+    nowhere = {"url": f"redis://127.0.0.1:{free_port()}/0", "publish_timeout_s": 0.5}
+    settings = make_settings(database={"url": database_url}, broker=nowhere)
+    with running_api(settings) as client:
+        client.headers["x-api-key"] = made_key(database_url, "mill").text
+
+        assert [submit(client).status_code for _ in range(3)] == [202] * 3
