@@ -31,6 +31,7 @@ class NewBatch:
     fingerprint: str
     metadata: dict[str, str]
     idempotency_key: str | None = None
+    webhook_url: str | None = None  #: who is told of its end
     total: int | None = None  #: lines that are known to be right: they are not read through first
 
 
@@ -91,12 +92,13 @@ def view_of(row: Row[Any]) -> BatchView:
 _CREATE: Final = text("""
     INSERT INTO job_batches (
         id, tenant, door, url, input_name, input_file_id, input_bytes, metadata, idempotency_key,
-        fingerprint, created_at, expires_at, output_expires_s, state, in_progress_at, total
+        fingerprint, created_at, expires_at, output_expires_s, webhook_url, state, in_progress_at,
+        total
     )
     SELECT
         id, tenant, door, url, input_name, input_file_id, input_bytes, metadata, idempotency_key,
         fingerprint, at, at + CAST(item ->> 'window_s' AS double precision) * interval '1 s',
-        output_expires_s,
+        output_expires_s, webhook_url,
         CASE WHEN total IS NULL THEN 'validating' ELSE 'in_progress' END,
         CASE WHEN total IS NULL THEN NULL ELSE at END,
         coalesce(total, 0)

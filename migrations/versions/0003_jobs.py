@@ -359,11 +359,31 @@ BEGIN
 END
 $$
 """
+# The same of batches that callers submitted, whoever moves them to their last state.
+NOTE_BATCH_ENDS = """
+CREATE FUNCTION note_batch_ends() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM announce_ends(
+        array_agg(written.id), array_agg(written.tenant), array_agg('batch.' || written.state),
+        array_agg(
+            CASE written.door WHEN 'anthropic' THEN 'msgbatch_' ELSE 'batch_' END
+            || replace(CAST(written.id AS text), '-', '')
+        ),
+        array_agg(written.webhook_url)
+    )
+    FROM written JOIN before ON before.id = written.id
+    WHERE written.ended_at IS NOT NULL AND before.ended_at IS NULL
+    HAVING count(*) > 0;
+    RETURN NULL;
+END
+$$
+"""
 TRIGGERS = (
     ("note_windows", "INSERT", "windows", "NEW TABLE AS written"),
     ("note_usage", "INSERT", "results", "NEW TABLE AS written"),
     ("note_ends", "INSERT", "results", "NEW TABLE AS written"),
     ("note_batches", "UPDATE", "batches", "OLD TABLE AS before NEW TABLE AS written"),
+    ("note_batch_ends", "UPDATE", "job_batches", "OLD TABLE AS before NEW TABLE AS written"),
 )
 
 
@@ -578,6 +598,7 @@ def create_job_batches() -> None:
             nullable=False,
             comment="How long its files are kept from when they are made, in seconds.",
         ),
+        Column("webhook_url", Text, comment="Who is told of its end; null if it names nobody."),
         Column("state", Text, nullable=False, comment="See app.batches."),
         Column("in_progress_at", Stamp, comment="Its lines were found right."),
         Column("cancelling_at", Stamp, comment="Cancelled by the caller."),
@@ -2127,7 +2148,14 @@ def upgrade() -> None:
     )
     for name in ROLL_UPS:
         create_roll_up(name)
-    for function in (NOTE_USAGE, NOTE_BATCHES, NOTE_WINDOWS, ANNOUNCE_ENDS, NOTE_ENDS):
+    for function in (
+        NOTE_USAGE,
+        NOTE_BATCHES,
+        NOTE_WINDOWS,
+        ANNOUNCE_ENDS,
+        NOTE_ENDS,
+        NOTE_BATCH_ENDS,
+    ):
         op.execute(function)
     for function, event, table, named in TRIGGERS:
         op.execute(

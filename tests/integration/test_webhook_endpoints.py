@@ -181,6 +181,27 @@ def test_an_endpoint_is_told_of_what_it_asks_for_and_of_nothing_else(
     client.webhooks.unwrap(hook.body, hook.headers, secret=endpoint.signing_secret)
 
 
+def test_a_batch_is_told_of_by_its_own_url_and_to_endpoints(
+    api: httpx.Client, client: openai.OpenAI, settings: Settings
+) -> None:
+    asked: Any = {"input_file_id": "file-none", "endpoint": "/v1/completions"}
+    with receiving() as receiver, receiving() as own:
+        client.webhooks.create(name="b", url=receiver.url(), event_types=["batch.failed"])
+        batch = client.batches.create(
+            **asked, completion_window="24h", extra_body={"webhook_url": own.url()}
+        )
+        with psycopg.connect(settings.database.url, autocommit=True) as connection:
+            for assignment in ("total = total", "state = 'failed', ended_at = now()", "fed = fed"):
+                connection.execute(f"UPDATE job_batches SET {assignment}")
+        came(receiver)
+        came(own)
+
+    for [hook] in (receiver.hooks, own.hooks):
+        assert (hook.event["type"], hook.event["data"]) == ("batch.failed", {"id": batch.id})
+    refused = api.post("/v1/batches", json=asked | {"webhook_url": "https://10.0.0.1/"})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "webhook_url")
+
+
 def test_a_test_says_what_the_endpoint_answered(client: openai.OpenAI) -> None:
     with receiving(lambda _: (418, {})) as receiver:
         endpoint = made(client, receiver.url())

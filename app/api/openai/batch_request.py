@@ -14,6 +14,7 @@ from app.errors import InvalidType, InvalidValue, MissingParameter, RequestError
 from app.requests.bodies import Url
 from app.requests.part import printable
 from app.requests.storable import parse_metadata, refuse_unstorable
+from app.webhooks.urls import HookUrl, parse_url
 
 ENDPOINTS: Final = tuple(Url)
 
@@ -42,6 +43,7 @@ class BatchRequest:
     metadata: dict[str, str]
     output_expires_s: int | None
     idempotency_key: str | None
+    webhook_url: HookUrl | None = None
 
     def fingerprint(self, lines: str) -> str:
         """Hex SHA-256 of what is asked for, with that of the lines that came along."""
@@ -76,6 +78,7 @@ def parse(value: object, *, is_inline: bool, header: str | None) -> BatchRequest
         _metadata(value.get("metadata")),
         _expiry(value.get("output_expires_after")),
         _key(value.get("idempotency_key"), header),
+        parse_url(_text(value, "webhook_url")) if value.get("webhook_url") is not None else None,
     )
 
 

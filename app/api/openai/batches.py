@@ -47,6 +47,7 @@ from app.jobs import new_id
 from app.requests import json_text
 from app.store import files, job_batches
 from app.store.job_batches import BatchView, NewBatch
+from app.webhooks.addresses import Reach
 
 router = APIRouter(prefix="/v1/batches", tags=["batches"])
 
@@ -110,13 +111,20 @@ def _read(here: Services, raw: bytearray, header: str | None) -> _Asked:
         if isinstance(value, dict) and value.get("requests") is not None:
             sentence = f"'requests' must be an array of 1 to {most} objects."
             raise RequestError(sentence, param="requests")
-        return _Asked(batch_request.parse(value, is_inline=False, header=header), None)
+        return _Asked(_parsed(here, value, header, is_inline=False), None)
     items, place = inline
     if not items:
         raise RequestError(f"'requests' must be an array of 1 to {most} objects.", param="requests")
     rest = bytes(raw[: place.start]) + b"null" + bytes(raw[place.stop :])
     value = raw_bodies.parse_json(rest)
-    return _Asked(batch_request.parse(value, is_inline=True, header=header), items)
+    return _Asked(_parsed(here, value, header, is_inline=True), items)
+
+
+def _parsed(here: Services, value: object, header: str | None, *, is_inline: bool) -> BatchRequest:
+    asked = batch_request.parse(value, is_inline=is_inline, header=header)
+    if asked.webhook_url is not None:
+        Reach.of(here.settings.webhooks).check_url(asked.webhook_url)
+    return asked
 
 
 async def _create_inline(
@@ -227,6 +235,7 @@ def _create(
             fingerprint=asked.fingerprint(lines),
             metadata=asked.metadata,
             idempotency_key=asked.idempotency_key,
+            webhook_url=str(asked.webhook_url) if asked.webhook_url else None,
         )
         view, is_new = job_batches.create(connection, batch)
         if view.fingerprint != batch.fingerprint:

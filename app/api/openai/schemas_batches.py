@@ -34,6 +34,11 @@ class BatchBody(BaseModel):
         description="How long its files are kept.",
         examples=[{"anchor": "created_at", "seconds": 86400}],
     )
+    webhook_url: str | None = Field(
+        None,
+        description="Where to tell of the batch's end, by a signed POST.",
+        examples=["https://example.com/hooks/gristmill"],
+    )
     idempotency_key: str | None = Field(
         None,
         description="The same key and request once more are the same batch; the header "

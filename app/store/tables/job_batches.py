@@ -67,6 +67,7 @@ job_batches = Table(
         nullable=False,
         comment="How long its files are kept from when they are made, in seconds.",
     ),
+    Column("webhook_url", Text, comment="Who is told of its end; null if it names nobody."),
     # What changes comes last: what is logged of an update is from its first change to its last.
     Column("state", Text, nullable=False, comment="See app.batches."),
     Column("in_progress_at", Stamp, comment="Its lines were found right."),
