@@ -44,6 +44,8 @@ SHARES: Final = "tests/integration/test_broker_lanes.py"
 FETCHES: Final = "tests/integration/test_broker_fetching.py"
 SETTLING: Final = "tests/unit/test_settling.py"
 SAMPLING: Final = "app/engines/sampling/sampler.py"
+CREW: Final = "app/engines/inflight/crew.h"
+CREWS: Final = "tests/unit/test_inflight_crew.py"
 USAGE: Final = "tests/integration/test_store_usage.py"
 
 
@@ -907,6 +909,20 @@ MUTANTS: Final = (
         "worker_id = NULL, received_at = NULL,\n        enqueued_at",
         "worker_id = NULL,\n        enqueued_at",
         "tests/integration/test_explain.py",
+    ),
+    Mutant(
+        "two threads write a piece that both have computed",
+        CREW,
+        "return taken = seen < writing &&",
+        "return taken = seen < writing + 9 ||",
+        CREWS,
+    ),
+    Mutant(
+        "a thread goes on before others have written what it reads",
+        CREW,
+        "if (!is_written(at)) wait_for(at, piece);",
+        "if (!is_written(at)) break;",
+        CREWS,
     ),
     Mutant(
         "a timeline takes what is computed again for the prompt's",

@@ -108,7 +108,8 @@ void weigh(const Step& step, const Attention& layer, const int32_t* entry, int h
 
 // One run of tokens of one sequence, one key head and the query heads that share it.
 template <class T>
-void attend_run(const Step& step, const Attention& layer, int run, int head, float* scratch) {
+void attend_run(const Step& step, const Attention& layer, int run, int head, float* scratch,
+                Right& right) {
     const int32_t *entry = step.runs + run * 4, *table = step.tables + entry[0] * step.table_width;
     const int first_token = entry[1], tokens = entry[2], position = entry[3];
     const int dim = layer.dim, group = layer.heads / layer.kv_heads, rows = tokens * group;
@@ -134,6 +135,7 @@ void attend_run(const Step& step, const Attention& layer, int run, int head, flo
 #define MIX(N) mix_all<N>(scores + r * BLOCK, shrink + r, places, values, dim, out + r * dim)
         BY_ROWS(rows, MIX)
     }
+    if (!right.take()) return;
     for (int r = 0; r < rows; ++r) {
         T* to = (T*)layer.out + ((int64_t)(first_token + r / group) * layer.heads +
                                  head * group + r % group) * dim;
@@ -145,34 +147,31 @@ void attend_run(const Step& step, const Attention& layer, int run, int head, flo
 }  // namespace
 
 template <class T>
-void attend(const Step& step, const Attention& layer) {
+void attend(Member& member, const Step& step, const Attention& layer) {
     const int group = layer.heads / layer.kv_heads;
     const size_t rows = RUN * group, room = rows * (2 * layer.dim + BLOCK + 3);
     static thread_local std::vector<float> scratch;
     if (scratch.size() < room) scratch.resize(room);
-    if (step.num_runs != step.num_segments) {  // a run may need what another keeps: wait
-#pragma omp for collapse(2)
-        for (int run = 0; run < step.num_runs; ++run)
-            for (int head = 0; head < layer.kv_heads; ++head) keep<T>(step, layer, run, head);
-    }
-#pragma omp for collapse(2) schedule(dynamic, 4) nowait
-    for (int run = 0; run < step.num_runs; ++run)
-        for (int head = 0; head < layer.kv_heads; ++head) {
-            if (step.num_runs == step.num_segments) keep<T>(step, layer, run, head);
-            attend_run<T>(step, layer, run, head, scratch.data());
-        }
+    const int heads = layer.kv_heads;
+    member.split_items(step.num_runs * heads,
+                       [&](int i) { keep<T>(step, layer, i / heads, i % heads); });
+    member.split(step.num_runs * heads, [&](int i, Right& right) {
+        attend_run<T>(step, layer, i / heads, i % heads, scratch.data(), right);
+    });
 }
 
-template void attend<float>(const Step&, const Attention&);
+template void attend<float>(Member&, const Step&, const Attention&);
 #ifndef __AVX512BF16__     // else attention_bfloat16.cpp does it
-template void attend<bf16>(const Step&, const Attention&);
+template void attend<bf16>(Member&, const Step&, const Attention&);
 #endif
 
+template <class T> void attend_alone(const Step& step, const Attention& layer) {
+    together(step.num_runs * layer.kv_heads,
+             [&](Member& member) { attend<T>(member, step, layer); });
+}
 extern "C" void attend_float32(const Step* step, const Attention* layer) {
-#pragma omp parallel
-    attend<float>(*step, *layer);
+    attend_alone<float>(*step, *layer);
 }
 extern "C" void attend_bfloat16(const Step* step, const Attention* layer) {
-#pragma omp parallel
-    attend<bf16>(*step, *layer);
+    attend_alone<bf16>(*step, *layer);
 }

@@ -5,8 +5,6 @@
 // places are weighed together depends on their positions alone, so that a token's numbers are the
 // same however its prompt was cut.
 
-#include <omp.h>
-
 #include "kernels.h"
 
 #ifdef __AVX512BF16__
@@ -215,7 +213,7 @@ Span span_of(const Step& step, const Attention& layer, int run, int head, int fi
 // share them. Row r of a head is token r / group. What comes next in memory is fetched ahead: the
 // next head's keys, behind the last head those of the next span or run.
 void attend_run(const Step& step, const Attention& layer, int run, int head, int num,
-                float* scratch) {
+                float* scratch, Right& right) {
     const int32_t* entry = step.runs + run * 4;
     const int first_token = entry[1], end = end_of(step, layer, entry), dim = layer.dim;
     const int group = layer.heads / layer.kv_heads, count = entry[2] * group, all = num * count;
@@ -254,6 +252,7 @@ void attend_run(const Step& step, const Attention& layer, int run, int head, int
                              &bias[r], count * (tile + 1) / tiles - row});
             }
         }
+    if (!right.take()) return;
     for (int r = 0; r < all; ++r) {
         const int64_t token = first_token + r % count / group;
         bf16* to = (bf16*)layer.out +
@@ -265,26 +264,20 @@ void attend_run(const Step& step, const Attention& layer, int run, int head, int
 
 }  // namespace
 
-template <> void attend<bf16>(const Step& step, const Attention& layer) {
+template <> void attend<bf16>(Member& member, const Step& step, const Attention& layer) {
     const bool one_each = step.num_runs == step.num_segments;
     // Many rows that decode: each with all heads, which lie one after the other.
-    const bool whole = one_each && step.num_runs >= 4 * omp_get_num_threads();
+    const bool whole = one_each && step.num_runs >= 4 * member.threads;
     const int num = whole ? layer.kv_heads : 1, parts = layer.kv_heads / num;
     static thread_local std::vector<Line> scratch;
     const size_t rows = (size_t)RUN * num * (layer.heads / layer.kv_heads);
     const size_t lines = rows * (layer.dim * 3 / 2 + 2) / LANES + 1;
     if (scratch.size() < lines) scratch.resize(lines);
-    if (!one_each) {            // a run may need what another keeps: wait
-#pragma omp for collapse(2)
-        for (int run = 0; run < step.num_runs; ++run)
-            for (int head = 0; head < layer.kv_heads; ++head) keep(step, layer, run, head);
-    }
-#pragma omp for collapse(2) schedule(dynamic, 2) nowait
-    for (int run = 0; run < step.num_runs; ++run)
-        for (int part = 0; part < parts; ++part) {
-            const int head = part * num;
-            for (int h = head; one_each && h < head + num; ++h) keep(step, layer, run, h);
-            attend_run(step, layer, run, head, num, scratch[0].numbers);
-        }
+    member.split_items(step.num_runs * layer.kv_heads, [&](int i) {
+        keep(step, layer, i / layer.kv_heads, i % layer.kv_heads);
+    });
+    member.split(step.num_runs * parts, [&](int i, Right& right) {
+        attend_run(step, layer, i / parts, i % parts * num, num, scratch[0].numbers, right);
+    });
 }
 #endif

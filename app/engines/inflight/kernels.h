@@ -15,6 +15,8 @@
 #include <immintrin.h>
 #endif
 
+#include "crew.h"
+
 struct bf16 { uint16_t bits; };
 
 namespace {
@@ -125,9 +127,8 @@ inline const float* bias_of(const Attention& layer, int head, int own) {
 
 }  // namespace
 
-// All runs and heads of a step, shared out among the threads of the parallel region it is called
-// in. Waits for nobody at its end. T is float or bf16.
-template <class T> void attend(const Step& step, const Attention& layer);
+// All runs and heads of a step: two phases of a crew. T is float or bf16.
+template <class T> void attend(Member& member, const Step& step, const Attention& layer);
 #ifdef __AVX512BF16__
-template <> void attend<bf16>(const Step& step, const Attention& layer);
+template <> void attend<bf16>(Member& member, const Step& step, const Attention& layer);
 #endif

@@ -11,9 +11,8 @@
 // Memory is read ahead all along: a panel while the one before is used, also from product to
 // product, and where many rows make a product long, the next layer's keys and values.
 
+#include <array>
 #include <type_traits>
-
-#include <omp.h>
 
 #include "kernels.h"
 
@@ -24,6 +23,8 @@ namespace {
 
 constexpr int WIDE = 2 * LANES;  // weights.py says the same
 constexpr int ROWS = 12;         // 24 sums, 2 weights and a number from x: of 32 registers
+constexpr int GROUP = 8 * ROWS;  // most rows of a piece, in all its panels together
+constexpr int MOST_PANELS = 4;   // of a piece
 
 struct Product {            // y = x W (+ bias), panels as above; weights.py mirrors it
     const uint32_t* weight;
@@ -180,10 +181,10 @@ struct Fours {              // of int8, weights without sign
 // Where lines of memory begin that are wanted next, and how many pairs of them.
 struct Lines { const uint32_t* from; int pairs; };
 
-// COUNT rows of x times one panel; a step is 32 bits of each output's inputs.
-template <class Kind, int COUNT_, class Finish>
-void block(const uint32_t* x, int64_t stride, const uint32_t* panel, Lines next, int steps, int row,
-           int first, const Finish& finish) {
+// done[COUNT] = COUNT rows of x times one panel; a step is 32 bits of each output's inputs.
+template <class Kind, int COUNT_>
+void block(const uint32_t* x, int64_t stride, const uint32_t* panel, Lines next, int steps,
+           f32 (*done)[2]) {
     typename Kind::Sum sums[COUNT_][2];
 #pragma GCC unroll 12
     for (int r = 0; r < COUNT_; ++r) sums[r][0] = sums[r][1] = typename Kind::Sum{};
@@ -200,23 +201,17 @@ void block(const uint32_t* x, int64_t stride, const uint32_t* panel, Lines next,
             Kind::more(sums[r][1], high, x + r * stride + k);
         }
     }
-    f32 done[COUNT_][2];    // apart, or the compiler would keep the sums in memory
 #pragma GCC unroll 12
     for (int r = 0; r < COUNT_; ++r) {
         done[r][0] = Kind::value(sums[r][0]);
         done[r][1] = Kind::value(sums[r][1]);
     }
-    for (int r = 0; r < COUNT_; ++r) finish(row + r, first, done[r][0], done[r][1]);
 }
 
 template <class T> int steps_of(const Product& product) {
     return product.inputs * (product.scale ? 1 : (int)sizeof(T)) / 4;
 }
 inline int panels_of(const Product& product) { return (product.outputs + WIDE - 1) / WIDE; }
-// The first of so many that are this thread's; with 1 the first that is not.
-inline int share(int all, int behind = 0) {
-    return (int64_t)all * (omp_get_thread_num() + behind) / omp_get_num_threads();
-}
 
 // Keys and values that a layer's attention will read, once each: this thread's part.
 class Cached {
@@ -264,32 +259,60 @@ private:
 // What is read behind a product's own panels.
 struct Ahead { const Product* product; Cached* cached; };
 
-// Panels shared out among the threads of the parallel region. Waits for nobody at its end.
+// How a product is cut into pieces: all of some panels, or some rows of each.
+struct Cut {
+    int panels, groups;     // pieces in either direction
+    Cut(int num_panels, int rows, int threads) {
+        const int most = std::min(MOST_PANELS, std::max(1, GROUP / rows));
+        const int even = threads * ((num_panels + most * threads - 1) / (most * threads));
+        panels = std::min(num_panels, even);
+        groups = (rows + GROUP - 1) / GROUP;
+    }
+    int pieces() const { return panels * groups; }
+};
+
+// A product: one phase.
 template <class T, class Kind, class Finish>
-void walk(const Product& product, const uint32_t* x, int rows, const Ahead& ahead,
+void walk(Member& member, const Product& product, const uint32_t* x, int rows, const Ahead& ahead,
           const Finish& finish) {
-    const int steps = steps_of<T>(product), panels = panels_of(product), end = share(panels, 1);
-    const int blocks = (rows + ROWS - 1) / ROWS;
-    for (int p = share(panels); p < end; ++p) {
-        const uint32_t* panel = product.weight + (int64_t)p * steps * WIDE;
-        Lines next{panel + steps * WIDE, steps};
-        if (p + 1 == end) {
-            next.pairs = ahead.product ? std::min(steps, steps_of<T>(*ahead.product)) : 0;
-            if (next.pairs)
-                next.from = ahead.product->weight + (int64_t)share(panels_of(*ahead.product)) *
-                                                        steps_of<T>(*ahead.product) * WIDE;
-        }
-        for (int b = 0; b < blocks; ++b) {
-            const int row = (int64_t)rows * b / blocks, count = (int64_t)rows * (b + 1) / blocks - row;
-            const uint32_t* from = x + (int64_t)row * steps;
-            if (b) next = ahead.cached ? ahead.cached->take(steps) : Lines{nullptr, 0};
-#define CASE(N) case N: block<Kind, N>(from, steps, panel, next, steps, row, p * WIDE, finish); break;
-            switch (count) {
-                CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
-                CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+    const int steps = steps_of<T>(product), panels = panels_of(product);
+    const Cut cut(panels, rows, member.threads);
+    const int last = member.share(panels, 1) - 1;
+    member.split(cut.pieces(), [&](int piece, Right& right) {
+        const int part = piece / cut.groups, group = piece % cut.groups;
+        const int first = (int64_t)panels * part / cut.panels;
+        const int end = (int64_t)panels * (part + 1) / cut.panels;
+        const int row = (int64_t)rows * group / cut.groups;
+        const int count = (int64_t)rows * (group + 1) / cut.groups - row;
+        const int blocks = (count + ROWS - 1) / ROWS;
+        f32 sums[GROUP][2], (*to)[2] = sums;
+        for (int p = first; p < end; ++p, to += count) {
+            const uint32_t* panel = product.weight + (int64_t)p * steps * WIDE;
+            Lines next{panel + steps * WIDE, steps};
+            if (p == last) {
+                next.pairs = ahead.product ? std::min(steps, steps_of<T>(*ahead.product)) : 0;
+                if (next.pairs)
+                    next.from = ahead.product->weight +
+                                (int64_t)member.share(panels_of(*ahead.product)) *
+                                    steps_of<T>(*ahead.product) * WIDE;
+            }
+            for (int b = 0; b < blocks; ++b) {
+                const int at = (int64_t)count * b / blocks;
+                const int num = (int64_t)count * (b + 1) / blocks - at;
+                const uint32_t* from = x + (int64_t)(row + at) * steps;
+                if (b || group) next = ahead.cached ? ahead.cached->take(steps) : Lines{nullptr, 0};
+#define CASE(N) case N: block<Kind, N>(from, steps, panel, next, steps, to + at); break;
+                switch (num) {
+                    CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+                    CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+                }
             }
         }
-    }
+        if (!right.take()) return;
+        to = sums;
+        for (int p = first; p < end; ++p, to += count)
+            for (int r = 0; r < count; ++r) finish(row + r, p * WIDE, to[r][0], to[r][1]);
+    });
 }
 
 struct Rounded {            // room for rows in int8, shared by all threads
@@ -307,9 +330,9 @@ struct Scaled {             // sums of int8 become what they mean
     }
 };
 
-template <class T> void round_rows(const T* x, int rows, int inputs, const Rounded& rounded) {
-#pragma omp for schedule(static)
-    for (int row = 0; row < rows; ++row) {
+template <class T>
+void round_rows(Member& member, const T* x, int rows, int inputs, const Rounded& rounded) {
+    member.split_items(rows, [&](int row) {
         const T* from = x + (int64_t)row * inputs;
         __m512 most = _mm512_setzero_ps();
         f32 sum = {};       // NaN is not the largest of anything, but spoils a sum
@@ -328,17 +351,18 @@ template <class T> void round_rows(const T* x, int rows, int inputs, const Round
         }
         rounded.scales[row] = all - all == 0 ? largest / 127.0f : NAN;
         rounded.offsets[row] = 128.0f * _mm512_reduce_add_epi32(total);
-    }
+    });
 }
 
 // x [rows][inputs]
 template <class T, class Finish>
-void multiply(const Product& product, const T* x, int rows, const Rounded& rounded,
-              const Ahead& ahead, const Finish& finish) {
+void multiply(Member& member, const Product& product, const T* x, int rows,
+              const Rounded& rounded, const Ahead& ahead, const Finish& finish) {
     typedef std::conditional_t<sizeof(T) == sizeof(bf16), Pairs, Singles> Kind;
-    if (!product.scale) return walk<T, Kind>(product, (const uint32_t*)x, rows, ahead, finish);
-    round_rows(x, rows, product.inputs, rounded);
-    walk<T, Fours>(product, (const uint32_t*)rounded.numbers, rows, ahead,
+    if (!product.scale)
+        return walk<T, Kind>(member, product, (const uint32_t*)x, rows, ahead, finish);
+    round_rows(member, x, rows, product.inputs, rounded);
+    walk<T, Fours>(member, product, (const uint32_t*)rounded.numbers, rows, ahead,
                    Scaled<Finish>{product.scale, rounded, finish});
 }
 
@@ -378,13 +402,12 @@ void normalise_row(const T* from, const Norm& norm, int width, T* to, const T* r
 }
 
 template <class T>
-void normalise(const T* x, const Norm& norm, int rows, int width, T* out,
+void normalise(Member& member, const T* x, const Norm& norm, int rows, int width, T* out,
                const T* residual = nullptr, float times = 1.0f) {
-#pragma omp for schedule(static)
-    for (int row = 0; row < rows; ++row) {
+    member.split_items(rows, [&](int row) {
         const int64_t at = (int64_t)row * width;
         normalise_row(x + at, norm, width, out + at, residual ? residual + at : nullptr, times);
-    }
+    });
 }
 
 // Rotates the first dims of a head in place, their first half against their second.
@@ -423,13 +446,13 @@ void has_int8() {}          // that it is there says that weights may be in int8
 namespace {
 
 // Queries and keys are made ready: normalised, if the layer does that, and rotated.
-template <class T> void turn(const Layer& layer, T* qkv, int rows, const T* cos, const T* sin) {
+template <class T>
+void turn(Member& member, const Layer& layer, T* qkv, int rows, const T* cos, const T* sin) {
     if (!layer.query.gain && !layer.key.gain && !layer.rotated) return;
     const int dim = layer.attention.dim, heads = layer.attention.heads;
     const int kv_heads = layer.attention.kv_heads, together = layer.across ? heads : 1;
     const int keys = layer.across ? kv_heads : 1;
-#pragma omp for schedule(static)
-    for (int row = 0; row < rows; ++row) {
+    member.split_items(rows, [&](int row) {
         T *query = qkv + (int64_t)row * layer.qkv.outputs, *key = query + heads * dim;
         const int64_t at = (int64_t)row * layer.rotated;
         for (int h = 0; layer.query.gain && h < heads; h += together)
@@ -438,27 +461,29 @@ template <class T> void turn(const Layer& layer, T* qkv, int rows, const T* cos,
             normalise_row(key + h * dim, layer.key, keys * dim, key + h * dim);
         for (int h = 0; h < heads + kv_heads; ++h)
             rotate(query + h * dim, layer.rotated, cos + at, sin + at);
-    }
+    });
 }
 
 // out = sum_norm(residual + times * norm(x W (+ bias))), x [rows][inputs], out and residual
 // [rows][width]
 template <class T>
-void add(const Product& product, const Norm& norm, const Norm& sum_norm, const T* x,
+void add(Member& member, const Product& product, const Norm& norm, const Norm& sum_norm, const T* x,
          const T* residual, const Rounded& rounded, const Ahead& ahead, T* room, T* out, int rows,
          float times) {
     const int width = product.outputs;
     const T* bias = (const T*)product.bias;
     if (norm.gain) {
-        multiply(product, x, rows, rounded, ahead, Plain<T>{room, width, bias, width});
-#pragma omp barrier
-        normalise(room, norm, rows, width, out, residual, times);
+        multiply(member, product, x, rows, rounded, ahead, Plain<T>{room, width, bias, width});
+        normalise(member, room, norm, rows, width, out, residual, times);
     } else {
-        multiply(product, x, rows, rounded, ahead,
+        multiply(member, product, x, rows, rounded, ahead,
                  Added<T>{out, residual, width, bias, width, times});
-#pragma omp barrier
     }
-    if (sum_norm.gain) normalise(out, sum_norm, rows, width, out);
+    if (sum_norm.gain) normalise(member, out, sum_norm, rows, width, out);
+}
+
+inline std::array<const Product*, 4> products_of(const Layer& layer) {
+    return {&layer.qkv, &layer.mixed, &layer.gated, &layer.down};
 }
 
 // What layers write between their operations: of the widest of them.
@@ -473,7 +498,7 @@ template <class T> struct Room {
             const Layer& layer = *layers[l];
             const int own[4] = {layer.width, layer.qkv.outputs, layer.mixed.inputs, layer.inner};
             for (int i = 0; i < 4; ++i) widths[i] = std::max<size_t>(widths[i], own[i]);
-            for (const Product* each : {&layer.qkv, &layer.mixed, &layer.gated, &layer.down})
+            for (const Product* each : products_of(layer))
                 if (each->scale) inputs = std::max(inputs, each->inputs);
         }
         static thread_local std::vector<T> room;
@@ -490,35 +515,32 @@ template <class T> struct Room {
 // One layer by all threads: x and out [rows][width], which may be the same; cos and sin
 // [rows][rotated]. `next` is the layer behind it, or null.
 template <class T>
-void run_one(const Step& step, const Layer& layer, const Attention& attention, const Layer* next,
-             Cached& cached, const Room<T>& room, const T* x, const T* cos, const T* sin, T* out,
+void run_one(Member& member, const Step& step, const Layer& layer, const Attention& attention,
+             const Layer* next, Cached& cached, const Room<T>& room, const T* x, const T* cos, const T* sin, T* out,
              int rows) {
     const int width = layer.width, qkv_width = layer.qkv.outputs;
     const Rounded& rounded = room.rounded;
     const auto prepared = [&](const Norm& norm, const T* from) {
-        if (norm.gain) normalise(from, norm, rows, width, room.normed);
+        if (norm.gain) normalise(member, from, norm, rows, width, room.normed);
         return norm.gain ? room.normed : from;
     };
-    multiply(layer.qkv, prepared(layer.before_attention, x), rows, rounded,
+    multiply(member, layer.qkv, prepared(layer.before_attention, x), rows, rounded,
              Ahead{&layer.mixed, nullptr},
              Plain<T>{room.qkv, qkv_width, (const T*)layer.qkv.bias, qkv_width});
-#pragma omp barrier
-    turn(layer, room.qkv, rows, cos, sin);
-    attend<T>(step, attention);
-#pragma omp barrier
-    add(layer.mixed, layer.after_attention, layer.attention_sum, room.mixed, x, rounded,
+    turn(member, layer, room.qkv, rows, cos, sin);
+    attend<T>(member, step, attention);
+    add(member, layer.mixed, layer.after_attention, layer.attention_sum, room.mixed, x, rounded,
         Ahead{&layer.gated, &cached}, room.normed, out, rows, layer.times);
     const T* from = prepared(layer.before_mlp, out);
     const T* bias = (const T*)layer.gated.bias;
     const Ahead ahead{&layer.down, &cached};
     if (layer.gates)
-        multiply(layer.gated, from, rows, rounded, ahead,
+        multiply(member, layer.gated, from, rows, rounded, ahead,
                  Gated<T>{room.gated, layer.inner, bias, layer.activation});
     else
-        multiply(layer.gated, from, rows, rounded, ahead,
+        multiply(member, layer.gated, from, rows, rounded, ahead,
                  Activated<T>{room.gated, layer.inner, bias, layer.activation});
-#pragma omp barrier
-    add(layer.down, layer.after_mlp, layer.mlp_sum, room.gated, out, rounded,
+    add(member, layer.down, layer.after_mlp, layer.mlp_sum, room.gated, out, rounded,
         Ahead{next ? &next->qkv : nullptr, &cached}, room.normed, out, rows, layer.times);
 }
 
@@ -542,23 +564,32 @@ template <class T>
 void run(const Step& step, const Layer* const* layers, int count, const Attention* caches,
          const T* x, const T* cos, const T* sin, T* out, int rows) {
     const Room<T> room(layers, count, rows);
-#pragma omp parallel
+    int pieces = 0;
     for (int l = 0; l < count; ++l) {
-        const Layer* next = l + 1 < count ? layers[l + 1] : nullptr;
-        const Attention attention = attention_of(*layers[l], caches, room);
-        const Attention later = next ? attention_of(*next, caches, room) : attention;
-        const int64_t bytes = (int64_t)later.kv_heads * later.dim * BLOCK * sizeof(T);
-        Cached cached = next ? Cached(step, later, bytes) : Cached();
-        run_one(step, *layers[l], attention, next, cached, room, l ? out : x, cos, sin, out, rows);
+        pieces = std::max(pieces, step.num_runs * layers[l]->attention.kv_heads);
+        for (const Product* each : products_of(*layers[l]))
+            pieces = std::max(pieces, panels_of(*each) * (rows / GROUP + 1));
     }
+    together(pieces, [&](Member& member) {
+        for (int l = 0; l < count; ++l) {
+            const Layer* next = l + 1 < count ? layers[l + 1] : nullptr;
+            const Attention attention = attention_of(*layers[l], caches, room);
+            const Attention later = next ? attention_of(*next, caches, room) : attention;
+            const int64_t bytes = (int64_t)later.kv_heads * later.dim * BLOCK * sizeof(T);
+            Cached cached = next ? Cached(step, later, bytes) : Cached();
+            run_one(member, step, *layers[l], attention, next, cached, room, l ? out : x, cos, sin,
+                    out, rows);
+        }
+    });
 }
 
 // out = x W (+ bias): x [rows][inputs], out [rows][outputs]
 template <class T> void multiply_alone(const Product& product, const T* x, T* out, int rows) {
     const Plain<T> finish{out, product.outputs, (const T*)product.bias, product.outputs};
     const Rounded rounded = room_for(rows, product.scale ? product.inputs : 0);
-#pragma omp parallel
-    multiply(product, x, rows, rounded, Ahead{nullptr, nullptr}, finish);
+    together(panels_of(product) * (rows / GROUP + 1), [&](Member& member) {
+        multiply(member, product, x, rows, rounded, Ahead{nullptr, nullptr}, finish);
+    });
 }
 
 }  // namespace

@@ -44,6 +44,11 @@ log = logging.getLogger(__name__)
 
 LAUNCH: Final = Path(__file__).with_name("launch.py")
 
+SPINS: Final = {"GOMP_SPINCOUNT": "60000"}
+"""About a millisecond, after which a thread that waits for work leaves its core to others. OpenMP's
+own measure is five: by then a step would have begun, and whoever had to share a core with it stood
+still for nothing."""
+
 LEARNED_AFTER: Final = 32
 """Steps after which their pace is known; the first ones compile and warm up."""
 SLOWER: Final = 20
@@ -117,6 +122,7 @@ class EngineHost:
                 [self._python, str(LAUNCH), *map(str, fds)],
                 stdin=subprocess.DEVNULL,
                 pass_fds=fds,
+                env=SPINS | os.environ,
                 # Ctrl-C in a terminal goes to the worker, which decides what becomes of the batch.
                 start_new_session=True,
             )
