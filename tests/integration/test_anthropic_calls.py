@@ -12,6 +12,7 @@ from app.config.settings import Settings
 from app.local.servers import EmbeddedRedis
 from tests.conftest import STUB_MODELS
 from tests.doors import Doors, open_doors
+from tests.waiting import eventually
 
 ASK: list[Any] = [{"role": "user", "content": "What is flour?"}]
 """The stub model says what it is asked."""
@@ -63,6 +64,49 @@ def test_a_message_is_answered_as_anthropic_answers_it(
     assert message.id == f"msg_{job['id'].hex}"
     assert (job["state"], job["url"]) == ("completed", "/v1/messages")
     assert job["metadata"] == {"user_id": "42"}
+
+
+def test_a_message_is_told_as_it_comes(client: anthropic.Anthropic, doors: Doors) -> None:
+    with client.messages.stream(model="stub", max_tokens=6, messages=ASK) as stream:
+        texts = list(stream.text_stream)
+        message = stream.get_final_message()
+
+    job = doors.the_last_job()
+    [block] = doors.http.get(f"/v1/jobs/{job['id']}").json()["response"]["content"]
+    assert "".join(texts) == block["text"]
+    assert (message.id, message.stop_reason) == (f"msg_{job['id'].hex}", "max_tokens")
+    [told] = message.content
+    assert told.type == "text" and told.text == block["text"]
+    assert message.usage.output_tokens == 6
+
+
+def test_events_of_a_message_come_in_their_order(client: anthropic.Anthropic) -> None:
+    events = client.messages.create(model="stub", max_tokens=3, messages=ASK, stream=True)
+
+    kinds = [event.type for event in events]
+
+    assert kinds[:2] == ["message_start", "content_block_start"]
+    assert kinds[-3:] == ["content_block_stop", "message_delta", "message_stop"]
+    assert set(kinds[2:-3]) == {"content_block_delta"}
+
+
+def test_a_caller_that_goes_takes_its_message_along(
+    client: anthropic.Anthropic, doors: Doors
+) -> None:
+    asked: list[Any] = [{"role": "user", "content": "sleep 20000"}]
+
+    with client.messages.create(model="stub", max_tokens=4, messages=asked, stream=True) as events:
+        assert next(iter(events)).type == "message_start"
+
+    eventually(lambda: doors.the_last_job()["state"] == "cancelled")
+
+
+@pytest.mark.parametrize("stream", ["yes", 1, [1]])
+def test_stream_is_true_or_false(client: anthropic.Anthropic, stream: Any) -> None:
+    with pytest.raises(anthropic.BadRequestError, match="stream"):
+        client.messages.create(
+            model="stub", max_tokens=1, messages=ASK, extra_body={"stream": stream}
+        )
 
 
 def test_tokens_are_counted_as_the_model_counts_them(client: anthropic.Anthropic) -> None:

@@ -1,4 +1,4 @@
-"""/v1/messages: answered when its job has ended; see `app.api.live`."""
+"""/v1/messages: answered when its job has ended, or told as it comes; see `app.api.live`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from pydantic_core import to_json
 
 from app.api import live
 from app.api.answers import JSON
+from app.api.anthropic.telling import teller_of
 from app.api.caller import Who, WhoReads
 from app.api.envelopes import Door
 from app.api.live import Understood
+from app.api.live_streams import stream
 from app.api.openapi import json_body
 from app.api.problems import documented
 from app.api.services import Here
+from app.errors import RequestError
 from app.requests.bodies import Url
 from app.requests.messages import MessagesBody
 
@@ -44,8 +47,11 @@ _ERRORS: Final = _READ_ERRORS | documented(
 )
 _ANSWER: Final[dict[int | str, dict[str, Any]]] = {
     200: {
-        "description": "A message.",
-        "content": {"application/json": {"schema": {"type": "object"}}},
+        "description": "A message; with `stream` its events.",
+        "content": {
+            "application/json": {"schema": {"type": "object"}},
+            "text/event-stream": {"schema": {"type": "string"}},
+        },
     }
 }
 
@@ -54,9 +60,17 @@ class TokensCount(BaseModel):
     input_tokens: int = Field(description="Tokens of the prompt, by the model.", examples=[17])
 
 
-def submission_of(body: dict[str, Any]) -> dict[str, Any]:
-    """What `Submitter.check` takes."""
-    return {"url": Url.MESSAGES, "body": body}
+_BYTES_OF_TOKEN: Final = 4
+
+
+def understood(body: dict[str, Any]) -> Understood[bool]:
+    """What `Submitter.check` takes, and whether it is to be told as it comes."""
+    body = dict(body)
+    is_streamed = body.pop("stream", None) or False
+    if not isinstance(is_streamed, bool):
+        raise RequestError("stream must be true or false.", param="stream")
+    submission = {"url": Url.MESSAGES, "body": body, "stream_events": is_streamed}
+    return Understood(submission, is_streamed)
 
 
 @router.post(
@@ -68,8 +82,13 @@ def submission_of(body: dict[str, Any]) -> dict[str, Any]:
 )
 async def create(request: Request, here: Here, who: Who) -> Response:
     """Answer a conversation, as Anthropic's call of the same path does."""
-    job, _ = await live.read(request, here, who, lambda body: Understood(submission_of(body), None))
+    job, is_streamed = await live.read(request, here, who, understood)
     placed = await live.place(request, here, job)
+    if is_streamed:
+        num_bytes = _BYTES_OF_TOKEN * (job.input_tokens or 0)
+        making = here.work.run(num_bytes, teller_of, here, job, placed.id)
+        teller = await live.while_there(request, here, placed, making)
+        return await stream(request, here, placed, teller)
     ended = await live.ended(request, here, placed)
     return Response(to_json(ended.response), media_type=JSON)
 
@@ -84,6 +103,6 @@ async def count_tokens(request: Request, here: Here, who: WhoReads) -> TokensCou
     """How many tokens the prompt of such a call has, as its model counts them. `max_tokens` may be
     left out; nothing is stored."""
     job, _ = await live.read(
-        request, here, who, lambda body: Understood(submission_of(body | {"max_tokens": 1}), None)
+        request, here, who, lambda body: understood(body | {"max_tokens": 1, "stream": False})
     )
     return TokensCount(input_tokens=job.input_tokens or 0)

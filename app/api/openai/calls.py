@@ -23,8 +23,9 @@ from app.api.answers import JSON
 from app.api.caller import Caller, Who
 from app.api.envelopes import Door
 from app.api.live import Understood
+from app.api.live_streams import stream
 from app.api.openai.chunks import Chunks, Wanted, reads_prompt
-from app.api.openai.streams import stream
+from app.api.openai.streams import ChunkTeller
 from app.api.openapi import json_body
 from app.api.problems import documented
 from app.api.services import Here, Services
@@ -93,7 +94,7 @@ async def _answer(request: Request, here: Services, who: Caller, url: Url) -> Re
         num_bytes = _BYTES_OF_TOKEN * (job.input_tokens or 0)
         making = here.work.run(num_bytes, _chunks, here, job, placed.id, asked)
         chunks = await live.while_there(request, here, placed, making)
-        return await stream(request, here, placed, chunks)
+        return await stream(request, here, placed, ChunkTeller(chunks))
     ended = await live.ended(request, here, placed)
     return Response(to_json((ended.response or {}) | asked.heard_again), media_type=JSON)
 

@@ -1,109 +1,38 @@
-"""Answers as OpenAI's clients read them while they come: server-sent events, up to `[DONE]`.
-
-Until the engine begins nothing is answered, so that what fails before is an answer of its own, with
-its status; after some seconds it is, and then comments keep the connection. Whatever fails later is
-an event with the error, and the last one. A caller that goes takes its job along.
-"""
+"""Answers as OpenAI's clients read them while they come: chunks, up to `[DONE]`."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import aclosing
-from typing import Any, Final, cast
+from collections.abc import Iterator
+from typing import Any, Final
 
-from fastapi import Request
-from fastapi.responses import StreamingResponse
 from pydantic_core import to_json
-from starlette.types import Receive, Scope, Send
 
-from app.api import envelopes, live, problems
-from app.api.event_streams import HEADERS, KEEP_ALIVE
-from app.api.events import Begun, Ended, Event, NewTokens, Silence, events
-from app.api.live import Placed
+from app.api import envelopes
+from app.api.envelopes import Problem
+from app.api.events import NewTokens
 from app.api.openai.chunks import Chunks
-from app.api.services import Services
-from app.errors import GristmillError, Unavailable
 
 DONE: Final = b"data: [DONE]\n\n"
 
 
-async def stream(
-    request: Request, here: Services, placed: Placed, chunks: Chunks
-) -> StreamingResponse:
-    """The answer to a caller that waits. Raises what the job ended with before it was begun, and
-    `ClientDisconnect`."""
-    happening = cast("AsyncGenerator[Event, None]", events(here, placed.tenant, placed.id))
-    first = await live.while_there(request, here, placed, _begun(happening))
-    return _Stream(here, placed, request.url.path, chunks, first, happening)
+class ChunkTeller:
+    """See `app.api.live_streams.Teller`."""
 
+    def __init__(self, chunks: Chunks) -> None:
+        self._chunks = chunks
 
-async def _begun(happening: AsyncGenerator[Event, None]) -> Event:
-    """The first event that is to be told. Raises what the job ended with."""
-    is_silent = False
-    async for event in happening:
-        match event:
-            case Ended(seen):
-                live.completed(seen)
-                return event
-            case Begun() | NewTokens():
-                return event
-            case Silence() if is_silent:
-                return event
-        is_silent = True  # the first event of a job that runs is one
-    raise Unavailable(live.STOPPING)
+    def begun(self) -> Iterator[bytes]:
+        return map(_data, self._chunks.begun())
 
+    def tokens(self, new: NewTokens) -> Iterator[bytes]:
+        return map(_data, self._chunks.tokens(new))
 
-class _Stream(StreamingResponse):
-    media_type = "text/event-stream"
+    def ended(self, response: dict[str, Any]) -> Iterator[bytes]:
+        yield from map(_data, self._chunks.ended(response))
+        yield DONE
 
-    def __init__(
-        self,
-        here: Services,
-        placed: Placed,
-        path: str,
-        chunks: Chunks,
-        first: Event,
-        happening: AsyncGenerator[Event, None],
-    ) -> None:
-        self._here, self._placed, self._path = here, placed, path
-        self._chunks, self._first, self._happening = chunks, first, happening
-        self._is_over = False  #: the job has ended
-        super().__init__(self._told(), headers=HEADERS)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            if not self._is_over:  # the caller has gone, or is told no more
-                self._here.later(live.cancel(self._here, self._placed))
-
-    async def _told(self) -> AsyncIterator[bytes]:
-        async with aclosing(self._happening):
-            try:
-                for chunk in self._of(self._first):
-                    yield chunk
-                async for event in self._happening:
-                    for chunk in self._of(event):
-                        yield chunk
-                if not self._is_over:
-                    raise Unavailable(live.STOPPING)
-            except GristmillError as error:
-                problem = problems.describe(error, instance=self._path)
-                yield _data(envelopes.openai(problem))
-
-    def _of(self, event: Event) -> Iterator[bytes]:
-        match event:
-            case Begun():
-                yield from map(_data, self._chunks.begun())
-            case NewTokens():
-                yield from map(_data, self._chunks.tokens(event))
-            case Ended(seen):
-                self._is_over = True
-                job = live.completed(seen)
-                yield from map(_data, self._chunks.ended(job.response or {}))
-                yield DONE
-            case Silence():
-                yield KEEP_ALIVE
+    def failed(self, problem: Problem) -> bytes:
+        return _data(envelopes.openai(problem))
 
 
 def _data(value: dict[str, Any]) -> bytes:

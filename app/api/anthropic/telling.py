@@ -1,0 +1,68 @@
+"""A message that is told as it comes, as Anthropic's clients read it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+from uuid import UUID
+
+from fastapi.sse import format_sse_event
+from pydantic_core import to_json
+
+from app.api import envelopes
+from app.api.envelopes import Problem
+from app.api.events import NewTokens
+from app.api.services import Services
+from app.requests.bodies import FORMAT, parse_stored
+from app.requests.chat import ChatBody
+from app.requests.message_events import Event, MessageEvents
+from app.requests.prepare import prepare
+from app.requests.saying import Saying
+from app.store.submissions import NewJob
+
+
+def teller_of(here: Services, job: NewJob, job_id: UUID) -> MessageTeller:
+    """Of a job that was just submitted. May compute for a while."""
+    served = here.submitter.models[job.model]
+    request = parse_stored(job.request, job.url, FORMAT)
+    assert isinstance(request.body, ChatBody)
+    [prompt] = prepare(request, served.tokenizer, served.settings, served.card).prompts
+    saying = Saying(request.body, served.tokenizer, prompt)
+    return MessageTeller(
+        MessageEvents(saying, job_id=str(job_id), model=job.model, input_tokens=len(prompt))
+    )
+
+
+class MessageTeller:
+    """See `app.api.live_streams.Teller`."""
+
+    def __init__(self, events: MessageEvents) -> None:
+        self._events = events
+        self._has_begun = False
+
+    def begun(self) -> Iterator[bytes]:
+        if self._has_begun:
+            self._events.again()
+        else:
+            self._has_begun = True
+            yield from _written(self._events.begin())
+
+    def tokens(self, new: NewTokens) -> Iterator[bytes]:
+        yield from self._first()
+        yield from _written(self._events.take(new.text, new.tokens.token_ids))
+
+    def ended(self, response: dict[str, Any]) -> Iterator[bytes]:
+        yield from self._first()
+        yield from _written(self._events.end(response))
+
+    def failed(self, problem: Problem) -> bytes:
+        return b"".join(_written([envelopes.anthropic(problem)]))
+
+    def _first(self) -> Iterator[bytes]:
+        if not self._has_begun:
+            yield from self.begun()
+
+
+def _written(events: Iterable[Event]) -> Iterator[bytes]:
+    for event in events:
+        yield format_sse_event(event=event["type"], data_str=to_json(event).decode())

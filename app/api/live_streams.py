@@ -1,0 +1,123 @@
+"""Answers that their callers read while they come: server-sent events, as their door writes them.
+
+Until the engine begins nothing is answered, so that what fails before is an answer of its own, with
+its status; after some seconds it is, and then comments keep the connection. Whatever fails later is
+an event with the error, and the last one. A caller that goes takes its job along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing
+from typing import Any, Protocol, cast
+
+from fastapi import Request
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from app.api import live, problems
+from app.api.envelopes import Problem
+from app.api.event_streams import HEADERS, KEEP_ALIVE
+from app.api.events import Begun, Ended, Event, NewTokens, Silence, events
+from app.api.live import Placed
+from app.api.services import Services
+from app.errors import GristmillError, Unavailable
+
+
+class Teller(Protocol):
+    """Owner of what one caller was told of a job: its events as its door writes them.
+
+    Where an answer is begun anew, after its worker was lost, nothing is told twice: the new one has
+    to begin with what was told. All but `failed` raise `Restarted` if it does not.
+    """
+
+    def begun(self) -> Iterator[bytes]:
+        """The engine has begun, perhaps anew."""
+        ...
+
+    def tokens(self, new: NewTokens) -> Iterator[bytes]: ...
+
+    def ended(self, response: dict[str, Any]) -> Iterator[bytes]:
+        """The job has completed, with this response."""
+        ...
+
+    def failed(self, problem: Problem) -> bytes:
+        """There is no more to tell than this."""
+        ...
+
+
+async def stream(
+    request: Request, here: Services, placed: Placed, teller: Teller
+) -> StreamingResponse:
+    """The answer to a caller that waits. Raises what the job ended with before it was begun, and
+    `ClientDisconnect`."""
+    happening = cast("AsyncGenerator[Event, None]", events(here, placed.tenant, placed.id))
+    first = await live.while_there(request, here, placed, _begun(happening))
+    return _Stream(here, placed, request.url.path, teller, first, happening)
+
+
+async def _begun(happening: AsyncGenerator[Event, None]) -> Event:
+    """The first event that is to be told. Raises what the job ended with."""
+    is_silent = False
+    async for event in happening:
+        match event:
+            case Ended(seen):
+                live.completed(seen)
+                return event
+            case Begun() | NewTokens():
+                return event
+            case Silence() if is_silent:
+                return event
+        is_silent = True  # the first event of a job that runs is one
+    raise Unavailable(live.STOPPING)
+
+
+class _Stream(StreamingResponse):
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        here: Services,
+        placed: Placed,
+        path: str,
+        teller: Teller,
+        first: Event,
+        happening: AsyncGenerator[Event, None],
+    ) -> None:
+        self._here, self._placed, self._path = here, placed, path
+        self._teller, self._first, self._happening = teller, first, happening
+        self._is_over = False  #: the job has ended
+        super().__init__(self._told(), headers=HEADERS)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            if not self._is_over:  # the caller has gone, or is told no more
+                self._here.later(live.cancel(self._here, self._placed))
+
+    async def _told(self) -> AsyncIterator[bytes]:
+        async with aclosing(self._happening):
+            try:
+                for chunk in self._of(self._first):
+                    yield chunk
+                async for event in self._happening:
+                    for chunk in self._of(event):
+                        yield chunk
+                if not self._is_over:
+                    raise Unavailable(live.STOPPING)
+            except GristmillError as error:
+                yield self._teller.failed(problems.describe(error, instance=self._path))
+
+    def _of(self, event: Event) -> Iterator[bytes]:
+        match event:
+            case Begun():
+                yield from self._teller.begun()
+            case NewTokens():
+                yield from self._teller.tokens(event)
+            case Ended(seen):
+                self._is_over = True
+                job = live.completed(seen)
+                yield from self._teller.ended(job.response or {})
+            case Silence():
+                yield KEEP_ALIVE
