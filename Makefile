@@ -11,7 +11,7 @@ LOCKED = $(shell cat pyproject.toml requirements/*.lock | cksum)
 BY_TWO := -n 2 --no-loadscope-reorder
 export PYTEST_DEBUG_TEMPROOT := $(CURDIR)/.cache/tmp
 
-.PHONY: help setup install demo up test lint types unit simulation integration e2e simulate odd audit mutants models chaos soak bench vllm lock clean
+.PHONY: help setup install demo up test lint types unit simulation integration e2e simulate odd audit mutants models sdks contract chaos soak bench vllm lock clean
 
 help:  ## List what can be made
 	@sed -n 's/^\([a-z0-9 ]*\):.*##  */\1|/p' Makefile | while IFS='|' read -r name text; \
@@ -65,6 +65,12 @@ mutants: setup  ## Plant deliberate defects one by one and show which test catch
 
 models: setup  ## Try every family of models, and write what came of it into docs/models.md and README.md
 	$(RUN) tests.families
+
+sdks: setup  ## Try clients of others, several versions of each, in environments of their own
+	$(RUN) tests.sdks
+
+contract: setup  ## Let schemathesis make CASES=20000 calls that the OpenAPI description allows, and more
+	$(RUN) tests.sdks.contract $(or $(CASES),20000)
 
 chaos: setup  ## Do 36 faults to the whole system, under load, and check that nothing is lost
 	$(RUN) tests.chaos
