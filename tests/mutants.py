@@ -60,6 +60,55 @@ class Mutant:
 
 MUTANTS: Final = (
     Mutant(
+        "a hole in a stream is told as if it were none",
+        "app/broker/events.py",
+        "entry.id != self.after.next:",
+        "entry.id < self.after.next:",
+        "tests/unit/test_job_events.py",
+    ),
+    Mutant(
+        "tokens of a run that was given up are told",
+        "app/broker/events.py",
+        "new[starts[-1] if starts else 0 :]",
+        "new[starts[0] if starts else 0 :]",
+        "tests/unit/test_job_events.py",
+    ),
+    Mutant(
+        "an old attempt's end takes the new one's stream along",
+        "app/worker/streams.py",
+        "stream is not None and stream.next.attempt == leave.attempt",
+        "stream is not None",
+        "tests/unit/test_token_streams.py",
+    ),
+    Mutant(
+        "an engine that is lost begins its numbers anew",
+        "app/worker/streams.py",
+        "if before.next.attempt == first.attempt:",
+        "if before.next.attempt > first.attempt:",
+        "tests/unit/test_token_streams.py",
+    ),
+    Mutant(
+        "tokens behind a hole are told",
+        "app/worker/streams.py",
+        "is None or owner[0].is_broken:",
+        "is None:",
+        "tests/unit/test_token_streams.py",
+    ),
+    Mutant(
+        "a listener that comes late has not what was told before",
+        "app/api/streams.py",
+        "self._is_behind = not is_first",
+        "self._is_behind = False",
+        "tests/unit/test_api_listeners.py",
+    ),
+    Mutant(
+        "an engine tells nobody whose tokens it dropped",
+        "app/worker/engine/outlet.py",
+        "self._lost.update((each[0] for each in fresh), ended)",
+        "pass",
+        "tests/unit/test_token_streams.py",
+    ),
+    Mutant(
         "a promise that was broken makes the next ones shorter",
         CALIBRATION,
         "margin += STEP",

@@ -111,7 +111,7 @@ async def events(
     leave early.
     """
     with (
-        here.waiters.watching([job_id]) as watch,
+        here.waiters.watching([job_id], is_poll=False) as watch,
         here.listeners.listening(job_id, after, watch.wake) as listener,
     ):
         row = _Row(here, tenant, job_id, await here.job(tenant, job_id), watch.wake)

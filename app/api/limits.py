@@ -32,6 +32,8 @@ async def limits(here: Here, _: Who) -> Limits:
         max_wait_s=api.max_wait_s,
         max_long_polls=api.max_long_polls,
         long_polls=here.waiters.num_waiting,
+        max_streams=api.max_streams,
+        streams=here.listeners.num_listening,
         queue=QueueLimits(
             max_jobs=api.max_queued_jobs,
             max_tokens=api.max_queued_tokens,

@@ -385,6 +385,8 @@ class Limits(BaseModel):
     max_wait_s: float = Field(description="Longest long poll, in seconds.", examples=[60])
     max_long_polls: int = Field(description="Long polls that are held at once.", examples=[500])
     long_polls: int = Field(description="Long polls that are held now.", examples=[3])
+    max_streams: int = Field(description="Listeners to the events of jobs at once.", examples=[500])
+    streams: int = Field(description="Listeners to them now.", examples=[3])
     queue: QueueLimits = Field(description="The queue's own limits, and how full it is.")
 
 

@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import takewhile
 from typing import Final
 from uuid import UUID
 
@@ -80,6 +81,7 @@ class Listeners:
         if self.num_listening >= self._most:
             raise Busy("Too many streams are held. Try again.")
         stream = self._followed.get(job_id)
+        is_first = stream is None
         if stream is None:
             stream = self._followed[job_id] = _Stream()
             self._following.follow(job_id, after)
@@ -87,7 +89,8 @@ class Listeners:
         stream.wakes.append(wake)
         self.num_listening += 1
         try:
-            yield Listener(stream.recent, partial(self._page, job_id), after)
+            page = partial(self._page, job_id)
+            yield Listener(stream.recent, page, after, is_first=is_first)
         finally:
             self.num_listening -= 1
             stream.wakes.remove(wake)
@@ -128,13 +131,18 @@ class Listener:
 
     def __init__(
         self,
-        recent: Collection[Entry],
+        recent: deque[Entry],
         page: Page,
         after: EventId | None,
+        *,
+        is_first: bool,
     ) -> None:
+        """`recent` are the last events that were read of the stream; from `after` on if it
+        `is_first` to listen."""
         self.reading = Reading(after)
         self._recent = recent
         self._page = page
+        self._is_behind = not is_first
 
     async def news(self) -> list[Entry]:
         """What is new, a page at most; nothing if nothing is. Raises `Unavailable`."""
@@ -147,12 +155,16 @@ class Listener:
     async def fetched(self) -> list[Entry]:
         """One page of it from Redis itself."""
         entries = await self._page(self.reading.after)
+        self._is_behind = False
         return list(self.reading.take(entries or self._recent))
 
     def _at_hand(self) -> list[Entry] | None:
         """What is kept of what is new, or None if that is not all."""
         after = self.reading.after
-        new = [each for each in self._recent if after is None or each.id > after]
+        if self._is_behind:
+            return None
+        latest = takewhile(lambda each: after is None or each.id > after, reversed(self._recent))
+        new = [*latest][::-1]
         if not new or isinstance(new[0].told, Started):
             return new
         return new if after is not None and new[0].id == after.next else None

@@ -104,10 +104,13 @@ class Waiters:
                     continue
 
     @contextmanager
-    def watching(self, job_ids: Collection[UUID], *, for_all: bool = True) -> Iterator[Watch]:
-        """A watch whose `wake` is set at notices of these jobs, and when all are to look again."""
+    def watching(
+        self, job_ids: Collection[UUID], *, for_all: bool = True, is_poll: bool = True
+    ) -> Iterator[Watch]:
+        """A watch whose `wake` is set at notices of these jobs, and when all are to look again. One
+        that `is_poll` counts as one of those that are held."""
         watch = Watch(for_all, set(job_ids))
-        weight = 1 + len(job_ids) // JOBS_OF_A_POLL
+        weight = 1 + len(job_ids) // JOBS_OF_A_POLL if is_poll else 0
         for job_id in job_ids:
             self._watches[job_id].add(watch)
         self.num_waiting += weight

@@ -2,7 +2,7 @@
 
 A thread of its own reads what the engine tells of tokens and writes it, so that neither waits for
 the runner, nor the runner for Redis. While Redis is away tokens are gathered, up to a limit; beyond
-it they are dropped, and whoever reads the stream finds out by the numbers of its events.
+it they are dropped, and nothing more is told of those runs, whose streams so are never whole.
 """
 
 from __future__ import annotations
@@ -253,10 +253,9 @@ class TokenStreams:
                 self._break(stream)
 
     def _break(self, stream: _Stream) -> None:
-        """Tell no more of this run: a number that is left out says so."""
+        """Tell no more of this run, which so is never whole."""
         self._drop_new(stream)
-        if not stream.is_broken:
-            stream.is_broken, stream.next = True, stream.next.next
+        stream.is_broken = True
 
     def _drop_new(self, stream: _Stream) -> None:
         self._held -= sum(len(new.token_ids) for new in stream.new.values())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,13 @@ from app.config.settings import Settings
 from app.local.servers import EmbeddedRedis
 from gristmill_client import Client
 from tests.apis import running_api
+from tests.own_redis import running_redis
 from tests.rescues import running_rescue
 from tests.sse import Sse, following, text_of
+from tests.waiting import eventually
 from tests.workers import Worker, running_worker
 
+TOLD_ONCE = ("started", "tokens", "restarted", "end")
 PROMPT = "the mill by the water grinds rye"
 
 
@@ -150,6 +155,56 @@ def test_each_choice_of_several_prompts_has_its_index(api: httpx.Client, worker:
     events = all_events(api, submit(api, ["rye", "wheat 漢字🙂"], n=2))
 
     assert [text_of(events, index) for index in range(4)] == ["rye"] * 2 + ["wheat 漢字🙂"] * 2
+
+
+def test_many_listeners_of_one_job_are_told_the_same(api: httpx.Client, worker: Worker) -> None:
+    job_id = submit(api, PROMPT * 2)
+
+    with ThreadPoolExecutor(30) as pool:
+        told = list(pool.map(lambda _: all_events(api, job_id), range(30)))
+
+    answers = [[each for each in events if each.event in TOLD_ONCE] for events in told]
+    assert all(each == answers[0] for each in answers)
+    assert text_of(told[0]) == PROMPT * 2
+    assert api.get("/v1/limits").json()["streams"] == 0
+
+
+def test_beyond_the_limit_a_listener_is_told_to_come_back(config: Settings) -> None:
+    few = config.api.model_copy(update={"max_streams": 1})
+    with running_api(config.model_copy(update={"api": few})) as api:
+        later = {"not_before": "2099-01-31T12:00:00Z", "stream_events": True}
+        job_id = api.post("/v1/jobs", json={"body": {"prompt": "x"}} | later).json()["id"]
+        with following(api, job_id) as events:
+            assert next(events).event == "queued"
+            refused = api.get(f"/v1/jobs/{job_id}/events")
+            assert (refused.status_code, refused.json()["code"]) == (503, "busy")
+            assert refused.headers["retry-after"]
+        eventually(lambda: api.get("/v1/limits").json()["streams"] == 0)
+
+
+def test_a_job_ends_with_its_whole_result_though_redis_went_away_in_the_middle(
+    config: Settings, tmp_path: Path
+) -> None:
+    with running_redis(tmp_path) as redis:
+        broker = config.broker.model_copy(update={"url": redis.url})
+        config = config.model_copy(update={"broker": broker})
+        # given a job that has told some tokens
+        with (
+            running_api(config) as api,
+            running_worker(config, tmp_path / "worker"),
+            following(api, submit(api, PROMPT * 4)) as events,
+        ):
+            had = list(islice((each for each in events if each.event == "tokens"), 5))
+
+            # when Redis is gone for good
+            redis.stop()
+            had += events
+
+    # then what was told is a beginning of the answer, which comes whole
+    text = had[-1].data["job"]["response"]["choices"][0]["text"]
+    assert had[-1].event == "end" and not had[-1].data["complete"]
+    assert text == PROMPT * 4
+    assert text.startswith(text_of(had)) and text_of(had)
 
 
 def test_a_job_that_runs_again_tells_so_and_then_all_tokens_anew(
