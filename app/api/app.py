@@ -44,13 +44,14 @@ from app.api.services import Services
 from app.api.waiting import Waiters
 from app.broker.publisher import Publisher
 from app.config.host import is_loopback
-from app.config.settings import ApiSettings, Settings
+from app.config.settings import Settings
 from app.engines.catalog import load_catalog
 from app.errors import ConfigError, Unavailable
 from app.intake.submit import Submitter
 from app.objects import Objects
-from app.store import keys, notices
+from app.store import keys, notices, tenancy
 from app.store.database import Database
+from app.store.tenancy import EVERYBODY
 from app.threads import beside
 
 log = logging.getLogger(__name__)
@@ -129,6 +130,7 @@ def _services(settings: Settings) -> Services:
         connect_timeout_s=settings.database.connect_timeout_s,
         statement_timeout_ms=settings.database.statement_timeout_ms,
         lock_timeout_ms=settings.database.lock_timeout_ms,
+        is_limited=settings.database.row_security,
     )
     publisher = Publisher(settings)
     submitter = Submitter(settings, database, publisher, load_catalog(settings))
@@ -212,7 +214,7 @@ def serve(settings: Settings) -> None:
     memory.give_back()
     connections.allow(settings.api.max_connections)
     app = create_app(settings)
-    check_start(app.state.services.database, settings.api)
+    check_start(app.state.services.database, settings)
     openapi.text(app)  # now, and not while others wait for their answers
     memory.settle()
     sys.setswitchinterval(SWITCH_S)
@@ -223,12 +225,15 @@ def serve(settings: Settings) -> None:
         Server(app).run(sockets=[sock])
 
 
-def check_start(database: Database, api: ApiSettings) -> None:
+def check_start(database: Database, settings: Settings) -> None:
     """Raises `SchemaError`, and `ConfigError` if others reach the API and nobody has a key. Says so
     if the database is away, and no more: keys are needed there in any case."""
+    api = settings.api
     try:
+        if settings.database.row_security:
+            tenancy.check(settings.database.url)
         database.check_schema()
-        with database.begin() as connection:
+        with tenancy.acting_for(EVERYBODY), database.begin() as connection:
             if not is_loopback(api.host) and not keys.any_valid(connection):
                 raise ConfigError(
                     f"api.host is {api.host}, where other machines reach the API, and there is no "

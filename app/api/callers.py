@@ -17,8 +17,9 @@ from app.api.keyring import Keyring
 from app.api.raw_bodies import DRAIN_BYTES
 from app.config.callers import HEADERS, refusal
 from app.config.settings import ApiSettings
-from app.errors import NoKey, Unavailable
+from app.errors import GristmillError, NoKey
 from app.keys import is_shaped
+from app.store.tenancy import NOBODY, acting_for
 
 OPEN: Final = frozenset({"/health", "/healthz", "/readyz", "/docs", "/openapi.json"})
 """Need no key: health checks have none, and the documentation is the same everywhere."""
@@ -54,7 +55,9 @@ class KnownCallers:
         request = Request(scope)
         refused = self._of_a_foreign_page(request) or await self._without_key(request)
         if refused is None:
-            await self._app(scope, receive, send_closed)
+            caller = getattr(request.state, "caller", None)
+            with acting_for(caller.tenant if caller else NOBODY):
+                await self._app(scope, receive, send_closed)
             return
         await _drain(receive)
         await refused(scope, receive, send_closed)
@@ -76,7 +79,7 @@ class KnownCallers:
             request.state.caller = await self._keyring.caller(given)
         except NoKey as error:
             return problems.refused(request, _unauthorized(error, has_key=given is not None))
-        except Unavailable as error:
+        except GristmillError as error:
             problem = problems.describe(error, instance=path)
             return problems.respond(problem, request, {"Connection": "close"})
         return None

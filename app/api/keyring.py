@@ -22,6 +22,7 @@ from app.keys import digest_of, id_of
 from app.store import keys
 from app.store.database import Database
 from app.store.keys import Known
+from app.store.tenancy import EVERYBODY, acting_for
 
 FRESH_S: Final = 5.0
 """How long an answer counts."""
@@ -118,7 +119,7 @@ def look_up(database: Database, id: str, digest: bytes) -> Known | None:
 
     Raises `Unavailable`.
     """
-    with database.begin() as connection:
+    with acting_for(EVERYBODY), database.begin() as connection:
         known = keys.find(connection, id)
         if known and hmac.compare_digest(known.digest, digest) and not known.is_use_noted:
             keys.note_use(connection, id)
@@ -127,5 +128,5 @@ def look_up(database: Database, id: str, digest: bytes) -> Known | None:
 
 def any_made(database: Database) -> bool:
     """Whether there ever was a key. Not for the event loop. Raises `Unavailable`."""
-    with database.begin() as connection:
+    with acting_for(EVERYBODY), database.begin() as connection:
         return keys.any_made(connection)

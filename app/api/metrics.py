@@ -26,6 +26,7 @@ from app.intake.sender import Sender
 from app.jobs import FINAL_STATES
 from app.store import reads, usage
 from app.store.database import Database
+from app.store.tenancy import EVERYBODY, acting_for
 
 NS_PER_S: Final = 1_000_000_000
 
@@ -105,7 +106,7 @@ class SystemCollector(Collector):
     def _jobs(self) -> Iterator[Metric]:
         up = GaugeMetricFamily("gristmill_postgres_up", "Whether Postgres answers.")
         try:
-            with self._database.begin() as connection:
+            with acting_for(EVERYBODY), self._database.begin() as connection:
                 depths = reads.queue_depths(connection)
                 ages = reads.oldest_queued_s(connection, self._models)
                 prompts = reads.prompt_tokens(connection)

@@ -37,6 +37,8 @@ from app.store import cancellation
 from app.store.database import Database
 from app.store.keys import Known
 from app.store.submissions import NewJob
+from app.store.tables import DEFAULT_TENANT
+from app.store.tenancy import acting_for
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +109,8 @@ class Services:
         outlook = self.submitter.outlook
 
         async def look(tenant: str, ids: Sequence[UUID]) -> Mapping[UUID, Outcome]:
-            return await self.read(snapshots, self.database, outlook, tenant, ids)
+            with acting_for(tenant):  # it may be asked for in another's task
+                return await self.read(snapshots, self.database, outlook, tenant, ids)
 
         object.__setattr__(self, "reader", Reader(look))
 
@@ -123,7 +126,8 @@ class Services:
 
     def _store_takes_jobs(self) -> None:
         self.database.check_schema()
-        self.submitter.try_to_store()
+        with acting_for(DEFAULT_TENANT):
+            self.submitter.try_to_store()
 
     async def job(self, tenant: str, job_id: UUID) -> Snapshot:
         """A tenant's job as it is now. Raises `JobNotFound` and `Unavailable`."""
@@ -186,7 +190,8 @@ class Services:
             await self.read(self.submitter.admission.expect_room, num_jobs)
 
     async def _store(self, jobs: Sequence[NewJob]) -> Stored:
-        return await self.write(self.submitter.store, jobs)
+        with acting_for(jobs[0].tenant):  # of all of a group
+            return await self.write(self.submitter.store, jobs)
 
     async def send(self, stored: Stored) -> None:
         """Send messages."""

@@ -34,6 +34,7 @@ from app.jobs import MAX_PRIORITY, JobState
 from app.keys import Scope
 from app.requests.storable import parse_metadata, refuse_unstorable
 from app.store import usage
+from app.store.tenancy import EVERYBODY, acting_for
 from app.store.translation import TookTooLong
 
 NS_PER_S: Final = 1_000_000_000
@@ -263,7 +264,7 @@ async def tell_usage(
 
     A key without the scope `admin` is told of its own tenant alone, and not of devices."""
     sees_all = Scope.ADMIN in who.scopes
-    answer = await here.read(_ask, here, question)
+    answer = await here.read(_ask, here, question, EVERYBODY if sees_all else who.tenant)
     return UsageAnswer(
         since=question.since,
         until=question.until,
@@ -274,9 +275,9 @@ async def tell_usage(
     )
 
 
-def _ask(here: Services, question: Question) -> Answer:
+def _ask(here: Services, question: Question, whose: str) -> Answer:
     try:
-        with here.database.begin() as connection:
+        with acting_for(whose), here.database.begin() as connection:
             return usage.ask(connection, question)
     except TookTooLong:
         raise RequestError(

@@ -37,6 +37,7 @@ from app.local.servers import EmbeddedPostgres, _not_root, package_folder
 from app.store import keys, submissions
 from app.store.database import Database, migrate
 from app.store.submissions import NewJob
+from app.store.tenancy import API_ROLE
 
 MODEL: Final = "stub"
 START_S: Final = 300.0
@@ -180,6 +181,8 @@ class Mill:
         self._watching = self._held_by_us(owner)
         for statement in (
             f"CREATE ROLE miller LOGIN PASSWORD '{PASSWORD}'",
+            f"CREATE ROLE {API_ROLE}",
+            f"GRANT {API_ROLE} TO miller",
             "CREATE DATABASE mill OWNER miller",
         ):
             self._watching.execute(statement)

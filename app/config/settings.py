@@ -57,6 +57,12 @@ class DatabaseSettings(_Section):
         3_000, description="Longest wait for a row lock."
     )
 
+    row_security: bool = Field(
+        True,
+        description="The API takes the role gristmill_api, for which row-level security closes one "
+        "tenant's rows to another; false where one role is all there is.",
+    )
+
     @property
     def news_url(self) -> str:
         return self.listen_url or self.url

@@ -20,6 +20,7 @@ from app.errors import QueueFull
 from app.store import submissions
 from app.store.database import Database
 from app.store.submissions import Load
+from app.store.tenancy import EVERYBODY, acting_for
 
 COUNT_EVERY_S: Final = 1.0
 COUNT_FULL_S: Final = 0.1
@@ -126,7 +127,7 @@ class Admission:
         began = time.monotonic()
         with self._lock:
             before = self._let_in
-        with self._database.begin() as connection:
+        with acting_for(EVERYBODY), self._database.begin() as connection:
             counted, rates = submissions.queued(connection), self._rates
             half = Load(self._max.jobs // 2, self._max.tokens // 2)
             if _excess(_sum(counted, before), half) != Load(0, 0):

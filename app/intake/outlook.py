@@ -36,6 +36,7 @@ from app.store.loads import Load
 from app.store.outlook import EndedJob, Rung, Up
 from app.store.reads import JobView
 from app.store.submissions import NewJob
+from app.store.tenancy import EVERYBODY, acting_for
 
 log = logging.getLogger(__name__)
 
@@ -323,7 +324,7 @@ class Outlook:
         with self._lock:
             before = dict(self._added)
         now = self._database.now()
-        with self._database.autocommit() as connection:
+        with acting_for(EVERYBODY), self._database.autocommit() as connection:
             rungs = store.ladder(connection, self._layout.steps)
             inside = store.running(connection)
             started = loads.last(connection)

@@ -22,6 +22,7 @@ from app.store import quotas as store
 from app.store.database import Database
 from app.store.isolation import Connection
 from app.store.quotas import Holding, Quotas
+from app.store.tenancy import acting_for
 
 FRESH_S: Final = 5.0
 """How long limits that were read count."""
@@ -53,7 +54,7 @@ class Tenants:
         if (known := self.known(tenant)) is not None:
             return known
         now_s = time.monotonic()
-        with self._database.begin() as connection:
+        with acting_for(tenant), self._database.begin() as connection:
             known = store.find(connection, tenant)
         with self._lock:
             if len(self._known) >= MOST_KNOWN:

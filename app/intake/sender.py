@@ -27,6 +27,7 @@ from app.errors import GristmillError, Unavailable
 from app.store import delivery
 from app.store.database import Database
 from app.store.submissions import NewJob
+from app.store.tenancy import EVERYBODY, acting_for
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +123,7 @@ class Sender:
     def _take_back(self, ids: Sequence[UUID]) -> None:
         try:
             for start in range(0, len(ids), PAGE_SIZE):
-                with self._database.autocommit() as connection:
+                with acting_for(EVERYBODY), self._database.autocommit() as connection:
                     delivery.not_sent(connection, ids[start : start + PAGE_SIZE])
         except GristmillError:
             extra = {"action": "not_sent_failed"}

@@ -85,7 +85,7 @@ class Address:
         """SQL that begins a transaction with these settings in force until it ends."""
         if not self.settings:
             return "BEGIN"
-        calls = (f"set_config({_quote(name)}, {_quote(it)}, true)" for name, it in self._ordered)
+        calls = (f"set_config({quote(name)}, {quote(it)}, true)" for name, it in self._ordered)
         return "BEGIN; SELECT " + ", ".join(calls)
 
     @property
@@ -139,5 +139,6 @@ def _escape(word: str) -> str:
     return re.sub(r"([\s\\])", r"\\\1", word)
 
 
-def _quote(value: str) -> str:
+def quote(value: str) -> str:
+    """A literal of SQL."""
     return "'" + value.replace("'", "''") + "'"

@@ -22,8 +22,8 @@ from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from app.errors import SchemaError
-from app.store import months
-from app.store.address import Address
+from app.store import months, tenancy
+from app.store.address import Address, quote
 from app.store.link import Found, Link, connect, is_lost
 from app.store.translation import Locked, translated_errors
 
@@ -84,15 +84,18 @@ class Database:
         statement_timeout_ms: int = 15_000,
         lock_timeout_ms: int = 3_000,
         looks_up_only: bool = False,
+        is_limited: bool = False,
     ) -> None:
         """`looks_up_only`: whoever this is for reads and writes rows by their keys alone; others
-        say so for each use."""
+        say so for each use. `is_limited`: sees the rows of `tenancy.acting_for` alone."""
         settings = {
             "statement_timeout": str(statement_timeout_ms),
             "idle_in_transaction_session_timeout": str(statement_timeout_ms),
             "lock_timeout": str(lock_timeout_ms),
             "timezone": "UTC",
         } | (_PLANNED_ONCE if looks_up_only else _PLANNED_EACH_TIME)
+        if is_limited:
+            settings["role"] = tenancy.API_ROLE
         address = (
             Address.of(url)
             .with_defaults(
@@ -108,8 +111,10 @@ class Database:
         event.listen(self._engine, "connect", self._note_connected)
         _try_what_was_idle(self._engine)
         self._looks_up_only: Final = looks_up_only
+        self._is_limited: Final = is_limited
         self._transactions: Final = {
-            once: in_transactions(self._engine, plans_once=once) for once in (False, True)
+            once: in_transactions(self._engine, plans_once=once, is_limited=is_limited)
+            for once in (False, True)
         }
         self._statements: Final = _one_by_one(self._engine)
 
@@ -132,8 +137,13 @@ class Database:
         """A connection on which every statement is a transaction of its own.
 
         For moves that are one statement: one round trip to Postgres where `begin` takes three.
-        `looks_up` is as there. Raises as `begin` does, and leaves the same unknown.
+        `looks_up` is as there. Raises as `begin` does, and leaves the same unknown. Where rows are
+        a tenant's it is `begin`: the tenant is said in the transaction.
         """
+        if self._is_limited:
+            with self.begin(looks_up=looks_up) as connection:
+                yield connection
+            return
         with translated_errors(), self._statements.connect() as connection:
             _plan(connection, looks_up or self._looks_up_only)
             yield connection
@@ -214,7 +224,9 @@ def make_engine(address: Address, **given: Any) -> Engine:
     return engine
 
 
-def in_transactions(engine: Engine, *, plans_once: bool | None = None) -> Engine:
+def in_transactions(
+    engine: Engine, *, plans_once: bool | None = None, is_limited: bool = False
+) -> Engine:
     """The engine for blocks of statements that are one transaction; None: planned as it comes."""
     blocks = engine.execution_options()
 
@@ -222,7 +234,11 @@ def in_transactions(engine: Engine, *, plans_once: bool | None = None) -> Engine
     def begin(connection: Connection) -> None:
         _plan(connection, plans_once)
         options = {"no_parameters": True}  # so that it may be two statements
-        connection.exec_driver_sql(_link(connection).begin, execution_options=options)
+        begins = _link(connection).begin
+        if is_limited:
+            tenant = quote(tenancy.tenant_now())
+            begins += f"; SELECT set_config('{tenancy.SETTING}', {tenant}, true)"
+        connection.exec_driver_sql(begins, execution_options=options)
 
     return blocks
 
@@ -301,6 +317,7 @@ def _upgrade(config: Config, revision: str) -> None:
     connection.execute(text("ALTER TABLE alembic_version ADD COLUMN IF NOT EXISTS fits_from text"))
     connection.execute(text("UPDATE alembic_version SET fits_from = :it"), {"it": _FITS_FROM})
     months.prepare(connection)
+    tenancy.prepare(connection)
 
 
 def downgrade(url: str, revision: str) -> str:

@@ -25,6 +25,7 @@ OURS: Final = (
     "lock_timeout",
     "idle_in_transaction_session_timeout",
     "timezone",
+    "role",
 )
 """Settings without which Gristmill would not be bounded, or would read times wrongly. Others are
 the URL's own, and the server shows them in its own units."""

@@ -106,8 +106,8 @@ _WRITE: Final = """
         ON CONFLICT {conflict} DO NOTHING
         RETURNING id
     ), asked AS (
-        INSERT INTO requests (created_at, job_id, request)
-        SELECT now(), id, request FROM given JOIN new USING (id)
+        INSERT INTO requests (created_at, job_id, tenant, request)
+        SELECT now(), id, tenant, request FROM given JOIN new USING (id)
     ), queued AS (
         INSERT INTO open_jobs (
             id, tenant, model, kind, url, format, source, metadata, priority, input_tokens,

@@ -15,7 +15,7 @@ from sqlalchemy import text
 from app import cli
 from app.api import keyring
 from app.api.app import check_start
-from app.config.settings import ApiSettings, Settings
+from app.config.settings import Settings
 from app.errors import ConfigError, GristmillError
 from app.keys import digest_of, id_of
 from app.store.database import Database
@@ -193,10 +193,10 @@ def test_a_key_that_nobody_has_is_no_traceback(gristmill: Gristmill) -> None:
 
 
 def test_an_api_that_others_reach_does_not_start_without_a_key(
-    database: Database, gristmill: Gristmill
+    database: Database, database_url: str, gristmill: Gristmill
 ) -> None:
-    opened = ApiSettings(host="0.0.0.0")
-    check_start(database, ApiSettings())
+    opened = Settings(database={"url": database_url}, api={"host": "0.0.0.0"})
+    check_start(database, Settings(database={"url": database_url}))
     with pytest.raises(ConfigError, match="gristmill keys create"):
         check_start(database, opened)
     key = gristmill("keys", "create", "--name", "first")[1].strip()

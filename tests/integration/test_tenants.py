@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 from uuid import uuid4
@@ -84,6 +85,16 @@ def respond(api: httpx.Client, headers: Headers) -> str:
     return str(answer.json()["id"])
 
 
+def begin_batch(api: httpx.Client, headers: Headers) -> str:
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": BODY}
+    form = {"files": {"file": ("in.jsonl", json.dumps(line))}, "data": {"purpose": "batch"}}
+    file = api.post("/v1/files", headers=headers, **form).json()
+    asked = {"endpoint": "/v1/completions", "completion_window": "24h"}
+    answer = api.post("/v1/batches", headers=headers, json=asked | {"input_file_id": file["id"]})
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["id"])
+
+
 Make = Callable[[httpx.Client, Headers], str]
 
 
@@ -106,6 +117,7 @@ IDS: Final[dict[str, Make]] = {
     "delivery_id": delivery,
     "job_id": submit,
     "file_id": upload,
+    "batch_id": begin_batch,
     "response_id": respond,
 }
 """How a tenant comes to have what an id in a path names, and the id. Whoever adds a route with

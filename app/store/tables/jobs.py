@@ -89,6 +89,7 @@ requests = Table(
     metadata,
     Column("created_at", Stamp, nullable=False, comment="The job's: the month it is kept in."),
     Column("job_id", Uuid, nullable=False, comment="Job that asks for it."),
+    tenant_column("Owner of the job."),
     Column("request", JSONB, nullable=False, comment="Body as sent, prompt included."),
     CheckConstraint("jsonb_typeof(request) = 'object'", name="request"),
     PrimaryKeyConstraint("created_at", "job_id"),

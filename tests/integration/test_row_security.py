@@ -1,0 +1,186 @@
+"""Row-level security: what the API's role sees of the tables, whatever a query forgets to say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from sqlalchemy import Connection, text
+
+from app.errors import GristmillError
+from app.store import lists, tenancy
+from app.store.database import Database, migrate
+from app.store.lists import Filter
+from app.store.tenancy import EVERYBODY, NOBODY, acting_for
+from tests.apis import made_key
+from tests.rows import Worker, insert, new_job
+
+# Tables of their own, not partitions, that say whose their rows are.
+_TENANTS_TABLES = text("""
+    SELECT relname FROM pg_class JOIN pg_attribute ON attrelid = pg_class.oid
+    WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p') AND NOT relispartition
+        AND attname = 'tenant' AND NOT attisdropped
+    ORDER BY relname
+""")
+
+
+@pytest.fixture
+def limited(database_url: str) -> Iterator[Database]:
+    """What the API has, with one connection for all."""
+    limited = Database(database_url, pool_size=1, is_limited=True)
+    yield limited
+    limited.close()
+
+
+@contextmanager
+def of(limited: Database, tenant: str) -> Iterator[Connection]:
+    with acting_for(tenant), limited.begin() as connection:
+        yield connection
+
+
+def tables(database: Database) -> list[str]:
+    with database.begin() as connection:
+        return list(connection.scalars(_TENANTS_TABLES))
+
+
+def counts(connection: Connection, tables: list[str], where: str = "true") -> dict[str, int]:
+    return {
+        table: connection.scalar(text(f"SELECT count(*) FROM {table} WHERE {where}")) or 0
+        for table in tables
+    }
+
+
+@pytest.fixture
+def two(database: Database, database_url: str) -> None:
+    """Two tenants with jobs that wait, run and have ended, with labels, and with keys."""
+    for tenant in ("mill", "bakery"):
+        made_key(database_url, tenant)
+        jobs = [new_job(tenant=tenant, metadata={"a": "b"}) for _ in range(3)]
+        ids = insert(database, *jobs)
+        worker = Worker.registered(database)
+        worker.complete(worker.claim(ids[:1]))
+        worker.claim(ids[1:2])
+
+
+def test_every_table_with_a_tenant_is_closed_also_to_its_owner(database: Database) -> None:
+    with database.begin() as connection:
+        found = connection.execute(
+            text("""
+                SELECT relname, relrowsecurity AND relforcerowsecurity AS is_forced,
+                    ARRAY(SELECT polname::text FROM pg_policy WHERE polrelid = pg_class.oid
+                        ORDER BY polname) AS policies
+                FROM pg_class WHERE relname = ANY(:names) AND NOT relispartition
+            """),
+            {"names": [*tables(database), "tenants"]},
+        ).all()
+
+    assert len(found) > 8
+    assert {row.relname for row in found if not row.is_forced} == set()
+    assert {tuple(row.policies) for row in found} == {("owner", "tenant")}
+
+
+def test_no_view_and_no_partition_is_a_way_around(database: Database, limited: Database) -> None:
+    with database.begin() as connection:
+        around = connection.scalars(
+            text("""
+            SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace AND (
+                (relkind = 'v' AND NOT coalesce('security_invoker=true' = ANY(reloptions), false))
+                OR (relispartition AND has_table_privilege('gristmill_api', oid, 'SELECT'))
+            )
+        """)
+        ).all()
+
+    assert around == []
+    with pytest.raises(GristmillError), of(limited, EVERYBODY) as connection:
+        connection.execute(text("SELECT FROM results_default"))
+
+
+@pytest.mark.usefixtures("two")
+def test_the_apis_role_sees_one_tenant_none_or_all_of_every_table(
+    database: Database, limited: Database
+) -> None:
+    names = [name for name in tables(database) if name != "admin_log"]
+    with database.begin() as connection:
+        of_mill, of_all = counts(connection, names, "tenant = 'mill'"), counts(connection, names)
+    seen = {"job_keys", "requests", "open_jobs", "results", "attempts", "usage_deltas", "api_keys"}
+    assert seen <= {name for name in names if 0 < of_mill[name] < of_all[name]}
+
+    with of(limited, "mill") as connection:
+        assert connection.scalar(text("SELECT current_user")) == tenancy.API_ROLE
+        assert counts(connection, names) == of_mill
+        assert counts(connection, ["jobs"], "tenant <> 'mill'") == {"jobs": 0}
+        assert counts(connection, ["usage"], "tenant <> 'mill'") == {"usage": 0}
+    with of(limited, EVERYBODY) as connection:
+        assert counts(connection, names) == of_all
+    for nobody in (NOBODY, "' OR true --", "MILL", "*' "):
+        with of(limited, nobody) as connection:
+            assert set(counts(connection, [*names, "jobs", "tenants"]).values()) == {0}
+    with limited.begin() as connection:  # whoever forgot to say it
+        assert set(counts(connection, names).values()) == {0}
+    with limited.autocommit() as connection:
+        assert set(counts(connection, names).values()) == {0}
+
+
+@pytest.mark.usefixtures("two")
+def test_a_tenant_is_forgotten_with_its_transaction_however_that_ends(limited: Database) -> None:
+    with pytest.raises(GristmillError), of(limited, "mill") as connection:
+        connection.execute(text("SELECT 1 / 0"))
+    with limited.begin() as connection:
+        assert counts(connection, ["open_jobs"]) == {"open_jobs": 0}
+
+    with of(limited, "mill") as connection:
+        assert counts(connection, ["open_jobs"]) == {"open_jobs": 2}
+        connection.rollback()
+    with limited.begin() as connection:
+        assert connection.scalar(text("SELECT current_setting('gristmill.tenant', true)")) == ""
+        assert counts(connection, ["open_jobs"]) == {"open_jobs": 0}
+    with of(limited, "bakery") as connection:
+        assert counts(connection, ["open_jobs"], "tenant <> 'bakery'") == {"open_jobs": 0}
+
+
+@pytest.mark.usefixtures("two")
+def test_no_row_is_written_for_or_taken_from_another_tenant(limited: Database) -> None:
+    with pytest.raises(GristmillError), of(limited, "mill") as connection:
+        connection.execute(text("INSERT INTO job_keys (id, tenant, created_at)"
+                                " VALUES (gen_random_uuid(), 'bakery', now())"))  # fmt: skip
+    with pytest.raises(GristmillError), of(limited, "mill") as connection:
+        connection.execute(text("UPDATE open_jobs SET tenant = 'bakery'"))
+    with of(limited, "mill") as connection:
+        taken = "UPDATE open_jobs SET priority = 9 WHERE tenant = 'bakery'"
+        assert connection.execute(text(taken)).rowcount == 0
+        assert connection.execute(text("DELETE FROM job_keys WHERE tenant <> 'mill'")).rowcount == 0
+
+
+def test_the_apis_role_may_neither_read_the_log_nor_make_keys_nor_change_tables(
+    limited: Database,
+) -> None:
+    for forbidden in (
+        "SELECT * FROM admin_log",
+        "UPDATE api_keys SET scopes = ARRAY['admin']",
+        "INSERT INTO api_keys (id, name, scopes, digest) VALUES ('a', 'a', '{read}', sha256(''))",
+        "INSERT INTO tenants (name) VALUES ('mine')",
+        "DROP POLICY tenant ON results",
+        "ALTER TABLE results DISABLE ROW LEVEL SECURITY",
+        "TRUNCATE results",
+        "UPDATE prices SET note = ''",
+    ):
+        with pytest.raises(GristmillError), of(limited, EVERYBODY) as connection:
+            connection.execute(text(forbidden))
+
+
+@pytest.mark.usefixtures("two")
+def test_labels_are_found_by_their_index_and_are_one_tenants(
+    database: Database, limited: Database
+) -> None:
+    given = Filter(metadata={"a": "b"})
+    with of(limited, "mill") as connection:
+        found = lists.newest(connection, given, limit=10, tenant="mill")
+        assert lists.newest(connection, given, limit=10, tenant="nobody") == []
+    with database.begin() as connection:
+        assert found == lists.newest(connection, given, limit=10, tenant="mill")
+        assert len(found) == 3
+
+
+def test_a_schema_that_is_brought_up_again_is_as_it_was(database_url: str) -> None:
+    assert migrate(database_url) == migrate(database_url)
