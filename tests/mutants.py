@@ -616,6 +616,22 @@ MUTANTS: Final = (
         "::test_submissions_at_the_same_time_do_not_pass_a_limit_together",
     ),
     Mutant(
+        "lines of a batch pass the limits of their tenant",
+        "app/intake/batches/feed.py",
+        "tenants.enforce(connection, bounded, self._database.now())",
+        "pass",
+        "tests/integration/test_openai_batches.py"
+        "::test_a_batch_keeps_to_the_limits_of_its_tenant_and_goes_on_as_they_give_back",
+    ),
+    Mutant(
+        "what was lost of a tenant is sent again into the list of all",
+        "app/rescue.py",
+        "        tenant=wake_up.tenant,\n",
+        "",
+        "tests/integration/test_rescue.py"
+        "::test_what_was_lost_of_tenants_is_sent_again_into_their_own_lists",
+    ),
+    Mutant(
         "tokens of jobs that run count as queued",
         "app/store/quotas.py",
         "FILTER (WHERE state = 'queued')",

@@ -245,6 +245,23 @@ def test_a_sated_worker_takes_every_call_that_is_waited_for(mill: Mill, settings
         assert worker.take_all() == [*noisy[:16], *live]
 
 
+def test_shares_hold_across_workers(mill: Mill, settings: Settings) -> None:
+    mill.push("one", 40)
+    mill.push("other", 40)
+    with taking(settings, most=4) as first, taking(settings, most=4) as second:
+        served: Counter[str] = Counter()
+        for worker in (first, second) * 5:
+            worker.channel.queue_budgets = {QUEUE: 4}
+            worker.take_all()
+            for message in worker.held:
+                served[mill.tenants[message.headers["id"]]] += 1
+                message.ack()
+            worker.held.clear()
+
+    assert served.total() >= 40
+    assert abs(served["one"] - served["other"]) <= 6
+
+
 def test_a_bell_that_died_with_who_heard_it_is_rung_again(
     mill: Mill, settings: Settings, client: redis.Redis
 ) -> None:

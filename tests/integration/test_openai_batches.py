@@ -18,7 +18,9 @@ import pytest
 from app.config.settings import Settings
 from app.intake.batches.keeper import BatchKeeper
 from app.local.servers import EmbeddedRedis
+from app.store import quotas
 from app.store.database import Database
+from app.store.quotas import Quotas
 from tests.apis import running_api
 from tests.conftest import STUB_MODELS
 from tests.rescues import running_rescue
@@ -487,6 +489,33 @@ def test_others_have_half_of_the_queue_whatever_a_batch_is(
             answer = api.post("/v1/jobs", json={"body": {"prompt": f"{n}"}})
             assert answer.status_code == 202, answer.text
         assert client.batches.retrieve(batch.id).status == "in_progress"
+
+
+def test_a_batch_keeps_to_the_limits_of_its_tenant_and_goes_on_as_they_give_back(
+    database_url: str, redis_url: str, tmp_path: Path
+) -> None:
+    settings = make_settings(database_url, redis_url, tmp_path / "cache")
+    with (
+        running_api(settings) as api,
+        sdk(api) as client,
+        closing(Database(database_url)) as store,
+    ):
+        with store.begin() as connection:
+            quotas.keep(connection, "default", Quotas(max_open_jobs=10), actor="test")
+        waiting, most = "SELECT id FROM open_jobs WHERE state = 'queued'", 0
+        with keeping(settings):
+            batch = submit(client, *(line(n) for n in range(25)))
+            worker = Worker.registered(store)
+            while client.batches.retrieve(batch.id).status not in ENDED:
+                ids = [row["id"] for row in rows(settings, waiting)]
+                most = max(most, len(ids))
+                if ids:
+                    worker.complete(worker.claim(ids))
+                time.sleep(0.02)
+
+        done = client.batches.retrieve(batch.id)
+        assert (done.status, done.request_counts.completed) == ("completed", 25)  # type: ignore[union-attr]
+        assert most <= 10
 
 
 def test_results_stay_until_they_are_written_however_short_they_are_kept(

@@ -911,3 +911,37 @@ def test_a_process_that_has_not_swept_for_long_is_not_alive(settings: Settings) 
         os.utime(Path(settings.cache_dir) / "rescue.alive", (then, then))
 
         assert not rescue.alive(settings).is_alive
+
+
+def test_what_was_lost_of_tenants_is_sent_again_into_their_own_lists(
+    world: World, client: redis.Redis
+) -> None:
+    noisy, lone = world.submit(5, tenant="noisy"), world.submit(1, tenant="lone")
+    assert world.sweep().sent == 6
+    client.flushdb()
+    world.change([*noisy, *lone], "enqueued_at = now() - %s", LONG_AGO)
+
+    assert world.sweep().sent_again == 0  # it may be on its way
+    assert world.sweep().sent_again == 6
+
+    for tenant, jobs in (("noisy", 5), ("lone", 1)):
+        first = world.publisher.list_lengths([MODEL], tenant)[MODEL][0]
+        assert (first.all, first.own, first.tenants) == (6, jobs, 2)
+
+
+def test_a_full_queue_has_room_for_each_tenants_share(
+    settings: Settings, client: redis.Redis
+) -> None:
+    most = 100
+    broker = settings.broker.model_copy(update={"max_messages": most})
+    with closing(World(settings.model_copy(update={"broker": broker}), client)) as world:
+        world.submit(most + 50, tenant="noisy")
+        while world.sweep().sent:
+            pass
+        world.submit(3, tenant="lone")
+
+        assert world.sweep().sent >= 1
+
+        lone = world.publisher.list_lengths([MODEL], "lone")[MODEL][0]
+        assert 1 <= lone.own <= 3
+        assert lone.all <= most + 50

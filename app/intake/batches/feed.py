@@ -1,6 +1,7 @@
 """Lines of a batch become jobs: a page at a time, and no more than others leave room for.
 
     at most `job_batches.max_open_lines` of a batch are jobs that have not ended
+    and no more than the limits of its tenant leave: the rest waits
     the queue is filled to the half of its limits; the other half is everybody else's
     lines go behind live and default work, by `job_batches.priority`
 
@@ -22,6 +23,7 @@ from app.errors import (
     ModelNotFound,
     NotStorable,
     QueueFull,
+    QuotaExceeded,
     RequestError,
     RequestTooLarge,
     UrlNotFound,
@@ -112,6 +114,9 @@ class Feed:
         try:
             with self._admission.admitted(page.load):
                 self._write(batch, page, outcome, keeper_id, lease_s)
+        except QuotaExceeded:  # of its tenant: what has ended gives back
+            self._page = max(1, self._page // 2)
+            return False
         except QueueFull:
             return self._wait_for_room(batch, page, keeper_id, lease_s)
         self._page = min(PAGE, 2 * self._page)
@@ -191,6 +196,8 @@ class Feed:
     ) -> None:
         wanted = self._submitter.sender.wanted(page.jobs)
         sent: list[NewJob] = []
+        tenants = self._submitter.tenants
+        bounded = tenants.bounded({job.tenant for job in page.jobs})
         with self._database.begin() as connection:
             now = batch_work.held(connection, keeper_id, lease_s, batch.id)
             changed = outcome_without_job(now.state, is_over=now.is_over) is not outcome
@@ -198,7 +205,9 @@ class Feed:
                 return  # cancelled meanwhile, say: the next look is another
             fed = page.lines
             if page.jobs:
+                tenants.take_turns(connection, bounded)
                 sent, refused = _insert(connection, page.jobs, wanted)
+                tenants.enforce(connection, bounded, self._database.now())
                 fed = [
                     _refused(line.number, line.custom_id, refused[line.job_id])
                     if line.job_id in refused
