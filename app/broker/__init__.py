@@ -36,8 +36,9 @@ Message. Celery protocol 2 as JSON, one element of the list:
     content-encoding  "utf-8"
     headers           {"lang": any text, "task": one of `message.TASKS`, as inference.generate,
                       "id": the job's UUID}; Celery's optional ones are honoured (eta, expires,
-                      timelimit), "request_format" is that of the request, 1 if left out, and
-                      "more" are the ids of further jobs that it wakes, "num_jobs" how many in all
+                      timelimit), "stream_events" is whether its tokens are told as they come,
+                      "request_format" is that of the request, 1 if left out, and "more" are the
+                      ids of further jobs that it wakes, "num_jobs" how many in all
     properties        {"delivery_tag": a new UUID every time, "body_encoding": "base64",
                       "delivery_info": {"exchange": "", "routing_key": the queue},
                       "priority": 0 to 9}

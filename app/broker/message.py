@@ -15,6 +15,8 @@ TASK_NAMES: Final = {kind: f"inference.{kind}" for kind in Kind}
 TASKS: Final = {name: kind for kind, name in TASK_NAMES.items()} | {"inference.score": Kind.RERANK}
 """The tasks that a message may name, and the kind of each."""
 
+STREAM_HEADER: Final = "stream_events"
+"""Whether the job's tokens are told as they come; for services that send messages themselves."""
 MORE_HEADER: Final = "more"
 """Header with the ids of further jobs that a message wakes, whose requests are in their rows."""
 JOBS_HEADER: Final = "num_jobs"

@@ -268,6 +268,7 @@ class Registrar:
                 not_before=arrival.not_before,
                 deadline=arrival.deadline,
                 time_limit_s=arrival.time_limit_s,
+                stream_events=arrival.stream_events,
                 metadata=arrival.metadata,
                 input_tokens=sum(map(len, prepared.prompts)) if prepared else None,
                 max_output_tokens=prepared.max_tokens * arrival.request.num_sequences

@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+from celery import Celery
 
 from app.config.settings import Settings
 from app.local.servers import EmbeddedRedis
@@ -251,8 +252,23 @@ def test_the_client_streams_what_it_submits(api: httpx.Client, worker: Worker) -
     with Client(str(api.base_url)) as gristmill:
         job_id = gristmill.submit({"prompt": PROMPT}, stream_events=True)
         events = list(gristmill.stream(job_id))
-        rest = list(gristmill.stream(job_id, after="1-3"))
+        told = [each for each in events if each.event == "tokens"]
+        rest = list(gristmill.stream(job_id, after=told[2].id))
 
     assert "".join(each.text for each in events) == PROMPT
-    assert "".join(each.text for each in rest) == PROMPT[3:]
+    assert [each for each in rest if each.event == "tokens"] == told[3:]
     assert events[-1].job is not None and events[-1].job.id == job_id
+
+
+def test_a_job_that_a_service_sends_by_itself_may_ask_for_its_tokens(
+    api: httpx.Client, worker: Worker, config: Settings
+) -> None:
+    with Celery("somebody-else", broker=config.broker.url, set_as_current=False) as service:
+        sent = service.send_task(
+            "inference.generate", kwargs={"prompt": PROMPT}, headers={"stream_events": True}
+        )
+    eventually(lambda: api.get(f"/v1/jobs/{sent.id}").status_code == 200)
+
+    events = all_events(api, str(sent.id))
+
+    assert events[-1].data["complete"] and text_of(events) == PROMPT

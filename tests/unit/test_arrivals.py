@@ -152,6 +152,13 @@ def test_a_time_limit_is_a_bounded_number_of_seconds(
     assert arrive(message(headers={"timelimit": limits}), config).time_limit_s == kept
 
 
+def test_a_message_may_ask_for_its_tokens(config: Settings) -> None:
+    for given, kept in ((True, True), (False, False), (None, False)):
+        arrival = arrive(message(headers={"stream_events": given}), config)
+        assert arrival.stream_events is kept
+    assert not arrive(message(), config).stream_events
+
+
 def test_a_request_of_a_later_format_only_wakes_its_row(config: Settings) -> None:
     # given what a producer of a later version sends: fields that are not known here
     sent = message(
@@ -222,6 +229,7 @@ WRONG: dict[str, tuple[Message, str]] = {
     ),
     "pickle": (message(content_type="application/x-python-serialize"), "body"),
     "eta is no time": (message(headers={"eta": "soon"}), "eta"),
+    "stream_events is no truth": (message(headers={"stream_events": "yes"}), "stream_events"),
     "timelimit is no pair": (message(headers={"timelimit": "5"}), "timelimit"),
     "metadata is no mapping": (message([[], {"prompt": SECRET, "metadata": 3}, {}]), "metadata"),
     "url is unknown": (message([[], {"prompt": SECRET, "url": "/v1/x"}, {}]), "url"),

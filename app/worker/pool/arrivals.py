@@ -22,7 +22,14 @@ from kombu.message import Message
 from kombu.serialization import loads
 from kombu.utils.encoding import str_to_bytes
 
-from app.broker.message import FORMAT_HEADER, MAX_MORE, MORE_HEADER, TASK_NAMES, TASKS
+from app.broker.message import (
+    FORMAT_HEADER,
+    MAX_MORE,
+    MORE_HEADER,
+    STREAM_HEADER,
+    TASK_NAMES,
+    TASKS,
+)
 from app.config.settings import Settings
 from app.errors import GristmillError, RequestError, RequestTooLarge
 from app.jobs import MAX_PRIORITY, Kind, bounded, job_id_of
@@ -48,6 +55,7 @@ class Arrival:
     deadline: dt.datetime | None
     metadata: dict[str, str]
     time_limit_s: float | None = None  #: positive and finite
+    stream_events: bool = False  #: its tokens are told as they come
     more: tuple[str, ...] = ()  #: task ids of further jobs, whose rows are there
 
     def others(self) -> list[tuple[str, Arrival]]:
@@ -119,6 +127,7 @@ def read(message: Message, task_id: str, name: str, settings: Settings) -> Arriv
         deadline=_stamp(options, "expires"),
         metadata=request.body.metadata if request else {},
         time_limit_s=_time_limit(options),
+        stream_events=_stream_events(options),
         more=_more(options),
     )
 
@@ -224,6 +233,13 @@ def _time_limit(options: dict[str, Any]) -> float | None:
             raise RequestError(
                 "timelimit must be two numbers of seconds, or null.", param="timelimit"
             )
+
+
+def _stream_events(options: dict[str, Any]) -> bool:
+    given = options.get(STREAM_HEADER)
+    if given is not None and not isinstance(given, bool):
+        raise RequestError("stream_events must be true or false.", param=STREAM_HEADER)
+    return bool(given)
 
 
 def _more(options: dict[str, Any]) -> tuple[str, ...]:
