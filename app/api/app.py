@@ -34,6 +34,7 @@ from app.api import (
     usage,
     webhook_deliveries,
 )
+from app.api.anthropic import batches as message_batches
 from app.api.anthropic import messages
 from app.api.callers import KnownCallers
 from app.api.metrics import Metrics, SystemCollector
@@ -109,6 +110,7 @@ def create_app(settings: Settings) -> FastAPI:
         calls,
         responses,
         messages,
+        message_batches,
         files,
         webhooks,
         webhook_deliveries,

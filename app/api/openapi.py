@@ -14,6 +14,7 @@ from pydantic.json_schema import models_json_schema
 from starlette.routing import Route
 
 from app.api import envelopes
+from app.api.anthropic.schemas_batches import MessageBatchBody
 from app.api.envelopes import Door, door_of
 from app.api.openai.schemas_batches import BatchBody
 from app.api.openai.schemas_webhooks import EndpointChange, NewEndpoint, Rotation, TestedEvent
@@ -34,6 +35,7 @@ _SCHEMAS: Final[tuple[type[BaseModel], ...]] = (
     Rotation,
     TestedEvent,
     BatchBody,
+    MessageBatchBody,
     *BODIES.values(),
 )
 

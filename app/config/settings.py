@@ -313,6 +313,11 @@ class ApiSettings(_Listening):
     port: Annotated[int, Field(ge=0, le=65_535)] = Field(
         8000, description="Port; 0 takes a free one."
     )
+    public_url: Annotated[str, Field(pattern=r"^(https?://[^/?#\s]+(/[^?#\s]*)?)?$")] = Field(
+        "",
+        description="Under which clients reach it, where that is not what they call: behind a "
+        "proxy that ends TLS, say. Answers that hold a URL begin it with this.",
+    )
     max_body_bytes: Annotated[int, Field(ge=1_000)] = Field(
         2_000_000, description="Largest body of one job."
     )

@@ -242,6 +242,9 @@ def test_openais_client_is_answered_in_the_background(terminal: Terminal) -> Non
 def test_anthropics_client_is_answered(terminal: Terminal) -> None:
     assert "What is a grist mill?" in terminal.run("anthropic message")
 
+    told = sorted(terminal.run("anthropic batch").splitlines())
+    assert told == [f"mill-{n} succeeded" for n in range(3)]
+
 
 def test_the_client_submits_waits_and_cancels(terminal: Terminal) -> None:
     assert terminal.run("client").splitlines() == [

@@ -12,6 +12,7 @@ from app.config.settings import Settings
 from app.local.servers import EmbeddedRedis
 from tests.conftest import STUB_MODELS
 from tests.doors import Doors, open_doors
+from tests.rescues import running_rescue
 from tests.waiting import eventually
 
 ASK: list[Any] = [{"role": "user", "content": "What is flour?"}]
@@ -32,8 +33,12 @@ def doors(
         broker={"url": redis_server.url.removesuffix("/0") + "/98"},
         models=STUB_MODELS,
         worker={"max_attempts": 1, "lease_s": 4, "heartbeat_s": 1},
+        rescue={"sweep_ms": 100},
     )
-    with open_doors(settings, folder / "worker") as doors:
+    with (
+        open_doors(settings, folder / "worker") as doors,
+        running_rescue(settings, folder / "rescue"),
+    ):
         yield doors
 
 
@@ -158,3 +163,130 @@ def test_what_cannot_be_answered_is_refused_as_anthropic_refuses(
     assert isinstance(error.body, dict)
     assert error.body["type"] == "error" and error.body["error"]["type"] == type_
     assert error.request_id == error.body["request_id"]
+
+
+# ── batches ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def asked(number: int, **params: Any) -> Any:
+    default = {"model": "stub", "max_tokens": 16, "messages": ASK}
+    return {"custom_id": f"line-{number}", "params": default | params}
+
+
+def ended(client: anthropic.Anthropic, batch_id: str) -> Any:
+    def look() -> Any:
+        batch = client.messages.batches.retrieve(batch_id)
+        counts = batch.request_counts
+        told = counts.succeeded + counts.errored + counts.canceled + counts.expired
+        is_over = batch.processing_status == "ended"
+        assert (counts.processing == 0) == is_over and (told > 0) == is_over
+        return batch if is_over else None
+
+    return eventually(look, timeout_s=60)
+
+
+def test_a_batch_goes_from_its_requests_to_their_results(
+    client: anthropic.Anthropic, doors: Doors
+) -> None:
+    requests = [asked(n) for n in range(20)]
+    requests += [asked(20, max_tokens=0), asked(21, model="nobody"), asked(22, messages="no")]
+
+    batch = client.messages.batches.create(requests=requests)
+    assert (batch.processing_status, batch.request_counts.processing) == ("in_progress", 23)
+    assert batch.results_url is None and batch.id.startswith("msgbatch_")
+    done = ended(client, batch.id)
+
+    counts = done.request_counts
+    assert (counts.succeeded, counts.errored, counts.canceled, counts.expired) == (20, 3, 0, 0)
+    assert (done.expires_at - done.created_at).total_seconds() == 86_400
+    results = {each.custom_id: each.result for each in client.messages.batches.results(batch.id)}
+    assert len(results) == 23
+    for number in range(20):
+        result = results[f"line-{number}"]
+        assert result.type == "succeeded" and result.message.content
+    for number, kind in (
+        (20, "invalid_request_error"),
+        (21, "not_found_error"),
+        (22, "invalid_request_error"),
+    ):
+        result = results[f"line-{number}"]
+        assert result.type == "errored" and result.error.error.type == kind
+    assert all(job["priority"] == 6 for job in doors.jobs("url = '/v1/messages' AND priority > 0"))
+
+
+def test_a_batch_that_is_cancelled_keeps_what_was_finished(client: anthropic.Anthropic) -> None:
+    slow = [{"role": "user", "content": "sleep 60000"}]
+    batch = client.messages.batches.create(requests=[asked(0), asked(1, messages=slow)])
+    with pytest.raises(anthropic.ConflictError) as early:
+        client.get(f"/v1/messages/batches/{batch.id}/results", cast_to=object)
+    with pytest.raises(anthropic.ConflictError):
+        client.messages.batches.delete(batch.id)
+
+    cancelling = client.messages.batches.cancel(batch.id)
+    done = ended(client, batch.id)
+
+    assert early.value.response.headers["x-should-retry"] == "false"
+    assert cancelling.processing_status in ("canceling", "ended")
+    assert cancelling.cancel_initiated_at is not None
+    assert done.request_counts.canceled >= 1
+    kinds = {each.custom_id: each.result.type for each in client.messages.batches.results(batch.id)}
+    assert kinds["line-1"] == "canceled" and kinds["line-0"] in ("succeeded", "canceled")
+    assert client.messages.batches.cancel(batch.id).processing_status == "ended"  # once more
+
+
+def test_batches_are_listed_newest_first_in_pages_and_deleted(client: anthropic.Anthropic) -> None:
+    ids = [client.messages.batches.create(requests=[asked(0)]).id for _ in range(3)]
+
+    page = client.messages.batches.list(limit=2)
+    assert [each.id for each in page.data] == ids[:0:-1] and page.has_more
+    older = client.messages.batches.list(limit=2, after_id=page.last_id)
+    assert older.data[0].id == ids[0]
+    newer = client.messages.batches.list(limit=1, before_id=ids[0])
+    assert [each.id for each in newer.data] == [ids[1]] and newer.has_more
+    assert ids[0] in [each.id for each in client.messages.batches.list(limit=2)]  # on its pages
+
+    ended(client, ids[0])
+    assert client.messages.batches.delete(ids[0]).id == ids[0]
+    for call in (client.messages.batches.retrieve, client.messages.batches.delete):
+        with pytest.raises(anthropic.NotFoundError):
+            call(ids[0])
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "requests"),
+        ({"requests": []}, "requests"),
+        ({"requests": "no"}, "requests"),
+        ({"requests": [1]}, "requests.0"),
+        ({"requests": [{"params": {}}]}, "requests.0.custom_id"),
+        ({"requests": [{"custom_id": "a b", "params": {}}]}, "requests.0.custom_id"),
+        ({"requests": [{"custom_id": "a"}]}, "requests.0.params"),
+        ({"requests": [asked(1), asked(1)]}, "requests.1.custom_id"),
+    ],
+)
+def test_a_batch_that_is_none_is_refused_at_once(
+    client: anthropic.Anthropic, body: dict[str, Any], param: str
+) -> None:
+    with pytest.raises(anthropic.BadRequestError, match=param):
+        client.post("/v1/messages/batches", body=body, cast_to=object)
+
+
+def test_the_same_key_is_the_same_batch(client: anthropic.Anthropic) -> None:
+    key = {"Idempotency-Key": "monday"}
+    first = client.messages.batches.create(requests=[asked(0)], extra_headers=key)
+    again = client.messages.batches.create(requests=[asked(0)], extra_headers=key)
+
+    assert again.id == first.id
+    with pytest.raises(anthropic.ConflictError) as other:
+        client.messages.batches.create(requests=[asked(1)], extra_headers=key)
+    assert other.value.response.headers["x-should-retry"] == "false"
+
+
+def test_results_are_where_the_batch_says(client: anthropic.Anthropic, doors: Doors) -> None:
+    batch = client.messages.batches.create(requests=[asked(0)])
+    done = ended(client, batch.id)
+
+    assert done.results_url == f"{doors.http.base_url}/v1/messages/batches/{batch.id}/results"
+    told = doors.http.get(done.results_url, headers={"x-api-key": "none"})
+    assert told.headers["content-type"] == "application/x-jsonl"

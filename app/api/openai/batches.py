@@ -5,8 +5,6 @@ https://platform.openai.com/docs/api-reference/batch
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -20,6 +18,7 @@ from pydantic_core import from_json, to_json
 from app.api import raw_bodies
 from app.api.caller import Who
 from app.api.envelopes import Door as Protocol
+from app.api.inline_file import InlineFile, written
 from app.api.jobs import IdempotencyKey, parse_key
 from app.api.openai import batch_request
 from app.api.openai.batch_request import WINDOW, BatchRequest
@@ -39,7 +38,6 @@ from app.api.problems import documented
 from app.api.services import Here, Services
 from app.batches import BatchState, Door, id_in, name_of
 from app.errors import BatchKeyConflict, NoSuchFile, RequestError
-from app.files import Purpose, key_of
 from app.files import id_in as file_in
 from app.files import name_of as file_name
 from app.intake.decision import Decision
@@ -131,43 +129,9 @@ async def _create_inline(
     here: Services, tenant: str, asked: BatchRequest, raw: bytearray, items: list[slice]
 ) -> BatchView:
     """The requests become a file as any other, which is then the batch's."""
-    file_id, digest = new_id(), hashlib.sha256()
-    await here.write(_begin_file, here, file_id, tenant)
-    try:
-        num_bytes = 0
-        async with here.objects.writing_async(key_of(file_id)) as writer:
-            async for piece in _lines(here, asked, raw, items):
-                digest.update(piece)
-                num_bytes += len(piece)
-                await writer.write(piece)
-        given = (file_id, num_bytes, digest.hexdigest())
-        view, is_new = await here.write(_create, here, tenant, asked, given)
-    except BaseException:
-        here.do_behind(partial(_drop_file, here, file_id))
-        raise
-    if not is_new:
-        here.do_behind(partial(_drop_file, here, file_id))
+    async with written(here, tenant, raw, items, partial(_line, asked)) as file:
+        view, file.is_used = await here.write(_create, here, tenant, asked, file)
     return view
-
-
-PIECE: Final = 200
-"""Requests that are written down in one turn."""
-
-
-async def _lines(
-    here: Services, asked: BatchRequest, raw: bytearray, items: list[slice]
-) -> AsyncIterator[bytes]:
-    for start in range(0, len(items), PIECE):
-        part = items[start : start + PIECE]
-        size = part[-1].stop - part[0].start
-        yield await here.work.run(size, _piece, asked, raw, part, start)
-
-
-def _piece(asked: BatchRequest, raw: bytearray, part: list[slice], start: int) -> bytes:
-    return b"".join(
-        _line(asked, bytes(raw[item]), number) + b"\n"
-        for number, item in enumerate(part, start + 1)
-    )
 
 
 def _line(asked: BatchRequest, raw: bytes, number: int) -> bytes:
@@ -181,40 +145,21 @@ def _line(asked: BatchRequest, raw: bytes, number: int) -> bytes:
     return to_json(batch_request.line_of(item, asked.url, number), inf_nan_mode="constants")
 
 
-def _begin_file(decision: Decision, here: Services, file_id: UUID, tenant: str) -> None:
-    with here.database.begin() as connection:
-        files.begin(
-            connection, file_id, tenant=tenant, purpose=Purpose.BATCH, filename="requests.jsonl"
-        )
-        decision.commit()
-
-
-def _drop_file(here: Services, file_id: UUID) -> None:
-    with here.database.begin() as connection:
-        files.give_up(connection, file_id)
-
-
 def _create(
     decision: Decision,
     here: Services,
     tenant: str,
     asked: BatchRequest,
-    inline: tuple[UUID, int, str] | None = None,
+    inline: InlineFile | None = None,
 ) -> tuple[BatchView, bool]:
     """The batch, and whether it is new. `inline` is the file that was made of its requests."""
     keep_s = here.settings.files.keep_days * DAY_S
-    file_id, num_bytes, lines = inline or (None, 0, "")
+    file_id, num_bytes, lines = (
+        (inline.id, inline.bytes, inline.sha256) if inline else (None, 0, "")
+    )
     with here.database.begin() as connection:
         if inline is not None:
-            files.ready(
-                connection,
-                inline[0],
-                num_bytes=num_bytes,
-                sha256=lines,
-                purpose=Purpose.BATCH,
-                filename="requests.jsonl",
-                expires_s=keep_s,
-            )
+            inline.ready(connection, keep_s)
         elif asked.input_file is not None:
             try:
                 found = files.find(connection, file_in(asked.input_file), tenant=tenant, name="")

@@ -1,0 +1,335 @@
+"""/v1/messages/batches: thousands of messages as one.
+
+https://docs.claude.com/en/api/creating-message-batches
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import AsyncIterator, Iterator
+from datetime import datetime
+from http import HTTPStatus
+from typing import Annotated, Any, Final
+from uuid import UUID
+
+from fastapi import APIRouter, Path, Query, Request, Response
+from fastapi.responses import StreamingResponse
+from pydantic_core import from_json
+
+from app.api import raw_bodies
+from app.api.anthropic.schemas_batches import (
+    DeletedMessageBatch,
+    MessageBatch,
+    MessageBatchBody,
+    MessageBatchCounts,
+    MessageBatchList,
+)
+from app.api.caller import Who
+from app.api.envelopes import Door as Protocol
+from app.api.inline_file import InlineFile, written
+from app.api.jobs import IdempotencyKey, parse_key
+from app.api.openapi import json_body
+from app.api.problems import documented
+from app.api.services import Here, Services
+from app.batches import BatchState, Counts, Door, LineFile, id_in, name_of
+from app.errors import BatchKeyConflict, BatchStateConflict, RequestError
+from app.intake.batches import output_file
+from app.intake.decision import Decision
+from app.jobs import new_id
+from app.requests import json_text
+from app.requests.bodies import Url
+from app.store import job_batches
+from app.store.job_batches import BatchView, NewBatch
+
+router = APIRouter(prefix="/v1/messages/batches", tags=["anthropic"])
+
+_CUSTOM_ID: Final = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+DAY_S: Final = 86_400
+
+BatchId = Annotated[str, Path(description="The batch's id.", examples=["msgbatch_0199e0a4f4a9"])]
+_ERRORS: Final = documented(
+    HTTPStatus.BAD_REQUEST,
+    HTTPStatus.NOT_FOUND,
+    HTTPStatus.SERVICE_UNAVAILABLE,
+    door=Protocol.ANTHROPIC,
+)
+_REFUSED: Final = documented(
+    HTTPStatus.CONFLICT,
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+    door=Protocol.ANTHROPIC,
+)
+_ASKED: Final = {
+    "requests": [
+        {
+            "custom_id": "request-1",
+            "params": {
+                "model": "smollm2-135m-instruct",
+                "max_tokens": 64,
+                "messages": [{"role": "user", "content": "What is a grist mill?"}],
+            },
+        }
+    ]
+}
+
+
+@router.post(
+    "",
+    responses=_ERRORS | _REFUSED,
+    openapi_extra=json_body(MessageBatchBody, _ASKED),
+    summary="Submit a batch of messages",
+    response_description="The batch is accepted.",
+)
+async def create(
+    request: Request, here: Here, who: Who, idempotency_key: IdempotencyKey = None
+) -> MessageBatch:
+    """Accept a batch. What is wrong with the params of a request is told by its result; a custom_id
+    that is wrong or comes twice is refused at once."""
+    key = parse_key(idempotency_key) if idempotency_key is not None else None
+    async with raw_bodies.body_of(request, here.settings.api.max_bulk_bytes, here.room) as raw:
+        items = await here.work.run(len(raw), _items, here, raw)
+        async with written(here, who.tenant, raw, items, _Lines().line_of) as file:
+            view, file.is_used = await here.write(_create, here, who.tenant, file, len(items), key)
+    return batch_of(view, request, here)
+
+
+def _items(here: Services, raw: bytearray) -> list[slice]:
+    most = here.settings.job_batches.max_requests
+    found = json_text.list_among(raw, "requests", most)
+    if found is None or not found[0]:
+        raw_bodies.parse_json(raw)  # which tells what is wrong if it is no JSON
+        raise RequestError(f"requests must be an array of 1 to {most} objects.", param="requests")
+    items, place = found
+    raw_bodies.parse_json(raw[: place.start] + b"null" + raw[place.stop :])
+    return items
+
+
+class _Lines:
+    """The requests of one batch, in their order."""
+
+    def __init__(self) -> None:
+        self._custom_ids: set[str] = set()
+
+    def line_of(self, raw: bytes, number: int) -> bytes:
+        place = f"requests.{number - 1}"
+        try:
+            item = from_json(raw)
+        except ValueError:
+            raise RequestError(f"{place} is no JSON.", param=place) from None
+        if not isinstance(item, dict):
+            raise RequestError(f"{place} must be an object.", param=place)
+        custom_id = item.get("custom_id")
+        if not (isinstance(custom_id, str) and _CUSTOM_ID.fullmatch(custom_id)):
+            raise RequestError(
+                f"{place}.custom_id must have 1 to 64 letters, digits, _ or -.",
+                param=f"{place}.custom_id",
+            )
+        if custom_id in self._custom_ids:
+            raise RequestError(
+                f"{place}.custom_id: another request has the same.", param=f"{place}.custom_id"
+            )
+        self._custom_ids.add(custom_id)
+        params = item.get("params")
+        if not isinstance(params, dict):
+            raise RequestError(f"{place}.params must be an object.", param=f"{place}.params")
+        return json.dumps({"custom_id": custom_id, "params": params}).encode()
+
+
+def _create(
+    decision: Decision, here: Services, tenant: str, file: InlineFile, total: int, key: str | None
+) -> tuple[BatchView, bool]:
+    """The batch, and whether it is new."""
+    keep_s = here.settings.files.keep_days * DAY_S
+    batch = NewBatch(
+        id=new_id(),
+        tenant=tenant,
+        door=Door.ANTHROPIC,
+        url=Url.MESSAGES,
+        input_name="",
+        input_file_id=file.id,
+        input_bytes=file.bytes,
+        window_s=here.settings.job_batches.window_s,
+        output_expires_s=keep_s,
+        fingerprint=file.sha256,
+        metadata={},
+        idempotency_key=key,
+        total=total,
+    )
+    with here.database.begin() as connection:
+        file.ready(connection, keep_s)
+        view, is_new = job_batches.create(connection, batch)
+        if view.fingerprint != batch.fingerprint:
+            raise BatchKeyConflict()
+        decision.commit()
+    return view, is_new
+
+
+@router.get(
+    "", responses=_ERRORS, summary="List batches of messages", response_description="One page."
+)
+async def list_batches(
+    request: Request,
+    here: Here,
+    who: Who,
+    after_id: Annotated[
+        str | None, Query(max_length=255, description="Begin after this batch: older ones.")
+    ] = None,
+    before_id: Annotated[
+        str | None, Query(max_length=255, description="End before this batch: newer ones.")
+    ] = None,
+    limit: Annotated[int, Query(ge=1, le=1_000, description="Most batches of a page.")] = 20,
+) -> MessageBatchList:
+    """Batches, newest first."""
+    after, before = _cursor(after_id, "after_id"), _cursor(before_id, "before_id")
+    if after and before:
+        raise RequestError("Give after_id or before_id, not both.", param="before_id")
+    page = await here.read(_listed, here, who.tenant, after, before, limit + 1)
+    shown = page[1:] if before and len(page) > limit else page[:limit]
+    batches = [batch_of(each, request, here) for each in shown]
+    return MessageBatchList(
+        data=batches,
+        has_more=len(page) > limit,
+        first_id=batches[0].id if batches else None,
+        last_id=batches[-1].id if batches else None,
+    )
+
+
+def _cursor(name: str | None, param: str) -> UUID | None:
+    cursor = id_in(Door.ANTHROPIC, name) if name else None
+    if name and cursor is None:
+        raise RequestError(f"{param} must be the id of a batch.", param=param)
+    return cursor
+
+
+def _listed(
+    here: Services, tenant: str, after: UUID | None, before: UUID | None, limit: int
+) -> list[BatchView]:
+    with here.database.begin() as connection:
+        return job_batches.listed(
+            connection,
+            tenant=tenant,
+            door=Door.ANTHROPIC,
+            after=after,
+            before=before,
+            limit=limit,
+        )
+
+
+@router.get(
+    "/{batch_id}",
+    responses=_ERRORS,
+    summary="Follow a batch of messages",
+    response_description="The batch.",
+)
+async def retrieve(request: Request, here: Here, who: Who, batch_id: BatchId) -> MessageBatch:
+    """The batch as it is."""
+    return batch_of(await here.read(_find, here, who.tenant, batch_id), request, here)
+
+
+def _asked(batch_id: str) -> dict[str, Any]:
+    """What a batch is looked for by."""
+    is_plain = batch_id.isascii() and batch_id.isprintable() and len(batch_id) <= 100
+    return {"door": Door.ANTHROPIC, "name": batch_id if is_plain else "?"}
+
+
+def _find(here: Services, tenant: str, name: str) -> BatchView:
+    with here.database.begin() as connection:
+        batch_id = id_in(Door.ANTHROPIC, name)
+        return job_batches.find(connection, batch_id, tenant=tenant, **_asked(name))
+
+
+@router.post(
+    "/{batch_id}/cancel",
+    responses=_ERRORS | documented(HTTPStatus.CONFLICT, door=Protocol.ANTHROPIC),
+    summary="Cancel a batch of messages",
+    response_description="The batch is being cancelled.",
+)
+async def cancel(request: Request, here: Here, who: Who, batch_id: BatchId) -> MessageBatch:
+    """Requests that run are stopped, those that wait are cancelled; what was finished is kept. May
+    be repeated."""
+    return batch_of(await here.write(_cancel, here, who.tenant, batch_id), request, here)
+
+
+def _cancel(decision: Decision, here: Services, tenant: str, name: str) -> BatchView:
+    with here.database.begin() as connection:
+        batch_id = id_in(Door.ANTHROPIC, name)
+        view = job_batches.cancel(connection, batch_id, tenant=tenant, **_asked(name))
+        decision.commit()
+    return view
+
+
+@router.delete(
+    "/{batch_id}",
+    responses=_ERRORS | documented(HTTPStatus.CONFLICT, door=Protocol.ANTHROPIC),
+    summary="Delete a batch of messages",
+    response_description="It is gone.",
+)
+async def delete(here: Here, who: Who, batch_id: BatchId) -> DeletedMessageBatch:
+    """Remove a batch that is over, and its results; its jobs stay."""
+    await here.write(_delete, here, who.tenant, batch_id)
+    return DeletedMessageBatch(id=batch_id)
+
+
+def _delete(decision: Decision, here: Services, tenant: str, name: str) -> None:
+    with here.database.begin() as connection:
+        batch_id = id_in(Door.ANTHROPIC, name)
+        job_batches.delete(connection, batch_id, tenant=tenant, **_asked(name))
+        decision.commit()
+
+
+@router.get(
+    "/{batch_id}/results",
+    response_model=None,
+    responses=_ERRORS
+    | documented(HTTPStatus.CONFLICT, door=Protocol.ANTHROPIC)
+    | {200: {"content": {"application/x-jsonl": {}}, "description": "A line for each request."}},
+    summary="Read the results of a batch of messages",
+)
+async def results(here: Here, who: Who, batch_id: BatchId) -> Response:
+    """What became of each request, a line of JSON each, in the order in which they ended."""
+    view = await here.read(_find, here, who.tenant, batch_id)
+    if not view.state.is_final:
+        raise BatchStateConflict("The batch has not ended: its results are not there yet.")
+    pages = output_file.pages(here.database, view, LineFile.OUTPUT)
+    first = await here.read(_next, pages)  # what is wrong is an answer of its own
+
+    async def lines() -> AsyncIterator[bytes]:
+        page = first
+        while page:
+            yield page
+            page = await here.read(_next, pages)
+
+    return StreamingResponse(lines(), media_type="application/x-jsonl")
+
+
+def _next(pages: Iterator[bytes]) -> bytes:
+    return next(pages, b"")
+
+
+def batch_of(view: BatchView, request: Request, here: Services) -> MessageBatch:
+    is_over = view.state.is_final
+    is_cancelling = view.state is BatchState.CANCELLING
+    counts = view.counts if is_over else Counts(view.counts.total)
+    name = name_of(Door.ANTHROPIC, view.id)
+    base = here.settings.api.public_url or str(request.base_url)
+    return MessageBatch(
+        id=name,
+        processing_status="ended" if is_over else "canceling" if is_cancelling else "in_progress",
+        request_counts=MessageBatchCounts(
+            processing=counts.open,
+            succeeded=counts.succeeded,
+            errored=counts.errored,
+            canceled=counts.cancelled,
+            expired=counts.expired,
+        ),
+        created_at=view.created_at,
+        expires_at=view.expires_at,
+        ended_at=_second(view.ended_at) if is_over else None,
+        cancel_initiated_at=_second(view.cancelling_at),
+        results_url=f"{base.rstrip('/')}{router.prefix}/{name}/results" if is_over else None,
+    )
+
+
+def _second(stamp: datetime | None) -> datetime | None:
+    return stamp and stamp.replace(microsecond=0)
