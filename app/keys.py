@@ -22,6 +22,7 @@ from typing import Final
 PREFIX: Final = "gm"
 _DIGITS: Final = string.digits + string.ascii_uppercase + string.ascii_lowercase
 _ID_LENGTH, _SECRET_LENGTH, _SUM_LENGTH = 12, 32, 6
+_TENANT: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _KEY: Final = re.compile(
     rf"{PREFIX}_(?P<id>[0-9A-Za-z]{{{_ID_LENGTH}}})_[0-9A-Za-z]{{{_SECRET_LENGTH}}}"
     rf"(?P<sum>[0-9A-Za-z]{{{_SUM_LENGTH}}})"
@@ -55,6 +56,11 @@ def new_key() -> NewKey:
     id = _random(_ID_LENGTH)
     begin = f"{PREFIX}_{id}_{_random(_SECRET_LENGTH)}"
     return NewKey(id, begin + _checksum(begin))
+
+
+def is_tenant(name: str) -> bool:
+    """Whether a tenant may be called so."""
+    return _TENANT.fullmatch(name) is not None
 
 
 def is_shaped(text: str) -> bool:

@@ -21,7 +21,7 @@ import click
 from app.cli.options import Time
 from app.cli.terminal import as_json_option, load_settings, print_json, print_table, say, tell
 from app.errors import RequestError
-from app.keys import Scope, new_key
+from app.keys import Scope, is_tenant, new_key
 from app.requests.storable import refuse_unstorable
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from app.store.database import Database
     from app.store.keys import KeyView
 
-TENANT: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _MAX_NAME: Final = 100
 _UNITS: Final = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
 
@@ -38,7 +37,7 @@ class Tenant(click.ParamType[str]):
     name = "TENANT"
 
     def convert(self, value: Any, *_: object) -> str:
-        if not TENANT.fullmatch(value):
+        if not is_tenant(value):
             raise click.BadParameter(
                 "a tenant's name has up to 100 letters, digits, dots, hyphens and underscores, and "
                 "begins with a letter or digit."

@@ -33,6 +33,10 @@ Network = Annotated[str, AfterValidator(_network)]
 """An address with the length of its prefix, as 10.0.0.0/8."""
 
 
+Trusted = Annotated[str, Field(pattern=r"^(\*|[A-Za-z0-9][A-Za-z0-9._-]{0,99})$")]
+"""A tenant's name, or any."""
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -70,6 +74,14 @@ class DatabaseSettings(_Section):
 
 class BrokerSettings(_Section):
     url: str = Field("", description="Redis URL; empty runs the embedded server.", repr=False)
+    tenant: Name = Field(
+        "default", description="Whose are jobs that come as messages of services' own."
+    )
+    trusted_tenants: tuple[Trusted, ...] = Field(
+        (),
+        description="Tenants that a message may name in its header `tenant`, in place of that one; "
+        "`*` is any. Whoever may write to Redis may then be any of these.",
+    )
     default_queue: Name = Field(
         "celery",
         description="Queue of messages sent without naming one. Celery's own default, so that a "

@@ -106,7 +106,9 @@ def who_runs(connection: Connection, ids: Collection[UUID]) -> dict[UUID, list[U
     return {row.worker_id: row.job_ids for row in rows}
 
 
-def cancel_or_record(connection: Connection, job_id: UUID, kind: Kind) -> JobState:
+def cancel_or_record(
+    connection: Connection, job_id: UUID, kind: Kind, *, tenant: str = DEFAULT_TENANT
+) -> JobState:
     """Cancel a job whose message was revoked, perhaps before anybody had read it.
 
     A job without a row gets one that is cancelled, so that whoever asks for it hears what became of
@@ -118,7 +120,8 @@ def cancel_or_record(connection: Connection, job_id: UUID, kind: Kind) -> JobSta
         state=JobState.CANCELLED,
         error_code="cancelled",
         error_message="The job was cancelled before its message was read.",
+        tenant=tenant,
     )
     if submissions.reject(connection, [unread]):
         return JobState.CANCELLED
-    return cancel(connection, job_id)
+    return cancel(connection, job_id, tenant=tenant)

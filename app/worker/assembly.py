@@ -183,6 +183,7 @@ def assemble(
             publisher=publisher,
             served=catalog,
             max_attempts=settings.worker.max_attempts,
+            message_tenant=settings.broker.tenant,
         ),
         batcher=Batcher(limits),
         ledger=Ledger(

@@ -30,6 +30,7 @@ from app.requests.prepare import Prepared, prepare
 from app.store import cancellation, delivery, submissions
 from app.store.database import Database
 from app.store.submissions import NewJob, Received, RejectedJob
+from app.store.tables import DEFAULT_TENANT
 from app.threads import place_of
 from app.worker.isolation import ODD, by_halves, said
 from app.worker.pool.arrivals import Arrival, Refusal
@@ -66,6 +67,7 @@ class Registrar:
         publisher: Publisher,
         served: dict[str, CatalogModel],
         max_attempts: int,
+        message_tenant: str = DEFAULT_TENANT,
         now_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self._worker_id = worker_id
@@ -73,6 +75,7 @@ class Registrar:
         self._publisher = publisher
         self._served = served
         self._max_attempts = max_attempts
+        self._message_tenant = message_tenant
         self._now_ns = now_ns
         self._waiting: list[_Waiting] = []
         self._refusals: list[Refusal] = []
@@ -171,7 +174,9 @@ class Registrar:
 
         def reject(refusals: Sequence[Refusal]) -> None:
             with self._database.autocommit() as connection:
-                submissions.reject(connection, list(map(_rejected, refusals)))
+                submissions.reject(
+                    connection, [_rejected(each, self._message_tenant) for each in refusals]
+                )
 
         def refuse(refusal: Refusal, error: Exception) -> None:
             log.error("A refusal was refused: %s", said(error), extra={"job_id": refusal.job_id})
@@ -270,6 +275,7 @@ class Registrar:
                 time_limit_s=arrival.time_limit_s,
                 stream_events=arrival.stream_events,
                 metadata=arrival.metadata,
+                tenant=arrival.tenant,
                 input_tokens=sum(map(len, prepared.prompts)) if prepared else None,
                 max_output_tokens=prepared.max_tokens * arrival.request.num_sequences
                 if prepared
@@ -299,7 +305,8 @@ class Registrar:
         while self._revoked:
             with self._database.begin() as connection:
                 try:
-                    cancellation.cancel_or_record(connection, *self._revoked[0])
+                    id, kind = self._revoked[0]
+                    cancellation.cancel_or_record(connection, id, kind, tenant=self._message_tenant)
                 except (JobNotFound, JobStateConflict):
                     pass
             self._revoked.popleft()
@@ -315,12 +322,13 @@ def _leading(waiting: Iterable[_Waiting]) -> dict[UUID, _Waiting]:
     return leading
 
 
-def _rejected(refusal: Refusal) -> RejectedJob:
+def _rejected(refusal: Refusal, tenant: str) -> RejectedJob:
     return RejectedJob(
         id=refusal.job_id,
         kind=refusal.kind,
         error_code=refusal.error.code,
         error_message=refusal.error.message,
+        tenant=tenant,
     )
 
 

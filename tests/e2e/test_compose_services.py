@@ -52,6 +52,13 @@ class Host:
         done = subprocess.run(service["command"], env=self._environment(name), check=False)
         assert done.returncode == 0
 
+    def made_key(self) -> str:
+        """By the command that compose.yaml tells of."""
+        command = ["gristmill", "keys", "create", "--name", "me"]
+        environment = self._environment("migrate")
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
     @contextlib.contextmanager
     def running(self, name: str) -> Iterator[None]:
         """The service's command, once its own health check says that it is healthy."""
@@ -107,11 +114,13 @@ def test_every_service_starts_by_its_command_and_is_found_healthy(tmp_path: Path
         )
         assert host.is_healthy("postgres")
         host.run_once("migrate")
+        key = host.made_key()
 
         with contextlib.ExitStack() as stack:
             for name in ("redis", "api", "worker", "rescue", "hooks", "flower"):
                 stack.enter_context(host.running(name))
 
-            with Client(f"http://127.0.0.1:{host.replaced['GRISTMILL_API__PORT']}") as client:
+            url = f"http://127.0.0.1:{host.replaced['GRISTMILL_API__PORT']}"
+            with Client(url, key=key) as client:
                 job_id = client.submit({"prompt": "ground"})
                 assert client.result(job_id, 30)["choices"][0]["text"] == "ground"

@@ -299,3 +299,33 @@ def test_a_message_may_wake_further_jobs_by_their_ids(config: Settings) -> None:
 def test_further_jobs_are_a_list_of_so_many_task_ids(more: Any, config: Settings) -> None:
     with pytest.raises(RequestError, match="more must be a list"):
         arrive(message(headers={"more": more}), config)
+
+
+@pytest.mark.parametrize(
+    ("trusted", "named", "tenant"),
+    [
+        ((), None, "messages"),
+        ((), "mill", "messages"),
+        (("mill",), "mill", "mill"),
+        (("mill",), "bakery", "messages"),
+        (("mill",), None, "messages"),
+        (("*",), "bakery", "bakery"),
+        (("*",), "*", "messages"),
+        (("*",), "", "messages"),
+        (("*",), "x" * 101, "messages"),
+        (("*",), ["mill"], "messages"),
+        (("*",), {"a": 1}, "messages"),
+    ],
+)
+def test_a_message_names_its_tenant_only_where_it_is_trusted_with_that(
+    make_settings: Callable[..., Settings], trusted: tuple[str, ...], named: Any, tenant: str
+) -> None:
+    config = make_settings(broker={"tenant": "messages", "trusted_tenants": trusted})
+
+    assert arrive(message(headers={"tenant": named}), config).tenant == tenant
+
+
+def test_a_trusted_tenant_is_a_name_or_any(make_settings: Callable[..., Settings]) -> None:
+    for wrong in ("", "a b", "**", "ä"):
+        with pytest.raises(ValueError, match="trusted_tenants"):
+            make_settings(broker={"trusted_tenants": [wrong]})

@@ -29,13 +29,16 @@ from app.broker.message import (
     STREAM_HEADER,
     TASK_NAMES,
     TASKS,
+    TENANT_HEADER,
 )
-from app.config.settings import Settings
+from app.config.settings import BrokerSettings, Settings
 from app.errors import GristmillError, RequestError, RequestTooLarge
 from app.jobs import MAX_PRIORITY, Kind, bounded, job_id_of
+from app.keys import is_tenant
 from app.requests import bodies, json_text
 from app.requests.bodies import URL_OF_INPUT, Request
 from app.requests.storable import is_unicode
+from app.store.tables import DEFAULT_TENANT
 
 EMPTY_BODY: Final = "[[], {}, {}]"
 EMBEDS: Final = ("callbacks", "errbacks", "chain", "chord")
@@ -57,6 +60,7 @@ class Arrival:
     time_limit_s: float | None = None  #: positive and finite
     stream_events: bool = False  #: its tokens are told as they come
     more: tuple[str, ...] = ()  #: task ids of further jobs, whose rows are there
+    tenant: str = DEFAULT_TENANT  #: of a job that it brings
 
     def others(self) -> list[tuple[str, Arrival]]:
         """The further jobs by their task ids."""
@@ -129,7 +133,16 @@ def read(message: Message, task_id: str, name: str, settings: Settings) -> Arriv
         time_limit_s=_time_limit(options),
         stream_events=_stream_events(options),
         more=_more(options),
+        tenant=_tenant(options, settings.broker),
     )
+
+
+def _tenant(options: dict[str, Any], broker: BrokerSettings) -> str:
+    """Whose job a message brings: what it says of that counts where it is trusted with it."""
+    named, trusted = options.get(TENANT_HEADER), broker.trusted_tenants
+    if isinstance(named, str) and is_tenant(named) and (named in trusted or "*" in trusted):
+        return named
+    return broker.tenant
 
 
 def _is_protocol_2(message: Message) -> bool:
