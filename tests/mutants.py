@@ -58,6 +58,10 @@ class Mutant:
     tests: str = SIMULATION  #: a file, or a file::test
 
 
+RESPONSES: Final = "tests/integration/test_openai_responses.py"
+RESPONSE_STREAM: Final = "app/api/openai/response_stream.py"
+RESPONSE_STREAMS: Final = "tests/unit/test_response_stream.py"
+
 MUTANTS: Final = (
     Mutant(
         "a hole in a stream is told as if it were none",
@@ -107,6 +111,48 @@ MUTANTS: Final = (
         "self._lost.update((each[0] for each in fresh), ended)",
         "pass",
         "tests/unit/test_token_streams.py",
+    ),
+    Mutant(
+        "where a streamed text is cut depends on how it came",
+        "app/requests/response_events.py",
+        "if found.end() == len(text) and not is_whole:",
+        "if False:",
+        "tests/unit/test_response_events.py",
+    ),
+    Mutant(
+        "a streamed response is told again from the first word when its worker is lost",
+        RESPONSE_STREAM,
+        "if event.is_restart:",
+        "if False:",
+        RESPONSE_STREAMS,
+    ),
+    Mutant(
+        "a streamed job draws another answer when it runs again",
+        "app/worker/work.py",
+        "params=replace(params, seed=int64(self.id.int))",
+        "params=params",
+        RESPONSE_STREAMS,
+    ),
+    Mutant(
+        "a stream that is resumed repeats the event that was had",
+        RESPONSE_STREAM,
+        'event["sequence_number"] > after',
+        'event["sequence_number"] >= after',
+        f"{RESPONSES}::test_a_stream_is_resumed_after_any_event_in_both_ways",
+    ),
+    Mutant(
+        "a response that is not to be stored is",
+        "app/api/openai/responses.py",
+        "if not told.is_stored:",
+        "if False:",
+        f"{RESPONSES}::test_what_is_not_to_be_stored_is_told_once",
+    ),
+    Mutant(
+        "more of a conversation is left out than is too long",
+        "app/requests/prepare.py",
+        "while fits - too_long > 1:",
+        "while False:",
+        "tests/unit/test_responses.py",
     ),
     Mutant(
         "a promise that was broken makes the next ones shorter",

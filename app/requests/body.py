@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field
@@ -54,6 +55,12 @@ class Body(Part):
         """The body that says the same in the form that models are asked in: itself, unless it is
         of another API's call."""
         return self
+
+    @property
+    def shorter(self) -> Sequence[Body]:
+        """Bodies that may be answered in its place if it is too long, each shorter than the one
+        before."""
+        return ()
 
     @property
     def prompts(self) -> list[Prompt]:

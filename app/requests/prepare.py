@@ -47,10 +47,29 @@ class Prepared:
 def prepare(
     request: Request, tokenizer: Tokenizer, settings: ModelSettings, card: Card = NO_CARD
 ) -> Prepared:
-    """The request in tokens, or the reason why the model cannot take it.
+    """The request in tokens, or the reason why the model cannot take it. One that is too long is
+    cut, as little as may be, if it may be.
 
     Raises `ContextLengthExceeded` or another `RequestError` whose `param` names the field.
     """
+    try:
+        return _whole(request, tokenizer, settings, card)
+    except ContextLengthExceeded:
+        if not (shorter := request.sent.shorter):
+            raise
+    found = _whole(replace(request, sent=shorter[-1]), tokenizer, settings, card)
+    too_long, fits = -1, len(shorter) - 1
+    while fits - too_long > 1:
+        place = (too_long + fits) // 2
+        try:
+            found = _whole(replace(request, sent=shorter[place]), tokenizer, settings, card)
+            fits = place
+        except ContextLengthExceeded:
+            too_long = place
+    return found
+
+
+def _whole(request: Request, tokenizer: Tokenizer, settings: ModelSettings, card: Card) -> Prepared:
     field = request.body.PROMPT_FIELD
     if request.num_sequences > settings.max_batch_size:
         raise RequestError(

@@ -7,6 +7,7 @@ it, since an answer gives it back.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Final, Literal
 
@@ -204,10 +205,13 @@ class ResponsesBody(DrawnBody):
     image: Annotated[dict[str, str] | None, Ignored("no image is taken"), Field(max_length=16)] = (
         Field(None, examples=[{"context_compression": "auto"}])
     )
-    truncation: Annotated[Any, Refused("a conversation is never cut", ("disabled",))] = Field(
-        None, examples=["auto"]
+    truncation: Literal["auto", "disabled"] | None = Field(
+        None,
+        description="`auto` leaves out the oldest turns of a conversation that is too long for the "
+        "model; otherwise it is refused.",
+        examples=["auto"],
     )
-    context_management: Annotated[Any, Refused("a conversation is never cut", ([],))] = Field(
+    context_management: Annotated[Any, Refused("truncation says it", ([],))] = Field(
         None, examples=[[{"type": "compaction"}]]
     )
     conversation: Annotated[
@@ -226,6 +230,24 @@ class ResponsesBody(DrawnBody):
         if isinstance(self.input, str):
             return [MessageItem(role="user", content=self.input)]
         return self.input
+
+    @property
+    def shorter(self) -> Sequence[ResponsesBody]:
+        """The same without its oldest turns, if it may be cut: each begins with another message of
+        the user."""
+        if self.truncation != "auto":
+            return ()
+        items = [*(self.history or ()), *self.items]
+        starts = (
+            place
+            for place, item in enumerate(items)
+            if place and isinstance(item, MessageItem) and item.role == "user"
+        )
+        return [self._from(items[start:]) for start in starts]
+
+    def _from(self, items: list[Item]) -> ResponsesBody:
+        given = {name: getattr(self, name) for name in self.model_fields_set}
+        return ResponsesBody.model_construct(**given | {"history": None, "input": items})
 
     @property
     def tells_logprobs(self) -> bool:

@@ -72,7 +72,7 @@ def response_shell(
         "top_p": asked.top_p,
         "presence_penalty": asked.presence_penalty,
         "frequency_penalty": asked.frequency_penalty,
-        "truncation": "disabled",
+        "truncation": asked.truncation or "disabled",
         "usage": None,
         "user": asked.user,
         "safety_identifier": asked.safety_identifier,

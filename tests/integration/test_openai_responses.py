@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from typing import Any, Final, Literal
 
+import hypothesis
 import openai
 import pytest
 import redis
+from hypothesis import HealthCheck, given
+from hypothesis import strategies as st
 from openai.types.responses import Response
 from pydantic import BaseModel
 
 from app.config.settings import Settings
 from app.local.servers import EmbeddedRedis
+from app.requests.response import ResponsesBody
+from tests.any_messages import ANYTHING, TEXTS
 from tests.conftest import STUB_MODELS
 from tests.doors import Doors, open_doors
 from tests.waiting import eventually
@@ -468,6 +474,50 @@ def test_what_cannot_be_answered_is_refused_by_name(
         client.post("/responses", body=asked, cast_to=Response)
 
     assert refused.value.param == param
+
+
+ITEMS: Final = st.lists(
+    ANYTHING
+    | st.fixed_dictionaries(
+        {},
+        optional={
+            "type": st.sampled_from(["message", "function_call", "reasoning"]) | ANYTHING,
+            "role": st.sampled_from(["user", "assistant"]) | ANYTHING,
+            "content": TEXTS | ANYTHING,
+            "call_id": TEXTS,
+            "name": TEXTS,
+            "arguments": st.just("{}") | ANYTHING,
+            "id": TEXTS,
+        },
+    ),
+    max_size=4,
+)
+BODIES: Final = st.fixed_dictionaries(
+    {"input": TEXTS | ITEMS},
+    optional={
+        name: st.sampled_from(field.examples or [None]) | ANYTHING
+        for name, field in ResponsesBody.model_fields.items()
+        if name not in ("input", "background", "model")
+    },
+)
+
+
+@pytest.mark.timeout(300)
+@hypothesis.settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(BODIES)
+def test_whatever_is_sent_is_a_response_or_an_error_of_the_callers(
+    doors: Doors, body: dict[str, Any]
+) -> None:
+    content = json.dumps(body | {"background": True})  # NaN and half surrogates, too
+    headers = {"content-type": "application/json"}
+
+    answer = doors.http.post("/v1/responses", content=content, headers=headers)
+
+    assert answer.status_code in (200, 400, 404), answer.text
+    if answer.status_code != 200:
+        assert answer.json()["error"]["type"] == "invalid_request_error"
+    elif not answer.headers["content-type"].startswith("text/event-stream"):
+        Response.model_validate(answer.json(), strict=True)
 
 
 # ── by other ways ───────────────────────────────────────────────────────────────────────────────

@@ -80,7 +80,8 @@ class Answer:
             response=response,
             error=None,
         )
-        return Row(cast(Told, job), Asked(self.request.url, self.request.raw, FORMAT))
+        asked_for = Asked(self.request.url, self.request.raw, FORMAT)
+        return Row(cast(Told, job), asked_for, sent(self.request))
 
     @property
     def ended(self) -> Ended:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
+from copy import copy
 from typing import Any, Final
 from uuid import UUID
 
@@ -192,7 +193,7 @@ def test_everything_else_means_what_it_means_in_a_chat() -> None:
           "background_options": {"completion_window": "8h"}}, "service_tier"),
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"conversation": "conv_1"}, "conversation"),
-        ({"truncation": "auto"}, "truncation"),
+        ({"truncation": "some"}, "truncation"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"temperature": 3}, "temperature"),
         ({"min_tokens": 9, "max_output_tokens": 8}, "min_tokens"),
@@ -217,6 +218,60 @@ def test_a_conversation_before_goes_before_the_input_and_is_limited_with_it() ->
     with pytest.raises(RequestError, match="input") as refused:
         asked(history=before * 500)
     assert refused.value.param == "input"
+
+
+def with_context(tokenizer: FileTokenizer, tokens: int) -> FileTokenizer:
+    short = copy(tokenizer)
+    short.context_tokens = tokens
+    return short
+
+
+def turns(number: int) -> list[dict[str, Any]]:
+    """Of a conversation: each is a question, a call with its output, and an answer."""
+    return [
+        item
+        for turn in range(number)
+        for item in (
+            {"role": "user", "content": f"Question {turn}."},
+            {"type": "function_call", "call_id": f"c{turn}", "name": "grind", "arguments": "{}"},
+            {"type": "function_call_output", "call_id": f"c{turn}", "output": "flour"},
+            {"role": "assistant", "content": f"Answer {turn}."},
+        )
+    ]
+
+
+@given(before=st.integers(0, 12), room=st.integers(150, 900))
+def test_a_conversation_that_is_too_long_is_cut_by_as_few_turns_as_may_be(
+    qwen: FileTokenizer, before: int, room: int
+) -> None:
+    short = with_context(qwen, room)
+
+    def prompt(**body: Any) -> str:
+        request = asked(instructions="Be brief.", max_output_tokens=8, **body)
+        [found] = prepare(request, short, tiny_tokenizers.SETTINGS).prompts
+        return qwen.decode(found, skip_special_tokens=False)
+
+    given: dict[str, Any] = {"history": turns(before) or None, "input": "The last one?"}
+    fitting = []
+    for start in range(before + 1):
+        with suppress(RequestError):
+            fitting.append(prompt(**given | {"history": turns(before)[4 * start :] or None}))
+
+    assert prompt(**given, truncation="auto") == fitting[0]
+    assert "Be brief." in fitting[0] and "The last one?" in fitting[0]
+    if len(fitting) <= before:
+        with pytest.raises(RequestError, match="context"):
+            prompt(**given)
+
+
+def test_what_is_too_long_by_itself_is_refused_cut_or_not(qwen: FileTokenizer) -> None:
+    for truncation in ("auto", "disabled"):
+        with pytest.raises(RequestError, match="context"):
+            prepare(
+                asked(input="flour " * 200, truncation=truncation),
+                with_context(qwen, 100),
+                tiny_tokenizers.SETTINGS,
+            )
 
 
 def test_a_stored_request_reads_as_it_was_asked() -> None:

@@ -38,10 +38,7 @@ class Row:
 
     job: Job
     asked: Asked
-
-    @cached_property
-    def body(self) -> ResponsesBody:
-        return body_of(self.asked)
+    body: ResponsesBody
 
     @cached_property
     def response(self) -> dict[str, Any]:
@@ -50,20 +47,38 @@ class Row:
 
 async def row_of(here: Services, tenant: str, response_id: str) -> Row:
     """Raises `JobNotFound`: for one whose answer is not kept any more, as well."""
-    job_id = job_id_in(response_id)
-    job = whole((await here.job(tenant, job_id)).job)
-    if job.url != Url.RESPONSES or job.purged_at is not None:
-        _not_found()
-    found = await here.read(_asked, here.database, job_id, tenant)
-    if found is None or (job.state is JobState.COMPLETED and job.response is None):
-        _not_found()
-    row = Row(job, found)
-    return row if row.body.store else _not_found()
+    return await _row(here, tenant, await _job(here, tenant, response_id))
 
 
-def _asked(database: Database, job_id: UUID, tenant: str) -> Asked | None:
+async def response_at(here: Services, tenant: str, response_id: str) -> dict[str, Any]:
+    """The response as it is now; of one that has ended the answer tells all. Raises as `row_of`
+    does."""
+    job = await _job(here, tenant, response_id)
+    if job.response is None:
+        return (await _row(here, tenant, job)).response
+    return _ended(job, job.response) if job.response.get("store", True) else _not_found()
+
+
+async def _job(here: Services, tenant: str, response_id: str) -> Job:
+    job = whole((await here.job(tenant, job_id_in(response_id))).job)
+    is_gone = job.state is JobState.COMPLETED and job.response is None
+    if job.url != Url.RESPONSES or job.purged_at is not None or is_gone:
+        _not_found()
+    return job
+
+
+async def _row(here: Services, tenant: str, job: Job) -> Row:
+    found = await here.read(_asked, here.database, job.id, tenant)
+    if found is None or not found[1].store:
+        _not_found()
+    return Row(job, *found)
+
+
+def _asked(database: Database, job_id: UUID, tenant: str) -> tuple[Asked, ResponsesBody] | None:
+    """Not for the event loop: a conversation may be long."""
     with database.autocommit(looks_up=True) as connection:
-        return asked(connection, job_id, tenant=tenant)
+        found = asked(connection, job_id, tenant=tenant)
+    return None if found is None else (found, body_of(found))
 
 
 def whole(job: JobSummary | None) -> Job:
@@ -97,18 +112,22 @@ def response_of(job: Job, body: ResponsesBody) -> dict[str, Any]:
     if (status := _OPEN.get(job.state)) is not None:
         return shell_of(job, body) | {"status": status}
     if job.response is not None:
-        told = job.response
-    elif job.error is None:
-        told = ended(shell_of(job, body), job.state)
-    else:
-        told = ended(shell_of(job, body), job.state, job.error.code, job.error.message)
-    if told["status"] == "completed" and job.finished_at is not None:
-        told = told | {"completed_at": int(job.finished_at.timestamp())}
-    return told | {
+        return _ended(job, job.response)
+    if job.error is None:
+        return ended(shell_of(job, body), job.state)
+    return ended(shell_of(job, body), job.state, job.error.code, job.error.message)
+
+
+def _ended(job: Job, told: dict[str, Any]) -> dict[str, Any]:
+    """What its worker told, with what the row knows better."""
+    known: dict[str, Any] = {
         "id": response_id(job.id),
         "created_at": int(job.created_at.timestamp()),
         "metadata": job.metadata,
     }
+    if told["status"] == "completed" and job.finished_at is not None:
+        known["completed_at"] = int(job.finished_at.timestamp())
+    return told | known
 
 
 async def history_of(here: Services, tenant: str, previous: str) -> list[dict[str, Any]]:

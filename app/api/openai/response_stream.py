@@ -24,7 +24,8 @@ from app.api.services import Services
 from app.errors import Restarted
 from app.requests.answers import Said
 from app.requests.bodies import parse_stored
-from app.requests.prepare import encode
+from app.requests.prepare import prepare
+from app.requests.reasoning import marks_of
 from app.requests.response_answer import hex_of, output_of
 from app.requests.response_events import LAST, Event, Narration
 from app.requests.saying import Saying
@@ -96,8 +97,11 @@ def _listener(here: Services, row: Row) -> Saying | None:
     model = here.submitter.models.get(row.job.model)
     if model is None:
         return None
-    request = parse_stored(row.asked.request, row.asked.url, row.asked.format)
-    [prompt] = encode(request, model.tokenizer)
+    prompt: tuple[int, ...] = ()
+    template = model.tokenizer.template
+    if template is not None and (row.body.tools or marks_of(template.source)):
+        request = parse_stored(row.asked.request, row.asked.url, row.asked.format)
+        [prompt] = prepare(request, model.tokenizer, model.settings, model.card).prompts
     return Saying(row.body.meant, model.tokenizer, prompt)
 
 

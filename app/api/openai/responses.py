@@ -21,7 +21,15 @@ from app.api.answers import JSON, Hold, look, look_at_new
 from app.api.caller import Caller, Who, WhoReads
 from app.api.envelopes import Door
 from app.api.live import Placed, Understood
-from app.api.openai.response_rows import Row, body_of, history_of, response_of, row_of, whole
+from app.api.openai.response_rows import (
+    Row,
+    body_of,
+    history_of,
+    response_at,
+    response_of,
+    row_of,
+    whole,
+)
 from app.api.openai.response_stream import stream
 from app.api.openapi import json_body
 from app.api.problems import documented
@@ -130,20 +138,21 @@ async def create(request: Request, here: Here, who: Who) -> Response:
     is answered at once, stored, and to be retrieved when it is done."""
     job, told = await _read(request, here, who)
     asked = Asked(job.url, job.request, FORMAT)
+    body = await here.work.run(0, body_of, asked)
     if told.is_background:
-        row = Row(await _queued(here, job, body_of(asked)), asked)
-        return (
-            await stream(here, who.tenant, row, None) if told.is_streamed else _json(row.response)
-        )
+        row = Row(await _queued(here, job, body), asked, body)
+        if told.is_streamed:
+            return await stream(here, who.tenant, row, None)
+        return _json(row.response)
     placed = await live.place(request, here, job)
     if told.is_streamed:
-        row = Row(whole((await here.job(who.tenant, placed.id)).job), asked)
+        row = Row(whole((await here.job(who.tenant, placed.id)).job), asked, body)
         close = partial(_close, here, who, placed, is_stored=told.is_stored)
         return await stream(here, who.tenant, row, None, close)
-    row = Row(await live.ended(request, here, placed), asked)
+    ended = await live.ended(request, here, placed)
     if not told.is_stored:
         await purged(here, who, placed.id, is_noted=False)
-    return _json(row.response)
+    return _json(response_of(ended, body))
 
 
 async def _close(
@@ -202,10 +211,10 @@ async def retrieve(
     """A response as it is now: follow one in the background until its `status` is neither `queued`
     nor `in_progress`. Or its events, from the first one or from any other one on; text comes piece
     by piece while it runs if it was created with `stream`."""
-    row = await row_of(here, who.tenant, response_id)
     if streams:
+        row = await row_of(here, who.tenant, response_id)
         return await stream(here, who.tenant, row, starting_after)
-    return _json(row.response)
+    return _json(await response_at(here, who.tenant, response_id))
 
 
 @router.post(
