@@ -206,6 +206,7 @@ class TokenStreams:
         if before is not None:
             self._drop_new(before)
             self._disown(before)
+            self._fresh.pop(enter.job_id, None)
             if before.next.attempt == first.attempt:
                 first = before.next
         made = _Stream(enter.job_id, first, enter.started, set(enter.sequence_ids))

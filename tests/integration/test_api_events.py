@@ -20,7 +20,7 @@ from tests.own_redis import running_redis
 from tests.rescues import running_rescue
 from tests.sse import Sse, following, text_of
 from tests.waiting import eventually
-from tests.workers import Worker, running_worker
+from tests.workers import Worker, rows, running_worker
 
 TOLD_ONCE = ("started", "tokens", "restarted", "end")
 PROMPT = "the mill by the water grinds rye"
@@ -272,3 +272,16 @@ def test_a_job_that_a_service_sends_by_itself_may_ask_for_its_tokens(
     events = all_events(api, str(sent.id))
 
     assert events[-1].data["complete"] and text_of(events) == PROMPT
+
+
+def test_a_replay_streams_if_its_job_did(api: httpx.Client, config: Settings) -> None:
+    later = {"not_before": "2099-01-31T12:00:00Z"}
+    for stream in (True, False):
+        job = {"body": {"prompt": "x"}, "stream_events": stream} | later
+        job_id = api.post("/v1/jobs", json=job).json()["id"]
+        assert api.post(f"/v1/jobs/{job_id}/cancel").status_code == 200
+
+        again = api.post(f"/v1/jobs/{job_id}/replay").json()["id"]
+
+        found = rows(config, "SELECT stream_events FROM jobs WHERE id = %s", again)
+        assert found == [{"stream_events": stream}]
