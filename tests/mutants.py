@@ -46,6 +46,7 @@ SETTLING: Final = "tests/unit/test_settling.py"
 SAMPLING: Final = "app/engines/sampling/sampler.py"
 CREW: Final = "app/engines/inflight/crew.h"
 CREWS: Final = "tests/unit/test_inflight_crew.py"
+BATCHES: Final = "tests/unit/test_batches.py"
 USAGE: Final = "tests/integration/test_store_usage.py"
 
 
@@ -1214,6 +1215,34 @@ MUTANTS: Final = (
         "running_ns = look.open_ns if self._gauges else 0",
         "running_ns = 0",
         "tests/unit/test_energy_meter.py",
+    ),
+    Mutant(
+        "two lines of a batch have one place",
+        "app/batches.py",
+        "place = getattr(now, file) + 1",
+        "place = getattr(self, file) + 1",
+        BATCHES,
+    ),
+    Mutant(
+        "a batch that expired is told as completed",
+        "app/batches.py",
+        "return BatchState.EXPIRED if counts.expired else BatchState.COMPLETED",
+        "return BatchState.COMPLETED",
+        BATCHES,
+    ),
+    Mutant(
+        "a line of a batch is read again by the next page",
+        "app/intake/batches/input_file.py",
+        "end = at - len(piece) + done",
+        "end = at - len(piece)",
+        "tests/unit/test_batch_lines.py",
+    ),
+    Mutant(
+        "a custom id may come twice in a batch",
+        "app/intake/batches/scan.py",
+        "if digest in self._seen:",
+        "if False:",
+        "tests/unit/test_batch_lines.py",
     ),
 )
 

@@ -16,6 +16,7 @@ BENCHES: Final = (
     "embeddings",
     "pipeline",
     "jobs",
+    "batches",
     "latency",
     "streams",
     "policy",

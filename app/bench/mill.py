@@ -319,6 +319,26 @@ class Mill:
                     used[child.name.partition("-")[0]] += sum(process.cpu_times()[:4])
         return used
 
+    def memory(self) -> dict[str, float]:
+        """What each kind of part has to itself now, with all its processes, in MB."""
+        held: dict[str, float] = defaultdict(float)
+        for child in self._children:
+            with suppress(psutil.Error):
+                family = [psutil.Process(child.pid)]
+                family += family[0].children(recursive=True)
+                for process in family:
+                    held[child.name.partition("-")[0]] += process.memory_info().rss / 1e6
+        return held
+
+    def kill(self, kind: str) -> None:
+        """Kill the parts of a kind, and start them again."""
+        for child in self._children:
+            if child.name.partition("-")[0] == kind:
+                child.kill()
+                while child.exit_code is None:
+                    time.sleep(0.02)
+                child.start()
+
     @contextmanager
     def counted(self, most: Connections) -> Iterator[None]:
         """Look at the connections meanwhile; ours do not count."""

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -462,7 +463,10 @@ def test_what_is_finished_can_be_read_while_a_batch_runs(
         with pytest.raises(openai.ConflictError):
             client.files.delete(batch.output_file_id)
 
-        with keeping(few_at_once), running_worker(few_at_once, tmp_path / "again"):
+        with (
+            running_rescue(few_at_once, tmp_path / "rescue"),
+            running_worker(few_at_once, tmp_path / "worker"),
+        ):
             done = ended(client, batch)
 
         assert done.output_file_id == batch.output_file_id
@@ -470,6 +474,46 @@ def test_what_is_finished_can_be_read_while_a_batch_runs(
         assert is_incomplete == "false" and last == 60 and whole[: len(first)] == first
         assert part(58)[0] == whole[58:]
         assert client.files.delete(done.output_file_id).deleted
+
+
+def test_every_line_has_one_answer_whoever_is_killed_meanwhile(
+    database_url: str, redis_url: str, tmp_path: Path
+) -> None:
+    settings = make_settings(
+        database_url,
+        redis_url,
+        tmp_path / "cache",
+        worker={"lease_s": 2, "heartbeat_s": 0.5},
+        job_batches={"max_open_lines": 100},
+    )
+    num = 300
+    with running_api(settings) as api, sdk(api) as client:
+        batch = submit(client, *(line(n) for n in range(num)))
+
+        def has_done(least: int) -> bool:
+            counts = client.batches.retrieve(batch.id).request_counts
+            assert counts is not None
+            return counts.completed >= least
+
+        with (
+            running_rescue(settings, tmp_path / "rescue"),  # both are killed at the end
+            running_worker(settings, tmp_path / "worker"),
+        ):
+            eventually(partial(has_done, 40), timeout_s=60)
+        with psycopg.connect(settings.database.url) as connection:  # no need to wait it out
+            connection.execute("UPDATE job_batches SET keeper_until = now() - interval '1 s'")
+        with (
+            running_rescue(settings, tmp_path / "rescue"),
+            running_worker(settings, tmp_path / "worker"),
+        ):
+            ended_as = ended(client, batch)
+
+        answers = [each["custom_id"] for each in lines_of(client, ended_as.output_file_id)]
+        assert sorted(answers) == sorted(f"line-{n}" for n in range(num))
+        assert ended_as.error_file_id is None
+        one_job_each = "SELECT job_id FROM job_batch_lines GROUP BY 1 HAVING count(*) > 1"
+        assert rows(settings, one_job_each) == []
+        assert len(rows(settings, "SELECT FROM jobs")) == num
 
 
 def test_others_have_half_of_the_queue_whatever_a_batch_is(
