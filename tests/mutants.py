@@ -660,7 +660,7 @@ MUTANTS: Final = (
         "            store.take_turn(connection, tenant)",
         "            pass",
         "tests/integration/test_quotas.py"
-        "::test_submissions_at_the_same_time_do_not_pass_a_limit_together",
+        "::test_a_submission_waits_for_what_another_is_about_to_commit",
     ),
     Mutant(
         "lines of a batch pass the limits of their tenant",

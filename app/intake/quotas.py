@@ -68,14 +68,12 @@ class Tenants:
         found = {tenant: self.of(tenant) for tenant in sorted(set(tenants))}
         return {tenant: quotas for tenant, quotas in found.items() if quotas.bounds_jobs}
 
-    def take_turns(self, connection: Connection, bounded: Mapping[str, Quotas]) -> None:
-        """Before the jobs of these tenants are written."""
-        for tenant in bounded:
-            store.take_turn(connection, tenant)
-
     def enforce(self, connection: Connection, bounded: Mapping[str, Quotas], now: datetime) -> None:
-        """Once they are written, and before the commit. Raises `QuotaExceeded`."""
+        """Once jobs of these tenants are written, and right before the commit: whoever waits for a
+        turn then sees what was committed before, and nobody waits for the writing of others.
+        Raises `QuotaExceeded`."""
         for tenant, quotas in bounded.items():
+            store.take_turn(connection, tenant)
             held = store.holding(connection, tenant)
             refuse_excess(quotas, held)
             self._refuse_unpaid(connection, tenant, quotas, held, now)

@@ -375,7 +375,6 @@ class Submitter:
         outcomes: dict[UUID, Outcome] = {}
         bounded = self.tenants.bounded(job.tenant for job in jobs)
         with self._database.begin(looks_up=True) as connection:
-            self.tenants.take_turns(connection, bounded)
             for page in _pages(jobs):
                 if outcomes:
                     decision.step()

@@ -11,15 +11,22 @@ from decimal import Decimal
 
 import httpx
 import pytest
+from sqlalchemy import text
 
 from app import cli
 from app.config.settings import Settings
+from app.errors import QuotaExceeded
 from app.intake import quotas as intake
+from app.intake.quotas import Tenants
 from app.local.ports import free_port
 from app.store import quotas as store
+from app.store import submissions
 from app.store.database import Database
+from app.store.isolation import Connection
 from app.store.quotas import Quotas
 from tests.apis import Hands, made_key, running_api
+from tests.rows import new_job
+from tests.waiting import eventually
 
 Gristmill = Callable[..., tuple[int, str, str]]
 BODY = {"body": {"prompt": "A grist mill is", "max_tokens": 16}}
@@ -280,3 +287,31 @@ def test_while_redis_is_away_no_call_is_refused_for_its_rate(
         client.headers["x-api-key"] = made_key(database_url, "mill").text
 
         assert [submit(client).status_code for _ in range(3)] == [202] * 3
+
+
+def test_a_submission_waits_for_what_another_is_about_to_commit(database: Database) -> None:
+    limit(database, max_open_jobs=1)
+    tenants = Tenants(database, lambda *_: Decimal(0))
+    bounded = tenants.bounded(["mill"])
+
+    def write(connection: Connection) -> None:
+        submissions.insert_jobs(connection, [new_job(tenant="mill")])
+        tenants.enforce(connection, bounded, datetime.now(UTC))
+
+    def write_another() -> None:
+        with database.begin() as connection:
+            write(connection)
+
+    def waits() -> bool:
+        held_up = "SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted)"
+        with database.begin() as connection:
+            return bool(connection.scalar(text(held_up)))
+
+    with ThreadPoolExecutor(1) as threads:
+        with database.begin() as first:
+            write(first)
+            second = threads.submit(write_another)
+            eventually(lambda: second.done() or waits())
+            assert not second.done()
+        with pytest.raises(QuotaExceeded):
+            second.result(30)

@@ -205,7 +205,6 @@ class Feed:
                 return  # cancelled meanwhile, say: the next look is another
             fed = page.lines
             if page.jobs:
-                tenants.take_turns(connection, bounded)
                 sent, refused = _insert(connection, page.jobs, wanted)
                 tenants.enforce(connection, bounded, self._database.now())
                 fed = [
