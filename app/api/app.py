@@ -42,6 +42,7 @@ from app.api.middleware import RequestScope
 from app.api.openai import batches, calls, files, responses, webhooks
 from app.api.query import only_declared
 from app.api.services import Services
+from app.api.streams import Listeners
 from app.api.waiting import Waiters
 from app.broker.publisher import Publisher
 from app.config.host import is_loopback
@@ -137,14 +138,21 @@ def _services(settings: Settings) -> Services:
     publisher = Publisher(settings)
     submitter = Submitter(settings, database, publisher, load_catalog(settings))
     waiters = Waiters()
+    listeners = Listeners(publisher.streams(), settings.api.max_streams)
     metrics = Metrics()
     metrics.register(
         SystemCollector(
-            database, publisher, submitter.sender, submitter.outlook, waiters, settings.models
+            database,
+            publisher,
+            submitter.sender,
+            submitter.outlook,
+            waiters,
+            listeners,
+            settings.models,
         )
     )
     return Services(
-        settings, database, publisher, submitter, waiters, metrics, Objects.of(settings)
+        settings, database, publisher, submitter, waiters, listeners, metrics, Objects.of(settings)
     )
 
 

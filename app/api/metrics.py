@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from app.api.streams import Listeners
 from app.api.waiting import Waiters
 from app.books.energy import NJ_PER_J
 from app.books.usage import Usage, hour_of
@@ -76,6 +77,7 @@ class SystemCollector(Collector):
         sender: Sender,
         outlook: Outlook,
         waiters: Waiters,
+        listeners: Listeners,
         models: Iterable[str],
     ) -> None:
         self._database = database
@@ -83,6 +85,7 @@ class SystemCollector(Collector):
         self._sender = sender
         self._outlook = outlook
         self._waiters = waiters
+        self._listeners = listeners
         self._models = tuple(models)
         self._since: datetime | None = None  #: the hour in which this process was first asked
 
@@ -101,6 +104,9 @@ class SystemCollector(Collector):
         yield sent
         yield GaugeMetricFamily(
             "gristmill_long_polls", "Long polls held.", self._waiters.num_waiting
+        )
+        yield GaugeMetricFamily(
+            "gristmill_streams", "Listeners to the events of jobs.", self._listeners.num_listening
         )
 
     def _jobs(self) -> Iterator[Metric]:

@@ -68,7 +68,7 @@ class Services:
     publisher: Publisher
     submitter: Submitter
     waiters: Waiters
-    listeners: Listeners = field(init=False)
+    listeners: Listeners
     metrics: Metrics
     objects: Objects  #: files of callers
     rates: Rates = field(init=False)
@@ -95,8 +95,6 @@ class Services:
         object.__setattr__(self, "work", Work())
         object.__setattr__(self, "rates", Rates(self.settings))
         object.__setattr__(self, "uploads", Uploads(self.settings.files.max_uploads))
-        listeners = Listeners(self.publisher.streams(), api.max_streams)
-        object.__setattr__(self, "listeners", listeners)
         # One thread a connection: requests queue for a thread, not with a thread for a connection.
         # Reads have half of them, so that no storm of polls keeps a submission waiting.
         pool_size = self.settings.database.pool_size

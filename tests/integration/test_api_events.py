@@ -177,6 +177,7 @@ def test_beyond_the_limit_a_listener_is_told_to_come_back(config: Settings) -> N
         job_id = api.post("/v1/jobs", json={"body": {"prompt": "x"}} | later).json()["id"]
         with following(api, job_id) as events:
             assert next(events).event == "queued"
+            assert "\ngristmill_streams 1.0" in api.get("/metrics").text
             refused = api.get(f"/v1/jobs/{job_id}/events")
             assert (refused.status_code, refused.json()["code"]) == (503, "busy")
             assert refused.headers["retry-after"]
