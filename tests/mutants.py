@@ -48,6 +48,9 @@ CREW: Final = "app/engines/inflight/crew.h"
 CREWS: Final = "tests/unit/test_inflight_crew.py"
 BATCHES: Final = "tests/unit/test_batches.py"
 USAGE: Final = "tests/integration/test_store_usage.py"
+ADDRESSES: Final = "tests/unit/test_webhook_addresses.py"
+POSTS: Final = "tests/unit/test_webhook_post.py"
+WEBHOOKS: Final = "tests/integration/test_webhooks.py"
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +157,62 @@ MUTANTS: Final = (
         "while fits - too_long > 1:",
         "while False:",
         "tests/unit/test_responses.py",
+    ),
+    Mutant(
+        "a private address is reached by its IPv6 form",
+        "app/webhooks/addresses.py",
+        "    address = carried(address)\n    if any(address in network for network in (*NEVER,",
+        "    if any(address in network for network in (*NEVER,",
+        ADDRESSES,
+    ),
+    Mutant(
+        "a name is judged by the first of its addresses",
+        "app/webhooks/addresses.py",
+        "        for address in addresses:",
+        "        for address in addresses[:1]:",
+        ADDRESSES,
+    ),
+    Mutant(
+        "a network that the operator allows may tell a machine its secrets",
+        "app/webhooks/addresses.py",
+        "        if any(address in network for network in NEVER):\n            return False\n",
+        "",
+        ADDRESSES,
+    ),
+    Mutant(
+        "a webhook goes to its name and not to the address that was checked",
+        "app/webhooks/post.py",
+        "str(address), self._url.port",
+        "self._url.host, self._url.port",
+        POSTS,
+    ),
+    Mutant(
+        "a redirect counts as delivered",
+        "app/webhooks/post.py",
+        "not 200 <= status < 300:",
+        "not 200 <= status < 400:",
+        POSTS,
+    ),
+    Mutant(
+        "an event has another id at each attempt",
+        "app/hooks.py",
+        "name_of(EVENT, due.event_id)",
+        "name_of(EVENT, due.lease)",
+        WEBHOOKS,
+    ),
+    Mutant(
+        "an attempt is recorded by who has lost its lease",
+        "app/store/webhooks.py",
+        "        WHERE webhook_deliveries.lease = given.lease\n",
+        "        WHERE true\n",
+        WEBHOOKS,
+    ),
+    Mutant(
+        "the schedule of a webhook begins anew with each attempt",
+        "app/hooks.py",
+        "wait_s(due.tries, age_s,",
+        "wait_s(1, age_s,",
+        WEBHOOKS,
     ),
     Mutant(
         "a promise that was broken makes the next ones shorter",

@@ -54,6 +54,7 @@ OF_THE_LINE: Final = (RequestError, IdempotencyConflict, NotStorable)
 @click.option("--priority", type=click.IntRange(0, MAX_PRIORITY), help="0 is served first.")
 @click.option("--deadline", type=Time(is_ahead=True), help="Expires then; or in 90m, 12h, 7d.")
 @metadata_option
+@click.option("--webhook-url", metavar="URL", help="Told of each job's end, by a signed POST.")
 @click.option("--wait", is_flag=True, help="Wait for the answers; exit code 5 if a job fails.")
 @click.option("--stream", is_flag=True, help="Show the answer to TEXT as it comes.")
 @click.option("--dry-run", is_flag=True, help="Only tell when it would have ended, and its cost.")
@@ -70,6 +71,7 @@ def submit(
     priority: int | None,
     deadline: datetime | None,
     metadata: dict[str, str],
+    webhook_url: str | None,
     wait: bool,
     stream: bool,
     dry_run: bool,
@@ -89,6 +91,7 @@ def submit(
         options={
             "priority": priority,
             "deadline": deadline,
+            "webhook_url": webhook_url,
             "stream_events": stream or None,
         },
         metadata=metadata,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import subprocess
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -20,6 +21,7 @@ from psycopg.rows import dict_row
 from sqlalchemy import text
 from standardwebhooks import Webhook
 
+from app import cli
 from app.config.settings import Settings
 from app.hooks import Deliverer
 from app.jobs import JobState
@@ -35,7 +37,7 @@ from app.store import (
 from app.store.claims import Finished
 from app.store.database import Database
 from app.store.submissions import RejectedJob
-from app.store.webhooks import Ended
+from app.store.webhooks import Ended, Tried
 from app.webhooks.addresses import Address, Reach
 from app.webhooks.post import Postman
 from app.webhooks.schedule import TRIP
@@ -606,6 +608,72 @@ def test_what_waits_for_a_receiver_that_rests_is_given_up_in_the_end(
     assert {each["error"] for each in deliveries(config)} == {
         "receiver_away", "refused_by_receiver",
     }  # fmt: skip
+
+
+def test_an_attempt_whose_lease_is_over_changes_nothing(
+    database: Database, config: Settings
+) -> None:
+    # given two that took the same delivery, the second after the first one's lease
+    end_one(database, "https://a.example/")
+
+    def take() -> webhooks.Due:
+        with database.begin() as connection:
+            [due] = webhooks.claim(connection, room=1, each=1, lease_s=10)
+        return due
+
+    first = take()
+    let_pass(database, timedelta(seconds=11))
+    second = take()
+
+    # when both record
+    with database.begin() as connection:
+        failed = Tried(id=first.id, lease=first.lease, took_ms=1, error="timeout", is_well=False)
+        assert not webhooks.record(connection, failed)
+        done = Tried(id=second.id, lease=second.lease, took_ms=1, status_code=200)
+        assert webhooks.record(connection, done)
+        assert not webhooks.record(connection, done)  # repeated
+
+    assert [each["state"] for each in deliveries(config)] == ["delivered"]
+    assert [each["number"] for each in attempts(config)] == [2]
+
+
+def test_the_command_shows_what_became_of_webhooks_and_sends_them_again(
+    database: Database,
+    config: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def gristmill(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as end:
+            cli.main(arguments)
+        captured = capsys.readouterr()
+        return int(end.value.code or 0), captured.out, captured.err
+
+    monkeypatch.setenv("GRISTMILL_DATABASE__URL", config.database.url)
+    monkeypatch.setenv("GRISTMILL_BROKER__URL", config.broker.url)
+    code, out, told = gristmill("hooks", "secret")
+    secret = out.strip()
+    assert (code, secret[:6]) == (0, "whsec_") and secret not in told
+    with receiving(lambda _: (410, {})) as receiver:
+        id = end_one(database, receiver.url())
+        deliver(config, database)
+        _, out, _ = gristmill("hooks", "list", "--state", "failed", "--json")
+        failed = json.loads(out)
+        assert (failed["object_id"], failed["status_code"]) == (str(id), 410)
+        assert gristmill("hooks", "list", "--object", str(uuid4()))[1] == ""
+        shown = json.loads(gristmill("hooks", "show", failed["id"], "--json")[1])
+        assert [each["error"] for each in shown["history"]] == ["refused_by_receiver"]
+        assert failed["id"] in gristmill("hooks", "show", failed["id"])[1]
+
+        receiver.answer = lambda _: (200, {})
+        assert gristmill("hooks", "replay", failed["id"]) == (0, f"{failed['id']}\tpending\n", "")
+        deliver(config, database)
+
+    code, _, told = gristmill("hooks", "replay", "wd_1")
+    assert code == 1 and "No such delivery" in told
+    Webhook(secret).verify(receiver.hooks[1].body, receiver.hooks[1].headers)
+    assert len({hook.id for hook in receiver.hooks}) == 1
+    assert deliveries(config)[0]["state"] == "delivered"
 
 
 def test_old_deliveries_are_deleted_with_their_attempts_and_pending_ones_are_not(

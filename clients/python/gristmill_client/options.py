@@ -16,6 +16,7 @@ class Options(TypedDict, total=False):
     deadline: datetime
     stream_events: bool  #: its tokens can be followed as they come, by `stream`
     metadata: dict[str, str]
+    webhook_url: str  #: told of its end, by a signed POST
     idempotency_key: str  #: the same key and body once more are the same job
 
 
