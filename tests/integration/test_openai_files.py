@@ -147,6 +147,10 @@ def test_files_are_listed_page_by_page(client: openai.OpenAI) -> None:
     assert all(each.purpose != "vision" for each in client.files.list(purpose="batch"))
 
 
+def test_bytes_that_come_without_a_name_may_be_of_a_batch(client: openai.OpenAI) -> None:
+    assert client.files.create(file=LINES, purpose="batch").filename == "upload"
+
+
 @pytest.mark.parametrize(
     ("given", "param"),
     [

@@ -10,6 +10,7 @@ import re
 from collections.abc import AsyncIterator, Iterator, Mapping
 from functools import partial
 from http import HTTPStatus
+from pathlib import PurePath
 from typing import Annotated, Final, Literal
 from uuid import UUID
 
@@ -146,7 +147,8 @@ class Upload:
         self._form.finish()
         self._check_size()
         _ = self.purpose, self.expires_s  # both right
-        if self.purpose is Purpose.BATCH and not self.filename.lower().endswith(".jsonl"):
+        suffix = PurePath(self.filename).suffix.lower()  # bytes without a name come as "upload"
+        if self.purpose is Purpose.BATCH and suffix not in ("", ".jsonl"):
             raise RequestError("Invalid file format for Batch API. Must be .jsonl")
 
     def _check_size(self) -> None:
