@@ -352,10 +352,15 @@ class AttemptsExhausted(GristmillError):
 
 
 class EngineError(GristmillError):
-    """The engine failed."""
+    """The engine failed. `code` is that of what it failed with, if that has one."""
 
     code = "engine_error"
     retryable = True
+
+    def __init__(self, message: str | None = None, *, code: str | None = None) -> None:
+        super().__init__(message)
+        if code is not None:
+            self.code = code  # type: ignore[misc]
 
 
 class EngineCrashed(EngineError):
@@ -372,7 +377,8 @@ class OutOfMemory(EngineError):
 
 def of_code(code: str, message: str) -> GristmillError:
     """The error that a job ended with, from what its row says of it."""
-    return _by_code(GristmillError).get(code, EngineError)(message)
+    known = _by_code(GristmillError).get(code)
+    return known(message) if known is not None else EngineError(message, code=code)
 
 
 def _by_code(kind: type[GristmillError]) -> dict[str, type[GristmillError]]:

@@ -42,9 +42,9 @@ class Doors:
 
 
 @contextmanager
-def open_doors(settings: Settings, folder: Path) -> Iterator[Doors]:
-    """An API and a worker that is seen to be up."""
-    with running_worker(settings, folder) as worker, running_api(settings) as http:
+def open_doors(settings: Settings, folder: Path, timeout_s: float = 60) -> Iterator[Doors]:
+    """An API and a worker that is seen to be up, once it has loaded its models."""
+    with running_worker(settings, folder, "", timeout_s) as worker, running_api(settings) as http:
 
         def is_seen() -> bool:
             quote = http.post("/v1/jobs?dry_run=true", json={"body": {"prompt": "a"}}).json()

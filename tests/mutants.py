@@ -1303,6 +1303,50 @@ MUTANTS: Final = (
         "if False:",
         "tests/unit/test_batch_lines.py",
     ),
+    Mutant(
+        "a call that is waited for waits behind what waits already",
+        "app/broker/transport.py",
+        "        if is_live:\n",
+        "        if False:\n",
+        "tests/integration/test_broker.py::test_what_is_waited_for_is_taken_before_all_that_waits",
+    ),
+    Mutant(
+        "what may be a call is told as if it were none",
+        "app/requests/saying.py",
+        "openers = self._form.openers if self._form is not None else ()",
+        "openers = ()",
+        "tests/unit/test_saying.py::test_text_is_told_as_soon_as_it_is_certain",
+    ),
+    Mutant(
+        "an answer that is begun anew goes on whatever was told before",
+        "app/requests/saying.py",
+        "if new[:known] != self._expected[:known]:",
+        "if False:",
+        "tests/unit/test_saying.py"
+        "::test_an_answer_that_is_begun_anew_and_another_is_not_gone_on_with",
+    ),
+    Mutant(
+        "an answer that is begun anew is told twice",
+        "app/requests/saying.py",
+        "self._expected = self.text",
+        'self._expected = ""',
+        "tests/unit/test_openai_chunks.py::test_an_answer_that_is_begun_anew_is_told_once",
+    ),
+    Mutant(
+        "who leaves a stream leaves its job to the device",
+        "app/api/openai/streams.py",
+        "if not self._is_over:  # the caller has gone, or is told no more",
+        "if False:",
+        "tests/integration/test_openai_calls.py::test_who_leaves_a_stream_takes_the_job_along",
+    ),
+    Mutant(
+        "clients try again what workers have tried again",
+        "app/api/problems.py",
+        "_TRIED: Final = (errors.EngineError, errors.AttemptsExhausted)",
+        "_TRIED: Final = ()",
+        "tests/unit/test_api_problems.py"
+        "::test_what_workers_have_tried_again_is_not_to_be_tried_again_by_clients",
+    ),
 )
 
 

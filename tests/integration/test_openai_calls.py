@@ -296,7 +296,7 @@ def test_a_prompt_that_fails_the_model_is_not_tried_again(doors: Doors) -> None:
     with doors.openai(max_retries=2) as client, pytest.raises(openai.InternalServerError) as failed:
         client.chat.completions.create(model="stub", messages=saying("nan"))
 
-    assert failed.value.type == "server_error" and failed.value.code
+    assert (failed.value.type, failed.value.code) == ("server_error", "not_finite")
     assert failed.value.response.headers["x-should-retry"] == "false"
     assert len(doors.jobs()) == before + 1
 

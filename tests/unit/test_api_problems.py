@@ -346,3 +346,12 @@ def test_the_error_of_a_job_is_found_again_by_its_code(kind: type[errors.Gristmi
     again = errors.of_code(kind.code, "Why.")
 
     assert (again.code, again.message) == (kind.code, "Why.")
+
+
+def test_the_code_of_a_job_is_told_if_it_is_no_errors_of_ours() -> None:
+    error = errors.of_code("not_finite", "Not a number.")
+
+    answer = answer_to(error)
+
+    assert (answer.status_code, answer.json()["code"]) == (500, "not_finite")
+    assert answer.headers["x-should-retry"] == "false"
