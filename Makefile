@@ -11,7 +11,7 @@ LOCKED = $(shell cat pyproject.toml requirements/*.lock | cksum)
 BY_TWO := -n 2 --no-loadscope-reorder
 export PYTEST_DEBUG_TEMPROOT := $(CURDIR)/.cache/tmp
 
-.PHONY: help setup install demo up test lint types unit simulation integration e2e simulate odd audit mutants models sdks contract chaos soak bench vllm lock clean
+.PHONY: help setup install demo up test lint types unit simulation integration e2e simulate odd audit mutants models sdks contract chaos soak bench vllm security lock clean
 
 help:  ## List what can be made
 	@sed -n 's/^\([a-z0-9 ]*\):.*##  */\1|/p' Makefile | while IFS='|' read -r name text; \
@@ -86,6 +86,13 @@ vllm: setup  ## Make an environment with vLLM's CPU build in .cache/vllm and run
 
 bench: setup  ## Measure the engine against its alternatives; takes minutes
 	$(RUN) app.bench engine
+
+security:  ## Known holes in the locked packages, and an SBOM of .venv (CycloneDX) in .cache/sbom.json
+	@mkdir -p .cache
+	@[ -x .cache/security/bin/pip-audit ] || { "$(PYTHON)" -m venv .cache/security \
+	&& .cache/security/bin/python -m pip --quiet install pip-audit==2.10.1 cyclonedx-bom==7.5.0; }
+	.cache/security/bin/cyclonedx-py environment .venv --output-format JSON -o .cache/sbom.json
+	.cache/security/bin/pip-audit --strict --require-hashes --disable-pip -r requirements/app.lock -r requirements/models.lock
 
 lock:  ## Write the lock files anew from pyproject.toml
 	requirements/lock

@@ -36,8 +36,8 @@ def flower_command(settings: Settings) -> tuple[list[str], dict[str, str]]:
     """Command line of Flower, and the environment to run it in.
 
     Read-only and in memory. Open on the loopback address alone; elsewhere FLOWER_BASIC_AUTH or
-    FLOWER_AUTH must be set, or this raises `ConfigError`. `/metrics` and `/healthcheck` answer
-    without a password in any case: keep the port private.
+    FLOWER_AUTH must be set, or this raises `ConfigError`. `/healthcheck` answers without
+    a password in any case.
     """
     flower = settings.flower
     options = {
