@@ -33,10 +33,12 @@ the URL's own, and the server shows them in its own units."""
 # What poolers say of `options` at the start. They are told in each transaction instead.
 _REFUSED_AT_START: Final = re.compile("startup parameter|command-line option", re.IGNORECASE)
 
+# The view leaves out who one is.
 _IN_FORCE: Final = """
     SELECT
         pg_backend_pid(), clock_timestamp(), pg_is_in_recovery(),
         (SELECT jsonb_object_agg(lower(name), setting) FROM pg_settings WHERE lower(name) = ANY(%s))
+            || jsonb_build_object('role', current_setting('role'))
 """
 
 # SQLSTATEs after which a connection is of no use: gone, or to a server that only reads now, or to

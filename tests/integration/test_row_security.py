@@ -63,6 +63,14 @@ def two(database: Database, database_url: str) -> None:
         worker.claim(ids[1:2])
 
 
+def test_a_role_in_force_from_the_start_is_not_taken_for_a_pooler_that_dropped_it(
+    limited: Database,
+) -> None:
+    found = limited.found()
+    assert found.in_force["role"] == tenancy.API_ROLE
+    assert not found.missing
+
+
 def test_every_table_with_a_tenant_is_closed_also_to_its_owner(database: Database) -> None:
     with database.begin() as connection:
         found = connection.execute(
