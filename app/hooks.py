@@ -44,7 +44,9 @@ THREADS: Final = 2
 SPARE_S: Final = 30.0
 """A lease is so much longer than an attempt: time to record it while Postgres is slow or away."""
 
-GIVE_UP_EVERY_S: Final = 60.0
+TIDY_EVERY_S: Final = 60.0
+SOON_S: Final = 0.02
+"""Pause between looks while there is something due."""
 MAX_PAUSE_S: Final = 5.0
 """Longest pause between looks while Postgres is away."""
 RECORD_PAUSE_S: Final = 0.5
@@ -72,13 +74,14 @@ class Deliverer:
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="store")
         self._sending: set[asyncio.Task[None]] = set()
         self._busy: Counter[Receiver] = Counter()
-        self._give_up_at = 0.0
+        self._tidy_at = 0.0
 
     async def look(self) -> int:
         """Begin to send what is due, as far as there is room; how many. Raises `Unavailable`."""
-        if time.monotonic() >= self._give_up_at:
-            self._give_up_at = time.monotonic() + GIVE_UP_EVERY_S
+        if time.monotonic() >= self._tidy_at:
+            self._tidy_at = time.monotonic() + TIDY_EVERY_S
             await self._store(webhooks.give_up)
+            await self._store(webhooks.tidy)
         room = self._room - len(self._sending)
         if room <= 0:
             return 0
@@ -226,13 +229,13 @@ async def _deliver(settings: Settings, database: Database) -> None:
                 await asyncio.to_thread(database.check_schema)
                 is_schema_checked = True
                 log.info("Hooks are up.", extra={"action": "start"})
-            await deliverer.look()
+            found = await deliverer.look()
         except Unavailable as error:
             pause = min(max(2 * pause, poll_s), MAX_PAUSE_S)
             log.warning("%s Trying again.", error, extra={"action": "wait", "pause_s": pause})
             alive(settings).note(has_worked=False)
         else:
-            pause = poll_s
+            pause = min(SOON_S, poll_s) if found else poll_s
             alive(settings).note(has_worked=True)
     await deliverer.finish(END_S)
     deliverer.close()

@@ -260,6 +260,34 @@ def give_up(connection: Connection) -> int:
     return connection.execute(_GIVE_UP, {"window_s": WINDOW_S}).rowcount
 
 
+# Forget receivers that are well and that nothing is to go to.
+_FORGET: Final = text("""
+    DELETE FROM webhook_receivers WHERE failures = 0 AND retry_at IS NULL AND NOT EXISTS (
+        SELECT FROM webhook_deliveries AS due
+        WHERE due.tenant = webhook_receivers.tenant AND due.origin = webhook_receivers.origin
+            AND state = 'pending'
+    )
+""")
+
+# Know the receivers of all that is pending: one may have been forgotten just as it was written.
+_REMEMBER: Final = text("""
+    INSERT INTO webhook_receivers (tenant, origin)
+    SELECT DISTINCT tenant, origin FROM webhook_deliveries AS due
+    WHERE state = 'pending' AND NOT EXISTS (
+        SELECT FROM webhook_receivers AS known
+        WHERE known.tenant = due.tenant AND known.origin = due.origin
+    )
+    ORDER BY tenant, origin
+    ON CONFLICT DO NOTHING
+""")
+
+
+def tidy(connection: Connection) -> None:
+    """Keep the table of receivers as small as what is pending."""
+    connection.execute(_FORGET)
+    connection.execute(_REMEMBER)
+
+
 # Delete deliveries that ended long ago; their attempts go with them.
 _DELETE: Final = text("""
     WITH due AS MATERIALIZED (
