@@ -1334,7 +1334,7 @@ MUTANTS: Final = (
     ),
     Mutant(
         "who leaves a stream leaves its job to the device",
-        "app/api/openai/streams.py",
+        "app/api/live_streams.py",
         "if not self._is_over:  # the caller has gone, or is told no more",
         "if False:",
         "tests/integration/test_openai_calls.py::test_who_leaves_a_stream_takes_the_job_along",

@@ -14,9 +14,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from typing import Any, Final, Generic, TypeVar
@@ -65,6 +66,13 @@ class Placed:
     tenant: str
     timeout_s: float
     is_own: bool  #: of this caller alone, and so to be cancelled when it goes
+    at: float = field(default_factory=time.monotonic)
+
+    def expect_time(self) -> None:
+        """Raises `TimedOut` if its caller has waited for all of its time: a job that nobody begins
+        may be ended by rescue later, or not at all while that is away."""
+        if time.monotonic() > self.at + self.timeout_s:
+            raise TimedOut()
 
 
 async def read(

@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 from app.api import live, problems
 from app.api.envelopes import Problem
 from app.api.event_streams import HEADERS, KEEP_ALIVE
-from app.api.events import Begun, Ended, Event, NewTokens, Silence, events
+from app.api.events import Begun, Ended, Event, NewTokens, Queued, Silence, events
 from app.api.live import Placed
 from app.api.services import Services
 from app.errors import GristmillError, Unavailable
@@ -52,12 +52,12 @@ async def stream(
     """The answer to a caller that waits. Raises what the job ended with before it was begun, and
     `ClientDisconnect`."""
     happening = cast("AsyncGenerator[Event, None]", events(here, placed.tenant, placed.id))
-    first = await live.while_there(request, here, placed, _begun(happening))
+    first = await live.while_there(request, here, placed, _begun(placed, happening))
     return _Stream(here, placed, request.url.path, teller, first, happening)
 
 
-async def _begun(happening: AsyncGenerator[Event, None]) -> Event:
-    """The first event that is to be told. Raises what the job ended with."""
+async def _begun(placed: Placed, happening: AsyncGenerator[Event, None]) -> Event:
+    """The first event that is to be told. Raises what the job ended with, and `TimedOut`."""
     is_silent = False
     async for event in happening:
         match event:
@@ -67,7 +67,9 @@ async def _begun(happening: AsyncGenerator[Event, None]) -> Event:
             case Begun() | NewTokens():
                 return event
             case Silence() if is_silent:
+                placed.expect_time()
                 return event
+        placed.expect_time()
         is_silent = True  # the first event of a job that runs is one
     raise Unavailable(live.STOPPING)
 
@@ -119,5 +121,8 @@ class _Stream(StreamingResponse):
                 self._is_over = True
                 job = live.completed(seen)
                 yield from self._teller.ended(job.response or {})
+            case Queued():
+                self._placed.expect_time()
             case Silence():
+                self._placed.expect_time()
                 yield KEEP_ALIVE
