@@ -1,6 +1,7 @@
 """A Postgres in memory for the simulation: the store's own functions run on it unchanged."""
 
 from tests.memory_store import (
+    batch_work,
     claims,
     delivery,
     retention,
@@ -15,5 +16,6 @@ from tests.memory_store.rows import KEYS, Row
 
 __all__ = [
     "KEYS", "MemoryConnection", "MemoryDatabase", "Row",
-    "claims", "delivery", "retention", "shares", "submissions", "sweeps", "usage", "workers",
+    "batch_work", "claims", "delivery", "retention", "shares",
+    "submissions", "sweeps", "usage", "workers",
 ]  # fmt: skip
