@@ -77,6 +77,7 @@ _ERRORS: Final = (
     | documented(HTTPStatus.UNPROCESSABLE_ENTITY, HTTPStatus.GATEWAY_TIMEOUT, door=Door.OPENAI)
 )
 _OBJECT: Final = {"application/json": {"schema": {"type": "object"}}}
+_EVENTS: Final = {"text/event-stream": {"schema": {"type": "string"}}}
 
 ResponseId = Annotated[
     str, Path(description="The response's id.", examples=["resp_0b9f1c5e6c8f4d3a9a3f0d9b7f2f6a11"])
@@ -84,9 +85,13 @@ ResponseId = Annotated[
 
 
 def _described(
-    answer: str, errors: dict[int | str, dict[str, Any]] = _READ_ERRORS
+    answer: str,
+    errors: dict[int | str, dict[str, Any]] = _READ_ERRORS,
+    *,
+    is_streamable: bool = False,
 ) -> dict[str, Any]:
-    found: dict[int | str, dict[str, Any]] = {200: {"description": answer, "content": _OBJECT}}
+    content = _OBJECT | (_EVENTS if is_streamable else {})
+    found: dict[int | str, dict[str, Any]] = {200: {"description": answer, "content": content}}
     return {"response_model": None, "responses": found | errors}
 
 
@@ -129,7 +134,7 @@ async def _read(
 
 @router.post(
     "",
-    **_described("The response; one in the background is queued.", _ERRORS),
+    **_described("The response; one in the background is queued.", _ERRORS, is_streamable=True),
     openapi_extra=json_body(ResponsesBody, _EXAMPLE),
     summary="Create a response",
 )
@@ -188,7 +193,7 @@ async def _queued(here: Services, job: NewJob, body: ResponsesBody) -> Job:
 
 @router.get(
     "/{response_id}",
-    **_described("The response as it is, or its events."),
+    **_described("The response as it is, or its events.", is_streamable=True),
     summary="Retrieve a response",
 )
 async def retrieve(
