@@ -46,7 +46,14 @@ def main(cases: int) -> int:
                 *("--seed", str(round_number), "--request-timeout", "30", "--continue-on-failure"),
                 *("--report", "ndjson", "--report-ndjson-path", str(report)),
             ]
-            done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                command,
+                cwd=TOOL.folder,  # where it keeps what it found
+                env=environ,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
             told = done.stdout + done.stderr
             number = re.search(r"([\d,]+) generated", told)
             made += int(number[1].replace(",", "")) if number else 0
