@@ -1347,6 +1347,41 @@ MUTANTS: Final = (
         "tests/unit/test_api_problems.py"
         "::test_what_workers_have_tried_again_is_not_to_be_tried_again_by_clients",
     ),
+    Mutant(
+        "keys: any secret fits a known id",
+        "app/api/keyring.py",
+        "return is_same and self.known is not None",
+        "return self.known is not None",
+        "tests/unit/test_keys.py",
+    ),
+    Mutant(
+        "keys: what was looked up counts for ever",
+        "app/api/keyring.py",
+        "if answer and self._clock() < answer.fresh_until_s else None",
+        "if answer else None",
+        "tests/unit/test_keys.py",
+    ),
+    Mutant(
+        "keys: an API that was closed opens again",
+        "app/api/keyring.py",
+        "self._is_open = not await self._any_made()",
+        "await self._any_made()",
+        "tests/unit/test_keys.py",
+    ),
+    Mutant(
+        "tenants: rows are not closed to who owns the tables",
+        "app/store/tenancy.py",
+        'for what in ("ENABLE", "FORCE")',
+        'for what in ("ENABLE",)',
+        "tests/integration/test_row_security.py",
+    ),
+    Mutant(
+        "tenants: any message names its tenant",
+        ARRIVALS,
+        'is_tenant(named) and (named in trusted or "*" in trusted)',
+        "is_tenant(named)",
+        "tests/unit/test_arrivals.py",
+    ),
 )
 
 
