@@ -1091,8 +1091,8 @@ MUTANTS: Final = (
     Mutant(
         "a thread goes on before others have written what it reads",
         CREW,
-        "if (!is_written(at)) wait_for(at, piece);",
-        "if (!is_written(at)) break;",
+        "if (!is_written(part, at)) wait_for(part, at, piece);",
+        "if (!is_written(part, at)) break;",
         CREWS,
     ),
     Mutant(
