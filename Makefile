@@ -68,6 +68,7 @@ models: setup  ## Try every family of models, and write what came of it into doc
 
 sdks: setup  ## Try clients of others, several versions of each, in environments of their own
 	$(RUN) tests.sdks
+	$(RUN) tests.sdks.smollm2_batch
 
 contract: setup  ## Let schemathesis make CASES=20000 calls that the OpenAPI description allows, and more
 	$(RUN) tests.sdks.contract $(or $(CASES),20000)

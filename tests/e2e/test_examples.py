@@ -258,6 +258,8 @@ def test_a_file_of_requests_is_answered_with_a_file(terminal: Terminal) -> None:
 def test_anthropics_client_is_answered(terminal: Terminal) -> None:
     assert "What is a grist mill?" in terminal.run("anthropic message")
 
+    assert "What is a grist mill?" in terminal.run("anthropic short")
+
     told = sorted(terminal.run("anthropic batch").splitlines())
     assert told == [f"mill-{n} succeeded" for n in range(3)]
 
