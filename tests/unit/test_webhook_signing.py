@@ -90,7 +90,7 @@ def test_without_a_key_secrets_are_kept_as_they_are_and_with_one_they_are_sealed
     assert Vault(f"{key}, {older}").open(sealed) == secret
 
 
-@pytest.mark.parametrize("keys", ["", Fernet.generate_key().decode()])
+@pytest.mark.parametrize("keys", ["", Fernet.generate_key().decode()], ids=["none", "another"])
 def test_a_secret_whose_key_is_not_there_is_not_opened(keys: str) -> None:
     sealed = Vault(Fernet.generate_key().decode()).seal(new_secret())
 
