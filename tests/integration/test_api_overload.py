@@ -211,10 +211,10 @@ def test_a_storm_of_polls_that_stand_still_leaves_threads_for_submissions(
     begun = threading.Semaphore(0)
     find = reads.find
 
-    def find_when_let(connection: Any, ids: Any) -> Any:
+    def find_when_let(*args: Any, **given: Any) -> Any:
         begun.release()
         assert go_on.wait(60)
-        return find(connection, ids)
+        return find(*args, **given)
 
     with running_api(settings) as api, ThreadPoolExecutor(40) as pool:
         ids = [api.post("/v1/jobs", json=JOB).json()["id"] for _ in range(30)]

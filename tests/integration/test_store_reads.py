@@ -241,7 +241,7 @@ def test_times_without_end_are_read_as_the_last_there_are(database: Database) ->
         "deadline = '9999-12-31 23:59:59-05'",
         "created_at = '0001-01-01 00:00+14'",
         "priority = 10",
-        "priority = -1",
+        "priority = -2",
         "attempt = -1",
         "losses = -1",
         "input_tokens = -1",
