@@ -127,9 +127,9 @@ def test_the_time_of_a_write_begins_when_all_is_checked(
     happened: list[str] = []
     check = Submitter.check
 
-    def note_check(submitter: Submitter, value: object) -> NewJob:
+    def note_check(submitter: Submitter, value: object, **given: Any) -> NewJob:
         happened.append("checked")
-        return check(submitter, value)
+        return check(submitter, value, **given)
 
     class NotedDecision(Decision):
         def __init__(self) -> None:

@@ -214,7 +214,7 @@ def test_each_token_of_an_echo_begins_where_its_offset_says(kind: str, data: st.
     prompt, answer = data.draw(tokens(kind, min_size=1)), data.draw(tokens(kind, min_size=1))
     of = tokenizer(kind)
     spelling = replies.logprobs.Spelling(of, prompt)
-    scored = spelling.in_order([TokenLogprob(each, 0.0) for each in answer])
+    scored = spelling.in_order([TokenLogprob(each, 0.0) for each in answer], spelling.first)
     joined = b"".join(spelling.bytes_of(each.token_id, before) for each, before in scored)
 
     # when

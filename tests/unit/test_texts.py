@@ -97,7 +97,8 @@ def test_streamed_pieces_add_up_to_the_bytes_of_the_tokens(kind: str, data: st.D
 
     assert told == streamed.text == plain.text
     scored = replies.logprobs.Spelling(tokenizer(kind), prompt)
-    in_order = scored.in_order([TokenLogprob(each, 0.0) for each in plain.token_ids])
+    drawn = [TokenLogprob(each, 0.0) for each in plain.token_ids]
+    in_order = scored.in_order(drawn, scored.first)
     joined = b"".join(scored.bytes_of(each.token_id, before) for each, before in in_order)
     assert joined.decode(errors="replace") == plain.text
 

@@ -4,6 +4,7 @@
     ├── RequestError           the request is wrong; never tried again
     │   ├── ModelNotFound, UrlNotFound, ContextLengthExceeded, InvalidSchema
     │   ├── DeadlinePassed, RequestTooLarge
+    │   └── WebhookRefused, WebhookUnreachable
     ├── Unauthorized           the key is missing, of no use any more, or may not do this
     ├── IdempotencyConflict    same key, another request
     ├── JobNotFound, JobUnreadable
@@ -82,6 +83,18 @@ class RequestTooLarge(RequestError):
     """The request body is larger than allowed."""
 
     code = "request_too_large"
+
+
+class WebhookRefused(RequestError):
+    """The URL of a webhook leads where webhooks may not go."""
+
+    code = "webhook_refused"
+
+
+class WebhookUnreachable(RequestError):
+    """The receiver of a webhook gave no answer."""
+
+    code = "webhook_unreachable"
 
 
 class Unauthorized(GristmillError):
