@@ -129,7 +129,7 @@ class Up:
         """The child that runs a part, by its log file; None while it is down."""
         log = str(self.cache_dir / "logs" / f"{name}.log")
         for process in psutil.Process(self.process.pid).children():
-            with contextlib.suppress(FileNotFoundError):  # it has just ended
+            with contextlib.suppress(FileNotFoundError, PermissionError):  # it has just ended
                 if str(Path(f"/proc/{process.pid}/fd/2").readlink()) == log:
                     return process
         return None

@@ -25,7 +25,7 @@ _WATCH: Final = """
         at timestamptz NOT NULL DEFAULT clock_timestamp()
     );
     CREATE INDEX ON chaos.transitions (job_id);
-    CREATE FUNCTION chaos.note() RETURNS trigger LANGUAGE plpgsql AS $$
+    CREATE FUNCTION chaos.note() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$
     BEGIN
         IF TG_OP = 'INSERT' THEN
             INSERT INTO chaos.transitions (job_id, after) VALUES (NEW.id, NEW.state);
@@ -35,7 +35,7 @@ _WATCH: Final = """
         END IF;
         RETURN NULL;
     END $$;
-    CREATE FUNCTION chaos.note_end() RETURNS trigger LANGUAGE plpgsql AS $$
+    CREATE FUNCTION chaos.note_end() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$
     BEGIN
         INSERT INTO chaos.transitions (job_id, before, after) VALUES (NEW.job_id, (
             SELECT after FROM chaos.transitions WHERE job_id = NEW.job_id

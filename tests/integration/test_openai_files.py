@@ -348,13 +348,11 @@ def test_too_many_uploads_at_once_are_refused_and_those_that_run_go_on(
     )
     body = form(PURPOSE, FILE) + END
     go_on = threading.Event()
-    begun = threading.Event()
 
     def slowly() -> Iterator[bytes]:
-        yield body[:100]
-        begun.set()
-        assert go_on.wait(30)
-        yield body[100:]
+        yield body[:-20]
+        assert go_on.wait(60)
+        yield body[-20:]
 
     headers = {"Content-Type": "multipart/form-data; boundary=mill"}
     with running_api(settings) as api:
@@ -363,9 +361,8 @@ def test_too_many_uploads_at_once_are_refused_and_those_that_run_go_on(
             target=lambda: answers.append(api.post("/v1/files", content=slowly(), headers=headers))
         )
         slow.start()
-        assert begun.wait(30)
-        while (second := api.post("/v1/files", content=body, headers=headers)).status_code == 200:
-            pass  # the first one has not arrived yet
+        eventually(lambda: rows(settings, "SELECT FROM files"))  # the first one has begun
+        second = api.post("/v1/files", content=body, headers=headers)
         go_on.set()
         slow.join()
 

@@ -70,7 +70,7 @@ def ended(config: Settings, ids: list[str], timeout_s: float = 20) -> dict[str, 
 MAY_BE_NULL = {
     "error_code", "error_message", "deadline", "time_limit_s", "purged_at", "cancel_requested_at",
     "upstream_cost", "charge", "quoted_ms", "quoted_p90_ms", "energy_nj", "wasted_nj", "carbon_ug",
-    "energy_boundary",
+    "energy_boundary", "webhook_url",
 }  # fmt: skip
 
 

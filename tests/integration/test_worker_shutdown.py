@@ -48,8 +48,8 @@ def config(make_settings: Callable[..., Settings], database_url: str, redis_url:
 
 
 DEAF = """
-import kombu.transport.redis
-kombu.transport.redis.Channel._brpop_start = lambda *given, **named: None
+from app.broker import transport
+transport.Channel._brpop_start = lambda *given, **named: None
 """
 """A worker that never asks Redis for a message."""
 
