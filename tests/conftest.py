@@ -126,16 +126,25 @@ def _drop(server: EmbeddedPostgres, url: str) -> None:
         connection.execute(f"DROP DATABASE {url.rpartition('/')[2]} WITH (FORCE)")
 
 
-_redis_numbers = itertools.count()
+@pytest.fixture(scope="session")
+def empty_redis(redis_server: EmbeddedRedis) -> Callable[[], str]:
+    """`empty_redis()` empties a logical database of the session's server; returns its URL. The next
+    one is another, so stragglers do no harm."""
+    numbers = itertools.count()
+
+    def empty() -> str:
+        url = redis_server.url.removesuffix("/0") + f"/{next(numbers) % 128}"
+        with redis.Redis.from_url(url) as client:
+            client.flushdb()
+        return url
+
+    return empty
 
 
 @pytest.fixture
-def redis_url(redis_server: EmbeddedRedis) -> str:
-    """An empty logical database; the next test gets another, so stragglers do no harm."""
-    url = redis_server.url.removesuffix("/0") + f"/{next(_redis_numbers) % 128}"
-    with redis.Redis.from_url(url) as client:
-        client.flushdb()
-    return url
+def redis_url(empty_redis: Callable[[], str]) -> str:
+    """An empty logical database."""
+    return empty_redis()
 
 
 STUB_MODELS = {

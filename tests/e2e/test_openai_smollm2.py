@@ -13,7 +13,6 @@ from pydantic import BaseModel
 
 from app.config.settings import ModelSettings, Settings
 from app.jobs import Kind
-from app.local.servers import EmbeddedRedis
 from tests.doors import Doors, open_doors
 
 CACHE: Final = Path(__file__).resolve().parents[2] / ".cache"
@@ -40,13 +39,13 @@ pytestmark = pytest.mark.timeout(600)
 def doors(
     empty_databases: Callable[[str], str],
     migrated_template: str,
-    redis_server: EmbeddedRedis,
+    empty_redis: Callable[[], str],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Doors]:
     settings = Settings(
         cache_dir=str(CACHE),
         database={"url": empty_databases(migrated_template)},
-        broker={"url": redis_server.url.removesuffix("/0") + "/98"},
+        broker={"url": empty_redis()},
         models=MODELS,
     )
     with open_doors(settings, tmp_path_factory.mktemp("worker"), timeout_s=300) as doors:

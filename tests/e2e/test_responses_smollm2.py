@@ -11,7 +11,6 @@ from pydantic import BaseModel, Field
 
 from app.config.settings import Settings
 from app.engines.checkpoint.models import ensure_files
-from app.local.servers import EmbeddedRedis
 from tests.doors import Doors, open_doors
 
 CACHE = Path(__file__).resolve().parents[2] / ".cache"
@@ -28,13 +27,13 @@ MODEL: dict[str, Any] = {
 def doors(
     empty_databases: Callable[[str], str],
     migrated_template: str,
-    redis_server: EmbeddedRedis,
+    empty_redis: Callable[[], str],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Doors]:
     settings = Settings(
         cache_dir=str(CACHE),
         database={"url": empty_databases(migrated_template)},
-        broker={"url": redis_server.url.removesuffix("/0") + "/96"},
+        broker={"url": empty_redis()},
         models={"smollm2": MODEL},
     )
     ensure_files("smollm2", settings.models["smollm2"], CACHE)

@@ -9,7 +9,6 @@ import anthropic
 import pytest
 
 from app.config.settings import Settings
-from app.local.servers import EmbeddedRedis
 from tests.conftest import STUB_MODELS
 from tests.doors import Doors, open_doors
 from tests.rescues import running_rescue
@@ -23,14 +22,14 @@ ASK: list[Any] = [{"role": "user", "content": "What is flour?"}]
 def doors(
     empty_databases: Callable[[str], str],
     migrated_template: str,
-    redis_server: EmbeddedRedis,
+    empty_redis: Callable[[], str],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Doors]:
     folder = tmp_path_factory.mktemp("doors")
     settings = Settings(
         cache_dir=str(folder),
         database={"url": empty_databases(migrated_template)},
-        broker={"url": redis_server.url.removesuffix("/0") + "/98"},
+        broker={"url": empty_redis()},
         models=STUB_MODELS,
         worker={"max_attempts": 1, "lease_s": 4, "heartbeat_s": 1},
         rescue={"sweep_ms": 100},

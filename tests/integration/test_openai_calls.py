@@ -18,7 +18,6 @@ import pytest
 from app.config.settings import ModelSettings, Settings
 from app.jobs import LIVE_PRIORITY
 from app.keys import Scope, new_key
-from app.local.servers import EmbeddedRedis
 from app.store import keys
 from app.store.database import Database
 from tests.apis import Hands, running_api
@@ -44,14 +43,14 @@ def slow_stub(step_ms: int = 5) -> ModelSettings:
 def doors(
     empty_databases: Callable[[str], str],
     migrated_template: str,
-    redis_server: EmbeddedRedis,
+    empty_redis: Callable[[], str],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Doors]:
     folder = tmp_path_factory.mktemp("doors")
     settings = Settings(
         cache_dir=str(folder),
         database={"url": empty_databases(migrated_template)},
-        broker={"url": redis_server.url.removesuffix("/0") + "/99"},
+        broker={"url": empty_redis()},
         models=STUB_MODELS | {"stub": slow_stub()},
         worker={"max_attempts": 1, "lease_s": 4, "heartbeat_s": 1},
     )

@@ -16,7 +16,6 @@ from openai.types.responses import Response
 from pydantic import BaseModel
 
 from app.config.settings import Settings
-from app.local.servers import EmbeddedRedis
 from app.requests.response import ResponsesBody
 from tests.any_messages import ANYTHING, TEXTS
 from tests.conftest import STUB_MODELS
@@ -32,14 +31,14 @@ UNKNOWN: Final = f"resp_{0:032x}"
 def doors(
     empty_databases: Callable[[str], str],
     migrated_template: str,
-    redis_server: EmbeddedRedis,
+    empty_redis: Callable[[], str],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Doors]:
     folder = tmp_path_factory.mktemp("doors")
     settings = Settings(
         cache_dir=str(folder),
         database={"url": empty_databases(migrated_template)},
-        broker={"url": redis_server.url.removesuffix("/0") + "/97"},
+        broker={"url": empty_redis()},
         models=STUB_MODELS,
         worker={"max_attempts": 1, "lease_s": 4, "heartbeat_s": 1},
     )

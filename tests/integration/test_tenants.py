@@ -16,7 +16,6 @@ from app.api.caller import _caller
 from app.api.callers import OPEN
 from app.config.settings import Settings
 from app.keys import Scope
-from app.local.servers import EmbeddedRedis
 from tests.apis import made_key, running_api
 from tests.conftest import STUB_MODELS
 
@@ -26,12 +25,12 @@ Headers = Mapping[str, str]
 
 @pytest.fixture(scope="module")
 def settings(
-    empty_databases: Callable[[str], str], migrated_template: str, redis_server: EmbeddedRedis
+    empty_databases: Callable[[str], str], migrated_template: str, empty_redis: Callable[[], str]
 ) -> Settings:
     """One system for all of these."""
     return Settings(
         database={"url": empty_databases(migrated_template)},
-        broker={"url": redis_server.url.removesuffix("/0") + "/98"},
+        broker={"url": empty_redis()},
         models=STUB_MODELS,
     )
 
