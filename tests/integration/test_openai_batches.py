@@ -10,6 +10,7 @@ from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import httpx
 import openai
@@ -17,10 +18,12 @@ import psycopg
 import pytest
 
 from app.config.settings import Settings
+from app.intake.batches import feed
 from app.intake.batches.keeper import BatchKeeper
 from app.local.servers import EmbeddedRedis
 from app.store import quotas
 from app.store.database import Database
+from app.store.job_batches import BatchView
 from app.store.quotas import Quotas
 from tests.apis import running_api
 from tests.conftest import STUB_MODELS
@@ -560,6 +563,77 @@ def test_a_batch_keeps_to_the_limits_of_its_tenant_and_goes_on_as_they_give_back
         done = client.batches.retrieve(batch.id)
         assert (done.status, done.request_counts.completed) == ("completed", 25)  # type: ignore[union-attr]
         assert most <= 10
+
+
+def test_a_batch_is_cancelled_however_much_others_have_in_the_queue(
+    database_url: str, redis_url: str, tmp_path: Path
+) -> None:
+    settings = make_settings(
+        database_url, redis_url, tmp_path / "cache", api={"port": 0, "max_queued_jobs": 40}
+    )
+    with running_api(settings) as api, sdk(api) as client:
+        with keeping(settings):
+            batch = submit(client, *(line(n) for n in range(60)))
+            eventually(lambda: client.batches.retrieve(batch.id).status == "in_progress")
+        for n in range(40 - len(rows(settings, "SELECT FROM open_jobs"))):
+            api.post("/v1/jobs", json={"body": {"prompt": f"{n}"}})
+        client.batches.cancel(batch.id)
+        with keeping(settings):
+            done = ended(client, batch)
+
+        assert done.status == "cancelled"
+        assert len(lines_of(client, done.error_file_id)) == 60
+
+
+def test_a_batch_that_waits_for_its_tenants_limits_and_another_go_on_beside_each_other(
+    database_url: str, redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feed, "PAGE", 20)
+    settings = make_settings(database_url, redis_url, tmp_path / "cache")
+    with (
+        running_api(settings) as api,
+        sdk(api) as client,
+        closing(Database(database_url)) as store,
+        closing(BatchKeeper(settings)) as keeper,
+    ):
+        with store.begin() as connection:
+            quotas.keep(connection, "default", Quotas(max_open_jobs=5), actor="test")
+        bounded = submit(client, *(line(n) for n in range(25)))
+        other = submit(client, *(line(n) for n in range(400)))
+        with psycopg.connect(database_url) as connection:
+            connection.execute(
+                "UPDATE job_batches SET tenant = 'bakery' WHERE id = %s",
+                [other.id.removeprefix("batch_")],
+            )
+        for _ in range(12):
+            keeper.round()
+
+        first, second = (
+            row["fed"] for row in rows(settings, "SELECT fed FROM job_batches ORDER BY id")
+        )
+        assert first == 5 and 40 < second < 400 and bounded.id < other.id
+
+
+def test_what_nobody_foresaw_in_one_batch_keeps_no_other_one_waiting(
+    few_at_once: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with running_api(few_at_once) as api, sdk(api) as client:
+        odd, other = (submit(client, line(n)) for n in range(2))
+        rows_of = feed.Feed.rows_of
+
+        def odd_rows_of(self: feed.Feed, batch: BatchView, **given: Any) -> Any:
+            if batch.id == UUID(odd.id.removeprefix("batch_")):
+                raise RecursionError("a prompt")
+            return rows_of(self, batch, **given)
+
+        monkeypatch.setattr(feed.Feed, "rows_of", odd_rows_of)
+        with closing(BatchKeeper(few_at_once)) as keeper:
+            for _ in range(3):
+                keeper.round()
+
+        assert client.batches.retrieve(odd.id).status == "validating"
+        assert client.batches.retrieve(other.id).status == "in_progress"
+        assert "RecursionError" in caplog.text and "a prompt" not in caplog.text
 
 
 def test_results_stay_until_they_are_written_however_short_they_are_kept(

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.batches import Door, LineOutcome
+from app.errors import StorageUnavailable
 from app.intake.batches import lines, told
 from app.intake.batches.input_file import rows
 from app.intake.batches.lines import WrongLine
@@ -54,7 +55,7 @@ def test_rows_are_those_of_the_file_wherever_one_begins(
 
 
 def test_a_file_that_is_shorter_than_it_should_be_is_no_end() -> None:
-    with pytest.raises(EOFError):
+    with pytest.raises(StorageUnavailable):
         list(rows(lambda at, length: b"", 10, start=0, number=1, longest=10))
 
 

@@ -11,7 +11,8 @@ A page's jobs and what is noted of its lines are one transaction. Memory holds a
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence, Set
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any, Final
@@ -31,7 +32,7 @@ from app.errors import (
 from app.files import key_of
 from app.intake.admission import Admission
 from app.intake.batches import lines
-from app.intake.batches.input_file import Row, rows
+from app.intake.batches.input_file import PART_BYTES, Row, rows
 from app.intake.batches.lines import WrongLine
 from app.intake.submit import Submission, Submitter
 from app.objects import Objects
@@ -49,6 +50,9 @@ PAGE: Final = 200
 PAGE_BYTES: Final = 1_000_000
 SLICE_S: Final = 0.3
 """Where a page ends sooner: large lines take long to check, and others have their turns."""
+
+MIN_PART_BYTES: Final = 50_000
+"""Read at once where only a few lines have room."""
 
 SPARE_BYTES: Final = 10_000
 """A line is so much longer than the request in it, at most."""
@@ -84,9 +88,11 @@ class Feed:
         half = Load(max(1, api.max_queued_jobs // 2), max(1, api.max_queued_tokens // 2))
         self._admission = Admission(database, half)
         self._longest = api.max_body_bytes + SPARE_BYTES
-        self._page = PAGE
+        self._sizes: dict[UUID, int] = {}  #: lines of a batch's next page; PAGE at first
 
-    def rows_of(self, batch: BatchView, *, start: int = 0, number: int = 1) -> Any:
+    def rows_of(
+        self, batch: BatchView, *, start: int = 0, number: int = 1, part: int = PART_BYTES
+    ) -> Iterator[Row]:
         """The rows of its input, from a place on."""
         assert batch.input_file_id is not None
         key = key_of(batch.input_file_id)
@@ -94,7 +100,14 @@ class Feed:
         def read(at: int, length: int) -> bytes:
             return self._objects.read_range(key, at, length)
 
-        return rows(read, batch.input_bytes, start=start, number=number, longest=self._longest)
+        return rows(
+            read, batch.input_bytes, start=start, number=number, longest=self._longest, part=part
+        )
+
+    def forget_others(self, held: Set[UUID]) -> None:
+        """Keep in mind what is known of these batches alone."""
+        for batch_id in self._sizes.keys() - held:
+            del self._sizes[batch_id]
 
     def step(self, batch: BatchView, keeper_id: UUID, lease_s: float) -> bool:
         """Feed a page, if there is room for one; whether there was anything to do.
@@ -104,22 +117,27 @@ class Feed:
         if batch.fed >= batch.counts.total:
             return False
         outcome = outcome_without_job(batch.state, is_over=batch.is_over)
-        most = self._page
+        most = size = self._sizes.get(batch.id, PAGE)
         if outcome is None:
             running = batch.fed - batch.counts.ended
             most = min(most, self._settings.job_batches.max_open_lines - running)
             if most <= 0 or not self._has_room():
                 return False
         page = self._read(batch, most, outcome)
+        room = self._admission.admitted(page.load) if page.jobs else nullcontext()  # or needs none
         try:
-            with self._admission.admitted(page.load):
+            with room:
                 self._write(batch, page, outcome, keeper_id, lease_s)
         except QuotaExceeded:  # of its tenant: what has ended gives back
-            self._page = max(1, self._page // 2)
+            self._sizes[batch.id] = max(1, size // 2)
             return False
         except QueueFull:
-            return self._wait_for_room(batch, page, keeper_id, lease_s)
-        self._page = min(PAGE, 2 * self._page)
+            # A smaller page may fit. One line that never will goes into an empty queue.
+            if len(page.lines) > 1 or self._admission.queued().jobs:
+                self._sizes[batch.id] = max(1, size // 2)
+                return False
+            self._write(batch, page, None, keeper_id, lease_s)
+        self._sizes[batch.id] = min(PAGE, 2 * size)
         return True
 
     def _has_room(self) -> bool:
@@ -129,22 +147,15 @@ class Feed:
             return False
         return True
 
-    def _wait_for_room(
-        self, batch: BatchView, page: _Page, keeper_id: UUID, lease_s: float
-    ) -> bool:
-        """A smaller page may fit. One line that never will goes into an empty queue."""
-        if len(page.lines) == 1 and self._admission.queued().jobs == 0:
-            self._write(batch, page, None, keeper_id, lease_s)
-            return True
-        self._page = max(1, self._page // 2)
-        return False
-
     # ── reading ──────────────────────────────────────────────────────────────────────────────
 
     def _read(self, batch: BatchView, most: int, outcome: LineOutcome | None) -> _Page:
         page = _Page(batch.fed_bytes, batch.fed_rows)
         until = time.monotonic() + SLICE_S
-        for row in self.rows_of(batch, start=page.fed_bytes, number=page.fed_rows + 1):
+        expected = most * batch.input_bytes // batch.counts.total
+        part = min(PART_BYTES, max(MIN_PART_BYTES, expected))
+        start, number = page.fed_bytes, page.fed_rows + 1
+        for row in self.rows_of(batch, start=start, number=number, part=part):
             page.fed_bytes, page.fed_rows = row.end, row.number
             if not row.is_blank:
                 self._take(batch, page, row, outcome)

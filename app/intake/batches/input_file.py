@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
+from app.errors import StorageUnavailable
+
 PART_BYTES: Final = 1_000_000
 """Read at once."""
 
@@ -31,7 +33,8 @@ def rows(
 ) -> Iterator[Row]:
     """Rows from `start` on, of which the first has this number, to the end of a file of this size.
 
-    A row has up to `longest` bytes: of a longer one nothing is kept.
+    A row has up to `longest` bytes: of a longer one nothing is kept. Raises `StorageUnavailable` if
+    there is less than that.
     """
     held = bytearray()
     begin, at = start, start  #: of the row; of what is to be read
@@ -39,7 +42,7 @@ def rows(
     while at < size:
         piece = read(at, min(part, size - at))
         if not piece:
-            raise EOFError("The file is shorter than its row says.")
+            raise StorageUnavailable("A file is shorter than its row says.")
         at += len(piece)
         done = 0
         while (newline := piece.find(b"\n", done)) >= 0:

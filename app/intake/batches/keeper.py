@@ -36,6 +36,7 @@ from app.store import batch_work, cancellation
 from app.store.batch_work import LineError, NotHeld
 from app.store.database import Database
 from app.store.job_batches import BatchView
+from app.threads import place_of
 
 log = logging.getLogger(__name__)
 
@@ -130,9 +131,9 @@ class BatchKeeper:
             has_moved = self._work(batch)
         except NotHeld:
             return False
-        except GristmillError as error:
+        except Exception as error:
             self._drop(batch.id)
-            self._tell(batch, error)
+            self._tell(batch, str(error) if isinstance(error, GristmillError) else place_of(error))
             return False
         self._told.pop(batch.id, None)
         return has_moved
@@ -265,6 +266,8 @@ class BatchKeeper:
             del self._told[batch_id]
         for batch_id in self._look_for_lost_at.keys() - held:
             del self._look_for_lost_at[batch_id]
+        if self._feed is not None:
+            self._feed.forget_others(held)
 
     def _drop(self, batch_id: UUID) -> None:
         """What was in hand of it may be half: it is begun anew."""
@@ -273,12 +276,12 @@ class BatchKeeper:
         if self._writing is not None and self._writing.batch.id == batch_id:
             self._writing = None
 
-    def _tell(self, batch: BatchView, error: GristmillError) -> None:
+    def _tell(self, batch: BatchView, why: str) -> None:
         """Once, however often it is tried."""
-        if self._told.get(batch.id) != str(error):
+        if self._told.get(batch.id) != why:
             extra = {"action": "batch_waits", "batch_id": batch.id}
-            log.warning("A batch cannot go on now: %s", error, extra=extra)
-        self._told[batch.id] = str(error)
+            log.warning("A batch cannot go on now: %s", why, extra=extra)
+        self._told[batch.id] = why
 
     def _release(self) -> None:
         try:
