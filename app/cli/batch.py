@@ -24,13 +24,18 @@ from app.cli.api import LASTING_S, Api, uses_api
 from app.cli.batch_lines import Form, Line, Output, answer_line, line_of
 from app.cli.lines import Source, numbered_lines
 from app.cli.options import Time, metadata_option
+from app.cli.submit import OF_THE_LINE
 from app.cli.terminal import JOB_FAILED, err, tell
 from app.jobs import MAX_PRIORITY
 from gristmill_client import Job, JobState, Submission
-from gristmill_client.errors import GristmillError, RequestError
+from gristmill_client.errors import GristmillError, JobNotFound, JobUnreadable, RequestError
 
 BACKGROUND: Final = 6
 """Priority of a line that is given none: behind what somebody waits for."""
+
+ENDS: Final = (Job, *OF_THE_LINE, JobNotFound, JobUnreadable)
+"""What is written of a line. Everything else, an invalid key say, is met by all of them: they wait
+for the same command once more."""
 
 
 @click.group()
@@ -84,10 +89,12 @@ def run(
             progress.update(bar, completed=tally.num_ended, text=tally.text)
             try:
                 for place, found in client.iter_run(submissions()):
+                    if not isinstance(found, ENDS):
+                        raise found
                     written.write(answer_line(asked.pop(place).custom_id, found))
                     tally.add(found)
                     progress.update(bar, completed=tally.num_ended, text=tally.text)
-            except (KeyboardInterrupt, GristmillError):
+            except (KeyboardInterrupt, GristmillError, OSError):
                 tell("Stopped. What was submitted goes on; so does the same command once more.")
                 raise
         progress.update(bar, total=tally.num_ended, completed=tally.num_ended, text=tally.text)

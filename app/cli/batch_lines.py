@@ -20,6 +20,8 @@ from gristmill_client import Job, JobState, Submission
 from gristmill_client.errors import GristmillError, RequestError
 
 MESSAGES: Final = "/v1/messages"
+BEGIN: Final = b'{"id": "batch_req_'
+"""Of every line that is written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +94,9 @@ class Output:
     submitted before an interruption are found by it.
     """
 
-    def __init__(self, path: Path, file: BinaryIO, run: str) -> None:
+    def __init__(self, path: Path, file: BinaryIO) -> None:
         self._path, self._file = path, file
-        self.run = run
+        self.run = ""
         self.ended: set[str] = set()
         self.num_failed = 0
 
@@ -106,8 +108,9 @@ class Output:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise click.UsageError(f"{path}: another run is writing there.") from None
-            output = cls(path, file, _run_of(_beside(path)))
-            output._read()
+            output = cls(path, file)
+            output._read()  # before anything is written: it may be somebody else's file
+            output.run = _run_of(_beside(path))
             yield output
 
     def _read(self) -> None:
@@ -115,10 +118,11 @@ class Output:
         self._file.seek(0)
         whole = 0
         for number, raw in enumerate(self._file, 1):
-            if not raw.endswith(b"\n"):
+            is_cut = not raw.endswith(b"\n")
+            if is_cut and (whole or BEGIN.startswith(raw[: len(BEGIN)])):
                 break
             try:
-                value = json_object(raw)
+                value = {} if is_cut else json_object(raw)
                 self.ended.add(str(value["custom_id"]))
                 self.num_failed += value["error"] is not None
             except (RequestError, KeyError):

@@ -110,6 +110,43 @@ def test_what_has_no_answer_says_why(
     assert len(api.submitted) == 1
 
 
+@pytest.mark.parametrize(
+    ("status", "code", "exits"),
+    [
+        (401, "unauthorized", 1),
+        (429, "quota_exceeded", 4),
+        (429, "insufficient_quota", 4),
+        (500, "internal_error", 1),
+    ],
+)
+def test_what_all_lines_would_meet_ends_none_of_them(
+    gristmill: Gristmill,
+    api: FakeApi,
+    lines: Path,
+    tmp_path: Path,
+    status: int,
+    code: str,
+    exits: int,
+) -> None:
+    # given an API that refuses whatever the lines say
+    out = tmp_path / "out.jsonl"
+    command = ("batch", "run", str(lines), "-o", str(out))
+    problem = {"code": code, "detail": "Why."}
+    api.troubles = [
+        httpx.Response(status, json=problem, headers={"x-should-retry": "false"}),
+    ]
+
+    # when a run meets that, and the same command is run again
+    first, _, err = gristmill(*command)
+    written = out.read_bytes()
+
+    # then no line was given up, and all are answered in the end
+    assert (first, "Why." in err, "same command once more" in err) == (exits, True, True)
+    assert written == b""
+    assert gristmill(*command)[0] == 0
+    assert len(told(out)) == 3
+
+
 def test_wrong_files_are_refused_before_anything_is_submitted(
     gristmill: Gristmill,
     api: FakeApi,
@@ -126,6 +163,11 @@ def test_wrong_files_are_refused_before_anything_is_submitted(
     code, _, err = gristmill("batch", "run", str(lines), "-o", str(lines))
     assert (code, "was not written by" in err) == (2, True)
     assert len(told(lines)) == 3  # as it was
+    for foreign in ('{"prompt": "a"}', '{"custom_id": "a", "error": null}', "notes"):
+        lines.write_text(foreign)  # a line without its end is no line that was cut off, either
+        code, _, err = gristmill("batch", "run", str(lines), "-o", str(lines))
+        assert (code, "was not written by" in err, lines.read_text()) == (2, True, foreign)
+    assert not lines.with_name("in.jsonl.run").exists()
     assert gristmill("batch", "run", str(lines), "-o", str(tmp_path / "no" / "out"))[0] == 1
     assert api.submitted == []
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from app import errors as answered
 from app.api.problems import STATUS
-from app.errors import RequestError
 from gristmill_client import errors
 from tests.pages import ROOT
 
@@ -53,5 +53,6 @@ def test_an_error_that_the_api_answers_is_known_by_its_code(kind: type[Exception
     error = errors.error_of(problem)
 
     assert (error.code, error.message) == (problem["code"], "Why.")
-    assert issubclass(kind, RequestError) == isinstance(error, errors.RequestError)
+    for base in ("RequestError", "QueueFull"):
+        assert issubclass(kind, getattr(answered, base)) == isinstance(error, getattr(errors, base))
     assert getattr(error, "param", "body.model") == "body.model"

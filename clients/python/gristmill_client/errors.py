@@ -12,6 +12,8 @@
     ├── RequestRemoved, ResponseRemoved
     ├── NotStorable            the store cannot hold a value
     ├── QueueFull, Busy        bounded admission; come back later
+    │   └── QuotaExceeded      a limit of your tenant
+    │       └── RateLimited, BudgetSpent
     └── Unavailable            the API, or what it needs, cannot be reached; come back later
 
 A code that this version does not know is a `GristmillError` with that `code`.
@@ -150,6 +152,24 @@ class QueueFull(GristmillError):
 
     code = "queue_full"
     retry_after: int = 5
+
+
+class QuotaExceeded(QueueFull):
+    """A limit of your tenant is reached."""
+
+    code = "quota_exceeded"
+
+
+class RateLimited(QuotaExceeded):
+    """Your tenant makes too many calls."""
+
+    code = "rate_limit_exceeded"
+
+
+class BudgetSpent(QuotaExceeded):
+    """Your tenant has spent what it may."""
+
+    code = "insufficient_quota"
 
 
 class Busy(GristmillError):
