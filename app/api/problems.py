@@ -208,7 +208,8 @@ RESPONSES: Final[dict[HTTPStatus, str]] = {
     HTTPStatus.UNPROCESSABLE_ENTITY: "Well formed, and yet it cannot run: too long for the model's "
     "context, a deadline in the past, an Idempotency-Key used for another request.",
     HTTPStatus.MISDIRECTED_REQUEST: "The Host is a name that `api.allowed_hosts` does not have.",
-    HTTPStatus.TOO_MANY_REQUESTS: "The queue is full; `Retry-After` says when to try again.",
+    HTTPStatus.TOO_MANY_REQUESTS: "The queue is full, or a limit of the tenant is reached; "
+    "`Retry-After` says when to try again, where waiting for a minute may help.",
     HTTPStatus.SERVICE_UNAVAILABLE: "Postgres cannot be reached, too much is in hand here, or "
     "no worker serves the model; `Retry-After` says when to try again.",
     HTTPStatus.INTERNAL_SERVER_ERROR: "The model or its process failed, also when tried again.",
