@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 from uuid import UUID
 
+from app import ids
 from app.jobs import JobState
 
 
@@ -156,16 +157,9 @@ _PREFIXES: Final = {Door.OPENAI: "batch_", Door.ANTHROPIC: "msgbatch_"}
 
 
 def name_of(door: Door, batch_id: UUID) -> str:
-    return _PREFIXES[door] + batch_id.hex
+    return ids.name_of(_PREFIXES[door], batch_id)
 
 
 def id_in(door: Door, name: str) -> UUID | None:
     """The id in a name that `name_of` wrote; None in any other text."""
-    digits = name.removeprefix(_PREFIXES[door])
-    if digits == name or len(digits) != 32:
-        return None
-    try:
-        found = UUID(hex=digits)
-    except ValueError:
-        return None
-    return found if found.hex == digits else None
+    return ids.id_in(_PREFIXES[door], name)

@@ -12,6 +12,8 @@ import enum
 from typing import Final
 from uuid import UUID
 
+from app import ids
+
 PREFIX: Final = "file-"
 
 
@@ -38,19 +40,12 @@ UPLOADED: Final = tuple(each for each in Purpose if each is not Purpose.BATCH_OU
 
 
 def name_of(file_id: UUID) -> str:
-    return PREFIX + file_id.hex
+    return ids.name_of(PREFIX, file_id)
 
 
 def id_in(name: str) -> UUID | None:
     """The id in a name that `name_of` wrote; None in any other text."""
-    digits = name.removeprefix(PREFIX)
-    if digits == name or len(digits) != 32:
-        return None
-    try:
-        found = UUID(hex=digits)
-    except ValueError:
-        return None
-    return found if found.hex == digits else None
+    return ids.id_in(PREFIX, name)
 
 
 def key_of(file_id: UUID) -> str:

@@ -25,11 +25,12 @@ from typing import Final, TypeVar
 from app.alive import Alive
 from app.config.settings import Settings
 from app.errors import ConfigError, GristmillError, RequestError, Unavailable
+from app.ids import name_of
 from app.store import webhook_endpoints, webhooks
 from app.store.database import Database
 from app.store.webhooks import Due, Receiver, Tried
 from app.webhooks.addresses import Reach
-from app.webhooks.ids import EVENT, name_of
+from app.webhooks.ids import EVENT
 from app.webhooks.post import Outcome, Postman, SystemResolver
 from app.webhooks.schedule import pause_s, wait_s
 from app.webhooks.signing import body_of, headers_of

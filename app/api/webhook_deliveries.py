@@ -17,11 +17,12 @@ from app.api.openapi import json_body
 from app.api.problems import documented
 from app.api.services import Here, Services
 from app.errors import RequestError
+from app.ids import id_in, name_of
 from app.intake.decision import Decision
 from app.requests.storable import refuse_unstorable
 from app.store import admin_log, webhook_deliveries, webhook_endpoints
 from app.store.webhook_deliveries import Attempt, Delivery
-from app.webhooks.ids import DELIVERY, ENDPOINT, EVENT, id_in, name_of
+from app.webhooks.ids import DELIVERY, ENDPOINT, EVENT
 from app.webhooks.vault import Secret, Vault
 
 router = APIRouter(prefix="/v1", tags=["webhooks"])

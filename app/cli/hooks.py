@@ -24,7 +24,8 @@ from app.cli.terminal import (
     tell,
 )
 from app.errors import WebhookConflict, WebhookNotFound
-from app.webhooks.ids import DELIVERY, ENDPOINT, EVENT, id_in, name_of
+from app.ids import id_in, name_of
+from app.webhooks.ids import DELIVERY, ENDPOINT, EVENT
 
 if TYPE_CHECKING:
     from app.store.webhook_deliveries import Attempt, Delivery

@@ -13,6 +13,7 @@ from uuid import UUID
 from app.engines.base import Generation
 from app.engines.text.detokenizer import Detokenizer
 from app.engines.text.tokenizer import Tokenizer
+from app.ids import name_of
 from app.jobs import FinishReason, Usage
 from app.requests.answers import Said
 from app.requests.message_blocks import CALL_PREFIX
@@ -23,7 +24,7 @@ MESSAGE_PREFIX: Final = "msg_"
 
 def message_id(job_id: str) -> str:
     """Of the job's answer."""
-    return f"{MESSAGE_PREFIX}{UUID(job_id).hex}"
+    return name_of(MESSAGE_PREFIX, UUID(job_id))
 
 
 def message_of(

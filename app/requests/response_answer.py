@@ -17,6 +17,7 @@ from app.errors import (
     RequestError,
     UrlNotFound,
 )
+from app.ids import name_of
 from app.jobs import FinishReason, JobState, Usage
 from app.requests.answers import Said
 from app.requests.response import RESPONSE_PREFIX, ResponsesBody
@@ -27,7 +28,7 @@ _TIERS: Final = {None: "default", "auto": "default", "fast": "priority"}
 
 
 def response_id(job_id: UUID) -> str:
-    return f"{RESPONSE_PREFIX}{job_id.hex}"
+    return name_of(RESPONSE_PREFIX, job_id)
 
 
 def response_shell(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final, NoReturn
@@ -11,6 +10,7 @@ from uuid import UUID
 from app.api.schemas import Job, JobSummary
 from app.api.services import Services
 from app.errors import JobNotFound, JobUnreadable, RequestError
+from app.ids import id_in
 from app.jobs import JobState
 from app.requests.bodies import Url, parse_stored
 from app.requests.response import RESPONSE_PREFIX, ResponsesBody
@@ -18,14 +18,12 @@ from app.requests.response_answer import ended, response_id, response_shell
 from app.store.asked import Asked, asked
 from app.store.database import Database
 
-_ID: Final = re.compile(rf"{RESPONSE_PREFIX}([0-9a-f]{{32}})")
 _OPEN: Final = {JobState.QUEUED: "queued", JobState.RUNNING: "in_progress"}
 
 
 def job_id_in(response_id: str) -> UUID:
     """Raises `JobNotFound` for what is no id of a response."""
-    match = _ID.fullmatch(response_id)
-    return _not_found() if match is None else UUID(match[1])
+    return id_in(RESPONSE_PREFIX, response_id) or _not_found()
 
 
 def _not_found() -> NoReturn:

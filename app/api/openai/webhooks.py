@@ -34,6 +34,7 @@ from app.api.openapi import json_body
 from app.api.problems import documented
 from app.api.services import Here, Services
 from app.errors import RequestError, Unavailable, WebhookRefused, WebhookUnreachable
+from app.ids import id_in, name_of
 from app.intake.decision import Decision
 from app.requests.storable import refuse_unstorable
 from app.store import admin_log, webhook_deliveries, webhook_endpoints
@@ -41,7 +42,7 @@ from app.store.isolation import Connection
 from app.store.webhook_endpoints import Endpoint
 from app.webhooks.addresses import Reach
 from app.webhooks.events import EVENT_TYPES
-from app.webhooks.ids import ENDPOINT, id_in, name_of
+from app.webhooks.ids import ENDPOINT
 from app.webhooks.urls import parse_url
 from app.webhooks.vault import Vault
 
