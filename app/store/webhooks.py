@@ -5,7 +5,7 @@
                     └──── next attempt ─────┘        (or its deliverer died: the lease runs out)
 
 A delivery is written in the transaction that ends what it tells of, by `announce_ends` in Postgres:
-for jobs a trigger on `results` calls it, whatever statement ends them; all else calls `announce`.
+triggers on `results` and on `job_batches` call it, whatever statement ends a job or a batch.
 An event's id is that of what ended, which ends once: so it is the same at every attempt and replay,
 and no event goes to one receiver as two.
 
@@ -15,7 +15,7 @@ and is then asked by one delivery at a time.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
@@ -25,43 +25,6 @@ from sqlalchemy import Connection, text
 
 from app.store.encoding import encode
 from app.webhooks.schedule import TRIP, WINDOW_S
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """Something has ended that is not a job."""
-
-    id: UUID
-    tenant: str
-    type: str  #: of `app.webhooks.events`
-    object_id: str  #: as the API names it
-    webhook_url: str | None = None  #: of its own
-
-
-# Write deliveries to all who are to hear of ends.
-_ANNOUNCE: Final = text("""
-    SELECT announce_ends(
-        CAST(:ids AS uuid[]), CAST(:tenants AS text[]), CAST(:types AS text[]),
-        CAST(:objects AS text[]), CAST(:urls AS text[])
-    )
-""")
-
-
-def announce(connection: Connection, ended: Collection[Ended]) -> None:
-    """Tell of these ends whoever is to hear of them, if this transaction commits. May be repeated.
-
-    For batches and their like, by whoever moves them to their last state. Jobs, and so responses,
-    are told of without it.
-    """
-    if ended:
-        given = {
-            "ids": [each.id for each in ended],
-            "tenants": [each.tenant for each in ended],
-            "types": [each.type for each in ended],
-            "objects": [each.object_id for each in ended],
-            "urls": [each.webhook_url for each in ended],
-        }
-        connection.execute(_ANNOUNCE, given)
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,7 @@ from app.store import (
 from app.store.claims import Finished
 from app.store.database import Database
 from app.store.submissions import RejectedJob
-from app.store.webhooks import Ended, Tried
+from app.store.webhooks import Tried
 from app.webhooks.addresses import Address, Reach
 from app.webhooks.post import Postman
 from app.webhooks.schedule import TRIP
@@ -267,19 +267,6 @@ def test_a_job_asked_for_as_a_response_is_told_of_as_one(
         f"resp_{ids[1].hex}": "response.incomplete",
         f"resp_{ids[2].hex}": "response.failed",
     }
-
-
-def test_what_ends_and_is_no_job_is_told_of_by_one_function(
-    database: Database, config: Settings
-) -> None:
-    ended = Ended(uuid4(), "default", "batch.completed", "batch_1", "https://a.example/x")
-    with database.begin() as connection:
-        webhooks.announce(connection, [ended, Ended(uuid4(), "default", "batch.failed", "batch_2")])
-        webhooks.announce(connection, [ended])  # repeated
-        webhooks.announce(connection, [])
-
-    [written] = deliveries(config)
-    assert (written["type"], written["object_id"]) == ("batch.completed", "batch_1")
 
 
 @pytest.mark.parametrize("odd", ["", "x", "ftp://a/", "https://", "https://" + "a" * 3_000, "\x01"])
