@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import anthropic
+import psycopg
 import pytest
 
 from app.config.settings import Settings
@@ -289,3 +290,20 @@ def test_results_are_where_the_batch_says(client: anthropic.Anthropic, doors: Do
     assert done.results_url == f"{doors.http.base_url}/v1/messages/batches/{batch.id}/results"
     told = doors.http.get(done.results_url, headers={"x-api-key": "none"})
     assert told.headers["content-type"] == "application/x-jsonl"
+
+
+def test_results_are_read_as_long_as_their_file_is_kept(
+    client: anthropic.Anthropic, doors: Doors
+) -> None:
+    batch = client.messages.batches.create(requests=[asked(n) for n in range(3)])
+    url = ended(client, batch.id).results_url
+    before = doors.http.get(url)
+    batch_id = [batch.id.removeprefix("msgbatch_")]
+    with psycopg.connect(doors.settings.database.url, autocommit=True) as connection:
+        connection.execute("DELETE FROM job_batch_lines WHERE batch_id = %s", batch_id)
+        after = doors.http.get(url)
+        connection.execute("UPDATE files SET expires_at = now() WHERE batch_id = %s", batch_id)
+
+    assert len(before.content.splitlines()) == 3 and after.content == before.content
+    with pytest.raises(anthropic.NotFoundError, match="not kept any more"):
+        client.messages.batches.results(batch.id)

@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import AsyncIterator, Iterator
 from datetime import datetime
 from http import HTTPStatus
-from typing import Annotated, Any, Final
-from uuid import UUID
+from typing import Annotated, Final
 
 from fastapi import APIRouter, Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic_core import from_json
 
-from app.api import raw_bodies
+from app.api import job_batches, raw_bodies
 from app.api.anthropic.schemas_batches import (
     DeletedMessageBatch,
     MessageBatch,
@@ -30,16 +28,18 @@ from app.api.envelopes import Door as Protocol
 from app.api.inline_file import InlineFile, written
 from app.api.jobs import IdempotencyKey, parse_key
 from app.api.openapi import json_body
+from app.api.pieces import begun
 from app.api.problems import documented
 from app.api.services import Here, Services
-from app.batches import BatchState, Counts, Door, LineFile, id_in, name_of
-from app.errors import BatchKeyConflict, BatchStateConflict, RequestError
-from app.intake.batches import output_file
+from app.batches import BatchState, Counts, Door, name_of
+from app.errors import BatchNotFound, BatchStateConflict, NoSuchFile, RequestError
+from app.files import key_of
 from app.intake.decision import Decision
 from app.jobs import new_id
 from app.requests import json_text
 from app.requests.bodies import Url
-from app.store import job_batches
+from app.store import files
+from app.store.files import FileView
 from app.store.job_batches import BatchView, NewBatch
 
 router = APIRouter(prefix="/v1/messages/batches", tags=["anthropic"])
@@ -158,9 +158,7 @@ def _create(
     )
     with here.database.begin() as connection:
         file.ready(connection, keep_s)
-        view, is_new = job_batches.create(connection, batch)
-        if view.fingerprint != batch.fingerprint:
-            raise BatchKeyConflict()
+        view, is_new = job_batches.keep(connection, batch)
         decision.commit()
     return view, is_new
 
@@ -181,10 +179,13 @@ async def list_batches(
     limit: Annotated[int, Query(ge=1, le=1_000, description="Most batches of a page.")] = 20,
 ) -> MessageBatchList:
     """Batches, newest first."""
-    after, before = _cursor(after_id, "after_id"), _cursor(before_id, "before_id")
+    after = job_batches.cursor(Door.ANTHROPIC, after_id, "after_id")
+    before = job_batches.cursor(Door.ANTHROPIC, before_id, "before_id")
     if after and before:
         raise RequestError("Give after_id or before_id, not both.", param="before_id")
-    page = await here.read(_listed, here, who.tenant, after, before, limit + 1)
+    page = await here.read(
+        job_batches.listed, here, Door.ANTHROPIC, who.tenant, limit + 1, after, before
+    )
     shown = page[1:] if before and len(page) > limit else page[:limit]
     batches = [batch_of(each, request, here) for each in shown]
     return MessageBatchList(
@@ -195,27 +196,6 @@ async def list_batches(
     )
 
 
-def _cursor(name: str | None, param: str) -> UUID | None:
-    cursor = id_in(Door.ANTHROPIC, name) if name else None
-    if name and cursor is None:
-        raise RequestError(f"{param} must be the id of a batch.", param=param)
-    return cursor
-
-
-def _listed(
-    here: Services, tenant: str, after: UUID | None, before: UUID | None, limit: int
-) -> list[BatchView]:
-    with here.database.begin() as connection:
-        return job_batches.listed(
-            connection,
-            tenant=tenant,
-            door=Door.ANTHROPIC,
-            after=after,
-            before=before,
-            limit=limit,
-        )
-
-
 @router.get(
     "/{batch_id}",
     responses=_ERRORS,
@@ -224,19 +204,8 @@ def _listed(
 )
 async def retrieve(request: Request, here: Here, who: Who, batch_id: BatchId) -> MessageBatch:
     """The batch as it is."""
-    return batch_of(await here.read(_find, here, who.tenant, batch_id), request, here)
-
-
-def _asked(batch_id: str) -> dict[str, Any]:
-    """What a batch is looked for by."""
-    is_plain = batch_id.isascii() and batch_id.isprintable() and len(batch_id) <= 100
-    return {"door": Door.ANTHROPIC, "name": batch_id if is_plain else "?"}
-
-
-def _find(here: Services, tenant: str, name: str) -> BatchView:
-    with here.database.begin() as connection:
-        batch_id = id_in(Door.ANTHROPIC, name)
-        return job_batches.find(connection, batch_id, tenant=tenant, **_asked(name))
+    view = await here.read(job_batches.find, here, Door.ANTHROPIC, who.tenant, batch_id)
+    return batch_of(view, request, here)
 
 
 @router.post(
@@ -248,15 +217,8 @@ def _find(here: Services, tenant: str, name: str) -> BatchView:
 async def cancel(request: Request, here: Here, who: Who, batch_id: BatchId) -> MessageBatch:
     """Requests that run are stopped, those that wait are cancelled; what was finished is kept. May
     be repeated."""
-    return batch_of(await here.write(_cancel, here, who.tenant, batch_id), request, here)
-
-
-def _cancel(decision: Decision, here: Services, tenant: str, name: str) -> BatchView:
-    with here.database.begin() as connection:
-        batch_id = id_in(Door.ANTHROPIC, name)
-        view = job_batches.cancel(connection, batch_id, tenant=tenant, **_asked(name))
-        decision.commit()
-    return view
+    view = await here.write(job_batches.cancel, here, Door.ANTHROPIC, who.tenant, batch_id)
+    return batch_of(view, request, here)
 
 
 @router.delete(
@@ -267,15 +229,8 @@ def _cancel(decision: Decision, here: Services, tenant: str, name: str) -> Batch
 )
 async def delete(here: Here, who: Who, batch_id: BatchId) -> DeletedMessageBatch:
     """Remove a batch that is over, and its results; its jobs stay."""
-    await here.write(_delete, here, who.tenant, batch_id)
+    await here.write(job_batches.delete, here, Door.ANTHROPIC, who.tenant, batch_id)
     return DeletedMessageBatch(id=batch_id)
-
-
-def _delete(decision: Decision, here: Services, tenant: str, name: str) -> None:
-    with here.database.begin() as connection:
-        batch_id = id_in(Door.ANTHROPIC, name)
-        job_batches.delete(connection, batch_id, tenant=tenant, **_asked(name))
-        decision.commit()
 
 
 @router.get(
@@ -288,23 +243,25 @@ def _delete(decision: Decision, here: Services, tenant: str, name: str) -> None:
 )
 async def results(here: Here, who: Who, batch_id: BatchId) -> Response:
     """What became of each request, a line of JSON each, in the order in which they ended."""
-    view = await here.read(_find, here, who.tenant, batch_id)
+    view = await here.read(job_batches.find, here, Door.ANTHROPIC, who.tenant, batch_id)
     if not view.state.is_final:
         raise BatchStateConflict("The batch has not ended: its results are not there yet.")
-    pages = output_file.pages(here.database, view, LineFile.OUTPUT)
-    first = await here.read(_next, pages)  # what is wrong is an answer of its own
-
-    async def lines() -> AsyncIterator[bytes]:
-        page = first
-        while page:
-            yield page
-            page = await here.read(_next, pages)
-
-    return StreamingResponse(lines(), media_type="application/x-jsonl")
+    file = await here.read(_output_of, here, view)
+    pieces = await begun(here.objects.read_async(key_of(file.id)))
+    return StreamingResponse(
+        pieces,
+        media_type="application/x-jsonl",
+        headers={"Content-Length": str(file.bytes)},
+    )
 
 
-def _next(pages: Iterator[bytes]) -> bytes:
-    return next(pages, b"")
+def _output_of(here: Services, view: BatchView) -> FileView:
+    """The file with its results, which stays when the rows of its lines have gone."""
+    try:
+        with here.database.begin() as connection:
+            return files.find(connection, view.output_file_id, tenant=view.tenant, name="")
+    except NoSuchFile:
+        raise BatchNotFound("The results of this batch are not kept any more.") from None
 
 
 def batch_of(view: BatchView, request: Request, here: Services) -> MessageBatch:

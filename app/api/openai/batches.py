@@ -10,12 +10,11 @@ from datetime import datetime
 from functools import partial
 from http import HTTPStatus
 from typing import Annotated, Final
-from uuid import UUID
 
 from fastapi import APIRouter, Path, Query, Request
 from pydantic_core import from_json, to_json
 
-from app.api import raw_bodies
+from app.api import job_batches, raw_bodies
 from app.api.caller import Who
 from app.api.envelopes import Door as Protocol
 from app.api.inline_file import InlineFile, written
@@ -36,14 +35,14 @@ from app.api.openai.schemas_batches import (
 from app.api.openapi import json_body
 from app.api.problems import documented
 from app.api.services import Here, Services
-from app.batches import BatchState, Door, id_in, name_of
-from app.errors import BatchKeyConflict, NoSuchFile, RequestError
+from app.batches import BatchState, Door, name_of
+from app.errors import NoSuchFile, RequestError
 from app.files import id_in as file_in
 from app.files import name_of as file_name
 from app.intake.decision import Decision
 from app.jobs import new_id
 from app.requests import json_text
-from app.store import files, job_batches
+from app.store import files
 from app.store.job_batches import BatchView, NewBatch
 from app.webhooks.addresses import Reach
 
@@ -182,9 +181,7 @@ def _create(
             idempotency_key=asked.idempotency_key,
             webhook_url=str(asked.webhook_url) if asked.webhook_url else None,
         )
-        view, is_new = job_batches.create(connection, batch)
-        if view.fingerprint != batch.fingerprint:
-            raise BatchKeyConflict()
+        view, is_new = job_batches.keep(connection, batch)
         decision.commit()
     return view, is_new
 
@@ -201,10 +198,8 @@ async def list_batches(
     limit: Annotated[int, Query(ge=1, le=100, description="Most batches of a page.")] = 20,
 ) -> BatchList:
     """Batches, newest first."""
-    cursor = id_in(Door.OPENAI, after) if after else None
-    if after and cursor is None:
-        raise RequestError("'after' must be the id of a batch.", param="after")
-    page = await here.read(_listed, here, who.tenant, cursor, limit + 1)
+    begin = job_batches.cursor(Door.OPENAI, after, "after")
+    page = await here.read(job_batches.listed, here, Door.OPENAI, who.tenant, limit + 1, begin)
     shown = [batch_of(each) for each in page[:limit]]
     return BatchList(
         data=shown,
@@ -214,30 +209,12 @@ async def list_batches(
     )
 
 
-def _listed(here: Services, tenant: str, after: UUID | None, limit: int) -> list[BatchView]:
-    with here.database.begin() as connection:
-        return job_batches.listed(
-            connection, tenant=tenant, door=Door.OPENAI, after=after, limit=limit
-        )
-
-
 @router.get(
     "/{batch_id}", responses=_ERRORS, summary="Follow a batch", response_description="The batch."
 )
 async def retrieve(here: Here, who: Who, batch_id: BatchId) -> Batch:
     """The batch as it is: its counts are those of this moment, and always add up."""
-    return batch_of(await here.read(_find, here, who.tenant, batch_id))
-
-
-def _find(here: Services, tenant: str, name: str) -> BatchView:
-    with here.database.begin() as connection:
-        return job_batches.find(
-            connection,
-            id_in(Door.OPENAI, name),
-            tenant=tenant,
-            door=Door.OPENAI,
-            name=_told(name),
-        )
+    return batch_of(await here.read(job_batches.find, here, Door.OPENAI, who.tenant, batch_id))
 
 
 @router.post(
@@ -249,24 +226,7 @@ def _find(here: Services, tenant: str, name: str) -> BatchView:
 async def cancel(here: Here, who: Who, batch_id: BatchId) -> Batch:
     """Requests that run are stopped, those that wait are cancelled; what was finished is kept. May
     be repeated."""
-    return batch_of(await here.write(_cancel, here, who.tenant, batch_id))
-
-
-def _cancel(decision: Decision, here: Services, tenant: str, name: str) -> BatchView:
-    with here.database.begin() as connection:
-        view = job_batches.cancel(
-            connection,
-            id_in(Door.OPENAI, name),
-            tenant=tenant,
-            door=Door.OPENAI,
-            name=_told(name),
-        )
-        decision.commit()
-    return view
-
-
-def _told(name: str) -> str:
-    return name if name.isascii() and name.isprintable() and len(name) <= 100 else "?"
+    return batch_of(await here.write(job_batches.cancel, here, Door.OPENAI, who.tenant, batch_id))
 
 
 _ENDED: Final = {

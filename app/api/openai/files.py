@@ -21,6 +21,7 @@ from app.api.caller import Who
 from app.api.envelopes import Door
 from app.api.form import Form
 from app.api.openai.schemas_files import DeletedFile, FileList, FileObject
+from app.api.pieces import begun
 from app.api.problems import documented
 from app.api.services import Here, Services
 from app.api.uploads import arriving
@@ -31,6 +32,7 @@ from app.files import UPLOADED, FileState, Purpose, id_in, key_of, name_of
 from app.intake.batches import output_file
 from app.intake.decision import Decision
 from app.jobs import new_id
+from app.requests.part import printable
 from app.store import files, job_batches
 from app.store.files import FileView
 from app.store.job_batches import BatchView
@@ -317,15 +319,9 @@ async def content(
             pieces = _behind(pieces, offset)
         else:
             headers["Content-Length"] = str(view.bytes)
-    # The first piece before the answer begins: a storage that is away is an error, not half a file.
-    first = await anext(pieces, b"")
-
-    async def all_of_it() -> AsyncIterator[bytes]:
-        yield first
-        async for piece in pieces:
-            yield piece
-
-    return StreamingResponse(all_of_it(), media_type="application/octet-stream", headers=headers)
+    return StreamingResponse(
+        await begun(pieces), media_type="application/octet-stream", headers=headers
+    )
 
 
 def _batch_of(here: Services, view: FileView) -> BatchView | None:
@@ -362,17 +358,13 @@ async def delete(here: Here, who: Who, file_id: FileId) -> DeletedFile:
 
 def _find(here: Services, tenant: str, name: str) -> FileView:
     with here.database.begin() as connection:
-        return files.find(connection, id_in(name), tenant=tenant, name=_told(name))
+        return files.find(connection, id_in(name), tenant=tenant, name=printable(name))
 
 
 def _delete(decision: Decision, here: Services, tenant: str, name: str) -> None:
     with here.database.begin() as connection:
-        files.delete(connection, id_in(name), tenant=tenant, name=_told(name))
+        files.delete(connection, id_in(name), tenant=tenant, name=printable(name))
         decision.commit()
-
-
-def _told(name: str) -> str:
-    return name if re.fullmatch(r"[\w-]{1,100}", name, re.ASCII) else "?"
 
 
 def object_of(view: FileView) -> FileObject:
