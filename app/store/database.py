@@ -17,7 +17,7 @@ from alembic import command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, NullPool, create_engine, event, text
-from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.engine import ExceptionContext, ExecutionContext
 from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.pool import ConnectionPoolEntry
 
@@ -111,12 +111,11 @@ class Database:
         event.listen(self._engine, "connect", self._note_connected)
         _try_what_was_idle(self._engine)
         self._looks_up_only: Final = looks_up_only
-        self._is_limited: Final = is_limited
         self._transactions: Final = {
             once: in_transactions(self._engine, plans_once=once, is_limited=is_limited)
             for once in (False, True)
         }
-        self._statements: Final = _one_by_one(self._engine)
+        self._statements: Final = _one_by_one(self._engine, is_limited=is_limited)
 
     @contextmanager
     def begin(self, *, looks_up: bool = False) -> Iterator[Connection]:
@@ -137,13 +136,8 @@ class Database:
         """A connection on which every statement is a transaction of its own.
 
         For moves that are one statement: one round trip to Postgres where `begin` takes three.
-        `looks_up` is as there. Raises as `begin` does, and leaves the same unknown. Where rows are
-        a tenant's it is `begin`: the tenant is said in the transaction.
+        `looks_up` is as there. Raises as `begin` does, and leaves the same unknown.
         """
-        if self._is_limited:
-            with self.begin(looks_up=looks_up) as connection:
-                yield connection
-            return
         with translated_errors(), self._statements.connect() as connection:
             _plan(connection, looks_up or self._looks_up_only)
             yield connection
@@ -234,31 +228,51 @@ def in_transactions(
     def begin(connection: Connection) -> None:
         _plan(connection, plans_once)
         options = {"no_parameters": True}  # so that it may be two statements
-        begins = _link(connection).begin
-        if is_limited:
-            tenant = quote(tenancy.tenant_now())
-            begins += f"; SELECT set_config('{tenancy.SETTING}', {tenant}, true)"
+        begins = _begins(_link(connection), is_limited)
         connection.exec_driver_sql(begins, execution_options=options)
 
     return blocks
 
 
-def _one_by_one(engine: Engine) -> Engine:
+_NAME: Final = f"SELECT set_config('{tenancy.SETTING}', %s, true)"
+_OF_A_TENANT: Final = "of_a_tenant"
+
+
+def _begins(link: Link, is_limited: bool) -> str:
+    """SQL that begins a transaction, and says whose it is."""
+    return f"{link.begin}; {_NAME % quote(tenancy.tenant_now())}" if is_limited else link.begin
+
+
+def _one_by_one(engine: Engine, *, is_limited: bool) -> Engine:
     """The engine for statements each of which is a transaction by itself."""
-    single = engine.execution_options()
+    single = engine.execution_options(**{_OF_A_TENANT: is_limited})
+    if is_limited:
+        event.listen(engine, "do_execute", _execute_for_tenant)
 
     @event.listens_for(single, "before_cursor_execute")
     def begin(connection: Connection, *_: Any) -> None:
         link = _link(connection)
         if link.is_shared:
             link.rollback()  # of a statement before that failed
-            link.execute(link.begin)
+            link.execute(_begins(link, is_limited))
 
     @event.listens_for(single, "after_cursor_execute")
     def commit(connection: Connection, *_: Any) -> None:
         _link(connection).commit()
 
     return single
+
+
+def _execute_for_tenant(cursor: Any, statement: str, given: Any, context: ExecutionContext) -> bool:
+    """Send the tenant's name and the statement together: they are one transaction, and one round
+    trip. https://www.postgresql.org/docs/current/libpq-pipeline-mode.html"""
+    link = cursor.connection
+    if link.is_shared or not context.execution_options.get(_OF_A_TENANT):
+        return False  # it is within a transaction that has been told
+    with link.pipeline():
+        link.execute(_NAME, [tenancy.tenant_now()], prepare=True)
+        cursor.execute(statement, given)
+    return True
 
 
 def _plan(connection: Connection, once: bool | None) -> None:

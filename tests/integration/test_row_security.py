@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from sqlalchemy import Connection, text
@@ -11,6 +14,7 @@ from sqlalchemy import Connection, text
 from app.errors import GristmillError
 from app.store import lists, tenancy
 from app.store.database import Database, migrate
+from app.store.link import Link
 from app.store.lists import Filter
 from app.store.tenancy import EVERYBODY, NOBODY, acting_for
 from tests.apis import made_key
@@ -128,6 +132,36 @@ def test_the_apis_role_sees_one_tenant_none_or_all_of_every_table(
         assert set(counts(connection, names).values()) == {0}
     with limited.autocommit() as connection:
         assert set(counts(connection, names).values()) == {0}
+
+
+@pytest.mark.usefixtures("two")
+@pytest.mark.parametrize(("is_pooled", "awaited"), [(False, ["Sync"]), (True, ["Query"] * 3)])
+def test_a_lone_statement_is_of_its_tenant_in_one_round_trip_and_leaves_nothing_behind(
+    limited: Database, tmp_path: Path, is_pooled: bool, awaited: list[str]
+) -> None:
+    def seen(what: str = "count(*)") -> int | None:
+        with limited.autocommit() as connection:
+            return connection.scalar(text(f"SELECT {what} FROM open_jobs"))
+
+    with limited.autocommit() as connection:
+        link = connection.connection.driver_connection
+        assert isinstance(link, Link)
+        link.found = replace(link.found, is_pooled=is_pooled)
+
+    with acting_for("mill"):
+        assert seen() == 2
+        with pytest.raises(GristmillError):
+            seen("1 / (count(*) - 2)")
+        assert seen() == 2
+    assert seen() == 0
+    with acting_for("bakery"), (tmp_path / "wire").open("w+") as wire:
+        link.pgconn.trace(wire.fileno())
+        assert seen() == 2
+        link.pgconn.untrace()
+        wire.seek(0)
+        assert re.findall(r"\tF\t.*\t(Query|Sync)\b", wire.read()) == awaited
+    with limited.begin() as connection:
+        assert connection.scalar(text("SELECT current_setting('gristmill.tenant', true)")) == ""
 
 
 @pytest.mark.usefixtures("two")
