@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import random
 import socket
+from contextlib import suppress
+from pathlib import Path
 from typing import Final
 
 from app.errors import ConfigError, Unavailable
 
 LOOPBACK: Final = "127.0.0.1"
+
+_LENT: Final = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_LOWEST: Final = 10_000
+_TRIES: Final = 64
 
 
 def free_port(preferred: int = 0, host: str = LOOPBACK) -> int:
@@ -15,10 +22,10 @@ def free_port(preferred: int = 0, host: str = LOOPBACK) -> int:
 
     Raises `ConfigError` if the host is no address of this machine.
     """
-    try:
-        return _bound(host, preferred)
-    except OSError:
-        return _any_port(host)
+    if preferred:
+        with suppress(OSError):
+            return _bound(host, preferred)
+    return _any_port(host)
 
 
 def require_port(host: str, port: int, whose: str) -> int:
@@ -35,10 +42,22 @@ def require_port(host: str, port: int, whose: str) -> int:
 
 
 def _any_port(host: str) -> int:
+    """One below those that the kernel lends to outgoing connections: between this look and the
+    server's start, a port that the kernel chose is often given to a connection of somebody else.
+    """
+    for _ in range(_TRIES):
+        with suppress(OSError):
+            return _bound(host, random.randrange(_LOWEST, _first_lent()))
     try:
         return _bound(host, 0)
     except OSError as error:
         raise ConfigError(f"Nothing can listen on {host}: {error.strerror}.") from None
+
+
+def _first_lent() -> int:
+    with suppress(OSError):  # no Linux
+        return max(int(_LENT.read_text().split()[0]), _LOWEST + 1)
+    return 32_768
 
 
 def _bound(host: str, port: int) -> int:

@@ -46,3 +46,14 @@ def test_a_foreign_server_on_a_port_that_is_needed_is_told(host: str):
 def test_a_host_that_is_no_address_of_this_machine_is_refused_by_name(host: str):
     with pytest.raises(ConfigError, match=f"Nothing can listen on {host}: "):
         free_port(8000, host)
+
+
+def test_a_free_port_is_none_that_the_kernel_gives_to_others_meanwhile() -> None:
+    with socket.socket() as outgoing:
+        outgoing.bind(("127.0.0.1", 0))
+        lent = outgoing.getsockname()[1]
+
+    ports = {free_port() for _ in range(50)}
+
+    assert max(ports) < lent
+    assert len(ports) > 40, "two who ask at once are hardly given the same one"
