@@ -211,22 +211,20 @@ class Services:
 
     def later(self, work: Coroutine[Any, Any, object]) -> None:
         """Do what no answer waits for; what is wrong with it is logged."""
-        task = asyncio.ensure_future(work)
-        self.behind.add(task)
-        task.add_done_callback(self._ended)
+        self._keep(asyncio.ensure_future(work))
 
     async def _behind(self, call: Callable[[], object]) -> None:
         """Do what an answer does not depend on; it waits a moment for that."""
-        work = self.senders.begin(call)
-        self.behind.add(work)
-        work.add_done_callback(self._ended)
-        await asyncio.wait({work}, timeout=SEND_S)
+        await asyncio.wait({self._keep(self.senders.begin(call))}, timeout=SEND_S)
 
     def do_behind(self, call: Callable[[], object]) -> None:
         """The same, and the answer does not wait at all."""
-        work = self.senders.begin(call)
+        self._keep(self.senders.begin(call))
+
+    def _keep(self, work: asyncio.Future[object]) -> asyncio.Future[object]:
         self.behind.add(work)
         work.add_done_callback(self._ended)
+        return work
 
     def _ended(self, work: asyncio.Future[object]) -> None:
         self.behind.discard(work)

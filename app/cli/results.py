@@ -80,14 +80,18 @@ def _of_file(file: Source) -> Iterator[Asked | None]:
             continue
         number, raw = line
         if not raw.lstrip().startswith(b"{"):
-            *cells, job_id = raw.decode(errors="replace").split()
-            yield Asked(job_id, {"line": int(cells[0])} if cells and cells[0].isdecimal() else {})
+            if cells := raw.decode(errors="replace").split():
+                yield Asked(cells[-1], {"line": int(cells[0])} if _has_number(cells) else {})
             continue
         try:
             told = json_object(raw)
         except RequestError as error:
             raise click.UsageError(f"Line {number}: {error}") from None
         yield Asked(str(told.get("id", "")), told)
+
+
+def _has_number(cells: list[str]) -> bool:
+    return len(cells) > 1 and cells[0].isdecimal() and len(cells[0]) < 20
 
 
 def _print_texts(client: Client, asked: Iterable[Asked | None], timeout_s: float | None) -> bool:

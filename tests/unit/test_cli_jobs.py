@@ -392,6 +392,17 @@ def test_answers_are_joined_to_lines_by_id(
     assert set(found) == ({1, 2, 3} if json_or_not else {1, 3})
 
 
+def test_whatever_stands_in_a_file_of_ids_ends_in_no_traceback(
+    gristmill: Gristmill, api: FakeApi, tmp_path: Path
+):
+    api.add("one", "completed", response={"choices": [{"text": "a"}]})
+    (tmp_path / "ids").write_text(f"\N{NO-BREAK SPACE}\n{'9' * 5_000} one\n7 one\n", "utf-8")
+
+    code, out, _ = gristmill("results", "--file", str(tmp_path / "ids"))
+
+    assert (code, out) == (0, 'one\tcompleted\t"a"\n7\tone\tcompleted\t"a"\n')
+
+
 def test_results_are_one_line_each(gristmill: Gristmill, api: FakeApi):
     api.add("one", "completed", response={"choices": [{"text": "a\tb\n\x1b[2J"}]})
     api.add("two", "completed", response={"data": [{"embedding": [0.5, 1.0]}]})

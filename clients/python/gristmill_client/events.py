@@ -17,7 +17,7 @@ from gristmill_client.exchange import Exchange, Patience
 from gristmill_client.job import Job
 
 MAX_LINE: Final = 256_000_000
-"""Characters of an event at most: the last one has the whole job."""
+"""Bytes of a line at most: the last event has the whole job."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +49,20 @@ class EventReader:
 
     def __init__(self, last_id: str = "") -> None:
         self.last_id = last_id
-        self._rest = b""
+        self._held: list[bytes] = []  #: of a line whose end has not come
+        self._num_held = 0
         self._event, self._data = "", list[str]()
 
     def read(self, piece: bytes) -> Iterator[JobEvent]:
         """The events that end with this piece. Raises `GristmillError` if it is none of them."""
-        *lines, self._rest = (self._rest + piece).split(b"\n")
-        if len(self._rest) > MAX_LINE:
+        self._held.append(piece)
+        self._num_held += len(piece)
+        if self._num_held > MAX_LINE:
             raise GristmillError("An event of the API is too long.")
+        if b"\n" not in piece:
+            return
+        *lines, rest = b"".join(self._held).split(b"\n")
+        self._held, self._num_held = [rest], len(rest)
         for line in lines:
             if line.rstrip(b"\r"):
                 self._take(line.rstrip(b"\r").decode("utf-8", "replace"))
