@@ -103,6 +103,8 @@ class Output:
     @classmethod
     @contextmanager
     def opened(cls, path: Path) -> Iterator[Output]:
+        if path.exists() and not path.is_file():
+            raise click.UsageError(f"{path}: the answers go into a file, and this is none.")
         with path.open("a+b") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

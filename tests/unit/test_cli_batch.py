@@ -169,6 +169,9 @@ def test_wrong_files_are_refused_before_anything_is_submitted(
         assert (code, "was not written by" in err, lines.read_text()) == (2, True, foreign)
     assert not lines.with_name("in.jsonl.run").exists()
     assert gristmill("batch", "run", str(lines), "-o", str(tmp_path / "no" / "out"))[0] == 1
+    for device in ("/dev/full", "/dev/null"):
+        code, _, err = gristmill("batch", "run", str(lines), "-o", device)
+        assert (code, "this is none" in err) == (2, True)
     assert api.submitted == []
 
 
