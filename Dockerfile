@@ -20,7 +20,7 @@ RUN /venv/bin/python -m pip install --no-build-isolation --no-deps \
     --editable clients/python --editable .
 
 FROM python:3.11-slim
-# The compiler builds the CPU engine's attention kernel for the processor it finds.
+# The compiler builds the CPU kernels for the processor it finds.
 RUN apt-get update && apt-get install --yes --no-install-recommends g++ \
     && rm -rf /var/lib/apt/lists/*
 RUN useradd --system --uid 10001 gristmill && install --directory --owner=gristmill /cache
