@@ -15,7 +15,7 @@ from app.api.app import Server, create_app, listen_on
 from app.books.energy import EnergyMethod
 from app.config.settings import Settings
 from app.jobs import CloseReason, JobState
-from app.keys import NewKey, Scope, new_key
+from app.keys import PREFIX, NewKey, Scope, _checksum, new_key
 from app.store import claims, keys, notices, workers
 from app.store.database import Database
 
@@ -54,6 +54,12 @@ def made_key(
             expires_at=expires_at,
         )
     return key
+
+
+def with_another_secret(key: NewKey) -> str:
+    """What somebody sends who knows the id of a key, and how keys are made."""
+    begin = f"{PREFIX}_{key.id}_{'0' * 32}"
+    return begin + _checksum(begin)
 
 
 class Hands:

@@ -1349,10 +1349,10 @@ MUTANTS: Final = (
     ),
     Mutant(
         "keys: any secret fits a known id",
-        "app/api/keyring.py",
-        "return is_same and self.known is not None",
-        "return self.known is not None",
-        "tests/unit/test_keys.py",
+        "app/store/keys.py",
+        "row is None or not hmac.compare_digest(bytes(row.digest), digest)",
+        "row is None",
+        "tests/integration/test_keys.py",
     ),
     Mutant(
         "keys: what was looked up counts for ever",

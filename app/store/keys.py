@@ -5,6 +5,7 @@ What is done about them is noted in the same transaction, see `app.store.admin_l
 
 from __future__ import annotations
 
+import hmac
 from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime
@@ -42,7 +43,6 @@ class Known:
 
     tenant: str
     scopes: frozenset[Scope]
-    digest: bytes
     valid_s: float | None  #: for so long from now on; None is for ever, 0 or less is not any more
     is_use_noted: bool  #: its last use was noted lately
 
@@ -140,12 +140,12 @@ def listed(connection: Connection, *, tenant: str | None = None) -> list[KeyView
     return [_view(row) for row in connection.execute(_LIST, {"tenant": tenant})]
 
 
-def find(connection: Connection, id: str) -> Known | None:
-    """The key of this id, if there ever was one."""
+def find(connection: Connection, id: str, digest: bytes) -> Known | None:
+    """The key of this id, if there ever was one and this is its digest."""
     row = connection.execute(_FIND, {"id": id, "every_s": USED_EVERY_S}).one_or_none()
-    if row is None:
+    if row is None or not hmac.compare_digest(bytes(row.digest), digest):
         return None
-    return Known(row.tenant, _scopes(row), bytes(row.digest), row.valid_s, row.is_use_noted)
+    return Known(row.tenant, _scopes(row), row.valid_s, row.is_use_noted)
 
 
 def note_use(connection: Connection, id: str) -> None:

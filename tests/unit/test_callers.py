@@ -118,7 +118,7 @@ def app_with(
 ) -> Callable[..., FastAPI]:
     """The application with these settings of the API; it connects to nothing. `is_locked`: there is
     one key."""
-    found = Known("theirs", frozenset(Scope), KEY.digest, None, True)
+    found = Known("theirs", frozenset(Scope), None, True)
 
     def make(is_locked: bool = False, **api: Any) -> FastAPI:
         known = {KEY.id: found} if is_locked else {}

@@ -16,6 +16,7 @@ from app.api.keyring import FRESH_S, MOST_UNKNOWN, Keyring
 from app.errors import NoKey, Unavailable
 from app.keys import NewKey, Scope, digest_of, id_of, is_shaped, new_key
 from app.store.keys import Known
+from tests.apis import with_another_secret
 
 READS = frozenset({Scope.READ})
 
@@ -47,25 +48,29 @@ class Postgres:
 
     def __init__(self) -> None:
         self.keys: dict[str, Known] = {}
+        self.digests: dict[str, bytes] = {}
         self.looks: list[str] = []
         self.asked_for_any = 0
         self.error: Exception | None = None
 
     def add(self, key: NewKey, tenant: str = "ours", valid_s: float | None = None) -> None:
-        self.keys[key.id] = Known(tenant, READS, key.digest, valid_s, True)
+        self.keys[key.id] = Known(tenant, READS, valid_s, True)
+        self.digests[key.id] = key.digest
 
-    async def find(self, id: str, _: bytes) -> Known | None:
+    async def find(self, id: str, digest: bytes) -> Known | None:
         self.looks.append(id)
         await asyncio.sleep(0)
         if self.error:
             raise self.error
-        return self.keys.get(id)
+        return self.keys.get(id) if digest == self.digests.get(id) else None
 
     async def any_made(self) -> bool:
         self.asked_for_any += 1
+        found = bool(self.keys)
+        await asyncio.sleep(0)
         if self.error:
             raise self.error
-        return bool(self.keys)
+        return found
 
 
 class Scene:
@@ -139,15 +144,18 @@ def test_a_key_ends_at_its_very_time_and_not_with_the_next_look() -> None:
     play(scene)
 
 
-def test_another_secret_under_a_known_id_is_refused_and_does_not_hurt_the_right_one() -> None:
+def test_another_secret_under_a_known_id_is_refused_and_keeps_the_right_one_from_nothing() -> None:
     async def scene(it: Scene) -> None:
         key = new_key()
         it.postgres.add(key)
-        wrong = replace(key, text=new_key().text)
-        it.postgres.keys[id_of(wrong.text) or ""] = it.postgres.keys[key.id]
+        wrong = with_another_secret(key)
 
-        assert await it.is_refused(wrong.text)
+        assert await it.is_refused(wrong)
+        assert await it.is_refused(wrong)
+        assert it.postgres.looks == [key.id]
         assert not await it.is_refused(key.text)
+        assert it.postgres.looks == [key.id] * 2  # by which its use is noted
+        assert await it.is_refused(wrong)
 
     play(scene)
 
@@ -191,6 +199,19 @@ def test_anybody_is_served_until_there_is_a_key_and_never_again() -> None:
         it.postgres.keys.clear()
         it.now_s += FRESH_S
         assert await it.is_refused(None)
+
+    play(scene, is_open=True)
+
+
+def test_all_who_come_without_a_key_share_one_look_for_the_first() -> None:
+    async def scene(it: Scene) -> None:
+        callers = await asyncio.gather(*(it.ring.caller(None) for _ in range(50)))
+
+        assert set(callers) == {ANYBODY}
+        assert it.postgres.asked_for_any == 1
+        it.now_s += FRESH_S
+        await asyncio.gather(*(it.ring.caller(None) for _ in range(50)))
+        assert it.postgres.asked_for_any == 2
 
     play(scene, is_open=True)
 
