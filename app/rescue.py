@@ -43,7 +43,7 @@ from app.config.settings import Settings
 from app.errors import GristmillError, SchemaError, Unavailable
 from app.intake.batches.keeper import BatchKeeper
 from app.intake.file_keeper import FileKeeper
-from app.store import batch_work, delivery, months, retention, shares, sweeps, usage, webhooks
+from app.store import delivery, months, retention, shares, sweeps, usage, webhooks
 from app.store.contact import Contact
 from app.store.database import Database
 from app.store.delivery import WakeUp
@@ -267,8 +267,8 @@ class Rescue:
         steps: tuple[tuple[Callable[..., int], float, str], ...] = (
             (retention.remove_requests, kept.prompts_days, "Removed requests of old jobs."),
             (retention.redact_responses, kept.results_days, "Removed responses of old jobs."),
-            (batch_work.delete_lines, kept.results_days, "Deleted lines of old batches."),
-            (batch_work.delete_old, kept.jobs_days, "Deleted old batches of callers."),
+            (retention.delete_lines, kept.results_days, "Deleted lines of old batches."),
+            (retention.delete_callers_batches, kept.jobs_days, "Deleted old batches of callers."),
             (retention.delete_windows, kept.jobs_days, "Deleted windows of long ago."),
             (retention.delete_jobs, kept.jobs_days, "Deleted old jobs."),
             (retention.delete_batches, kept.jobs_days, "Deleted batches of old jobs."),

@@ -14,6 +14,7 @@ from app.api.caller import Who
 from app.api.openai.schemas_webhooks import Rotation
 from app.api.openai.webhooks import kept_s
 from app.api.openapi import json_body
+from app.api.pages import page_of
 from app.api.problems import documented
 from app.api.services import Here, Services
 from app.errors import RequestError
@@ -143,13 +144,7 @@ async def list_deliveries(
             )
 
     found = await here.read(listed)
-    shown = [_told(each) for each in found[:limit]]
-    return WebhookDeliveryList(
-        data=shown,
-        first_id=shown[0].id if shown else None,
-        last_id=shown[-1].id if shown else None,
-        has_more=len(found) > limit,
-    )
+    return WebhookDeliveryList(**page_of(found, limit, _told))
 
 
 @router.get(

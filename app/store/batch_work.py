@@ -17,7 +17,7 @@ from sqlalchemy import Connection, text
 
 from app.batches import BatchState, Counts, LineFile, LineOutcome, end_of, outcome_of
 from app.errors import GristmillError
-from app.jobs import FINAL_STATES, JobState
+from app.jobs import JobState
 from app.store.encoding import encode
 from app.store.job_batches import COLUMNS, BatchView, view_of
 
@@ -104,9 +104,7 @@ def refuse(
     connection: Connection, batch: BatchView, errors: Sequence[LineError], model: str | None
 ) -> None:
     """It has failed: nothing of it runs."""
-    # `encode` leaves out what is None; here it is told.
-    told = encode(errors)
-    connection.execute(_REFUSE, {"id": batch.id, "errors": told, "model": model})
+    connection.execute(_REFUSE, {"id": batch.id, "errors": encode(errors), "model": model})
 
 
 def begin(connection: Connection, batch: BatchView, total: int, model: str | None) -> None:
@@ -243,9 +241,7 @@ _GONE: Final = {
 def collect(connection: Connection, batch: BatchView, page: int) -> int:
     """Give their outcomes to up to so many lines whose jobs have ended; how many."""
     rows = connection.execute(_ENDED, {"id": batch.id, "page": page}).all()
-    outcomes = {
-        row.number: outcome_of(JobState(row.state)) for row in rows if row.state in FINAL_STATES
-    }
+    outcomes = {row.number: outcome_of(JobState(row.state)) for row in rows}
     tokens = {
         name: sum(getattr(row, name) or 0 for row in rows)
         for name in ("input_tokens", "cached_tokens", "output_tokens")
@@ -324,52 +320,10 @@ _BEGIN_FILE: Final = {
     """),
 }
 
-# The lines of a file, after a place.
-_LINES: Final = text("""
-    SELECT line.number, line.custom_id, line.job_id, line.outcome, line.place, line.error,
-        CAST(result.response AS text) AS response, result.error_code, result.error_message
-    FROM (
-        SELECT * FROM job_batch_lines
-        WHERE batch_id = :id AND file = :file AND place > :after ORDER BY place LIMIT :page
-    ) AS line
-    LEFT JOIN LATERAL (
-        SELECT response, error_code, error_message FROM results
-        WHERE results.created_at = line.job_created_at AND results.job_id = line.job_id
-        OFFSET 0
-    ) AS result ON true
-    ORDER BY line.place
-""")
-
-
-@dataclass(frozen=True, slots=True)
-class EndedLine:
-    """A line with its outcome."""
-
-    number: int
-    custom_id: str
-    job_id: UUID | None
-    outcome: LineOutcome
-    place: int
-    error: dict[str, Any] | None  #: of one that never was a job
-    response: str | None  #: of its job, as JSON in one line
-    error_code: str | None
-    error_message: str | None
-
 
 def begin_file(connection: Connection, batch: BatchView, file: LineFile, file_id: UUID) -> None:
     """Note which file lines are told in."""
     connection.execute(_BEGIN_FILE[file], {"id": batch.id, "file_id": file_id})
-
-
-def lines(
-    connection: Connection, batch_id: UUID, file: LineFile, *, after: int, page: int
-) -> list[EndedLine]:
-    """Up to so many lines of a file of a batch, in their places."""
-    given = {"id": batch_id, "file": file, "after": after, "page": page}
-    return [
-        EndedLine(**{**row._mapping, "outcome": LineOutcome(row.outcome)})
-        for row in connection.execute(_LINES, given)
-    ]
 
 
 _FINALIZE: Final = text("""
@@ -394,38 +348,3 @@ def end(connection: Connection, batch: BatchView) -> BatchState:
     state = end_of(batch.state, batch.counts)
     connection.execute(_END, {"id": batch.id, "state": state})
     return state
-
-
-# ── how long they are kept ──────────────────────────────────────────────────────────────────────
-
-_OLD: Final = text("""
-    DELETE FROM job_batches WHERE id IN (
-        SELECT id FROM job_batches WHERE ended_at < now() - :keep_s * interval '1 s' LIMIT :page
-    )
-""")
-_OLD_LINES: Final = text("""
-    DELETE FROM job_batch_lines WHERE batch_id IN (
-        SELECT id FROM job_batches
-        WHERE ended_at < now() - :keep_s * interval '1 s'
-            AND EXISTS (SELECT FROM job_batch_lines WHERE batch_id = job_batches.id)
-        LIMIT :page
-    )
-""")
-
-UNWRITTEN: Final = """
-    EXISTS (
-        SELECT FROM job_batch_lines AS line JOIN job_batches AS batch ON batch.id = line.batch_id
-        WHERE line.job_id = results.job_id AND batch.ended_at IS NULL
-    )
-"""
-"""SQL: a result that is still to be written into a file of its batch."""
-
-
-def delete_old(connection: Connection, keep_s: float, page: int) -> int:
-    """Delete batches that ended so long ago, with their lines; how many."""
-    return connection.execute(_OLD, {"keep_s": keep_s, "page": page}).rowcount
-
-
-def delete_lines(connection: Connection, keep_s: float, page: int) -> int:
-    """Delete the lines of batches that ended so long ago; how many."""
-    return connection.execute(_OLD_LINES, {"keep_s": keep_s, "page": page}).rowcount

@@ -12,10 +12,16 @@ from typing import Final
 
 from sqlalchemy import Connection, TextClause, text
 
-from app.store.batch_work import UNWRITTEN
-
 BEFORE_S: Final = 3_600
 """Windows are deleted so much sooner than jobs."""
+
+_UNWRITTEN: Final = """
+    EXISTS (
+        SELECT FROM job_batch_lines AS line JOIN job_batches AS batch ON batch.id = line.batch_id
+        WHERE line.job_id = results.job_id AND batch.ended_at IS NULL
+    )
+"""
+"""SQL: a result that is still to be written into a file of its batch."""
 
 # Remove the requests of jobs that ended long ago. Open jobs need theirs.
 _REMOVE_REQUESTS: Final = text("""
@@ -40,7 +46,7 @@ _REDACT_RESPONSES: Final = text(f"""
     WITH due AS MATERIALIZED (
         SELECT created_at, job_id FROM results
         WHERE response IS NOT NULL AND finished_at < now() - :keep_s * interval '1 s'
-            AND NOT {UNWRITTEN}
+            AND NOT {_UNWRITTEN}
         ORDER BY finished_at LIMIT :page
         FOR NO KEY UPDATE SKIP LOCKED
     )
@@ -52,7 +58,7 @@ _REDACT_RESPONSES: Final = text(f"""
 _DELETE_JOBS: Final = text(f"""
     WITH due AS MATERIALIZED (
         SELECT created_at, job_id FROM results
-        WHERE finished_at < now() - :keep_s * interval '1 s' AND NOT {UNWRITTEN}
+        WHERE finished_at < now() - :keep_s * interval '1 s' AND NOT {_UNWRITTEN}
         ORDER BY finished_at LIMIT :page
         FOR UPDATE SKIP LOCKED
     ), requested AS (
@@ -94,6 +100,33 @@ _DELETE_WINDOWS: Final = text(f"""
     WHERE windows.worker_id = due.worker_id AND windows.number = due.number
 """)
 
+# Delete lines of callers' batches that ended long ago. Most of these have none any more: the ones
+# that ended last come first.
+_DELETE_LINES: Final = text("""
+    WITH due AS MATERIALIZED (
+        SELECT line.* FROM (
+            SELECT id FROM job_batches WHERE ended_at < now() - :keep_s * interval '1 s'
+            ORDER BY ended_at DESC
+        ) AS batch CROSS JOIN LATERAL (
+            SELECT batch_id, number FROM job_batch_lines WHERE batch_id = batch.id
+            LIMIT :page FOR UPDATE SKIP LOCKED
+        ) AS line
+        LIMIT :page
+    )
+    DELETE FROM job_batch_lines USING due
+    WHERE job_batch_lines.batch_id = due.batch_id AND job_batch_lines.number = due.number
+""")
+
+# Delete these batches, with what lines they have.
+_DELETE_CALLERS_BATCHES: Final = text("""
+    WITH due AS MATERIALIZED (
+        SELECT id FROM job_batches WHERE ended_at < now() - :keep_s * interval '1 s'
+        ORDER BY ended_at LIMIT :page
+        FOR UPDATE SKIP LOCKED
+    )
+    DELETE FROM job_batches USING due WHERE job_batches.id = due.id
+""")
+
 
 def remove_requests(connection: Connection, keep_s: float, page: int) -> int:
     """Remove the requests of jobs that have been final for `keep_s`; how many."""
@@ -122,6 +155,16 @@ def delete_batches(connection: Connection, keep_s: float, page: int) -> int:
 def delete_windows(connection: Connection, keep_s: float, page: int) -> int:
     """Delete windows of workers that were closed `keep_s` ago, less an hour; how many."""
     return _done(connection, _DELETE_WINDOWS, keep_s=keep_s, page=page)
+
+
+def delete_lines(connection: Connection, keep_s: float, page: int) -> int:
+    """Delete lines of callers' batches that ended `keep_s` ago; how many."""
+    return _done(connection, _DELETE_LINES, keep_s=keep_s, page=page)
+
+
+def delete_callers_batches(connection: Connection, keep_s: float, page: int) -> int:
+    """Delete these batches themselves; how many."""
+    return _done(connection, _DELETE_CALLERS_BATCHES, keep_s=keep_s, page=page)
 
 
 def _done(connection: Connection, statement: TextClause, **given: object) -> int:

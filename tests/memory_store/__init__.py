@@ -1,7 +1,6 @@
 """A Postgres in memory for the simulation: the store's own functions run on it unchanged."""
 
 from tests.memory_store import (
-    batch_work,
     claims,
     delivery,
     retention,
@@ -16,6 +15,6 @@ from tests.memory_store.rows import KEYS, Row
 
 __all__ = [
     "KEYS", "MemoryConnection", "MemoryDatabase", "Row",
-    "batch_work", "claims", "delivery", "retention", "shares",
+    "claims", "delivery", "retention", "shares",
     "submissions", "sweeps", "usage", "workers",
 ]  # fmt: skip

@@ -17,7 +17,7 @@ from app.intake.batches.input_file import rows
 from app.intake.batches.lines import WrongLine
 from app.intake.batches.scan import Scan
 from app.requests.bodies import Url
-from app.store.batch_work import EndedLine
+from app.store.batch_lines import EndedLine
 
 GOOD = {
     "custom_id": "one",

@@ -33,6 +33,7 @@ from app.api.openai.schemas_batches import (
     RequestCounts,
 )
 from app.api.openapi import json_body
+from app.api.pages import page_of
 from app.api.problems import documented
 from app.api.services import Here, Services
 from app.batches import BatchState, Door, name_of
@@ -200,13 +201,7 @@ async def list_batches(
     """Batches, newest first."""
     begin = job_batches.cursor(Door.OPENAI, after, "after")
     page = await here.read(job_batches.listed, here, Door.OPENAI, who.tenant, limit + 1, begin)
-    shown = [batch_of(each) for each in page[:limit]]
-    return BatchList(
-        data=shown,
-        first_id=shown[0].id if shown else None,
-        last_id=shown[-1].id if shown else None,
-        has_more=len(page) > limit,
-    )
+    return BatchList(**page_of(page, limit, batch_of))
 
 
 @router.get(

@@ -21,6 +21,7 @@ from app.api.caller import Who
 from app.api.envelopes import Door
 from app.api.form import Form
 from app.api.openai.schemas_files import DeletedFile, FileList, FileObject
+from app.api.pages import page_of
 from app.api.pieces import begun
 from app.api.problems import documented
 from app.api.services import Here, Services
@@ -249,33 +250,19 @@ async def list_files(
         raise RequestError("'after' must be the id of a file.", param="after")
     if purpose and asked is None:
         return FileList(data=[], has_more=False)
-    page = await here.read(_listed, here, who.tenant, asked, begin, order == "desc", limit + 1)
-    shown = [object_of(each) for each in page[:limit]]
-    return FileList(
-        data=shown,
-        first_id=shown[0].id if shown else None,
-        last_id=shown[-1].id if shown else None,
-        has_more=len(page) > limit,
-    )
 
+    def listed() -> list[FileView]:
+        with here.database.begin() as connection:
+            return files.listed(
+                connection,
+                tenant=who.tenant,
+                purpose=asked,
+                after=begin,
+                newest_first=order == "desc",
+                limit=limit + 1,
+            )
 
-def _listed(
-    here: Services,
-    tenant: str,
-    purpose: Purpose | None,
-    after: UUID | None,
-    newest_first: bool,
-    limit: int,
-) -> list[FileView]:
-    with here.database.begin() as connection:
-        return files.listed(
-            connection,
-            tenant=tenant,
-            purpose=purpose,
-            after=after,
-            newest_first=newest_first,
-            limit=limit,
-        )
+    return FileList(**page_of(await here.read(listed), limit, object_of))
 
 
 @router.get(

@@ -31,6 +31,7 @@ from app.api.openai.schemas_webhooks import (
     WebhookEventTypeList,
 )
 from app.api.openapi import json_body
+from app.api.pages import page_of
 from app.api.problems import documented
 from app.api.services import Here, Services
 from app.errors import RequestError, Unavailable, WebhookRefused, WebhookUnreachable
@@ -132,13 +133,7 @@ async def list_endpoints(
     if after and begin is None:
         raise RequestError("'after' must be the id of an endpoint.", param="after")
     found = await here.read(_listed, here, who.tenant, begin, limit + 1)
-    shown = [_told(each) for each in found[:limit]]
-    return WebhookEndpointList(
-        data=shown,
-        first_id=shown[0].id if shown else None,
-        last_id=shown[-1].id if shown else None,
-        has_more=len(found) > limit,
-    )
+    return WebhookEndpointList(**page_of(found, limit, _told))
 
 
 @router.get(

@@ -15,7 +15,7 @@ from app.files import FileState, Purpose, key_of
 from app.intake.batches import told
 from app.jobs import new_id
 from app.objects import Objects
-from app.store import batch_work, files
+from app.store import batch_lines, batch_work, files
 from app.store.database import Database
 from app.store.isolation import Connection
 from app.store.job_batches import BatchView
@@ -59,7 +59,7 @@ def pages(database: Database, batch: BatchView, file: LineFile, after: int = 0) 
     last = num_lines(batch, file)
     while after < last:
         with database.begin() as connection:
-            page = batch_work.lines(
+            page = batch_lines.lines(
                 connection, batch.id, file, after=after, page=min(size, last - after)
             )
         if not page:

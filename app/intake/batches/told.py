@@ -11,7 +11,7 @@ from http import HTTPStatus
 from typing import Any, Final
 
 from app.batches import Door, LineOutcome
-from app.store.batch_work import EndedLine
+from app.store.batch_lines import EndedLine
 
 _NEVER_RUN: Final = {
     LineOutcome.EXPIRED: (
