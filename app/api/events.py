@@ -74,7 +74,8 @@ class NewTokens:
 
 @dataclass(frozen=True, slots=True)
 class Silence:
-    """Nothing has happened for `KEEP_ALIVE_S`; and the first event of a job that runs."""
+    """Nothing has happened for `KEEP_ALIVE_S` but that its place has changed; and the first event
+    of a job that runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,10 +139,11 @@ async def _until_final(
         if watch.noticed:
             watch.noticed.clear()
             row.look()
-        news = [row.place] if row.has_moved() else []
+        if row.has_moved():
+            yield row.place  # and no word, to those who are not told of it
         if row.seen.is_final:
             return
-        for event in (*news, *await _news(listener)):
+        for event in await _news(listener):
             yield event
             spoke_at = time.monotonic()
             watch.wake.set()  # there may be more
