@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from app.config.settings import Settings
 from app.requests.response import ResponsesBody
 from tests.any_messages import ANYTHING, TEXTS
+from tests.apis import running_api
 from tests.conftest import STUB_MODELS
 from tests.doors import Doors, open_doors
 from tests.waiting import eventually
@@ -425,6 +426,32 @@ def test_what_is_not_to_be_stored_is_told_once(client: openai.OpenAI, doors: Doo
     with pytest.raises(openai.BadRequestError) as refused:
         background(client, store=False)
     assert refused.value.param == "store"
+
+
+@pytest.mark.parametrize("text", ["nan", "sleep 60000"])
+def test_what_is_not_to_be_stored_is_removed_though_it_brings_no_answer(
+    doors: Doors, text: str
+) -> None:
+    told = doors.http.post(
+        "/v1/responses",
+        json={"model": "stub", "input": text, "store": False},
+        headers={"x-stainless-read-timeout": "2"},
+    )
+
+    assert told.status_code == (504 if text == "sleep 60000" else 500), told.text
+    assert doors.the_last_job()["request"] is None
+
+
+def test_a_stream_that_is_one_too_many_leaves_no_work_behind(doors: Doors) -> None:
+    none = doors.settings.api.model_copy(update={"max_streams": 0})
+    with running_api(doors.settings.model_copy(update={"api": none})) as http:
+        body = {"model": "stub", "input": "sleep 60000", "stream": True, "store": False}
+        busy = http.post("/v1/responses", json=body)
+
+    assert (busy.status_code, busy.json()["error"]["code"]) == (503, "busy")
+    job = doors.the_last_job()
+    assert job["request"] is None
+    eventually(lambda: doors.jobs(f"id = '{job['id']}'")[0]["state"] == "cancelled")
 
 
 # ── errors ──────────────────────────────────────────────────────────────────────────────────────

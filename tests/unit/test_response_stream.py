@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime as dt
+from collections.abc import AsyncIterator, Coroutine
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any, Final, cast
@@ -12,7 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.api.events import Begun, Ended, NewTokens, Queued
+from app.api.events import Begun, Ended, NewTokens, Queued, Silence
+from app.api.openai import response_stream
 from app.api.openai.response_rows import Row
 from app.api.openai.response_stream import Telling
 from app.api.schemas import Job as Told
@@ -141,6 +144,42 @@ def test_another_text_after_a_loss_is_told_at_the_end_alone(qwen: FileTokenizer)
     assert (done["type"], done["item"]["status"]) == ("response.output_item.done", "incomplete")
     assert last["response"]["output"][0]["content"][0]["text"] == "I shall not."
     assert [each["sequence_number"] for each in told] == list(range(len(told)))
+
+
+def test_who_has_gone_before_the_first_word_is_seen_to_have_gone(
+    qwen: FileTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # given a listener that hangs up while its answer is made
+    async def happening(*_: object) -> AsyncIterator[Silence]:
+        yield Silence()
+
+    async def nobody(*_: object) -> None: ...
+
+    async def gone() -> dict[str, str]:
+        return {"type": "http.disconnect"}
+
+    async def unread(*_: object) -> None:
+        await asyncio.Event().wait()
+
+    async def close(has_ended: bool) -> None:
+        closed.append(has_ended)
+
+    monkeypatch.setattr(response_stream.events, "events", happening)
+    closed: list[bool] = []
+
+    async def answer() -> None:
+        behind: list[Coroutine[Any, Any, object]] = []
+        here = SimpleNamespace(work=SimpleNamespace(run=nobody), later=behind.append)
+        row = Answer(qwen, ANSWERS[0])._row(None)
+        told = await response_stream.stream(cast(Any, here), "default", row, None, close)
+        await told({"type": "http", "asgi": {}}, cast(Any, gone), cast(Any, unread))
+        for each in behind:
+            await each
+
+    asyncio.run(answer())
+
+    # then its job is, too, though nothing was told
+    assert closed == [False]
 
 
 def test_without_the_models_files_all_is_told_at_the_end(qwen: FileTokenizer) -> None:

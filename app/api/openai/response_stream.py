@@ -8,13 +8,13 @@ tells them.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import aclosing
-from typing import Final, cast
+from typing import Any, cast
 
 from fastapi.sse import EventSourceResponse, format_sse_event
 from pydantic_core import to_json
+from starlette.types import Receive, Scope, Send
 
 from app.api import events
 from app.api.event_streams import HEADERS, KEEP_ALIVE
@@ -30,7 +30,7 @@ from app.requests.response_answer import hex_of, output_of
 from app.requests.response_events import LAST, Event, Narration
 from app.requests.saying import Saying
 
-Close = Callable[[bool], Awaitable[None]]
+Close = Callable[[bool], Coroutine[Any, Any, None]]
 """What is to be done at the end; with whether the response has ended."""
 
 
@@ -38,10 +38,46 @@ async def stream(
     here: Services, tenant: str, row: Row, after: int | None, close: Close | None = None
 ) -> EventSourceResponse:
     """The answer that streams a response, without the events up to `after`."""
+    telling = Telling(row, await here.work.run(0, _listener, here, row))
     happening = cast("AsyncGenerator[events.Event, None]", events.events(here, tenant, row.job.id))
     first = await anext(happening)  # what is wrong is an answer of its own
-    told = _told(here, row, first, happening, close)
-    return EventSourceResponse(_on_the_wire(told, after), headers=HEADERS)
+    return _Stream(here, telling, first, happening, after, close)
+
+
+class _Stream(EventSourceResponse):
+    def __init__(
+        self,
+        here: Services,
+        telling: Telling,
+        first: events.Event,
+        happening: AsyncGenerator[events.Event, None],
+        after: int | None,
+        close: Close | None,
+    ) -> None:
+        self._here, self._telling, self._close = here, telling, close
+        self._has_ended = False
+        super().__init__(_on_the_wire(self._told(first, happening), after), headers=HEADERS)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            if self._close is not None:  # the listener may have gone before the first word
+                self._here.later(self._close(self._has_ended))
+
+    async def _told(
+        self, first: events.Event, happening: AsyncGenerator[events.Event, None]
+    ) -> AsyncGenerator[Event | None, None]:
+        """The response's events; None while nothing happens."""
+        async with aclosing(happening):
+            for told in self._telling.queued():
+                yield told
+            for each in self._telling.of(first):
+                yield each
+            async for event in happening:
+                self._has_ended = isinstance(event, Ended)
+                for each in self._telling.of(event):
+                    yield each
 
 
 async def _on_the_wire(
@@ -59,37 +95,6 @@ async def _on_the_wire(
 
 def _written(event: Event) -> bytes:
     return format_sse_event(event=event["type"], data_str=to_json(event).decode())
-
-
-async def _told(
-    here: Services,
-    row: Row,
-    first: events.Event,
-    happening: AsyncGenerator[events.Event, None],
-    close: Close | None,
-) -> AsyncGenerator[Event | None, None]:
-    """The response's events; None while nothing happens."""
-    telling = Telling(row, await here.work.run(0, _listener, here, row))
-    has_ended = False
-    try:
-        async with aclosing(happening):
-            for told in telling.queued():
-                yield told
-            for each in telling.of(first):
-                yield each
-            async for event in happening:
-                has_ended = isinstance(event, Ended)
-                for each in telling.of(event):
-                    yield each
-    finally:
-        if close is not None:
-            task = asyncio.ensure_future(close(has_ended))
-            _CLOSING.add(task)  # it goes on if the listener is gone, and this with it
-            task.add_done_callback(_CLOSING.discard)
-            await asyncio.shield(task)
-
-
-_CLOSING: Final[set[asyncio.Future[None]]] = set()
 
 
 def _listener(here: Services, row: Row) -> Saying | None:

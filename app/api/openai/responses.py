@@ -150,13 +150,18 @@ async def create(request: Request, here: Here, who: Who) -> Response:
             return await stream(here, who.tenant, row, None)
         return _json(row.response)
     placed = await live.place(request, here, job)
+    close = partial(_close, here, who, placed, is_stored=told.is_stored)
     if told.is_streamed:
-        row = Row(whole((await here.job(who.tenant, placed.id)).job), asked, body)
-        close = partial(_close, here, who, placed, is_stored=told.is_stored)
-        return await stream(here, who.tenant, row, None, close)
-    ended = await live.ended(request, here, placed)
-    if not told.is_stored:
-        await purged(here, who, placed.id, is_noted=False)
+        try:
+            row = Row(whole((await here.job(who.tenant, placed.id)).job), asked, body)
+            return await stream(here, who.tenant, row, None, close)
+        except BaseException:
+            await close(has_ended=False)
+            raise
+    try:
+        ended = await live.ended(request, here, placed)
+    finally:
+        await close(has_ended=True)  # or cancelled there
     return _json(response_of(ended, body))
 
 
