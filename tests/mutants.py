@@ -147,7 +147,7 @@ MUTANTS: Final = (
     Mutant(
         "a response that is not to be stored is",
         "app/api/openai/responses.py",
-        "if not told.is_stored:",
+        "if not is_stored:",
         "if False:",
         f"{RESPONSES}::test_what_is_not_to_be_stored_is_told_once",
     ),
