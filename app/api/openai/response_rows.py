@@ -54,7 +54,7 @@ async def response_at(here: Services, tenant: str, response_id: str) -> dict[str
     job = await _job(here, tenant, response_id)
     if job.response is None:
         return (await _row(here, tenant, job)).response
-    return _ended(job, job.response) if job.response.get("store", True) else _not_found()
+    return answered(job) if job.response.get("store", True) else _not_found()
 
 
 async def _job(here: Services, tenant: str, response_id: str) -> Job:
@@ -110,14 +110,16 @@ def response_of(job: Job, body: ResponsesBody) -> dict[str, Any]:
     if (status := _OPEN.get(job.state)) is not None:
         return shell_of(job, body) | {"status": status}
     if job.response is not None:
-        return _ended(job, job.response)
+        return answered(job)
     if job.error is None:
         return ended(shell_of(job, body), job.state)
     return ended(shell_of(job, body), job.state, job.error.code, job.error.message)
 
 
-def _ended(job: Job, told: dict[str, Any]) -> dict[str, Any]:
-    """What its worker told, with what the row knows better."""
+def answered(job: Job) -> dict[str, Any]:
+    """The response of a job that has one: what its worker told, with what the row knows better."""
+    told = job.response
+    assert told is not None
     known: dict[str, Any] = {
         "id": response_id(job.id),
         "created_at": int(job.created_at.timestamp()),

@@ -23,6 +23,7 @@ from app.api.envelopes import Door
 from app.api.live import Placed, Understood
 from app.api.openai.response_rows import (
     Row,
+    answered,
     body_of,
     history_of,
     response_at,
@@ -143,8 +144,8 @@ async def create(request: Request, here: Here, who: Who) -> Response:
     is answered at once, stored, and to be retrieved when it is done."""
     job, told = await _read(request, here, who)
     asked = Asked(job.url, job.request, FORMAT)
-    body = await here.work.run(0, body_of, asked)
     if told.is_background:
+        body = await here.work.run(0, body_of, asked)
         row = Row(await _queued(here, job, body), asked, body)
         if told.is_streamed:
             return await stream(here, who.tenant, row, None)
@@ -153,6 +154,7 @@ async def create(request: Request, here: Here, who: Who) -> Response:
     close = partial(_close, here, who, placed, is_stored=told.is_stored)
     if told.is_streamed:
         try:
+            body = await here.work.run(0, body_of, asked)
             row = Row(whole((await here.job(who.tenant, placed.id)).job), asked, body)
             return await stream(here, who.tenant, row, None, close)
         except BaseException:
@@ -162,7 +164,7 @@ async def create(request: Request, here: Here, who: Who) -> Response:
         ended = await live.ended(request, here, placed)
     finally:
         await close(has_ended=True)  # or cancelled there
-    return _json(response_of(ended, body))
+    return _json(answered(ended))
 
 
 async def _close(
