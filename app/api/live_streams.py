@@ -7,9 +7,9 @@ an event with the error, and the last one. A caller that goes takes its job alon
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing
-from typing import Any, Protocol, cast
+from typing import Any, Final, Protocol, cast
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
@@ -21,7 +21,11 @@ from app.api.event_streams import HEADERS, KEEP_ALIVE
 from app.api.events import Begun, Ended, Event, NewTokens, Queued, Silence, events
 from app.api.live import Placed
 from app.api.services import Services
+from app.engines.text.tokenizer import Tokenizer
 from app.errors import GristmillError, Unavailable
+from app.requests import bodies
+from app.requests.prepare import prompts_heard
+from app.store.submissions import NewJob
 
 
 class Teller(Protocol):
@@ -46,14 +50,31 @@ class Teller(Protocol):
         ...
 
 
+Tell = Callable[[bodies.Request, Tokenizer, Sequence[Sequence[int]]], Teller]
+"""Makes the teller of a request, whose prompts come as `prompts_heard` gives them."""
+
+_BYTES_OF_TOKEN: Final = 4
+
+
 async def stream(
-    request: Request, here: Services, placed: Placed, teller: Teller
+    request: Request, here: Services, job: NewJob, placed: Placed, tell: Tell
 ) -> StreamingResponse:
-    """The answer to a caller that waits. Raises what the job ended with before it was begun, and
-    `ClientDisconnect`."""
+    """The answer to a caller that waits for a job. Raises what the job ended with before it was
+    begun, and `ClientDisconnect`."""
+    num_bytes = _BYTES_OF_TOKEN * (job.input_tokens or 0)
+    making = here.work.run(num_bytes, _teller, here, job, tell)
+    teller = await live.while_there(request, here, placed, making)
     happening = cast("AsyncGenerator[Event, None]", events(here, placed.tenant, placed.id))
     first = await live.while_there(request, here, placed, _begun(placed, happening))
     return _Stream(here, placed, request.url.path, teller, first, happening)
+
+
+def _teller(here: Services, job: NewJob, tell: Tell) -> Teller:
+    """May compute for a while."""
+    model = here.submitter.models[job.model]
+    asked = bodies.parse_stored(job.request, job.url, bodies.FORMAT)
+    prompts = prompts_heard(asked, model.tokenizer, model.settings, model.card)
+    return tell(asked, model.tokenizer, prompts)
 
 
 async def _begun(placed: Placed, happening: AsyncGenerator[Event, None]) -> Event:

@@ -14,10 +14,12 @@ from app.errors import ContextLengthExceeded, RequestError
 from app.jobs import WHOLE, PoolingParams, SamplingParams, int64
 from app.requests.bodies import Request
 from app.requests.body import Body
+from app.requests.chat import ChatBody
 from app.requests.conversation import Conversation
 from app.requests.grammars import grammar_for
 from app.requests.pooled import PooledBody
 from app.requests.prompts import Pair, Prompt, Source
+from app.requests.reasoning import marks_of
 from app.requests.sampled import SampledBody
 
 
@@ -67,6 +69,25 @@ def prepare(
         except ContextLengthExceeded:
             too_long = place
     return found
+
+
+def prompts_heard(
+    request: Request, tokenizer: Tokenizer, settings: ModelSettings, card: Card = NO_CARD
+) -> Sequence[Sequence[int]]:
+    """The distinct prompts in tokens, if they have a part in how answers are told as they come;
+    otherwise empty ones. Raises as `prepare` does."""
+    if _is_prompt_heard(request.body, tokenizer):
+        return prepare(request, tokenizer, settings, card).prompts
+    return [()] * len(request.prompts)
+
+
+def _is_prompt_heard(body: Body, tokenizer: Tokenizer) -> bool:
+    if isinstance(body, SampledBody) and body.num_logprobs is not None:
+        return True
+    template = tokenizer.template
+    if not isinstance(body, ChatBody) or template is None:
+        return False
+    return bool(body.offer.functions) or marks_of(template.source) is not None
 
 
 def _whole(request: Request, tokenizer: Tokenizer, settings: ModelSettings, card: Card) -> Prepared:

@@ -20,7 +20,9 @@ from app.api.openai.response_rows import Row
 from app.api.openai.response_stream import Telling
 from app.api.schemas import Job as Told
 from app.broker.events import EventId, Tokens
+from app.config.settings import ModelSettings
 from app.engines.base import Generation
+from app.engines.checkpoint.card import NO_CARD
 from app.engines.text.tokenizer import FileTokenizer
 from app.jobs import FinishReason, JobState, SamplingParams
 from app.requests import replies
@@ -191,6 +193,15 @@ def test_without_the_models_files_all_is_told_at_the_end(qwen: FileTokenizer) ->
     assert len(told) == 3
 
     assert [*told, *telling.of(answer.ended)] == answer.replayed
+
+
+def test_one_that_its_model_would_not_take_now_is_told_of_the_row(qwen: FileTokenizer) -> None:
+    # given a model that takes fewer tokens than when the response was made
+    settings = ModelSettings.model_construct(engine="stub", max_batch_size=0)
+    models = {"m": SimpleNamespace(tokenizer=qwen, settings=settings, card=NO_CARD)}
+    here = SimpleNamespace(submitter=SimpleNamespace(models=models))
+
+    assert response_stream._listener(cast(Any, here), Answer(qwen, "")._row(None)) is None
 
 
 def test_the_narration_of_a_row_is_the_telling_of_its_end(qwen: FileTokenizer) -> None:

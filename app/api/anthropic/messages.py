@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -60,9 +61,6 @@ class TokensCount(BaseModel):
     input_tokens: int = Field(description="Tokens of the prompt, by the model.", examples=[17])
 
 
-_BYTES_OF_TOKEN: Final = 4
-
-
 def understood(body: dict[str, Any]) -> Understood[bool]:
     """What `Submitter.check` takes, and whether it is to be told as it comes."""
     body = dict(body)
@@ -85,10 +83,7 @@ async def create(request: Request, here: Here, who: Who) -> Response:
     job, is_streamed = await live.read(request, here, who, understood)
     placed = await live.place(request, here, job)
     if is_streamed:
-        num_bytes = _BYTES_OF_TOKEN * (job.input_tokens or 0)
-        making = here.work.run(num_bytes, teller_of, here, job, placed.id)
-        teller = await live.while_there(request, here, placed, making)
-        return await stream(request, here, placed, teller)
+        return await stream(request, here, job, placed, partial(teller_of, job, placed.id))
     ended = await live.ended(request, here, placed)
     return Response(to_json(ended.response), media_type=JSON)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 from uuid import UUID
 
@@ -12,24 +12,28 @@ from pydantic_core import to_json
 from app.api import envelopes
 from app.api.envelopes import Problem
 from app.api.events import NewTokens
-from app.api.services import Services
-from app.requests.bodies import FORMAT, parse_stored
+from app.engines.text.tokenizer import Tokenizer
+from app.requests.bodies import Request
 from app.requests.chat import ChatBody
 from app.requests.message_events import Event, MessageEvents
-from app.requests.prepare import prepare
 from app.requests.saying import Saying
 from app.store.submissions import NewJob
 
 
-def teller_of(here: Services, job: NewJob, job_id: UUID) -> MessageTeller:
-    """Of a job that was just submitted. May compute for a while."""
-    served = here.submitter.models[job.model]
-    request = parse_stored(job.request, job.url, FORMAT)
+def teller_of(
+    job: NewJob,
+    job_id: UUID,
+    request: Request,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+) -> MessageTeller:
+    """Of a job that was just submitted."""
     assert isinstance(request.body, ChatBody)
-    [prompt] = prepare(request, served.tokenizer, served.settings, served.card).prompts
-    saying = Saying(request.body, served.tokenizer, prompt)
+    [prompt] = prompts
+    saying = Saying(request.body, tokenizer, prompt)
+    input_tokens = job.input_tokens or 0
     return MessageTeller(
-        MessageEvents(saying, job_id=str(job_id), model=job.model, input_tokens=len(prompt))
+        MessageEvents(saying, job_id=str(job_id), model=job.model, input_tokens=input_tokens)
     )
 
 

@@ -24,14 +24,15 @@ from app.api.caller import Caller, Who
 from app.api.envelopes import Door
 from app.api.live import Understood
 from app.api.live_streams import stream
-from app.api.openai.chunks import Chunks, Wanted, reads_prompt
+from app.api.openai.chunks import Chunks, Wanted
 from app.api.openai.streams import ChunkTeller
 from app.api.openapi import json_body
 from app.api.problems import documented
 from app.api.services import Here, Services
-from app.requests.bodies import BODIES, FORMAT, Url, parse_stored
+from app.engines.text.tokenizer import Tokenizer
+from app.requests import bodies
+from app.requests.bodies import BODIES, Url
 from app.requests.part import DROP_UNKNOWN, Part
-from app.requests.prepare import prepare
 from app.requests.problems import first_problem
 from app.store.submissions import NewJob
 
@@ -91,24 +92,19 @@ async def _answer(request: Request, here: Services, who: Caller, url: Url) -> Re
     job, asked = await live.read(request, here, who, partial(understood, url))
     placed = await live.place(request, here, job)
     if asked.is_streamed:
-        num_bytes = _BYTES_OF_TOKEN * (job.input_tokens or 0)
-        making = here.work.run(num_bytes, _chunks, here, job, placed.id, asked)
-        chunks = await live.while_there(request, here, placed, making)
-        return await stream(request, here, placed, ChunkTeller(chunks))
+        return await stream(request, here, job, placed, partial(_teller, job, placed.id, asked))
     ended = await live.ended(request, here, placed)
     return Response(to_json((ended.response or {}) | asked.heard_again), media_type=JSON)
 
 
-_BYTES_OF_TOKEN: Final = 4
-
-
-def _chunks(here: Services, job: NewJob, job_id: UUID, asked: Asked) -> Chunks:
-    served = here.submitter.models[job.model]
-    request = parse_stored(job.request, job.url, FORMAT)
-    prompts: Sequence[Sequence[int]] = [()] * len(request.prompts)
-    if reads_prompt(request, served.tokenizer):
-        prepared = prepare(request, served.tokenizer, served.settings, served.card)
-        prompts = prepared.prompts
+def _teller(
+    job: NewJob,
+    job_id: UUID,
+    asked: Asked,
+    request: bodies.Request,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+) -> ChunkTeller:
     prefix, name = _STREAMED[asked.url]
     head = {
         "id": f"{prefix}-{job_id}",
@@ -117,7 +113,8 @@ def _chunks(here: Services, job: NewJob, job_id: UUID, asked: Asked) -> Chunks:
         "model": job.model,
         **asked.heard_again,
     }
-    return Chunks(request, served.tokenizer, prompts, head, asked.wanted, job.input_tokens or 0)
+    num_prompt_tokens = job.input_tokens or 0
+    return ChunkTeller(Chunks(request, tokenizer, prompts, head, asked.wanted, num_prompt_tokens))
 
 
 _ERRORS: Final = documented(

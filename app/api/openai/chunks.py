@@ -20,8 +20,6 @@ from app.requests.bodies import Request
 from app.requests.chat import ChatBody
 from app.requests.completion import CompletionBody
 from app.requests.logprobs import Running, Spelling
-from app.requests.reasoning import marks_of
-from app.requests.sampled import SampledBody
 from app.requests.saying import Saying, Told
 
 
@@ -108,16 +106,6 @@ class Chunks:
             "completion_tokens": answer,
             "total_tokens": prompt + answer,
         }
-
-
-def reads_prompt(request: Request, tokenizer: Tokenizer) -> bool:
-    """Whether chunks depend on the tokens that their answers go on from."""
-    body, template = request.body, tokenizer.template
-    if isinstance(body, SampledBody) and body.num_logprobs is not None:
-        return True
-    if not isinstance(body, ChatBody) or template is None:
-        return False
-    return bool(body.offer.functions) or marks_of(template.source) is not None
 
 
 class _Choice(Protocol):

@@ -21,11 +21,10 @@ from app.api.event_streams import HEADERS, KEEP_ALIVE
 from app.api.events import Begun, Ended, NewTokens, Silence
 from app.api.openai.response_rows import Row, response_of, shell_of, whole
 from app.api.services import Services
-from app.errors import Restarted
+from app.errors import RequestError, Restarted
 from app.requests.answers import Said
-from app.requests.bodies import parse_stored
-from app.requests.prepare import prepare
-from app.requests.reasoning import marks_of
+from app.requests.bodies import Request, Url
+from app.requests.prepare import prompts_heard
 from app.requests.response_answer import hex_of, output_of
 from app.requests.response_events import LAST, Event, Narration
 from app.requests.saying import Saying
@@ -98,15 +97,15 @@ def _written(event: Event) -> bytes:
 
 
 def _listener(here: Services, row: Row) -> Saying | None:
-    """None if the model is not configured any more."""
+    """None if the model is not configured any more, or would not take this now."""
     model = here.submitter.models.get(row.job.model)
     if model is None:
         return None
-    prompt: tuple[int, ...] = ()
-    template = model.tokenizer.template
-    if template is not None and (row.body.tools or marks_of(template.source)):
-        request = parse_stored(row.asked.request, row.asked.url, row.asked.format)
-        [prompt] = prepare(request, model.tokenizer, model.settings, model.card).prompts
+    request = Request(Url.RESPONSES, row.body, row.asked.request)
+    try:
+        [prompt] = prompts_heard(request, model.tokenizer, model.settings, model.card)
+    except RequestError:
+        return None
     return Saying(row.body.meant, model.tokenizer, prompt)
 
 
