@@ -104,7 +104,7 @@ MUTANTS: Final = (
     ),
     Mutant(
         "a listener that comes late has not what was told before",
-        "app/api/streams.py",
+        "app/api/live/followers.py",
         "self._is_behind = not is_first",
         "self._is_behind = False",
         "tests/unit/test_api_listeners.py",
@@ -1334,7 +1334,7 @@ MUTANTS: Final = (
     ),
     Mutant(
         "who leaves a stream leaves its job to the device",
-        "app/api/live_streams.py",
+        "app/api/live/streams.py",
         "if not self._is_over:  # the caller has gone, or is told no more",
         "if False:",
         "tests/integration/test_openai_calls.py::test_who_leaves_a_stream_takes_the_job_along",

@@ -17,33 +17,20 @@ from fastapi import Depends, FastAPI
 from fastapi_offline import FastAPIOffline
 
 from app import telemetry
-from app.api import (
-    connections,
-    event_streams,
-    health,
-    jobs,
-    limits,
-    lists,
-    many,
-    memory,
-    models,
-    openapi,
-    problems,
-    purge,
-    timeline,
-    usage,
-    webhook_deliveries,
-)
+from app.api import health, limits, models, openapi, problems, usage, webhook_deliveries
 from app.api.anthropic import batches as message_batches
 from app.api.anthropic import messages
-from app.api.callers import KnownCallers
+from app.api.jobs import calls as jobs
+from app.api.jobs import event_streams, lists, many, purge, timeline
+from app.api.live.followers import Listeners
+from app.api.live.waiting import Waiters
 from app.api.metrics import Metrics, SystemCollector
-from app.api.middleware import RequestScope
 from app.api.openai import batches, calls, files, responses, webhooks
-from app.api.query import only_declared
 from app.api.services import Services
-from app.api.streams import Listeners
-from app.api.waiting import Waiters
+from app.api.wire import connections, memory
+from app.api.wire.callers import KnownCallers
+from app.api.wire.middleware import RequestScope
+from app.api.wire.query import only_declared
 from app.broker.publisher import Publisher
 from app.config.host import is_loopback
 from app.config.settings import Settings

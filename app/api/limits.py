@@ -5,8 +5,8 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from app.api.caller import Who
+from app.api.jobs.schemas_many import MAX_IDS, MAX_IDS_FULL
 from app.api.schemas import MAX_PAGE, Limits, QueueLimits
-from app.api.schemas_many import MAX_IDS, MAX_IDS_FULL
 from app.api.services import Here
 from app.requests.json_text import MAX_PARTS
 

@@ -16,8 +16,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from app.api.streams import Listeners
-from app.api.waiting import Waiters
+from app.api.live.followers import Listeners
+from app.api.live.waiting import Waiters
 from app.books.energy import NJ_PER_J
 from app.books.usage import Usage, hour_of
 from app.broker.publisher import Publisher

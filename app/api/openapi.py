@@ -16,11 +16,11 @@ from starlette.routing import Route
 from app.api import envelopes
 from app.api.anthropic.schemas_batches import MessageBatchBody
 from app.api.envelopes import Door, door_of
+from app.api.jobs.schemas_many import CancelRequest, StatusRequest
 from app.api.openai.schemas_batches import BatchBody
 from app.api.openai.schemas_webhooks import EndpointChange, NewEndpoint, Rotation, TestedEvent
 from app.api.problems import documented
 from app.api.schemas import BulkRequest
-from app.api.schemas_many import CancelRequest, StatusRequest
 from app.intake.submit import Submission
 from app.requests.bodies import BODIES
 
@@ -40,12 +40,6 @@ _SCHEMAS: Final[tuple[type[BaseModel], ...]] = (
 )
 
 
-def json_body(schema: type[BaseModel], example: dict[str, Any]) -> dict[str, Any]:
-    """OpenAPI of a body that the handler reads itself, within a limit."""
-    told = {"schema": {"$ref": f"#/components/schemas/{schema.__name__}"}, "example": example}
-    return {"requestBody": {"required": True, "content": {"application/json": told}}}
-
-
 _REFUSALS: Final = {
     door: {
         str(status): answer
@@ -59,7 +53,7 @@ _REFUSALS: Final = {
     }
     for door in Door
 }
-"""Of every operation: see `app.api.query` and `app.api.callers`."""
+"""Of every operation: see `app.api.wire.query` and `app.api.wire.callers`."""
 _KEYS: Final = {
     "bearer": {
         "type": "http",

@@ -15,14 +15,14 @@ from fastapi import Depends, Request
 
 from app.api import keyring
 from app.api.keyring import Keyring
+from app.api.live.followers import Listeners
+from app.api.live.waiting import Waiters
 from app.api.metrics import Metrics
 from app.api.probe import Probe
 from app.api.reader import Outcome, Reader, Snapshot, snapshots
-from app.api.room import Room
-from app.api.streams import Listeners
 from app.api.threads import Call, Threads
-from app.api.uploads import Uploads
-from app.api.waiting import Waiters
+from app.api.wire.room import Room
+from app.api.wire.uploads import Uploads
 from app.api.work import LARGE_AT_ONCE, Work
 from app.api.writer import Writer
 from app.broker.publisher import Publisher

@@ -11,11 +11,11 @@ from zoneinfo import ZoneInfo
 from fastapi import APIRouter, Depends, Query, Request
 from pydantic import BaseModel, Field
 
-from app.api import query
 from app.api.caller import Caller, Who
 from app.api.problems import documented
 from app.api.schemas import ModelName, Money
 from app.api.services import Here, Services
+from app.api.wire import query
 from app.books.energy import EnergyMethod
 from app.books.usage import (
     MAX_TOP,

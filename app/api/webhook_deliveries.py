@@ -13,10 +13,10 @@ from pydantic import BaseModel, Field
 from app.api.caller import Who
 from app.api.openai.schemas_webhooks import Rotation
 from app.api.openai.webhooks import kept_s
-from app.api.openapi import json_body
 from app.api.pages import page_of
 from app.api.problems import documented
 from app.api.services import Here, Services
+from app.api.wire.raw_bodies import json_body
 from app.errors import RequestError
 from app.ids import id_in, name_of
 from app.intake.decision import Decision

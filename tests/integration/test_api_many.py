@@ -12,7 +12,7 @@ import httpx
 import pytest
 from sqlalchemy import Connection, text
 
-from app.api import many
+from app.api.jobs import many
 from app.config.settings import Settings
 from app.jobs import JobState
 from app.local.servers import EmbeddedRedis

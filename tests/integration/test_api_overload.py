@@ -14,10 +14,11 @@ from typing import Any
 import httpx
 import pytest
 
-from app.api import connections, room, services
+from app.api import services
 from app.api.metrics import Metrics
 from app.api.reader import AT_ONCE
 from app.api.services import MAX_BULKS
+from app.api.wire import connections, room
 from app.config.settings import Settings
 from app.intake.submit import Submitter
 from app.store import reads

@@ -14,7 +14,7 @@ import httpx
 import pytest
 import redis
 
-from app.api import room
+from app.api.wire import room
 from app.broker.message import num_jobs
 from app.broker.queues import queue_name
 from app.config.settings import ModelSettings, Settings

@@ -140,7 +140,7 @@ def test_the_time_of_a_write_begins_when_all_is_checked(
     monkeypatch.setattr(services, "Decision", NotedDecision)
 
     # when some are submitted, in several pieces
-    monkeypatch.setattr("app.api.jobs.PIECE_BYTES", 100)
+    monkeypatch.setattr("app.api.jobs.calls.PIECE_BYTES", 100)
     with running_api(settings) as api:
         answer = api.post(path, json={"jobs": [JOB] * 5} if path.endswith("bulk") else JOB)
 

@@ -13,8 +13,8 @@ import httpx
 import pytest
 from sqlalchemy import text
 
-from app.api.schemas_timeline import Timeline
-from app.api.timeline_views import timeline_of
+from app.api.jobs.schemas_timeline import Timeline
+from app.api.jobs.timeline_views import timeline_of
 from app.books.energy import EnergyMethod
 from app.books.timeline import Phase
 from app.config.settings import Settings

@@ -13,7 +13,7 @@ from fastapi.routing import APIRoute, RouteContext, iter_route_contexts
 
 from app.api.app import create_app
 from app.api.caller import _caller
-from app.api.callers import OPEN
+from app.api.wire.callers import OPEN
 from app.config.settings import Settings
 from app.keys import Scope
 from tests.apis import made_key, running_api

@@ -11,7 +11,6 @@ from itertools import pairwise
 
 import pytest
 
-from app.api import connections
 from app.api.app import (
     ACCEPTED_A_TURN,
     SYSTEM_BUFFER_BYTES,
@@ -19,7 +18,8 @@ from app.api.app import (
     create_app,
     listen_on,
 )
-from app.api.connections import SPARE_FILES
+from app.api.wire import connections
+from app.api.wire.connections import SPARE_FILES
 from app.config.settings import Settings
 from app.errors import ConfigError
 from gristmill_client.exchange import CONNECTIONS

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.api.streams import Listener, Listeners
+from app.api.live.followers import Listener, Listeners
 from app.broker.events import Entry, EventId, Started, Tokens, Whole
 from app.broker.streams import PAGE, Streams
 from app.errors import Busy

@@ -10,13 +10,13 @@ from collections.abc import Callable
 
 import pytest
 
-from app.api import jobs
 from app.api.app import create_app
+from app.api.jobs import calls as jobs
 from app.config.settings import Settings
 from app.errors import RequestError
 
 BODIES = """
-from app.api import memory
+from app.api.wire import memory
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096
@@ -45,7 +45,7 @@ def test_what_a_hundred_and_sixty_megabytes_of_bodies_took_is_given_back() -> No
 
 SCATTERED = """
 import time
-from app.api import memory
+from app.api.wire import memory
 from app.threads import beside
 
 def resident():
@@ -77,7 +77,7 @@ def test_free_memory_between_blocks_in_use_is_given_back_as_well() -> None:
 
 def test_what_was_there_at_the_start_is_not_looked_through_by_the_collector() -> None:
     settled = (
-        "import gc; from app.api import memory; import app.api.app; memory.settle();"
+        "import gc; from app.api.wire import memory; import app.api.app; memory.settle();"
         "print(gc.get_freeze_count(), len(gc.get_objects()))"
     )
     done = subprocess.run(
@@ -90,7 +90,7 @@ def test_what_was_there_at_the_start_is_not_looked_through_by_the_collector() ->
 
 OLD = """
 import gc, time, weakref
-from app.api import memory
+from app.api.wire import memory
 from app.threads import beside
 
 class Circle:

@@ -12,11 +12,11 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from app.api import checked
 from app.api.app import create_app
 from app.api.envelopes import door_of, media_type_of
-from app.api.schemas_many import CancelRequest, StatusRequest
-from app.api.schemas_timeline import EXAMPLE, Timeline
+from app.api.jobs.schemas_many import CancelRequest, StatusRequest
+from app.api.jobs.schemas_timeline import EXAMPLE, Timeline
+from app.api.wire import checked
 from app.config.settings import Settings
 from app.intake.submit import parse_submission
 from app.requests import bodies

@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from starlette.exceptions import HTTPException
 
 from app import errors
-from app.api import envelopes, problems, raw_bodies
+from app.api import envelopes, problems
 from app.api.envelopes import Door, door_of
 from app.api.metrics import Metrics
-from app.api.middleware import MAX_FIELDS, RequestScope
-from app.api.room import Room
+from app.api.wire import raw_bodies
+from app.api.wire.middleware import MAX_FIELDS, RequestScope
+from app.api.wire.room import Room
 
 SECRET = "the miller's secret"
 

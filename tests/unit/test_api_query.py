@@ -12,9 +12,10 @@ from fastapi import FastAPI, Request
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.api import keyring, query
+from app.api import keyring
 from app.api.app import create_app
 from app.api.envelopes import Door, door_of
+from app.api.wire import query
 from app.config.settings import Settings
 from app.errors import RequestError
 

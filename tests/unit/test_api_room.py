@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.exceptions import HTTPException
 
-from app.api import room as rooms
-from app.api.raw_bodies import body_of
-from app.api.room import FREE_BYTES, Room
+from app.api.wire import room as rooms
+from app.api.wire.raw_bodies import body_of
+from app.api.wire.room import FREE_BYTES, Room
 from app.errors import Busy
 
 LARGEST = 100_000

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import app.api.waiting
-from app.api.waiting import Waiters
+import app.api.live.waiting
+from app.api.live.waiting import Waiters
 
 JOB = uuid4()
 LONG_S = 30.0
@@ -120,7 +120,7 @@ def test_after_a_reconnect_everybody_looks_again() -> None:
 def test_a_job_whose_news_was_lost_is_seen_before_the_hold_runs_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(app.api.waiting, "LOOK_AGAIN_S", 0.01)
+    monkeypatch.setattr(app.api.live.waiting, "LOOK_AGAIN_S", 0.01)
 
     async def scenario(waiters: Waiters, row: Row) -> None:
         following = asyncio.ensure_future(follow(waiters, row, timeout_s=60))

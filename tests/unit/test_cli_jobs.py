@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from app import cli
-from app.api.schemas_timeline import EXAMPLE
+from app.api.jobs.schemas_timeline import EXAMPLE
 from app.cli import api as api_module
 from app.cli.explain import BAR
 from app.config.file import Loaded

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.api import jobs
-from app.api.raw_bodies import parse_json
+from app.api.jobs import calls as jobs
+from app.api.wire.raw_bodies import parse_json
 from app.errors import RequestError
 from app.requests import json_text
 from app.requests.json_text import MAX_PARTS, end_of_part, items_of, refuse_crowded
@@ -46,7 +46,9 @@ def test_what_is_no_json_ends_somewhere(raw: bytes) -> None:
 def test_a_body_crowded_with_parts_is_refused_before_values_are_made_of_it(
     item: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("app.api.raw_bodies.from_json", lambda _: pytest.fail("Values were made."))
+    monkeypatch.setattr(
+        "app.api.wire.raw_bodies.from_json", lambda _: pytest.fail("Values were made.")
+    )
     raw = b"[" + b",".join([item] * 200_000) + b"]"
 
     with pytest.raises(RequestError, match=f"more than {MAX_PARTS} texts, objects and lists"):

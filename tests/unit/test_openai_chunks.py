@@ -9,7 +9,7 @@ from uuid import uuid4
 
 import pytest
 
-from app.api.events import NewTokens
+from app.api.live.events import NewTokens
 from app.api.openai.chunks import Chunks, Wanted
 from app.broker.events import EventId, Tokens
 from app.engines.base import Generation, TokenLogprob

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.api.events import Begun, Ended, NewTokens, Queued, Silence
+from app.api.live.events import Begun, Ended, NewTokens, Queued, Silence
 from app.api.openai import response_stream
 from app.api.openai.response_rows import Row
 from app.api.openai.response_stream import Telling

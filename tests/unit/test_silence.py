@@ -11,9 +11,9 @@ from uuid import UUID
 
 import pytest
 
-from app.api import events
-from app.api.events import Queued, Silence
-from app.api.waiting import Waiters
+from app.api.live import events
+from app.api.live.events import Queued, Silence
+from app.api.live.waiting import Waiters
 from app.jobs import JobState
 
 

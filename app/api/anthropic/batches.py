@@ -15,7 +15,7 @@ from fastapi import APIRouter, Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic_core import from_json
 
-from app.api import job_batches, raw_bodies
+from app.api import job_batches
 from app.api.anthropic.schemas_batches import (
     DeletedMessageBatch,
     MessageBatch,
@@ -25,12 +25,13 @@ from app.api.anthropic.schemas_batches import (
 )
 from app.api.caller import Who
 from app.api.envelopes import Door as Protocol
+from app.api.idempotency import IdempotencyKey, parse_key
 from app.api.inline_file import InlineFile, written
-from app.api.jobs import IdempotencyKey, parse_key
-from app.api.openapi import json_body
-from app.api.pieces import begun
 from app.api.problems import documented
 from app.api.services import Here, Services
+from app.api.wire import raw_bodies
+from app.api.wire.pieces import begun
+from app.api.wire.raw_bodies import json_body
 from app.batches import BatchState, Counts, Door, name_of
 from app.errors import BatchNotFound, BatchStateConflict, NoSuchFile, RequestError
 from app.files import key_of

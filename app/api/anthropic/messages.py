@@ -1,4 +1,4 @@
-"""/v1/messages: answered when its job has ended, or told as it comes; see `app.api.live`."""
+"""/v1/messages: answered when its job has ended, or told as it comes; see `app.api.live.calls`."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 from pydantic_core import to_json
 
-from app.api import live
 from app.api.answers import JSON
 from app.api.anthropic.telling import teller_of
 from app.api.caller import Who, WhoReads
 from app.api.envelopes import Door
-from app.api.live import Understood
-from app.api.live_streams import stream
-from app.api.openapi import json_body
+from app.api.live import calls
+from app.api.live.calls import Understood
+from app.api.live.streams import stream
 from app.api.problems import documented
 from app.api.services import Here
+from app.api.wire.raw_bodies import json_body
 from app.errors import RequestError
 from app.requests.bodies import Url
 from app.requests.messages import MessagesBody
@@ -80,11 +80,11 @@ def understood(body: dict[str, Any]) -> Understood[bool]:
 )
 async def create(request: Request, here: Here, who: Who) -> Response:
     """Answer a conversation, as Anthropic's call of the same path does."""
-    job, is_streamed = await live.read(request, here, who, understood)
-    placed = await live.place(request, here, job)
+    job, is_streamed = await calls.read(request, here, who, understood)
+    placed = await calls.place(request, here, job)
     if is_streamed:
         return await stream(request, here, job, placed, partial(teller_of, job, placed.id))
-    ended = await live.ended(request, here, placed)
+    ended = await calls.ended(request, here, placed)
     return Response(to_json(ended.response), media_type=JSON)
 
 
@@ -97,7 +97,7 @@ async def create(request: Request, here: Here, who: Who) -> Response:
 async def count_tokens(request: Request, here: Here, who: WhoReads) -> TokensCount:
     """How many tokens the prompt of such a call has, as its model counts them. `max_tokens` may be
     left out; nothing is stored."""
-    job, _ = await live.read(
+    job, _ = await calls.read(
         request, here, who, lambda body: understood(body | {"max_tokens": 1, "stream": False})
     )
     return TokensCount(input_tokens=job.input_tokens or 0)

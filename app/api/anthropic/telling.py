@@ -11,7 +11,7 @@ from pydantic_core import to_json
 
 from app.api import envelopes
 from app.api.envelopes import Problem
-from app.api.events import NewTokens
+from app.api.live.events import NewTokens
 from app.engines.text.tokenizer import Tokenizer
 from app.requests.bodies import Request
 from app.requests.chat import ChatBody
@@ -38,7 +38,7 @@ def teller_of(
 
 
 class MessageTeller:
-    """See `app.api.live_streams.Teller`."""
+    """See `app.api.live.streams.Teller`."""
 
     def __init__(self, events: MessageEvents) -> None:
         self._events = events

@@ -14,11 +14,11 @@ from typing import Annotated, Final
 from fastapi import APIRouter, Path, Query, Request
 from pydantic_core import from_json, to_json
 
-from app.api import job_batches, raw_bodies
+from app.api import job_batches
 from app.api.caller import Who
 from app.api.envelopes import Door as Protocol
+from app.api.idempotency import IdempotencyKey, parse_key
 from app.api.inline_file import InlineFile, written
-from app.api.jobs import IdempotencyKey, parse_key
 from app.api.openai import batch_request
 from app.api.openai.batch_request import WINDOW, BatchRequest
 from app.api.openai.schemas_batches import (
@@ -32,10 +32,11 @@ from app.api.openai.schemas_batches import (
     OutputDetails,
     RequestCounts,
 )
-from app.api.openapi import json_body
 from app.api.pages import page_of
 from app.api.problems import documented
 from app.api.services import Here, Services
+from app.api.wire import raw_bodies
+from app.api.wire.raw_bodies import json_body
 from app.batches import BatchState, Door, name_of
 from app.errors import NoSuchFile, RequestError
 from app.files import id_in as file_in

@@ -1,7 +1,7 @@
 """Calls whose callers wait: chat, completions, embeddings, and vLLM's.
 
-Each is a job like all others, with this call's url and body; see `app.api.live`, and for those that
-are told as they come `app.api.openai.streams`.
+Each is a job like all others, with this call's url and body; see `app.api.live.calls`, and for
+those that are told as they come `app.api.openai.streams`.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from fastapi import APIRouter, Request, Response
 from pydantic import ValidationError
 from pydantic_core import to_json
 
-from app.api import live
 from app.api.answers import JSON
 from app.api.caller import Caller, Who
 from app.api.envelopes import Door
-from app.api.live import Understood
-from app.api.live_streams import stream
+from app.api.live import calls
+from app.api.live.calls import Understood
+from app.api.live.streams import stream
 from app.api.openai.chunks import Chunks, Wanted
 from app.api.openai.streams import ChunkTeller
-from app.api.openapi import json_body
 from app.api.problems import documented
 from app.api.services import Here, Services
+from app.api.wire.raw_bodies import json_body
 from app.engines.text.tokenizer import Tokenizer
 from app.requests import bodies
 from app.requests.bodies import BODIES, Url
@@ -89,11 +89,11 @@ def _streaming(given: dict[str, Any]) -> _Streaming:
 
 
 async def _answer(request: Request, here: Services, who: Caller, url: Url) -> Response:
-    job, asked = await live.read(request, here, who, partial(understood, url))
-    placed = await live.place(request, here, job)
+    job, asked = await calls.read(request, here, who, partial(understood, url))
+    placed = await calls.place(request, here, job)
     if asked.is_streamed:
         return await stream(request, here, job, placed, partial(_teller, job, placed.id, asked))
-    ended = await live.ended(request, here, placed)
+    ended = await calls.ended(request, here, placed)
     return Response(to_json((ended.response or {}) | asked.heard_again), media_type=JSON)
 
 

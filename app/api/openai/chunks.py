@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from app.api.events import NewTokens
+from app.api.live.events import NewTokens
 from app.engines.text.tokenizer import Tokenizer
 from app.requests.bodies import Request
 from app.requests.chat import ChatBody

@@ -19,13 +19,13 @@ from fastapi.responses import StreamingResponse
 
 from app.api.caller import Who
 from app.api.envelopes import Door
-from app.api.form import Form
 from app.api.openai.schemas_files import DeletedFile, FileList, FileObject
 from app.api.pages import page_of
-from app.api.pieces import begun
 from app.api.problems import documented
 from app.api.services import Here, Services
-from app.api.uploads import arriving
+from app.api.wire.form import Form
+from app.api.wire.pieces import begun
+from app.api.wire.uploads import arriving
 from app.batches import LineFile
 from app.config.settings import FilesSettings
 from app.errors import RequestError, RequestTooLarge

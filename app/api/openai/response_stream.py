@@ -16,9 +16,9 @@ from fastapi.sse import EventSourceResponse, format_sse_event
 from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
 
-from app.api import events
-from app.api.event_streams import HEADERS, KEEP_ALIVE
-from app.api.events import Begun, Ended, NewTokens, Silence
+from app.api.live import events
+from app.api.live.events import Begun, Ended, NewTokens, Silence
+from app.api.live.sse import HEADERS, KEEP_ALIVE
 from app.api.openai.response_rows import Row, response_of, shell_of, whole
 from app.api.services import Services
 from app.errors import RequestError, Restarted

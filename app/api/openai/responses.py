@@ -16,11 +16,11 @@ from uuid import UUID
 from fastapi import APIRouter, Path, Query, Request, Response
 from pydantic_core import to_json
 
-from app.api import live
 from app.api.answers import JSON, Hold, look, look_at_new
 from app.api.caller import Caller, Who, WhoReads
 from app.api.envelopes import Door
-from app.api.live import Placed, Understood
+from app.api.live import calls
+from app.api.live.calls import Placed, Understood
 from app.api.openai.response_rows import (
     Row,
     answered,
@@ -32,11 +32,11 @@ from app.api.openai.response_rows import (
     whole,
 )
 from app.api.openai.response_stream import stream
-from app.api.openapi import json_body
 from app.api.problems import documented
-from app.api.purge import purged
+from app.api.purging import purged
 from app.api.schemas import Job
 from app.api.services import Here, Services
+from app.api.wire.raw_bodies import json_body
 from app.errors import GristmillError, RequestError
 from app.intake.decision import Decision
 from app.jobs import MAX_PRIORITY, JobState
@@ -130,7 +130,7 @@ async def _read(
             return body | {"history": await history_of(here, who.tenant, previous)}
         return body
 
-    return await live.read(request, here, who, understood, complete)
+    return await calls.read(request, here, who, understood, complete)
 
 
 @router.post(
@@ -150,7 +150,7 @@ async def create(request: Request, here: Here, who: Who) -> Response:
         if told.is_streamed:
             return await stream(here, who.tenant, row, None)
         return _json(row.response)
-    placed = await live.place(request, here, job)
+    placed = await calls.place(request, here, job)
     close = partial(_close, here, who, placed, is_stored=told.is_stored)
     if told.is_streamed:
         try:
@@ -161,7 +161,7 @@ async def create(request: Request, here: Here, who: Who) -> Response:
             await close(has_ended=False)
             raise
     try:
-        ended = await live.ended(request, here, placed)
+        ended = await calls.ended(request, here, placed)
     finally:
         await close(has_ended=True)  # or cancelled there
     return _json(answered(ended))
@@ -172,7 +172,7 @@ async def _close(
 ) -> None:
     """Nobody listens any more, or there is no more to hear."""
     if not has_ended:
-        await live.cancel(here, placed)
+        await calls.cancel(here, placed)
     if not is_stored:
         await purged(here, who, placed.id, is_noted=False)
 

@@ -9,14 +9,14 @@ from pydantic_core import to_json
 
 from app.api import envelopes
 from app.api.envelopes import Problem
-from app.api.events import NewTokens
+from app.api.live.events import NewTokens
 from app.api.openai.chunks import Chunks
 
 DONE: Final = b"data: [DONE]\n\n"
 
 
 class ChunkTeller:
-    """See `app.api.live_streams.Teller`."""
+    """See `app.api.live.streams.Teller`."""
 
     def __init__(self, chunks: Chunks) -> None:
         self._chunks = chunks

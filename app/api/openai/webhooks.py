@@ -15,7 +15,6 @@ from uuid import UUID
 
 from fastapi import APIRouter, Path, Query, Request
 
-from app.api import checked
 from app.api.caller import Caller, Who
 from app.api.envelopes import Door
 from app.api.openai.schemas_webhooks import (
@@ -30,10 +29,11 @@ from app.api.openai.schemas_webhooks import (
     WebhookEndpointWithSecret,
     WebhookEventTypeList,
 )
-from app.api.openapi import json_body
 from app.api.pages import page_of
 from app.api.problems import documented
 from app.api.services import Here, Services
+from app.api.wire import checked
+from app.api.wire.raw_bodies import json_body
 from app.errors import RequestError, Unavailable, WebhookRefused, WebhookUnreachable
 from app.ids import id_in, name_of
 from app.intake.decision import Decision

@@ -27,12 +27,12 @@ from fastapi import Request
 from starlette.requests import ClientDisconnect
 
 from app import errors
-from app.api import raw_bodies
 from app.api.caller import Caller
-from app.api.jobs import parse_key
+from app.api.idempotency import parse_key
 from app.api.reader import Snapshot
 from app.api.schemas import Job
 from app.api.services import Services
+from app.api.wire import raw_bodies
 from app.errors import GristmillError, NoWorker, RequestError, TimedOut, Unavailable
 from app.intake.decision import Decision
 from app.intake.outlook import Reason, asked_of

@@ -11,13 +11,10 @@ from uuid import UUID
 
 from fastapi import APIRouter, Request, Response
 
-from app.api import checked, problems, reader
+from app.api import problems, reader
 from app.api.answers import JSON, LOOK_AGAIN, Held, Hold
 from app.api.caller import Who, WhoReads
-from app.api.openapi import json_body
-from app.api.problems import documented
-from app.api.reader import Snapshot
-from app.api.schemas_many import (
+from app.api.jobs.schemas_many import (
     BulkCancel,
     BulkStatus,
     CancelFilter,
@@ -28,7 +25,11 @@ from app.api.schemas_many import (
     View,
     WaitFor,
 )
+from app.api.problems import documented
+from app.api.reader import Snapshot
 from app.api.services import Here, Services
+from app.api.wire import checked
+from app.api.wire.raw_bodies import json_body
 from app.errors import GristmillError, JobNotFound, JobStateConflict, Unavailable
 from app.intake.decision import Decision
 from app.jobs import JobState, job_id_of

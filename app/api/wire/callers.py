@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api import problems
 from app.api.keyring import Keyring
-from app.api.raw_bodies import DRAIN_BYTES
+from app.api.wire.raw_bodies import DRAIN_BYTES
 from app.config.callers import HEADERS, refusal
 from app.config.settings import ApiSettings
 from app.errors import GristmillError, NoKey

@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Final
 
-from app.api.turns import Turns
+from app.api.wire.turns import Turns
 from app.errors import Busy
 
 FREE_BYTES: Final = 32_768

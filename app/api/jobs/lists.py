@@ -11,12 +11,12 @@ from uuid import UUID
 
 from fastapi import APIRouter, Depends, Query, Request
 
-from app.api import query
 from app.api.caller import Who
 from app.api.problems import documented
 from app.api.schemas import MAX_PAGE, JobList, JobSummary, ModelName
 from app.api.services import Here, Services
 from app.api.views import summary_of, told
+from app.api.wire import query
 from app.errors import JobUnreadable, RequestError
 from app.jobs import JobState, job_id_of
 from app.requests.storable import parse_metadata, refuse_unstorable

@@ -15,11 +15,12 @@ from fastapi import Request
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from app.api import live, problems
+from app.api import problems
 from app.api.envelopes import Problem
-from app.api.event_streams import HEADERS, KEEP_ALIVE
-from app.api.events import Begun, Ended, Event, NewTokens, Queued, Silence, events
-from app.api.live import Placed
+from app.api.live import calls
+from app.api.live.calls import Placed
+from app.api.live.events import Begun, Ended, Event, NewTokens, Queued, Silence, events
+from app.api.live.sse import HEADERS, KEEP_ALIVE
 from app.api.services import Services
 from app.engines.text.tokenizer import Tokenizer
 from app.errors import GristmillError, Unavailable
@@ -63,9 +64,9 @@ async def stream(
     begun, and `ClientDisconnect`."""
     num_bytes = _BYTES_OF_TOKEN * (job.input_tokens or 0)
     making = here.work.run(num_bytes, _teller, here, job, tell)
-    teller = await live.while_there(request, here, placed, making)
+    teller = await calls.while_there(request, here, placed, making)
     happening = cast("AsyncGenerator[Event, None]", events(here, placed.tenant, placed.id))
-    first = await live.while_there(request, here, placed, _begun(placed, happening))
+    first = await calls.while_there(request, here, placed, _begun(placed, happening))
     return _Stream(here, placed, request.url.path, teller, first, happening)
 
 
@@ -83,7 +84,7 @@ async def _begun(placed: Placed, happening: AsyncGenerator[Event, None]) -> Even
     async for event in happening:
         match event:
             case Ended(seen):
-                live.completed(seen)
+                calls.completed(seen)
                 return event
             case Begun() | NewTokens():
                 return event
@@ -92,7 +93,7 @@ async def _begun(placed: Placed, happening: AsyncGenerator[Event, None]) -> Even
                 return event
         placed.expect_time()
         is_silent = True  # the first event of a job that runs is one
-    raise Unavailable(live.STOPPING)
+    raise Unavailable(calls.STOPPING)
 
 
 class _Stream(StreamingResponse):
@@ -117,7 +118,7 @@ class _Stream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             if not self._is_over:  # the caller has gone, or is told no more
-                self._here.later(live.cancel(self._here, self._placed))
+                self._here.later(calls.cancel(self._here, self._placed))
 
     async def _told(self) -> AsyncIterator[bytes]:
         async with aclosing(self._happening):
@@ -128,7 +129,7 @@ class _Stream(StreamingResponse):
                     for chunk in self._of(event):
                         yield chunk
                 if not self._is_over:
-                    raise Unavailable(live.STOPPING)
+                    raise Unavailable(calls.STOPPING)
             except GristmillError as error:
                 yield self._teller.failed(problems.describe(error, instance=self._path))
 
@@ -140,7 +141,7 @@ class _Stream(StreamingResponse):
                 yield from self._teller.tokens(event)
             case Ended(seen):
                 self._is_over = True
-                job = live.completed(seen)
+                job = calls.completed(seen)
                 yield from self._teller.ended(job.response or {})
             case Queued():
                 self._placed.expect_time()

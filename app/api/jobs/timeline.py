@@ -8,11 +8,11 @@ from uuid import UUID
 from fastapi import APIRouter
 
 from app.api.caller import Who
-from app.api.jobs import JobId
+from app.api.jobs.calls import JobId
+from app.api.jobs.schemas_timeline import Timeline
+from app.api.jobs.timeline_views import timeline_of
 from app.api.problems import documented
-from app.api.schemas_timeline import Timeline
 from app.api.services import Here
-from app.api.timeline_views import timeline_of
 from app.api.views import told
 from app.errors import JobNotFound
 from app.jobs import job_id_of

@@ -7,8 +7,8 @@ from typing import Final, TypeVar
 from fastapi import Request
 from pydantic import ValidationError
 
-from app.api import raw_bodies
 from app.api.services import Services
+from app.api.wire import raw_bodies
 from app.errors import RequestError
 from app.requests.part import Part
 from app.requests.problems import first_problem

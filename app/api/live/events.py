@@ -20,11 +20,11 @@ from functools import partial
 from typing import Final
 from uuid import UUID
 
+from app.api.live.followers import Listener
+from app.api.live.waiting import Waiters, Watch
 from app.api.reader import Snapshot
 from app.api.schemas import Eta
 from app.api.services import Services
-from app.api.streams import Listener
-from app.api.waiting import Waiters, Watch
 from app.broker import events as told
 from app.broker.events import Entry, EventId
 from app.errors import RequestError, Unavailable

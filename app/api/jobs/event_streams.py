@@ -15,18 +15,16 @@ from fastapi.responses import StreamingResponse
 from fastapi.sse import EventSourceResponse, format_sse_event
 
 from app.api.caller import Who
-from app.api.events import Begun, Ended, Event, NewTokens, Queued, Silence, event_id, events
-from app.api.jobs import JobId
+from app.api.jobs.calls import JobId
+from app.api.jobs.schemas_events import BatchOf, EventQueued, EventStarted, EventTokens
+from app.api.live.events import Begun, Ended, Event, NewTokens, Queued, Silence, event_id, events
+from app.api.live.sse import HEADERS, KEEP_ALIVE
 from app.api.problems import documented
-from app.api.schemas_events import BatchOf, EventQueued, EventStarted, EventTokens
 from app.api.services import Here
 from app.jobs import job_id_of
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
-HEADERS: Final = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-"""Neither kept nor gathered on the way: nginx heeds the second."""
-KEEP_ALIVE: Final = b": keep-alive\n\n"
 RETRY_MS: Final = 1_000
 """How long a client waits before it comes back."""
 

@@ -9,7 +9,7 @@ from typing import Final
 from uuid import UUID
 
 from app.api import views
-from app.api.schemas_timeline import (
+from app.api.jobs.schemas_timeline import (
     Device,
     DevicePart,
     Timeline,

@@ -10,7 +10,7 @@ from typing import Final
 from fastapi import Request
 from starlette.exceptions import HTTPException
 
-from app.api.raw_bodies import DRAIN_BYTES
+from app.api.wire.raw_bodies import DRAIN_BYTES
 from app.errors import Busy, GristmillError
 
 MIN_BYTES_PER_S: Final = 50_000

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from functools import partial
 from http import HTTPStatus
@@ -11,15 +10,17 @@ from uuid import UUID
 
 from fastapi import APIRouter, Header, Path, Query, Request, Response
 
-from app.api import quotes, raw_bodies
 from app.api.answers import JSON, LOOK_AGAIN, Held, Hold, answer, look, look_at_new
 from app.api.caller import Caller, Who
-from app.api.openapi import json_body
+from app.api.idempotency import IdempotencyKey, parse_key
+from app.api.jobs import quotes
+from app.api.jobs.schemas_quotes import BulkQuote, Quote
 from app.api.problems import documented
 from app.api.schemas import BulkAnswer, BulkRequest, Job
-from app.api.schemas_quotes import BulkQuote, Quote
 from app.api.services import Here, Services
 from app.api.views import bulk_item
+from app.api.wire import raw_bodies
+from app.api.wire.raw_bodies import json_body
 from app.errors import GristmillError, RequestError, RequestTooLarge
 from app.intake.decision import Decision
 from app.intake.submit import Stored, Submission
@@ -33,20 +34,12 @@ router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 PIECE_BYTES: Final = 64_000
 """Of a bulk: jobs that are checked in one turn, so that small submissions never wait for long."""
 
-_KEY: Final = re.compile(r'"(?P<quoted>[ !#-\[\]-~]{1,255})"|(?P<bare>[!#-~]{1,255})')
 
 JobId = Annotated[
     str,
     Path(
         description="The job's id. Any other text is taken for the id of a Celery task.",
         examples=["0b9f1c5e-6c8f-4d3a-9a3f-0d9b7f2f6a11"],
-    ),
-]
-IdempotencyKey = Annotated[
-    str | None,
-    Header(
-        description="The same key and request once more are the same job, as long as it is kept.",
-        examples=["order-42-summary"],
     ),
 ]
 
@@ -156,16 +149,6 @@ def _check(here: Services, tenant: str, raw: bytearray, header: str | None) -> N
                 param="idempotency_key",
             )
     return here.submitter.check(value, tenant=tenant)
-
-
-def parse_key(header: str) -> str:
-    """The key of the header: a quoted string (a structured field), or bare."""
-    match = _KEY.fullmatch(header.strip())
-    if match is None:
-        raise RequestError(
-            "An Idempotency-Key has 1 to 255 visible ASCII characters.", param="Idempotency-Key"
-        )
-    return match["quoted"] or match["bare"]
 
 
 @router.post(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Final
+from typing import Any, Final
 
 from fastapi import Request
+from pydantic import BaseModel
 from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 
-from app.api.room import Room, Share
+from app.api.wire.room import Room, Share
 from app.errors import Busy, RequestError, RequestTooLarge
 from app.requests import json_text
 
@@ -96,3 +97,9 @@ def parse_json(raw: bytes | bytearray, param: str = "body") -> object:
     except ValueError as error:  # its text holds a reason and a place, never the input
         what = "The body" if param == "body" else param
         raise RequestError(f"{what} is not valid JSON: {error}.", param=param) from None
+
+
+def json_body(schema: type[BaseModel], example: dict[str, Any]) -> dict[str, Any]:
+    """OpenAPI of a body that the handler reads itself, within a limit."""
+    told = {"schema": {"$ref": f"#/components/schemas/{schema.__name__}"}, "example": example}
+    return {"requestBody": {"required": True, "content": {"application/json": told}}}

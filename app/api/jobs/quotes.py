@@ -12,7 +12,7 @@ from typing import Final
 from fastapi import Response
 
 from app.api import problems
-from app.api.schemas_quotes import (
+from app.api.jobs.schemas_quotes import (
     Between,
     BulkQuote,
     DeadlineOutlook,

@@ -1,0 +1,1 @@
+"""Connections, and the bodies of requests and answers as they cross them."""
