@@ -1318,6 +1318,13 @@ MUTANTS: Final = (
         "tests/unit/test_saying.py::test_text_is_told_as_soon_as_it_is_certain",
     ),
     Mutant(
+        "a thought whose end mark comes where a call may be is what was said",
+        "app/requests/saying.py",
+        "case _ if self._may_think and self._end in self._buffer:",
+        'case "content" if self._may_think and self._end in self._buffer:',
+        "tests/unit/test_saying.py::test_what_is_told_and_the_rest_are_the_answer",
+    ),
+    Mutant(
         "an answer that is begun anew goes on whatever was told before",
         "app/requests/saying.py",
         "if new[:known] != self._expected[:known]:",

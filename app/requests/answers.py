@@ -10,6 +10,7 @@ from app.engines.text.detokenizer import Detokenizer
 from app.engines.text.tokenizer import Tokenizer
 from app.requests.calls import Call
 from app.requests.chat import ChatBody
+from app.requests.marked_text import MarkedText
 from app.requests.reasoning import Marks, marks_of
 from app.requests.tagged_calls import TaggedFormat
 from app.requests.tool_formats import ToolFormat, format_of
@@ -32,7 +33,9 @@ def said(body: ChatBody, answer: Generation, tokenizer: Tokenizer, prompt: Seque
     offer = body.offer
     form = format_of(template.source) if offer.functions else None
     kept = kept_in(marks, form)
-    content = _text_with(kept, answer, tokenizer, prompt, body.stops)
+    content, text = answer.text, MarkedText(kept, tokenizer, prompt, body.stops)
+    if text.has_mark(answer.token_ids):
+        content = text.take("", answer.token_ids) + text.rest()
     reasoning = None
     if marks is not None:
         reasoning, content = marks.split(content, marks.state(tokenizer, prompt))
@@ -73,19 +76,3 @@ def _pieces(
     kept = {token_id: text for token_id, text in tokenizer.special.items() if text in marks}
     for each in answer.token_ids:
         yield kept.get(each, "") + detokenizer.read(each)
-
-
-def _text_with(
-    marks: set[str],
-    answer: Generation,
-    tokenizer: Tokenizer,
-    prompt: Sequence[int],
-    stops: Sequence[str],
-) -> str:
-    """The answer's text, with those of its special tokens that are marks."""
-    if not any(text in marks and it in answer.token_ids for it, text in tokenizer.special.items()):
-        return answer.text
-    detokenizer = Detokenizer(tokenizer, prompt)
-    text = "".join(_pieces(marks, answer, tokenizer, detokenizer)) + detokenizer.break_off()
-    ends = (place for stop in stops if (place := text.find(stop)) >= 0)
-    return text[: min(ends, default=len(text))]

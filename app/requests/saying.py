@@ -3,24 +3,24 @@
     start ─▶ thought ─▶ after ─▶ content ─▶ withheld
       └────────────────────────────┘
 
-Text is told as soon as no token that follows can make something else of it: a mark, a stop string
-or a call. From where a call may begin all is held back, for a model may write anything there; at
-the end the whole answer, as `app.requests.answers` reads it, says what it was. What was told is
-the beginning of that, and never taken back. Pure.
+Text is told as soon as no token that follows can make something else of it: a mark, a stop
+string, a call, or blanks before one. From where a call may begin all is held back, for a model may
+write anything there; at the end the whole answer, as `app.requests.answers` reads it, says what it
+was. What was told is the beginning of that, and never taken back. Only where a thought's first mark
+was left out is it told as content, all of it, before its end mark is seen. Pure.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
-from app.engines.text.detokenizer import Detokenizer
 from app.engines.text.tokenizer import Tokenizer
 from app.errors import Restarted
 from app.requests.answers import kept_in
 from app.requests.chat import ChatBody
+from app.requests.marked_text import MarkedText, parted
 from app.requests.reasoning import State, marks_of
 from app.requests.storable import storable
 from app.requests.tool_formats import format_of
@@ -55,12 +55,18 @@ class Told:
         self.text += new[known:]
         return new[known:]
 
-    def rest(self, whole: str) -> str:
-        """What of the whole was not told. Blanks around what comes before a call are no part of
-        it. Raises `Restarted` if another text was told."""
-        for told in (self.text, self.text.strip()):
-            if whole.startswith(told):
-                return whole[len(told) :]
+    @property
+    def length(self) -> int:
+        """How far it has come this time."""
+        return len(self.text) - len(self._expected)
+
+    def rest(self, whole: str, start: int = 0) -> str:
+        """What of the whole was not told from `start` on. Blanks that it begins with are no part of
+        it if calls follow. Raises `Restarted` if another text was told."""
+        told = self.text[start:]
+        for each in (told, told.lstrip()):
+            if whole.startswith(each):
+                return whole[len(each) :]
         raise Restarted()
 
 
@@ -73,11 +79,12 @@ class Saying:
         source = template.source if template is not None else ""
         self._marks = marks_of(source)
         self._form = format_of(source) if body.offer.functions else None
+        self._is_bare = self._form is not None and self._form.openers == ()
         self._state: State = "closed"
         if self._marks is not None:
             self._state = self._marks.state(tokenizer, prompt)
         self._has_reasoning = body.include_reasoning
-        self._text = _Text(kept_in(self._marks, self._form), tokenizer, prompt, body.stops)
+        self._text = MarkedText(kept_in(self._marks, self._form), tokenizer, prompt, body.stops)
         self._content, self._reasoning = Told(), Told()
         self._begin()
 
@@ -86,15 +93,17 @@ class Saying:
         self._buffer = ""  #: text that was not told
         self._newlines: str | None = None
         """At the end of the thought so far: no part of it if it ends there. None: not begun."""
-        self._may_be_call = self._form is not None and self._form.openers == ()
+        self._may_be_call = self._is_bare
         self._may_think = False  #: what is told as content may yet be a thought
-        self.thinks_aloud = False  #: a thought without its first mark was told as content
+        self._num_aloud = 0  #: characters told as content that are a thought
+
+    @property
+    def thinks_aloud(self) -> bool:
+        """A thought without its first mark was told as content, before its end mark came."""
+        return self._num_aloud > 0
 
     def again(self) -> None:
-        """The answer is begun anew, after its worker was lost. Raises `Restarted` if what was told
-        cannot be gone on with."""
-        if self.thinks_aloud:
-            raise Restarted()
+        """The answer is begun anew, after its worker was lost."""
         self._text.again()
         self._content.again()
         self._reasoning.again()
@@ -103,7 +112,20 @@ class Saying:
     def take(self, text: str, token_ids: Iterable[int] = ()) -> Delta:
         """What is certain with new text, as an engine streams it, and the tokens it is made of.
         Raises `Restarted` if something else was told before."""
-        self._buffer += self._text.take(text, token_ids)
+        return self._certain_of(self._text.take(text, token_ids))
+
+    def rest(self, content: str | None, reasoning: str | None) -> Delta:
+        """What of the whole answer was not told. Raises `Restarted` if something else was."""
+        last = self._certain_of(self._text.rest())
+        said = self._content.rest(content or "", self._num_aloud)
+        is_told = self.thinks_aloud or not self._has_reasoning
+        thought = "" if is_told else self._reasoning.rest(reasoning or "")
+        return Delta(last.content + said, last.reasoning + thought)
+
+    # ── what is certain ──────────────────────────────────────────────────────────────────────
+
+    def _certain_of(self, new: str) -> Delta:
+        self._buffer += new
         reasoning, content = "", ""
         while True:
             before = self._phase
@@ -111,31 +133,22 @@ class Saying:
                 case "start":
                     self._find_thought()
                 case "thought":
-                    reasoning += self._thought()
+                    reasoning += self._reasoning.say(self._thought())
                 case "after":
                     self._buffer = self._buffer.lstrip("\n")
                     self._phase = "content" if self._buffer else "after"
+                case _ if self._may_think and self._end in self._buffer:
+                    content += self._content.say(self._thought_after_all())
                 case "content":
-                    content += self._said()
+                    content += self._content.say(self._said())
             if self._phase == before:
                 break
-        told = self._content.say(content)
-        thought = self._reasoning.say(reasoning) if self._has_reasoning else ""
-        return Delta(told, thought)
+        return Delta(content, reasoning if self._has_reasoning else "")
 
-    def rest(self, content: str | None, reasoning: str | None) -> Delta:
-        """What of the whole answer was not told. Raises `Restarted` if something else was."""
-        if reasoning and (self.thinks_aloud or (self._may_think and self._content.text)):
-            # The thought was told as content, its mark among what was held back, or before.
-            with suppress(Restarted):
-                return Delta(
-                    self._content.rest(content or "") if self.thinks_aloud else content or ""
-                )
-            return Delta()
-        thought = self._reasoning.rest(reasoning or "")
-        return Delta(self._content.rest(content or ""), thought)
-
-    # ── what is certain ──────────────────────────────────────────────────────────────────────
+    @property
+    def _end(self) -> str:
+        assert self._marks is not None
+        return self._marks.end
 
     def _find_thought(self) -> None:
         assert self._marks is not None
@@ -148,12 +161,11 @@ class Saying:
             self._phase = "content" if self._may_think else "thought"
 
     def _thought(self) -> str:
-        assert self._marks is not None
-        thought, mark, rest = self._buffer.partition(self._marks.end)
+        thought, mark, rest = self._buffer.partition(self._end)
         if mark:
             self._buffer, self._phase = rest, "after"
         else:
-            thought, self._buffer = parted(thought, (self._marks.end,))
+            thought, self._buffer = parted(thought, (self._end,))
         if self._newlines is None:
             thought = thought.lstrip("\n")
             if not thought:
@@ -162,6 +174,18 @@ class Saying:
         certain = thought.rstrip("\n")
         self._newlines = thought[len(certain) :]
         return certain
+
+    def _thought_after_all(self) -> str:
+        """All so far was a thought whose first mark was left out. If it was begun to be told as
+        content, so is the rest of it."""
+        self._may_think, self._may_be_call = False, self._is_bare
+        if not self._content.text:
+            self._state, self._phase = "open", "thought"
+            return ""
+        thought, _, self._buffer = self._buffer.partition(self._end)
+        self._num_aloud = self._content.length + len(thought)
+        self._phase = "after"
+        return thought
 
     def _said(self) -> str:
         if self._may_be_call:
@@ -173,78 +197,16 @@ class Saying:
                 return ""
             self._may_be_call = False
         openers = self._form.openers if self._form is not None else ()
-        ends = (self._marks.end,) if self._marks is not None and self._may_think else ()
-        found = [(at, each) for each in (*openers, *ends) if (at := self._buffer.find(each)) >= 0]
-        if not found:
-            certain, self._buffer = parted(self._buffer, (*openers, *ends))
-            return certain
-        at, mark = min(found)
-        certain, self._buffer = self._buffer[:at], self._buffer[at + len(mark) :]
-        self._phase = "withheld"
-        if mark in ends:  # what was told is said to be a thought now; the rest is content
-            self._phase, self._may_think, self.thinks_aloud = "after", False, True
-            self._content = Told()
-            return ""
-        return certain
+        if found := [at for each in openers if (at := self._buffer.find(each)) >= 0]:
+            certain, held = self._buffer[: min(found)], self._buffer[min(found) :]
+            self._phase = "withheld"
+        else:
+            marks = (*openers, self._end) if self._may_think else openers
+            certain, held = parted(self._buffer, marks)
+        blanks = certain[len(certain.rstrip()) :] if openers else ""
+        self._buffer = blanks + held
+        return certain.removesuffix(blanks)
 
 
 _BARE: Final = ("{", "<|python_tag|>")
 """How an answer begins that is a call by itself."""
-
-
-def parted(text: str, marks: Iterable[str]) -> tuple[str, str]:
-    """What is certain of a text, and its end, if one of the marks may begin there."""
-    most = max((len(mark) - 1 for mark in marks), default=0)
-    for length in range(min(most, len(text)), 0, -1):
-        if any(mark.startswith(text[-length:]) for mark in marks):
-            return text[:-length], text[-length:]
-    return text, ""
-
-
-class _Text:
-    """The text of an answer, with those of its special tokens that are marks.
-
-    An engine's text is without special tokens. From the first of them on the text is made of the
-    tokens here, up to where a stop string may begin.
-    """
-
-    def __init__(
-        self, kept: set[str], tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str]
-    ) -> None:
-        self._kept = {
-            token_id: text for token_id, text in tokenizer.special.items() if text in kept
-        }
-        self._tokenizer, self._prompt, self._stops = tokenizer, prompt, stops
-        self.again()
-
-    def again(self) -> None:
-        self._detokenizer = Detokenizer(self._tokenizer, self._prompt)
-        self._token_ids: list[int] = []  #: until the first mark
-        self._length = 0  #: of what was given until then
-        self._is_own = False
-        self._held = ""  #: the end of the text, which may begin a stop string
-        self._is_over = False
-
-    def take(self, text: str, token_ids: Iterable[int]) -> str:
-        if not self._kept:
-            return text
-        if self._is_own:
-            return self._made_of(token_ids)
-        self._token_ids += token_ids
-        if self._kept.keys().isdisjoint(self._token_ids):
-            self._length += len(text)
-            return text
-        self._is_own = True
-        return self._made_of(self._token_ids)[self._length :]
-
-    def _made_of(self, token_ids: Iterable[int]) -> str:
-        if self._is_over:
-            return ""
-        pieces = (self._kept.get(each, "") + self._detokenizer.read(each) for each in token_ids)
-        text = self._held + "".join(pieces)
-        ends = [place for stop in self._stops if (place := text.find(stop)) >= 0]
-        if ends:
-            self._is_over = True
-            return text[: min(ends)]
-        text, self._held = parted(text, self._stops)
-        return text

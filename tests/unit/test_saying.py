@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, Final
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from app.engines.base import Generation
@@ -77,16 +78,43 @@ class Streamed:
             request, [answer], job_id="1", model="m", created=0, tokenizer=tokenizer,
             prompts=made.prompts,
         )  # fmt: skip
+        self.body = request.body
         self.message: dict[str, Any] = told["choices"][0]["message"]
         self.saying = Saying(request.body, tokenizer, prompt)
 
-    def told(self) -> Delta:
-        """All that is told of it up to its end."""
-        deltas = [self.saying.take(*new) for new in self.news]
+    def told(self, ends: Collection[int] = ()) -> Delta:
+        """All that is told of it up to its end: of each token by itself, or of those between
+        two ends at once."""
+        deltas: list[Delta] = []
+        text, token_ids = "", tuple[int, ...]()
+        for place, (new, ids) in enumerate(self.news):
+            text, token_ids = text + new, token_ids + ids
+            if not ends or place in ends or place == len(self.news) - 1:
+                deltas.append(self.saying.take(text, token_ids))
+                text, token_ids = "", ()
         return _joined(deltas)
 
     def rest(self) -> Delta:
         return self.saying.rest(self.message["content"], self.message.get("reasoning_content"))
+
+    def assert_whole(self, told: Delta) -> None:
+        """Nothing is missing of the answer in what was told, and nothing else was told."""
+        thought, content = self.message.get("reasoning_content") or "", self.message["content"]
+        if self.saying.thinks_aloud:
+            assert not told.reasoning
+            assert _unspaced(told.content).startswith(_unspaced(thought))
+            assert _unspaced(told.content).endswith(_unspaced(content or ""))
+            assert thought or not self.body.include_reasoning
+            return
+        assert told.reasoning == thought
+        if self.message.get("tool_calls"):
+            assert told.content.lstrip() == (content or "").lstrip()
+        else:
+            assert told.content == (content or "")
+
+
+def _unspaced(text: str) -> str:
+    return "".join(text.split())
 
 
 def _joined(deltas: list[Delta]) -> Delta:
@@ -95,46 +123,68 @@ def _joined(deltas: list[Delta]) -> Delta:
     )
 
 
+bodies = st.fixed_dictionaries(
+    {"include_reasoning": st.booleans()},
+    optional={"tools": st.just([TOOL]), "stop": st.sampled_from([["STOP"], ["</think>\n\nST"]])},
+)
+ends = st.sets(st.integers(0, 40), max_size=6)
+
+
 @settings(max_examples=300)
-@given(name=st.sampled_from(sorted(TEMPLATES)), text=texts, has_tools=st.booleans(), data=st.data())
+@given(name=st.sampled_from(sorted(TEMPLATES)), text=texts, body=bodies, ends=ends)
+@example(name="qwen", text="I do.<tool_call></think>", body={"tools": [TOOL]}, ends=set())
+@example(name="qwen", text="<tool_call></think>I do.", body={"tools": [TOOL]}, ends=set())
+@example(
+    name="qwen",
+    text="I do.<tool_call></think>",
+    body={"tools": [TOOL], "include_reasoning": False},
+    ends=set(),
+)
+@example(
+    name="qwen, marks special",
+    text="I do.[TOOL_CALLS]</think>\n\nS",
+    body={"stop": ["</think>\n\nST"]},
+    ends=set(),
+)
 def test_what_is_told_and_the_rest_are_the_answer(
-    tokenizers: dict[str, FileTokenizer], name: str, text: str, has_tools: bool, data: st.DataObject
+    tokenizers: dict[str, FileTokenizer],
+    name: str,
+    text: str,
+    body: dict[str, Any],
+    ends: set[int],
 ) -> None:
-    body: dict[str, Any] = {"tools": [TOOL]} if has_tools else {}
-    if data.draw(st.booleans()):
-        body["stop"] = ["STOP"]
     streamed = Streamed(tokenizers[name], text, **body)
 
-    told, rest = streamed.told(), streamed.rest()
-
-    message = streamed.message
-    content = told.content + rest.content
-    whole = message["content"] or ""
-    if message.get("reasoning_content") and not told.reasoning and told.content:
-        return  # a thought without its first mark: content, until its end mark came
-    assert told.reasoning + rest.reasoning == (message.get("reasoning_content") or "")
-    if message.get("tool_calls"):
-        assert content.strip() == whole or content.split() == whole.split()
-    else:
-        assert content == whole
+    streamed.assert_whole(_joined([streamed.told(ends), streamed.rest()]))
 
 
-@given(name=st.sampled_from(sorted(TEMPLATES)), text=texts, data=st.data())
+@settings(max_examples=300)
+@given(
+    name=st.sampled_from(sorted(TEMPLATES)),
+    text=texts,
+    body=bodies,
+    ends=st.tuples(ends, ends),
+    lost_after=st.integers(0, 40),
+)
 def test_an_answer_that_is_begun_anew_is_gone_on_with_and_not_repeated(
-    tokenizers: dict[str, FileTokenizer], name: str, text: str, data: st.DataObject
+    tokenizers: dict[str, FileTokenizer],
+    name: str,
+    text: str,
+    body: dict[str, Any],
+    ends: tuple[set[int], set[int]],
+    lost_after: int,
 ) -> None:
-    once = Streamed(tokenizers[name], text, tools=[TOOL])
-    expected = once.told()
-    if once.saying.thinks_aloud:
-        return
-    streamed = Streamed(tokenizers[name], text, tools=[TOOL])
-    lost_after = data.draw(st.integers(0, len(streamed.news)))
+    # given an answer that is lost half-way, and comes again in other portions
+    streamed = Streamed(tokenizers[name], text, **body)
+    news = streamed.news
+    streamed.news = news[:lost_after]
+    before = streamed.told(ends[0])
+    streamed.news = news
 
-    before = [streamed.saying.take(*new) for new in streamed.news[:lost_after]]
     streamed.saying.again()
-    after = streamed.told()
+    after = streamed.told(ends[1])
 
-    assert _joined([*before, after]) == expected
+    streamed.assert_whole(_joined([before, after, streamed.rest()]))
 
 
 def test_an_answer_that_is_begun_anew_and_another_is_not_gone_on_with(
@@ -166,8 +216,8 @@ def test_an_answer_that_is_begun_anew_and_ends_before_what_was_told_is_another(
     ("name", "text", "content", "reasoning"),
     [
         ("qwen", "<think>\nFine.\n</think>\n\nI do.", "I do.", "Fine."),
-        ("qwen", "I do.\n<tool_call>\n", "I do.\n", ""),
-        ("qwen", "a <tool", "a ", ""),
+        ("qwen", "I do.\n<tool_call>\n", "I do.", ""),
+        ("qwen", "a <tool", "a", ""),
         ("qwen", "a <tools>", "a <tools>", ""),
         ("r1", "Fine.\n\nMore.\n</think>\nI do.", "I do.", "Fine.\n\nMore."),
         ("r1", "Fine.\n", "", "Fine."),
