@@ -1383,6 +1383,13 @@ MUTANTS: Final = (
         "tests/integration/test_row_security.py",
     ),
     Mutant(
+        "tenants: what runs as the owner shows whatever it is asked for",
+        "migrations/versions/0003_jobs.py",
+        "current_setting('gristmill.tenant', true) IN (of_tenant, '*')",
+        "true",
+        "tests/integration/test_row_security.py",
+    ),
+    Mutant(
         "tenants: any message names its tenant",
         ARRIVALS,
         'is_tenant(named) and (named in trusted or "*" in trusted)',

@@ -98,19 +98,24 @@ _VIEWS: Final = text("""
 """)
 
 _ALL: Final = text("""
-    SELECT relname FROM pg_class
+    SELECT relname AS name, relkind IN ('r', 'p') AND NOT EXISTS (
+            SELECT FROM pg_attribute
+            WHERE attrelid = pg_class.oid AND attname = 'tenant' AND NOT attisdropped
+        ) AS is_nobodys
+    FROM pg_class
     WHERE relnamespace = current_schema()::regnamespace AND relkind IN ('r', 'p', 'v')
         AND NOT relispartition
 """)
 
+_DEFINERS: Final = ("labelled(text, jsonb, int)",)
+"""Functions that see what their owner sees. Anybody may call them until that is taken away."""
+
 _RIGHTS: Final = {
     "admin_log": "INSERT",
-    "alembic_version": "SELECT",
     "api_keys": "SELECT, UPDATE (last_used_at)",
-    "prices": "SELECT",
     "tenants": "SELECT",
 }
-"""Of the API's role, where it is not to read and write."""
+"""Of the API's role, where it is not to read and write. Of tables without a tenant it reads all."""
 
 
 def prepare(connection: Connection) -> None:
@@ -131,14 +136,19 @@ def prepare(connection: Connection) -> None:
         if not table.is_forced:
             for what in ("ENABLE", "FORCE"):
                 connection.execute(text(f"ALTER TABLE {table.name} {what} ROW LEVEL SECURITY"))
+    for function in _DEFINERS:
+        connection.execute(text(f"REVOKE ALL ON FUNCTION {function} FROM PUBLIC"))
     connection.execute(_MAKE_ROLE)
     if not connection.scalar(_HAS_ROLE, {"role": API_ROLE}):
         return
     schema = connection.scalar(text("SELECT quote_ident(current_schema())"))
     connection.execute(text(f"GRANT USAGE ON SCHEMA {schema} TO {API_ROLE}"))
-    for table in connection.scalars(_ALL).all():
-        rights = _RIGHTS.get(table, "SELECT, INSERT, UPDATE, DELETE")
-        connection.execute(text(f"GRANT {rights} ON {table} TO {API_ROLE}"))
+    for table in connection.execute(_ALL).all():
+        rights = "SELECT" if table.is_nobodys else "SELECT, INSERT, UPDATE, DELETE"
+        rights = _RIGHTS.get(table.name, rights)
+        connection.execute(text(f"GRANT {rights} ON {table.name} TO {API_ROLE}"))
+    for function in _DEFINERS:
+        connection.execute(text(f"GRANT EXECUTE ON FUNCTION {function} TO {API_ROLE}"))
 
 
 def check(url: str) -> None:

@@ -132,19 +132,28 @@ END
 $$
 """
 
-# Whoever row-level security holds for cannot use the index of labels; this runs as the owner. Other
-# conditions are kept out of its look by OFFSET: they would tempt the planner to walk through an
-# index of these.
+# Whoever row-level security holds for cannot use the index of labels. This runs as the owner, and
+# so asks itself whose rows its caller may see. The tables that it names are bound when it is made:
+# no `search_path` or temporary table of a caller leads it to others. Other conditions are kept out
+# of its look by OFFSET: they would tempt the planner to walk through an index of these.
 LABELLED = """
 CREATE FUNCTION labelled(of_tenant text, labels jsonb, most int) RETURNS TABLE (
     id uuid, tenant text, state text, model text, created_at timestamptz,
     cancel_requested_at timestamptz
-) LANGUAGE sql STABLE SECURITY DEFINER SET search_path FROM CURRENT AS $$
+) LANGUAGE sql STABLE SECURITY DEFINER BEGIN ATOMIC
     SELECT id, tenant, state, model, created_at, cancel_requested_at FROM (
         SELECT * FROM jobs WHERE metadata @> labels AND metadata <> '{}' OFFSET 0
     ) AS job
-    WHERE tenant = of_tenant LIMIT most
-$$
+    WHERE tenant = of_tenant AND (
+        current_setting('gristmill.tenant', true) IN (of_tenant, '*')
+        OR pg_has_role(  -- it is the owner who asks
+            CASE current_setting('role') WHEN 'none' THEN session_user
+                ELSE CAST(current_setting('role') AS name) END,
+            current_user, 'USAGE'
+        )
+    )
+    LIMIT most;
+END
 """
 
 KEEP_LOG = """
