@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
+import math
+import pickle
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import UTC, datetime
@@ -15,7 +17,17 @@ from typing import Any
 import httpx
 import pytest
 
-from gristmill_client import AsyncClient, Client, JobFailed, asynchronous, exchange, sync, timer
+from gristmill_client import (
+    AsyncClient,
+    Client,
+    Job,
+    JobEvent,
+    JobFailed,
+    asynchronous,
+    exchange,
+    sync,
+    timer,
+)
 from gristmill_client.errors import (
     ContextLengthExceeded,
     GristmillError,
@@ -26,6 +38,7 @@ from gristmill_client.errors import (
     RequestError,
     Unavailable,
 )
+from gristmill_client.exchange import ExchangeOptions
 
 BODY = {"prompt": "A grist mill is"}
 Call = Callable[..., Any]
@@ -627,9 +640,24 @@ def test_an_address_that_is_none_is_refused_at_once() -> None:
     for address in ("localhost:8000", "127.0.0.1", "ftp://host", "http://", "http://[::1", "x\0y"):
         with pytest.raises(ValueError, match="http://"):
             Client(address)
-    for key in ("a\nb", "é"):
+    with pytest.raises(ValueError, match=r"no \? or #"):
+        Client("http://host/?key=1")
+    for key in ("a\nb", "é", "a "):
         with pytest.raises(ValueError, match="visible ASCII"):
             AsyncClient("http://host", key=key)
+    wrong: list[ExchangeOptions] = [{"timeout_s": 0}, {"timeout_s": math.inf}, {"patience_s": -1}]
+    for options in wrong:
+        with pytest.raises(ValueError, match="_s is"):
+            Client("http://host", **options)
+
+
+@pytest.mark.parametrize("address", ["http://test/mill", "http://test/mill/v1/"])
+def test_an_address_may_be_the_one_that_other_clients_have(address: str) -> None:
+    api = Api(job())
+    with Client(address, transport=httpx.MockTransport(api)) as client:
+        client.job("j1")
+
+    assert str(api.requests[0].url) == "http://test/mill/v1/jobs/j1"
 
 
 def test_what_is_no_job_is_said_to_be_none(call: Call) -> None:
@@ -638,16 +666,75 @@ def test_what_is_no_job_is_said_to_be_none(call: Call) -> None:
             call(Api(httpx.Response(200, json=answer)), "job", "j1")
 
 
-def test_a_password_in_the_address_is_in_no_error() -> None:
-    transport = httpx.MockTransport(Api(httpx.ConnectError("refused")))
+def test_a_password_in_the_address_is_in_no_error_and_no_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    api = Api(httpx.ConnectError("refused"))
+    transport = httpx.MockTransport(api)
     address = "http://me:secret@test"
     with (
+        caplog.at_level("INFO"),
         Client(address, transport=transport, patience_s=0) as client,
         pytest.raises(Unavailable) as raised,
     ):
         client.job("j1")
 
-    assert "secret" not in str(raised.value)
+    assert api.requests[0].headers["authorization"] == "Basic bWU6c2VjcmV0"
+    assert "secret" not in f"{raised.value} {caplog.text} {api.requests[0].url}"
+
+
+def test_what_is_passed_on_and_shown_has_no_answer_in_it_and_stays_whole() -> None:
+    found = Job.of(job("failed", response={"choices": ["private"]}).json())
+    event = JobEvent("tokens", {"text": "private"}, "1-0")
+    failed = pickle.loads(pickle.dumps(JobFailed(found)))
+
+    assert (failed.job, failed.message) == (found, JobFailed(found).message)
+    assert "private" not in f"{found!r} {event!r} {failed!r}"
+    for error in (RequestError("Why.", param="body"), QueueFull("Later.", code="other")):
+        again = pickle.loads(pickle.dumps(error))
+        assert (vars(again), again.message) == (vars(error), error.message)
+
+
+def test_a_child_that_was_forked_makes_connections_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[object] = []
+    connections = exchange.Connections(lambda: made.append(object()) or made[-1])
+    of_the_parent = connections.get()
+
+    monkeypatch.setattr(exchange.os, "getpid", lambda: -1)
+
+    assert connections.get() is connections.get() is not of_the_parent
+    assert len(made) == 2
+
+
+def test_who_has_all_connections_in_use_waits_for_one_and_not_for_the_api(call: Call) -> None:
+    def no_more_than(seconds: float) -> Api:
+        def answer(_: httpx.Request) -> httpx.Response:
+            api.held_s += 30
+            if api.held_s <= seconds:
+                raise httpx.PoolTimeout("all in use")
+            return job("completed", response={})
+
+        api = Api(answer)
+        return api
+
+    told: list[object] = []
+    made = {"patience_s": 0, "on_pause": lambda *pause: told.append(pause)}
+
+    assert call(no_more_than(600), "result", "j1", made=made) == {}
+    with pytest.raises(TimeoutError):
+        call(no_more_than(600), "wait", "j1", timeout_s=90)
+    assert told == []
+
+
+def test_what_leads_elsewhere_is_no_job(call: Call) -> None:
+    for job_id in ("", ".", ".."):
+        with pytest.raises(JobNotFound):
+            call(Api(job()), "purge", job_id)
+    moved = httpx.Response(307, headers={"Location": "https://test/v1/jobs/%3F"})
+    with pytest.raises(GristmillError, match=r"307: it is at https://test/v1/jobs/%3F now"):
+        call(Api(moved), "job", "\udcff")
 
 
 def test_both_clients_have_the_same_methods() -> None:

@@ -43,6 +43,14 @@ def test_events_are_the_same_in_whatever_pieces_they_come(line_end: str, sizes: 
     assert read == TOLD
 
 
+def test_an_event_that_broke_off_after_its_id_is_asked_for_again() -> None:
+    reader = EventReader("1-0")
+
+    assert list(reader.read(b'id: 1-1\nevent: tokens\ndata: {"text": "a"}\n')) == []
+    assert reader.last_id == "1-0"
+    assert [each.id for each in reader.read(b"\n")] == ["1-1"] == [reader.last_id]
+
+
 @pytest.mark.parametrize("data", ["", "[]", "nonsense", "NaN", "[" * 100_000])
 def test_what_is_no_event_is_an_error_in_words(data: str) -> None:
     with pytest.raises(GristmillError, match="is it Gristmill's"):

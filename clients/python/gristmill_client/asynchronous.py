@@ -13,7 +13,7 @@ import httpx
 
 from gristmill_client.errors import GristmillError
 from gristmill_client.events import JobEvent, Open, Read
-from gristmill_client.exchange import CONNECTIONS, Exchange, ExchangeOptions, Flow, Outcome
+from gristmill_client.exchange import LIMITS, Connections, Exchange, ExchangeOptions, Flow, Outcome
 from gristmill_client.flows import Flows, Given, Stream
 from gristmill_client.job import Cancelled, Job
 from gristmill_client.options import Chosen, Filters, Options, Submission, Usage
@@ -38,8 +38,10 @@ class AsyncClient:
     ) -> None:
         api = Exchange(base_url, **options)
         self._flows = Flows(api)
-        self._http = httpx.AsyncClient(
-            verify=verify, transport=transport, trust_env=api.heeds_proxies, limits=CONNECTIONS
+        self._http = Connections(
+            lambda: httpx.AsyncClient(
+                verify=verify, transport=transport, trust_env=api.heeds_proxies, limits=LIMITS
+            )
         )
 
     # ── submit ──────────────────────────────────────────────────────────────────────────────────
@@ -108,7 +110,7 @@ class AsyncClient:
         renews; `after` is the `id` of the last event that was had before. `restarted` says that
         the tokens of before are void. Raises `JobNotFound`, and `Unavailable` as `wait` does.
         """
-        opened = _Opened(self._http)
+        opened = _Opened(self._http.get())
         outcome: httpx.Response | bytes | httpx.RequestError | None = None
         listening = self._flows.stream(job_id, after)
         async with aclosing(opened):
@@ -204,7 +206,7 @@ class AsyncClient:
     # ── carrying flows out ──────────────────────────────────────────────────────────────────────
 
     async def close(self) -> None:
-        await self._http.aclose()
+        await self._http.get().aclose()
 
     async def __aenter__(self) -> Self:
         return self
@@ -245,7 +247,7 @@ class AsyncClient:
             await asyncio.sleep(step)
             return None
         try:
-            return await self._http.send(step)
+            return await self._http.get().send(step)
         except httpx.RequestError as error:
             return error
 

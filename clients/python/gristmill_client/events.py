@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import httpx
@@ -25,7 +25,7 @@ class JobEvent:
     """What happened to a job: see the API's documentation of GET /v1/jobs/{job_id}/events."""
 
     event: str  #: queued, started, tokens, restarted or end
-    data: dict[str, Any]
+    data: dict[str, Any] = field(repr=False)
     id: str = ""  #: of the last event that had one: `after` of a later `stream`
 
     @property
@@ -41,14 +41,15 @@ class JobEvent:
     @property
     def job(self) -> Job | None:
         """The job, of `end`."""
-        return Job.of(self.data["job"]) if self.event == "end" else None
+        return Job.of(self.data.get("job")) if self.event == "end" else None
 
 
 class EventReader:
     """Puts events together from the pieces that they come in."""
 
     def __init__(self, last_id: str = "") -> None:
-        self.last_id = last_id
+        self.last_id = last_id  #: of the last event that was whole
+        self._id = last_id
         self._held: list[bytes] = []  #: of a line whose end has not come
         self._num_held = 0
         self._event, self._data = "", list[str]()
@@ -78,11 +79,11 @@ class EventReader:
             case "data":
                 self._data.append(value)
             case "id":
-                self.last_id = value
+                self._id = value
 
     def _whole(self) -> JobEvent:
         event, data = self._event, "\n".join(self._data)
-        self._event, self._data = "", []
+        self._event, self._data, self.last_id = "", [], self._id
         try:
             value = json.loads(data)
         except (ValueError, RecursionError):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import ipaddress
 import itertools
 import json
 import math
+import os
 import random
 import ssl
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from email.utils import parsedate_to_datetime
-from typing import Any, Final, TypedDict, TypeVar
+from typing import Any, Final, Generic, TypedDict, TypeVar, Unpack
 
 import httpx
 
@@ -28,12 +30,17 @@ RETRIED: Final = frozenset({408, 429, 502, 503, 504})
 MAX_PAUSE_S: Final = 60.0
 """Longest pause that a Retry-After is heeded for: a wrong one must not put the caller to sleep."""
 PATIENCE_S: Final = 120.0
+MAX_TIMEOUT_S: Final = 86_400
 
-CONNECTIONS: Final = httpx.Limits(
-    max_connections=100, max_keepalive_connections=20, keepalive_expiry=60.0
+LIMITS: Final = httpx.Limits(
+    max_connections=500, max_keepalive_connections=20, keepalive_expiry=60.0
 )
-"""httpx's own, but kept open from one look at a job to the next, and for less time than the API
-keeps them (75 s): whoever connects anew waits behind others who do."""
+"""More than httpx's own: each wait for a job holds one. They are kept open from one look at a job
+to the next, and for less time than the API keeps them (75 s): whoever connects anew waits behind
+others who do."""
+
+_OURS: Final = (httpx.LocalProtocolError, httpx.UnsupportedProtocol)
+"""Nothing was sent."""
 
 COME_BACK: Final = (Unavailable, QueueFull)
 """Refusals of the service itself, not of what was asked: everything else would meet them too."""
@@ -62,6 +69,31 @@ class ExchangeOptions(TypedDict, total=False):
     on_pause: Callable[[GristmillError, float], None]
 
 
+class Query(TypedDict, total=False):
+    """What goes with a request.
+
+    params: of its query.
+    hold_s: how long the server may take on purpose, in seconds.
+    """
+
+    params: Mapping[str, Any] | None
+    hold_s: float
+
+
+class Connections(Generic[T]):
+    """Those of this process. After a fork a child makes its own: two that read from one connection
+    would get each other's answers."""
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        self._make = make
+        self._kept = os.getpid(), make()
+
+    def get(self) -> T:
+        if self._kept[0] != os.getpid():
+            self._kept = os.getpid(), self._make()
+        return self._kept[1]
+
+
 class Patience:
     """How much longer an API that is away is asked again. Any answer renews it.
 
@@ -83,11 +115,15 @@ class Patience:
     def renew(self) -> None:
         self._away_since = None
 
+    @property
+    def is_over(self) -> bool:
+        return time.monotonic() >= self._ends_at
+
 
 class Exchange:
     """The API at one address, as flows: nothing is sent here.
 
-    Raises `ValueError` for an address or a key that is none.
+    Raises `ValueError` for an address, a key or a time that is none.
     """
 
     def __init__(
@@ -101,16 +137,23 @@ class Exchange:
         on_pause: Callable[[GristmillError, float], None] | None = None,
     ) -> None:
         url = _url(base_url)
-        if key and not (key.isascii() and key.isprintable()):
+        if key and not all("!" <= letter <= "~" for letter in key):
             raise ValueError("A key has visible ASCII characters alone.")
-        self._base_url = str(url)
-        self.shown_url = str(url.copy_with(userinfo=b""))  #: without a password
+        if not 0 < timeout_s <= MAX_TIMEOUT_S:
+            raise ValueError(f"timeout_s is more than 0, and {MAX_TIMEOUT_S} at most.")
+        if not patience_s >= 0:
+            raise ValueError("patience_s is 0 or more.")
+        self.base_url = str(url.copy_with(userinfo=b""))
         self._host = url.host
         self.patience_s = patience_s
         self._timeout_s = timeout_s
         self._on_pause = on_pause
-        self._headers = {"Accept": "application/json", "User-Agent": "gristmill-client"}
-        self._headers |= headers or {}
+        self._headers = httpx.Headers(
+            {"Accept": "application/json", "User-Agent": "gristmill-client"}
+        )
+        if url.userinfo:  # not in an address, which httpx logs
+            self._headers["Authorization"] = _basic(url)
+        self._headers.update(headers or {})
         if key:
             self._headers["Authorization"] = f"Bearer {key}"
 
@@ -125,21 +168,18 @@ class Exchange:
         path: str,
         body: bytes | None = None,
         *,
-        params: Mapping[str, Any] | None = None,
-        hold_s: float = 0,
         patience: Patience | None = None,
+        **query: Unpack[Query],
     ) -> Flow[dict[str, Any]]:
         """The JSON object that a request is answered with.
 
-        `hold_s` is how long the server may take on purpose. Raises the error that the API tells
-        of, or `Unavailable` if it is away for longer than `patience`.
+        Raises the error that the API tells of, or `Unavailable` if it is away for longer than
+        `patience`.
         """
         patience = patience or Patience(self.patience_s)
-        headers = {"Content-Type": "application/json"} if body else {}
+        request = self.request(method, path, body, **query)
         for tries in itertools.count(1):
-            outcome = yield self.request(
-                method, path, body, params=params, hold_s=hold_s, headers=headers
-            )
+            outcome = yield request
             if isinstance(outcome, httpx.Response) and outcome.is_success:
                 patience.renew()
                 return self._object(outcome) if outcome.content else {}
@@ -154,20 +194,30 @@ class Exchange:
         *,
         params: Mapping[str, Any] | None = None,
         hold_s: float = 0,
-        headers: Mapping[str, str],
+        headers: Mapping[str, str] | None = None,
     ) -> httpx.Request:
+        """Raises `RequestError` if something in it cannot be written."""
         timeout = httpx.Timeout(self._timeout_s, read=self._timeout_s + hold_s)
-        return httpx.Request(
-            method,
-            self._base_url + path,
-            params=params,
-            content=body,
-            headers={**self._headers, **headers},
-            extensions={"timeout": timeout.as_dict()},
-        )
+        all_headers = httpx.Headers(self._headers)
+        try:
+            if body:
+                all_headers["Content-Type"] = "application/json"
+            all_headers.update(headers or {})
+            return httpx.Request(
+                method,
+                self.base_url + path,
+                params=params,
+                content=body,
+                headers=all_headers,
+                extensions={"timeout": timeout.as_dict()},
+            )
+        except UnicodeError:
+            raise RequestError("The request has text that HTTP cannot carry.") from None
 
     def pause_s(self, outcome: Outcome, tries: int, patience: Patience) -> float:
         """How long to wait before the next try; raises what went wrong if there is none."""
+        if isinstance(outcome, httpx.PoolTimeout) and not patience.is_over:
+            return 0.0  # it is we who have all connections in use: the API is not away
         failure = self._failure(outcome)
         if not _may_pass(outcome):
             patience.renew()
@@ -187,23 +237,25 @@ class Exchange:
         if isinstance(value, dict):
             return value
         raise GristmillError(
-            f"{self.shown_url} answered {response.status_code} with something else than a JSON "
+            f"{self.base_url} answered {response.status_code} with something else than a JSON "
             "object: is it the address of Gristmill's API?"
         )
 
     def _failure(self, outcome: Outcome) -> GristmillError:
         if not isinstance(outcome, httpx.Response):
-            why = "its TLS certificate is not trusted" if _is_untrusted(outcome) else None
-            return Unavailable(
-                f"The API at {self.shown_url} does not answer ({why or type(outcome).__name__})."
-            )
+            if isinstance(outcome, _OURS):  # whose text may quote a header
+                return RequestError(f"The request cannot be sent ({type(outcome).__name__}).")
+            return Unavailable(f"The API at {self.base_url} does not answer ({_why(outcome)}).")
         try:
             error = error_of(outcome.json())
             if isinstance(error, QueueFull):
                 error.retry_after = math.ceil(_pause_s(outcome, 1))
             return error
         except (ValueError, TypeError, KeyError):
-            what = f"{self.shown_url} answered {outcome.status_code} without a reason."
+            what = f"{self.base_url} answered {outcome.status_code} without a reason."
+        if outcome.has_redirect_location:
+            where = outcome.headers["location"]
+            what = f"{self.base_url} answered {outcome.status_code}: it is at {where} now."
         if outcome.status_code == 413:  # of a proxy on the way
             return RequestTooLarge(what)
         kind = Unavailable if outcome.status_code in RETRIED else GristmillError
@@ -211,13 +263,21 @@ class Exchange:
 
 
 def _url(address: str) -> httpx.URL:
+    """An address, which may end with the /v1 that other clients want."""
     try:
-        url = httpx.URL(address.rstrip("/"))
-    except httpx.InvalidURL:
+        url = httpx.URL(address.rstrip("/").removesuffix("/v1"))
+    except (httpx.InvalidURL, UnicodeError):
         url = httpx.URL()
     if url.scheme not in ("http", "https") or not url.host:
         raise ValueError("The API's address must begin with http:// or https:// and a host.")
+    if url.query or url.fragment:
+        raise ValueError("The API's address ends with a host or a path: no ? or # is in it.")
     return url
+
+
+def _basic(url: httpx.URL) -> str:
+    told = f"{url.username}:{url.password}".encode()
+    return f"Basic {base64.b64encode(told).decode()}"
 
 
 def stays_here(host: str) -> bool:
@@ -247,19 +307,29 @@ def encode(value: object) -> bytes:
 def _may_pass(outcome: Outcome) -> bool:
     """Whether another try may fare better."""
     if not isinstance(outcome, httpx.Response):
-        is_ours = isinstance(outcome, httpx.LocalProtocolError | httpx.UnsupportedProtocol)
-        return isinstance(outcome, httpx.TransportError) and not (is_ours or _is_untrusted(outcome))
+        is_vain = isinstance(outcome, _OURS) or _is_untrusted(outcome)
+        return isinstance(outcome, httpx.TransportError) and not is_vain
     return (
         outcome.status_code in RETRIED and outcome.headers.get("x-should-retry", "true") != "false"
     )
 
 
 def _is_untrusted(error: BaseException | None) -> bool:
+    return any(isinstance(each, ssl.SSLCertVerificationError) for each in _causes(error))
+
+
+def _why(error: BaseException | None) -> str:
+    """What kept a request from being answered, without anything that was asked."""
+    if _is_untrusted(error):
+        return "its TLS certificate is not trusted"
+    of_the_system = (each.strerror for each in _causes(error) if isinstance(each, OSError))
+    return ": ".join(filter(None, (type(error).__name__, next(of_the_system, None))))
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
-        if isinstance(error, ssl.SSLCertVerificationError):
-            return True
+        yield error
         error = error.__cause__ or error.__context__
-    return False
 
 
 def _pause_s(outcome: Outcome, tries: int) -> float:
@@ -273,7 +343,7 @@ def _pause_s(outcome: Outcome, tries: int) -> float:
 
 def _retry_after_s(text: str) -> float | None:
     """Seconds, or a date (RFC 9110, 10.2.3)."""
-    if text.isdigit():
+    if text.isascii() and text.isdigit():
         return float(text)
     try:
         return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())

@@ -11,17 +11,18 @@ import httpx
 
 from gristmill_client.errors import (
     GristmillError,
+    JobNotFound,
     NotStorable,
     RequestError,
     RequestTooLarge,
     ResponseRemoved,
 )
 from gristmill_client.events import Listening, listen
-from gristmill_client.exchange import COME_BACK, Exchange, Flow, Outcome, Patience, encode
-from gristmill_client.items import items_of
+from gristmill_client.exchange import COME_BACK, Exchange, Flow, Outcome, Patience, Query, encode
+from gristmill_client.items import items_of, list_of
 from gristmill_client.job import Cancelled, Job, JobFailed
 from gristmill_client.options import Chosen, Filters, Options, Usage, plain, query_of
-from gristmill_client.pages import PageSize, pages, submission_of
+from gristmill_client.pages import PageSize, job_of, pages, submission_of
 from gristmill_client.state import JobState
 from gristmill_client.timer import Timer
 
@@ -75,10 +76,13 @@ class Flows:
         return (yield from self._api.ask("POST", "/v1/jobs", told, params=_DRY_RUN))
 
     def quote_many(self, submissions: Iterable[Mapping[str, Any]]) -> Flow[dict[str, Any]]:
-        jobs = [submission_of(each["body"], each) for each in submissions]
-        body = b'{"jobs":[' + b",".join(jobs) + b"]}"
-        path = "/v1/jobs/bulk"
-        return (yield from self._api.ask("POST", path, body, params=_DRY_RUN, hold_s=PAGE_S))
+        jobs = []
+        for job in map(job_of, submissions):
+            if isinstance(job, RequestError):
+                raise job
+            jobs.append(job)
+        query: Query = {"params": _DRY_RUN, "hold_s": PAGE_S}
+        return (yield from self._api.ask("POST", "/v1/jobs/bulk", _page(jobs), **query))
 
     def iter_submit(self, submissions: Iterable[Mapping[str, Any] | None]) -> Stream[Accepted]:
         patience = Patience(self._api.patience_s)  # of all pages: an API that is gone costs it once
@@ -99,7 +103,7 @@ class Flows:
         """
         if not jobs:
             return []
-        body = b'{"jobs":[' + b",".join(jobs) + b"]}"
+        body = _page(jobs)
         try:
             answer = yield from self._api.ask(
                 "POST", "/v1/jobs/bulk", body, hold_s=PAGE_S, patience=patience
@@ -126,21 +130,24 @@ class Flows:
     def timeline(self, job_id: str) -> Flow[dict[str, Any]]:
         return (yield from self._api.ask("GET", f"{_path(job_id)}/timeline"))
 
-    def jobs_status(self, job_ids: Iterable[str], with_responses: bool) -> Flow[list[Found]]:
+    def jobs_status(
+        self, job_ids: Iterable[str], with_responses: bool, patience: Patience | None = None
+    ) -> Flow[list[Found]]:
         ids = list(job_ids)
         view, most = ("full", MAX_IDS_FULL) if with_responses else ("summary", MAX_IDS)
         found: list[Found] = []
         for start in range(0, len(ids), most):
             part = ids[start : start + most]
             body = encode({"ids": part, "view": view})
-            answer = yield from self._api.ask("POST", "/v1/jobs/status", body)
+            answer = yield from self._api.ask("POST", "/v1/jobs/status", body, patience=patience)
             found += items_of(answer, len(part), lambda item: Job.of(item["job"]))
         return found
 
     def wait(self, job_id: str, timeout_s: float | None) -> Flow[Job]:
         timer = Timer(timeout_s)
         while True:
-            job = Job.of((yield from self._poll("GET", _path(job_id), None, timer)))
+            poll = self._poll("GET", _path(job_id), None, timer)
+            job = Job.of((yield from self._within(timer, poll)))
             if job.state.is_final:
                 return job
             yield timer.pause_s(f"Job {job_id} is still {job.state}", shortest_round_s=1.0)
@@ -159,7 +166,7 @@ class Flows:
                     break
             if not followed:
                 return
-            ended = yield from self._ended(list(followed), timer)
+            ended = yield from self._within(timer, self._ended(list(followed), timer))
             for job_id, job in ended:
                 del followed[job_id]
                 yield Given((job_id, job))
@@ -178,7 +185,8 @@ class Flows:
             for job_id, state in zip(job_ids, states, strict=True)
             if not isinstance(state, JobState) or state.is_final
         ]
-        jobs = yield from self.jobs_status(ended, with_responses=True)
+        patience = timer.patience(self._api.patience_s)
+        jobs = yield from self.jobs_status(ended, with_responses=True, patience=patience)
         return list(zip(ended, jobs, strict=True))
 
     def iter_run(
@@ -220,17 +228,14 @@ class Flows:
         """An answer that the server may hold. While there is time, an API that is away is waited
         for: for as long as the timer says, or for a client's patience where it says nothing."""
         hold_s = timer.begin_round()
+        query: Query = {"params": {"wait": hold_s} if hold_s else None, "hold_s": hold_s}
+        patience = timer.patience(self._api.patience_s)
+        return (yield from self._api.ask(method, path, body, patience=patience, **query))
+
+    def _within(self, timer: Timer, flow: Flow[T]) -> Flow[T]:
+        """A flow whose time is the timer's, if that has an end: an API that is away is no end."""
         try:
-            return (
-                yield from self._api.ask(
-                    method,
-                    path,
-                    body,
-                    params={"wait": hold_s} if hold_s else None,
-                    hold_s=hold_s,
-                    patience=timer.patience(self._api.patience_s),
-                )
-            )
+            return (yield from flow)
         except COME_BACK as error:
             if timer.is_endless:
                 raise
@@ -250,12 +255,12 @@ class Flows:
         while limit is None or limit > 0:
             page = LIST_PAGE if limit is None else min(LIST_PAGE, limit)
             answer = yield from self._api.ask("GET", "/v1/jobs", params=query | {"limit": page})
-            jobs = [Job.of(raw) for raw in answer.get("data", ())]
+            jobs = [Job.of(raw) for raw in list_of(answer, "data")]
             for job in jobs:
                 yield Given(job)
-            if not answer.get("has_more"):
+            if not (jobs and answer.get("has_more")):
                 return
-            query["after"] = answer["last_id"]
+            query["after"] = jobs[-1].id
             limit = None if limit is None else limit - page
 
     def limits(self) -> Flow[dict[str, Any]]:
@@ -282,7 +287,7 @@ class Flows:
         for start in range(0, len(ids), MAX_IDS):
             part = ids[start : start + MAX_IDS]
             answer = yield from self._api.ask("POST", "/v1/jobs/cancel", encode({"ids": part}))
-            cancelled += map(Cancelled.of, answer.get("items", ()))
+            cancelled += map(Cancelled.of, list_of(answer, "items"))
         return cancelled
 
     def cancel_chosen(self, chosen: Chosen) -> Stream[Cancelled]:
@@ -290,7 +295,7 @@ class Flows:
         body = encode({"filter": told, "limit": MAX_IDS})
         while True:
             answer = yield from self._api.ask("POST", "/v1/jobs/cancel", body)
-            items = [Cancelled.of(item) for item in answer.get("items", ())]
+            items = [Cancelled.of(item) for item in list_of(answer, "items")]
             for each in items:
                 yield Given(each)
             # A page of nothing but refusals would come again for ever.
@@ -302,4 +307,11 @@ class Flows:
 
 
 def _path(job_id: str) -> str:
-    return f"/v1/jobs/{quote(job_id, safe='')}"
+    """Raises `JobNotFound` for what would lead elsewhere."""
+    if not job_id.strip("."):
+        raise JobNotFound()
+    return f"/v1/jobs/{quote(job_id, safe='', errors='replace')}"
+
+
+def _page(jobs: Iterable[bytes]) -> bytes:
+    return b'{"jobs":[' + b",".join(jobs) + b"]}"

@@ -20,8 +20,16 @@ def items_of(
     try:
         told = answer["items"]
         found = [error_of(item["error"]) if "error" in item else read(item) for item in told]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, AttributeError):
         found = []
     if len(found) != count:
         raise GristmillError(f"The API answered without an outcome for each of {count}.")
     return found
+
+
+def list_of(answer: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """The objects that an answer lists. Raises `GristmillError` if there is no such list."""
+    told = answer.get(name)
+    if isinstance(told, list) and all(isinstance(each, dict) for each in told):
+        return told
+    raise GristmillError(f"The API answered without a list of {name}.")

@@ -38,7 +38,7 @@ def pages(submissions: Iterable[Mapping[str, Any] | None], most: PageSize) -> It
     size = 0
     for submission in submissions:
         if submission is not None:
-            job = _job(submission)
+            job = job_of(submission)
             num_bytes = len(job) if isinstance(job, bytes) else 0
             if page and size + num_bytes > most.bytes:
                 yield page
@@ -61,10 +61,11 @@ def submission_of(body: Mapping[str, Any], options: Mapping[str, Any]) -> bytes:
     return encode({"idempotency_key": str(uuid4())} | told | {"body": dict(body)})
 
 
-def _job(submission: Mapping[str, Any]) -> bytes | RequestError:
+def job_of(submission: Mapping[str, Any]) -> bytes | RequestError:
+    """The same of one among many, or why it cannot be."""
     try:
         return submission_of(submission["body"], submission)
     except RequestError as error:
         return error
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, AttributeError):
         return RequestError('A submission is {"body": {…}, options…}.', param="body")

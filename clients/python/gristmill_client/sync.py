@@ -13,7 +13,7 @@ import httpx
 
 from gristmill_client.errors import GristmillError
 from gristmill_client.events import JobEvent, Open, Read
-from gristmill_client.exchange import CONNECTIONS, Exchange, ExchangeOptions, Flow, Outcome
+from gristmill_client.exchange import LIMITS, Connections, Exchange, ExchangeOptions, Flow, Outcome
 from gristmill_client.flows import Flows, Given, Stream
 from gristmill_client.job import Cancelled, Job
 from gristmill_client.options import Chosen, Filters, Options, Submission, Usage
@@ -39,8 +39,10 @@ class Client:
     ) -> None:
         api = Exchange(base_url, **options)
         self._flows = Flows(api)
-        self._http = httpx.Client(
-            verify=verify, transport=transport, trust_env=api.heeds_proxies, limits=CONNECTIONS
+        self._http = Connections(
+            lambda: httpx.Client(
+                verify=verify, transport=transport, trust_env=api.heeds_proxies, limits=LIMITS
+            )
         )
 
     # ── submit ──────────────────────────────────────────────────────────────────────────────────
@@ -109,7 +111,7 @@ class Client:
         renews; `after` is the `id` of the last event that was had before. `restarted` says that
         the tokens of before are void. Raises `JobNotFound`, and `Unavailable` as `wait` does.
         """
-        opened = _Opened(self._http)
+        opened = _Opened(self._http.get())
         outcome: httpx.Response | bytes | httpx.RequestError | None = None
         listening = self._flows.stream(job_id, after)
         with closing(opened):
@@ -203,7 +205,7 @@ class Client:
     # ── carrying flows out ──────────────────────────────────────────────────────────────────────
 
     def close(self) -> None:
-        self._http.close()
+        self._http.get().close()
 
     def __enter__(self) -> Self:
         return self
@@ -244,7 +246,7 @@ class Client:
             time.sleep(step)
             return None
         try:
-            return self._http.send(step)
+            return self._http.get().send(step)
         except httpx.RequestError as error:
             return error
 

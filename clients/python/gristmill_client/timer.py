@@ -16,6 +16,8 @@ class Timer:
     """`timeout_s` from now; None is without end."""
 
     def __init__(self, timeout_s: float | None) -> None:
+        if timeout_s != timeout_s:
+            raise ValueError("timeout_s is not a number.")
         self._timeout_s = timeout_s
         self._round_at = time.monotonic()
         self._ends_at = math.inf if timeout_s is None else self._round_at + timeout_s
