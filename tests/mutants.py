@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Final
 
 ROOT: Final = Path(__file__).resolve().parents[1]
-COPIED: Final = ("app", "configs", "migrations", "tests", "pyproject.toml", "README.md")
+COPIED: Final = ("app", "clients", "configs", "migrations", "tests", "pyproject.toml", "README.md")
 SIMULATION: Final = "tests/simulation/test_schedules.py"
 AHEAD: Final = "tests/simulation/test_ahead.py"
 CLAIMS: Final = "tests/integration/test_store_claims.py"
@@ -1297,6 +1297,21 @@ MUTANTS: Final = (
         "tests/unit/test_batch_lines.py",
     ),
     Mutant(
+        "answers of a file are taken for those of another one",
+        "app/cli/batch_lines.py",
+        "if self.ended and not self.run.is_of(file):",
+        "if False:",
+        "tests/unit/test_cli_batch.py::test_answers_are_never_taken_for_those_of_other_lines",
+    ),
+    Mutant(
+        "an event that broke off after its id counts as had",
+        "clients/python/gristmill_client/events.py",
+        "                self._id = value\n",
+        "                self._id = self.last_id = value\n",
+        "tests/unit/test_client_events.py"
+        "::test_an_event_that_broke_off_after_its_id_is_asked_for_again",
+    ),
+    Mutant(
         "a custom id may come twice in a batch",
         "app/intake/batches/scan.py",
         "if digest in self._seen:",
@@ -1420,10 +1435,11 @@ def copy_tree(to: Path) -> None:
 
 def failed_test(root: Path, tests: list[str]) -> str | None:
     """The first of these tests that fails in this tree; None if all pass."""
+    paths = [str(root), str(root / "clients" / "python")]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", *tests],
         cwd=root,
-        env=os.environ | {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONDONTWRITEBYTECODE": "1"},
         check=False,
         capture_output=True,
         text=True,

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
+from itertools import count
 from pathlib import Path
 from typing import Any, Final
 
@@ -76,15 +77,21 @@ def run(
     form = Form(model, {"priority": priority, "deadline": deadline}, metadata)
     with Output.opened(output) as written, _progress() as progress:
         bar = progress.add_task("", total=_looked_through(file), text="")
+        if file.seekable():
+            written.go_on_with(file)
         tally = Tally(written)
         lines = _todo(file, written, tally)
         with api.client(LASTING_S) as client:
             asked: dict[int, Line] = {}
 
-            def submissions() -> Iterator[Submission]:
-                for place, line in enumerate(lines):
-                    asked[place] = line
-                    yield line.submission(form, written.run)
+            def submissions() -> Iterator[Submission | None]:
+                places = count()
+                for line in lines:
+                    if line is None:
+                        yield None
+                    else:
+                        asked[next(places)] = line
+                        yield line.submission(form, written.run.name)
 
             progress.update(bar, completed=tally.num_ended, text=tally.text)
             try:
@@ -103,9 +110,14 @@ def run(
     sys.exit(JOB_FAILED if tally.num_failed else 0)
 
 
-def _todo(file: Source, written: Output, tally: Tally) -> Iterator[Line]:
-    """The lines that have not ended yet. Those that are none end here."""
-    for custom_id, line in _read(file):
+def _todo(file: Source, written: Output, tally: Tally) -> Iterator[Line | None]:
+    """The lines that have not ended yet; None where a pipe has no more of them for now. Those that
+    are none end here."""
+    for each in _read(file):
+        if each is None:
+            yield None
+            continue
+        custom_id, line = each
         if custom_id in written.ended:
             continue
         if isinstance(line, RequestError):
@@ -115,10 +127,14 @@ def _todo(file: Source, written: Output, tally: Tally) -> Iterator[Line]:
             yield line
 
 
-def _read(file: Source) -> Iterator[tuple[str, Line | RequestError]]:
+def _read(file: Source) -> Iterator[tuple[str, Line | RequestError] | None]:
     """Each line by its custom_id. Wrong usage if two have the same."""
     seen: dict[str, int] = {}
-    for number, raw in filter(None, numbered_lines(file)):
+    for each in numbered_lines(file):
+        if each is None:
+            yield None
+            continue
+        number, raw = each
         custom_id, line = line_of(raw, number)
         if first := seen.setdefault(custom_id, number) - number:
             raise click.UsageError(
@@ -165,7 +181,7 @@ def _looked_through(file: Any) -> int | None:
     """How many lines there are; None if that cannot be told before they come."""
     if not file.seekable():
         return None
-    number = sum(1 for _ in _read(file))
+    number = sum(1 for _ in filter(None, _read(file)))
     file.seek(0)
     return number
 

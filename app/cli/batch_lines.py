@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from uuid import uuid4
 
 import click
 
-from app.cli.lines import json_object
+from app.cli.lines import CHUNK_BYTES, json_object
 from gristmill_client import Job, JobState, Submission
 from gristmill_client.errors import GristmillError, RequestError
 
@@ -88,22 +89,20 @@ def _told(value: dict[str, Any]) -> dict[str, Any]:
 
 
 class Output:
-    """The file of answers. What is in it has ended, and is not asked again.
+    """The file of answers. What is in it has ended, and is not asked again. Beside it is the file
+    of the run."""
 
-    Beside it, while there is something left to do, is one with the name of the run: jobs that were
-    submitted before an interruption are found by it.
-    """
+    run: Run
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self._path, self._file = path, file
-        self.run = ""
         self.ended: set[str] = set()
         self.num_failed = 0
 
     @classmethod
     @contextmanager
     def opened(cls, path: Path) -> Iterator[Output]:
-        if path.exists() and not path.is_file():
+        if str(path) == "-" or (path.exists() and not path.is_file()):
             raise click.UsageError(f"{path}: the answers go into a file, and this is none.")
         with path.open("a+b") as file:
             try:
@@ -112,8 +111,17 @@ class Output:
                 raise click.UsageError(f"{path}: another run is writing there.") from None
             output = cls(path, file)
             output._read()  # before anything is written: it may be somebody else's file
-            output.run = _run_of(_beside(path))
+            output.run = Run(path.resolve().with_name(f"{path.resolve().name}.run"))
             yield output
+
+    def go_on_with(self, file: BinaryIO) -> None:
+        """Wrong usage if these are not the requests whose answers are here."""
+        if self.ended and not self.run.is_of(file):
+            raise click.UsageError(
+                f"{file.name}: this is not what it was when {self._path} was begun: answers there "
+                "may be those of other lines. Put it back, or name another file for the answers."
+            )
+        self.run.note(file)
 
     def _read(self) -> None:
         """What ended before. The end of a line that was being written is taken off."""
@@ -137,26 +145,68 @@ class Output:
         self._file.seek(0, os.SEEK_END)
 
     def write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line).encode() + b"\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(line).encode() + b"\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from None
         self.ended.add(line["custom_id"])
 
     def finish(self) -> None:
         os.fsync(self._file.fileno())
-        _beside(self._path).unlink(missing_ok=True)
+        self.run.end()
 
 
-def _run_of(beside: Path) -> str:
-    """The run that was interrupted, or a new one."""
-    known = beside.read_text().strip() if beside.exists() else ""
-    if not known:
-        known = f"batch-{uuid4().hex}"
-        beside.write_text(known)
-    return known
+class Run:
+    """What is known of a run while something of it is left to do: jobs that were submitted before
+    an interruption are found by its name.
+
+    Its file has the name, and of what was asked how many bytes the file of requests had, and their
+    SHA-256.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        told = path.read_text("utf-8", "replace").split() if path.exists() else []
+        if told and not re.fullmatch(r"batch-\w{32}( \d+ \w{64})?", " ".join(told)):
+            raise click.UsageError(
+                f"{path}: this was not written by `gristmill batch run`. Name another file for the "
+                "answers."
+            )
+        self.name, *self._asked = told or [f"batch-{uuid4().hex}"]
+        self._write()
+
+    def is_of(self, file: BinaryIO) -> bool:
+        """Whether the requests are those of before; more of them may follow."""
+        return not self._asked or _sha256(file, int(self._asked[0])) == self._asked[1]
+
+    def note(self, file: BinaryIO) -> None:
+        size = file.seek(0, os.SEEK_END)
+        self._asked = [str(size), _sha256(file, size)]
+        self._write()
+
+    def end(self) -> None:
+        self._path.unlink(missing_ok=True)
+
+    def _write(self) -> None:
+        """At once: half of a name would be that of no run."""
+        new = self._path.with_name(f"{self._path.name}.new")
+        with new.open("w") as file:
+            file.write(" ".join((self.name, *self._asked)))
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(self._path)
 
 
-def _beside(path: Path) -> Path:
-    return path.with_name(f"{path.name}.run")
+def _sha256(file: BinaryIO, size: int) -> str:
+    """Of the first bytes of a file, which is left at its beginning."""
+    digest = hashlib.sha256()
+    file.seek(0)
+    while size > 0 and (chunk := file.read(min(size, CHUNK_BYTES))):
+        digest.update(chunk)
+        size -= len(chunk)
+    file.seek(0)
+    return digest.hexdigest()
 
 
 def answer_line(custom_id: str, found: Job | GristmillError) -> dict[str, Any]:

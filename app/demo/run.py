@@ -40,6 +40,8 @@ from gristmill_client import AsyncClient, Client
 
 SAMPLE: Final = 6
 """Prompts that are also sent one at a time, each after the answer to the one before."""
+ENOUGH_S: Final = 60.0
+"""After so long no further one is begun by `generate` alone."""
 TIMEOUT_S: Final = 300.0
 WIDTH: Final = 165
 """Columns of the tables where the output is no terminal."""
@@ -245,6 +247,8 @@ def _plain_tokens_per_s(settings: Settings, sent: Sequence[Sent], out: Console) 
         while engine.has_work:
             tokens += sum(len(each.token_ids) for each in engine.step())
         seconds += time.monotonic() - began
+        if seconds > ENOUGH_S:
+            break
     engine.close()
     return tokens / seconds
 
@@ -261,9 +265,9 @@ def _table(sent: Sequence[Sent], jobs: Sequence[JobView]) -> Table:
     table.add_column("cost", justify="right", no_wrap=True)
     for each, job in zip(sent, jobs, strict=True):
         result, batch = job.result, job.batch
-        cells = [str(job.id)[:8], each.way, job.model, job.state.value]
+        cells = [_short(job.id), each.way, job.model, job.state.value]
         cells += (
-            [str(batch.id)[:8], str(batch.num_sequences), batch.close_reason] if batch else 3 * [""]
+            [_short(batch.id), str(batch.num_sequences), batch.close_reason] if batch else 3 * [""]
         )
         if result:
             cells += [str(result.input_tokens), str(result.output_tokens)]
@@ -272,6 +276,11 @@ def _table(sent: Sequence[Sent], jobs: Sequence[JobView]) -> Table:
             cells.append(f"{result.cost or 0:.9f} {result.currency or ''}")
         table.add_row(*cells)
     return table
+
+
+def _short(id: UUID) -> str:
+    """Its end: most ids begin with the time."""
+    return str(id)[-8:]
 
 
 def _print_answers(sent: Sequence[Sent], jobs: Sequence[JobView], out: Console) -> None:
@@ -322,7 +331,7 @@ def _summary(jobs: Sequence[JobView], alone: Sequence[JobView], plain: float) ->
         "output tokens/s", f"{together:.1f}, from the first prompt in to the last answer out"
     )
     table.add_row("one at a time", f"{one:.1f} on {len(alone)} of the prompts, the same way")
-    table.add_row("generate alone", f"{plain:.1f} on the same, one at a time and without a queue")
+    table.add_row("generate alone", f"{plain:.1f} on the same, in turn, without a queue")
     speed_up = f"{together / plain:.1f}× of generate alone, {together / one:.1f}× of one at a time"
     table.add_row("speed-up", speed_up if one and plain else "")
     return table

@@ -40,7 +40,7 @@ def _summary(job: Job, record: Finished) -> str:
             "in": record.input_tokens,  # first what Flower's list has room for
             "out": record.output_tokens,
             "cached": record.cached_tokens,
-            "batch": str(job.claimed_run.batch.id)[:8],
+            "batch": str(job.claimed_run.batch.id)[-8:],
             "size": record.batch_size,
             "model": job.model,
             "cost": None if record.cost is None else f"{record.cost:f} {record.currency}",

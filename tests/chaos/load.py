@@ -28,7 +28,7 @@ import redis
 from app.broker.message import raw_message
 from app.broker.queues import Layout, queue_name
 from app.jobs import Kind
-from gristmill_client.exchange import CONNECTIONS
+from gristmill_client.exchange import LIMITS
 from tests.chaos.history import History
 from tests.chaos.world import MODELS, NotInTime, World, eventually
 
@@ -257,7 +257,7 @@ class Load:
                 base_url=self._world.api_url,
                 timeout=TIMEOUT_S,
                 trust_env=False,
-                limits=CONNECTIONS,
+                limits=LIMITS,
             )
             self._all_clients.append(self._clients.http)
         return self._clients.http  # type: ignore[no-any-return]

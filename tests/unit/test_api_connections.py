@@ -22,7 +22,7 @@ from app.api.wire import connections
 from app.api.wire.connections import SPARE_FILES
 from app.config.settings import Settings
 from app.errors import ConfigError
-from gristmill_client.exchange import CONNECTIONS
+from gristmill_client.exchange import LIMITS
 from gristmill_client.timer import HOLD_S
 
 
@@ -91,7 +91,7 @@ def test_connections_are_kept_for_longer_than_the_client_keeps_them(
         database={"url": "postgresql://nobody@127.0.0.1:1/none"},
         broker={"url": "redis://127.0.0.1:1/0"},
     )
-    kept_s = CONNECTIONS.keepalive_expiry
+    kept_s = LIMITS.keepalive_expiry
 
     assert kept_s is not None
     assert kept_s < Server(create_app(settings)).config.timeout_keep_alive

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -169,7 +171,7 @@ def test_wrong_files_are_refused_before_anything_is_submitted(
         assert (code, "was not written by" in err, lines.read_text()) == (2, True, foreign)
     assert not lines.with_name("in.jsonl.run").exists()
     assert gristmill("batch", "run", str(lines), "-o", str(tmp_path / "no" / "out"))[0] == 1
-    for device in ("/dev/full", "/dev/null"):
+    for device in ("/dev/full", "/dev/null", "-"):
         code, _, err = gristmill("batch", "run", str(lines), "-o", device)
         assert (code, "this is none" in err) == (2, True)
     assert api.submitted == []
@@ -193,3 +195,68 @@ def test_whatever_is_left_of_the_answers_each_line_has_one_in_the_end(
     gristmill("batch", "run", str(lines), "-o", str(out))
 
     assert sorted(each["custom_id"] for each in told(out)) == ["line-1", "three", "two"]
+
+
+def test_answers_are_never_taken_for_those_of_other_lines(
+    gristmill: Gristmill, api: FakeApi, lines: Path, tmp_path: Path
+) -> None:
+    # given a run that was interrupted when one line had ended
+    out = tmp_path / "out.jsonl"
+    command = ("batch", "run", str(lines), "-o", str(out), "--patience", "0")
+    api.before = lambda request: api.troubles.extend(
+        [httpx.ConnectError("refused")] if request.url.path.endswith("status") else []
+    )
+    lines.write_text(f"no JSON\n{lines.read_text()}")
+    assert gristmill(*command)[0] == 4
+    assert [each["custom_id"] for each in told(out)] == ["line-1"]
+    api.before = lambda request: None
+
+    # when the file of requests is another one
+    asked = lines.read_text()
+    lines.write_text(f'{{"prompt": "first"}}\n{asked}')
+    code, _, err = gristmill(*command)
+
+    # then nothing is submitted; as it was, or with more lines, the run goes on
+    assert (code, "may be those of other lines" in err, len(api.submitted)) == (2, True, 3)
+    lines.write_text(f'{asked}{{"prompt": "last"}}\n')
+    assert gristmill(*command)[0] == 5
+    names = sorted(each["custom_id"] for each in told(out))
+    assert names == ["line-1", "line-2", "line-5", "three", "two"]
+    assert len(api.submitted) == 4
+
+
+def test_a_file_of_somebody_else_beside_the_answers_is_left_alone(
+    gristmill: Gristmill, api: FakeApi, lines: Path, tmp_path: Path
+) -> None:
+    theirs = tmp_path / "out.jsonl.run"
+    for content in ("notes", f"batch-{32 * 'a'} notes", "\udcff"):
+        theirs.write_text(content, errors="surrogateescape")
+
+        code, _, err = gristmill("batch", "run", str(lines), "-o", str(tmp_path / "out.jsonl"))
+
+        assert (code, "was not written by" in err) == (2, True)
+        assert theirs.read_text(errors="surrogateescape") == content
+    assert api.submitted == []
+
+
+def test_lines_of_a_pipe_are_run_before_there_are_more(
+    gristmill: Gristmill, api: FakeApi, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The second line is written when the first one is answered."""
+    out = tmp_path / "out.jsonl"
+    read, write = os.pipe()
+    os.write(write, b'{"prompt": "a"}\n')
+
+    def after_the_first(request: httpx.Request) -> None:
+        if request.url.path.endswith("status") and len(api.submitted) == 1:
+            os.write(write, b'{"prompt": "b"}\n')
+            os.close(write)
+            api.before = lambda request: None
+
+    api.before = after_the_first
+    with os.fdopen(read, "rb") as pipe:
+        monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=pipe))
+        code, _, _ = gristmill("batch", "run", "-", "-o", str(out))
+
+    assert code == 0
+    assert [each["custom_id"] for each in told(out)] == ["line-1", "line-2"]

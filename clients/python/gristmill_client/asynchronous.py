@@ -142,13 +142,14 @@ class AsyncClient:
         return self._stream(self._flows.as_completed(job_ids, timeout_s))
 
     def iter_run(
-        self, submissions: Iterable[Submission]
+        self, submissions: Iterable[Submission | None]
     ) -> AsyncIterator[tuple[int, Job | GristmillError]]:
         """Submit many and hand out each, by its place among them, once it has ended: its job, or
         why there is none.
 
         At most 1,000 are under way, and no more are taken from the iterable than that. With an
         `idempotency_key` each, the same once more after an interruption runs none of them again.
+        None among them sends what there is, and looks for what has ended.
         """
         return self._stream(self._flows.iter_run(submissions))
 

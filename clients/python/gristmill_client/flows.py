@@ -214,6 +214,8 @@ class Flows:
                     else:
                         places.setdefault(outcome, []).append(index)
                     index += 1
+                if len(page) < most.jobs:  # the next one may take its time
+                    break
             if places:
                 ended = yield from self._ended(list(places), timer)
                 for job_id, found in ended:
