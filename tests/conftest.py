@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -23,6 +25,10 @@ from app.local.servers import EmbeddedPostgres, EmbeddedRedis
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# Models of the tests are tiny, and processes share the cores: more threads of an operator would
+# only wait for each other. torch reads it when it is first imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 hypothesis.configuration.set_hypothesis_home_dir(ROOT / ".cache" / "hypothesis")
 # No test asserts a time: on a busy machine an example may take any.
 hypothesis.settings.register_profile(
@@ -30,6 +36,8 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("gristmill")
 
+
+MEMORY: Final = Path("/dev/shm")
 
 SYSTEMS: Final = ("tests/e2e/", "tests/chaos/")
 """Tests that start whole systems: they begin first, for they take longest, and where two processes
@@ -64,14 +72,27 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedPostgres]:
-    with EmbeddedPostgres(tmp_path_factory.mktemp("servers") / "postgres", durable=False) as server:
+def servers_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """In memory where there is room: a database is 500 files, and most tests want one of their own.
+
+    A disk takes many times as long to make them.
+    """
+    if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 4 << 30:
+        with tempfile.TemporaryDirectory(dir=MEMORY, prefix="gristmill-tests-") as folder:
+            yield Path(folder)
+    else:
+        yield tmp_path_factory.mktemp("servers")
+
+
+@pytest.fixture(scope="session")
+def postgres_server(servers_folder: Path) -> Iterator[EmbeddedPostgres]:
+    with EmbeddedPostgres(servers_folder / "postgres", durable=False) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
-def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
-    with EmbeddedRedis(tmp_path_factory.mktemp("servers") / "redis") as server:
+def redis_server(servers_folder: Path) -> Iterator[EmbeddedRedis]:
+    with EmbeddedRedis(servers_folder / "redis") as server:
         yield server
 
 

@@ -76,7 +76,7 @@ class Hub:
 @pytest.fixture
 def hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     hub = Hub(folder)
-    monkeypatch.setattr(models, "snapshot_download", hub.download)
+    monkeypatch.setattr(models.huggingface_hub, "snapshot_download", hub.download)
     monkeypatch.delenv("HF_HOME", raising=False)
     monkeypatch.delenv("HF_HUB_CACHE", raising=False)
     return hub

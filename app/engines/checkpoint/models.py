@@ -23,8 +23,8 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Final
 
+import huggingface_hub
 from filelock import FileLock
-from huggingface_hub import hf_hub_download, snapshot_download
 
 from app.config.settings import ModelSettings
 from app.engines import registry
@@ -197,7 +197,7 @@ def _from_hub(
         refusal = f"{source} is neither a local folder nor to be had from the Hugging Face hub"
         with _of_the_hub(refusal):
             return Path(
-                snapshot_download(
+                huggingface_hub.snapshot_download(
                     source, revision=revision, cache_dir=_hub_cache(cache_dir), allow_patterns=files
                 )
             )
@@ -221,7 +221,7 @@ def _gguf_from_hub(source: Path, revision: str | None, cache_dir: Path, progress
         "owner/name/file.gguf"
     ):
         return Path(
-            hf_hub_download(
+            huggingface_hub.hf_hub_download(
                 f"{owner}/{name}",
                 "/".join(inside),
                 revision=revision,
