@@ -6,13 +6,11 @@ import hashlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Final
 from uuid import UUID
 
 from app.api.services import Services
 from app.files import Purpose, key_of
-from app.intake.decision import Decision
 from app.jobs import new_id
 from app.store import files
 from app.store.isolation import Connection
@@ -55,7 +53,7 @@ async def written(
     Raises what `line_of` does, and `StorageUnavailable`.
     """
     file_id, digest, num_bytes = new_id(), hashlib.sha256(), 0
-    await here.write(_begin, here, file_id, tenant)
+    await here.commit(files.begin, file_id, tenant=tenant, purpose=Purpose.BATCH, filename=NAME)
     is_used = False
     try:
         async with here.objects.writing_async(key_of(file_id)) as writer:
@@ -68,7 +66,7 @@ async def written(
         is_used = file.is_used
     finally:
         if not is_used:
-            here.do_behind(partial(_drop, here, file_id))
+            here.later(here.commit(files.give_up, file_id))
 
 
 async def _pieces(
@@ -84,14 +82,3 @@ def _piece(raw: bytearray, part: Sequence[slice], start: int, line_of: LineOf) -
     return b"".join(
         line_of(bytes(raw[item]), number) + b"\n" for number, item in enumerate(part, start + 1)
     )
-
-
-def _begin(decision: Decision, here: Services, file_id: UUID, tenant: str) -> None:
-    with here.database.begin() as connection:
-        files.begin(connection, file_id, tenant=tenant, purpose=Purpose.BATCH, filename=NAME)
-        decision.commit()
-
-
-def _drop(here: Services, file_id: UUID) -> None:
-    with here.database.begin() as connection:
-        files.give_up(connection, file_id)

@@ -8,7 +8,6 @@ from uuid import UUID
 from app.api.services import Services
 from app.batches import Door, id_in
 from app.errors import BatchKeyConflict, RequestError
-from app.intake.decision import Decision
 from app.requests.part import printable
 from app.store import job_batches
 from app.store.isolation import Connection
@@ -31,7 +30,7 @@ def cursor(door: Door, name: str | None, param: str) -> UUID | None:
     return found
 
 
-def listed(
+async def listed(
     here: Services,
     door: Door,
     tenant: str,
@@ -39,31 +38,28 @@ def listed(
     after: UUID | None,
     before: UUID | None = None,
 ) -> list[BatchView]:
-    with here.database.begin() as connection:
-        return job_batches.listed(
-            connection, tenant=tenant, door=door, limit=limit, after=after, before=before
-        )
+    given: dict[str, Any] = {"limit": limit, "after": after, "before": before}
+    return await here.query(job_batches.listed, tenant=tenant, door=door, **given)
 
 
-def find(here: Services, door: Door, tenant: str, name: str) -> BatchView:
+async def find(here: Services, door: Door, tenant: str, name: str) -> BatchView:
     """Raises `BatchNotFound`, as all below do."""
-    with here.database.begin() as connection:
-        return job_batches.find(connection, tenant=tenant, **_asked(door, name))
+    return await here.query(job_batches.find, **_asked(door, tenant, name))
 
 
-def cancel(decision: Decision, here: Services, door: Door, tenant: str, name: str) -> BatchView:
-    with here.database.begin() as connection:
-        view = job_batches.cancel(connection, tenant=tenant, **_asked(door, name))
-        decision.commit()
-    return view
+async def cancel(here: Services, door: Door, tenant: str, name: str) -> BatchView:
+    return await here.commit(job_batches.cancel, **_asked(door, tenant, name))
 
 
-def delete(decision: Decision, here: Services, door: Door, tenant: str, name: str) -> None:
-    with here.database.begin() as connection:
-        job_batches.delete(connection, tenant=tenant, **_asked(door, name))
-        decision.commit()
+async def delete(here: Services, door: Door, tenant: str, name: str) -> None:
+    await here.commit(job_batches.delete, **_asked(door, tenant, name))
 
 
-def _asked(door: Door, name: str) -> dict[str, Any]:
+def _asked(door: Door, tenant: str, name: str) -> dict[str, Any]:
     """What a batch is looked for by."""
-    return {"batch_id": id_in(door, name), "door": door, "name": printable(name)}
+    return {
+        "batch_id": id_in(door, name),
+        "tenant": tenant,
+        "door": door,
+        "name": printable(name),
+    }

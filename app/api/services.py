@@ -35,6 +35,7 @@ from app.intake.submit import Stored, Submitter
 from app.objects import Objects
 from app.store import cancellation
 from app.store.database import Database
+from app.store.isolation import Connection
 from app.store.keys import Known
 from app.store.submissions import NewJob
 from app.store.tables import DEFAULT_TENANT
@@ -180,6 +181,30 @@ class Services:
             work.leave()
             raise Unavailable("Postgres does not answer.")
         return work.result()
+
+    async def query(
+        self, find: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """`read` of one transaction."""
+
+        def found() -> T:
+            with self.database.begin() as connection:
+                return find(connection, *args, **kwargs)
+
+        return await self.read(found)
+
+    async def commit(
+        self, change: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """`write` of one transaction."""
+
+        def done(decision: Decision) -> T:
+            with self.database.begin() as connection:
+                result = change(connection, *args, **kwargs)
+                decision.commit()
+            return result
+
+        return await self.write(done)
 
     async def expect_room(self, num_jobs: int) -> None:
         """Raises `QueueFull` if so many more jobs are too many, before they are looked at, and

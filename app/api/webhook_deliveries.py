@@ -15,16 +15,16 @@ from app.api.openai.schemas_webhooks import Rotation
 from app.api.openai.webhooks import kept_s
 from app.api.pages import page_of
 from app.api.problems import documented
-from app.api.services import Here, Services
+from app.api.services import Here
 from app.api.wire.raw_bodies import json_body
 from app.errors import RequestError
 from app.ids import id_in, name_of
-from app.intake.decision import Decision
 from app.requests.storable import refuse_unstorable
 from app.store import admin_log, webhook_deliveries, webhook_endpoints
-from app.store.webhook_deliveries import Attempt, Delivery
+from app.store.isolation import Connection
+from app.store.webhook_deliveries import Delivery
 from app.webhooks.ids import DELIVERY, ENDPOINT, EVENT
-from app.webhooks.vault import Secret, Vault
+from app.webhooks.vault import Vault
 
 router = APIRouter(prefix="/v1", tags=["webhooks"])
 
@@ -132,18 +132,14 @@ async def list_deliveries(
         if given and asked[name] is None:
             raise RequestError(f"'{name}' must be an id that begins with {prefix}.", param=name)
 
-    def listed() -> list[Delivery]:
-        with here.database.begin() as connection:
-            return webhook_deliveries.listed(
-                connection,
-                state=state,
-                object_id=object_id,
-                limit=limit + 1,
-                tenant=who.tenant,
-                **asked,
-            )
-
-    found = await here.read(listed)
+    found = await here.query(
+        webhook_deliveries.listed,
+        state=state,
+        object_id=object_id,
+        limit=limit + 1,
+        tenant=who.tenant,
+        **asked,
+    )
     return WebhookDeliveryList(**page_of(found, limit, _told))
 
 
@@ -155,7 +151,8 @@ async def list_deliveries(
 )
 async def retrieve(here: Here, who: Who, delivery_id: DeliveryId) -> WebhookDeliveryDetails:
     """What became of it, attempt by attempt."""
-    delivery, attempts = await here.read(_found, here, who.tenant, delivery_id)
+    id = id_in(DELIVERY, delivery_id)
+    delivery, attempts = await here.query(webhook_deliveries.find, id, tenant=who.tenant)
     return WebhookDeliveryDetails(
         **_told(delivery).model_dump(),
         history=[
@@ -180,7 +177,8 @@ async def retrieve(here: Here, who: Who, delivery_id: DeliveryId) -> WebhookDeli
 async def replay(here: Here, who: Who, delivery_id: DeliveryId) -> WebhookDelivery:
     """Deliver it at once, be it delivered, failed or pending, and with all its attempts. The event
     keeps its id."""
-    return _told(await here.write(_replay, here, who.tenant, delivery_id))
+    id = id_in(DELIVERY, delivery_id)
+    return _told(await here.commit(webhook_deliveries.replay, id, tenant=who.tenant))
 
 
 @router.post(
@@ -200,30 +198,15 @@ async def make_secret(request: Request, here: Here, who: Who) -> WebhookSecret:
     place of the one before."""
     keep_s = await kept_s(request, here)
     secret, kept = Vault(here.settings.webhooks.encryption_key).make()
-    at = await here.write(_rotate, here, who.tenant, who.actor, kept, keep_s)
+
+    def rotate(connection: Connection) -> datetime:
+        at = webhook_endpoints.rotate_own(connection, kept, keep_s, tenant=who.tenant)
+        told = ("webhook_secret.rotated", "webhook_url")
+        admin_log.note(connection, who.actor, *told, tenant=who.tenant)
+        return at
+
+    at = await here.commit(rotate)
     return WebhookSecret(signing_secret=secret, signing_secret_hint=kept.hint, updated_at=at)
-
-
-def _found(here: Services, tenant: str, name: str) -> tuple[Delivery, list[Attempt]]:
-    with here.database.begin() as connection:
-        return webhook_deliveries.find(connection, id_in(DELIVERY, name), tenant=tenant)
-
-
-def _replay(decision: Decision, here: Services, tenant: str, name: str) -> Delivery:
-    with here.database.begin() as connection:
-        found = webhook_deliveries.replay(connection, id_in(DELIVERY, name), tenant=tenant)
-        decision.commit()
-    return found
-
-
-def _rotate(
-    decision: Decision, here: Services, tenant: str, actor: str, kept: Secret, keep_s: float
-) -> datetime:
-    with here.database.begin() as connection:
-        at = webhook_endpoints.rotate_own(connection, kept, keep_s, tenant=tenant)
-        admin_log.note(connection, actor, "webhook_secret.rotated", "webhook_url", tenant=tenant)
-        decision.commit()
-    return at
 
 
 def _told(delivery: Delivery) -> WebhookDelivery:

@@ -59,6 +59,7 @@ kind = "embed"
 engine = "stub"
 default = true
 max_batch_size = {batch_size}
+max_batch_tokens = 1_000_000
 max_wait_ms = 10
 options = {{ step_ms = {step_ms} }}
 """

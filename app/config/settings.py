@@ -280,6 +280,10 @@ class FilesSettings(_Section):
         "not say; other files until they are deleted.",
     )
 
+    @property
+    def keep_s(self) -> float:
+        return 86_400 * self.keep_days
+
 
 class JobBatchesSettings(_Section):
     """Batches that callers submit. (How a worker makes its own is `models.NAME.batch`.)"""

@@ -35,18 +35,16 @@ from app.api.wire.raw_bodies import json_body
 from app.batches import BatchState, Counts, Door, name_of
 from app.errors import BatchNotFound, BatchStateConflict, NoSuchFile, RequestError
 from app.files import key_of
-from app.intake.decision import Decision
 from app.jobs import new_id
 from app.requests import json_text
 from app.requests.bodies import Url
 from app.store import files
-from app.store.files import FileView
+from app.store.isolation import Connection
 from app.store.job_batches import BatchView, NewBatch
 
 router = APIRouter(prefix="/v1/messages/batches", tags=["anthropic"])
 
 _CUSTOM_ID: Final = re.compile(r"[a-zA-Z0-9_-]{1,64}")
-DAY_S: Final = 86_400
 
 BatchId = Annotated[str, Path(description="The batch's id.", examples=["msgbatch_0199e0a4f4a9"])]
 _ERRORS: Final = documented(
@@ -91,7 +89,7 @@ async def create(
     async with raw_bodies.body_of(request, here.settings.api.max_bulk_bytes, here.room) as raw:
         items = await here.work.run(len(raw), _items, here, raw)
         async with written(here, who.tenant, raw, items, _Lines().line_of) as file:
-            view, file.is_used = await here.write(_create, here, who.tenant, file, len(items), key)
+            view, file.is_used = await here.commit(_create, here, who.tenant, file, len(items), key)
     return batch_of(view, request, here)
 
 
@@ -138,10 +136,15 @@ class _Lines:
 
 
 def _create(
-    decision: Decision, here: Services, tenant: str, file: InlineFile, total: int, key: str | None
+    connection: Connection,
+    here: Services,
+    tenant: str,
+    file: InlineFile,
+    total: int,
+    key: str | None,
 ) -> tuple[BatchView, bool]:
     """The batch, and whether it is new."""
-    keep_s = here.settings.files.keep_days * DAY_S
+    keep_s = here.settings.files.keep_s
     batch = NewBatch(
         id=new_id(),
         tenant=tenant,
@@ -157,11 +160,8 @@ def _create(
         idempotency_key=key,
         total=total,
     )
-    with here.database.begin() as connection:
-        file.ready(connection, keep_s)
-        view, is_new = job_batches.keep(connection, batch)
-        decision.commit()
-    return view, is_new
+    file.ready(connection, keep_s)
+    return job_batches.keep(connection, batch)
 
 
 @router.get(
@@ -184,9 +184,7 @@ async def list_batches(
     before = job_batches.cursor(Door.ANTHROPIC, before_id, "before_id")
     if after and before:
         raise RequestError("Give after_id or before_id, not both.", param="before_id")
-    page = await here.read(
-        job_batches.listed, here, Door.ANTHROPIC, who.tenant, limit + 1, after, before
-    )
+    page = await job_batches.listed(here, Door.ANTHROPIC, who.tenant, limit + 1, after, before)
     shown = page[1:] if before and len(page) > limit else page[:limit]
     batches = [batch_of(each, request, here) for each in shown]
     return MessageBatchList(
@@ -205,7 +203,7 @@ async def list_batches(
 )
 async def retrieve(request: Request, here: Here, who: Who, batch_id: BatchId) -> MessageBatch:
     """The batch as it is."""
-    view = await here.read(job_batches.find, here, Door.ANTHROPIC, who.tenant, batch_id)
+    view = await job_batches.find(here, Door.ANTHROPIC, who.tenant, batch_id)
     return batch_of(view, request, here)
 
 
@@ -218,7 +216,7 @@ async def retrieve(request: Request, here: Here, who: Who, batch_id: BatchId) ->
 async def cancel(request: Request, here: Here, who: Who, batch_id: BatchId) -> MessageBatch:
     """Requests that run are stopped, those that wait are cancelled; what was finished is kept. May
     be repeated."""
-    view = await here.write(job_batches.cancel, here, Door.ANTHROPIC, who.tenant, batch_id)
+    view = await job_batches.cancel(here, Door.ANTHROPIC, who.tenant, batch_id)
     return batch_of(view, request, here)
 
 
@@ -230,7 +228,7 @@ async def cancel(request: Request, here: Here, who: Who, batch_id: BatchId) -> M
 )
 async def delete(here: Here, who: Who, batch_id: BatchId) -> DeletedMessageBatch:
     """Remove a batch that is over, and its results; its jobs stay."""
-    await here.write(job_batches.delete, here, Door.ANTHROPIC, who.tenant, batch_id)
+    await job_batches.delete(here, Door.ANTHROPIC, who.tenant, batch_id)
     return DeletedMessageBatch(id=batch_id)
 
 
@@ -244,25 +242,19 @@ async def delete(here: Here, who: Who, batch_id: BatchId) -> DeletedMessageBatch
 )
 async def results(here: Here, who: Who, batch_id: BatchId) -> Response:
     """What became of each request, a line of JSON each, in the order in which they ended."""
-    view = await here.read(job_batches.find, here, Door.ANTHROPIC, who.tenant, batch_id)
+    view = await job_batches.find(here, Door.ANTHROPIC, who.tenant, batch_id)
     if not view.state.is_final:
         raise BatchStateConflict("The batch has not ended: its results are not there yet.")
-    file = await here.read(_output_of, here, view)
+    try:  # it stays when the rows of its lines have gone
+        file = await here.query(files.find, view.output_file_id, tenant=who.tenant, name="")
+    except NoSuchFile:
+        raise BatchNotFound("The results of this batch are not kept any more.") from None
     pieces = await begun(here.objects.read_async(key_of(file.id)))
     return StreamingResponse(
         pieces,
         media_type="application/x-jsonl",
         headers={"Content-Length": str(file.bytes)},
     )
-
-
-def _output_of(here: Services, view: BatchView) -> FileView:
-    """The file with its results, which stays when the rows of its lines have gone."""
-    try:
-        with here.database.begin() as connection:
-            return files.find(connection, view.output_file_id, tenant=view.tenant, name="")
-    except NoSuchFile:
-        raise BatchNotFound("The results of this batch are not kept any more.") from None
 
 
 def batch_of(view: BatchView, request: Request, here: Services) -> MessageBatch:

@@ -41,16 +41,14 @@ from app.batches import BatchState, Door, name_of
 from app.errors import NoSuchFile, RequestError
 from app.files import id_in as file_in
 from app.files import name_of as file_name
-from app.intake.decision import Decision
 from app.jobs import new_id
 from app.requests import json_text
 from app.store import files
+from app.store.isolation import Connection
 from app.store.job_batches import BatchView, NewBatch
 from app.webhooks.addresses import Reach
 
 router = APIRouter(prefix="/v1/batches", tags=["batches"])
-
-DAY_S: Final = 86_400
 
 BatchId = Annotated[str, Path(description="The batch's id.", examples=["batch_0199e0a4f4a97c53"])]
 
@@ -90,7 +88,7 @@ async def create(
     async with raw_bodies.body_of(request, most, here.room) as raw:
         asked = await here.work.run(len(raw), _read, here, raw, header)
         if asked.items is None:
-            view, _ = await here.write(_create, here, who.tenant, asked.request)
+            view, _ = await here.commit(_create, here, who.tenant, asked.request)
         else:
             view = await _create_inline(here, who.tenant, asked.request, raw, asked.items)
     return batch_of(view)
@@ -131,7 +129,7 @@ async def _create_inline(
 ) -> BatchView:
     """The requests become a file as any other, which is then the batch's."""
     async with written(here, tenant, raw, items, partial(_line, asked)) as file:
-        view, file.is_used = await here.write(_create, here, tenant, asked, file)
+        view, file.is_used = await here.commit(_create, here, tenant, asked, file)
     return view
 
 
@@ -147,45 +145,42 @@ def _line(asked: BatchRequest, raw: bytes, number: int) -> bytes:
 
 
 def _create(
-    decision: Decision,
+    connection: Connection,
     here: Services,
     tenant: str,
     asked: BatchRequest,
     inline: InlineFile | None = None,
 ) -> tuple[BatchView, bool]:
     """The batch, and whether it is new. `inline` is the file that was made of its requests."""
-    keep_s = here.settings.files.keep_days * DAY_S
+    keep_s = here.settings.files.keep_s
     file_id, num_bytes, lines = (
         (inline.id, inline.bytes, inline.sha256) if inline else (None, 0, "")
     )
-    with here.database.begin() as connection:
-        if inline is not None:
-            inline.ready(connection, keep_s)
-        elif asked.input_file is not None:
-            try:
-                found = files.find(connection, file_in(asked.input_file), tenant=tenant, name="")
-            except NoSuchFile:
-                pass  # the batch will tell
-            else:
-                file_id, num_bytes = found.id, found.bytes
-        batch = NewBatch(
-            id=new_id(),
-            tenant=tenant,
-            door=Door.OPENAI,
-            url=asked.url,
-            input_name=asked.input_file or (file_name(file_id) if file_id else ""),
-            input_file_id=file_id,
-            input_bytes=num_bytes,
-            window_s=here.settings.job_batches.window_s,
-            output_expires_s=asked.output_expires_s or keep_s,
-            fingerprint=asked.fingerprint(lines),
-            metadata=asked.metadata,
-            idempotency_key=asked.idempotency_key,
-            webhook_url=str(asked.webhook_url) if asked.webhook_url else None,
-        )
-        view, is_new = job_batches.keep(connection, batch)
-        decision.commit()
-    return view, is_new
+    if inline is not None:
+        inline.ready(connection, keep_s)
+    elif asked.input_file is not None:
+        try:
+            found = files.find(connection, file_in(asked.input_file), tenant=tenant, name="")
+        except NoSuchFile:
+            pass  # the batch will tell
+        else:
+            file_id, num_bytes = found.id, found.bytes
+    batch = NewBatch(
+        id=new_id(),
+        tenant=tenant,
+        door=Door.OPENAI,
+        url=asked.url,
+        input_name=asked.input_file or (file_name(file_id) if file_id else ""),
+        input_file_id=file_id,
+        input_bytes=num_bytes,
+        window_s=here.settings.job_batches.window_s,
+        output_expires_s=asked.output_expires_s or keep_s,
+        fingerprint=asked.fingerprint(lines),
+        metadata=asked.metadata,
+        idempotency_key=asked.idempotency_key,
+        webhook_url=str(asked.webhook_url) if asked.webhook_url else None,
+    )
+    return job_batches.keep(connection, batch)
 
 
 @router.get(
@@ -201,7 +196,7 @@ async def list_batches(
 ) -> BatchList:
     """Batches, newest first."""
     begin = job_batches.cursor(Door.OPENAI, after, "after")
-    page = await here.read(job_batches.listed, here, Door.OPENAI, who.tenant, limit + 1, begin)
+    page = await job_batches.listed(here, Door.OPENAI, who.tenant, limit + 1, begin)
     return BatchList(**page_of(page, limit, batch_of))
 
 
@@ -210,7 +205,7 @@ async def list_batches(
 )
 async def retrieve(here: Here, who: Who, batch_id: BatchId) -> Batch:
     """The batch as it is: its counts are those of this moment, and always add up."""
-    return batch_of(await here.read(job_batches.find, here, Door.OPENAI, who.tenant, batch_id))
+    return batch_of(await job_batches.find(here, Door.OPENAI, who.tenant, batch_id))
 
 
 @router.post(
@@ -222,7 +217,7 @@ async def retrieve(here: Here, who: Who, batch_id: BatchId) -> Batch:
 async def cancel(here: Here, who: Who, batch_id: BatchId) -> Batch:
     """Requests that run are stopped, those that wait are cancelled; what was finished is kept. May
     be repeated."""
-    return batch_of(await here.write(job_batches.cancel, here, Door.OPENAI, who.tenant, batch_id))
+    return batch_of(await job_batches.cancel(here, Door.OPENAI, who.tenant, batch_id))
 
 
 _ENDED: Final = {

@@ -8,16 +8,14 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import AsyncIterator, Iterator, Mapping
-from functools import partial
 from http import HTTPStatus
 from pathlib import PurePath
-from typing import Annotated, Final, Literal
-from uuid import UUID
+from typing import Annotated, Any, Final, Literal
 
 from fastapi import APIRouter, Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
-from app.api.caller import Who
+from app.api.caller import Caller, Who
 from app.api.envelopes import Door
 from app.api.openai.schemas_files import DeletedFile, FileList, FileObject
 from app.api.pages import page_of
@@ -31,18 +29,15 @@ from app.config.settings import FilesSettings
 from app.errors import RequestError, RequestTooLarge
 from app.files import UPLOADED, FileState, Purpose, id_in, key_of, name_of
 from app.intake.batches import output_file
-from app.intake.decision import Decision
 from app.jobs import new_id
 from app.requests.part import printable
 from app.store import files, job_batches
 from app.store.files import FileView
-from app.store.job_batches import BatchView
 
 router = APIRouter(prefix="/v1/files", tags=["files"])
 
-DAY_S: Final = 86_400
 MIN_EXPIRY_S: Final = 3_600
-MAX_EXPIRY_S: Final = 30 * DAY_S
+MAX_EXPIRY_S: Final = 2_592_000
 
 FileId = Annotated[str, Path(description="The file's id.", examples=["file-0199e0a4f4a97c53"])]
 
@@ -116,17 +111,25 @@ async def create(request: Request, here: Here, who: Who) -> FileObject:
 async def store(here: Services, tenant: str, upload: Upload) -> FileView:
     """Write the bytes of an upload, and then say that they are there."""
     file_id = new_id()
-    purpose, filename = Purpose.USER_DATA, "file"  # until they have arrived
-    await here.write(_begin, here, file_id, tenant, purpose, filename)
+    unknown: Any = {"purpose": Purpose.USER_DATA, "filename": "file"}  # until they have arrived
+    await here.commit(files.begin, file_id, tenant=tenant, **unknown)
     digest = hashlib.sha256()
     try:
         async with here.objects.writing_async(key_of(file_id)) as writer:
             async for piece in upload.pieces():
                 digest.update(piece)
                 await writer.write(piece)
-        return await here.write(_ready, here, file_id, upload, digest.hexdigest())
+        return await here.commit(
+            files.ready,
+            file_id,
+            num_bytes=upload.num_bytes,
+            sha256=digest.hexdigest(),
+            purpose=upload.purpose,
+            filename=upload.filename,
+            expires_s=upload.expires_s,
+        )
     except BaseException:
-        here.do_behind(partial(_give_up, here, file_id))
+        here.later(here.commit(files.give_up, file_id))
         raise
 
 
@@ -177,8 +180,7 @@ class Upload:
     @property
     def expires_s(self) -> float | None:
         given = expires_after(self._form.fields)
-        keep_s = self._limits.keep_days * DAY_S
-        return given if given or self.purpose is not Purpose.BATCH else keep_s
+        return given if given or self.purpose is not Purpose.BATCH else self._limits.keep_s
 
 
 def expires_after(fields: Mapping[str, str]) -> float | None:
@@ -202,36 +204,6 @@ def expires_after(fields: Mapping[str, str]) -> float | None:
     return float(seconds)
 
 
-def _begin(
-    decision: Decision, here: Services, file_id: UUID, tenant: str, purpose: str, filename: str
-) -> None:
-    with here.database.begin() as connection:
-        files.begin(connection, file_id, tenant=tenant, purpose=purpose, filename=filename)
-        decision.commit()
-
-
-def _ready(
-    decision: Decision, here: Services, file_id: UUID, upload: Upload, sha256: str
-) -> FileView:
-    with here.database.begin() as connection:
-        view = files.ready(
-            connection,
-            file_id,
-            num_bytes=upload.num_bytes,
-            sha256=sha256,
-            purpose=upload.purpose,
-            filename=upload.filename,
-            expires_s=upload.expires_s,
-        )
-        decision.commit()
-    return view
-
-
-def _give_up(here: Services, file_id: UUID) -> None:
-    with here.database.begin() as connection:
-        files.give_up(connection, file_id)
-
-
 @router.get("", responses=_ERRORS, summary="List files", response_description="One page of files.")
 async def list_files(
     here: Here,
@@ -251,18 +223,15 @@ async def list_files(
     if purpose and asked is None:
         return FileList(data=[], has_more=False)
 
-    def listed() -> list[FileView]:
-        with here.database.begin() as connection:
-            return files.listed(
-                connection,
-                tenant=who.tenant,
-                purpose=asked,
-                after=begin,
-                newest_first=order == "desc",
-                limit=limit + 1,
-            )
-
-    return FileList(**page_of(await here.read(listed), limit, object_of))
+    page = await here.query(
+        files.listed,
+        tenant=who.tenant,
+        purpose=asked,
+        after=begin,
+        newest_first=order == "desc",
+        limit=limit + 1,
+    )
+    return FileList(**page_of(page, limit, object_of))
 
 
 @router.get(
@@ -270,7 +239,7 @@ async def list_files(
 )
 async def retrieve(here: Here, who: Who, file_id: FileId) -> FileObject:
     """What is known of the file."""
-    return object_of(await here.read(_find, here, who.tenant, file_id))
+    return object_of(await _find(here, who, file_id))
 
 
 @router.get(
@@ -290,9 +259,13 @@ async def content(
 ) -> Response:
     """The bytes of the file. What a batch writes can be read while it grows: `X-Incomplete` says
     whether it does, `X-Last-Line` how many lines there are, the next call's `offset`."""
-    view = await here.read(_find, here, who.tenant, file_id)
+    view = await _find(here, who, file_id)
     headers = {"Cache-Control": "private, no-cache"}
-    batch = await here.read(_batch_of, here, view) if view.batch_id else None
+    batch = (
+        await here.query(job_batches.writing, view.batch_id, tenant=view.tenant)
+        if view.batch_id
+        else None
+    )
     if batch is not None:
         file = LineFile.OUTPUT if batch.output_file_id == view.id else LineFile.ERRORS
         headers["X-Incomplete"] = "true" if view.state is FileState.GROWING else "false"
@@ -309,11 +282,6 @@ async def content(
     return StreamingResponse(
         await begun(pieces), media_type="application/octet-stream", headers=headers
     )
-
-
-def _batch_of(here: Services, view: FileView) -> BatchView | None:
-    with here.database.begin() as connection:
-        return job_batches.writing(connection, view.batch_id, tenant=view.tenant)
 
 
 async def _growing(here: Services, pages: Iterator[bytes]) -> AsyncIterator[bytes]:
@@ -339,19 +307,17 @@ async def _behind(pieces: AsyncIterator[bytes], num_lines: int) -> AsyncIterator
 )
 async def delete(here: Here, who: Who, file_id: FileId) -> DeletedFile:
     """The file is gone at once. A batch that reads it goes on."""
-    await here.write(_delete, here, who.tenant, file_id)
+    await here.commit(files.delete, **_named(who, file_id))
     return DeletedFile(id=file_id)
 
 
-def _find(here: Services, tenant: str, name: str) -> FileView:
-    with here.database.begin() as connection:
-        return files.find(connection, id_in(name), tenant=tenant, name=printable(name))
+async def _find(here: Services, who: Caller, name: str) -> FileView:
+    return await here.query(files.find, **_named(who, name))
 
 
-def _delete(decision: Decision, here: Services, tenant: str, name: str) -> None:
-    with here.database.begin() as connection:
-        files.delete(connection, id_in(name), tenant=tenant, name=printable(name))
-        decision.commit()
+def _named(who: Caller, name: str) -> dict[str, Any]:
+    """What a file is looked for by."""
+    return {"file_id": id_in(name), "tenant": who.tenant, "name": printable(name)}
 
 
 def object_of(view: FileView) -> FileObject:

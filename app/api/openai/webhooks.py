@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
 from http import HTTPStatus
-from typing import Annotated, Any, Final, TypeVar
+from typing import Annotated, Any, Final
 from uuid import UUID
 
 from fastapi import APIRouter, Path, Query, Request
@@ -36,7 +35,6 @@ from app.api.wire import checked
 from app.api.wire.raw_bodies import json_body
 from app.errors import RequestError, Unavailable, WebhookRefused, WebhookUnreachable
 from app.ids import id_in, name_of
-from app.intake.decision import Decision
 from app.requests.storable import refuse_unstorable
 from app.store import admin_log, webhook_deliveries, webhook_endpoints
 from app.store.isolation import Connection
@@ -57,7 +55,6 @@ LOOK_S: Final = 0.2
 EndpointId = Annotated[
     str, Path(description="The endpoint's id.", examples=["we_0199e0a4f4a97c53a7b3a9f5d8f6d2ce"])
 ]
-T = TypeVar("T")
 
 _ERRORS: Final = documented(
     HTTPStatus.BAD_REQUEST,
@@ -110,7 +107,7 @@ async def create(request: Request, here: Here, who: Who) -> WebhookEndpointWithS
         _note(connection, who, "created", made.id)
         return made
 
-    made = await here.write(_commit, here, make)
+    made = await here.commit(make)
     return WebhookEndpointWithSecret(**_fields(made), signing_secret=secret)
 
 
@@ -132,7 +129,9 @@ async def list_endpoints(
     begin = id_in(ENDPOINT, after) if after else None
     if after and begin is None:
         raise RequestError("'after' must be the id of an endpoint.", param="after")
-    found = await here.read(_listed, here, who.tenant, begin, limit + 1)
+    found = await here.query(
+        webhook_endpoints.listed, after=begin, limit=limit + 1, tenant=who.tenant
+    )
     return WebhookEndpointList(**page_of(found, limit, _told))
 
 
@@ -144,7 +143,8 @@ async def list_endpoints(
 )
 async def retrieve(here: Here, who: Who, webhook_endpoint_id: EndpointId) -> WebhookEndpoint:
     """What is known of the endpoint."""
-    return _told(await here.read(_found, here, who.tenant, webhook_endpoint_id))
+    id = id_in(ENDPOINT, webhook_endpoint_id)
+    return _told(await here.query(webhook_endpoints.find, id, tenant=who.tenant))
 
 
 @router.post(
@@ -162,18 +162,9 @@ async def update(
     refuse_unstorable(asked.name, "name")
     types = _types(asked.event_types) if asked.event_types is not None else None
     url = _url(here, asked.url) if asked.url is not None else None
-
-    def change(connection: Connection) -> Endpoint:
-        return webhook_endpoints.update(
-            connection,
-            id_in(ENDPOINT, webhook_endpoint_id),
-            name=asked.name,
-            url=url,
-            event_types=types,
-            tenant=who.tenant,
-        )
-
-    return _told(await here.write(_commit, here, change))
+    id = id_in(ENDPOINT, webhook_endpoint_id)
+    changes: dict[str, Any] = {"name": asked.name, "url": url, "event_types": types}
+    return _told(await here.commit(webhook_endpoints.update, id, **changes, tenant=who.tenant))
 
 
 @router.delete(
@@ -190,7 +181,7 @@ async def delete(here: Here, who: Who, webhook_endpoint_id: EndpointId) -> Delet
         webhook_endpoints.delete(connection, id, tenant=who.tenant)
         _note(connection, who, "deleted", id)
 
-    await here.write(_commit, here, remove)
+    await here.commit(remove)
     return DeletedWebhookEndpoint(id=webhook_endpoint_id)
 
 
@@ -214,7 +205,7 @@ async def rotate_secret(
         _note(connection, who, "rotated", id)
         return made
 
-    made = await here.write(_commit, here, rotate)
+    made = await here.commit(rotate)
     return WebhookEndpointWithSecret(**_fields(made), signing_secret=secret)
 
 
@@ -231,12 +222,9 @@ async def test(
     """Send an event of nothing, once, and wait for the answer."""
     asked = await checked.read(request, here, TestedEvent)
     [event_type] = _types([asked.event_type], "event_type")
-
-    def begin(connection: Connection) -> UUID:
-        id = id_in(ENDPOINT, webhook_endpoint_id)
-        return webhook_deliveries.begin_test(connection, id, event_type, tenant=who.tenant).id
-
-    status_code = await _answered(here, await here.write(_commit, here, begin), who.tenant)
+    id = id_in(ENDPOINT, webhook_endpoint_id)
+    begun = await here.commit(webhook_deliveries.begin_test, id, event_type, tenant=who.tenant)
+    status_code = await _answered(here, begun.id, who.tenant)
     return WebhookEndpointTest(
         webhook_endpoint_id=webhook_endpoint_id, event_type=event_type, status_code=status_code
     )
@@ -247,7 +235,7 @@ async def _answered(here: Services, delivery_id: UUID, tenant: str) -> int:
     nobody has sent it."""
     until_s = time.monotonic() + here.settings.webhooks.timeout_s + TEST_SPARE_S
     while time.monotonic() < until_s:
-        delivery = await here.read(_tested, here, delivery_id, tenant)
+        delivery, _ = await here.query(webhook_deliveries.find, delivery_id, tenant=tenant)
         if delivery.ended_at is not None:
             if delivery.status_code is None:
                 raise WebhookUnreachable(f"The endpoint gave no answer: {delivery.error}.")
@@ -284,28 +272,6 @@ def _url(here: Services, text: str) -> str:
 def _note(connection: Connection, who: Caller, action: str, id: UUID | None) -> None:
     subject = name_of(ENDPOINT, id) if id else "?"
     admin_log.note(connection, who.actor, f"webhook_endpoint.{action}", subject, tenant=who.tenant)
-
-
-def _commit(decision: Decision, here: Services, work: Callable[[Connection], T]) -> T:
-    with here.database.begin() as connection:
-        done = work(connection)
-        decision.commit()
-    return done
-
-
-def _listed(here: Services, tenant: str, after: UUID | None, limit: int) -> list[Endpoint]:
-    with here.database.begin() as connection:
-        return webhook_endpoints.listed(connection, after=after, limit=limit, tenant=tenant)
-
-
-def _found(here: Services, tenant: str, name: str) -> Endpoint:
-    with here.database.begin() as connection:
-        return webhook_endpoints.find(connection, id_in(ENDPOINT, name), tenant=tenant)
-
-
-def _tested(here: Services, id: UUID, tenant: str) -> webhook_deliveries.Delivery:
-    with here.database.begin() as connection:
-        return webhook_deliveries.find(connection, id, tenant=tenant)[0]
 
 
 def _told(endpoint: Endpoint) -> WebhookEndpoint:
