@@ -43,6 +43,7 @@
     ├── Restarted              a stream told tokens that an answer does not begin with any more
     ├── Unavailable            Postgres or Redis cannot be reached; come back later
     │   └── StorageUnavailable the storage of files cannot
+    │       └── ObjectMissing  it can, and has not what it should have
     ├── AttemptsExhausted      a job was interrupted too often
     └── EngineError            the model or its process failed
         ├── EngineCrashed      the engine process died
@@ -337,6 +338,10 @@ class StorageUnavailable(Unavailable):
     """The storage of files does not answer, or refuses. Try again."""
 
     code = "storage_unavailable"
+
+
+class ObjectMissing(StorageUnavailable):
+    """What a row says is there is not. It may come back: a folder that is not mounted, say."""
 
 
 class NotStorable(GristmillError):

@@ -22,7 +22,7 @@ from obstore.exceptions import BaseError
 from obstore.store import LocalStore, from_url
 
 from app.config.settings import Settings
-from app.errors import ConfigError, StorageUnavailable
+from app.errors import ConfigError, ObjectMissing, StorageUnavailable
 
 PART_BYTES: Final = 8_000_000
 """Of an upload: it is what a writer holds. S3 takes 10,000 parts of an object."""
@@ -173,7 +173,7 @@ def _translated() -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise StorageUnavailable("An object is not in the storage of files.") from None
+        raise ObjectMissing("An object is not in the storage of files.") from None
     except (BaseError, OSError) as error:
         raise StorageUnavailable(f"The storage of files: {_first_line(error)}") from None
 

@@ -59,7 +59,8 @@ kind = "embed"
 engine = "stub"
 default = true
 max_batch_size = {batch_size}
-max_batch_tokens = 1_000_000
+max_batch_tokens = 4_000_000
+context_tokens = 2_000_000
 max_wait_ms = 10
 options = {{ step_ms = {step_ms} }}
 """

@@ -10,20 +10,26 @@ from sqlalchemy import Connection, text
 
 from app.batches import LineFile, LineOutcome
 
-# The lines of a file, after a place.
+# The lines of a file, after a place: those before which there are fewer bytes of responses.
 _LINES: Final = text("""
-    SELECT line.number, line.custom_id, line.job_id, line.outcome, line.place, line.error,
-        CAST(result.response AS text) AS response, result.error_code, result.error_message
+    SELECT number, custom_id, job_id, outcome, place, error, CAST(response AS text) AS response,
+        error_code, error_message
     FROM (
-        SELECT * FROM job_batch_lines
-        WHERE batch_id = :id AND file = :file AND place > :after ORDER BY place LIMIT :page
+        SELECT line.*, result.*, sum(pg_column_size(result.response)) OVER (
+            ORDER BY line.place ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING
+        ) AS bytes_before
+        FROM (
+            SELECT * FROM job_batch_lines
+            WHERE batch_id = :id AND file = :file AND place > :after ORDER BY place LIMIT :page
+        ) AS line
+        LEFT JOIN LATERAL (
+            SELECT response, error_code, error_message FROM results
+            WHERE results.created_at = line.job_created_at AND results.job_id = line.job_id
+            OFFSET 0
+        ) AS result ON true
     ) AS line
-    LEFT JOIN LATERAL (
-        SELECT response, error_code, error_message FROM results
-        WHERE results.created_at = line.job_created_at AND results.job_id = line.job_id
-        OFFSET 0
-    ) AS result ON true
-    ORDER BY line.place
+    WHERE coalesce(bytes_before, 0) < :page_bytes
+    ORDER BY place
 """)
 
 
@@ -43,10 +49,17 @@ class EndedLine:
 
 
 def lines(
-    connection: Connection, batch_id: UUID, file: LineFile, *, after: int, page: int
+    connection: Connection,
+    batch_id: UUID,
+    file: LineFile,
+    *,
+    after: int,
+    page: int,
+    page_bytes: int,
 ) -> list[EndedLine]:
-    """Up to so many lines of a file of a batch, in their places."""
-    given = {"id": batch_id, "file": file, "after": after, "page": page}
+    """Up to so many lines of a file of a batch, in their places; the last one is that with which
+    their responses have `page_bytes`, as they are stored."""
+    given = {"id": batch_id, "file": file, "after": after, "page": page, "page_bytes": page_bytes}
     return [
         EndedLine(**{**row._mapping, "outcome": LineOutcome(row.outcome)})
         for row in connection.execute(_LINES, given)

@@ -59,9 +59,7 @@ _READY: Final = text(f"""
     RETURNING {_SHOWN}
 """)
 
-_FIND: Final = text(f"""
-    SELECT {_SHOWN} FROM files WHERE id = :id AND tenant = :tenant AND {_THERE}
-""")
+_FIND: Final = f"SELECT {_SHOWN} FROM files WHERE id = :id AND tenant = :tenant AND {_THERE}"
 
 # Ids rise with time: a page begins after one, be it there or not any more.
 _LIST: Final = """
@@ -88,8 +86,9 @@ _GOING: Final = text(f"""
     SELECT id FROM (
         (SELECT id FROM files WHERE state = 'deleted' AND {_UNREAD} LIMIT :page)
         UNION ALL
-        (SELECT id FROM files
-         WHERE state = 'ready' AND expires_at <= now() AND {_UNREAD} LIMIT :page)
+        (SELECT id FROM files  -- a while after its end: batches that took it till then are seen
+         WHERE state = 'ready' AND expires_at <= now() - interval '1 min' AND {_UNREAD}
+         LIMIT :page)
         UNION ALL
         (SELECT id FROM files
          WHERE state = 'uploading' AND created_at < now() - :patience_s * interval '1 s'
@@ -146,9 +145,14 @@ def ready(
     return _view(row)
 
 
-def find(connection: Connection, file_id: UUID | None, *, tenant: str, name: str) -> FileView:
-    """Raises `NoSuchFile`, which tells `name`."""
-    row = connection.execute(_FIND, {"id": file_id, "tenant": tenant}).one_or_none()
+def find(
+    connection: Connection, file_id: UUID | None, *, tenant: str, name: str, hold: bool = False
+) -> FileView:
+    """Raises `NoSuchFile`, which tells `name`. With `hold` nobody deletes it before the transaction
+    has ended."""
+    given = {"id": file_id, "tenant": tenant}
+    query = f"{_FIND} FOR SHARE" if hold else _FIND
+    row = connection.execute(text(query), given).one_or_none()
     if row is None:
         raise NoSuchFile(f"No such File object: {name}")
     return _view(row)

@@ -17,11 +17,15 @@ import openai
 import psycopg
 import pytest
 
+from app.batches import Door, LineFile, id_in
 from app.config.settings import Settings
-from app.intake.batches import feed
+from app.files import id_in as file_id_in
+from app.files import key_of
+from app.intake.batches import feed, output_file
 from app.intake.batches.keeper import BatchKeeper
 from app.local.servers import EmbeddedRedis
-from app.store import quotas
+from app.objects import Objects
+from app.store import job_batches, quotas
 from app.store.database import Database
 from app.store.job_batches import BatchView
 from app.store.quotas import Quotas
@@ -477,6 +481,83 @@ def test_what_is_finished_can_be_read_while_a_batch_runs(
         assert is_incomplete == "false" and last == 60 and whole[: len(first)] == first
         assert part(58)[0] == whole[58:]
         assert client.files.delete(done.output_file_id).deleted
+
+
+def test_long_lines_are_read_and_written_one_at_a_time(
+    few_at_once: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output_file, "PAGE_BYTES", 1)
+    with running_api(few_at_once) as api, closing(Database(few_at_once.database.url)) as database:
+        batch_id = half_done(few_at_once, api)
+        with database.begin() as connection:
+            view = job_batches.writing(connection, id_in(Door.OPENAI, batch_id), tenant="default")
+        assert view is not None
+
+        pages = list(output_file.pages(database, view, LineFile.OUTPUT))
+
+        assert len(pages) == view.counts.output >= 10
+        assert [page.count(b"\n") for page in pages] == [1] * len(pages)
+
+
+@pytest.mark.parametrize("is_cancelled", [False, True])
+def test_a_batch_whose_input_is_lost_waits_for_it_and_ends_all_the_same(
+    few_at_once: Settings, caplog: pytest.LogCaptureFixture, is_cancelled: bool
+) -> None:
+    with running_api(few_at_once) as api, sdk(api) as client:
+        running = client.batches.retrieve(half_done(few_at_once, api))
+        unread = submit(client, line(1))
+        for batch in (running, unread):
+            id = file_id_in(batch.input_file_id)
+            assert id is not None
+            Objects.of(few_at_once).delete(key_of(id))
+        with closing(BatchKeeper(few_at_once)) as keeper:
+            end_open_jobs(few_at_once)
+            while keeper.round():
+                pass
+            assert "not in the storage" in caplog.text
+            assert client.batches.retrieve(running.id).status == "in_progress"
+            assert client.batches.retrieve(unread.id).status == "validating"
+
+            if is_cancelled:
+                for batch in (running, unread):
+                    client.batches.cancel(batch.id)
+            else:
+                with psycopg.connect(few_at_once.database.url) as connection:
+                    connection.execute("UPDATE job_batches SET expires_at = now()")
+            while keeper.round():
+                pass
+
+        done, never_begun = (client.batches.retrieve(batch.id) for batch in (running, unread))
+        assert done.status == ("cancelled" if is_cancelled else "expired")
+        assert never_begun.status == ("cancelled" if is_cancelled else "failed")
+        assert len(lines_of(client, done.output_file_id)) == done.request_counts.completed == 20
+        told = [each["custom_id"] for each in lines_of(client, done.error_file_id)]
+        assert told == [""] * 40 and done.request_counts.failed == 40
+
+
+def end_open_jobs(settings: Settings) -> None:
+    with closing(Database(settings.database.url)) as store:
+        worker = Worker.registered(store)
+        ids = [row["id"] for row in rows(settings, "SELECT id FROM open_jobs")]
+        worker.complete(worker.claim(ids))
+
+
+def test_blank_rows_without_end_hold_up_nobody(
+    few_at_once: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feed, "SLICE_S", 0.0)
+    with running_api(few_at_once) as api, sdk(api) as client:
+        data = jsonl(line(1)) + b"\n" * 3_000_000 + jsonl(line(2))
+        id = client.files.create(file=("in.jsonl", data), purpose="batch").id
+        batch = client.batches.create(input_file_id=id, endpoint=CHAT, completion_window="24h")
+        with closing(BatchKeeper(few_at_once)) as keeper:
+            steps = 0
+            while keeper.round():
+                steps += 1
+
+        [found] = rows(few_at_once, "SELECT fed, total FROM job_batches")
+        assert (found["fed"], found["total"]) == (2, 2) and steps > 3
+        assert client.batches.retrieve(batch.id).status == "in_progress"
 
 
 def test_every_line_has_one_answer_whoever_is_killed_meanwhile(

@@ -301,7 +301,9 @@ def test_what_is_gone_leaves_the_storage(
     ids = {name: id_in(file_id) for name, file_id in made.items()}
     client.files.delete(made["deleted"])
     with psycopg.connect(settings.database.url) as connection:
-        connection.execute("UPDATE files SET expires_at = now() WHERE id = %s", [ids["over"]])
+        connection.execute(
+            "UPDATE files SET expires_at = now() - interval '2 min' WHERE id = %s", [ids["over"]]
+        )
     with pytest.raises(openai.NotFoundError):
         client.files.retrieve(made["over"])
 

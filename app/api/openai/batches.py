@@ -160,7 +160,9 @@ def _create(
         inline.ready(connection, keep_s)
     elif asked.input_file is not None:
         try:
-            found = files.find(connection, file_in(asked.input_file), tenant=tenant, name="")
+            found = files.find(
+                connection, file_in(asked.input_file), tenant=tenant, name="", hold=True
+            )
         except NoSuchFile:
             pass  # the batch will tell
         else:

@@ -23,6 +23,7 @@ from app.config.settings import Settings
 from app.errors import (
     ModelNotFound,
     NotStorable,
+    ObjectMissing,
     QueueFull,
     QuotaExceeded,
     RequestError,
@@ -123,7 +124,12 @@ class Feed:
             most = min(most, self._settings.job_batches.max_open_lines - running)
             if most <= 0 or not self._has_room():
                 return False
-        page = self._read(batch, most, outcome)
+        try:
+            page = self._read(batch, most, outcome)
+        except ObjectMissing:
+            if outcome is None:
+                raise  # it may come back in the batch's time
+            page = _unread(batch, most, outcome)
         room = self._admission.admitted(page.load) if page.jobs else nullcontext()  # or needs none
         try:
             with room:
@@ -160,7 +166,7 @@ class Feed:
             if not row.is_blank:
                 self._take(batch, page, row, outcome)
             is_full = len(page.lines) >= most or page.num_bytes > PAGE_BYTES
-            if page.lines and (is_full or time.monotonic() > until):
+            if is_full or time.monotonic() > until:
                 break
         return page
 
@@ -226,6 +232,14 @@ class Feed:
                 ]
             batch_work.feed(connection, now, fed, fed_bytes=page.fed_bytes, fed_rows=page.fed_rows)
         self._submitter.sender.send(sent, num_left=len(page.jobs) - len(sent))
+
+
+def _unread(batch: BatchView, most: int, outcome: LineOutcome) -> _Page:
+    """The next lines of a file that is gone, by their numbers alone."""
+    behind = batch.fed_rows
+    last = behind + min(most, batch.counts.total - batch.fed)
+    unknown = [FedLine(number, "", outcome=outcome) for number in range(behind + 1, last + 1)]
+    return _Page(batch.fed_bytes, last, unknown)
 
 
 def _insert(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from app.errors import StorageUnavailable
+from app.errors import ObjectMissing
 
 PART_BYTES: Final = 1_000_000
 """Read at once."""
@@ -15,11 +16,14 @@ Read = Callable[[int, int], bytes]
 """Up to so many bytes (the second) from a place (the first) on."""
 
 
+_BLANK: Final = re.compile(rb"(?:[ \t\r\v\f]*+\n)++")
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row of text."""
+    """A row of text, or blank rows, which take no time however many they are."""
 
-    number: int  #: from 1
+    number: int  #: from 1; of several it is the last one's
     raw: bytes | None  #: without its end; None if it is longer than a row may be
     end: int  #: where the next one begins
 
@@ -33,7 +37,7 @@ def rows(
 ) -> Iterator[Row]:
     """Rows from `start` on, of which the first has this number, to the end of a file of this size.
 
-    A row has up to `longest` bytes: of a longer one nothing is kept. Raises `StorageUnavailable` if
+    A row has up to `longest` bytes: of a longer one nothing is kept. Raises `ObjectMissing` if
     there is less than that.
     """
     held = bytearray()
@@ -42,10 +46,18 @@ def rows(
     while at < size:
         piece = read(at, min(part, size - at))
         if not piece:
-            raise StorageUnavailable("A file is shorter than its row says.")
+            raise ObjectMissing("A file is shorter than its row says.")
         at += len(piece)
         done = 0
-        while (newline := piece.find(b"\n", done)) >= 0:
+        while True:
+            if not (held or is_long) and (blank := _BLANK.match(piece, done)):
+                number += piece.count(b"\n", done, blank.end())
+                done = blank.end()
+                begin = at - len(piece) + done
+                yield Row(number - 1, b"", begin)
+            newline = piece.find(b"\n", done)
+            if newline < 0:
+                break
             held += piece[done:newline]
             done = newline + 1
             end = at - len(piece) + done

@@ -23,7 +23,7 @@ from app.batches import BatchState
 from app.broker.publisher import Publisher
 from app.config.settings import Settings
 from app.engines.catalog import load_catalog
-from app.errors import GristmillError, ModelNotFound
+from app.errors import GristmillError, ModelNotFound, ObjectMissing
 from app.intake.batches import output_file
 from app.intake.batches.feed import Feed
 from app.intake.batches.output_file import Writing
@@ -142,15 +142,16 @@ class BatchKeeper:
         if batch.state is BatchState.VALIDATING:
             return self._validate(batch)
         if batch.counts.open:
-            fed = self._feeder.step(batch, self.id, LEASE_S)
-            return self._collect(batch) or fed
+            ended = self._collect(batch)  # needs no storage
+            return self._feeder.step(batch, self.id, LEASE_S) or ended
         return self._finish(batch)
 
     # ── validating ───────────────────────────────────────────────────────────────────────────
 
     def _validate(self, batch: BatchView) -> bool:
         if batch.input_file_id is None:
-            return self._refuse_unknown(batch)
+            name = batch.input_name
+            return self._refuse(batch, f"Cannot find file {name}, or you do not have access to it.")
         if self._scan is None:
             rows = self._feeder.rows_of(batch)
             most = self._settings.job_batches.max_requests
@@ -159,7 +160,12 @@ class BatchKeeper:
         scanned, scan = self._scan
         if scanned != batch.id:
             return False  # its turn comes
-        is_read = scan.go_on()
+        try:
+            is_read = scan.go_on()
+        except ObjectMissing:
+            if not batch.is_over:
+                raise  # it may come back
+            return self._refuse(batch, f"The file {batch.input_name} cannot be read any more.")
         with self._database.begin() as connection:
             now = batch_work.held(connection, self.id, LEASE_S, batch.id)
             if is_read and scan.errors:
@@ -173,8 +179,7 @@ class BatchKeeper:
             log.info("A batch was read and %s.", what, extra=extra)
         return True
 
-    def _refuse_unknown(self, batch: BatchView) -> bool:
-        sentence = f"Cannot find file {batch.input_name}, or you do not have access to it."
+    def _refuse(self, batch: BatchView, sentence: str) -> bool:
         error = LineError("invalid_request", sentence, None, "file_id")
         with self._database.begin() as connection:
             now = batch_work.held(connection, self.id, LEASE_S, batch.id)

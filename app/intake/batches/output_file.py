@@ -20,10 +20,9 @@ from app.store.database import Database
 from app.store.isolation import Connection
 from app.store.job_batches import BatchView
 
-MAX_PAGE: Final = 500
-SMALL_BYTES: Final = 500_000
-LARGE_BYTES: Final = 2_000_000
-"""Lines are read a few at a time if they are long, and more if they are short."""
+PAGE: Final = 500
+PAGE_BYTES: Final = 1_000_000
+"""Lines that are read at once, and what there is of their responses."""
 
 NAMES: Final = {LineFile.OUTPUT: "output", LineFile.ERRORS: "errors"}
 
@@ -55,22 +54,21 @@ def begin_files(connection: Connection, batch: BatchView) -> None:
 
 def pages(database: Database, batch: BatchView, file: LineFile, after: int = 0) -> Iterator[bytes]:
     """The lines of a file that are there now, behind the first so many; some at a time."""
-    size = 16
     last = num_lines(batch, file)
     while after < last:
         with database.begin() as connection:
             page = batch_lines.lines(
-                connection, batch.id, file, after=after, page=min(size, last - after)
+                connection,
+                batch.id,
+                file,
+                after=after,
+                page=min(PAGE, last - after),
+                page_bytes=PAGE_BYTES,
             )
         if not page:
             return
-        text = b"".join(told.line_of(batch.door, line) for line in page)
         after = page[-1].place
-        if len(text) < SMALL_BYTES:
-            size = min(MAX_PAGE, 2 * size)
-        elif len(text) > LARGE_BYTES:
-            size = max(1, size // 2)
-        yield text
+        yield b"".join(told.line_of(batch.door, line) for line in page)
 
 
 class Writing:
