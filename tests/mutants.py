@@ -62,6 +62,8 @@ class Mutant:
     tests: str = SIMULATION  #: a file, or a file::test
 
 
+STORED_CHATS: Final = "app/store/stored_chats.py"
+STORED: Final = "tests/integration/test_openai_stored_chats.py"
 RESPONSES: Final = "tests/integration/test_openai_responses.py"
 RESPONSE_STREAM: Final = "app/api/openai/response_stream.py"
 RESPONSE_STREAMS: Final = "tests/unit/test_response_stream.py"
@@ -150,6 +152,20 @@ MUTANTS: Final = (
         "if not is_stored:",
         "if False:",
         f"{RESPONSES}::test_what_is_not_to_be_stored_is_told_once",
+    ),
+    Mutant(
+        "a chat that was not to be stored is told of",
+        STORED_CHATS,
+        '"results.stored AND results.response',
+        '"results.response',
+        f"{STORED}::test_a_chat_that_was_not_stored_is_not_told_of",
+    ),
+    Mutant(
+        "a stored chat is told to another tenant",
+        STORED_CHATS,
+        "ANY(CAST(:ids AS uuid[])) AND job_keys.tenant = :tenant",
+        "ANY(CAST(:ids AS uuid[]))",
+        "tests/integration/test_store_stored_chats.py::test_a_stored_chat_is_its_tenants_in_each_statement",
     ),
     Mutant(
         "more of a conversation is left out than is too long",

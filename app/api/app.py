@@ -25,7 +25,7 @@ from app.api.jobs import event_streams, lists, many, purge, timeline
 from app.api.live.followers import Listeners
 from app.api.live.waiting import Waiters
 from app.api.metrics import Metrics, SystemCollector
-from app.api.openai import batches, calls, files, responses, webhooks
+from app.api.openai import batches, calls, files, responses, stored_chats, webhooks
 from app.api.services import Services
 from app.api.wire import connections, memory
 from app.api.wire.callers import KnownCallers
@@ -96,6 +96,7 @@ def create_app(settings: Settings) -> FastAPI:
         purge,
         usage,
         calls,
+        stored_chats,
         responses,
         messages,
         message_batches,

@@ -18,6 +18,7 @@ from app.api.anthropic.schemas_batches import MessageBatchBody
 from app.api.envelopes import Door, door_of
 from app.api.jobs.schemas_many import CancelRequest, StatusRequest
 from app.api.openai.schemas_batches import BatchBody
+from app.api.openai.schemas_stored_chats import MetadataChange
 from app.api.openai.schemas_webhooks import EndpointChange, NewEndpoint, Rotation, TestedEvent
 from app.api.problems import documented
 from app.api.schemas import BulkRequest
@@ -35,6 +36,7 @@ _SCHEMAS: Final[tuple[type[BaseModel], ...]] = (
     Rotation,
     TestedEvent,
     BatchBody,
+    MetadataChange,
     MessageBatchBody,
     *BODIES.values(),
 )

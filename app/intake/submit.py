@@ -414,6 +414,7 @@ class Submitter:
             not_before=submission.not_before,
             deadline=submission.deadline,
             stream_events=submission.stream_events,
+            stored=request.sent.is_stored_chat,
             metadata=request.body.metadata | submission.metadata,
             tenant=tenant,
             idempotency_key=submission.idempotency_key,

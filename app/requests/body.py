@@ -78,6 +78,11 @@ class Body(Part):
         return None
 
     @property
+    def is_stored_chat(self) -> bool:
+        """Whether it is told by the calls for stored chat completions, once completed."""
+        return False
+
+    @property
     def most_tokens_field(self) -> str:
         return "max_tokens"
 

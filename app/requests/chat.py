@@ -81,6 +81,11 @@ class ChatBody(SampledBody):
     include_reasoning: bool = Field(
         True, description="Whether an answer has `reasoning_content`.", examples=[False]
     )
+    store: bool | None = Field(
+        None,
+        description="Whether the answer is told by the calls for stored chat completions.",
+        examples=[True],
+    )
     prediction: Annotated[
         dict[str, Any] | None, Ignored("it would only save time"), Field(max_length=16)
     ] = Field(None, examples=[{"type": "content", "content": "A mill."}])
@@ -118,6 +123,10 @@ class ChatBody(SampledBody):
     add_special_tokens: Annotated[Any, Refused("the chat template writes them", (False,))] = Field(
         None, examples=[True]
     )
+
+    @property
+    def is_stored_chat(self) -> bool:
+        return self.store is True
 
     @property
     def offer(self) -> Offer:

@@ -67,11 +67,11 @@ def newest(
 ) -> list[UUID]:
     """The ids of a tenant's jobs that pass the filter, newest first, beginning after the job
     `after`. Raises `JobNotFound` if there is none."""
-    here = _place(connection, after, tenant) if after else None
+    here = place(connection, after, tenant) if after else None
     if given.idempotency_key is not None:
         found = [_matching(given, here, tenant, _of_key(given, tenant))]
-    elif given.metadata and _are_few(connection, given.metadata, tenant):
-        found = [_matching(given, here, tenant, _labelled(given.metadata, tenant))]
+    elif given.metadata and are_few(connection, given.metadata, tenant):
+        found = [_matching(given, here, tenant, labelled(given.metadata, tenant))]
     else:
         walked = [each for state in given.states for each in _parts(connection, given, state)]
         found = [_walk(part, here, tenant, state).limit(limit) for part, state in walked]
@@ -82,8 +82,8 @@ def newest(
     return list(connection.scalars(page))
 
 
-def _place(connection: Connection, job_id: UUID, tenant: str) -> Tuple:
-    """Where a job stands in the list."""
+def place(connection: Connection, job_id: UUID, tenant: str) -> Tuple:
+    """Where a job stands in a list. Raises `JobNotFound`."""
     created_at = connection.scalar(
         select(jobs.c.created_at).where(jobs.c.id == job_id, jobs.c.tenant == tenant)
     )
@@ -169,7 +169,7 @@ def _of_key(given: Filter, tenant: str) -> FromClause:
     return select(jobs).where(jobs.c.tenant == tenant, jobs.c.idempotency_key == key).subquery()
 
 
-def _labelled(metadata: Mapping[str, str], tenant: str) -> FromClause:
+def labelled(metadata: Mapping[str, str], tenant: str) -> FromClause:
     """A tenant's jobs with these labels, by the index of labels: one more than `MANY` at most.
 
     In a function that runs as the tables' owner, since whoever row-level security holds for cannot
@@ -186,6 +186,7 @@ def _labelled(metadata: Mapping[str, str], tenant: str) -> FromClause:
     )
 
 
-def _are_few(connection: Connection, metadata: Mapping[str, str], tenant: str) -> bool:
-    some = select(func.count()).select_from(_labelled(metadata, tenant))
+def are_few(connection: Connection, metadata: Mapping[str, str], tenant: str) -> bool:
+    """Whether no more than `MANY` of a tenant's jobs have these labels."""
+    some = select(func.count()).select_from(labelled(metadata, tenant))
     return (connection.scalar(some) or 0) <= MANY

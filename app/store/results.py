@@ -21,7 +21,7 @@ COPIED: Final = (
     "max_output_tokens", "not_before", "deadline", "time_limit_s", "max_attempts", "quoted_ms",
     "quoted_p90_ms", "attempt", "enqueued_at", "received_at", "wake_count", "cancel_requested_at",
     "purged_at", "created_at", "queued_at", "claimed_at", "batch_id", "webhook_url",
-    "stream_events",
+    "stream_events", "stored",
 )  # fmt: skip
 """What a result has of the row of its job, under the same names."""
 

@@ -36,6 +36,7 @@ class NewJob:
     deadline: datetime | None = None
     time_limit_s: float | None = None  #: of each attempt; None is any time
     stream_events: bool = False  #: its tokens are put into a stream in Redis as they come
+    stored: bool = False  #: it is a stored chat completion, once completed
     format: int = FORMAT  #: version of the request's format
     metadata: dict[str, str] = field(default_factory=dict)
     tenant: str = DEFAULT_TENANT
@@ -112,13 +113,14 @@ _WRITE: Final = """
         INSERT INTO open_jobs (
             id, tenant, model, kind, url, format, source, metadata, priority, input_tokens,
             max_output_tokens, not_before, deadline, time_limit_s, max_attempts, quoted_ms,
-            quoted_p90_ms, webhook_url, stream_events, created_at, state, queued_at, worker_id,
-            received_at, enqueued_at
+            quoted_p90_ms, webhook_url, stream_events, stored, created_at, state, queued_at,
+            worker_id, received_at, enqueued_at
         )
         SELECT
             id, tenant, model, kind, url, format, source, metadata, priority, input_tokens,
             max_output_tokens, coalesce(not_before, now()), deadline, time_limit_s, max_attempts,
-            quoted_ms, quoted_p90_ms, webhook_url, stream_events, now(), 'queued', now(), {delivery}
+            quoted_ms, quoted_p90_ms, webhook_url, stream_events, stored, now(), 'queued', now(),
+            {delivery}
         FROM given JOIN new USING (id)
         RETURNING *
     )

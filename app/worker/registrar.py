@@ -274,6 +274,7 @@ class Registrar:
                 deadline=arrival.deadline,
                 time_limit_s=arrival.time_limit_s,
                 stream_events=arrival.stream_events,
+                stored=arrival.request.sent.is_stored_chat,
                 metadata=arrival.metadata,
                 tenant=arrival.tenant,
                 input_tokens=sum(map(len, prepared.prompts)) if prepared else None,

@@ -79,7 +79,7 @@ SELECT
     job_keys.idempotency_key, job_keys.replay_of,
     job.metadata, job.priority, job.input_tokens, job.max_output_tokens, job.not_before,
     job.deadline, job.time_limit_s, job.quoted_ms, job.quoted_p90_ms, job.webhook_url,
-    job.stream_events, job.state, job.attempt,
+    job.stream_events, job.stored, job.state, job.attempt,
     job.attempts_charged, job.max_attempts, job.losses, job.attempt_id, job.worker_id,
     job.batch_id, job.received_by, job.enqueued_at, job.received_at, job.wake_count,
     job.cancel_requested_at, job.purged_at, job.created_at, job.queued_at, job.claimed_at,
@@ -88,7 +88,7 @@ FROM (
     SELECT
         id, tenant, model, kind, url, format, source, metadata, priority, input_tokens,
         max_output_tokens, not_before, deadline, time_limit_s, quoted_ms, quoted_p90_ms,
-        webhook_url, stream_events, state, attempt, attempts_charged, max_attempts, losses,
+        webhook_url, stream_events, stored, state, attempt, attempts_charged, max_attempts, losses,
         attempt_id,
         CASE state WHEN 'running' THEN worker_id END AS worker_id, batch_id,
         CASE state WHEN 'queued' THEN worker_id END AS received_by, enqueued_at, received_at,
@@ -99,7 +99,7 @@ FROM (
     SELECT
         job_id, tenant, model, kind, url, format, source, metadata, priority, expected_input_tokens,
         max_output_tokens, not_before, deadline, time_limit_s, quoted_ms, quoted_p90_ms,
-        webhook_url, stream_events, state, attempt, attempts_charged, max_attempts, losses,
+        webhook_url, stream_events, stored, state, attempt, attempts_charged, max_attempts, losses,
         CAST(NULL AS uuid),
         CAST(NULL AS uuid), CAST(NULL AS uuid), CAST(NULL AS uuid), enqueued_at,
         received_at, wake_count, cancel_requested_at, purged_at, created_at, queued_at, claimed_at,
@@ -987,6 +987,13 @@ def upgrade() -> None:
             comment="Its tokens are put into a stream in Redis as they come.",
         ),
         Column(
+            "stored",
+            Boolean,
+            server_default=text("false"),
+            nullable=False,
+            comment="A chat that was sent with `store`: a stored chat completion, once completed.",
+        ),
+        Column(
             "max_attempts",
             SmallInteger,
             server_default=text("3"),
@@ -1382,6 +1389,13 @@ def upgrade() -> None:
             comment="Its tokens are put into a stream in Redis as they come.",
         ),
         Column(
+            "stored",
+            Boolean,
+            server_default=text("false"),
+            nullable=False,
+            comment="A chat that was sent with `store`: a stored chat completion, once completed.",
+        ),
+        Column(
             "max_attempts",
             SmallInteger,
             server_default=text("3"),
@@ -1512,6 +1526,12 @@ def upgrade() -> None:
         "results",
         ["finished_at"],
         postgresql_where=text("response IS NOT NULL"),
+    )
+    op.create_index(
+        "results_stored",
+        "results",
+        ["tenant", "created_at", "job_id"],
+        postgresql_where=text("stored AND response IS NOT NULL AND error_code IS NULL"),
     )
     op.create_table(
         "batches",

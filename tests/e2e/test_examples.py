@@ -235,6 +235,12 @@ def test_openais_client_is_answered(terminal: Terminal) -> None:
     assert "What is a grist mill?" in terminal.run("openai stream")
 
 
+def test_openais_client_reads_chats_that_it_stored(terminal: Terminal) -> None:
+    told = terminal.run("openai stored chats")
+
+    assert told.startswith("chatcmpl-") and "'reviewed': 'yes'" in told
+
+
 def test_openais_client_is_answered_in_the_background(terminal: Terminal) -> None:
     assert "What is a grist mill?" in terminal.run("openai background")
 

@@ -251,7 +251,7 @@ def test_what_openai_has_and_this_has_not_is_not_found(client: openai.OpenAI) ->
     with pytest.raises(openai.NotFoundError) as refused:
         client.moderations.create(input="flour")
     with pytest.raises(openai.APIStatusError) as method:
-        client.get("/chat/completions", cast_to=httpx.Response)
+        client.get("/embeddings", cast_to=httpx.Response)
 
     assert refused.value.type == "invalid_request_error"
     assert method.value.status_code == 405 and method.value.type == "invalid_request_error"

@@ -26,6 +26,7 @@ from app.store import (
     purging,
     reads,
     retention,
+    stored_chats,
     submissions,
     sweeps,
     workers,
@@ -80,9 +81,10 @@ _HISTORY = (
     """
     INSERT INTO results (
         job_id, model, kind, metadata, source, state, not_before, created_at, queued_at,
-        finished_at, total_ms
+        finished_at, total_ms, response, stored
     )
-    SELECT id, model, 'generate', metadata, 'api', state, made, made, made, made, 1
+    SELECT id, model, 'generate', metadata, 'api', state, made, made, made, made, 1,
+        CASE WHEN n % 10 = 0 THEN CAST('{}' AS jsonb) END, n % 100 = 0
     FROM history WHERE n > 100000
     """,
     """
@@ -344,6 +346,14 @@ def test_lists_by_error(service: Service, model: str | None) -> None:
         )
 
     assert "results_by_error" in service.explain(list_jobs)
+
+
+@pytest.mark.parametrize("asked", [{}, {"model": MODEL}, {"metadata": {"source": "crm"}}], ids=str)
+def test_lists_of_stored_chats_read_no_others(service: Service, asked: dict[str, Any]) -> None:
+    def page(connection: Connection) -> None:
+        stored_chats.page(connection, **asked, after=service.finished, limit=100)
+
+    assert "results_stored" in service.explain(page)
 
 
 def test_the_leases(service: Service) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from functools import partial
 from typing import Any, Final
 from uuid import uuid4
 
@@ -16,7 +18,7 @@ from app.api.caller import _caller
 from app.api.wire.callers import OPEN
 from app.config.settings import Settings
 from app.keys import Scope
-from tests.apis import made_key, running_api
+from tests.apis import Hands, made_key, running_api
 from tests.conftest import STUB_MODELS
 
 BODY: Final = {"prompt": "A grist mill is"}
@@ -122,11 +124,28 @@ IDS: Final[dict[str, Make]] = {
 """How a tenant comes to have what an id in a path names, and the id. Whoever adds a route with
 another id adds it here: it is then asked for by another tenant."""
 
+CHAT: Final = {"messages": [{"role": "user", "content": "flour"}], "store": True}
+
+
+def stored_chat(hands: Hands, api: httpx.Client, headers: Headers) -> str:
+    job_id = submit(api, headers, body=CHAT)
+    hands.finish(hands.claim(job_id))
+    return f"chatcmpl-{job_id}"
+
+
+@pytest.fixture(scope="module")
+def makers(settings: Settings) -> Iterator[dict[str, Make]]:
+    """The same, with what a worker has to have answered."""
+    with closing(Hands(settings.database.url)) as hands:
+        yield IDS | {"completion_id": partial(stored_chat, hands)}
+
+
 SHARED: Final = {"model_id"}
 """Names in paths that belong to no tenant: all see the same."""
 
 BODIES: Final[dict[tuple[str, str], dict[str, Any]]] = {
     ("POST", "/v1/webhook_endpoints/{webhook_endpoint_id}"): {},
+    ("POST", "/v1/chat/completions/{completion_id}"): {"metadata": {}},
     ("POST", "/v1/webhook_endpoints/{webhook_endpoint_id}/test"): {"event_type": "job.failed"},
 }
 """What a call with an id in its path must be sent, where it needs anything."""
@@ -155,15 +174,19 @@ def test_every_route_knows_who_calls(settings: Settings) -> None:
 
 
 def test_another_tenants_id_is_answered_on_every_route_as_one_that_never_was(
-    api: httpx.Client, settings: Settings, ours: Headers, theirs: Headers
+    api: httpx.Client,
+    settings: Settings,
+    makers: dict[str, Make],
+    ours: Headers,
+    theirs: Headers,
 ) -> None:
     found = 0
     for route in routes(settings):
         names = [each.alias for each in route.dependant.path_params if each.alias not in SHARED]
-        assert set(names) <= set(IDS), f"{route.path}: say in IDS how one comes to be"
+        assert set(names) <= set(makers), f"{route.path}: say in IDS how one comes to be"
         for method in sorted((route.methods or set()) - {"HEAD"}) if names else ():
             told = []
-            made = IDS[names[0]](api, ours)
+            made = makers[names[0]](api, ours)
             nobodys = made[:-1] + ("1" if made[-1] == "0" else "0")
             for id in (made, nobodys):
                 path = str(route.path).replace("{" + names[0] + "}", id)
@@ -193,6 +216,23 @@ def test_what_another_tenant_tried_with_a_job_has_not_touched_it(
 
     job = api.get(f"/v1/jobs/{job_id}", headers=ours).json()
     assert (job["state"], job["purged_at"]) == ("queued", None)
+
+
+def test_a_stored_chat_is_its_tenants_alone(
+    api: httpx.Client, makers: dict[str, Make], ours: Headers, theirs: Headers
+) -> None:
+    mine = makers["completion_id"](api, ours)
+    path = f"/v1/chat/completions/{mine}"
+
+    assert api.post(path, json={"metadata": {"a": "b"}}, headers=theirs).status_code == 404
+    assert api.delete(path, headers=theirs).status_code == 404
+
+    assert api.get(path, headers=ours).json()["metadata"] == {}
+    for headers, told in ((ours, [mine]), (theirs, [])):
+        listed = api.get("/v1/chat/completions", headers=headers).json()
+        assert [each["id"] for each in listed["data"]] == told
+    after = api.get("/v1/chat/completions", params={"after": mine}, headers=theirs)
+    assert after.status_code == 400
 
 
 # ── lists and sums ──────────────────────────────────────────────────────────────────────────────

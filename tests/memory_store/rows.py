@@ -42,12 +42,14 @@ _DEFAULTS: Final = {
     "jobs": {
         "tenant": "default", "metadata": {}, "priority": 0, "attempt": 0, "attempts_charged": 0,
         "max_attempts": 3, "losses": 0, "wake_count": 0, "format": 1, "stream_events": False,
+        "stored": False,
     },
     "attempts": {"tenant": "default"},
     "results": {
         "tenant": "default", "device_ns": 0, "wasted_ns": 0, "cost": Decimal(0), "metadata": {},
         "priority": 0, "attempt": 0, "attempts_charged": 0, "max_attempts": 3, "losses": 0,
-        "wake_count": 0, "format": 1, "stream_events": False, "energy_method": "absent",
+        "wake_count": 0, "format": 1, "stream_events": False, "stored": False,
+        "energy_method": "absent",
     },
     "batches": {"job_ids": [], "useful_tokens": 0, "padded_tokens": 0, "device_ns": 0},
     "workers": {"engine": {}},

@@ -135,6 +135,7 @@ def meaning(request: Request, tokenizers: dict[Kind, Tokenizer]) -> object:
         prepared,
         response,
         (body.model, body.parse_special, body.metadata, getattr(body, "offer", None)),
+        request.sent.is_stored_chat,
     )
 
 

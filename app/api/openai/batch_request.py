@@ -75,7 +75,7 @@ def parse(value: object, *, is_inline: bool, header: str | None) -> BatchRequest
     return BatchRequest(
         url,
         input_file,
-        _metadata(value.get("metadata")),
+        metadata_of(value.get("metadata")),
         _expiry(value.get("output_expires_after")),
         _key(value.get("idempotency_key"), header),
         parse_url(_text(value, "webhook_url")) if value.get("webhook_url") is not None else None,
@@ -110,7 +110,8 @@ def _endpoint(given: str) -> Url:
         ) from None
 
 
-def _metadata(given: object) -> dict[str, str]:
+def metadata_of(given: object) -> dict[str, str]:
+    """Labels, checked. Raises `RequestError` in OpenAI's words."""
     if given is not None and not isinstance(given, dict):
         raise _wrong_type("metadata", "an object", given)
     for key, value in (given or {}).items():

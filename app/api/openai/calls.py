@@ -7,7 +7,7 @@ those that are told as they come `app.api.openai.streams`.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
@@ -64,13 +64,12 @@ class Asked:
     url: Url
     is_streamed: bool
     wanted: Wanted
-    heard_again: dict[str, Any]  #: what an answer repeats of its request
+    heard_again: dict[str, Any]
 
 
 def understood(url: Url, body: dict[str, Any]) -> Understood[Asked]:
     """Raises `RequestError`."""
-    tier = body.get("service_tier")
-    heard_again = {"service_tier": _TIERS.get(tier, tier)} if isinstance(tier, str) else {}
+    heard = heard_again(body)
     asked = _Streaming()
     if url in _STREAMED:
         body = dict(body)
@@ -78,7 +77,13 @@ def understood(url: Url, body: dict[str, Any]) -> Understood[Asked]:
     submission = {"url": url, "body": body, "stream_events": asked.stream}
     options = asked.stream_options
     wanted = Wanted(options.include_usage, options.continuous_usage_stats)
-    return Understood(submission, Asked(url, asked.stream, wanted, heard_again))
+    return Understood(submission, Asked(url, asked.stream, wanted, heard))
+
+
+def heard_again(body: Mapping[str, Any]) -> dict[str, Any]:
+    """What an answer repeats of its request."""
+    tier = body.get("service_tier")
+    return {"service_tier": _TIERS.get(tier, tier)} if isinstance(tier, str) else {}
 
 
 def _streaming(given: dict[str, Any]) -> _Streaming:

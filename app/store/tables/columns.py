@@ -175,6 +175,13 @@ def terms() -> list[Column[Any]]:
             comment="Its tokens are put into a stream in Redis as they come.",
         ),
         Column(
+            "stored",
+            Boolean,
+            nullable=False,
+            server_default=text("false"),
+            comment="A chat that was sent with `store`: a stored chat completion, once completed.",
+        ),
+        Column(
             "max_attempts",
             SmallInteger,
             nullable=False,

@@ -396,6 +396,14 @@ results = Table(
     Index("results_by_state", "tenant", "state", "created_at", "job_id"),
     Index("results_by_model", "tenant", "model", "state", "created_at", "job_id"),
     by_metadata("results"),
+    # Listing stored chat completions.
+    Index(
+        "results_stored",
+        "tenant",
+        "created_at",
+        "job_id",
+        postgresql_where=text("stored AND response IS NOT NULL AND error_code IS NULL"),
+    ),
     # How fast the queue drains; retention: jobs to delete, by age.
     Index("results_finished", "finished_at"),
     CheckConstraint("jsonb_typeof(response) = 'object'", name="response"),
@@ -496,6 +504,7 @@ jobs = Table(
     Column("quoted_p90_ms", Double),
     Column("webhook_url", Text),
     Column("stream_events", Boolean),
+    Column("stored", Boolean),
     Column("state", Text),
     Column("attempt", Integer),
     Column("attempts_charged", Integer),
