@@ -73,7 +73,7 @@ sdks: setup  ## Try clients of others, several versions of each, in environments
 contract: setup  ## Let schemathesis make CASES=20000 calls that the OpenAPI description allows, and more
 	$(RUN) tests.sdks.contract $(or $(CASES),20000)
 
-chaos: setup  ## Do 36 faults to the whole system, under load, and check that nothing is lost
+chaos: setup  ## Do 37 faults to the whole system, under load, and check that nothing is lost
 	$(RUN) tests.chaos
 
 soak: setup  ## Random faults for HOURS=1, with memory and connections drawn

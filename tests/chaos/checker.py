@@ -8,72 +8,20 @@ from __future__ import annotations
 
 import base64
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from decimal import Decimal
 from http import HTTPStatus
-from typing import Any, Final
+from typing import Final
 
 from app.jobs import FINAL_STATES, AttemptOutcome, JobState, can_move
+from tests.chaos.ends import batches_whole, ends_told
+from tests.chaos.evidence import Evidence, Row, Rows, Violation, job_of_nonce
 from tests.chaos.history import Event
-
-Row = Mapping[str, Any]
-Rows = Sequence[Row]
 
 HOUR_NS: Final = 3_600_000_000_000
 NANO: Final = Decimal("1e-9")
 ANY: Final = ("any",)  #: of a job of which nothing but its end is known
-
-
-@dataclass(frozen=True, slots=True)
-class Violation:
-    invariant: str  #: I1 to I13
-    text: str
-
-    def __str__(self) -> str:
-        return f"{self.invariant}: {self.text}"
-
-
-@dataclass(frozen=True, slots=True)
-class Recovery:
-    """From healing to the end of the last job that was open at that time, in seconds."""
-
-    seconds: float
-    bound_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Evidence:
-    """All that is known of one fault. Rows are as Postgres makes JSON of them."""
-
-    events: Sequence[Event]
-    jobs: Rows = ()
-    attempts: Rows = ()
-    results: Rows = ()
-    batches: Rows = ()
-    workers: Rows = ()
-    transitions: Rows = ()
-    audit: Rows = ()  #: rows that break a rule of the audit
-    texts: Mapping[str, str] = field(default_factory=dict)  #: where no prompt may be, by place
-    canary: str = ""
-    recovery: Recovery | None = None
-    rss: Mapping[str, Sequence[int]] = field(default_factory=dict)  #: samples of each part, bytes
-    connections: Mapping[str, Sequence[int]] = field(default_factory=dict)  #: of each server
-    max_rss: int = 0  #: of any part, bytes; 0 is not checked
-    max_connections: Mapping[str, int] = field(default_factory=dict)
-    ended: Mapping[str, int] = field(default_factory=dict)  #: times that a part ended by itself
-    may_end: frozenset[str] = frozenset()  #: parts that the fault ends
-    logs: Mapping[str, str] = field(default_factory=dict)  #: of each part, during the fault
-    reflexes: Sequence[Mapping[str, float]] = ()  #: in seconds, before the fault and after it
-
-    def submissions(self) -> dict[str, list[Event]]:
-        """The events of submissions, by nonce."""
-        by_nonce: dict[str, list[Event]] = defaultdict(list)
-        for event in self.events:
-            if event.action == "submit":
-                by_nonce[event.nonce].append(event)
-        return by_nonce
 
 
 def check(evidence: Evidence, invariants: Iterable[str] = ()) -> list[Violation]:
@@ -87,7 +35,7 @@ def check(evidence: Evidence, invariants: Iterable[str] = ()) -> list[Violation]
 
 
 def conservation(evidence: Evidence) -> list[Violation]:
-    rows = _job_of_nonce(evidence)
+    rows = job_of_nonce(evidence)
     found = []
     for nonce, events in evidence.submissions().items():
         expect = next(each.expect for each in events if each.phase == "invoke")
@@ -108,27 +56,13 @@ def conservation(evidence: Evidence) -> list[Violation]:
 
 def lost(evidence: Evidence) -> set[str]:
     """Nonces that were accepted and have no final row."""
-    rows = _job_of_nonce(evidence)
+    rows = job_of_nonce(evidence)
     return {
         nonce
         for nonce, events in evidence.submissions().items()
         if any(each.phase == "ok" and each.job_id for each in events)
         and (nonce not in rows or rows[nonce]["state"] not in FINAL_STATES)
     }
-
-
-def _job_of_nonce(evidence: Evidence) -> dict[str, Row]:
-    """The job's row for each nonce: by the ids that the client was told, else by its key."""
-    by_id = {row["id"]: row for row in evidence.jobs}
-    by_key = {row["idempotency_key"]: row for row in evidence.jobs if row.get("idempotency_key")}
-    found: dict[str, Row] = {}
-    for nonce, events in evidence.submissions().items():
-        ids = [each.job_id for each in events if each.job_id in by_id]
-        if ids:
-            found[nonce] = by_id[ids[0]]
-        elif nonce in by_key:
-            found[nonce] = by_key[nonce]
-    return found
 
 
 def _is_expected(row: Row, evidence: Evidence, expect: tuple[str, ...]) -> bool:
@@ -177,7 +111,7 @@ def doubled(evidence: Evidence) -> set[str]:
         for nonce, events in evidence.submissions().items()
         if len({each.job_id for each in events if each.job_id}) > 1
     }
-    nonces = {row["id"]: nonce for nonce, row in _job_of_nonce(evidence).items()}
+    nonces = {row["id"]: nonce for nonce, row in job_of_nonce(evidence).items()}
     wins = Counter(row["job_id"] for row in evidence.attempts if row["outcome"] == "succeeded")
     return several | {nonces.get(job_id, job_id) for job_id, number in wins.items() if number > 1}
 
@@ -252,7 +186,7 @@ def no_cross_talk(evidence: Evidence) -> list[Violation]:
     }
     results = {row["job_id"]: row for row in evidence.results}
     found = []
-    for nonce, row in _job_of_nonce(evidence).items():
+    for nonce, row in job_of_nonce(evidence).items():
         if nonce not in prompts:
             continue
         request = row.get("request") or {}
@@ -336,7 +270,7 @@ def guilt(evidence: Evidence) -> list[Violation]:
         expect = {code for each in events for code in each.expect}
         if CRASH_CODES & expect and "completed" not in expect:
             poisons.add(nonce)
-    nonces = {row["id"]: nonce for nonce, row in _job_of_nonce(evidence).items()}
+    nonces = {row["id"]: nonce for nonce, row in job_of_nonce(evidence).items()}
     found = []
     failed = {
         nonces.get(row["job_id"], row["job_id"])
@@ -379,7 +313,7 @@ def bounded(evidence: Evidence) -> list[Violation]:
     for event in evidence.events:
         if event.status is None or event.phase == "ok":
             continue
-        asks = event.action in ("submit", "poll")
+        asks = event.action in ("submit", "poll", "batch")
         if event.status in CLEAR and not event.retry_after and asks:
             found.append(f"{event.action} {event.nonce}: {event.status} without Retry-After.")
         if event.status >= 500 and event.status not in CLEAR:
@@ -534,5 +468,7 @@ CHECKS: Final[Mapping[str, Callable[[Evidence], list[Violation]]]] = {
     "I10": privacy,
     "I12": as_quick_as_before,
     "I13": unbroken,
+    "I14": batches_whole,
+    "I15": ends_told,
 }
 """By invariant. I11, data is harmless: it is all of these in the faults that send odd data."""

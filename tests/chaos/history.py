@@ -28,17 +28,20 @@ class Event:
 
     number: int
     phase: str  #: one of PHASES
-    action: str  #: submit, poll, cancel, or ready: what the API says of itself
+    action: str  #: submit, poll, cancel, batch, or ready: what the API says of itself
     at_ns: int  #: this machine's monotonic clock
     fault: str  #: during which fault
-    nonce: str  #: of the job's prompt; also its idempotency key
-    way: str = ""  #: of a submission: http, bulk or message
-    job_id: str | None = None
+    nonce: str  #: of the job's prompt, or of a batch; also its idempotency key
+    way: str = ""  #: of a submission: http, bulk, message or batch
+    batch: str = ""  #: the nonce of the batch that a job is a line of
+    job_id: str | None = None  #: or that of a batch
     prompt: str | None = None  #: of a submission
     expect: tuple[str, ...] = ()  #: of a submission: states and error codes that it may end with
     status: int | None = None  #: of the HTTP answer
     retry_after: str | None = None  #: the header of a refusal
-    state: str | None = None  #: of a poll: the job's state
+    is_hooked: bool = False  #: of a submission: its end is to be told
+    state: str | None = None  #: of a poll: the job's state, or a batch's
+    counts: tuple[int, ...] = ()  #: of a batch: lines, those that completed, those that failed
     text: str | None = None  #: of a poll: the answer's text
     detail: str = ""
 
@@ -88,7 +91,9 @@ class History:
     ) -> None:
         event = Event(number, phase, action, time.monotonic_ns(), self.fault, nonce, **given)
         shown = {
-            name: value for name, value in asdict(event).items() if value not in (None, "", ())
+            name: value
+            for name, value in asdict(event).items()
+            if value not in (None, "", ()) and value is not False
         }
         with self._lock:
             self._events.append(event)
@@ -101,4 +106,5 @@ def read(file: Path) -> Iterator[Event]:
     for line in file.read_text().splitlines():
         values = json.loads(line)
         assert values.keys() <= known
-        yield Event(**values | {"expect": tuple(values.get("expect", ()))})
+        lists = {name: tuple(values.get(name, ())) for name in ("expect", "counts")}
+        yield Event(**values | lists)

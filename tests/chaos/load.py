@@ -15,8 +15,6 @@ import random
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
 from typing import Any, Final
 from uuid import UUID, uuid4
@@ -29,7 +27,9 @@ from app.broker.message import raw_message
 from app.broker.queues import Layout, queue_name
 from app.jobs import Kind
 from gristmill_client.exchange import LIMITS
+from tests.chaos.batches import Batches
 from tests.chaos.history import History
+from tests.chaos.spec import Spec, by_chance
 from tests.chaos.world import MODELS, NotInTime, World, eventually
 
 SENDERS: Final = 3
@@ -45,36 +45,7 @@ ASK_S: Final = 0.5
 """Between two questions whether the API is ready."""
 LONG_S: Final = 3600.0
 """A deadline that is always met."""
-COMPLETED: Final = ("completed",)
 _NUM_OPEN: Final = "SELECT count(*) FROM jobs WHERE finished_at IS NULL"
-
-
-@dataclass(frozen=True, slots=True)
-class Spec:
-    """A job to submit, and how it may end: states, and the error code of a failure."""
-
-    nonce: str
-    prompt: str
-    model: str = MODELS[0]
-    priority: int = 0
-    deadline_s: float | None = None
-    fields: dict[str, Any] = field(default_factory=dict)  #: more of the request's body
-    expect: tuple[str, ...] = COMPLETED
-    cancel_after_s: float | None = None
-
-    @property
-    def body(self) -> dict[str, Any]:
-        return {"model": self.model, "prompt": self.prompt, **self.fields}
-
-    def submission(self) -> dict[str, Any]:
-        given: dict[str, Any] = {
-            "body": self.body,
-            "idempotency_key": self.nonce,
-            "priority": self.priority,
-        }
-        if self.deadline_s is not None:
-            given["deadline"] = (datetime.now(UTC) + timedelta(seconds=self.deadline_s)).isoformat()
-        return given
 
 
 class Load:
@@ -93,8 +64,11 @@ class Load:
         rate: float,
         canary: str,
         ways: Sequence[str] = ("http", "bulk", "message"),
+        is_full: bool = False,
     ) -> None:
         """`rate` is in jobs per second. `canary` is a text in every prompt."""
+        of_batches = random.Random(rng.random())
+        self.batches = Batches(world, history, of_batches, canary, again=is_full)
         self.canary = canary
         self.accepted: dict[str, str] = {}  #: job id by nonce
         self._world = world
@@ -124,20 +98,24 @@ class Load:
     def __enter__(self) -> Load:
         for thread in (*self._threads, self._poller, self._asker):
             thread.start()
+        self.batches.start()
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         if error is not None:
             self._ended.set()
         self._is_enough = True
+        self.batches.enough()
         for thread in self._threads:
             thread.join()
         self._ended.set()
         self._poller.join()
         self._asker.join()
-        self.close()
+        for client in self._all_clients:
+            client.close()
 
     def close(self) -> None:
+        self.batches.close()
         for client in self._all_clients:
             client.close()
 
@@ -153,7 +131,7 @@ class Load:
 
     def make(self, last_line: str = "", **given: Any) -> Spec:
         """A job whose prompt ends with a line that the stub engine obeys."""
-        return _spec(self._rng, self.canary, last_line, given)
+        return by_chance(self._rng, self.canary, last_line, **given)
 
     def submit(self, *specs: Spec, way: str = "http", give_up_s: float = math.inf) -> list[str]:
         """Submit a fault's own jobs now, until they are accepted; returns their ids.
@@ -186,15 +164,18 @@ class Load:
     def is_own(self, job_id: str, key: str | None) -> bool:
         """Whether a job was submitted by this load."""
         sent = {*list(self.accepted.values()), *map(str, list(self._unreceived.values()))}
-        return job_id in sent or key in self._specs
+        of_batch = "SELECT EXISTS (SELECT FROM job_batch_lines WHERE job_id = %s)"
+        return job_id in sent or key in self._specs or self._world.value(of_batch, job_id)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """Inside, only the fault's own jobs are submitted; all others have ended."""
         self._is_held = True
         try:
-            eventually(lambda: self._world.value(_NUM_OPEN) == 0, TIMEOUT_S * 5, "an empty queue")
-            yield
+            with self.batches.held():
+                empty = "an empty queue"
+                eventually(lambda: self._world.value(_NUM_OPEN) == 0, TIMEOUT_S * 5, empty)
+                yield
         finally:
             self._is_held = False
 
@@ -245,7 +226,9 @@ class Load:
             given |= {"deadline_s": 1.0 + chance(), "expect": ("completed", "expired")}
         elif way != "message" and chance() < 0.02:
             given |= {"cancel_after_s": chance() / 2, "expect": ("completed", "cancelled")}
-        return _spec(rng, self.canary, last_line, given)
+        if way != "message" and chance() < 0.1:
+            given["webhook_url"] = self._world.hook_url
+        return by_chance(rng, self.canary, last_line, **given)
 
     # ── sending ──────────────────────────────────────────────────────────────────────────────
 
@@ -312,7 +295,12 @@ class Load:
         """Whether the group is settled; if not, how long to wait before it is tried again."""
         numbers = [
             self._history.invoke(
-                "submit", spec.nonce, way=way, prompt=spec.prompt, expect=spec.expect
+                "submit",
+                spec.nonce,
+                way=way,
+                prompt=spec.prompt,
+                expect=spec.expect,
+                is_hooked=spec.webhook_url is not None,
             )
             for spec in group
         ]
@@ -391,12 +379,6 @@ class Load:
             return
         phase = "ok" if answer.is_success else "fail"
         self._history.end(number, phase, "cancel", spec.nonce, status=answer.status_code)
-
-
-def _spec(rng: random.Random, canary: str, last_line: str, given: dict[str, Any]) -> Spec:
-    nonce = f"n{rng.getrandbits(64):016x}"
-    text = f"{canary} {nonce} {'x' * rng.randrange(40)}"
-    return Spec(nonce, f"{text}\n{last_line}" if last_line else text, **given)
 
 
 def _ids(answer: httpx.Response, way: str) -> list[str]:

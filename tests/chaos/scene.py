@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from app.jobs import FINAL_STATES
 from tests.chaos import checker
-from tests.chaos.checker import Evidence, Recovery, Violation
+from tests.chaos.evidence import Evidence, Recovery, Violation
 from tests.chaos.history import History
 from tests.chaos.load import Load
 from tests.chaos.reflexes import measure
@@ -61,7 +61,7 @@ class Fault:
     breaks_code: bool = False  #: what it does is a bug's doing, and may show a traceback
 
 
-EVERY_RUN: Final = ("I1", "I2", "I3", "I4", "I5", "I8", "I9", "I10", "I12", "I13")
+EVERY_RUN: Final = (*("I1", "I2", "I3", "I4", "I5", "I8", "I9", "I10", "I12", "I13", "I14", "I15"),)
 FAULTS: Final[dict[int, Fault]] = {}
 
 
@@ -178,8 +178,10 @@ def _play(
         rate=RATE,
         canary=canary,
         ways=fault.ways,
+        is_full=jobs >= FULL_JOBS,
     )
     scene = Scene(world, load, rng, is_full=jobs >= FULL_JOBS)
+    num_hooks = len(world.receiver.hooks)
     reflexes = [_reflexes(world, history, rng, canary)]
     ended, log_sizes = dict(world.restarts), world.log_sizes()
     outcome = Outcome(fault.number, fault.name, checks=tuple(sorted({*fault.checks, *EVERY_RUN})))
@@ -193,6 +195,7 @@ def _play(
                 scene.expect(False, "I7", str(error))
             healed_at, open_ids = world.now(), _open_ids(world, since)
         outcome.resent = _quiesce(world, load, since)
+        load.close()
     ended = {part: number - ended[part] for part, number in world.restarts.items()}
     logs = {} if fault.breaks_code else world.logged_since(log_sizes)
     reflexes.append(_reflexes(world, history, rng, canary))
@@ -202,6 +205,7 @@ def _play(
         events=history.events(history.fault),
         **tables,  # type: ignore[arg-type]
         texts=world.texts(),
+        hooks=[hook.event for hook in world.receiver.hooks[num_hooks:]],
         canary=canary,
         recovery=_recovery(world, fault, healed_at, open_ids),
         rss=samples["rss"],
@@ -259,8 +263,14 @@ def _open_ids(world: World, since: str) -> list[Any]:
     return [row["id"] for row in found]
 
 
+_PENDING: Final = """
+    SELECT count(*) FROM webhook_deliveries WHERE created_at >= %s AND state = 'pending'
+"""
+
+
 def _quiesce(world: World, load: Load, since: str) -> int:
-    """Wait until every job has ended; returns how many bare messages were sent again."""
+    """Wait until every job and batch has ended and webhooks are told; returns how many bare
+    messages were sent again."""
     resent, again_at = 0, time.monotonic() + RESEND_S
     deadline = time.monotonic() + QUIESCE_S
     while True:
@@ -269,7 +279,8 @@ def _quiesce(world: World, load: Load, since: str) -> int:
             for row in world.rows("SELECT id, state FROM jobs WHERE created_at >= %s", since)
         }
         missing = set(filter(None, load.accepted.values())) - states.keys()
-        if not missing and FINAL_STATES.issuperset(states.values()):
+        is_still = not missing and FINAL_STATES.issuperset(states.values())
+        if is_still and load.batches.is_over and not world.value(_PENDING, since):
             break
         if time.monotonic() > deadline:
             break  # the checker will name them

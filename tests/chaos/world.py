@@ -3,7 +3,8 @@
     clients ──▶ api ──┐                  Every part reaches Postgres and Redis through proxies of
     worker-1 ─────────┼─▶ Postgres       its own; the tests' own connections go there directly.
     worker-2 ─────────┤   Redis
-    rescue ───────────┘
+    rescue ───────────┤
+    hooks ────────────┘──▶ a receiver of webhooks, whose first answer is 503
 
 A part that ends without having been stopped is started again after `RESTART_S`, as a supervisor
 would. Leases and sweeps are short, so that recovery takes seconds.
@@ -12,6 +13,7 @@ would. Leases and sweeps are short, so that recovery takes seconds.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import sys
@@ -35,9 +37,10 @@ from app.local.ports import LOOPBACK, free_port
 from app.worker.engine.host import LAUNCH
 from tests.chaos.proxy import Proxy
 from tests.chaos.servers import Servers
+from tests.receivers import Hook, receiving
 
 WORKERS: Final = ("worker-1", "worker-2")
-PARTS: Final = ("api", *WORKERS, "rescue")
+PARTS: Final = ("api", *WORKERS, "rescue", "hooks")
 SERVERS: Final = ("postgres", "redis")
 MODELS: Final = ("stub", "stub-joins")  #: static batches, and sequences that join a running one
 
@@ -70,6 +73,11 @@ _FILES: Final = {
         [rescue]
         sweep_ms = {int(SWEEP_S * 1000)}
         lost_after_s = {LOST_AFTER_S}
+        [webhooks]
+        allow_networks = ["127.0.0.0/8"]
+        timeout_s = 3
+        [job_batches]
+        max_open_lines = 15
     """,
     "models.toml": f"""
         [models.stub]
@@ -128,6 +136,7 @@ class World(Servers):
             for name, text in _FILES.items():
                 (self.folder / name).write_text(text.replace("{folder}", str(self.folder)))
             self.start_servers()
+            self.receiver = self._held.enter_context(receiving(_unwell_at_first()))
             for part in PARTS:
                 for server, url in zip(SERVERS, self._server_urls, strict=True):
                     proxy = Proxy(_port(url))
@@ -158,6 +167,10 @@ class World(Servers):
     def api_url(self) -> str:
         return f"http://{LOOPBACK}:{self._api_port}"
 
+    @property
+    def hook_url(self) -> str:
+        return self.receiver.url()
+
     # ── parts ────────────────────────────────────────────────────────────────────────────────
 
     def start(self, part: str, *, wait: bool = True) -> None:
@@ -177,7 +190,7 @@ class World(Servers):
             with contextlib.suppress(httpx.TransportError):
                 return httpx.get(f"{self.api_url}/readyz", timeout=2).is_success
             return False
-        return part == "rescue" or self.worker_id(part) is not None
+        return part in ("rescue", "hooks") or self.worker_id(part) is not None
 
     def num_ready(self) -> int:
         """How many workers say themselves that they make progress."""
@@ -376,6 +389,11 @@ class World(Servers):
             if self.is_ready(part):
                 self.reload_s = max(self.reload_s, time.monotonic() - since)
                 del self._loading[part]
+
+
+def _unwell_at_first() -> Callable[[Hook], tuple[int, dict[str, str]]]:
+    seen = itertools.count()
+    return lambda _: (204 if next(seen) else 503, {})
 
 
 AWAY: Final = (Unavailable, psycopg.OperationalError, redis.ConnectionError, psutil.Error)

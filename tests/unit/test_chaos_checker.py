@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from tests.chaos import history
-from tests.chaos.checker import Evidence, Recovery, check, doubled, lost
+from tests.chaos.checker import check, doubled, lost
+from tests.chaos.evidence import Evidence, Recovery
 from tests.chaos.history import Event, History
 
 PROMPT = "canary-77 n1 x"
@@ -31,6 +32,24 @@ def events(nonce: str, job_id: str, prompt: str, **given: Any) -> list[Event]:
         event(1, "ok", "submit", way="http", job_id=job_id, status=202),
         event(2, "invoke", "poll", job_id=job_id),
         event(2, "ok", "poll", job_id=job_id, status=200, state="completed", text=prompt),
+    ]
+
+
+def line_of_batch(nonce: str, job_id: str, prompt: str) -> list[Event]:
+    """The same job as the one line of a batch that is followed to its end."""
+
+    def event(number: int, phase: str, action: str, nonce: str = "b1", **more: Any) -> Event:
+        return Event(number, phase, action, number, "1", nonce, **more)
+
+    line: dict[str, Any] = {"nonce": nonce, "way": "batch", "batch": "b1"}
+    followed = [("validating", (0, 0, 0)), ("in_progress", (1, 0, 0)), ("completed", (1, 1, 0))]
+    return [
+        event(10, "invoke", "submit", prompt=prompt, expect=("completed",), **line),
+        *(
+            event(11, "ok", "batch", state=state, counts=counts, job_id="batch_1", status=200)
+            for state, counts in followed
+        ),
+        event(10, "ok", "submit", job_id=job_id, **line),
     ]
 
 
@@ -75,9 +94,15 @@ def rows(job_id: str, nonce: str, prompt: str) -> dict[str, dict[str, Any]]:
 
 def good_run() -> Evidence:
     first, second = rows("j1", "n1", PROMPT), rows("j2", "n2", OTHER)
+    hooked = dataclasses.replace(events("n1", "j1", PROMPT)[0], is_hooked=True)
     moves = [(None, "queued"), ("queued", "running"), ("running", "completed")]
     return Evidence(
-        events=[*events("n1", "j1", PROMPT), *events("n2", "j2", OTHER)],
+        events=[
+            *(hooked, *events("n1", "j1", PROMPT)[1:]),
+            *line_of_batch("n2", "j2", OTHER),
+            *events("n2", "j2", OTHER),
+        ],
+        hooks=[hook("evt_1", "job.completed", "j1"), hook("evt_2", "batch.completed", "batch_1")],
         **{name: [first[name], second[name]] for name in first},  # type: ignore[arg-type]
         batches=[{"id": "b", "worker_id": "w", "device_ns": 2_000_000}],
         workers=[
@@ -101,6 +126,25 @@ def good_run() -> Evidence:
         max_rss=1 << 30,
         max_connections={"postgres": 60},
     )
+
+
+def hook(id: str, kind: str, name: str) -> dict[str, Any]:
+    return {"id": id, "type": kind, "data": {"id": name}}
+
+
+def followed(**values: Any) -> Callable[[Evidence], Evidence]:
+    """The last look at the batch with other values."""
+
+    def change(run: Evidence) -> Evidence:
+        changed = [
+            dataclasses.replace(event, **values)
+            if event.action == "batch" and event.state == "completed"
+            else event
+            for event in run.events
+        ]
+        return dataclasses.replace(run, events=changed)
+
+    return change
 
 
 def changed(table: str, **values: Any) -> Callable[[Evidence], Evidence]:
@@ -159,6 +203,27 @@ def told_that(*, ready: bool) -> Callable[[Evidence], Evidence]:
 IN_BASE64 = base64.b64encode(b'x{"prompt": "canary-77"}').decode()
 
 BAD = [
+    ("I14", "a batch that never ends", followed(state="finalizing")),
+    ("I14", "a batch that fails", followed(state="failed")),
+    ("I14", "a batch whose counts go back", followed(counts=(0, 0, 0))),
+    ("I14", "a batch whose counts do not add up", followed(counts=(1, 1, 1))),
+    ("I14", "a batch that counts another line", followed(counts=(2, 2, 0))),
+    ("I14", "a batch that became two", followed(job_id="batch_2")),
+    (
+        "I14",
+        "a line with two answers",
+        lambda run: with_(events=[*run.events, *line_of_batch("n2", "j2", OTHER)[-1:]])(run),
+    ),
+    (
+        "I14",
+        "a line without an answer",
+        lambda run: with_(
+            events=[each for each in run.events if not (each.batch and each.phase == "ok")]
+        )(run),
+    ),
+    ("I15", "an end that nobody was told of", without("hooks")),
+    ("I15", "an end that is told with two ids", added("hooks", id="evt_9")),
+    ("I15", "an end that is told as another", changed("hooks", type="job.failed")),
     ("I1", "an accepted job that has no row", without("jobs")),
     ("I1", "a job that never ends", changed("jobs", state="running")),
     ("I1", "a good job that fails", changed("jobs", state="failed")),
@@ -258,7 +323,7 @@ def test_a_submission_without_a_clear_answer_may_be_there_or_not() -> None:
         for each in run.events
         if each.action == "submit" and each.nonce == "n1"
     ]
-    rest = [each for each in run.events if each.nonce == "n2"]
+    rest = [each for each in run.events if each.nonce in ("n2", "b1")]
 
     assert check(dataclasses.replace(run, events=[*unsure, *rest])) == []
     assert check(without("jobs")(dataclasses.replace(run, events=[*unsure, *rest])), ["I1"]) == []

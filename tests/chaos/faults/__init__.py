@@ -7,6 +7,7 @@ from tests.chaos.faults import (
     database,
     deploy,
     engine,
+    feeders,
     front_door,
     messages,
     surroundings,
@@ -14,6 +15,6 @@ from tests.chaos.faults import (
 )
 
 __all__ = [
-    "broker", "clients", "data", "database", "deploy", "engine", "front_door", "messages",
-    "surroundings", "worker",
+    "broker", "clients", "data", "database", "deploy", "engine", "feeders", "front_door",
+    "messages", "surroundings", "worker",
 ]  # fmt: skip

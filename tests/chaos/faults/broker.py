@@ -14,7 +14,7 @@ from typing import Final
 
 import psutil
 
-from tests.chaos.checker import Evidence
+from tests.chaos.evidence import Evidence
 from tests.chaos.scene import Scene, fault
 from tests.chaos.world import PARTS, WORKERS, eventually
 

@@ -18,9 +18,9 @@ import httpx
 
 from app.local.ports import LOOPBACK
 from tests.chaos.burden import compare, p99
-from tests.chaos.checker import Evidence
-from tests.chaos.load import Spec
+from tests.chaos.evidence import Evidence
 from tests.chaos.scene import Scene, fault
+from tests.chaos.spec import Spec
 from tests.chaos.world import MODELS, World
 
 OVERLOAD: Final = 3

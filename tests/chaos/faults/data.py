@@ -13,7 +13,8 @@ from app.broker.queues import queue_name
 from app.jobs import job_id_of
 from app.worker.pool.envelope import task_id_in
 from tests import odd_data
-from tests.chaos.checker import ANY, Evidence
+from tests.chaos.checker import ANY
+from tests.chaos.evidence import Evidence
 from tests.chaos.faults.broker import expect_same_workers
 from tests.chaos.scene import Scene, fault
 from tests.chaos.world import MODELS

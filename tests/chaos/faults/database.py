@@ -17,7 +17,7 @@ from typing import IO, Final
 
 import psycopg
 
-from tests.chaos.checker import Evidence
+from tests.chaos.evidence import Evidence
 from tests.chaos.faults.broker import expect_clear_answers, submit_for
 from tests.chaos.proxy import HELD, LOST, PASS, Flow
 from tests.chaos.scene import NotPossible, Scene, fault

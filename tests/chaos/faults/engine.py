@@ -14,9 +14,9 @@ from typing import Final
 
 import psutil
 
-from tests.chaos.checker import Evidence
-from tests.chaos.load import Spec
+from tests.chaos.evidence import Evidence
 from tests.chaos.scene import Scene, fault
+from tests.chaos.spec import Spec
 from tests.chaos.world import (
     BATCH_SIZE,
     GRACE_S,

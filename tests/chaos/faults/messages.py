@@ -14,7 +14,7 @@ from app.broker.queues import Layout, queue_name
 from app.jobs import Kind
 from app.worker.pool.envelope import task_id_in
 from tests import bad_messages
-from tests.chaos.checker import Evidence
+from tests.chaos.evidence import Evidence
 from tests.chaos.faults.broker import expect_same_workers
 from tests.chaos.scene import Scene, fault
 from tests.chaos.world import MODELS, eventually

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from app.broker.message import MORE_HEADER
 from app.broker.queues import Layout
-from tests.chaos.checker import Evidence
+from tests.chaos.evidence import Evidence
 from tests.chaos.proxy import LOST
 from tests.chaos.scene import Scene, fault
 from tests.chaos.world import GRACE_S, MODELS, WORKERS, NotInTime, eventually
