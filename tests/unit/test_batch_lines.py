@@ -164,6 +164,14 @@ def test_what_is_wrong_with_a_line_is_told_as_openai_does(
     assert scan.total == 2
 
 
+def test_a_line_of_a_batch_of_messages_may_not_ask_for_a_stream_either() -> None:
+    params = {"model": "stub", "max_tokens": 1, "messages": [], "stream": True}
+    raw = json.dumps({"custom_id": "one", "params": params}).encode()
+
+    with pytest.raises(WrongLine, match="Messages: Streaming is not supported"):
+        lines.parse(raw, Door.ANTHROPIC, Url.MESSAGES)
+
+
 def test_an_id_that_comes_again_is_an_error_and_so_is_no_line_and_too_many() -> None:
     [twice] = scanned(GOOD, GOOD | {"custom_id": "two"}, GOOD).errors
     assert (twice.code, twice.line, twice.param) == ("duplicate_custom_id", 3, "custom_id")

@@ -85,7 +85,7 @@ def parse(raw: bytes, door: Door, url: Url) -> Line:
         body = _required(value, "body")
     if not isinstance(body, dict):
         raise WrongLine("invalid_type", "Invalid type for 'body': expected an object.", "body")
-    if door is Door.OPENAI and body.get("stream"):
+    if body.get("stream"):
         name = _STREAMS.get(url, str(url))
         raise WrongLine(
             "streaming_unsupported",
