@@ -17,14 +17,16 @@ import openai
 import psycopg
 import pytest
 
+from app import objects
 from app.batches import Door, LineFile, id_in
 from app.config.settings import Settings
+from app.errors import StorageUnavailable
 from app.files import id_in as file_id_in
 from app.files import key_of
 from app.intake.batches import feed, output_file
 from app.intake.batches.keeper import BatchKeeper
 from app.local.servers import EmbeddedRedis
-from app.objects import Objects
+from app.objects import Objects, OpenWriter
 from app.store import job_batches, quotas
 from app.store.database import Database
 from app.store.job_batches import BatchView
@@ -540,6 +542,42 @@ def end_open_jobs(settings: Settings) -> None:
         worker = Worker.registered(store)
         ids = [row["id"] for row in rows(settings, "SELECT id FROM open_jobs")]
         worker.complete(worker.claim(ids))
+
+
+def test_a_storage_that_goes_away_while_answers_are_written_delays_them_and_leaves_nothing(
+    few_at_once: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away = {"write": 1, "close": 1}
+
+    class Failing(OpenWriter):
+        def write(self, data: bytes) -> None:
+            super().write(data)
+            self.fail("write")
+
+        def close(self) -> None:
+            self.fail("close")
+            super().close()
+
+        def fail(self, what: str) -> None:
+            if away[what]:
+                away[what] -= 1
+                raise StorageUnavailable("It is away.")
+
+    monkeypatch.setattr(objects, "OpenWriter", Failing)
+    with running_api(few_at_once) as api, sdk(api) as client:
+        batch = submit(client, *(line(n) for n in range(5)))
+        with closing(BatchKeeper(few_at_once)) as keeper:
+            looks = iter(range(20))
+            while client.batches.retrieve(batch.id).status != "completed":
+                assert next(looks, None) is not None
+                keeper.round()
+                end_open_jobs(few_at_once)
+
+        done = client.batches.retrieve(batch.id)
+        assert len(lines_of(client, done.output_file_id)) == 5 and not any(away.values())
+        folder = Path(few_at_once.cache_dir) / "files" / "files"
+        kept = [file_id_in(id) for id in (done.input_file_id, done.output_file_id)]
+        assert {file.name for file in folder.iterdir()} == {id.hex for id in kept if id}
 
 
 def test_blank_rows_without_end_hold_up_nobody(
