@@ -738,6 +738,29 @@ MUTANTS: Final = (
         "::test_a_submission_waits_for_what_another_is_about_to_commit",
     ),
     Mutant(
+        "a file is deleted while a batch takes it",
+        "app/store/files.py",
+        'f"{_FIND} FOR SHARE" if hold else _FIND',
+        "_FIND",
+        "tests/integration/test_openai_files.py::test_a_file_is_not_deleted_while_a_batch_takes_it",
+    ),
+    Mutant(
+        "a batch whose input is lost never ends",
+        "app/intake/batches/feed.py",
+        "            if outcome is None:\n                raise  # it may",
+        "            if True:\n                raise  # it may",
+        "tests/integration/test_openai_batches.py"
+        "::test_a_batch_whose_input_is_lost_waits_for_it_and_ends_all_the_same",
+    ),
+    Mutant(
+        "all long answers of a batch are read at once",
+        "app/store/batch_lines.py",
+        "WHERE coalesce(bytes_before, 0) < :page_bytes",
+        "WHERE :page_bytes > 0",
+        "tests/integration/test_openai_batches.py"
+        "::test_long_lines_are_read_and_written_one_at_a_time",
+    ),
+    Mutant(
         "lines of a batch pass the limits of their tenant",
         "app/intake/batches/feed.py",
         "tenants.enforce(connection, bounded, self._database.now())",

@@ -24,6 +24,8 @@ from app.intake.file_keeper import FileKeeper
 from app.local.ports import free_port
 from app.local.servers import EmbeddedRedis
 from app.objects import Objects
+from app.store import files
+from app.store.database import Database
 from tests.apis import running_api
 from tests.conftest import STUB_MODELS
 from tests.waiting import eventually
@@ -317,6 +319,20 @@ def test_what_is_gone_leaves_the_storage(
             objects.read_range(key_of(ids[name]), 0, 1)  # type: ignore[arg-type]
     left = {row["id"] for row in rows(settings, "SELECT id FROM files")}
     assert ids["stays"] in left and not {ids["deleted"], ids["over"]} & left
+
+
+def test_a_file_is_not_deleted_while_a_batch_takes_it(settings: Settings) -> None:
+    quick = settings.database.model_copy(update={"lock_timeout_ms": 50})
+    with (
+        running_api(settings.model_copy(update={"database": quick})) as api,
+        closing(Database(settings.database.url)) as database,
+    ):
+        made = api.post("/v1/files", files={"file": LINES}, data={"purpose": "batch"}).json()
+        path = f"/v1/files/{made['id']}"
+        with database.begin() as connection:
+            files.find(connection, id_in(made["id"]), tenant="default", name="", hold=True)
+            assert api.delete(path).status_code == 503
+        assert api.delete(path).status_code == 200
 
 
 def test_a_storage_that_is_away_is_a_503_and_loses_nothing(
