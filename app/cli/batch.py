@@ -70,6 +70,7 @@ def run(
     metadata: dict[str, str],
 ) -> None:
     """Answer every line of FILE, in the form of OpenAI's or Anthropic's batches, or of `submit`.
+    - is the standard input.
 
     Interrupted at whatever point, the same command goes on: lines that have ended are not run
     again. Exit code 5 if one has no answer.

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, Final, cast
 from uuid import uuid4
@@ -94,7 +95,7 @@ class Output:
 
     run: Run
 
-    def __init__(self, path: Path, file: BinaryIO) -> None:
+    def __init__(self, path: Path, file: FileIO) -> None:
         self._path, self._file = path, file
         self.ended: set[str] = set()
         self.num_failed = 0
@@ -104,7 +105,7 @@ class Output:
     def opened(cls, path: Path) -> Iterator[Output]:
         if str(path) == "-" or (path.exists() and not path.is_file()):
             raise click.UsageError(f"{path}: the answers go into a file, and this is none.")
-        with path.open("a+b") as file:
+        with path.open("ab", buffering=0) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -125,30 +126,30 @@ class Output:
 
     def _read(self) -> None:
         """What ended before. The end of a line that was being written is taken off."""
-        self._file.seek(0)
         whole = 0
-        for number, raw in enumerate(self._file, 1):
-            is_cut = not raw.endswith(b"\n")
-            if is_cut and (whole or BEGIN.startswith(raw[: len(BEGIN)])):
-                break
-            try:
-                value = {} if is_cut else json_object(raw)
-                self.ended.add(str(value["custom_id"]))
-                self.num_failed += value["error"] is not None
-            except (RequestError, KeyError):
-                raise click.UsageError(
-                    f"{self._path}, line {number}: this was not written by `gristmill batch run`. "
-                    "Name another file for the answers."
-                ) from None
-            whole += len(raw)
+        with self._path.open("rb") as file:
+            for number, raw in enumerate(file, 1):
+                is_cut = not raw.endswith(b"\n")
+                if is_cut and (whole or BEGIN.startswith(raw[: len(BEGIN)])):
+                    break
+                try:
+                    value = {} if is_cut else json_object(raw)
+                    self.ended.add(str(value["custom_id"]))
+                    self.num_failed += value["error"] is not None
+                except (RequestError, KeyError):
+                    raise click.UsageError(
+                        f"{self._path}, line {number}: this was not written by `gristmill batch "
+                        "run`. Name another file for the answers."
+                    ) from None
+                whole += len(raw)
         self._file.truncate(whole)
-        self._file.seek(0, os.SEEK_END)
 
     def write(self, line: dict[str, Any]) -> None:
+        rest = memoryview(json.dumps(line).encode() + b"\n")
         try:
-            self._file.write(json.dumps(line).encode() + b"\n")
-            self._file.flush()
-        except OSError as error:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:  # which does not say where
             raise OSError(error.errno, error.strerror, str(self._path)) from None
         self.ended.add(line["custom_id"])
 
