@@ -63,7 +63,7 @@ audit: setup  ## Run JOBS=10000 of all kinds on workers that come and go, and au
 mutants: setup  ## Plant deliberate defects one by one and show which test catches each
 	$(RUN) tests.mutants
 
-models: setup  ## Try every family of models, and write what came of it into docs/models.md and README.md
+models: setup  ## Try every family of models, and write what came of it into docs/models.md
 	$(RUN) tests.families
 
 sdks: setup  ## Try clients of others, several versions of each, in environments of their own

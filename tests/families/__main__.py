@@ -1,6 +1,6 @@
 """`make models`: try every family of the catalogue, and write what came of it.
 
-Into docs/models.md, that is, and in numbers into the README.
+Into docs/models.md, that is.
 
     python -m tests.families [FAMILY ...]
 
@@ -15,7 +15,7 @@ import sys
 
 from app.printable import printable
 from tests.families.catalogue import DECODERS, ENCODER_DECODERS, ENCODERS
-from tests.families.table import PAGE, README, Row, summed_up, updated
+from tests.families.table import PAGE, Row, summed_up, updated
 from tests.families.trial import Result, try_decoder, try_encoder, try_encoder_decoder
 
 TRIED = (
@@ -34,8 +34,7 @@ def main(only: list[str]) -> int:
                 continue
             rows.append(Row(title, family.name, trial(family)))
             print(printable(rows[-1].line), flush=True)
-    PAGE.write_text(updated(PAGE.read_text(), rows))
-    README.write_text(summed_up(README.read_text(), PAGE.read_text()))
+    PAGE.write_text(summed_up(updated(PAGE.read_text(), rows)))
     return int(any(each.result is Result.WRONG for row in rows for each in row.outcomes))
 
 

@@ -1,4 +1,4 @@
-"""The tables of models in docs/models.md, and the one that sums them up in the README."""
+"""The tables of models in docs/models.md, and the one that sums them up."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from tests.families.catalogue import DECODERS, ENCODER_DECODERS, ENCODERS
 from tests.families.trial import Outcome, Result
 
 PAGE: Final = Path(__file__).parents[2] / "docs" / "models.md"
-README: Final = PAGE.parents[1] / "README.md"
 
 COLUMNS: Final = {
     "decoders": ("decoder", "`inflight`", "`generate`"),
@@ -64,8 +63,8 @@ def updated(page: str, rows: Iterable[Row]) -> str:
     return page
 
 
-def summed_up(readme: str, page: str) -> str:
-    """The README with the numbers of the page's tables anew."""
+def summed_up(page: str) -> str:
+    """The page with the numbers of its tables anew."""
     lines = ["| | families | as transformers | of these not padded at will | refused by name |"]
     lines += ["|---|---|---|---|---|"]
     for title, columns in COLUMNS.items():
@@ -80,7 +79,7 @@ def summed_up(readme: str, page: str) -> str:
             lines.append(f"| {title}, {name} | {numbers} |")
     broken = len(lines_of(page, "broken folders"))
     lines.append(f"| kinds of broken folders | {broken} | | | {broken} |")
-    before, _, after = _cut(readme, "models")
+    before, _, after = _cut(page, "models")
     return before + "".join(f"{line}\n" for line in lines) + after
 
 
