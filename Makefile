@@ -11,7 +11,7 @@ LOCKED = $(shell cat pyproject.toml requirements/*.lock | cksum)
 BY_TWO := -n 2 --no-loadscope-reorder
 export PYTEST_DEBUG_TEMPROOT := $(CURDIR)/.cache/tmp
 
-.PHONY: help setup install demo up test lint types unit simulation integration e2e simulate odd audit mutants models sdks contract chaos soak bench vllm security lock clean
+.PHONY: help setup install demo up test lint types unit simulation integration e2e simulate properties odd audit mutants models sdks contract chaos soak bench vllm security lock clean
 
 help:  ## List what can be made
 	@sed -n 's/^\([a-z0-9 ]*\):.*##  */\1|/p' Makefile | while IFS='|' read -r name text; \
@@ -53,6 +53,9 @@ unit simulation integration e2e: setup  ## Run one tier of the tests
 
 simulate: setup  ## Play SCHEDULES=10000 of faults on a simulated clock, from SEED=0 on
 	$(RUN) tests.simulation --schedules $(or $(SCHEDULES),10000) --seed $(or $(SEED),0)
+
+properties: setup  ## Try each property of the unit tests on TIMES=20 as many examples, drawn by chance
+	TIMES=$(or $(TIMES),20) $(RUN) pytest -p tests.properties -m hypothesis tests/unit tests/simulation
 
 odd: setup  ## Send EXAMPLES=500 times ten messages, requests and rows bent by chance
 	ODD_EXAMPLES=$(or $(EXAMPLES),500) $(RUN) pytest tests/integration/test_odd_data.py
