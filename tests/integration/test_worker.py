@@ -67,6 +67,17 @@ def ended(config: Settings, ids: list[str], timeout_s: float = 20) -> dict[str, 
     return {id_: found[id_] for id_ in ids}
 
 
+def asked(producer: Celery, what: str, *arguments: str) -> dict[str, Any]:
+    """What the one worker answers to `celery inspect`, once it listens."""
+
+    def answer() -> dict[str, Any] | None:
+        told: dict[str, Any] | None
+        told = getattr(producer.control.inspect(timeout=5, limit=1), what)(*arguments)
+        return told
+
+    return eventually(answer, 60) or {}
+
+
 MAY_BE_NULL = {
     "error_code", "error_message", "deadline", "time_limit_s", "purged_at", "cancel_requested_at",
     "upstream_cost", "charge", "quoted_ms", "quoted_p90_ms", "energy_nj", "wasted_nj", "carbon_ug",
@@ -182,7 +193,7 @@ def test_a_message_that_was_revoked_before_it_came_is_a_cancelled_job_of_its_kin
     config: Settings, worker: Worker, producer: Celery, kind: str
 ) -> None:
     id_ = str(uuid.uuid4())
-    eventually(lambda: producer.control.revoke(id_, reply=True, timeout=5), timeout_s=60)
+    eventually(lambda: producer.control.revoke(id_, reply=True, limit=1, timeout=5), timeout_s=60)
 
     body = {"prompt": "never"} if kind == "generate" else {"input": "never"}
     producer.send_task(f"inference.{kind}", kwargs=body, task_id=id_)
@@ -308,7 +319,7 @@ def test_a_killed_workers_engine_process_does_not_outlive_it(
     config: Settings, worker: Worker, producer: Celery
 ) -> None:
     ended(config, [send(producer, "hello")])
-    [stats] = producer.control.inspect(timeout=5).stats().values()
+    [stats] = asked(producer, "stats").values()
     engine_pid = stats["pool"]["engine"]["pid"]
 
     worker.kill()
@@ -344,13 +355,14 @@ def test_a_prompt_shows_neither_in_the_log_nor_in_inspect_nor_in_events(
     config: Settings, worker: Worker, producer: Celery
 ) -> None:
     canary = "canary-7f3a"
+    asked(producer, "ping")  # it has begun to listen
     with events_of(producer) as seen:
         slow = send(producer, f"{canary}\nsleep 3000")
         eventually(
             lambda: rows(config, "SELECT FROM jobs WHERE id = %s AND state = 'running'", slow)
         )
-        inspect = producer.control.inspect(timeout=1)
-        shown = str([inspect.active(), inspect.reserved(), inspect.query_task(slow)])
+        shown = str([asked(producer, what) for what in ("active", "reserved")])
+        shown += str(asked(producer, "query_task", slow))
         producer.send_task("inference.unknown", kwargs={"prompt": canary})
         producer.send_task("inference.generate", kwargs={"prompt": [canary, 7]})
         ended(config, [slow])
@@ -386,7 +398,7 @@ def test_jobs_of_one_message_have_ends_of_their_own_and_are_acknowledged_togethe
         publisher.send_many(Message(job.id, job.kind, job.model) for job in jobs)
         ended(config, ids[:4])
         # then Celery knows each job that is left, and the message is kept for them
-        active = str(producer.control.inspect(timeout=1).active())
+        active = str(asked(producer, "active"))
         assert [each in active for each in ids] == [False] * 4 + [True] * 2
         assert client.hlen("unacked") == 1
         # and one of them can be revoked
