@@ -1,7 +1,9 @@
 """The whole path against a bare loop: what the queue, the batches and the commits cost.
 
 The same prompts run twice a round, in turns: through HTTP, Redis, the worker and Postgres to the
-last committed result, and through the engine alone in a loop of this process. The ratio is the tax.
+last answer in its client's hands, and through the engine alone in a loop of this process. The ratio
+is the tax, and the CPU seconds of each part say who takes it: on a machine whose cores the engine
+keeps busy, two cores lose half a second to each that another part takes.
 """
 
 from __future__ import annotations
@@ -9,8 +11,10 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence as Seq
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from statistics import median
+
+import psutil
 
 from app.bench.report import machine, print_json, print_table
 from app.bench.workloads import WORKLOADS, Request, make
@@ -21,7 +25,8 @@ from app.engines.base import Engine, Sequence
 from app.engines.catalog import load_catalog
 from app.jobs import Kind, SamplingParams
 from app.local.supervisor import System
-from gristmill_client import Client, GristmillError
+from app.worker.engine.host import LAUNCH
+from gristmill_client import Client, GristmillError, JobFailed
 
 
 def main(arguments: Seq[str]) -> None:
@@ -42,12 +47,14 @@ def main(arguments: Seq[str]) -> None:
         )
         warm_up = requests[:8]
         run_path(settings, warm_up), _bare(engine, warm_up)
-        path, bare = [], []
+        path, bare, used = [], [], []
         for number in range(options.rounds):
+            before = cpu_s(system)
             path.append(run_path(settings, requests))
+            used.append({name: spent - before[name] for name, spent in cpu_s(system).items()})
             bare.append(_bare(engine, requests))
             print(f"round {number + 1}: path {path[-1]:.2f} s, bare {bare[-1]:.2f} s", flush=True)
-    _print(options.workload, requests, path, bare)
+    _print(options.workload, requests, path, bare, used)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -71,11 +78,19 @@ def run_path(settings: Settings, requests: Seq[Request]) -> float:
     ]
     with Client(settings.api.url, key=settings.api.key) as client:
         began = time.monotonic()
-        for job_id in client.submit_many([{"body": body} for body in bodies]):
-            if isinstance(job_id, GristmillError):
-                raise job_id
-            client.result(job_id)
+        accepted = client.submit_many([{"body": body} for body in bodies])
+        for _, job in client.as_completed(map(_id, accepted)):
+            if isinstance(job, GristmillError):
+                raise job
+            if job.response is None:
+                raise JobFailed(job)
         return time.monotonic() - began
+
+
+def _id(accepted: str | GristmillError) -> str:
+    if isinstance(accepted, GristmillError):
+        raise accepted
+    return accepted
 
 
 def _bare(engine: Engine, requests: Seq[Request]) -> float:
@@ -98,7 +113,26 @@ def _bare(engine: Engine, requests: Seq[Request]) -> float:
     return time.monotonic() - began
 
 
-def _print(workload: str, requests: Seq[Request], path: Seq[float], bare: Seq[float]) -> None:
+def cpu_s(system: System) -> dict[str, float]:
+    """Seconds that each part has computed so far, the engine process apart from its worker, and the
+    client, which is this process."""
+    used = {"client": sum(psutil.Process().cpu_times()[:2])}
+    for part in system.parts:
+        root = psutil.Process(part.pid)
+        for process in (root, *root.children(recursive=True)):
+            with suppress(psutil.Error):
+                name = "engine" if str(LAUNCH) in process.cmdline() else part.name.lower()
+                used[name] = used.get(name, 0.0) + sum(process.cpu_times()[:2])
+    return used
+
+
+def _print(
+    workload: str,
+    requests: Seq[Request],
+    path: Seq[float],
+    bare: Seq[float],
+    used: Seq[dict[str, float]],
+) -> None:
     tokens = sum(request.num_tokens for request in requests)
     print(f"\n{machine()}\n{workload}: {len(requests)} requests, {tokens} output tokens\n")
     rows = [
@@ -107,5 +141,8 @@ def _print(workload: str, requests: Seq[Request], path: Seq[float], bare: Seq[fl
         for rate in [tokens / median(times)]
     ]
     print_table(["way", "seconds", "spread", "output tokens/s"], rows)
+    cpu = {name: round(median(each[name] for each in used), 2) for name in used[0]}
+    print("\nCPU seconds on the path: " + ", ".join(f"{name} {s}" for name, s in cpu.items()))
     ratio = median(a / b for a, b in zip(path, bare, strict=True))
-    print_json("pipeline", {"path_over_bare": round(ratio, 3)}, workload=workload)
+    ratios = {"path_over_bare": round(ratio, 3)}
+    print_json("pipeline", ratios, workload=workload, requests=len(requests), cpu_s=cpu)

@@ -54,6 +54,10 @@ class Executor:
     def is_busy(self) -> bool:
         return self._host.busy
 
+    def joins(self, model: str) -> bool:
+        """Whether more are admitted while some of this model run."""
+        return self._host.joins(model)
+
     def facts(self) -> dict[str, object]:
         return {
             "pid": self._host.pid,

@@ -76,10 +76,14 @@ class Run:
         return None not in self.generations
 
     @property
+    def ended_ns(self) -> int:
+        """When it had the last of its answers so far; 0 without any."""
+        return max((each.finished_ns for each in self.generations if each is not None), default=0)
+
+    @property
     def lasted_ns(self) -> int:
         """From when it went into the engine to the last of its answers so far."""
-        ended = (each.finished_ns for each in self.generations if each is not None)
-        return max(ended, default=0) - (self.began_ns or 0)
+        return self.ended_ns - (self.began_ns or 0)
 
     def stamp(self, monotonic_ns: int) -> dt.datetime:
         """A monotonic reading of this machine as a time of the database, not before the claim."""

@@ -39,6 +39,7 @@ from gristmill_client.errors import (
     Unavailable,
 )
 from gristmill_client.exchange import ExchangeOptions
+from gristmill_client.flows import EACH_S, MAX_IDS_FULL, ROUND_S, SLOW_ROUND_S
 
 BODY = {"prompt": "A grist mill is"}
 Call = Callable[..., Any]
@@ -516,6 +517,24 @@ def test_very_many_jobs_are_followed_a_thousand_at_a_time(call: Call) -> None:
 
     assert sorted(job_id for job_id, _ in outcomes) == sorted(ids)
     assert jobs.most_ids == 1_000
+
+
+def test_jobs_that_end_one_by_one_are_looked_at_less_often_the_more_they_are(call: Call) -> None:
+    api = Api(Jobs(per_look=1))
+
+    call(api, "as_completed", [str(n) for n in range(150)])
+
+    assert api.pauses[0] == SLOW_ROUND_S
+    assert api.pauses == sorted(api.pauses, reverse=True)
+    assert api.pauses[-1] <= EACH_S
+
+
+def test_jobs_that_end_fast_are_looked_at_more_often(call: Call) -> None:
+    api = Api(Jobs(per_look=2 * MAX_IDS_FULL))
+
+    call(api, "as_completed", [str(n) for n in range(8 * MAX_IDS_FULL)])
+
+    assert api.pauses[0] == ROUND_S
 
 
 def test_many_jobs_are_looked_at_at_once(call: Call) -> None:

@@ -38,7 +38,11 @@ MAX_IDS_FULL: Final = 25
 RUN_PAGE: Final = 500
 """Jobs that a run submits at once: the next ones follow while these run."""
 ROUND_S: Final = 0.2
-"""Shortest time from one look at many jobs to the next, so that they come in handfuls."""
+"""Shortest time from one look at many jobs to the next, while each brings a request of answers."""
+SLOW_ROUND_S: Final = 1.0
+"""The same where fewer end: all of them are looked at each time, so they come in handfuls."""
+EACH_S: Final = 0.01
+"""For each job that is left no more than this, so that the last ones come at once."""
 
 END: Final = object()
 _DRY_RUN: Final = {"dry_run": "true"}
@@ -172,7 +176,7 @@ class Flows:
                 yield Given((job_id, job))
             yield timer.pause_s(
                 f"{len(followed)} jobs have not ended",
-                shortest_round_s=ROUND_S if ended else 1.0,
+                shortest_round_s=_round_s(len(ended), len(followed)),
             )
 
     def _ended(self, job_ids: list[str], timer: Timer) -> Flow[list[tuple[str, Found]]]:
@@ -222,7 +226,7 @@ class Flows:
                     for place in places.pop(job_id):
                         yield Given((place, found))
             if places:
-                yield timer.pause_s("", shortest_round_s=ROUND_S if ended else 1.0)
+                yield timer.pause_s("", shortest_round_s=_round_s(len(ended), len(places)))
 
     def _poll(
         self, method: str, path: str, body: bytes | None, timer: Timer
@@ -306,6 +310,13 @@ class Flows:
 
     def purge(self, job_id: str) -> Flow[None]:
         yield from self._api.ask("DELETE", _path(job_id))
+
+
+def _round_s(ended: int, left: int) -> float:
+    """The shortest round after one in which so many jobs have ended."""
+    if not ended:  # the server did not hold its answer
+        return SLOW_ROUND_S
+    return min(ROUND_S if ended >= MAX_IDS_FULL else SLOW_ROUND_S, EACH_S * left)
 
 
 def _path(job_id: str) -> str:
