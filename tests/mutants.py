@@ -107,8 +107,8 @@ MUTANTS: Final = (
     Mutant(
         "a listener that comes late has not what was told before",
         "app/api/live/followers.py",
-        "self._is_behind = not is_first",
-        "self._is_behind = False",
+        "self.is_behind = not is_first",
+        "self.is_behind = False",
         "tests/unit/test_api_listeners.py",
     ),
     Mutant(

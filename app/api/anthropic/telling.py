@@ -6,12 +6,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 from uuid import UUID
 
-from fastapi.sse import format_sse_event
-from pydantic_core import to_json
-
 from app.api import envelopes
 from app.api.envelopes import Problem
 from app.api.live.events import NewTokens
+from app.api.live.sse import written
 from app.engines.text.tokenizer import Tokenizer
 from app.requests.bodies import Request
 from app.requests.chat import ChatBody
@@ -69,4 +67,4 @@ class MessageTeller:
 
 def _written(events: Iterable[Event]) -> Iterator[bytes]:
     for event in events:
-        yield format_sse_event(event=event["type"], data_str=to_json(event).decode())
+        yield written(event, event["type"])

@@ -12,13 +12,12 @@ from typing import Annotated, Any, Final, cast
 
 from fastapi import APIRouter, Header, Response
 from fastapi.responses import StreamingResponse
-from fastapi.sse import EventSourceResponse, format_sse_event
+from fastapi.sse import EventSourceResponse
 
 from app.api.caller import Who
 from app.api.jobs.calls import JobId
-from app.api.jobs.schemas_events import BatchOf, EventQueued, EventStarted, EventTokens
 from app.api.live.events import Begun, Ended, Event, NewTokens, Queued, Silence, event_id, events
-from app.api.live.sse import HEADERS, KEEP_ALIVE
+from app.api.live.sse import HEADERS, KEEP_ALIVE, written
 from app.api.problems import documented
 from app.api.services import Here
 from app.jobs import job_id_of
@@ -80,26 +79,19 @@ async def _told(first: Event, happening: AsyncGenerator[Event, None]) -> AsyncIt
 def as_sse(event: Event) -> bytes:
     """One event on the wire."""
     match event:
-        case Queued(position, eta):
-            data = EventQueued(position=position, eta=eta).model_dump_json()
-            return format_sse_event(event="queued", data_str=data)
-        case Begun(id, batch_id, size):
-            batch = BatchOf(id=batch_id, size=size)
-            return format_sse_event(
-                event="restarted" if event.is_restart else "started",
-                data_str=EventStarted(attempt=id.attempt, batch=batch).model_dump_json(),
-                id=str(id),
-            )
         case NewTokens(id, index, text, tokens):
-            logprobs = [each.logprob for each in tokens.logprobs] or None
-            told = EventTokens(
-                index=index, text=text, tokens=len(tokens.token_ids), logprobs=logprobs
-            )
-            data = told.model_dump_json(exclude_none=True)
-            return format_sse_event(event="tokens", data_str=data, id=str(id))
+            told: dict[str, Any] = {"index": index, "text": text, "tokens": len(tokens.token_ids)}
+            if tokens.logprobs:
+                told["logprobs"] = [each.logprob for each in tokens.logprobs]
+            return written(told, "tokens", id)
+        case Queued(position, eta):
+            return written({"position": position, "eta": eta}, "queued")
+        case Begun(id, batch_id, size):
+            batch = {"id": batch_id, "size": size}
+            name = "restarted" if event.is_restart else "started"
+            return written({"attempt": id.attempt, "batch": batch}, name, id)
         case Silence():
             return KEEP_ALIVE
         case Ended(job, is_whole):
-            whole = "true" if is_whole else "false"
-            data = f'{{"complete":{whole},"job":{job.body.decode()}}}'
-            return format_sse_event(event="end", data_str=data)
+            whole = b"true" if is_whole else b"false"
+            return written(b'{"complete":%b,"job":%b}' % (whole, job.body), "end")

@@ -146,12 +146,15 @@ async def _until_final(
         for event in await _news(listener):
             yield event
             spoke_at = time.monotonic()
-            watch.wake.set()  # there may be more
+            if listener.is_behind:  # there may be more
+                watch.wake.set()
         if time.monotonic() - spoke_at >= KEEP_ALIVE_S:
             yield Silence()
             spoke_at = time.monotonic()
-        with suppress(TimeoutError):
-            await asyncio.wait_for(watch.wake.wait(), row.next_look_s())
+        if not watch.wake.is_set():
+            with suppress(TimeoutError):  # `wait_for` would make a task, for each token
+                async with asyncio.timeout(row.next_look_s()):
+                    await watch.wake.wait()
 
 
 class _Row:
@@ -199,8 +202,10 @@ class _Row:
             self._is_asked = False
             self._looking = asyncio.create_task(self._read())
             self._looking.add_done_callback(lambda _: self._wake.set())
+        if not self.is_queued:
+            return False
         told, self._told = self._told, self.place
-        return self.is_queued and told != self._told
+        return told != self._told
 
     def next_look_s(self) -> float:
         if self._looking is not None:

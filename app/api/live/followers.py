@@ -142,7 +142,8 @@ class Listener:
         self.reading = Reading(after)
         self._recent = recent
         self._page = page
-        self._is_behind = not is_first
+        self.is_behind = not is_first
+        """There may be more in Redis than is at hand."""
 
     async def news(self) -> list[Entry]:
         """What is new, a page at most; nothing if nothing is. Raises `Unavailable`."""
@@ -155,13 +156,13 @@ class Listener:
     async def fetched(self) -> list[Entry]:
         """One page of it from Redis itself."""
         entries = await self._page(self.reading.after)
-        self._is_behind = False
+        self.is_behind = len(entries) == PAGE
         return list(self.reading.take(entries or self._recent))
 
     def _at_hand(self) -> list[Entry] | None:
         """What is kept of what is new, or None if that is not all."""
         after = self.reading.after
-        if self._is_behind:
+        if self.is_behind:
             return None
         latest = takewhile(lambda each: after is None or each.id > after, reversed(self._recent))
         new = [*latest][::-1]

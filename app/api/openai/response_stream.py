@@ -12,13 +12,12 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, 
 from contextlib import aclosing
 from typing import Any, cast
 
-from fastapi.sse import EventSourceResponse, format_sse_event
-from pydantic_core import to_json
+from fastapi.sse import EventSourceResponse
 from starlette.types import Receive, Scope, Send
 
 from app.api.live import events
 from app.api.live.events import Begun, Ended, NewTokens, Silence
-from app.api.live.sse import HEADERS, KEEP_ALIVE
+from app.api.live.sse import HEADERS, KEEP_ALIVE, written
 from app.api.openai.response_rows import Row, response_of, shell_of, whole
 from app.api.services import Services
 from app.errors import RequestError, Restarted
@@ -87,13 +86,9 @@ async def _on_the_wire(
             if event is None:
                 yield KEEP_ALIVE
             elif after is None or event["sequence_number"] > after:
-                yield _written(event)
+                yield written(event, event["type"])
             elif event["type"] in LAST:  # it has had more events than there are now
-                yield _written(event | {"sequence_number": after + 1})
-
-
-def _written(event: Event) -> bytes:
-    return format_sse_event(event=event["type"], data_str=to_json(event).decode())
+                yield written(event | {"sequence_number": after + 1}, event["type"])
 
 
 def _listener(here: Services, row: Row) -> Saying | None:

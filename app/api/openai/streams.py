@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Final
 
-from pydantic_core import to_json
-
 from app.api import envelopes
 from app.api.envelopes import Problem
 from app.api.live.events import NewTokens
+from app.api.live.sse import written
 from app.api.openai.chunks import Chunks
 
 DONE: Final = b"data: [DONE]\n\n"
@@ -22,18 +21,14 @@ class ChunkTeller:
         self._chunks = chunks
 
     def begun(self) -> Iterator[bytes]:
-        return map(_data, self._chunks.begun())
+        return map(written, self._chunks.begun())
 
     def tokens(self, new: NewTokens) -> Iterator[bytes]:
-        return map(_data, self._chunks.tokens(new))
+        return map(written, self._chunks.tokens(new))
 
     def ended(self, response: dict[str, Any]) -> Iterator[bytes]:
-        yield from map(_data, self._chunks.ended(response))
+        yield from map(written, self._chunks.ended(response))
         yield DONE
 
     def failed(self, problem: Problem) -> bytes:
-        return _data(envelopes.openai(problem))
-
-
-def _data(value: dict[str, Any]) -> bytes:
-    return b"data: " + to_json(value) + b"\n\n"
+        return written(envelopes.openai(problem))
