@@ -6,10 +6,11 @@ import logging
 import re
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 from uuid import UUID
 
 from fastapi import Depends, Header, Query, Response
+from pydantic_core import to_json
 
 from app.api.reader import Snapshot
 from app.api.services import Here, Services
@@ -19,10 +20,29 @@ from app.intake.submit import Stored
 log = logging.getLogger(__name__)
 
 JSON: Final = "application/json"
+EVENTS: Final = "text/event-stream"
 LOOK_AGAIN: Final = {"Retry-After": "1"}
 """Of an answer that tells of a job which is not final."""
 _PREFER_WAIT: Final = re.compile(r"(?:^|[,;])\s*wait\s*=\s*\"?(\d{1,9})\"?\s*(?:[,;]|$)", re.I)
 _TAG: Final = re.compile(r'(?:W/)?("[^"]*")')
+
+
+def described(
+    answer: str,
+    errors: dict[int | str, dict[str, Any]],
+    *,
+    is_streamable: bool = False,
+) -> dict[str, Any]:
+    """What a route is told of its answer, in another protocol's shape, and of its errors."""
+    content = {JSON: {"schema": {"type": "object"}}}
+    if is_streamable:
+        content[EVENTS] = {"schema": {"type": "string"}}
+    found: dict[int | str, dict[str, Any]] = {200: {"description": answer, "content": content}}
+    return {"response_model": None, "responses": found | errors}
+
+
+def json_of(value: object) -> Response:
+    return Response(to_json(value), media_type=JSON)
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,93 +81,79 @@ def body(
             labels=labels,
         )
     answers = [
-        (i, each, Spelling(tokenizer, prompts[i // request.num_answers]))
+        (each, Spelling(tokenizer, prompts[i // request.num_answers]))
         for i, each in enumerate(generations)
     ]
-    if isinstance(request.sent, MessagesBody):
-        return _message(request, generations[0], counted, job_id, model, tokenizer, prompts[0])
-    if isinstance(request.sent, ResponsesBody):
-        [answer] = answers
-        ended = (state, error_code, error_message)
-        return _response(request.sent, *answer, prompts[0], counted, job_id, model, created, ended)
-    match request.body:
-        case ChatBody():
-            return {
-                "id": f"chatcmpl-{job_id}",
-                "object": "chat.completion",
-                "created": created,
-                "model": model,
-                "choices": [
-                    _chat(*each, said(request.body, each[1], tokenizer, prompts[0]), job_id)
-                    for each in answers
-                ],
-                "usage": _usage(counted),
-            }
-        case CompletionBody() as asked:
-            return {
-                "id": f"cmpl-{job_id}",
-                "object": "text_completion",
-                "created": created,
-                "model": model,
-                "choices": [_completion(*each, asked) for each in answers],
-                "usage": _usage(counted),
-            }
-        case TranslationBody():
-            return {
-                "id": f"trans-{job_id}",
-                "object": "translation",
-                "created": created,
-                "model": model,
-                "choices": [_translation(i, each) for i, each, _ in answers],
-                "usage": _usage(counted),
-            }
+    match request.sent, request.body:
+        case MessagesBody(), ChatBody() as chat:
+            return _message(chat, *answers[0], counted, job_id, model)
+        case ResponsesBody() as asked, ChatBody() as chat:
+            shell = response_shell(
+                asked,
+                job_id=job_id_of(job_id),
+                model=model,
+                created_at=created,
+                metadata=asked.metadata,
+            )
+            ended = (state, error_code, error_message)
+            return _response(shell, chat, *answers[0], counted, job_id, ended)
+        case _, ChatBody() as chat:
+            prefix, name = "chatcmpl", "chat.completion"
+            choices = [_chat(i, chat, *each, job_id) for i, each in enumerate(answers)]
+        case _, CompletionBody() as completion:
+            prefix, name = "cmpl", "text_completion"
+            choices = [_completion(i, completion, *each) for i, each in enumerate(answers)]
+        case _, TranslationBody():
+            prefix, name = "trans", "translation"
+            choices = [_translation(i, each) for i, each in enumerate(generations)]
         case _:
             raise NotImplementedError(request.url)
+    return {
+        "id": f"{prefix}-{job_id}",
+        "object": name,
+        "created": created,
+        "model": model,
+        "choices": choices,
+        "usage": _usage(counted),
+    }
 
 
 def _message(
-    request: Request,
+    chat: ChatBody,
     answer: Generation,
+    spelling: Spelling,
     counted: Usage,
     job_id: str,
     model: str,
-    tokenizer: Tokenizer,
-    prompt: Sequence[int],
 ) -> dict[str, Any]:
-    chat = request.body
-    assert isinstance(chat, ChatBody)
-    found = said(chat, answer, tokenizer, prompt)
-    reason, met = stop_reason(answer, bool(found.calls), chat.stops, tokenizer, prompt)
-    ids = [_call_id(job_id, 0, place) for place in range(len(found.calls))]
-    return message_of(job_id, model, content_of(found, ids), reason, met, counted)
+    found = said(chat, answer, spelling.tokenizer, spelling.prompt_token_ids)
+    reason, met = stop_reason(
+        answer,
+        bool(found.calls),
+        chat.stops,
+        spelling.tokenizer,
+        spelling.prompt_token_ids,
+    )
+    content = content_of(found, _call_ids(found, job_id, 0))
+    return message_of(job_id, model, content, reason, met, counted)
 
 
 def _response(
-    asked: ResponsesBody,
-    index: int,
+    shell: dict[str, Any],
+    chat: ChatBody,
     answer: Generation,
     spelling: Spelling,
-    prompt: Sequence[int],
     counted: Usage,
     job_id: str,
-    model: str,
-    created: int,
     ended: tuple[JobState, str | None, str | None],
 ) -> dict[str, Any]:
-    found = said(asked.meant, answer, spelling.tokenizer, prompt)
-    state, error_code, error_message = ended
-    shell = response_shell(
-        asked,
-        job_id=job_id_of(job_id),
-        model=model,
-        created_at=created,
-        metadata=asked.metadata,
-    )
+    found = said(chat, answer, spelling.tokenizer, spelling.prompt_token_ids)
     scored = answer.logprobs
+    state, error_code, error_message = ended
     return answered(
         shell,
         found,
-        [_call_id(job_id, index, place) for place in range(len(found.calls))],
+        _call_ids(found, job_id, 0),
         reason=answer.finish_reason,
         counted=counted,
         logprobs=() if scored is None else logprobs.of_chat(scored, spelling)["content"],
@@ -187,8 +173,9 @@ def _usage(counted: Usage) -> dict[str, Any]:
 
 
 def _chat(
-    index: int, answer: Generation, spelling: Spelling, found: Said, job_id: str
+    index: int, chat: ChatBody, answer: Generation, spelling: Spelling, job_id: str
 ) -> dict[str, Any]:
+    found = said(chat, answer, spelling.tokenizer, spelling.prompt_token_ids)
     scored = answer.logprobs
     message: dict[str, Any] = {"role": "assistant", "content": None, "refusal": None}
     if found.content or not (found.reasoning or found.calls):
@@ -198,11 +185,11 @@ def _chat(
     if found.calls:
         message["tool_calls"] = [
             {
-                "id": _call_id(job_id, index, place),
+                "id": call_id,
                 "type": "function",
                 "function": {"name": call.name, "arguments": call.arguments},
             }
-            for place, call in enumerate(found.calls)
+            for call, call_id in zip(found.calls, _call_ids(found, job_id, index), strict=True)
         ]
     reason = _FINISH_REASON[answer.finish_reason]
     return {
@@ -213,13 +200,14 @@ def _chat(
     }
 
 
-def _call_id(job_id: str, choice: int, place: int) -> str:
+def _call_ids(found: Said, job_id: str, choice: int) -> list[str]:
     """The same whenever the job runs. Nine letters and digits: some templates take no others."""
-    return hashlib.sha256(f"{job_id} {choice} {place}".encode()).hexdigest()[:9]
+    names = (f"{job_id} {choice} {place}" for place in range(len(found.calls)))
+    return [hashlib.sha256(name.encode()).hexdigest()[:9] for name in names]
 
 
 def _completion(
-    index: int, answer: Generation, spelling: Spelling, asked: CompletionBody
+    index: int, asked: CompletionBody, answer: Generation, spelling: Spelling
 ) -> dict[str, Any]:
     text, scored, reason = answer.text, answer.logprobs, answer.finish_reason
     if not asked.has_answer:

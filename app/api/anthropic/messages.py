@@ -8,9 +8,8 @@ from typing import Any, Final
 
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
-from pydantic_core import to_json
 
-from app.api.answers import JSON
+from app.api.answers import described, json_of
 from app.api.anthropic.telling import teller_of
 from app.api.caller import Who, WhoReads
 from app.api.envelopes import Door
@@ -46,15 +45,6 @@ _ERRORS: Final = _READ_ERRORS | documented(
     HTTPStatus.GATEWAY_TIMEOUT,
     door=Door.ANTHROPIC,
 )
-_ANSWER: Final[dict[int | str, dict[str, Any]]] = {
-    200: {
-        "description": "A message; with `stream` its events.",
-        "content": {
-            "application/json": {"schema": {"type": "object"}},
-            "text/event-stream": {"schema": {"type": "string"}},
-        },
-    }
-}
 
 
 class TokensCount(BaseModel):
@@ -73,9 +63,8 @@ def understood(body: dict[str, Any]) -> Understood[bool]:
 
 @router.post(
     "",
-    responses=_ANSWER | _ERRORS,
+    **described("A message; with `stream` its events.", _ERRORS, is_streamable=True),
     openapi_extra=json_body(MessagesBody, _EXAMPLE),
-    response_model=None,
     summary="Messages",
 )
 async def create(request: Request, here: Here, who: Who) -> Response:
@@ -85,7 +74,7 @@ async def create(request: Request, here: Here, who: Who) -> Response:
     if is_streamed:
         return await stream(request, here, job, placed, partial(teller_of, job, placed.id))
     ended = await calls.ended(request, here, placed)
-    return Response(to_json(ended.response), media_type=JSON)
+    return json_of(ended.response)
 
 
 @router.post(

@@ -16,9 +16,8 @@ from uuid import UUID
 
 from fastapi import APIRouter, Request, Response
 from pydantic import ValidationError
-from pydantic_core import to_json
 
-from app.api.answers import JSON
+from app.api.answers import described, json_of
 from app.api.caller import Caller, Who
 from app.api.envelopes import Door
 from app.api.live import calls
@@ -99,7 +98,7 @@ async def _answer(request: Request, here: Services, who: Caller, url: Url) -> Re
     if asked.is_streamed:
         return await stream(request, here, job, placed, partial(_teller, job, placed.id, asked))
     ended = await calls.ended(request, here, placed)
-    return Response(to_json((ended.response or {}) | asked.heard_again), media_type=JSON)
+    return json_of((ended.response or {}) | asked.heard_again)
 
 
 def _teller(
@@ -135,19 +134,13 @@ _ERRORS: Final = documented(
     HTTPStatus.GATEWAY_TIMEOUT,
     door=Door.OPENAI,
 )
-_OBJECT: Final = {"application/json": {"schema": {"type": "object"}}}
-
-
-_EVENTS: Final = {"text/event-stream": {"schema": {"type": "string"}}}
 
 
 def _described(url: Url, example: dict[str, Any], answer: str) -> dict[str, Any]:
-    content = _OBJECT | (_EVENTS if url in _STREAMED else {})
     return {
         "path": url,
-        "responses": {200: {"description": answer, "content": content}} | _ERRORS,
         "openapi_extra": json_body(BODIES[url], example),
-        "response_model": None,
+        **described(answer, _ERRORS, is_streamable=url in _STREAMED),
     }
 
 

@@ -14,9 +14,8 @@ from typing import Annotated, Any, Final, Literal
 from uuid import UUID
 
 from fastapi import APIRouter, Path, Query, Request, Response
-from pydantic_core import to_json
 
-from app.api.answers import JSON, Hold, look, look_at_new
+from app.api.answers import Hold, described, json_of, look, look_at_new
 from app.api.caller import Caller, Who, WhoReads
 from app.api.envelopes import Door
 from app.api.live import calls
@@ -77,27 +76,10 @@ _ERRORS: Final = (
     | _CONFLICT
     | documented(HTTPStatus.UNPROCESSABLE_ENTITY, HTTPStatus.GATEWAY_TIMEOUT, door=Door.OPENAI)
 )
-_OBJECT: Final = {"application/json": {"schema": {"type": "object"}}}
-_EVENTS: Final = {"text/event-stream": {"schema": {"type": "string"}}}
 
 ResponseId = Annotated[
     str, Path(description="The response's id.", examples=["resp_0b9f1c5e6c8f4d3a9a3f0d9b7f2f6a11"])
 ]
-
-
-def _described(
-    answer: str,
-    errors: dict[int | str, dict[str, Any]] = _READ_ERRORS,
-    *,
-    is_streamable: bool = False,
-) -> dict[str, Any]:
-    content = _OBJECT | (_EVENTS if is_streamable else {})
-    found: dict[int | str, dict[str, Any]] = {200: {"description": answer, "content": content}}
-    return {"response_model": None, "responses": found | errors}
-
-
-def _json(value: object) -> Response:
-    return Response(to_json(value), media_type=JSON)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +117,7 @@ async def _read(
 
 @router.post(
     "",
-    **_described("The response; one in the background is queued.", _ERRORS, is_streamable=True),
+    **described("The response; one in the background is queued.", _ERRORS, is_streamable=True),
     openapi_extra=json_body(ResponsesBody, _EXAMPLE),
     summary="Create a response",
 )
@@ -149,7 +131,7 @@ async def create(request: Request, here: Here, who: Who) -> Response:
         row = Row(await _queued(here, job, body), asked, body)
         if told.is_streamed:
             return await stream(here, who.tenant, row, None)
-        return _json(row.response)
+        return json_of(row.response)
     placed = await calls.place(request, here, job)
     close = partial(_close, here, who, placed, is_stored=told.is_stored)
     if told.is_streamed:
@@ -164,7 +146,7 @@ async def create(request: Request, here: Here, who: Who) -> Response:
         ended = await calls.ended(request, here, placed)
     finally:
         await close(has_ended=True)  # or cancelled there
-    return _json(answered(ended))
+    return json_of(answered(ended))
 
 
 async def _close(
@@ -200,7 +182,7 @@ async def _queued(here: Services, job: NewJob, body: ResponsesBody) -> Job:
 
 @router.get(
     "/{response_id}",
-    **_described("The response as it is, or its events.", is_streamable=True),
+    **described("The response as it is, or its events.", _READ_ERRORS, is_streamable=True),
     summary="Retrieve a response",
 )
 async def retrieve(
@@ -226,12 +208,12 @@ async def retrieve(
     if streams:
         row = await row_of(here, who.tenant, response_id)
         return await stream(here, who.tenant, row, starting_after)
-    return _json(await response_at(here, who.tenant, response_id))
+    return json_of(await response_at(here, who.tenant, response_id))
 
 
 @router.post(
     "/{response_id}/cancel",
-    **_described("The response, cancelled.", _READ_ERRORS | _CONFLICT),
+    **described("The response, cancelled.", _READ_ERRORS | _CONFLICT),
     summary="Cancel a response",
 )
 async def cancel(here: Here, who: Who, response_id: ResponseId) -> Response:
@@ -244,7 +226,7 @@ async def cancel(here: Here, who: Who, response_id: ResponseId) -> Response:
         await here.tell_workers([row.job.id])
     hold = Hold(STOP_S, False)
     seen = await look(here, who.tenant, row.job.id, hold)
-    return _json(response_of(whole(seen.job), row.body))
+    return json_of(response_of(whole(seen.job), row.body))
 
 
 def _cancel(decision: Decision, here: Services, tenant: str, job_id: UUID) -> JobState:
@@ -256,7 +238,7 @@ def _cancel(decision: Decision, here: Services, tenant: str, job_id: UUID) -> Jo
 
 @router.delete(
     "/{response_id}",
-    **_described("It is deleted."),
+    **described("It is deleted.", _READ_ERRORS),
     summary="Delete a response",
 )
 async def delete(here: Here, who: Who, response_id: ResponseId) -> Response:
@@ -264,12 +246,12 @@ async def delete(here: Here, who: Who, response_id: ResponseId) -> Response:
     cancelled. What it took stays in the books."""
     row = await row_of(here, who.tenant, response_id)
     await purged(here, who, row.job.id)
-    return _json({"id": response_id, "object": "response", "deleted": True})
+    return json_of({"id": response_id, "object": "response", "deleted": True})
 
 
 @router.get(
     "/{response_id}/input_items",
-    **_described("A page of items."),
+    **described("A page of items.", _READ_ERRORS),
     summary="List what a response was asked",
 )
 async def list_input_items(
@@ -290,14 +272,14 @@ async def list_input_items(
     row = await row_of(here, who.tenant, response_id)
     items = input_items(row.body, hex_of(row.response))
     try:
-        return _json(page_of(items, order, after, limit))
+        return json_of(page_of(items, order, after, limit))
     except ValueError:
         raise RequestError("There is no such item.", param="after") from None
 
 
 @router.post(
     "/input_tokens",
-    **_described("How many tokens it has.", _BODY_ERRORS),
+    **described("How many tokens it has.", _BODY_ERRORS),
     openapi_extra=json_body(ResponsesBody, {"input": "What is a grist mill?"}),
     summary="Count the tokens of an input",
 )
@@ -305,7 +287,7 @@ async def count_input_tokens(request: Request, here: Here, who: WhoReads) -> Res
     """How many tokens the prompt of such a call has, as its model counts them. Nothing is
     stored."""
     job, _ = await _read(request, here, who, _NOT_COUNTED)
-    return _json({"object": "response.input_tokens", "input_tokens": job.input_tokens or 0})
+    return json_of({"object": "response.input_tokens", "input_tokens": job.input_tokens or 0})
 
 
 _NOT_COUNTED: Final = frozenset({"background", "background_options", "store", "stream"})
