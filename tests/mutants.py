@@ -431,6 +431,22 @@ MUTANTS: Final = (
         "tests/integration/test_store_submissions.py",
     ),
     Mutant(
+        "each job of a page is marked as sent",
+        "app/store/delivery.py",
+        "(CAST(:sent AS bool[]))[ordinality]",
+        "(CAST(:sent AS bool[]))[1]",
+        "tests/integration/test_store_contract.py",
+    ),
+    Mutant(
+        "to receive a message reads the keys of all jobs",
+        "app/store/submissions.py",
+        "decode(asked.fingerprint, 'hex') IS DISTINCT FROM (\n"
+        "        SELECT fingerprint FROM job_keys WHERE job_keys.id = asked.id\n    )",
+        "NOT EXISTS (\n        SELECT FROM job_keys WHERE job_keys.id = asked.id\n"
+        "            AND fingerprint = decode(asked.fingerprint, 'hex')\n    )",
+        "tests/integration/test_store_plans_stale.py",
+    ),
+    Mutant(
         "rescue sends without marking it",
         "app/store/delivery.py",
         "UPDATE open_jobs SET enqueued_at = now() FROM due",

@@ -17,7 +17,8 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import Final, Protocol
+from operator import attrgetter
+from typing import Any, Final, Protocol
 
 from app.jobs import WHOLE, FinishReason, PoolingParams, SamplingParams
 
@@ -36,10 +37,16 @@ class Sequence:
     pooling: PoolingParams = WHOLE  #: of a text that gets one answer
     token_type_ids: tuple[int, ...] = ()  #: of a pair: which of both each token is of; () is all 0
 
+    def __reduce__(self) -> tuple[type[Sequence], tuple[Any, ...]]:
+        """There may be thousands a second, and what dataclasses do for it is slow."""
+        return Sequence, _fields(self)
+
     @property
     def max_total_tokens(self) -> int:
         return len(self.prompt_token_ids) + (self.params.max_tokens if self.params else 0)
 
+
+_fields: Final = attrgetter(*Sequence.__slots__)
 
 LEAST_LOGPROB: Final = -9999.0
 """Of a token that cannot come, as in the OpenAI API: JSON has no word for minus infinity."""

@@ -138,17 +138,17 @@ class Request:
         text = json.dumps([self.url, self.raw], sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
-    @property
+    @cached_property
     def prompts(self) -> list[Prompt]:
         """The distinct prompts, in order; with `n` each is answered n times."""
         return self.body.prompts
 
-    @property
+    @cached_property
     def num_answers(self) -> int:
         """Answers per prompt."""
         return self.body.num_answers
 
-    @property
+    @cached_property
     def num_sequences(self) -> int:
         return len(self.prompts) * self.num_answers
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from app.config.settings import ModelSettings
 from app.engines import registry
@@ -184,9 +185,15 @@ def _params(
     params = body.sampling(max_tokens, tuple(words), grammar_for(body, tokenizer, prompts))
     match body.prompts[0]:
         case Source() as source:
-            return _direction(source, tokenizer).applied(params)
+            return _same(_direction(source, tokenizer).applied(params))
         case _:
-            return params
+            return _same(params)
+
+
+@lru_cache(maxsize=16)
+def _same(params: SamplingParams) -> SamplingParams:
+    """One object for those that are equal: most jobs are, and each travels to the engine once."""
+    return params
 
 
 def _direction(source: Source, tokenizer: Tokenizer) -> Direction:

@@ -220,9 +220,10 @@ _SUM_BATCHES: Final = """
             useful_tokens = stats.useful_tokens, padded_tokens = stats.padded_tokens,
             device_ns = stats.device_ns, finished_at = now()
         FROM jsonb_populate_recordset(NULL::batches, CAST(:batches AS jsonb)) AS stats
-        WHERE batches.id = stats.id
+        WHERE batches.id = stats.id AND batches.id = ANY(CAST(:batch_ids AS uuid[]))
     )
 """
+"""The ids are said twice, so that only their rows are read, by whatever plan."""
 
 SPENT: Final = ("device_ns", "wasted_ns", "energy_nj", "wasted_nj")
 """What an attempt took."""
@@ -247,8 +248,34 @@ _BETTER_METHOD: Final = (
 )
 """Of an attempt that was closed without its energy, and is told of it late."""
 
+_CLOSE: Final = f"""
+        UPDATE attempts SET
+            ended_at = coalesce(ended_at, now()),
+            outcome = coalesce(
+                outcome, CASE given.state WHEN 'completed' THEN 'succeeded' ELSE 'failed' END),
+            charged = coalesce(charged, true),
+            error_code = coalesce(attempts.error_code, given.error_code),
+            started_at = coalesce(attempts.started_at, given.started_at),
+            device_ns = coalesce(attempts.device_ns, given.device_ns),
+            {_BILLED},
+            wasted_ns = CASE WHEN outcome IS NULL THEN given.wasted_ns
+                ELSE greatest(attempts.wasted_ns, given.device_ns + given.wasted_ns) END,
+            energy_nj = CASE WHEN outcome IS NULL THEN given.energy_nj ELSE {_NO_ANSWER_NJ} END,
+            wasted_nj = CASE WHEN outcome IS NULL THEN given.wasted_nj
+                ELSE greatest(attempts.wasted_nj, given.energy_nj + given.wasted_nj) END,
+            energy_method = CASE WHEN outcome IS NULL THEN given.energy_method
+                ELSE {_BETTER_METHOD} END,
+            window_number = coalesce(window_number, :window_number)
+        FROM {{whose}}
+        WHERE attempts.created_at = given.created_at
+            AND attempts.job_id = given.job_id AND attempts.id = given.attempt_id AND {{which}}
+"""
+_TAKEN: Final = f"attempts.created_at = ANY({_MONTHS}) AND outcome IN ('lost', 'released')"
+
 # Finish attempts: job state, result, attempt and batch. An attempt that was taken from this worker
-# is billed nothing: all its device time was wasted, and is noted as that.
+# is billed nothing: all its device time was wasted, and is noted as that. Those that are held are
+# closed apart from these, so that each is looked up by its key, by whatever plan: jobs that were
+# submitted together have one `created_at`, by which all of them would be read for a few.
 _FINISH: Final = text(f"""
     WITH given AS MATERIALIZED (
         SELECT * FROM jsonb_populate_recordset(NULL::results, CAST(:finished AS jsonb))
@@ -287,30 +314,15 @@ _FINISH: Final = text(f"""
             energy_nj, wasted_nj, energy_method, energy_boundary, carbon_ug
         FROM held JOIN given ON given.job_id = held.id
     ), closed AS (
-        UPDATE attempts SET
-            ended_at = coalesce(ended_at, now()),
-            outcome = coalesce(
-                outcome, CASE given.state WHEN 'completed' THEN 'succeeded' ELSE 'failed' END),
-            charged = coalesce(charged, true),
-            error_code = coalesce(attempts.error_code, given.error_code),
-            started_at = coalesce(attempts.started_at, given.started_at),
-            device_ns = coalesce(attempts.device_ns, given.device_ns),
-            {_BILLED},
-            wasted_ns = CASE WHEN outcome IS NULL THEN given.wasted_ns
-                ELSE greatest(attempts.wasted_ns, given.device_ns + given.wasted_ns) END,
-            energy_nj = CASE WHEN outcome IS NULL THEN given.energy_nj ELSE {_NO_ANSWER_NJ} END,
-            wasted_nj = CASE WHEN outcome IS NULL THEN given.wasted_nj
-                ELSE greatest(attempts.wasted_nj, given.energy_nj + given.wasted_nj) END,
-            energy_method = CASE WHEN outcome IS NULL THEN given.energy_method
-                ELSE {_BETTER_METHOD} END,
-            window_number = coalesce(window_number, :window_number)
-        FROM given
-        WHERE attempts.created_at = given.created_at AND attempts.created_at = ANY({_MONTHS})
-            AND attempts.job_id = given.job_id AND attempts.id = given.attempt_id
-            AND (given.job_id IN (SELECT id FROM held) OR outcome IN ('lost', 'released'))
-        RETURNING attempts.id, {_spent("attempts")}, given.job_id IN (SELECT id FROM held)
+        {_CLOSE.format(whose="given JOIN held ON held.id = given.job_id", which="true")}
+        RETURNING attempts.id, {_spent("attempts")}, true
+    ), late AS (
+        {_CLOSE.format(whose="others AS given", which=_TAKEN)}
+        RETURNING attempts.id, {_spent("attempts")}, false
     ), {_SUM_BATCHES}
     SELECT * FROM closed
+    UNION ALL
+    SELECT * FROM late
     UNION ALL  -- whose attempt somebody has deleted
     SELECT attempt_id, {", ".join("0" for _ in SPENT)}, true
     FROM held WHERE attempt_id NOT IN (SELECT id FROM closed)
@@ -347,6 +359,7 @@ def finish(
     given = {
         "finished": encode(finished),
         "batches": encode(batches),
+        "batch_ids": [each.id for each in batches],
         "created": [each.created_at for each in finished],
         "window_number": window_number,
     }
@@ -481,6 +494,7 @@ def release(
     given = {
         "releases": encode(releases),
         "batches": encode(batches),
+        "batch_ids": [each.id for each in batches],
         "created": [each.created_at for each in releases],
         "window_number": window_number,
     }

@@ -70,11 +70,11 @@ them."""
 
 INSERTED: Final = """
     CAST(NULL AS uuid), CAST(NULL AS timestamptz),
-    CASE WHEN coalesce(not_before, now()) <= now() AND id IN (SELECT unnest(CAST(:sent AS uuid[])))
+    CASE WHEN coalesce(not_before, now()) <= now() AND (CAST(:sent AS bool[]))[ordinality]
         THEN now() END
 """
-"""Values of (worker_id, received_at, enqueued_at) for a new row: `sent` if it is due and about to
-be."""
+"""Values of (worker_id, received_at, enqueued_at) for a new row: `sent` if it is due and, as is
+told of each row at its place, about to be."""
 
 BROUGHT: Final = """
     CASE WHEN coalesce(not_before, now()) <= now() THEN CAST(:worker_id AS uuid) END,

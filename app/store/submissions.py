@@ -167,9 +167,11 @@ def insert_jobs(
     the answer names the earlier job and whether it was the same request.
     """
     found: dict[UUID, Inserted] = {}
+    sent = frozenset(sent)
     for _ in range(MAX_TRIES):
         rest = [job for job in jobs if job.id not in found]
-        given = {"jobs": encode(_once(rest)), "sent": list(sent)}
+        new = _once(rest)
+        given = {"jobs": encode(new), "sent": [job.id in sent for job in new]}
         for row in connection.execute(_INSERT_NEW, given):
             found[row.id] = Inserted(row.id, True, True, row.is_sent, row.created_at)
         # A statement of its own: it also sees what another transaction committed during the first.
@@ -191,7 +193,7 @@ def earlier(connection: Connection, jobs: Sequence[NewJob]) -> dict[UUID, Insert
     return {row.asked: Inserted(row.id, False, row.fingerprint_matches) for row in rows}
 
 
-def _once(jobs: Iterable[NewJob]) -> Iterable[NewJob]:
+def _once(jobs: Iterable[NewJob]) -> Collection[NewJob]:
     """The first job of each id."""
     first: dict[UUID, NewJob] = {}
     for job in jobs:
@@ -199,17 +201,20 @@ def _once(jobs: Iterable[NewJob]) -> Iterable[NewJob]:
     return first.values()
 
 
+_KINDS: Final[dict[str, Kind]] = {kind.value: kind for kind in Kind}
+_STATES: Final[dict[str, JobState]] = {state.value: state for state in JobState}
+
 _RECEIVED: Final = """
     tenant, model, kind, state, not_before <= now() AS is_due, not_before, deadline,
     CAST(extract(epoch FROM deadline - now()) AS double precision) AS expires_in_s, time_limit_s,
     stream_events, format, priority, attempts_charged, losses, created_at, url
 """
 
-# The request of a row, unless the message brought the same.
+# The request of a row, unless the message brought the same. (NOT EXISTS instead of the comparison
+# is planned, while the table is small, as one look at all of it, and keeps its plan as that grows.)
 _REQUEST: Final = """
-    CASE WHEN NOT EXISTS (
-        SELECT FROM job_keys
-        WHERE job_keys.id = asked.id AND job_keys.fingerprint = decode(asked.fingerprint, 'hex')
+    CASE WHEN asked.fingerprint IS NULL OR decode(asked.fingerprint, 'hex') IS DISTINCT FROM (
+        SELECT fingerprint FROM job_keys WHERE job_keys.id = asked.id
     ) THEN (
         SELECT request FROM requests
         WHERE requests.created_at = job.created_at AND requests.job_id = asked.id
@@ -261,14 +266,15 @@ def receive(
     rows = _register(connection, worker_id, jobs)
     # Each is a statement of its own, so that it sees what was committed during the one before: jobs
     # that somebody else was writing then, and ends of jobs that were open.
-    if met := [id for id, job in jobs.items() if job is not None and id not in rows]:
-        rows |= _register(connection, worker_id, dict.fromkeys(met))
-    if rest := {id: job for id, job in jobs.items() if id not in rows}:
-        rows |= {row.id: row for row in connection.execute(_LOOK_BACK, _asked(rest))}
+    if len(rows) < len(jobs):
+        if met := [id for id, job in jobs.items() if job is not None and id not in rows]:
+            rows |= _register(connection, worker_id, dict.fromkeys(met))
+        if rest := {id: job for id, job in jobs.items() if id not in rows}:
+            rows |= {row.id: row for row in connection.execute(_LOOK_BACK, _asked(rest))}
     return {
-        id: Received(**{**row._mapping, "kind": Kind(row.kind), "state": JobState(row.state)})
+        id: Received(*row[:3], kind, _STATES[row.state], *row[5:])
         for id, row in rows.items()
-        if row.kind in set(Kind) and readable(row.format)
+        if (kind := _KINDS.get(row.kind)) and readable(row.format)
     }
 
 

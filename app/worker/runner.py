@@ -386,7 +386,7 @@ class Runner:
         granted = self._ledger.claim(batch, jobs)
         self._claiming = None
         for job in jobs:
-            if job not in granted:
+            if job.run is None:
                 self._note_used((job.model, job.priority, job.tenant), Used(ended=1))
                 del self._jobs[job.id]
                 self._registrar.give_back(job.id)  # if it is queued all the same
@@ -405,7 +405,7 @@ class Runner:
     def _run(self, jobs: list[Job]) -> None:
         """Run claimed jobs; those whose end is known already are over without it."""
         going = [job for job in jobs if job.claimed_run.ending is None]
-        self._over += [job for job in jobs if job not in going]
+        self._over += [job for job in jobs if job.claimed_run.ending is not None]
         if not going:
             return
         if self._dispatcher.runs_apart:

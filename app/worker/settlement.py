@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any, Final
@@ -53,24 +52,31 @@ class Settlement:
         run = job.claimed_run
         answers = [each for each in run.generations if each is not None]
         ending = run.ending or _row_error(answers)
-        record = self._record(job, ending, answers)
-        if ending is not None and record.output_tokens == 0:
-            return record
-        return replace(record, response=self._body(job, answers, ending))
+        usage = _usage(job, answers)
+        has_answer = ending is None or usage.output_tokens > 0
+        response = self._body(job, answers, ending) if has_answer else None
+        return self._record(job, ending, answers, usage, response)
 
     def without_response(self, job: Job) -> Finished:
         """The record of a job whose answer cannot be stored: it fails, and is billed as it was."""
         answers = [each for each in job.claimed_run.generations if each is not None]
-        return self._record(job, NOT_STORED, answers)
+        return self._record(job, NOT_STORED, answers, _usage(job, answers), None)
 
-    def _record(self, job: Job, ending: Ending | None, answers: list[Generation]) -> Finished:
+    def _record(
+        self,
+        job: Job,
+        ending: Ending | None,
+        answers: list[Generation],
+        usage: Usage,
+        response: dict[str, Any] | None,
+    ) -> Finished:
         run = job.claimed_run
-        usage = replies.usage(job.request, answers) if run.is_over else Usage()
         return Finished(
             job_id=job.id,
             attempt_id=run.attempt_id,
             created_at=run.created_at,
             state=ending.state if ending else JobState.COMPLETED,
+            response=response,
             error_code=ending.code if ending else None,
             error_message=ending.message if ending else None,
             input_tokens=usage.input_tokens,
@@ -140,6 +146,11 @@ class Settlement:
 def batch_stats(batch: Batch) -> BatchStats:
     """What a batch has computed so far."""
     return BatchStats(batch.id, batch.useful_tokens, batch.padded_tokens, batch.device_ns)
+
+
+def _usage(job: Job, answers: list[Generation]) -> Usage:
+    """Nothing counts of a job that was cut short before all its answers were there."""
+    return replies.usage(job.request, answers) if job.claimed_run.is_over else Usage()
 
 
 def _row_error(answers: list[Generation]) -> Ending | None:

@@ -165,7 +165,7 @@ def test_plans_that_a_worker_made_on_empty_tables_read_each_row_a_few_times_when
 
         _run(worker, jobs[:GROUP])
 
-        assert _read(database) - before < 20 * GROUP + 4 * NUM_JOBS
+        assert _read(database) - before < 20 * GROUP + NUM_JOBS
 
 
 def _run(worker: Worker, jobs: list[NewJob]) -> None:

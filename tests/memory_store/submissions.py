@@ -35,10 +35,11 @@ def _replays(self: MemoryConnection, job: Row) -> Row | None:
 def _insert_new(self: MemoryConnection, given: Params) -> Answer:
     created = []
     jobs = records("jobs", given["jobs"])
+    sent = {job["id"] for job, is_sent in zip(jobs, given["sent"], strict=True) if is_sent}
     for job in sorted(jobs, key=lambda job: job.get("idempotency_key") or chr(0x10FFFF)):
         if job["id"] not in self.jobs and _by_key(self, job) is None and not _replays(self, job):
             is_due = (job.get("not_before") or self.now) <= self.now
-            is_sent = is_due and job["id"] in given["sent"]
+            is_sent = is_due and job["id"] in sent
             row = _new_row(self, job, enqueued_at=self.now if is_sent else None)
             created.append({"id": row["id"], "is_sent": is_sent, "created_at": self.now})
     return Answer(created)
@@ -103,7 +104,7 @@ def _received(row: Row, fingerprint: str | None, now: datetime) -> Row:
         "attempts_charged", "losses", "created_at",
     )  # fmt: skip
     is_same = fingerprint is not None and fingerprint == row["fingerprint"]
-    return {
+    found = {
         **{name: row[name] for name in ("id", "tenant", "model", "kind", "state")},
         "is_due": row["not_before"] <= now,
         "expires_in_s": None
@@ -112,6 +113,7 @@ def _received(row: Row, fingerprint: str | None, now: datetime) -> Row:
         **{name: row[name] for name in (*names, "url")},
         "request": None if is_same else row["request"],
     }
+    return {name: found[name] for name in submissions.Received.__slots__}
 
 
 @statement(submissions._REJECT)

@@ -94,7 +94,8 @@ class EnergyMeter:
     def pay(self, device_ns: int, wasted_ns: int) -> Paid:
         """What an attempt that ended took; to be asked once for each."""
         with self._lock:
-            self._book([None] * len(self._gauges))
+            if self._unpaid.ns <= device_ns + wasted_ns:  # else it is booked, as its batch is
+                self._book([None] * len(self._gauges))
             return self._unpaid.pay(device_ns, wasted_ns)
 
     def joules(self) -> Joules:
