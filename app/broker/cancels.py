@@ -25,7 +25,8 @@ log = logging.getLogger(__name__)
 CHANNELS: Final = "gristmill.cancels.*"
 """Those of all workers, for rights."""
 
-STOP_CHECK_S: Final = 0.25
+STOP_CHECK_S: Final = 1.0
+"""Each look costs a tenth of a millisecond, in each worker; nobody waits for the end."""
 PING_S: Final = 5.0
 """A server that has been silent for so long is asked for a word, and is away without one."""
 POLL_S: Final = 1.0

@@ -40,16 +40,15 @@ _FINISH_REASON: Final = {
 
 def usage(request: Request, generations: Sequence[Generation]) -> Usage:
     """Tokens of the whole job; a prompt that is answered n times is counted once."""
-    answers, body = request.num_answers, request.body
-    is_told = not isinstance(body, SampledBody) or body.has_answer
-    return Usage(
-        input_tokens=sum(each.input_tokens for each in generations[::answers]),
-        output_tokens=sum(each.output_tokens for each in generations if is_told),
+    num_input = num_cached = num_output = 0
+    for each in generations[:: request.num_answers]:
+        num_input += each.input_tokens
         # A part of the input, whatever a server elsewhere says.
-        cached_tokens=sum(
-            min(each.cached_tokens, each.input_tokens) for each in generations[::answers]
-        ),
-    )
+        num_cached += min(each.cached_tokens, each.input_tokens)
+    if not isinstance(request.body, SampledBody) or request.body.has_answer:
+        for each in generations:
+            num_output += each.output_tokens
+    return Usage(input_tokens=num_input, output_tokens=num_output, cached_tokens=num_cached)
 
 
 def body(

@@ -132,16 +132,17 @@ class LeaseKeeper:
         with self._database.begin() as connection:
             beat = workers.heartbeat(connection, self._worker.id, self._lease_s)
         self._renewed_ns = self._now_ns()
-        self._runner.post(
-            LeaseNews(
-                asked_ns=asked_ns,
-                held=beat.held,
-                cancelled=beat.cancel_requested,
-                expired=beat.past_deadline,
-            )
+        news = LeaseNews(
+            asked_ns=asked_ns,
+            held=beat.held,
+            cancelled=beat.cancel_requested,
+            expired=beat.past_deadline,
         )
-        self._account.close()
-        self._account.write(self._database)
+        try:
+            self._account.close()
+            self._account.write(self._database)
+        finally:  # last, for the runner asks Postgres then, and one connection is kept for both
+            self._runner.post(news)
 
     def _listen(self) -> None:
         """Cancels act at once; one that may have been missed comes with a heartbeat."""
