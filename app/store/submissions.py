@@ -272,10 +272,16 @@ def receive(
         if rest := {id: job for id, job in jobs.items() if id not in rows}:
             rows |= {row.id: row for row in connection.execute(_LOOK_BACK, _asked(rest))}
     return {
-        id: Received(*row[:3], kind, _STATES[row.state], *row[5:])
+        id: _received(row)
         for id, row in rows.items()
-        if (kind := _KINDS.get(row.kind)) and readable(row.format)
+        if row.kind in _KINDS and readable(row.format)
     }
+
+
+def _received(row: Row[Any]) -> Received:
+    values = list(row)  # in the order of its fields
+    values[3], values[4] = _KINDS[row.kind], _STATES[row.state]
+    return Received(*values)
 
 
 def _register(
