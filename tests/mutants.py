@@ -161,6 +161,14 @@ MUTANTS: Final = (
         f"{STORED}::test_a_chat_that_was_not_stored_is_not_told_of",
     ),
     Mutant(
+        "a client is not told that a thread cannot be kept, and does not go on without",
+        "app/api/envelopes.py",
+        '"body.thread": {',
+        '"thread": {',
+        "tests/integration/test_anthropic_calls.py"
+        "::test_a_thread_that_may_go_on_without_is_told_whole",
+    ),
+    Mutant(
         "a stored chat is told to another tenant",
         STORED_CHATS,
         "ANY(CAST(:ids AS uuid[])) AND job_keys.tenant = :tenant",

@@ -104,6 +104,12 @@ class AnthropicProblem(BaseModel):
     message: str = Field(
         description="What is wrong here and what to do.", examples=["No model 'gpt-9'."]
     )
+    details: dict[str, Any] | None = Field(
+        None,
+        exclude_if=lambda given: given is None,
+        description="What its clients act on by themselves.",
+        examples=[{"error_code": "thread_unsupported_request", "unsupported": ["thread"]}],
+    )
 
 
 class AnthropicError(BaseModel):
@@ -168,7 +174,7 @@ def openai(problem: Problem) -> dict[str, Any]:
 _OPENAI_CODES: Final[dict[str, str | None]] = {
     "invalid_request": None,
     "bad_request": None,
-    "not_found": None,
+    "not_found": "unknown_url",
     "unauthorized": "invalid_api_key",
     "queue_full": "rate_limit_exceeded",
     "quota_exceeded": "rate_limit_exceeded",
@@ -189,8 +195,19 @@ def anthropic(problem: Problem) -> dict[str, Any]:
 
     https://docs.claude.com/en/api/errors
     """
-    told = AnthropicProblem(type=_anthropic_type(problem), message=_named(problem))
+    told = AnthropicProblem(
+        type=_anthropic_type(problem),
+        message=_named(problem),
+        details=_DETAILS.get(problem.param or ""),
+    )
     return AnthropicError(error=told, request_id=problem.request_id).model_dump()
+
+
+_DETAILS: Final = {
+    "body.thread": {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+}
+"""By the field that is wrong: on this Anthropic's client sends the whole conversation instead,
+where it may, as its tool runner does by itself."""
 
 
 def _named(problem: Problem) -> str:

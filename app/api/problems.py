@@ -16,7 +16,7 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from app import errors
-from app.api import envelopes
+from app.api import envelopes, not_served
 from app.api.envelopes import Door, Problem, door_of
 
 log = logging.getLogger(__name__)
@@ -164,12 +164,18 @@ def _on_http_exception(request: Request, error: Exception) -> Response:
 def refused(request: Request, error: HTTPException) -> Response:
     """The answer to a request that no route has served."""
     status = HTTPStatus(error.status_code)
+    detail = _DETAILS.get(status, error.detail)
+    if status in _DETAILS and door_of(request.url.path, request.headers) is not Door.OWN:
+        if (told := not_served.instead(request.method, request.url.path)) is not None:
+            status, detail = HTTPStatus.NOT_FOUND, f"This call is not served here: {told}."
+        elif status is HTTPStatus.NOT_FOUND:
+            detail = not_served.PLAIN
     code = status.name.lower()
     problem = Problem(
         type=f"urn:gristmill:problem:{code}",
         title=status.phrase,
         status=status,
-        detail=_DETAILS.get(status, error.detail),
+        detail=detail,
         instance=request.url.path,
         code=code,
     )

@@ -209,6 +209,21 @@ class MessagesBody(Body):
     diagnostics: Annotated[Any, Ignored("nothing is told of caches")] = Field(
         None, examples=[{"previous_message_id": "msg_42"}]
     )
+    billing_policy: Annotated[
+        Any, Refused("the key says who pays", ({"type": "billing_policy", "bill_to": "self"},))
+    ] = Field(None, examples=[{"type": "billing_policy", "bill_to": "user_profile"}])
+    fallbacks: Annotated[Any, Ignored("nothing is declined for a policy")] = Field(
+        None, examples=["default"]
+    )
+    fallback_credit_token: Annotated[Any, Ignored("as `fallbacks`")] = Field(
+        None, examples=["token"]
+    )
+    thread: Annotated[Any, Refused("no conversation is kept here: send all of it")] = Field(
+        None, examples=[{"type": "create"}]
+    )
+    compaction: Annotated[Any, Refused("a conversation is never cut")] = Field(
+        None, examples=[{"type": "summarize"}]
+    )
     context_management: Annotated[Any, Refused("a conversation is never cut")] = Field(
         None, examples=[{"edits": []}]
     )

@@ -214,6 +214,12 @@ class ResponsesBody(DrawnBody):
     context_management: Annotated[Any, Refused("truncation says it", ([],))] = Field(
         None, examples=[[{"type": "compaction"}]]
     )
+    personality: Annotated[Any, Refused("say it in instructions")] = Field(
+        None, examples=["friendly"]
+    )
+    multi_agent: Annotated[Any, Refused("one model answers", ({"enabled": False},))] = Field(
+        None, examples=[{"enabled": True}]
+    )
     conversation: Annotated[
         Any, Refused("no conversations are kept: give previous_response_id, or all of it as input")
     ] = Field(None, examples=["conv_1"])

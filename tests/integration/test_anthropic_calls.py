@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import psycopg
 import pytest
 
 from app.config.settings import Settings
+from tests import sdk_calls, sdk_methods
 from tests.conftest import STUB_MODELS
 from tests.doors import Doors, open_doors
 from tests.rescues import running_rescue
@@ -83,6 +85,64 @@ def test_a_message_is_told_as_it_comes(client: anthropic.Anthropic, doors: Doors
     [told] = message.content
     assert told.type == "text" and told.text == block["text"]
     assert message.usage.output_tokens == 6
+
+
+@pytest.mark.parametrize("name", sdk_calls.ANTHROPIC)
+def test_every_method_that_is_served_is_answered(client: anthropic.Anthropic, name: str) -> None:
+    sdk_calls.ANTHROPIC[name](client)
+
+
+def test_the_async_client_and_raw_and_streaming_answers_are_served_as_well(doors: Doors) -> None:
+    async def calls() -> list[str]:
+        async with anthropic.AsyncAnthropic(
+            base_url=str(doors.http.base_url), api_key="none", _strict_response_validation=True
+        ) as its:
+            given: dict[str, Any] = {"model": "stub", "messages": ASK, "max_tokens": 64}
+            message = await its.messages.create(**given)
+            raw = await its.messages.with_raw_response.create(**given)
+            async with its.messages.with_streaming_response.create(**given) as streaming:
+                third = await streaming.parse()
+            async with its.messages.stream(**given) as stream:
+                fourth = await stream.get_final_message()
+            assert raw.headers["request-id"]
+            told = (message, await raw.parse(), third, fourth)
+            return [each.content[0].text for each in told if each.content[0].type == "text"]
+
+    first, *others = asyncio.run(calls())
+    assert others == 3 * [first]
+
+
+def test_a_thread_that_may_go_on_without_is_told_whole(
+    client: anthropic.Anthropic, doors: Doors
+) -> None:
+    thread = client.beta.messages.thread(
+        model="stub", max_tokens=64, unsupported_request_behavior="continue_unthreaded"
+    )
+    for text in ("a", "b"):
+        thread.send({"role": "user", "content": text})
+
+    assert [each["role"] for each in doors.the_last_job()["request"]["messages"]] == [
+        "user",
+        "assistant",
+        "user",
+    ]
+    with pytest.raises(anthropic.BadRequestError) as refused:
+        client.beta.messages.thread(model="stub", max_tokens=64).send(ASK[0])
+    assert "send all of it" in refused.value.message
+
+
+def test_what_anthropic_has_and_this_has_not_is_not_found(doors: Doors) -> None:
+    told = {}
+    for verb, path in sdk_methods.calls_of_others("anthropic", sdk_calls.ANTHROPIC.keys()):
+        answer = doors.http.request(verb, path, headers={"anthropic-version": "2026-10-21"})
+        error = answer.json()
+        assert (answer.status_code, error["type"]) == (404, "error"), (verb, path)
+        assert error["error"]["type"] == "not_found_error"
+        assert error["request_id"] == answer.headers["request-id"]
+        told[verb, path] = error["error"]["message"]
+
+    assert len(told) > 200 and all("not served here" in each for each in told.values())
+    assert ("GET", "/v1/files/a") in told
 
 
 def test_events_of_a_message_come_in_their_order(client: anthropic.Anthropic) -> None:

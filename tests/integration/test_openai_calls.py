@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import itertools
 import json
@@ -20,6 +21,7 @@ from app.jobs import LIVE_PRIORITY
 from app.keys import Scope, new_key
 from app.store import keys
 from app.store.database import Database
+from tests import sdk_calls, sdk_methods
 from tests.apis import Hands, running_api
 from tests.conftest import STUB_MODELS
 from tests.doors import Doors, open_doors
@@ -247,13 +249,56 @@ def test_a_prompt_that_is_too_long_is_a_bad_request(client: openai.OpenAI) -> No
     assert refused.value.code == "context_length_exceeded"
 
 
-def test_what_openai_has_and_this_has_not_is_not_found(client: openai.OpenAI) -> None:
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # theirs, of methods with newer names
+@pytest.mark.parametrize("name", sdk_calls.OPENAI)
+def test_every_method_that_is_served_is_answered(client: openai.OpenAI, name: str) -> None:
+    sdk_calls.OPENAI[name](client)
+
+
+def test_the_async_client_and_raw_and_streaming_answers_are_served_as_well(doors: Doors) -> None:
+    async def calls() -> list[str]:
+        base_url = f"{doors.http.base_url}/v1"
+        async with openai.AsyncOpenAI(
+            base_url=base_url, api_key="none", _strict_response_validation=True
+        ) as its:
+            chats = its.chat.completions
+            given: dict[str, Any] = {"model": "stub", "messages": ASK}
+            answer = await chats.create(**given)
+            raw = await chats.with_raw_response.create(**given)
+            async with chats.with_streaming_response.create(**given) as streaming:
+                third = await streaming.parse()
+            async with chats.stream(**given) as stream:
+                fourth = await stream.get_final_completion()
+            response = await its.responses.create(model="stub", input=ASK[0]["content"])
+            assert raw.headers["x-request-id"]
+            said = [
+                each.choices[0].message.content for each in (answer, raw.parse(), third, fourth)
+            ]
+            return [*map(str, said), response.output_text]
+
+    first, *others = asyncio.run(calls())
+    assert others == 4 * [first]
+
+
+def test_what_openai_has_and_this_has_not_is_not_found(client: openai.OpenAI, doors: Doors) -> None:
+    told = {}
+    served = sdk_calls.OPENAI.keys() | sdk_calls.HOOKS
+    for verb, path in sdk_methods.calls_of_others("openai", served):
+        answer = doors.http.request(verb, path)
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"]) == (404, "unknown_url"), (verb, path)
+        assert (error["type"], error["param"]) == ("invalid_request_error", None)
+        told[verb, path] = error["message"]
+
+    assert len(told) > 200 and all("not served here" in each for each in told.values())
+    assert "/v1/files" in told["POST", "/v1/uploads"]
+    assert "truncation" in told["POST", "/v1/responses/compact"]
+    assert "configured" in told["DELETE", "/v1/models/a"]
     with pytest.raises(openai.NotFoundError) as refused:
         client.moderations.create(input="flour")
+    assert refused.value.code == "unknown_url"
     with pytest.raises(openai.APIStatusError) as method:
         client.get("/embeddings", cast_to=httpx.Response)
-
-    assert refused.value.type == "invalid_request_error"
     assert method.value.status_code == 405 and method.value.type == "invalid_request_error"
 
 
@@ -587,9 +632,9 @@ def test_models_are_listed_and_told_of(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as unknown:
         client.models.retrieve("gpt-9")
     assert unknown.value.code == "model_not_found"
-    with pytest.raises(openai.APIStatusError) as refused:
+    with pytest.raises(openai.NotFoundError) as refused:
         client.models.delete("stub")
-    assert refused.value.status_code == 405
+    assert "configured" in refused.value.message
 
 
 @pytest.mark.parametrize("version", ["2023-06-01", "2026-10-21", "later"])

@@ -11,22 +11,32 @@ from typing import Any, Final
 
 import pytest
 import typing_extensions
-from anthropic.types import message_create_params
+from anthropic.types import beta, message_count_tokens_params, message_create_params
 from openai.types import completion_create_params, embedding_create_params
+from openai.types.beta import response_create_params as beta_response_create_params
 from openai.types.chat import completion_create_params as chat_create_params
-from openai.types.responses import response_create_params
+from openai.types.responses import input_token_count_params, response_create_params
 
 from app.errors import RequestError
 from app.requests.bodies import BODIES, Url, parse
 from app.requests.handling import Refused, handling_of
 
-TYPES: Final[dict[Url, Any]] = {
-    Url.CHAT: chat_create_params.CompletionCreateParamsNonStreaming,
-    Url.COMPLETIONS: completion_create_params.CompletionCreateParamsNonStreaming,
-    Url.EMBEDDINGS: embedding_create_params.EmbeddingCreateParams,
-    Url.MESSAGES: message_create_params.MessageCreateParamsNonStreaming,
-    Url.RESPONSES: response_create_params.ResponseCreateParamsNonStreaming,
+TYPES: Final[dict[str, tuple[Url, Any]]] = {
+    "chat": (Url.CHAT, chat_create_params.CompletionCreateParamsNonStreaming),
+    "completions": (Url.COMPLETIONS, completion_create_params.CompletionCreateParamsNonStreaming),
+    "embeddings": (Url.EMBEDDINGS, embedding_create_params.EmbeddingCreateParams),
+    "messages": (Url.MESSAGES, message_create_params.MessageCreateParamsNonStreaming),
+    "messages count": (Url.MESSAGES, message_count_tokens_params.MessageCountTokensParams),
+    "responses": (Url.RESPONSES, response_create_params.ResponseCreateParamsNonStreaming),
+    "responses count": (Url.RESPONSES, input_token_count_params.InputTokenCountParams),
 }
+BETA: Final[list[tuple[Url, Any]]] = [
+    (Url.MESSAGES, beta.message_create_params.MessageCreateParamsNonStreaming),
+    (Url.MESSAGES, beta.message_count_tokens_params.MessageCountTokensParams),
+    (Url.RESPONSES, beta_response_create_params.ResponseCreateParamsNonStreaming),
+]
+HEADERS: Final = {"betas"}
+"""Parameters that are sent as headers, which say nothing here."""
 BASES: Final[dict[Url, dict[str, Any]]] = {
     Url.CHAT: {"messages": [{"role": "user", "content": "mill"}], "model": "mill"},
     Url.COMPLETIONS: {"prompt": "mill", "model": "mill"},
@@ -69,6 +79,7 @@ REFUSED: Final = re.compile(
             r"tool_choice\.type",
             r"tool_choice(\.allowed_tools)?\.tools\.0\.(function|name)",  # the other's
             r"dimensions",
+            r"input",  # null: nothing to count
             r"prompt",  # null: nothing to go on with
             r"input\.0",  # what is run, searched or kept elsewhere
             r"input\.0\.content\.0\.type",
@@ -128,8 +139,8 @@ def _is_required(hint: Any) -> bool:
 
 
 GIVEN: Final = [
-    pytest.param(url, name, list(examples(hint, name)), id=f"{url.split('/')[2]}-{name}")
-    for url, kind in TYPES.items()
+    pytest.param(url, name, list(examples(hint, name)), id=f"{call}-{name}")
+    for call, (url, kind) in TYPES.items()
     for name, hint in _hints(kind).items()
 ]
 
@@ -158,6 +169,11 @@ def test_what_the_sdk_can_send_is_taken_or_refused_by_name(
     assert all(is_refused or REFUSED.fullmatch(param) for param in params)
     assert all(param.startswith(name) for param in params)
     assert len(params) < len(values) or is_refused or name == "dimensions"
+
+
+@pytest.mark.parametrize(("url", "kind"), BETA)
+def test_what_the_sdk_tries_out_is_known_by_name(url: Url, kind: Any) -> None:
+    assert _hints(kind).keys() - HEADERS <= BODIES[url].model_fields.keys()
 
 
 def test_every_message_role_and_kind_of_tool_choice_of_the_sdk_was_among_them() -> None:

@@ -12,11 +12,12 @@ from http import HTTPStatus
 from pathlib import PurePath
 from typing import Annotated, Any, Final, Literal
 
-from fastapi import APIRouter, Path, Query, Request, Response
+from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
 from app.api.caller import Caller, Who
 from app.api.envelopes import Door
+from app.api.not_served import openai_alone
 from app.api.openai.schemas_files import DeletedFile, FileList, FileObject
 from app.api.pages import page_of
 from app.api.problems import documented
@@ -34,7 +35,7 @@ from app.requests.part import printable
 from app.store import files, job_batches
 from app.store.files import FileView
 
-router = APIRouter(prefix="/v1/files", tags=["files"])
+router = APIRouter(prefix="/v1/files", tags=["files"], dependencies=[Depends(openai_alone)])
 
 MIN_EXPIRY_S: Final = 3_600
 MAX_EXPIRY_S: Final = 2_592_000
