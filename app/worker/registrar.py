@@ -174,9 +174,7 @@ class Registrar:
 
         def reject(refusals: Sequence[Refusal]) -> None:
             with self._database.autocommit() as connection:
-                submissions.reject(
-                    connection, [_rejected(each, self._message_tenant) for each in refusals]
-                )
+                submissions.reject(connection, list(map(_rejected, refusals)))
 
         def refuse(refusal: Refusal, error: Exception) -> None:
             log.error("A refusal was refused: %s", said(error), extra={"job_id": refusal.job_id})
@@ -323,20 +321,21 @@ def _leading(waiting: Iterable[_Waiting]) -> dict[UUID, _Waiting]:
     return leading
 
 
-def _rejected(refusal: Refusal, tenant: str) -> RejectedJob:
+def _rejected(refusal: Refusal) -> RejectedJob:
     return RejectedJob(
         id=refusal.job_id,
         kind=refusal.kind,
         error_code=refusal.error.code,
         error_message=refusal.error.message,
-        tenant=tenant,
+        tenant=refusal.tenant,
     )
 
 
 def _refusal(ticket: Ticket, error: RequestError) -> Refusal:
     acknowledge: Callable[[], object] = ticket.dropped
-    request = ticket.arrival.request
-    return Refusal(ticket.job_id, request.kind if request else Kind.GENERATE, error, acknowledge)
+    request, tenant = ticket.arrival.request, ticket.arrival.tenant
+    kind = request.kind if request else Kind.GENERATE
+    return Refusal(ticket.job_id, kind, error, acknowledge, tenant)
 
 
 def _read(row: Received) -> Request:

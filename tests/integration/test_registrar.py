@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -139,15 +140,15 @@ def test_a_refusal_that_the_store_refuses_does_not_take_the_others_with_it(
     ids = [uuid4(), uuid4(), uuid4()]
     for job_id, kind in zip(ids, ("generate", "neither", "embed"), strict=True):
         error = bodies.RequestError("It is wrong.")
-        refusal = Refusal(
-            job_id, cast(Any, kind), error, lambda job_id=job_id: acknowledged.append(job_id)
-        )
+        noted = partial(acknowledged.append, job_id)
+        refusal = Refusal(job_id, cast(Any, kind), error, noted, "mill")
         scene.registrar.refuse(refusal)
 
     scene.register()
 
     assert acknowledged == ids
     assert [column(database, id_, "state") for id_ in ids] == ["failed", None, "failed"]
+    assert column(database, ids[0], "tenant") == "mill"
 
 
 def test_a_prompt_that_the_tokenizer_cannot_stand_dooms_its_own_job_alone(scene: Scene) -> None:

@@ -15,7 +15,7 @@ from app.books.energy import PowerModel
 from app.broker.settling import Bundle, Piece
 from app.config.settings import ModelSettings
 from app.errors import EngineError, LeaseLost, RequestError, Unavailable
-from app.jobs import JobState, Kind
+from app.jobs import DEFAULT_TENANT, JobState, Kind
 from app.requests import bodies
 from app.rescue import Rescue
 from app.store.workers import NewWorker
@@ -292,7 +292,7 @@ class SimulatedWorker:
             expect(job_id in self._world.store.tables["jobs"], "acked before the row")
             self._ack(slot)
 
-        self.post(Refusal(job_id, Kind.GENERATE, RequestError("Bad."), acknowledge))
+        self.post(Refusal(job_id, Kind.GENERATE, RequestError("Bad."), acknowledge, DEFAULT_TENANT))
 
     def _hear(self, told: Callable[..., None], *news: Any) -> None:
         """The ticket would only log that it was wrong."""

@@ -17,7 +17,7 @@ from app.errors import GristmillError, RequestError
 from app.jobs import EARLIEST, LATEST, job_id_of
 from app.requests.bodies import FORMAT
 from app.worker.pool import arrivals
-from app.worker.pool.arrivals import identify, read, scrub
+from app.worker.pool.arrivals import identify, read, scrub, tenant_of
 
 TASK_ID = str(uuid.uuid4())
 
@@ -323,6 +323,9 @@ def test_a_message_names_its_tenant_only_where_it_is_trusted_with_that(
     config = make_settings(broker={"tenant": "messages", "trusted_tenants": trusted})
 
     assert arrive(message(headers={"tenant": named}), config).tenant == tenant
+    refused = message(headers={"tenant": named}, body="not JSON")
+    assert tenant_of(refused, config.broker) == tenant
+    assert tenant_of(message(headers=[]), config.broker) == "messages"
 
 
 def test_a_trusted_tenant_is_a_name_or_any(make_settings: Callable[..., Settings]) -> None:

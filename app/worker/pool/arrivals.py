@@ -65,7 +65,19 @@ class Arrival:
     def others(self) -> list[tuple[str, Arrival]]:
         """The further jobs by their task ids."""
         return [
-            (task_id, Arrival(job_id_of(task_id), None, None, self.priority, None, None, {}))
+            (
+                task_id,
+                Arrival(
+                    job_id_of(task_id),
+                    None,
+                    None,
+                    self.priority,
+                    None,
+                    None,
+                    {},
+                    tenant=self.tenant,
+                ),
+            )
             for task_id in self.more
         ]
 
@@ -78,6 +90,7 @@ class Refusal:
     kind: Kind
     error: GristmillError
     acknowledge: Callable[[], object]
+    tenant: str  #: whose job it would have been
 
 
 def identify(message: Message, settings: Settings) -> tuple[str, str]:
@@ -135,6 +148,11 @@ def read(message: Message, task_id: str, name: str, settings: Settings) -> Arriv
         more=_more(options),
         tenant=_tenant(options, settings.broker),
     )
+
+
+def tenant_of(message: Message, broker: BrokerSettings) -> str:
+    """Whose job a message would bring that cannot be read. One of protocol 1 names nobody."""
+    return _tenant(message.headers, broker) if _is_protocol_2(message) else broker.tenant
 
 
 def _tenant(options: dict[str, Any], broker: BrokerSettings) -> str:

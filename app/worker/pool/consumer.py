@@ -30,7 +30,7 @@ from app.config.settings import Settings
 from app.errors import GristmillError, RequestError, Unavailable
 from app.jobs import Kind, job_id_of
 from app.worker.pool.acks import Acks
-from app.worker.pool.arrivals import Refusal, identify, read, scrub
+from app.worker.pool.arrivals import Refusal, identify, read, scrub, tenant_of
 from app.worker.pool.control import REFUSED
 from app.worker.pool.envelope import reader
 
@@ -134,7 +134,9 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]
         if task_id is None:
             self._drop(error)
         else:
-            self.pool.refuse(Refusal(job_id_of(task_id), Kind.GENERATE, error, lambda: None))
+            tenant = self.app.settings.broker.tenant
+            refusal = Refusal(job_id_of(task_id), Kind.GENERATE, error, lambda: None, tenant)
+            self.pool.refuse(refusal)
 
     def _drop(self, error: RequestError) -> None:
         log.warning("A message was dropped: %s", error, extra={"action": "message_dropped"})
@@ -161,6 +163,7 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]
                         TASKS.get(name, Kind.GENERATE),
                         error,
                         acknowledge,
+                        tenant_of(message, settings.broker),
                     )
                 )
             if arrival.model and not message.channel.keeps(message, queue_name(arrival.model)):
