@@ -240,7 +240,9 @@ _OF_A_TENANT: Final = "of_a_tenant"
 
 def _begins(link: Link, is_limited: bool) -> str:
     """SQL that begins a transaction, and says whose it is."""
-    return f"{link.begin}; {_NAME % quote(tenancy.tenant_now())}" if is_limited else link.begin
+    if not is_limited:
+        return link.begin
+    return f"{link.begin}; SET LOCAL {tenancy.SETTING} = {quote(tenancy.tenant_now())}"
 
 
 def _one_by_one(engine: Engine, *, is_limited: bool) -> Engine:

@@ -27,6 +27,9 @@ _PURGE: Final = text("""
     ), running AS (
         UPDATE open_jobs SET metadata = '{}', purged_at = coalesce(purged_at, now())
         WHERE id = :job_id
+    ), told AS (  -- at its own URL; what is still to be told keeps that until then
+        DELETE FROM webhook_deliveries
+        WHERE event_id = :job_id AND endpoint_id IS NULL AND state <> 'pending'
     )
     UPDATE results SET
         response = NULL, error_message = NULL, metadata = '{}', webhook_url = NULL,
