@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from typing import Any, Final
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import openai
 import pytest
@@ -18,7 +18,8 @@ from tests.doors import Doors, open_doors
 from tests.waiting import eventually
 
 ASK: Final = [{"role": "user", "content": "What is flour?"}]
-UNKNOWN: Final = f"chatcmpl-{uuid4()}"
+NOBODYS: Final = UUID("5f0c2f0e-9a53-4c1e-8d5b-3f6f6f2f7a11")  # each process names tests alike
+UNKNOWN: Final = f"chatcmpl-{NOBODYS}"
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +102,7 @@ def test_a_chat_that_was_not_stored_is_not_told_of(
     assert calls.list(metadata=labels).data == []
 
 
-@pytest.mark.parametrize("id", [UNKNOWN, "chatcmpl-x", "x", str(uuid4()), f"resp_{uuid4().hex}"])
+@pytest.mark.parametrize("id", [UNKNOWN, "chatcmpl-x", "x", str(NOBODYS), f"resp_{NOBODYS.hex}"])
 def test_an_unknown_id_is_not_found(client: openai.OpenAI, id: str) -> None:
     calls = client.chat.completions
     for call in (
