@@ -6,7 +6,7 @@ import os
 from typing import Any, Final, NoReturn
 
 from celery import Celery, signals
-from kombu.transport import TRANSPORT_ALIASES
+from kombu.transport import TRANSPORT_ALIASES, _transport_cache
 
 from app import telemetry
 from app.broker.message import TASKS
@@ -31,6 +31,8 @@ _OVERRIDES: Final = (
 def make_app(settings: Settings) -> Celery:
     """The Celery app of producers, worker and Flower. Opens no connection."""
     TRANSPORT_ALIASES.update(_TRANSPORTS)
+    for scheme in _TRANSPORTS:  # kombu keeps what a process has once used of its own
+        _transport_cache.pop(scheme, None)
     for name in _OVERRIDES:
         os.environ.pop(name, None)
     app = Celery("gristmill", set_as_current=False)

@@ -101,6 +101,14 @@ _HISTORY = (
         claimed_at
     FROM attempts
     """,
+    """
+    INSERT INTO webhook_deliveries (
+        id, event_id, type, object_id, url, origin, state, created_at, since, ended_at
+    )
+    SELECT gen_random_uuid(), id, 'job.completed', id, 'https://mill.test/', 'https://mill.test',
+        'delivered', made, made, made
+    FROM history WHERE n > 100000 AND n % 10 = 0
+    """,
     "DROP TABLE history",
     "ANALYZE",
 )
@@ -459,6 +467,7 @@ def test_purging(service: Service) -> None:
         "results_pkey",
         "requests_pkey",
         "job_keys_pkey",
+        "webhook_deliveries_event",
     }
 
 

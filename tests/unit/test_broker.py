@@ -10,6 +10,8 @@ from typing import Any
 from uuid import uuid4
 
 import flower.options
+import kombu.transport
+import kombu.transport.redis
 import pytest
 from celery.app import defaults
 from celery.app.amqp import Queues
@@ -304,3 +306,18 @@ def test_each_priority_has_one_list_and_what_is_waited_for_the_first(layout: Lay
 @pytest.mark.parametrize("priority", [0, 5, 9])
 def test_a_list_is_known_by_its_key(layout: Layout, priority: int) -> None:
     assert layout.queue(layout.key("gristmill.stub", priority)) == "gristmill.stub"
+
+
+def test_the_worker_has_its_own_transport_though_its_process_used_plain_celery_before(
+    make_settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = "redis://127.0.0.1:1/0"
+    aliases = kombu.transport.TRANSPORT_ALIASES
+    monkeypatch.setitem(aliases, "redis", "kombu.transport.redis:Transport")
+    monkeypatch.setitem(kombu.transport._transport_cache, "redis", kombu.transport.redis.Transport)
+
+    with make_app(make_settings(broker={"url": url})) as app:
+        used = kombu.transport.get_transport_cls("redis")
+
+        assert used is not kombu.transport.redis.Transport
+        assert isinstance(app.connection_for_read().transport, used)
