@@ -1,7 +1,7 @@
 """Who calls: whose jobs a request is about, and what its key allows.
 
-A handler takes `who: Who` and passes `who.tenant` on; see
-`app.api.wire.callers` for where it is from.
+A handler takes `who: Who` and passes `who.tenant` on; see `app.api.wire.callers` for
+where it is from.
 """
 
 from __future__ import annotations

@@ -8,15 +8,15 @@ from uuid import UUID
 from app.api.caller import Caller
 from app.api.services import Services
 from app.errors import Unavailable
-from app.intake.decision import Decision
 from app.jobs import JobState
 from app.store import admin_log, purging
+from app.store.isolation import Connection
 
 
 async def purged(here: Services, who: Caller, job_id: UUID, *, is_noted: bool = True) -> JobState:
     """Remove what a caller's job says, wherever it is; its state. It is noted in the log of what
     was done, unless nobody had to ask for it. Raises `JobNotFound`."""
-    state = await here.write(_purge, here, who, job_id, is_noted)
+    state = await here.commit(_purge, who, job_id, is_noted)
     with suppress(Unavailable):  # what Redis has of it is gone within minutes
         await here.listeners.forget([job_id])
     if state is JobState.RUNNING:
@@ -24,12 +24,8 @@ async def purged(here: Services, who: Caller, job_id: UUID, *, is_noted: bool = 
     return state
 
 
-def _purge(
-    decision: Decision, here: Services, who: Caller, job_id: UUID, is_noted: bool
-) -> JobState:
-    with here.database.begin() as connection:
-        state = purging.purge(connection, job_id, tenant=who.tenant)
-        if is_noted:
-            admin_log.note(connection, who.actor, "job.purged", str(job_id), tenant=who.tenant)
-        decision.commit()
+def _purge(connection: Connection, who: Caller, job_id: UUID, is_noted: bool) -> JobState:
+    state = purging.purge(connection, job_id, tenant=who.tenant)
+    if is_noted:
+        admin_log.note(connection, who.actor, "job.purged", str(job_id), tenant=who.tenant)
     return state

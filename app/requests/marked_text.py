@@ -38,14 +38,14 @@ class MarkedText:
     def has_mark(self, token_ids: Iterable[int]) -> bool:
         return not self._marks.keys().isdisjoint(token_ids)
 
-    def take(self, text: str, token_ids: Iterable[int]) -> str:
+    def take(self, text: str, token_ids: Seq[int]) -> str:
         """What is certain with new text and the tokens it is made of."""
         if not self._marks:
             return text
         if self._is_own:
             return self._made_of(token_ids)
         self._token_ids += token_ids
-        if not self.has_mark(self._token_ids):
+        if not self.has_mark(token_ids):
             self._length += len(text)
             return text
         self._is_own = True

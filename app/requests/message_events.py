@@ -9,7 +9,7 @@ is certain of it; see `app.requests.saying`. https://docs.claude.com/en/docs/bui
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from pydantic_core import to_json
@@ -36,11 +36,10 @@ class MessageEvents:
         yield {"type": "ping"}
 
     def again(self) -> None:
-        """It runs anew, after its worker was lost. Raises `Restarted` if what was told cannot be
-        gone on with."""
+        """It runs anew, after its worker was lost."""
         self._saying.again()
 
-    def take(self, text: str, token_ids: Iterable[int]) -> Iterator[Event]:
+    def take(self, text: str, token_ids: Sequence[int]) -> Iterator[Event]:
         """Of new tokens. Raises `Restarted` if something else was told before."""
         yield from self._say(self._saying.take(text, token_ids))
 

@@ -12,7 +12,7 @@ was left out is it told as content, all of it, before its end mark is seen. Pure
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -109,7 +109,7 @@ class Saying:
         self._reasoning.again()
         self._begin()
 
-    def take(self, text: str, token_ids: Iterable[int] = ()) -> Delta:
+    def take(self, text: str, token_ids: Sequence[int] = ()) -> Delta:
         """What is certain with new text, as an engine streams it, and the tokens it is made of.
         Raises `Restarted` if something else was told before."""
         return self._certain_of(self._text.take(text, token_ids))

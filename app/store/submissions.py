@@ -279,9 +279,8 @@ def receive(
 
 
 def _received(row: Row[Any]) -> Received:
-    values = list(row)  # in the order of its fields
-    values[3], values[4] = _KINDS[row.kind], _STATES[row.state]
-    return Received(*values)
+    given = dict(row._mapping, kind=_KINDS[row.kind], state=_STATES[row.state])
+    return Received(**given)
 
 
 def _register(

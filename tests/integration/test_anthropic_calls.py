@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import anthropic
@@ -12,8 +12,7 @@ import pytest
 
 from app.config.settings import Settings
 from tests import sdk_calls, sdk_methods
-from tests.conftest import STUB_MODELS
-from tests.doors import Doors, open_doors
+from tests.doors import Doors
 from tests.rescues import running_rescue
 from tests.waiting import eventually
 
@@ -22,26 +21,14 @@ ASK: list[Any] = [{"role": "user", "content": "What is flour?"}]
 
 
 @pytest.fixture(scope="module")
-def doors(
-    empty_databases: Callable[[str], str],
-    migrated_template: str,
-    empty_redis: Callable[[], str],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Doors]:
-    folder = tmp_path_factory.mktemp("doors")
-    settings = Settings(
-        cache_dir=str(folder),
-        database={"url": empty_databases(migrated_template)},
-        broker={"url": empty_redis()},
-        models=STUB_MODELS,
-        worker={"max_attempts": 1, "lease_s": 4, "heartbeat_s": 1},
-        rescue={"sweep_ms": 100},
-    )
-    with (
-        open_doors(settings, folder / "worker") as doors,
-        running_rescue(settings, folder / "rescue"),
-    ):
-        yield doors
+def doors_given() -> dict[str, Any]:
+    return {"rescue": {"sweep_ms": 100}}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def rescue(doors_settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with running_rescue(doors_settings, tmp_path_factory.mktemp("rescue")):
+        yield
 
 
 @pytest.fixture

@@ -42,22 +42,8 @@ def slow_stub(step_ms: int = 5) -> ModelSettings:
 
 
 @pytest.fixture(scope="module")
-def doors(
-    empty_databases: Callable[[str], str],
-    migrated_template: str,
-    empty_redis: Callable[[], str],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Doors]:
-    folder = tmp_path_factory.mktemp("doors")
-    settings = Settings(
-        cache_dir=str(folder),
-        database={"url": empty_databases(migrated_template)},
-        broker={"url": empty_redis()},
-        models=STUB_MODELS | {"stub": slow_stub()},
-        worker={"max_attempts": 1, "lease_s": 4, "heartbeat_s": 1},
-    )
-    with open_doors(settings, folder / "worker") as doors:
-        yield doors
+def doors_given() -> dict[str, Any]:
+    return {"models": STUB_MODELS | {"stub": slow_stub()}}
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Final, Literal
 
 import hypothesis
@@ -15,36 +15,15 @@ from hypothesis import strategies as st
 from openai.types.responses import Response
 from pydantic import BaseModel
 
-from app.config.settings import Settings
 from app.requests.response import ResponsesBody
 from tests.any_messages import ANYTHING, TEXTS
 from tests.apis import running_api
-from tests.conftest import STUB_MODELS
-from tests.doors import Doors, open_doors
+from tests.doors import Doors
 from tests.waiting import eventually
 from tests.workers import rows
 
 OPEN: Final = ("queued", "in_progress")
 UNKNOWN: Final = f"resp_{0:032x}"
-
-
-@pytest.fixture(scope="module")
-def doors(
-    empty_databases: Callable[[str], str],
-    migrated_template: str,
-    empty_redis: Callable[[], str],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Doors]:
-    folder = tmp_path_factory.mktemp("doors")
-    settings = Settings(
-        cache_dir=str(folder),
-        database={"url": empty_databases(migrated_template)},
-        broker={"url": empty_redis()},
-        models=STUB_MODELS,
-        worker={"max_attempts": 1, "lease_s": 4, "heartbeat_s": 1},
-    )
-    with open_doors(settings, folder / "worker") as doors:
-        yield doors
 
 
 @pytest.fixture

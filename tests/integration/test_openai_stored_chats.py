@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Final
 from uuid import UUID, uuid4
 
@@ -12,33 +12,12 @@ import pytest
 from celery import Celery
 from openai.types.chat import ChatCompletion
 
-from app.config.settings import Settings
-from tests.conftest import STUB_MODELS
-from tests.doors import Doors, open_doors
+from tests.doors import Doors
 from tests.waiting import eventually
 
 ASK: Final = [{"role": "user", "content": "What is flour?"}]
 NOBODYS: Final = UUID("5f0c2f0e-9a53-4c1e-8d5b-3f6f6f2f7a11")  # each process names tests alike
 UNKNOWN: Final = f"chatcmpl-{NOBODYS}"
-
-
-@pytest.fixture(scope="module")
-def doors(
-    empty_databases: Callable[[str], str],
-    migrated_template: str,
-    empty_redis: Callable[[], str],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Doors]:
-    folder = tmp_path_factory.mktemp("doors")
-    settings = Settings(
-        cache_dir=str(folder),
-        database={"url": empty_databases(migrated_template)},
-        broker={"url": empty_redis()},
-        models=STUB_MODELS,
-        worker={"max_attempts": 1, "lease_s": 4, "heartbeat_s": 1},
-    )
-    with open_doors(settings, folder / "worker") as doors:
-        yield doors
 
 
 @pytest.fixture

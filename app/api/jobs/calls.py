@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from functools import partial
 from http import HTTPStatus
 from typing import Annotated, Any, Final
-from uuid import UUID
 
 from fastapi import APIRouter, Header, Path, Query, Request, Response
 
@@ -22,7 +21,6 @@ from app.api.views import bulk_item
 from app.api.wire import raw_bodies
 from app.api.wire.raw_bodies import json_body
 from app.errors import GristmillError, RequestError, RequestTooLarge
-from app.intake.decision import Decision
 from app.intake.submit import Stored, Submission
 from app.jobs import JobState, job_id_of
 from app.requests import json_text
@@ -277,17 +275,10 @@ async def get_job(
 async def cancel(here: Here, who: Who, job_id: JobId) -> Response:
     """A queued job is cancelled at once: 200. A running one is stopped by its worker within a step
     or so, and what it generated is kept: 202, follow it. May be repeated."""
-    state = await here.write(_cancel, here, who.tenant, job_id_of(job_id))
+    state = await here.commit(cancellation.cancel, job_id_of(job_id), tenant=who.tenant)
     await here.tell_workers([job_id_of(job_id)] if state is JobState.RUNNING else [])
     job = await here.job(who.tenant, job_id_of(job_id))
     return answer(job, status=200 if job.is_final else 202)
-
-
-def _cancel(decision: Decision, here: Services, tenant: str, job_id: UUID) -> JobState:
-    with here.database.begin() as connection:
-        state = cancellation.cancel(connection, job_id, tenant=tenant)
-        decision.commit()
-    return state
 
 
 @router.post(

@@ -34,7 +34,6 @@ from app.api.schemas import Job
 from app.api.services import Services
 from app.api.wire import raw_bodies
 from app.errors import GristmillError, NoWorker, RequestError, TimedOut, Unavailable
-from app.intake.decision import Decision
 from app.intake.outlook import Reason, asked_of
 from app.jobs import LIVE_PRIORITY, JobState
 from app.store import cancellation
@@ -224,14 +223,7 @@ async def cancel(here: Services, placed: Placed) -> None:
     if not placed.is_own:
         return
     try:
-        state = await here.write(_cancel, here, placed)
+        state = await here.commit(cancellation.end, placed.id, tenant=placed.tenant)
         await here.tell_workers([placed.id] if state is JobState.RUNNING else [])
     except GristmillError as error:
         log.info("Not cancelled: %s", error, extra={"action": "cancel_failed"})
-
-
-def _cancel(decision: Decision, here: Services, placed: Placed) -> JobState:
-    with here.database.begin() as connection:
-        state = cancellation.end(connection, placed.id, tenant=placed.tenant)
-        decision.commit()
-    return state

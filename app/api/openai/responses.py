@@ -11,7 +11,6 @@ from datetime import timedelta
 from functools import partial
 from http import HTTPStatus
 from typing import Annotated, Any, Final, Literal
-from uuid import UUID
 
 from fastapi import APIRouter, Path, Query, Request, Response
 
@@ -37,7 +36,6 @@ from app.api.schemas import Job
 from app.api.services import Here, Services
 from app.api.wire.raw_bodies import json_body
 from app.errors import GristmillError, RequestError
-from app.intake.decision import Decision
 from app.jobs import MAX_PRIORITY, JobState
 from app.requests.bodies import FORMAT, Url
 from app.requests.response import ResponsesBody
@@ -221,19 +219,12 @@ async def cancel(here: Here, who: Who, response_id: ResponseId) -> Response:
     row = await row_of(here, who.tenant, response_id)
     if not row.body.background:
         raise RequestError("Only a response in the background can be cancelled.")
-    state = await here.write(_cancel, here, who.tenant, row.job.id)
+    state = await here.commit(cancellation.cancel, row.job.id, tenant=who.tenant)
     if state is JobState.RUNNING:
         await here.tell_workers([row.job.id])
     hold = Hold(STOP_S, False)
     seen = await look(here, who.tenant, row.job.id, hold)
     return json_of(response_of(whole(seen.job), row.body))
-
-
-def _cancel(decision: Decision, here: Services, tenant: str, job_id: UUID) -> JobState:
-    with here.database.begin() as connection:
-        state = cancellation.cancel(connection, job_id, tenant=tenant)
-        decision.commit()
-    return state
 
 
 @router.delete(

@@ -13,7 +13,7 @@ from uuid import UUID
 from fastapi import APIRouter, Path, Query, Request, Response
 from pydantic_core import to_json
 
-from app.api.answers import JSON
+from app.api.answers import JSON, described, json_of
 from app.api.caller import Who
 from app.api.envelopes import Door
 from app.api.openai.batch_request import metadata_of
@@ -25,13 +25,13 @@ from app.api.services import Here, Services
 from app.api.wire import query, raw_bodies
 from app.api.wire.raw_bodies import json_body
 from app.errors import JobNotFound, JobUnreadable, MissingParameter, RequestError
-from app.intake.decision import Decision
 from app.requests.bodies import Url, parse_stored
 from app.requests.chat import ChatBody
 from app.requests.chat_messages import stored_messages
 from app.requests.response_input import page_of
 from app.requests.storable import parse_metadata, refuse_unstorable
 from app.store import stored_chats
+from app.store.isolation import Connection
 from app.store.stored_chats import StoredChat
 
 router = APIRouter(prefix=Url.CHAT, tags=["openai"])
@@ -64,7 +64,6 @@ _BODY_ERRORS: Final = _ERRORS | documented(
     HTTPStatus.TOO_MANY_REQUESTS,
     door=Door.OPENAI,
 )
-_OBJECT: Final = {"application/json": {"schema": {"type": "object"}}}
 _METADATA: Final = query.family(
     "metadata",
     "Only those with these pairs among their metadata: `metadata[KEY]=VALUE`.",
@@ -72,18 +71,9 @@ _METADATA: Final = query.family(
 )
 
 
-def _described(answer: str, errors: dict[int | str, dict[str, Any]] = _ERRORS) -> dict[str, Any]:
-    found: dict[int | str, dict[str, Any]] = {200: {"description": answer, "content": _OBJECT}}
-    return {"response_model": None, "responses": found | errors}
-
-
-def _json(value: object) -> Response:
-    return Response(to_json(value), media_type=JSON)
-
-
 @router.get(
     "",
-    **_described("A page of completions."),
+    **described("A page of completions.", _ERRORS),
     openapi_extra={"parameters": [_METADATA]},
     summary="List stored chat completions",
 )
@@ -107,17 +97,16 @@ async def list_stored(
         "after": _mark(after) if after else None,
     }
     try:
-        page = await here.read(_page, here, who.tenant, wanted, limit)
+        page = await here.query(_page, who.tenant, wanted, limit)
     except JobNotFound:
         raise _no_such_mark("completion") from None
     return Response(page, media_type=JSON)
 
 
-def _page(here: Services, tenant: str, wanted: Mapping[str, Any], limit: int) -> bytes:
+def _page(connection: Connection, tenant: str, wanted: Mapping[str, Any], limit: int) -> bytes:
     """Not for the event loop: answers may be long."""
-    with here.database.begin() as connection:
-        ids = stored_chats.page(connection, **wanted, limit=limit + 1, tenant=tenant)
-        shown = stored_chats.find(connection, ids[:limit], tenant=tenant)
+    ids = stored_chats.page(connection, **wanted, limit=limit + 1, tenant=tenant)
+    shown = stored_chats.find(connection, ids[:limit], tenant=tenant)
     return to_json(
         {
             "object": "list",
@@ -129,15 +118,17 @@ def _page(here: Services, tenant: str, wanted: Mapping[str, Any], limit: int) ->
     )
 
 
-@router.get("/{completion_id}", **_described("It."), summary="Retrieve a stored chat completion")
+@router.get(
+    "/{completion_id}", **described("It.", _ERRORS), summary="Retrieve a stored chat completion"
+)
 async def retrieve(here: Here, who: Who, completion_id: CompletionId) -> Response:
     """One as it was answered, with its metadata as it is now."""
-    return _json(_told(await here.read(_found, here, who.tenant, completion_id)))
+    return json_of(_told(await here.read(_found, here, who.tenant, completion_id)))
 
 
 @router.post(
     "/{completion_id}",
-    **_described("It, changed.", _BODY_ERRORS),
+    **described("It, changed.", _BODY_ERRORS),
     openapi_extra=json_body(MetadataChange, {"metadata": {"reviewed": "yes"}}),
     summary="Update a stored chat completion",
 )
@@ -145,7 +136,9 @@ async def update(request: Request, here: Here, who: Who, completion_id: Completi
     """Change its metadata: those that are given take the place of all that it has."""
     async with raw_bodies.body_of(request, MAX_CHANGE_BYTES, here.room) as raw:
         metadata = _metadata(raw_bodies.parse_json(raw))
-    return _json(_told(await here.write(_relabel, here, who.tenant, completion_id, metadata)))
+    id = _job_id(completion_id)
+    found = await here.commit(stored_chats.relabel, id, metadata, tenant=who.tenant)
+    return json_of(_told(found or _not_found()))
 
 
 def _metadata(body: object) -> dict[str, str]:
@@ -154,15 +147,6 @@ def _metadata(body: object) -> dict[str, str]:
     if "metadata" not in body:
         raise MissingParameter("Missing required parameter: 'metadata'.", param="metadata")
     return metadata_of(body["metadata"])
-
-
-def _relabel(
-    decision: Decision, here: Services, tenant: str, completion_id: str, metadata: dict[str, str]
-) -> StoredChat:
-    with here.database.begin() as connection:
-        found = stored_chats.relabel(connection, _job_id(completion_id), metadata, tenant=tenant)
-        decision.commit()
-    return found or _not_found()
 
 
 @router.delete("/{completion_id}", responses=_ERRORS, summary="Delete a stored chat completion")
@@ -175,7 +159,7 @@ async def delete(here: Here, who: Who, completion_id: CompletionId) -> DeletedCh
 
 @router.get(
     "/{completion_id}/messages",
-    **_described("A page of messages."),
+    **described("A page of messages.", _ERRORS),
     summary="List what a stored chat completion was asked",
 )
 async def list_messages(
@@ -189,7 +173,7 @@ async def list_messages(
     """The messages of its request, oldest first if not said otherwise."""
     messages = await here.read(_messages, here, who.tenant, completion_id)
     try:
-        return _json(page_of(messages, order, after, limit))
+        return json_of(page_of(messages, order, after, limit))
     except ValueError:
         raise _no_such_mark("message") from None
 
