@@ -34,7 +34,8 @@ be told of."""
 _FIRST: Final = "0-0"
 _LAST: Final = f"{10**9}-0"  #: what comes after it is refused
 AWAY_S: Final = 0.5
-"""Pause between tries while Redis is away."""
+MAX_AWAY_S: Final = 5.0
+"""Pauses between tries while Redis is away, the first and the longest."""
 
 _WRITE: Final = """
 local refused = false
@@ -158,7 +159,7 @@ class Following:
     def heard(self, stop: threading.Event) -> Iterator[Mapping[UUID, list[Entry]]]:
         """What comes new of the streams that are followed, by job, till `stop` is set. Reconnects
         by itself, and goes on where it was."""
-        is_told = False
+        away_s = 0.0
         while not stop.is_set():
             if not self._begun.wait(BLOCK_S):
                 continue
@@ -168,12 +169,12 @@ class Following:
                     while self._begun.is_set() and not stop.is_set():
                         if heard := self._read(client):
                             yield heard
-                        is_told = False
+                        away_s = 0.0
             except Unavailable as error:
-                if not is_told:
+                if not away_s:
                     log.warning("No events: %s", error, extra={"action": "events_away"})
-                is_told = True
-                stop.wait(AWAY_S)
+                away_s = min(2 * away_s or AWAY_S, MAX_AWAY_S)
+                stop.wait(away_s)
 
     def _read(self, client: redis.Redis) -> dict[UUID, list[Entry]]:
         with self._lock:

@@ -34,6 +34,9 @@ from app.worker.work import Job
 log = logging.getLogger(__name__)
 
 RETRY_S: Final = 0.5
+MAX_RETRY_S: Final = 5.0
+"""Pauses between tries while Redis is away, the first and the longest: a frozen one keeps each
+connection that was tried."""
 LOOK_S: Final = 1.0
 MAX_WRITTEN: Final = 2_000
 """Events that are written at once: a few hundred kilobytes."""
@@ -105,7 +108,7 @@ class TokenStreams:
         self._writing: list[Written] = []  #: a write that may have failed
         self._held = 0  #: tokens in `new` of all streams
         self._retry_at = 0.0
-        self._is_away = False
+        self._retry_s = 0.0  #: the last pause, while Redis is away
 
     # ── the runner's thread ──────────────────────────────────────────────────────────────────
 
@@ -271,11 +274,12 @@ class TokenStreams:
                 if self._writing:
                     self._write_all(self._writing)
             except Unavailable as error:
-                if not self._is_away:
+                if not self._retry_s:
                     log.warning("No streams: %s", error, extra={"action": "streams_away"})
-                self._is_away, self._retry_at = True, time.monotonic() + RETRY_S
+                self._retry_s = min(2 * self._retry_s or RETRY_S, MAX_RETRY_S)
+                self._retry_at = time.monotonic() + self._retry_s
                 return
-            self._writing, self._is_away = [], False
+            self._writing, self._retry_s = [], 0.0
 
     def _due(self) -> Iterator[Written]:
         """Takes from `_fresh` what goes into one write."""

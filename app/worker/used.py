@@ -16,7 +16,8 @@ from app.threads import Background
 
 PAUSE_S: Final = 0.05
 """Between two tellings, each for all jobs that ended meanwhile."""
-AWAY_S: Final = 1.0
+MAX_PAUSE_S: Final = 5.0
+"""Longest pause while Redis is away: a frozen one keeps each connection that was tried."""
 
 Whose = tuple[str, int, str]
 """Model, priority and tenant."""
@@ -46,11 +47,12 @@ class UsedTeller:
         self._has_some.set()
 
     def _run(self) -> None:
+        pause_s = PAUSE_S
         while not self._stopping.is_set():
             self._has_some.wait()
             self._has_some.clear()
-            is_told = self._tell_all()
-            self._stopping.wait(PAUSE_S if is_told else AWAY_S)
+            pause_s = PAUSE_S if self._tell_all() else min(2 * pause_s, MAX_PAUSE_S)
+            self._stopping.wait(pause_s)
 
     def _tell_all(self) -> bool:
         with self._lock:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -61,7 +62,7 @@ def test_without_redis_jobs_are_accepted_and_left_to_rescue(
     )
 
 
-def test_a_redis_that_accepts_and_never_answers_does_not_keep_a_submission(
+def test_a_redis_that_accepts_and_never_answers_keeps_no_submission_and_few_connections_are_tried(
     make_settings: Callable[..., Settings], database_url: str
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -69,9 +70,17 @@ def test_a_redis_that_accepts_and_never_answers_does_not_keep_a_submission(
         settings = make_settings(
             database={"url": database_url}, broker={"url": url, "publish_timeout_s": 0.2}
         )
-        with running_api(settings) as api:
-            for _ in range(3):
-                assert api.post("/v1/jobs", json=JOB).status_code == 202
+        with running_api(settings) as api, ThreadPoolExecutor(16) as clients:
+            answers = clients.map(lambda _: api.post("/v1/jobs", json=JOB, timeout=60), range(64))
+            assert {answer.status_code for answer in answers} == {202}
+            assert api.get("/readyz").json()["status"] == "degraded"
+        silent.setblocking(False)
+        tried = 0
+        with suppress(BlockingIOError):
+            while True:
+                silent.accept()[0].close()
+                tried += 1
+        assert 1 <= tried <= 10  # each try stays with a server that is frozen
 
 
 def test_a_redis_that_is_frozen_does_not_keep_submissions_and_is_used_again_when_it_thaws(

@@ -232,6 +232,31 @@ def test_who_reads_finds_out_what_was_dropped_while_redis_was_away(
     assert not reading.is_whole
 
 
+def test_a_redis_that_stays_away_is_tried_ever_more_seldom_until_it_is_back() -> None:
+    # given something to tell
+    life = Life()
+    life.enter(1)
+    life.tokens(1, "a")
+
+    # when it cannot be told for a long time
+    life.is_now("away")
+    pauses = []
+    for _ in range(6):
+        life.turn()
+        pauses.append(life.streams._retry_s)
+
+    # then each pause is longer than the one before, up to five seconds
+    assert pauses == [0.5, 1, 2, 4, 5, 5]
+    life.is_now("back")
+    life.turn()
+    assert life.server.told(job(1).id)
+    life.is_now("away")
+    life.tokens(1, "b")
+    life.turn()
+    assert life.streams._retry_s == 0.5
+    life.end()
+
+
 # ── any order of things ─────────────────────────────────────────────────────────────────────────
 
 steps = st.lists(

@@ -11,6 +11,7 @@ from app.broker.lanes import Used
 from app.errors import Unavailable
 from app.worker import used as telling
 from app.worker.used import UsedTeller, Whose
+from tests.waiting import eventually
 
 MILL: Whose = ("stub", 0, "mill")
 BAKERY: Whose = ("stub", 0, "bakery")
@@ -37,7 +38,7 @@ class Redis:
 
 @pytest.mark.parametrize("times_away", [0, 2])
 def test_all_that_is_noted_is_told_once(monkeypatch: pytest.MonkeyPatch, times_away: int) -> None:
-    monkeypatch.setattr(telling, "AWAY_S", 0.001)
+    monkeypatch.setattr(telling, "PAUSE_S", 0.001)
     redis = Redis(times_away)
     redis.expects = Used(4, 3, 600)
     teller = UsedTeller(redis.note_used)
@@ -51,3 +52,18 @@ def test_all_that_is_noted_is_told_once(monkeypatch: pytest.MonkeyPatch, times_a
     assert redis.has_all.wait(30)
     teller.stop()
     assert redis.told == {MILL: Used(2, 2, 300), BAKERY: Used(2, 1, 300)}
+
+
+def test_a_redis_that_stays_away_is_tried_ever_more_seldom_until_it_is_back() -> None:
+    redis, pauses = Redis(times_away=10), list[float]()
+    redis.expects = Used(1, 1, 100)
+    teller = UsedTeller(redis.note_used)
+    teller._stopping.wait = pauses.append  # type: ignore[assignment, method-assign]
+    teller.note(MILL, Used(1, 1, 100))
+    teller.start()
+
+    assert redis.has_all.wait(30)
+    eventually(lambda: len(pauses) == 11)
+    teller.stop()
+    assert pauses == sorted(pauses[:10]) + [telling.PAUSE_S]
+    assert pauses[9] == telling.MAX_PAUSE_S
