@@ -142,7 +142,9 @@ class FakeApi:
             if status == 404:
                 items.append({"status": 404, "id": job_id, "error": told})
             else:
-                shown = {} if asked["view"] == "state" else {"job": told}
+                is_open = told["state"] in ("queued", "running")
+                is_shown = asked["view"] != "state" and not (asked["view"] == "ended" and is_open)
+                shown = {"job": told} if is_shown else {}
                 items.append({"status": 200, "id": job_id, "state": told["state"]} | shown)
         return {"items": items}
 

@@ -104,6 +104,24 @@ def test_the_view_says_how_much_is_told(api: httpx.Client, hands: Hands) -> None
     assert "retry-after" not in ask(api, [done]).headers
 
 
+def test_the_view_of_what_has_ended_has_the_answers_of_that_alone(
+    api: httpx.Client, hands: Hands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(many, "MAX_IDS_FULL", 2)
+    first, queued, second, third = submit(api, 4)
+    for job_id in (first, second, third):
+        hands.finish(hands.claim(job_id))
+
+    told = ask(api, [first, queued, second, "unknown", third], view="ended").json()
+
+    whole = [api.get(f"/v1/jobs/{each}").json() for each in (first, second)]
+    shown, waits, another, unknown, beyond = told["items"]
+    assert [shown["job"], another["job"]] == whole
+    assert waits == {"status": 200, "id": queued, "state": "queued"}
+    assert beyond == {"status": 200, "id": third, "state": "completed"}
+    assert unknown["status"] == 404 and told["is_final"] is False
+
+
 def test_answers_without_end_are_left_to_the_next_call(
     api: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -39,7 +39,7 @@ from gristmill_client.errors import (
     Unavailable,
 )
 from gristmill_client.exchange import ExchangeOptions
-from gristmill_client.flows import EACH_S, MAX_IDS_FULL, ROUND_S, SLOW_ROUND_S
+from gristmill_client.flows import EACH_S, MANY, ROUND_S, SLOW_ROUND_S
 
 BODY = {"prompt": "A grist mill is"}
 Call = Callable[..., Any]
@@ -476,28 +476,33 @@ def test_a_wait_without_end_has_the_patience_of_its_client(call: Call) -> None:
 
 
 class Jobs:
-    """Answers bulk looks at jobs; every look finds `per_look` more of them ended."""
+    """Answers bulk looks at jobs; every look finds `per_look` more of them ended, and shows `most`
+    of those."""
 
-    def __init__(self, per_look: int) -> None:
+    def __init__(self, per_look: int, most: int = MANY) -> None:
         self._per_look = per_look
+        self._most = most
         self._ended: set[str] = set()
         self.most_ids = 0
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
         asked = json.loads(request.content)
         self.most_ids = max(self.most_ids, len(asked["ids"]))
-        if asked["view"] == "state":
+        shown = asked["ids"]
+        if asked["view"] == "ended":
             assert asked["wait_for"] == "any"
             still = [job_id for job_id in asked["ids"] if job_id not in self._ended]
             self._ended |= set(still[-self._per_look :])
-        return httpx.Response(200, json={"items": [self._item(each) for each in asked["ids"]]})
+            shown = [job_id for job_id in asked["ids"] if job_id in self._ended][: self._most]
+        items = [self._item(each, each in shown) for each in asked["ids"]]
+        return httpx.Response(200, json={"items": items})
 
-    def _item(self, job_id: str) -> dict[str, Any]:
+    def _item(self, job_id: str, is_shown: bool) -> dict[str, Any]:
         if job_id == "unknown":
             return {"id": job_id, "error": {"code": "job_not_found", "detail": "No such job."}}
         state = "completed" if job_id in self._ended else "running"
         told = {"id": job_id, "state": state, "response": {"text": job_id}}
-        return {"id": job_id, "state": state, "job": told}
+        return {"id": job_id, "state": state} | ({"job": told} if is_shown else {})
 
 
 def test_jobs_come_as_they_end(call: Call) -> None:
@@ -530,11 +535,28 @@ def test_jobs_that_end_one_by_one_are_looked_at_less_often_the_more_they_are(cal
 
 
 def test_jobs_that_end_fast_are_looked_at_more_often(call: Call) -> None:
-    api = Api(Jobs(per_look=2 * MAX_IDS_FULL))
+    api = Api(Jobs(per_look=2 * MANY))
 
-    call(api, "as_completed", [str(n) for n in range(8 * MAX_IDS_FULL)])
+    call(api, "as_completed", [str(n) for n in range(8 * MANY)])
 
     assert api.pauses[0] == ROUND_S
+
+
+def test_one_request_brings_the_jobs_that_have_ended(call: Call) -> None:
+    api = Api(Jobs(per_look=10))
+
+    call(api, "as_completed", [str(n) for n in range(50)])
+
+    assert len(api.requests) == 5
+
+
+def test_answers_that_one_look_has_no_room_for_are_asked_for_at_once(call: Call) -> None:
+    api = Api(Jobs(per_look=50, most=10))
+
+    outcomes = call(api, "as_completed", [str(n) for n in range(50)])
+
+    assert sorted(int(job.response["text"]) for _, job in outcomes) == list(range(50))
+    assert not any(api.pauses)
 
 
 def test_many_jobs_are_looked_at_at_once(call: Call) -> None:

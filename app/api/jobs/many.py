@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from http import HTTPStatus
+from itertools import islice
 from typing import Final
 from uuid import UUID
 
@@ -15,6 +16,7 @@ from app.api import problems, reader
 from app.api.answers import JSON, LOOK_AGAIN, Held, Hold
 from app.api.caller import Who, WhoReads
 from app.api.jobs.schemas_many import (
+    MAX_IDS_FULL,
     BulkCancel,
     BulkStatus,
     CancelFilter,
@@ -78,9 +80,9 @@ async def status(request: Request, here: Here, who: WhoReads, hold: Held) -> Res
     asked = await checked.read(request, here, StatusRequest)
     ids = [job_id_of(text) for text in asked.ids]
     states = await _states_in_time(here, who.tenant, dict.fromkeys(ids), asked.wait_for, hold)
-    told: Mapping[UUID, Told] = (
-        states if asked.view == "state" else await _jobs(here, who.tenant, states, asked.view)
-    )
+    told: dict[UUID, Told] = dict(states)
+    if asked.view != "state":
+        told |= await _jobs(here, who.tenant, _shown(states, asked.view), asked.view)
     items = [_status_item(index, id, told.get(id)) for index, id in enumerate(ids)]
     is_final = all(_is_final(each) for each in told.values())
     body = b'{"object":"bulk_status","is_final":%b,"items":[%b]}' % (
@@ -115,13 +117,21 @@ def _states(
     return {id: found[id] for id in ids if id in found}
 
 
+def _shown(states: Mapping[UUID, JobState | GristmillError], view: View) -> list[UUID]:
+    """The jobs that a view tells more of than their states."""
+    if view != "ended":
+        return list(states)
+    ended = (id for id, state in states.items() if isinstance(state, JobState) and state.is_final)
+    return list(islice(ended, MAX_IDS_FULL))
+
+
 async def _jobs(
-    here: Services, tenant: str, states: Mapping[UUID, JobState | GristmillError], view: View
+    here: Services, tenant: str, ids: Sequence[UUID], view: View
 ) -> Mapping[UUID, Told]:
-    """The jobs, page by page; the states alone of those beyond `MAX_ANSWERS_BYTES`."""
-    read, size = (reader.snapshots, WHOLE_PAGE) if view == "full" else (reader.summaries, PAGE)
-    told: dict[UUID, Told] = dict(states)
-    ids = list(states)
+    """The jobs, page by page; without those beyond `MAX_ANSWERS_BYTES`."""
+    summary = reader.summaries, PAGE
+    read, size = summary if view == "summary" else (reader.snapshots, WHOLE_PAGE)
+    told: dict[UUID, Told] = {}
     num_bytes = 0
     for start in range(0, len(ids), size):
         if num_bytes >= MAX_ANSWERS_BYTES:
@@ -154,12 +164,12 @@ def _status_item(index: int, id: UUID, told: Told | None) -> bytes:
                 body,
             )
         case JobState() as state:
-            item = StatusItem(status=200, id=id, state=state)
+            return b'{"status":200,"id":"%b","state":"%b"}' % (str(id).encode(), state.encode())
         case other:
             error = other if isinstance(other, GristmillError) else JobNotFound()
             problem = problems.describe(error, instance=f"/v1/jobs/status#/ids/{index}")
             item = StatusItem(status=problem.status, id=id, error=problem)
-    return item.model_dump_json(exclude_none=True).encode()
+            return item.model_dump_json(exclude_none=True).encode()
 
 
 @router.post(

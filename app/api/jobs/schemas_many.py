@@ -20,7 +20,7 @@ MAX_IDS: Final = 1_000
 """Of one call."""
 MAX_IDS_FULL: Final = 100
 """The same where the answers come with it."""
-View = Literal["state", "summary", "full"]
+View = Literal["state", "summary", "full", "ended"]
 WaitFor = Literal["all", "any"]
 Ids = Annotated[
     list[str],
@@ -41,7 +41,8 @@ class StatusRequest(Part):
     view: View = Field(
         "summary",
         description="state: the states alone. summary: jobs without their answers. full: with "
-        "them, for up to 100 ids.",
+        "them, for up to 100 ids. ended: the states, and the first 100 of those that are final "
+        "with their answers.",
         examples=["full"],
     )
     wait_for: WaitFor = Field(

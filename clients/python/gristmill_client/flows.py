@@ -37,11 +37,13 @@ MAX_IDS_FULL: Final = 25
 """The same where the answer holds responses: a hundredth part of the jobs may be megabytes each."""
 RUN_PAGE: Final = 500
 """Jobs that a run submits at once: the next ones follow while these run."""
+MANY: Final = 100
+"""Answers that one look at many jobs brings at most."""
 ROUND_S: Final = 0.2
-"""Shortest time from one look at many jobs to the next, while each brings a request of answers."""
+"""Shortest time from one look at many jobs to the next, while each brings so many."""
 SLOW_ROUND_S: Final = 1.0
 """The same where fewer end: all of them are looked at each time, so they come in handfuls."""
-EACH_S: Final = 0.01
+EACH_S: Final = 0.02
 """For each job that is left no more than this, so that the last ones come at once."""
 
 END: Final = object()
@@ -181,17 +183,17 @@ class Flows:
 
     def _ended(self, job_ids: list[str], timer: Timer) -> Flow[list[tuple[str, Found]]]:
         """Those that have ended by the end of a round, with their responses."""
-        body = encode({"ids": job_ids, "view": "state", "wait_for": "any"})
+        body = encode({"ids": job_ids, "view": "ended", "wait_for": "any"})
         answer = yield from self._poll("POST", "/v1/jobs/status", body, timer)
-        states = items_of(answer, len(job_ids), lambda item: JobState(item["state"]))
-        ended = [
-            job_id
-            for job_id, state in zip(job_ids, states, strict=True)
-            if not isinstance(state, JobState) or state.is_final
+        told = items_of(answer, len(job_ids), _ended_or_state)
+        found = dict(zip(job_ids, told, strict=True))
+        rest = [
+            job_id for job_id, each in found.items() if isinstance(each, JobState) and each.is_final
         ]
         patience = timer.patience(self._api.patience_s)
-        jobs = yield from self.jobs_status(ended, with_responses=True, patience=patience)
-        return list(zip(ended, jobs, strict=True))
+        jobs = yield from self.jobs_status(rest, with_responses=True, patience=patience)
+        found.update(zip(rest, jobs, strict=True))
+        return [(job_id, each) for job_id, each in found.items() if not isinstance(each, JobState)]
 
     def iter_run(
         self, submissions: Iterable[Mapping[str, Any] | None]
@@ -316,7 +318,12 @@ def _round_s(ended: int, left: int) -> float:
     """The shortest round after one in which so many jobs have ended."""
     if not ended:  # the server did not hold its answer
         return SLOW_ROUND_S
-    return min(ROUND_S if ended >= MAX_IDS_FULL else SLOW_ROUND_S, EACH_S * left)
+    return min(ROUND_S if ended >= MANY else SLOW_ROUND_S, EACH_S * left)
+
+
+def _ended_or_state(item: dict[str, Any]) -> Job | JobState:
+    """A job with its response, if that came along; else its state."""
+    return Job.of(item["job"]) if "job" in item else JobState(item["state"])
 
 
 def _path(job_id: str) -> str:
