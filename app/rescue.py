@@ -71,6 +71,10 @@ MONTHS_EVERY_S: Final = 60.0
 """Between looks whether a month is to be made or dropped: either may have to wait for a lock, and
 everybody else behind it."""
 
+REMOVE_EVERY_S: Final = 10.0
+"""Between looks for what has been kept for its time, while nothing is found: nobody waits for it,
+and it is as much to ask as all else of a sweep."""
+
 FIRST_ID: Final = UUID(int=0)
 
 DAY_S: Final = 86_400
@@ -127,6 +131,7 @@ class Rescue:
         self._pages = Pages(self._begin, settings.rescue.page_size, now_s)
         self._page = settings.rescue.page_size
         self._months_at = 0.0
+        self._remove_at = 0.0
         self._small = Pages(self._begin, SMALL_PAGE, now_s)
         self._fold_at = 0.0
         self._forgotten: dict[Month, UUID] = {}  #: months that are going, and how far they are
@@ -263,6 +268,8 @@ class Rescue:
             self._months_at = self._now_s() + MONTHS_EVERY_S
             self._told("Made tables for the months to come.", lambda _: self._make_months())
             self._told("Dropped tables of old months.", lambda _: self._drop_months())
+        if self._now_s() < self._remove_at:
+            return 0
         kept = self._retention
         steps: tuple[tuple[Callable[..., int], float, str], ...] = (
             (retention.remove_requests, kept.prompts_days, "Removed requests of old jobs."),
@@ -274,7 +281,10 @@ class Rescue:
             (retention.delete_batches, kept.jobs_days, "Deleted batches of old jobs."),
             (webhooks.delete_deliveries, self._hooks_days, "Deleted old webhooks."),
         )
-        return sum(self._remove(sentence, step, days) for step, days, sentence in steps)
+        removed = sum(self._remove(sentence, step, days) for step, days, sentence in steps)
+        if not removed:
+            self._remove_at = self._now_s() + REMOVE_EVERY_S
+        return removed
 
     def _remove(self, sentence: str, step: Callable[..., int], days: float) -> int:
         def remove(connection: Any, size: int) -> int:

@@ -35,7 +35,7 @@ from app.config.settings import Settings
 from app.errors import Unavailable
 from app.jobs import ALONE_AFTER, CloseReason, JobState, Kind
 from app.local.ports import free_port
-from app.rescue import MONTHS_EVERY_S, Rescue, SweepReport
+from app.rescue import MONTHS_EVERY_S, REMOVE_EVERY_S, Rescue, SweepReport
 from app.store import claims, months, submissions, workers
 from app.store.claims import Member, NewBatch
 from app.store.database import Database
@@ -744,6 +744,21 @@ def test_what_was_kept_for_its_time_is_removed_and_then_deleted(
             "SELECT id, request, response, cost FROM jobs JOIN results ON job_id = id"
         ).fetchall()
     assert left == [(month, None, None, Decimal("0.5"))]
+
+
+def test_what_is_too_old_is_looked_for_now_and_then_as_long_as_nothing_is(world: World) -> None:
+    [job_id] = world.submit(1)
+    world.claim(worker := world.start_worker(), [job_id])
+    world.finish(worker, job_id)
+    assert world.sweep().removed == 0
+
+    with psycopg.connect(world.database_url) as connection:
+        connection.execute("UPDATE results SET finished_at = finished_at - interval '31 days'")
+    accept_earlier(world.database, [job_id], timedelta(days=31))
+
+    assert world.rescue.sweep().removed == 0
+    world.passed_s += REMOVE_EVERY_S
+    assert [world.rescue.sweep().removed for _ in range(2)] == [2, 0]
 
 
 def a_month_of_old_jobs(world: World, ids: list[UUID]) -> Month:
