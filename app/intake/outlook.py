@@ -44,7 +44,7 @@ LOOK_S: Final = 1.0
 """From one look to the next while somebody asks."""
 IDLE_S: Final = 5.0
 """The same while nobody has for `ASKED_S`."""
-ASKED_S: Final = 10.0
+ASKED_S: Final = 3.0
 LOOK_SHARE: Final = 20
 """Looking has at most one part in so many of the time: a queue of 400,000 takes a second."""
 OLD_S: Final = 60.0

@@ -360,7 +360,8 @@ def _job(
 def _view(
     row: Row[*tuple[Any, ...]], view: type[V], columns: Sequence[Column[Any]], **more: object
 ) -> V:
-    values = {column.name: row._mapping[column] for column in columns if column in row._mapping}
+    told = row._mapping
+    values = {column.name: told[column] for column in columns if column in told}
     for name, value in values.items():
         if value is UNREADABLE:
             raise ValueError(f"{name} is too large or nested too deep")

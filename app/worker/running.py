@@ -19,6 +19,9 @@ class Running:
 
     def __init__(self) -> None:
         self._owners: dict[int, tuple[Job, int]] = {}
+        self._rows: Counter[str] = Counter()  #: sequences inside, by model
+        self._batches: dict[str, Batch] = {}  #: of which some are inside, by id
+        self._left: Counter[str] = Counter()  #: how many
         self._waiting: dict[str, list[Job]] = {}  #: by model, those that have not begun
         self._next_id = 1
         self.told_ns = 0  #: device time that this engine process has told of
@@ -40,13 +43,30 @@ class Running:
                 self._owners[sequence.id] = (job, place)
                 entered.append(sequence)
             self._next_id += job.num_sequences
+            self._rows[job.model] += job.num_sequences
+            batch = job.claimed_run.batch
+            self._batches[str(batch.id)] = batch
+            self._left[str(batch.id)] += job.num_sequences
         return entered
+
+    def _take(self, sequence_id: int) -> tuple[Job, int]:
+        job, place = self._owners.pop(sequence_id)
+        self._rows[job.model] -= 1
+        id_ = str(job.claimed_run.batch.id)
+        self._left[id_] -= 1
+        if not self._left[id_]:
+            del self._left[id_], self._batches[id_]
+        return job, place
 
     def answer(self, event: Stepped) -> list[Job]:
         """Take the engine's answers; returns the jobs that have all of theirs now."""
         over: list[Job] = []
+        for stats in event.stats:
+            if batch := self._batches.get(stats.batch_id):
+                batch.useful_tokens += stats.useful_tokens
+                batch.padded_tokens += stats.padded_tokens
         for generation in event.generations:
-            job, place = self._owners.pop(generation.sequence_id)
+            job, place = self._take(generation.sequence_id)
             run = job.claimed_run
             run.generations[place] = generation
             run.device_ns += generation.device_ns
@@ -55,23 +75,12 @@ class Running:
             self.told_ns += generation.device_ns
             if run.is_over:
                 over.append(job)
-        self._count(event, over)
         return over
 
     def ended(self, jobs: Iterable[Job]) -> list[Batch]:
         """The batches of these jobs of which nobody is inside any more."""
-        inside = {job.claimed_run.batch.id for job, _ in self._owners.values()}
-        batches = {job.claimed_run.batch.id: job.claimed_run.batch for job in jobs}
-        return [batch for id_, batch in batches.items() if id_ not in inside]
-
-    def _count(self, event: Stepped, over: list[Job]) -> None:
-        """Add what the engine computed to the batches it computed it for."""
-        inside = (job for job, _ in self._owners.values())
-        batches = {str(job.claimed_run.batch.id): job.claimed_run.batch for job in (*over, *inside)}
-        for stats in event.stats:
-            if batch := batches.get(stats.batch_id):
-                batch.useful_tokens += stats.useful_tokens
-                batch.padded_tokens += stats.padded_tokens
+        batches = {str(job.claimed_run.batch.id): job.claimed_run.batch for job in jobs}
+        return [batch for id_, batch in batches.items() if id_ not in self._batches]
 
     def begin(self, model: str) -> list[Job]:
         """Those that begin now, because the last one before them is over."""
@@ -92,12 +101,13 @@ class Running:
         """Take out all that have not begun: the engine is lost."""
         waiting = [job for jobs in self._waiting.values() for job in jobs]
         self._waiting = {}
-        self._owners = {id_: each for id_, each in self._owners.items() if each[0] not in waiting}
+        for id_ in [id_ for id_, (job, _) in self._owners.items() if job in waiting]:
+            self._take(id_)
         return waiting
 
     def num_rows(self, model: str) -> int:
         """Sequences of this model that are inside."""
-        return sum(job.model == model for job, _ in self._owners.values())
+        return self._rows[model]
 
     def jobs(self, model: str) -> list[Job]:
         return list(dict.fromkeys(job for job, _ in self._owners.values() if job.model == model))
@@ -109,7 +119,7 @@ class Running:
         """Take out the jobs of these sequences, or of all: the engine dropped them. They took
         `took_ns` of the device's time without an answer, in equal parts."""
         dropped = self._owners if sequence_ids is None else sequence_ids
-        rows = Counter(self._owners.pop(id_)[0] for id_ in list(dropped))
+        rows = Counter(self._take(id_)[0] for id_ in list(dropped))
         self.told_ns += took_ns
         jobs = list(rows)
         parts = share(took_ns, list(rows.values())) if jobs else []

@@ -42,7 +42,7 @@ router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
 PAGE: Final = 100
 """Jobs that are read at once."""
-WHOLE_PAGE: Final = 10
+WHOLE_PAGE: Final = 25
 """The same with their answers, which may be long."""
 MAX_ANSWERS_BYTES: Final = 16_000_000
 """Once an answer is as long as this, further jobs come with their states alone."""
