@@ -87,8 +87,9 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(KnownCallers, settings=settings.api, keyring=services.keyring)
     app.add_middleware(RequestScope, metrics=services.metrics)  # around it: it counts refusals, too
     problems.install(app)
-    for surface in (
+    for surface in (  # the more often it is called, the sooner
         jobs,
+        health,
         event_streams,
         timeline,
         lists,
@@ -106,7 +107,6 @@ def create_app(settings: Settings) -> FastAPI:
         batches,
         models,
         limits,
-        health,
     ):
         app.include_router(surface.router)
     openapi.install(app)

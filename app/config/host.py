@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ipaddress
+from functools import lru_cache
 
 
+@lru_cache(maxsize=1_000)  # asked of each request's Host
 def is_address(host: str) -> bool:
     """Whether it is an IP address, which nobody can make a name of theirs lead to."""
     try:

@@ -8,6 +8,8 @@ import socket
 from collections.abc import Callable
 from contextlib import ExitStack
 from itertools import pairwise
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
@@ -19,7 +21,7 @@ from app.api.app import (
     listen_on,
 )
 from app.api.wire import connections
-from app.api.wire.connections import SPARE_FILES
+from app.api.wire.connections import PIECE_BYTES, SPARE_FILES, HeadsHeld
 from app.config.settings import Settings
 from app.errors import ConfigError
 from gristmill_client.exchange import LIMITS
@@ -106,3 +108,37 @@ def test_what_the_system_holds_of_each_connection_is_bounded() -> None:
     ):
         for buffer in (socket.SO_RCVBUF, socket.SO_SNDBUF):  # Linux says twice what it was told
             assert accepted.getsockopt(socket.SOL_SOCKET, buffer) <= 2 * SYSTEM_BUFFER_BYTES
+
+
+def test_the_head_of_an_answer_and_its_body_are_one_write() -> None:
+    loop = asyncio.new_event_loop()
+    sent = list[bytes]()
+    real = SimpleNamespace(write=sent.append, close=lambda: sent.append(b"closed"))
+    held = HeadsHeld(cast("asyncio.Transport", real), loop)
+
+    # when a body follows
+    held.write(b"HTTP/1.1 200 OK\r\n\r\n")
+    held.write(b"{}")
+    held.write(b"")  # the end, as h11 spells it
+    assert sent == [b"HTTP/1.1 200 OK\r\n\r\n{}"]
+
+    # when a long one follows, which is not copied
+    sent.clear()
+    long = bytes(PIECE_BYTES + 1)
+    held.write(b"HTTP/1.1 200 OK\r\n\r\n")
+    held.write(long)
+    assert sent[0] == b"HTTP/1.1 200 OK\r\n\r\n" and sent[1] is long
+    sent.clear()
+
+    # when it takes its time, as that of a stream
+    held.write(b"HTTP/1.1 200 OK\r\n\r\n")
+    loop.run_until_complete(asyncio.sleep(0))
+    held.write(b"data: 1\n\n")
+    held.write(b"data: 2\n\n")
+    assert sent == [b"HTTP/1.1 200 OK\r\n\r\n", b"data: 1\n\n", b"data: 2\n\n"]
+
+    # when none comes
+    held.write(b"HTTP/1.1 304 Not Modified\r\n\r\n")
+    held.close()
+    assert sent[3:] == [b"HTTP/1.1 304 Not Modified\r\n\r\n", b"closed"]
+    loop.close()

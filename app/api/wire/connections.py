@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import resource
-from typing import Final
+from typing import Any, Final
 
 import h11
 from fastapi import FastAPI
@@ -85,6 +85,38 @@ class Unread:
         self.held -= self._sizes.pop(connection, 0)
 
 
+class HeadsHeld:
+    """A transport that sends the head of an answer and what follows it in the same turn of the loop
+    together: one call of the system and one segment, where Uvicorn makes two of each."""
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._head = b""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        if data.startswith(b"HTTP/") and not self._head:
+            self._head = data
+            self._loop.call_soon(self._send_head)
+        elif data:
+            if len(data) > PIECE_BYTES:  # a copy of it would cost more
+                self._send_head()
+            head, self._head = self._head, b""
+            self._transport.write(head + data if head else data)
+
+    def close(self) -> None:
+        self._send_head()
+        self._transport.close()
+
+    def _send_head(self) -> None:
+        if self._head:
+            head, self._head = self._head, b""
+            self._transport.write(head)
+
+
 class Connection(H11Protocol):
     """Uvicorn's own, within limits."""
 
@@ -94,6 +126,8 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=0)  # whatever the system does not take is unread
+        self._own = transport
+        self.transport = HeadsHeld(transport, self.loop)  # type: ignore[assignment]
         app = self.config.app
         assert isinstance(app, FastAPI)
         is_full = len(self.connections) > app.state.services.settings.api.max_connections
@@ -159,7 +193,7 @@ class Connection(H11Protocol):
         there is more of one that nobody handles any more."""
         is_answered = self.conn.our_state is h11.DONE and self.conn.their_state is h11.SEND_BODY
         is_head = self.conn.their_state is h11.IDLE
-        self.transport.max_size = HEAD_BYTES if is_head else PIECE_BYTES  # type: ignore[attr-defined]
+        self._own.max_size = HEAD_BYTES if is_head else PIECE_BYTES  # type: ignore[attr-defined]
         if not is_head and not is_answered:
             self._stop_timer()
         elif self._head_timer is None:

@@ -23,7 +23,10 @@ async def only_declared(request: Request) -> None:
     handler and its dependencies, and families of them (`metadata[KEY]`) in its `openapi_extra`.
     Clients of other protocols send parameters of later versions, which are ignored.
     """
-    if not request.url.query or door_of(request.url.path, request.headers) is not Door.OWN:
+    if (
+        not request.scope["query_string"]
+        or door_of(request.url.path, request.headers) is not Door.OWN
+    ):
         return
     route = request.scope["route"]
     assert isinstance(route, APIRoute)
