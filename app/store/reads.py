@@ -281,13 +281,20 @@ def states(
     connection: Connection, ids: Collection[UUID], *, tenant: str = DEFAULT_TENANT
 ) -> dict[UUID, JobState | JobUnreadable]:
     """The states of those of the jobs that this tenant has."""
-    given = {"ids": list(ids), "tenant": tenant}
-    found = {id: state_of(state) for id, state in connection.execute(_OPEN_STATES, given)}
-    if rest := [id for id in given["ids"] if id not in found]:
-        keys = connection.execute(_KEYS, given | {"ids": rest}).all()
+    found = open_states(connection, ids, tenant=tenant)
+    if rest := [id for id in ids if id not in found]:
+        keys = connection.execute(_KEYS, {"ids": rest, "tenant": tenant}).all()
         ended = connection.execute(_ENDED_STATES, _places(keys))
         found |= {id: state_of(state) for id, state in ended}
     return found
+
+
+def open_states(
+    connection: Connection, ids: Collection[UUID], *, tenant: str = DEFAULT_TENANT
+) -> dict[UUID, JobState | JobUnreadable]:
+    """The same of those that are open."""
+    rows = connection.execute(_OPEN_STATES, {"ids": list(ids), "tenant": tenant})
+    return {id: state_of(state) for id, state in rows}
 
 
 def list_jobs(

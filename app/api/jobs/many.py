@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from http import HTTPStatus
-from itertools import islice
 from typing import Final
 from uuid import UUID
 
@@ -28,7 +27,7 @@ from app.api.jobs.schemas_many import (
     WaitFor,
 )
 from app.api.problems import documented
-from app.api.reader import Snapshot
+from app.api.reader import Outcome, Snapshot
 from app.api.services import Here, Services
 from app.api.wire import checked
 from app.api.wire.raw_bodies import json_body
@@ -79,10 +78,10 @@ async def status(request: Request, here: Here, who: WhoReads, hold: Held) -> Res
     """
     asked = await checked.read(request, here, StatusRequest)
     ids = [job_id_of(text) for text in asked.ids]
-    states = await _states_in_time(here, who.tenant, dict.fromkeys(ids), asked.wait_for, hold)
-    told: dict[UUID, Told] = dict(states)
-    if asked.view != "state":
-        told |= await _jobs(here, who.tenant, _shown(states, asked.view), asked.view)
+    look = _ended if asked.view == "ended" else _states
+    told = await _in_time(here, look, who.tenant, dict.fromkeys(ids), asked.wait_for, hold)
+    if asked.view in ("summary", "full"):
+        told |= await _jobs(here, who.tenant, list(told), asked.view)
     items = [_status_item(index, id, told.get(id)) for index, id in enumerate(ids)]
     is_final = all(_is_final(each) for each in told.values())
     body = b'{"object":"bulk_status","is_final":%b,"items":[%b]}' % (
@@ -93,36 +92,58 @@ async def status(request: Request, here: Here, who: WhoReads, hold: Held) -> Res
     return Response(body, 200, headers if is_final else headers | LOOK_AGAIN, media_type=JSON)
 
 
-async def _states_in_time(
-    here: Services, tenant: str, ids: Collection[UUID], wait_for: WaitFor, hold: Hold
-) -> Mapping[UUID, JobState | GristmillError]:
-    """The states of those that exist, once all or any are final, or at the end of the hold."""
+async def _in_time(
+    here: Services,
+    look: Callable[[Services, str, Collection[UUID]], dict[UUID, Told]],
+    tenant: str,
+    ids: Collection[UUID],
+    wait_for: WaitFor,
+    hold: Hold,
+) -> dict[UUID, Told]:
+    """Those that exist as a look finds them, once all or any are final, or at the end of the
+    hold."""
 
     def still_open(seen: Mapping[UUID, Told]) -> list[UUID]:
         are_open = [id for id, state in seen.items() if not _is_final(state)]
         is_enough = wait_for == "any" and len(are_open) < len(seen)
         return [] if is_enough else are_open
 
-    read = partial(here.read, _states, here, tenant, ids)
+    read = partial(here.read, look, here, tenant, ids)
     return await here.waiters.until(
         read, still_open, ids, hold.seconds_at(here), for_all=wait_for == "all"
     )
 
 
-def _states(
-    here: Services, tenant: str, ids: Collection[UUID]
-) -> Mapping[UUID, JobState | GristmillError]:
+def _states(here: Services, tenant: str, ids: Collection[UUID]) -> dict[UUID, Told]:
     with here.database.autocommit(looks_up=True) as connection:
         found = reads.states(connection, ids, tenant=tenant)
     return {id: found[id] for id in ids if id in found}
 
 
-def _shown(states: Mapping[UUID, JobState | GristmillError], view: View) -> list[UUID]:
-    """The jobs that a view tells more of than their states."""
-    if view != "ended":
-        return list(states)
-    ended = (id for id, state in states.items() if isinstance(state, JobState) and state.is_final)
-    return list(islice(ended, MAX_IDS_FULL))
+def _ended(here: Services, tenant: str, ids: Collection[UUID]) -> dict[UUID, Told]:
+    """The states of open jobs, and the others, as far as one answer takes them; then their
+    states."""
+    with here.database.autocommit(looks_up=True) as connection:
+        told: dict[UUID, Told] = dict(reads.open_states(connection, ids, tenant=tenant))
+    rest = [id for id in ids if id not in told]
+    num_shown = num_bytes = 0
+    while rest and num_shown < MAX_IDS_FULL and num_bytes < MAX_ANSWERS_BYTES:
+        size = min(WHOLE_PAGE, MAX_IDS_FULL - num_shown)
+        page = reader.snapshots(here.database, here.submitter.outlook, tenant, rest[:size])
+        told |= {id: _unless_open(each) for id, each in page.items()}
+        rest = rest[size:]
+        num_shown += size
+        num_bytes += _num_bytes(page)
+    return told | _states(here, tenant, rest) if rest else told
+
+
+def _unless_open(found: Outcome) -> Told:
+    """One that was accepted since it was looked for among the open ones has its state alone."""
+    return found.state if isinstance(found, Snapshot) and not found.is_final else found
+
+
+def _num_bytes(page: Mapping[UUID, Outcome]) -> int:
+    return sum(len(each.body) for each in page.values() if isinstance(each, Snapshot))
 
 
 async def _jobs(
@@ -140,7 +161,7 @@ async def _jobs(
             read, here.database, here.submitter.outlook, tenant, ids[start : start + size]
         )
         told.update(page)
-        num_bytes += sum(len(each.body) for each in page.values() if isinstance(each, Snapshot))
+        num_bytes += _num_bytes(page)
     return told
 
 
