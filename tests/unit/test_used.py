@@ -65,5 +65,5 @@ def test_a_redis_that_stays_away_is_tried_ever_more_seldom_until_it_is_back() ->
     assert redis.has_all.wait(30)
     eventually(lambda: len(pauses) == 11)
     teller.stop()
-    assert pauses == sorted(pauses[:10]) + [telling.PAUSE_S]
+    assert pauses == [*sorted(pauses[:10]), telling.PAUSE_S]
     assert pauses[9] == telling.MAX_PAUSE_S
