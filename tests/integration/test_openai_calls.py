@@ -359,6 +359,17 @@ def test_who_goes_takes_the_job_along(doors: Doors) -> None:
     assert state
 
 
+def test_a_client_that_says_it_waits_for_a_moment_is_served_all_the_same(doors: Doors) -> None:
+    with doors.openai() as client:
+        answer = client.chat.completions.create(
+            model="stub",
+            messages=saying("A mill"),
+            extra_headers={"x-stainless-read-timeout": "0.004"},
+        )
+
+    assert answer.choices[0].message.content
+
+
 def test_an_answer_that_does_not_come_in_time_is_a_timeout(doors: Doors) -> None:
     headers = {"x-stainless-read-timeout": "1"}
 

@@ -44,6 +44,9 @@ log = logging.getLogger(__name__)
 PATIENCE: Final = ("x-stainless-read-timeout", "x-stainless-timeout")
 """Headers in which OpenAI's and Anthropic's clients say for how many seconds they wait."""
 
+LEAST_PATIENCE_S: Final = 1.0
+"""Of a caller that says less: it goes when it likes, and a deadline that is over is no job's."""
+
 STOPPING: Final = "The API is being shut down."
 
 T = TypeVar("T")
@@ -154,7 +157,7 @@ def _patience_s(headers: Mapping[str, str], most_s: float) -> float:
         with suppress(KeyError, ValueError):
             seconds = float(headers[name])
             if math.isfinite(seconds) and seconds > 0:
-                found.append(seconds)
+                found.append(max(seconds, LEAST_PATIENCE_S))
     return min(found)
 
 

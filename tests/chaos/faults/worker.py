@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
@@ -240,6 +241,8 @@ def clocks_jump(scene: Scene) -> None:
 def _with_fake_clock(scene: Scene, part: str, file: Path) -> tuple[str, ...]:
     """Have a part's wall clock follow a file; returns the jumps that can be made."""
     found = sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
+    if (package := find_spec("libfaketime")) and package.origin:  # of PyPI: it brings one
+        found += sorted(Path(package.origin).parent.glob("**/libfaketime.so.1"))
     if not found:
         scene.note("libfaketime is not installed: the wall clock was left alone")
         return ("+0",)
