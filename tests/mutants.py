@@ -319,9 +319,9 @@ MUTANTS: Final = (
         "finish is not fenced",
         STORE,
         """ AND job.attempt_id = given.attempt_id
-    ), others AS""",
+    ), gone AS""",
         """
-    ), others AS""",
+    ), gone AS""",
         CLAIMS,
     ),
     Mutant(

@@ -272,20 +272,19 @@ _CLOSE: Final = f"""
 """
 _TAKEN: Final = f"attempts.created_at = ANY({_MONTHS}) AND outcome IN ('lost', 'released')"
 
-# Finish attempts: job state, result, attempt and batch. An attempt that was taken from this worker
-# is billed nothing: all its device time was wasted, and is noted as that. Those that are held are
-# closed apart from these, so that each is looked up by its key, by whatever plan: jobs that were
-# submitted together have one `created_at`, by which all of them would be read for a few.
-_FINISH: Final = text(f"""
-    WITH given AS MATERIALIZED (
+_GIVEN: Final = """
+    given AS MATERIALIZED (
         SELECT * FROM jsonb_populate_recordset(NULL::results, CAST(:finished AS jsonb))
         ORDER BY job_id
-    ), held AS MATERIALIZED (
+    )
+"""
+
+# Finish attempts that are still held: job state, result, attempt and batch.
+_FINISH: Final = text(f"""
+    WITH {_GIVEN}, held AS MATERIALIZED (
         SELECT job.*, job.purged_at IS NULL AS is_kept
         FROM given {locked("given.job_id")}
         WHERE job.state = 'running' AND job.attempt_id = given.attempt_id
-    ), others AS MATERIALIZED (
-        SELECT * FROM given WHERE job_id NOT IN (SELECT id FROM held)
     ), gone AS (
         DELETE FROM open_jobs USING held WHERE open_jobs.id = held.id
     ), recorded AS (
@@ -316,28 +315,34 @@ _FINISH: Final = text(f"""
     ), closed AS (
         {_CLOSE.format(whose="given JOIN held ON held.id = given.job_id", which="true")}
         RETURNING attempts.id, {_spent("attempts")}, true
-    ), late AS (
-        {_CLOSE.format(whose="others AS given", which=_TAKEN)}
-        RETURNING attempts.id, {_spent("attempts")}, false
     ), {_SUM_BATCHES}
     SELECT * FROM closed
-    UNION ALL
-    SELECT * FROM late
     UNION ALL  -- whose attempt somebody has deleted
     SELECT attempt_id, {", ".join("0" for _ in SPENT)}, true
     FROM held WHERE attempt_id NOT IN (SELECT id FROM closed)
+""")
+
+# Settle attempts that are held no more. One that was taken from this worker is billed nothing: all
+# its device time was wasted, and is noted as that. They are few, and most calls have none: a
+# statement of their own, for Postgres makes ready all parts of one, whether they have rows or not.
+_FINISH_LATE: Final = text(f"""
+    WITH {_GIVEN}, late AS (
+        {_CLOSE.format(whose="given", which=_TAKEN)}
+        RETURNING attempts.id, {_spent("attempts")}, false
+    )
+    SELECT * FROM late
     UNION ALL  -- committed by this very call before, if it is repeated, and not by who took the job
-    SELECT attempt_id, {_spent("attempt")}, true FROM others
+    SELECT attempt_id, {_spent("attempt")}, true FROM given
     CROSS JOIN LATERAL (
         SELECT FROM results
-        WHERE results.created_at = others.created_at AND results.created_at = ANY({_MONTHS})
-            AND results.job_id = others.job_id AND results.attempt_id = others.attempt_id
+        WHERE results.created_at = given.created_at AND results.created_at = ANY({_MONTHS})
+            AND results.job_id = given.job_id AND results.attempt_id = given.attempt_id
         OFFSET 0
     ) AS result
     CROSS JOIN LATERAL (
         SELECT {", ".join(SPENT)} FROM attempts
-        WHERE attempts.created_at = others.created_at AND attempts.created_at = ANY({_MONTHS})
-            AND attempts.job_id = others.job_id AND attempts.id = others.attempt_id
+        WHERE attempts.created_at = given.created_at AND attempts.created_at = ANY({_MONTHS})
+            AND attempts.job_id = given.job_id AND attempts.id = given.attempt_id
             AND outcome IN ('succeeded', 'failed')
         OFFSET 0
     ) AS attempt
@@ -356,14 +361,18 @@ def finish(
     An attempt does not count if its job was taken from this worker: another one has answered or
     will. Whoever waits hears of it by `notices.tell_ended`, after the commit.
     """
-    given = {
+    given: dict[str, Any] = {
         "finished": encode(finished),
         "batches": encode(batches),
         "batch_ids": [each.id for each in batches],
-        "created": [each.created_at for each in finished],
         "window_number": window_number,
     }
-    return [Settled(*row) for row in connection.execute(_FINISH, given)]
+    settled = [Settled(*row) for row in connection.execute(_FINISH, given)]
+    known = {each.attempt_id for each in settled}
+    if late := [each for each in finished if each.attempt_id not in known]:
+        given |= {"finished": encode(late), "created": [each.created_at for each in late]}
+        settled += [Settled(*row) for row in connection.execute(_FINISH_LATE, given)]
+    return settled
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

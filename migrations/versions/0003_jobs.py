@@ -464,14 +464,18 @@ def create_roll_up(name):
     op.execute(f"COMMENT ON VIEW {name} IS '{OF_VIEWS[name]}{ALWAYS_SUM}'")
 
 
+def one_of(table: str, column: str, words: str) -> CheckConstraint:
+    return CheckConstraint(f"{column} = ANY ('{{{words}}}')", name=op.f(f"{table}_{column}_check"))
+
+
 def in_range(table: str, *stamps: str) -> CheckConstraint:
-    span = "BETWEEN '0001-01-02Z' AND '9999-12-30Z'"
-    checks = " AND ".join(f"{stamp} {span}" for stamp in stamps)
+    each = ", ".join(stamps)
+    checks = f"least({each}) >= '0001-01-02Z' AND greatest({each}) <= '9999-12-30Z'"
     return CheckConstraint(checks, name=op.f(f"{table}_stamps_check"))
 
 
 def not_negative(table: str, *counts: str) -> CheckConstraint:
-    checks = " AND ".join(f"{count} >= 0" for count in counts)
+    checks = " AND ".join(f"least({each}) >= 0" for each in counts)
     return CheckConstraint(checks, name=op.f(f"{table}_counts_check"))
 
 
@@ -495,7 +499,7 @@ def tenant(comment: str) -> Column[Any]:
     return Column("tenant", Text, server_default="default", nullable=False, comment=comment)
 
 
-METHODS = "energy_method IN ('absent', 'estimated', 'measured')"
+METHODS = "absent,estimated,measured"
 
 
 def energy() -> tuple[Column[Any], Column[Any]]:
@@ -516,7 +520,7 @@ def energy() -> tuple[Column[Any], Column[Any]]:
 
 def known_energy(table: str) -> tuple[CheckConstraint, CheckConstraint]:
     return (
-        CheckConstraint(METHODS, name=op.f(f"{table}_energy_method_check")),
+        one_of(table, "energy_method", METHODS),
         CheckConstraint(
             "num_nulls(energy_nj, wasted_nj)"
             " = CASE WHEN coalesce(energy_method, 'absent') = 'absent' THEN 2 ELSE 0 END",
@@ -553,10 +557,7 @@ def create_files() -> None:
         ),
         Column("bytes", BigInteger, comment="Its size; null before it is ready."),
         Column("sha256", Text, comment="Hex SHA-256 of its bytes; null before it is ready."),
-        CheckConstraint(
-            "state IN ('deleted', 'growing', 'ready', 'uploading')",
-            name=op.f("files_state_check"),
-        ),
+        one_of("files", "state", "deleted,growing,ready,uploading"),
         in_range("files", "created_at", "expires_at"),
         not_negative("files", "bytes"),
         CheckConstraint(
@@ -743,14 +744,14 @@ def create_job_batches() -> None:
             "ended_at",
             "keeper_until",
         ),
-        CheckConstraint("door IN ('anthropic', 'openai')", name=op.f("job_batches_door_check")),
+        one_of("job_batches", "door", "anthropic,openai"),
         CheckConstraint(
             "jsonb_typeof(metadata) = 'object'", name=op.f("job_batches_metadata_check")
         ),
-        CheckConstraint(
-            "state IN ('cancelled', 'cancelling', 'completed', 'expired', "
-            "'failed', 'finalizing', 'in_progress', 'validating')",
-            name=op.f("job_batches_state_check"),
+        one_of(
+            "job_batches",
+            "state",
+            "cancelled,cancelling,completed,expired,failed,finalizing,in_progress,validating",
         ),
         CheckConstraint(
             "char_length(tenant) <= 200 AND char_length(url) <= 200 AND "
@@ -821,11 +822,8 @@ def create_job_batches() -> None:
             "file", Text, comment="File that it is in: output or errors; null while it is open."
         ),
         Column("place", Integer, comment="Its place in that file, from 1 on; null likewise."),
-        CheckConstraint("file IN ('errors', 'output')", name=op.f("job_batch_lines_file_check")),
-        CheckConstraint(
-            "outcome IN ('cancelled', 'errored', 'expired', 'succeeded')",
-            name=op.f("job_batch_lines_outcome_check"),
-        ),
+        one_of("job_batch_lines", "file", "errors,output"),
+        one_of("job_batch_lines", "outcome", "cancelled,errored,expired,succeeded"),
         CheckConstraint(
             "char_length(tenant) <= 200 AND char_length(custom_id) <= 512",
             name=op.f("job_batch_lines_lengths_check"),
@@ -1062,12 +1060,9 @@ def upgrade() -> None:
         ),
         Column("queued_at", Stamp, nullable=False, comment="Last became queued."),
         Column("claimed_at", Stamp, comment="Last claimed."),
-        CheckConstraint(
-            "kind IN ('classify', 'embed', 'generate', 'rerank', 'translate')",
-            name=op.f("open_jobs_kind_check"),
-        ),
-        CheckConstraint("state IN ('queued', 'running')", name=op.f("open_jobs_state_check")),
-        CheckConstraint("source IN ('api', 'message')", name=op.f("open_jobs_source_check")),
+        one_of("open_jobs", "kind", "classify,embed,generate,rerank,translate"),
+        one_of("open_jobs", "state", "queued,running"),
+        one_of("open_jobs", "source", "api,message"),
         CheckConstraint("priority BETWEEN -1 AND 9", name=op.f("open_jobs_priority_check")),
         CheckConstraint("max_attempts >= 1", name=op.f("open_jobs_max_attempts_check")),
         CheckConstraint("format >= 1", name=op.f("open_jobs_format_check")),
@@ -1085,32 +1080,28 @@ def upgrade() -> None:
         ),
         not_negative(
             "open_jobs",
-            "attempt",
-            "attempts_charged",
-            "losses",
-            "input_tokens",
-            "max_output_tokens",
+            "attempt, attempts_charged, input_tokens, max_output_tokens",
+            "losses, wake_count",
         ),
         CheckConstraint(
-            "input_tokens <= 1000000000 AND max_output_tokens <= 1000000000",
+            "greatest(input_tokens, max_output_tokens) <= 1000000000",
             name=op.f("open_jobs_tokens_check"),
         ),
         CheckConstraint(
-            "char_length(tenant) <= 200 AND char_length(model) <= 200 AND char_length(url) <= 200",
+            "greatest(char_length(tenant), char_length(model), char_length(url)) <= 200",
             name=op.f("open_jobs_lengths_check"),
         ),
         CheckConstraint("jsonb_typeof(metadata) = 'object'", name=op.f("open_jobs_metadata_check")),
         CheckConstraint(
             "purged_at IS NULL OR metadata = '{}'", name=op.f("open_jobs_purged_check")
         ),
-        CheckConstraint("wake_count >= 0", name=op.f("open_jobs_wake_count_check")),
         CheckConstraint(
             "time_limit_s > 0 AND time_limit_s < 'Infinity'",
             name=op.f("open_jobs_time_limit_check"),
         ),
         CheckConstraint(
-            "quoted_ms >= 0 AND quoted_ms < 'Infinity'"
-            " AND quoted_p90_ms >= 0 AND quoted_p90_ms < 'Infinity'",
+            "least(quoted_ms, quoted_p90_ms) >= 0"
+            " AND greatest(quoted_ms, quoted_p90_ms) < 'Infinity'",
             name=op.f("open_jobs_quoted_check"),
         ),
         CheckConstraint(
@@ -1212,15 +1203,13 @@ def upgrade() -> None:
             "for good if its worker never told.",
         ),
         Column("error_code", Text, comment="Stable code of what ended it, see app.errors."),
-        CheckConstraint(
-            "outcome IN ('failed', 'lost', 'released', 'succeeded')",
-            name=op.f("attempts_outcome_check"),
-        ),
+        one_of("attempts", "outcome", "failed,lost,released,succeeded"),
         in_range("attempts", "claimed_at", "started_at", "ended_at"),
         not_negative(
             "attempts",
-            *("number", "device_ns", "wasted_ns", "cost", "upstream_cost", "price"),
-            *("energy_nj", "wasted_nj"),
+            "number",
+            "device_ns, wasted_ns, energy_nj, wasted_nj",
+            "cost, upstream_cost, price",
         ),
         CheckConstraint(
             "num_nulls(ended_at, outcome, charged, device_ns, wasted_ns, energy_method) IN (0, 6)",
@@ -1451,14 +1440,8 @@ def upgrade() -> None:
             Stamp,
             comment="What it says was removed by the caller; null if it was not.",
         ),
-        CheckConstraint(
-            "kind IN ('classify', 'embed', 'generate', 'rerank', 'translate')",
-            name=op.f("results_kind_check"),
-        ),
-        CheckConstraint(
-            "state IN ('cancelled', 'completed', 'expired', 'failed')",
-            name=op.f("results_state_check"),
-        ),
+        one_of("results", "kind", "classify,embed,generate,rerank,translate"),
+        one_of("results", "state", "cancelled,completed,expired,failed"),
         in_range(
             "results",
             "created_at",
@@ -1476,22 +1459,9 @@ def upgrade() -> None:
         ),
         not_negative(
             "results",
-            "batch_size",
-            "input_tokens",
-            "cached_tokens",
-            "output_tokens",
-            "device_ns",
-            "wasted_ns",
-            "prefill_ns",
-            "recomputed_ns",
-            "preemptions",
-            "cost",
-            "upstream_cost",
-            "price",
-            "charge",
-            "energy_nj",
-            "wasted_nj",
-            "carbon_ug",
+            "batch_size, input_tokens, cached_tokens, output_tokens, preemptions",
+            "device_ns, wasted_ns, prefill_ns, recomputed_ns, energy_nj, wasted_nj, carbon_ug",
+            "cost, upstream_cost, price, charge",
         ),
         *known_energy("results"),
         *recomputable("results"),
@@ -1577,17 +1547,11 @@ def upgrade() -> None:
             nullable=False,
             comment="Jobs claimed; some may be deleted since.",
         ),
-        CheckConstraint(
-            "kind IN ('classify', 'embed', 'generate', 'rerank', 'translate')",
-            name=op.f("batches_kind_check"),
-        ),
-        CheckConstraint(
-            "close_reason IN ('join', 'size', 'tokens', 'wait')",
-            name=op.f("batches_close_reason_check"),
-        ),
+        one_of("batches", "kind", "classify,embed,generate,rerank,translate"),
+        one_of("batches", "close_reason", "join,size,tokens,wait"),
         in_range("batches", "opened_at", "claimed_at", "finished_at"),
         not_negative(
-            "batches", "num_jobs", "num_sequences", "useful_tokens", "padded_tokens", "device_ns"
+            "batches", "num_jobs, num_sequences", "useful_tokens, padded_tokens, device_ns"
         ),
         PrimaryKeyConstraint("id", name=op.f("batches_pkey")),
         comment="One row per admission batch. It may mix tenants, so it belongs to none.",
@@ -1850,7 +1814,7 @@ def upgrade() -> None:
             "busy_nj + waste_nj + open_nj >= 0 AND stray_nj <= waste_nj",
             name=op.f("windows_energy_spent_check"),
         ),
-        CheckConstraint(METHODS, name=op.f("windows_energy_method_check")),
+        one_of("windows", "energy_method", METHODS),
         CheckConstraint(
             "num_nulls(price, price_id, currency, rounding) IN (0, 4)",
             name=op.f("windows_price_check"),
@@ -1879,10 +1843,7 @@ def upgrade() -> None:
             nullable=False,
             comment="What was measured; no prompts and no answers.",
         ),
-        CheckConstraint(
-            "kind IN ('classify', 'embed', 'generate', 'rerank', 'translate')",
-            name=op.f("comparisons_kind_check"),
-        ),
+        one_of("comparisons", "kind", "classify,embed,generate,rerank,translate"),
         in_range("comparisons", "made_at"),
         not_negative("comparisons", "num_prompts"),
         PrimaryKeyConstraint("id", name=op.f("comparisons_pkey")),
@@ -1921,10 +1882,7 @@ def upgrade() -> None:
         ),
         Column("max_cost_per_month", Money, comment="The same of a month."),
         Column("currency", Text, comment="ISO 4217 code of both; other currencies do not count."),
-        CheckConstraint(
-            "max_cost_per_day >= 0 AND max_cost_per_month >= 0",
-            name=op.f("tenants_counts_check"),
-        ),
+        not_negative("tenants", "max_cost_per_day", "max_cost_per_month"),
         CheckConstraint(
             "max_requests_per_minute >= 1 AND max_open_jobs >= 1 AND max_queued_tokens >= 1",
             name=op.f("tenants_limits_check"),

@@ -238,7 +238,8 @@ def test_claiming_finishing_and_releasing(service: Service) -> None:
         claimed = claims.claim(connection, service.worker.batch(), members)
         half = len(claimed) // 2
         assert half == 32
-        claims.finish(connection, [completed(each) for each in claimed[:half]])
+        for _ in range(2):  # those that have ended are looked for elsewhere
+            claims.finish(connection, [completed(each) for each in claimed[:half]])
         claims.release(
             connection,
             [

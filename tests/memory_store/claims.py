@@ -103,18 +103,31 @@ def _claimed(job: Row) -> Row:
 @statement(claims._FINISH)
 def _finish(self: MemoryConnection, given: Params) -> Answer:
     settled: list[Row] = []
-    given_records = [_RECORD | each for each in records("results", given["finished"])]
-    for record in sorted(given_records, key=lambda each: each["job_id"]):
-        job, earlier = self.jobs.get(record["job_id"]), self.results.get(record["job_id"])
-        if earlier is not None and _is_repeated(self, earlier, record):
-            settled.append(_settled(self, record, counts=True))
-        is_held = _is_held(job, record)
-        if job is not None and is_held:
+    for record in _finished(given):
+        job = self.jobs.get(record["job_id"])
+        if job is not None and _is_held(job, record):
             _record_finished(self, job, record)
-        if _close_finished(self, record, is_held, given["window_number"]):
-            settled.append(_settled(self, record, counts=is_held))
+            if _close_held(self, record, given["window_number"]):
+                settled.append(_settled(self, record, counts=True))
     _sum_batches(self, given)
     return Answer(settled)
+
+
+@statement(claims._FINISH_LATE)
+def _finish_late(self: MemoryConnection, given: Params) -> Answer:
+    settled: list[Row] = []
+    for record in _finished(given):
+        earlier = self.results.get(record["job_id"])
+        if earlier is not None and _is_repeated(self, earlier, record):
+            settled.append(_settled(self, record, counts=True))
+        if _note_late(self, record, given["window_number"]):
+            settled.append(_settled(self, record, counts=False))
+    return Answer(settled)
+
+
+def _finished(given: Params) -> list[Row]:
+    given_records = [_RECORD | each for each in records("results", given["finished"])]
+    return sorted(given_records, key=lambda each: each["job_id"])
 
 
 def _settled(self: MemoryConnection, record: Row, *, counts: bool) -> Row:
@@ -166,23 +179,25 @@ def _record_finished(self: MemoryConnection, job: Row, record: Row) -> None:
     )
 
 
-def _close_finished(
-    self: MemoryConnection, record: Row, is_held: bool, window_number: int | None
-) -> bool:
-    """Whether there was anything to close, or to note."""
+def _note_late(self: MemoryConnection, record: Row, window_number: int | None) -> bool:
+    """Whether there was anything to note."""
+    attempt = self.attempts.get(record["attempt_id"])
+    if attempt is None or attempt["outcome"] not in GIVEN_UP:
+        return False
+    started_at = attempt["started_at"] or record["started_at"]
+    self.update("attempts", attempt["id"], started_at=started_at)
+    spent_ns = record["device_ns"] + record["wasted_ns"]
+    spent_nj = (record["energy_nj"] or 0) + (record["wasted_nj"] or 0)
+    _note_waste(self, attempt, spent_ns, window_number)
+    _note_energy(self, attempt, spent_nj, record["energy_method"])
+    return True
+
+
+def _close_held(self: MemoryConnection, record: Row, window_number: int | None) -> bool:
+    """Whether there was anything to close."""
     attempt = self.attempts.get(record["attempt_id"])
     if attempt is None:
         return False
-    if not is_held:
-        if attempt["outcome"] not in GIVEN_UP:
-            return False
-        started_at = attempt["started_at"] or record["started_at"]
-        self.update("attempts", attempt["id"], started_at=started_at)
-        spent_ns = record["device_ns"] + record["wasted_ns"]
-        spent_nj = (record["energy_nj"] or 0) + (record["wasted_nj"] or 0)
-        _note_waste(self, attempt, spent_ns, window_number)
-        _note_energy(self, attempt, spent_nj, record["energy_method"])
-        return True
     outcome = "succeeded" if record["state"] == "completed" else "failed"
     self.update(
         "attempts",

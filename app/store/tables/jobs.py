@@ -129,7 +129,7 @@ open_jobs = Table(
     Column("claimed_at", Stamp, comment="Last claimed."),
     one_of("kind", Kind),
     one_of("state", OPEN_STATES),
-    CheckConstraint("source IN ('api', 'message')", name="source"),
+    CheckConstraint("source = ANY ('{api,message}')", name="source"),
     CheckConstraint(f"priority BETWEEN {LIVE_PRIORITY} AND {MAX_PRIORITY}", name="priority"),
     CheckConstraint("max_attempts >= 1", name="max_attempts"),
     CheckConstraint("format >= 1", name="format"),
@@ -144,21 +144,19 @@ open_jobs = Table(
         "queued_at",
         "claimed_at",
     ),
-    not_negative("attempt", "attempts_charged", "losses", "input_tokens", "max_output_tokens"),
-    CheckConstraint(
-        "input_tokens <= 1000000000 AND max_output_tokens <= 1000000000", name="tokens"
+    not_negative(
+        "attempt, attempts_charged, input_tokens, max_output_tokens", "losses, wake_count"
     ),
+    CheckConstraint("greatest(input_tokens, max_output_tokens) <= 1000000000", name="tokens"),
     CheckConstraint(
-        "char_length(tenant) <= 200 AND char_length(model) <= 200 AND char_length(url) <= 200",
+        "greatest(char_length(tenant), char_length(model), char_length(url)) <= 200",
         name="lengths",
     ),
     CheckConstraint("jsonb_typeof(metadata) = 'object'", name="metadata"),
     CheckConstraint("purged_at IS NULL OR metadata = '{}'", name="purged"),
-    CheckConstraint("wake_count >= 0", name="wake_count"),
     CheckConstraint("time_limit_s > 0 AND time_limit_s < 'Infinity'", name="time_limit"),
     CheckConstraint(
-        "quoted_ms >= 0 AND quoted_ms < 'Infinity'"
-        " AND quoted_p90_ms >= 0 AND quoted_p90_ms < 'Infinity'",
+        "least(quoted_ms, quoted_p90_ms) >= 0 AND greatest(quoted_ms, quoted_p90_ms) < 'Infinity'",
         name="quoted",
     ),
     CheckConstraint(
@@ -233,8 +231,7 @@ attempts = Table(
     in_range("claimed_at", "started_at", "ended_at"),
     one_of("energy_method", EnergyMethod),
     not_negative(
-        *("number", "device_ns", "wasted_ns", "cost", "upstream_cost", "price"),
-        *("energy_nj", "wasted_nj"),
+        "number", "device_ns, wasted_ns, energy_nj, wasted_nj", "cost, upstream_cost, price"
     ),
     CheckConstraint(
         "num_nulls(ended_at, outcome, charged, device_ns, wasted_ns, energy_method) IN (0, 6)",
@@ -369,22 +366,9 @@ results = Table(
         "purged_at",
     ),
     not_negative(
-        "batch_size",
-        "input_tokens",
-        "cached_tokens",
-        "output_tokens",
-        "device_ns",
-        "wasted_ns",
-        "prefill_ns",
-        "recomputed_ns",
-        "preemptions",
-        "cost",
-        "upstream_cost",
-        "price",
-        "charge",
-        "energy_nj",
-        "wasted_nj",
-        "carbon_ug",
+        "batch_size, input_tokens, cached_tokens, output_tokens, preemptions",
+        "device_ns, wasted_ns, prefill_ns, recomputed_ns, energy_nj, wasted_nj, carbon_ug",
+        "cost, upstream_cost, price, charge",
     ),
     one_of("energy_method", EnergyMethod),
     known_energy(),
@@ -473,7 +457,7 @@ batches = Table(
     one_of("kind", Kind),
     one_of("close_reason", CloseReason),
     in_range("opened_at", "claimed_at", "finished_at"),
-    not_negative("num_jobs", "num_sequences", "useful_tokens", "padded_tokens", "device_ns"),
+    not_negative("num_jobs, num_sequences", "useful_tokens, padded_tokens, device_ns"),
     Index("batches_by_age", "claimed_at"),
     postgresql_with={"fillfactor": "80"} | AGEING,
     comment="One row per admission batch. It may mix tenants, so it belongs to none.",
