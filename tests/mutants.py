@@ -863,6 +863,20 @@ MUTANTS: Final = (
         "return sorted(super().consume(n), reverse=True)",
     ),
     Mutant(
+        "a queue that has room again is not looked at while another is waited for",
+        "app/broker/transport.py",
+        "self._long |= self.missed",
+        "pass",
+        "tests/integration/test_broker_budgets.py",
+    ),
+    Mutant(
+        "who waits for a connection is overtaken",
+        "app/store/turns.py",
+        "            if self._line:\n",
+        "            if False:\n",
+        "tests/unit/test_store_turns.py",
+    ),
+    Mutant(
         "urgent messages keep patient ones waiting for ever",
         FETCHING,
         "local most, patient, early = tonumber(ARGV[3]), tonumber(ARGV[5]), 0",

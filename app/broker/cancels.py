@@ -25,8 +25,6 @@ log = logging.getLogger(__name__)
 CHANNELS: Final = "gristmill.cancels.*"
 """Those of all workers, for rights."""
 
-STOP_CHECK_S: Final = 1.0
-"""Each look costs a tenth of a millisecond, in each worker; nobody waits for the end."""
 PING_S: Final = 5.0
 """A server that has been silent for so long is asked for a word, and is away without one."""
 POLL_S: Final = 1.0
@@ -47,7 +45,7 @@ def hear(
 
     Reconnects by itself. None says that some may have been missed, so that the rows are to be
     looked at: after every connect, and every `POLL_S` while there is no connection. Ends within
-    about `STOP_CHECK_S` of `stop`.
+    about `PING_S` of `stop`.
     """
     is_told = False
     while not stop.is_set():
@@ -74,7 +72,7 @@ def _heard(subscription: Any, stop: threading.Event) -> Iterator[frozenset[UUID]
     server falls silent, which the system would notice after minutes."""
     heard_s, is_asked = time.monotonic(), False
     while not stop.is_set():
-        message = subscription.get_message(timeout=STOP_CHECK_S)
+        message = subscription.get_message(timeout=PING_S)
         silent_s = time.monotonic() - heard_s
         if message is not None:
             heard_s, is_asked = time.monotonic(), False
@@ -82,8 +80,8 @@ def _heard(subscription: Any, stop: threading.Event) -> Iterator[frozenset[UUID]
                 yield None
             elif message["type"] == "message":
                 yield job_ids_in(message["data"].decode("ascii", "replace"))
-        elif silent_s > 2 * PING_S:
+        elif is_asked and silent_s > 1.5 * PING_S:
             raise redis.TimeoutError
-        elif silent_s > PING_S and not is_asked:
+        elif not is_asked:
             subscription.ping()
             is_asked = True

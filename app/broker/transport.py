@@ -62,10 +62,6 @@ class Turns(round_robin_cycle):
     def consume(self, n: int) -> list[str]:
         return [queue for queue in super().consume(n) if not self._channel._is_sated(queue)]  # type: ignore[no-untyped-call]
 
-    @property
-    def leaves_out(self) -> bool:
-        return any(map(self._channel._is_sated, self.items))
-
 
 SHARED: Final = "shared "
 """Before a queue's name in the count of its messages that came by others; no name has a space."""
@@ -74,7 +70,7 @@ MOST_AT_ONCE: Final = 256
 """Jobs that are taken in one round trip, as far as the last message of them goes beyond it."""
 
 LOOK_AGAIN_S: Final = 0.05
-"""Longest wait for the other queues while one is left out: it may have room again."""
+"""Longest wait for a queue that has room again, and that BRPOP does not wait for."""
 
 
 def _read(queue: str, item: bytes) -> dict[str, Any] | None:
@@ -233,6 +229,7 @@ class _Outliving:
         last message may go beyond it. `first` is held and not counted yet; and of the queues that
         were asked for a message may be on its way."""
         coming = dict.fromkeys(self._asked, 1) if self._in_poll else {}
+        self._long |= self.missed
         if first:
             coming = {first.queue: first.num_jobs}
         most = self.qos.can_consume_max_estimate()  # type: ignore[attr-defined]
@@ -288,13 +285,22 @@ class _Outliving:
         payload["properties"]["delivery_tag"] = taken.tag
         self.connection._deliver(payload, taken.queue)  # type: ignore[attr-defined]
 
+    @property
+    def missed(self) -> set[str]:
+        """Queues that have room by now, and that the BRPOP under way does not wait for."""
+        if not self._in_poll:
+            return set()
+        active: set[str] = set(self.active_queues)  # type: ignore[attr-defined]
+        return {queue for queue in active - self._asked if not self._is_sated(queue)}
+
     def _brpop_start(self, timeout: float | None = None) -> None:
         queues = self._queue_cycle.consume(len(self.active_queues))  # type: ignore[attr-defined]
         self._asked = set(queues)
+        new = self._open_to_new(queues)
         bells = [self._bell(queue, lanes.BELL) for queue in queues if queue in self.queue_budgets]
-        bells += [self._bell(queue, lanes.NEW) for queue in self._open_to_new(queues)]
-        if self._queue_cycle.leaves_out:
-            timeout = LOOK_AGAIN_S
+        bells += [self._bell(queue, lanes.NEW) for queue in new]
+        if len(queues) + len(new) < len(self.active_queues):  # type: ignore[attr-defined]
+            timeout = LOOK_AGAIN_S  # for newcomers of a queue that is not asked for at all
         lists = [
             self._q_for_pri(queue, step)  # type: ignore[attr-defined]
             for step in self.priority_steps  # type: ignore[attr-defined]
@@ -439,6 +445,7 @@ class _Turning:
     loop: Any = None
     after_turn: Callable[[], object] = staticmethod(lambda: None)
     """Called once all messages of a turn have been delivered."""
+    _looks_at = 0.0  #: by the monotonic clock, for what BRPOP misses
 
     def register_with_event_loop(self, connection: Any, loop: Any) -> None:
         self.loop = loop
@@ -450,6 +457,10 @@ class _Turning:
         for channel in self.channels:  # type: ignore[attr-defined]
             channel.settle()
         self.after_turn()
+        now = time.monotonic()
+        if now >= self._looks_at and any(channel.missed for channel in self.channels):  # type: ignore[attr-defined]
+            self._looks_at = now + LOOK_AGAIN_S
+            self.loop.call_later(LOOK_AGAIN_S, lambda: None)  # and this again
 
 
 class Transport(_Turning, redis.Transport):

@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
@@ -26,6 +26,7 @@ from app.store import months, tenancy
 from app.store.address import Address, quote
 from app.store.link import Found, Link, connect, is_lost
 from app.store.translation import Locked, translated_errors
+from app.store.turns import Turns
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ _MIGRATION_PAUSE_S: Final = 1.0
 
 class Database:
     """The connection pool of this process: `pool_size` that are kept, and up to `spare` more that
-    are opened where all are in use, and closed after it.
+    are opened where all are in use for longer than `patience_s`, and closed after it.
 
     Timeouts hold for every statement: `statement_timeout_ms` for its whole time, `lock_timeout_ms`
     for a wait on a row. A client that stands still inside a transaction is cut off after
@@ -79,6 +80,7 @@ class Database:
         *,
         pool_size: int = 10,
         spare: int = 0,
+        patience_s: float = 0.0,
         application_name: str = "gristmill",
         connect_timeout_s: int = 3,
         statement_timeout_ms: int = 15_000,
@@ -106,6 +108,7 @@ class Database:
         self._engine: Final = make_engine(
             address, pool_size=pool_size, max_overflow=spare, pool_timeout=connect_timeout_s
         )
+        self._turns: Final = Turns(pool_size, patience_s) if patience_s else None
         self._clock: Final = Clock()
         self._is_pooler_told = False
         event.listen(self._engine, "connect", self._note_connected)
@@ -128,7 +131,7 @@ class Database:
         `receive` may simply be repeated.
         """
         transactions = self._transactions[looks_up or self._looks_up_only]
-        with translated_errors(), transactions.begin() as connection:
+        with self._turn(), translated_errors(), transactions.begin() as connection:
             yield connection
 
     @contextmanager
@@ -138,9 +141,12 @@ class Database:
         For moves that are one statement: one round trip to Postgres where `begin` takes three.
         `looks_up` is as there. Raises as `begin` does, and leaves the same unknown.
         """
-        with translated_errors(), self._statements.connect() as connection:
+        with self._turn(), translated_errors(), self._statements.connect() as connection:
             _plan(connection, looks_up or self._looks_up_only)
             yield connection
+
+    def _turn(self) -> AbstractContextManager[None]:
+        return self._turns.taken() if self._turns else nullcontext()
 
     def now(self) -> datetime:
         """The time by the database's clock, which all times of jobs are judged by.

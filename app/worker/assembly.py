@@ -230,6 +230,7 @@ def _database(settings: Settings) -> Database:
         settings.database.url,
         pool_size=1,
         spare=3,
+        patience_s=1.0,
         application_name="gristmill-worker",
         connect_timeout_s=settings.database.connect_timeout_s,
         statement_timeout_ms=settings.database.statement_timeout_ms,

@@ -1,8 +1,9 @@
 """The lease keeper: renews this worker's lease, and brings news of its attempts.
 
-Two threads: one renews it every `heartbeat_s`, over a connection of its own while the runner's is
-in use, so that a long commit does not cost the lease; one hears of cancels so that they act at
-once. The lease is renewed only while the runner turns: a worker that is stuck must lose its jobs.
+Two threads: one renews it every `heartbeat_s`, over a connection of its own where the runner's is
+in use for long, so that a commit that hangs does not cost the lease; one hears of cancels so that
+they act at once. The lease is renewed only while the runner turns: a worker that is stuck must lose
+its jobs.
 """
 
 from __future__ import annotations

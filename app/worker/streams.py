@@ -37,7 +37,6 @@ RETRY_S: Final = 0.5
 MAX_RETRY_S: Final = 5.0
 """Pauses between tries while Redis is away, the first and the longest: a frozen one keeps each
 connection that was tried."""
-LOOK_S: Final = 1.0
 MAX_WRITTEN: Final = 2_000
 """Events that are written at once: a few hundred kilobytes."""
 MAX_HELD: Final = 1_000_000
@@ -175,10 +174,10 @@ class TokenStreams:
         poll.register(self._wake_out, select.POLLIN)
         for end in self._ends:
             poll.register(end, select.POLLIN)
-        wait_s = LOOK_S
+        wait_ms = None
         if self._writing or self._fresh:
-            wait_s = max(0.0, self._retry_at - time.monotonic())
-        poll.poll(1_000 * wait_s)
+            wait_ms = max(0.0, 1_000 * (self._retry_at - time.monotonic()))
+        poll.poll(wait_ms)
         with suppress(BlockingIOError):
             os.read(self._wake_out, 65_536)
 

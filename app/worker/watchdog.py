@@ -9,7 +9,6 @@ jobs to others already.
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable
@@ -23,9 +22,8 @@ from app.worker.thread import RunnerThread
 
 log = logging.getLogger(__name__)
 
-LOOK_S: Final = 0.5
 LOOKS: Final = 10
-"""Times that it looks at the queues before it acts: each must find the same."""
+"""Times that it looks at the queues or the runner before it acts: each must find the same."""
 GIVE_BACK_S: Final = 5.0
 
 
@@ -47,7 +45,7 @@ class Watchdog:
         self._runner = runner
         self._lease = lease
         self._pause_s = stall_timeout_s / LOOKS
-        self._max_still = math.ceil(lease_s / LOOK_S)
+        self._look_s = lease_s / LOOKS
         self._num_received: object = None
         self._times_stalled = 0
         self._turned_ns = 0
@@ -68,7 +66,7 @@ class Watchdog:
     # ── a runner that stands still ───────────────────────────────────────────────────────────
 
     def _watch_runner(self) -> None:
-        while not self._stopping.wait(LOOK_S):
+        while not self._stopping.wait(self._look_s):
             if self.stands_still():
                 end_process("its runner has stood still for longer than its lease.")
 
@@ -80,7 +78,7 @@ class Watchdog:
         """
         before, self._turned_ns = self._turned_ns, self._runner.turned_ns
         self._times_still = self._times_still + 1 if before == self._turned_ns else 0
-        if self._times_still <= self._max_still:
+        if self._times_still <= LOOKS:
             return False
         return not self._runner.waits_for_database or self._lease.database_answers()
 

@@ -145,6 +145,35 @@ def test_plain_messages_do_not_wait_behind_the_backlog_of_their_models_own_queue
     assert client.llen("gristmill.busy") == 200 - BUDGET
 
 
+def test_a_worker_that_holds_what_it_may_does_not_ask_for_more_again_and_again(
+    client: redis.Redis, taker: Taker
+) -> None:
+    push(client, "gristmill.busy", "busy", 200)
+    taker.take_all()
+    client.config_resetstat()
+
+    taker.take_all()
+
+    stats = client.info("commandstats")
+    assert stats.get("cmdstat_brpop", {"calls": 0})["calls"] <= 1
+
+
+def test_a_queue_that_has_room_again_is_looked_at_while_another_is_waited_for(
+    client: redis.Redis, taker: Taker
+) -> None:
+    push(client, "gristmill.busy", "busy", BUDGET)
+    taker.take_all()
+    assert not taker.channel.missed
+
+    for _ in range(BUDGET):
+        taker.finish_one()
+    assert taker.channel.missed == {"gristmill.busy"}
+    push(client, "gristmill.busy", "busy", 1)
+    taker.channel.settle()  # as each turn of the hub does
+
+    assert [model for model, _ in taker.held] == ["busy"]
+
+
 def test_a_full_redis_takes_no_message_back_so_a_worker_keeps_what_it_took(
     client: redis.Redis, taker: Taker
 ) -> None:

@@ -76,7 +76,8 @@ def publisher(settings: Settings) -> Iterator[Publisher]:
 
 
 @pytest.fixture
-def hearer(publisher: Publisher) -> Iterator[Hearer]:
+def hearer(publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hearer]:
+    monkeypatch.setattr(cancels, "PING_S", 1.0)
     hearer = Hearer(publisher)
     try:
         assert hearer.next() is None  # now it hears, and looks for what it missed
@@ -149,8 +150,13 @@ def test_a_server_that_falls_silent_is_away(
 
 
 def test_the_rights_that_are_written_down_are_enough_to_tell_and_to_hear(
-    server: OwnRedis, settings: Settings, make_settings: Callable[..., Settings]
+    server: OwnRedis,
+    settings: Settings,
+    make_settings: Callable[..., Settings],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(cancels, "PING_S", 1.0)
+
     def publisher_of(role: Role) -> Publisher:
         url = server.url.replace("://", f"://{role.value}:flour@")
         return Publisher(make_settings(broker={**settings.broker.model_dump(), "url": url}))

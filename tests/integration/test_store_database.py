@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import timedelta
 from uuid import uuid4
@@ -158,6 +159,23 @@ def test_a_spare_connection_is_opened_while_the_kept_one_is_in_use_and_closed_af
         with database.begin():
             assert number() == 2
         eventually(lambda: number() == 1)
+
+
+def test_a_short_statement_is_waited_for_and_no_connection_opened(database_url: str) -> None:
+    name = "patient"
+    with closing(
+        Database(database_url, pool_size=1, spare=3, patience_s=60, application_name=name)
+    ) as database:
+
+        def pid() -> int:
+            with database.autocommit() as connection:
+                pid: int = connection.scalar(text("SELECT pg_backend_pid() FROM pg_sleep(0.01)"))
+                return pid
+
+        with ThreadPoolExecutor(4) as pool:
+            pids = set(pool.map(lambda _: pid(), range(20)))
+
+    assert len(pids) == 1
 
 
 def test_a_server_that_has_no_connection_left_is_named_as_such(

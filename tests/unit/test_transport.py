@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from redis.exceptions import RedisError
 
-from app.broker.transport import Channel, Message, _Turning
+from app.broker.transport import LOOK_AGAIN_S, Channel, Message, _Turning
 
 
 class LostChannel:
@@ -51,8 +51,11 @@ class Hubless:
 
 
 class Turning(_Turning, Hubless):
-    def __init__(self, told: list[str]) -> None:
-        self.channels = [SimpleNamespace(settle=lambda: told.append("messages are delivered"))]
+    def __init__(self, told: list[str], missed: set[str] | None = None) -> None:
+        def settle() -> None:
+            told.append("messages are delivered")
+
+        self.channels = [SimpleNamespace(settle=settle, missed=missed or set())]
         self.after_turn = lambda: told.append("the runner is woken")
 
 
@@ -66,3 +69,15 @@ def test_whoever_waits_for_messages_is_woken_once_all_of_a_turn_are_delivered() 
         tick()
     # then
     assert told == ["messages are delivered", "the runner is woken"]
+
+
+def test_a_queue_that_nobody_waits_for_and_that_has_room_has_the_hub_turn_again_soon() -> None:
+    # given
+    asked: list[float] = []
+    loop = SimpleNamespace(on_tick=set(), call_later=lambda wait_s, _: asked.append(wait_s))
+    Turning([], missed={"gristmill.stub"}).register_with_event_loop(None, loop)
+    # when
+    for tick in [*loop.on_tick] * 3:
+        tick()
+    # then
+    assert asked == [LOOK_AGAIN_S]
