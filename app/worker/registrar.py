@@ -129,12 +129,7 @@ class Registrar:
         Raises `Unavailable`; everything then waits for the next call.
         """
         waiting, leading = self._waiting, _leading(self._waiting)
-        with self._database.autocommit() as connection:
-            # First, for a message may have come again of what is let go of.
-            delivery.let_go(connection, self._worker_id, self._given_back)
-            if self._has_forgotten:
-                delivery.free_forgotten(connection, self._worker_id, known.keys())
-                self._has_forgotten = False
+        self._free(known)  # first, for a message may have come again of what is let go of
         self._is_unsure = True
         received, unstorable = self._receive(leading.values())
         self._is_unsure = False
@@ -151,6 +146,16 @@ class Registrar:
             del leading[refusal.job_id]
         sorted_ = [self._sort(each, received.get(id), known) for id, each in leading.items()]
         return [job for job in sorted_ if job is not None]
+
+    def _free(self, known: Mapping[UUID, Job]) -> None:
+        """Let go of what is given back, and of what the rows say we hold and we do not know of."""
+        if not (self._given_back or self._has_forgotten):
+            return
+        with self._database.autocommit() as connection:
+            delivery.let_go(connection, self._worker_id, self._given_back)
+            if self._has_forgotten:
+                delivery.free_forgotten(connection, self._worker_id, known.keys())
+                self._has_forgotten = False
 
     def _receive(self, waiting: Iterable[_Waiting]) -> tuple[dict[UUID, Received], list[Refusal]]:
         """The rows of messages, and refusals of those whose data the store cannot hold."""

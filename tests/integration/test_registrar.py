@@ -235,7 +235,7 @@ def test_what_was_received_without_an_answer_and_then_forgotten_is_freed(
     known = scene.register()
     forgotten = scene.arrive("forgotten")
     scene.registrar._database = unanswered = cast(Any, Unanswered(database))
-    unanswered.lost_in = 2  # to let go is the first statement, to receive the second
+    unanswered.lost_in = 1  # to receive is the first statement: there is nothing to let go of
     with pytest.raises(Unavailable):
         scene.register()
     assert column(database, forgotten, "received_by") is not None
