@@ -24,6 +24,7 @@ BENCHES: Final = (
     "outside",
     "overload",
     "fairness",
+    "turns",
     "retention",
     "history",
     "usage",
