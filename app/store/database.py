@@ -177,6 +177,8 @@ class Database:
 
     def _note_connected(self, link: Link, _: ConnectionPoolEntry) -> None:
         link.plans_once = self._looks_up_only
+        if self._looks_up_only and not link.is_shared:
+            link.prepare_threshold = 0  # what is planned once, at once: it all comes again
         self._clock.set(link.found.server_time, link.found.asked_s)
         if link.is_shared and not self._is_pooler_told:
             self._is_pooler_told = True

@@ -94,6 +94,16 @@ def test_look_ups_are_planned_once_and_other_statements_of_the_same_connection_e
                 assert how(connection) == each_time
 
 
+def test_who_looks_up_only_has_a_statement_planned_when_it_comes_first(database_url: str) -> None:
+    prepared = text("SELECT count(*) FROM pg_prepared_statements WHERE statement LIKE 'SELECT 7%'")
+    with (
+        closing(Database(database_url, pool_size=1, looks_up_only=True)) as database,
+        database.autocommit() as connection,
+    ):
+        connection.execute(text("SELECT 7"))
+        assert connection.scalar(prepared) == 1
+
+
 def test_a_connection_that_died_while_idle_is_replaced_unnoticed(
     database: Database, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
