@@ -51,7 +51,7 @@ def hear(
     while not stop.is_set():
         try:
             with as_unavailable(), app.connection_for_read() as connection:
-                client = redis.Redis(connection_pool=connection.default_channel.pool)
+                client: redis.Redis = connection.default_channel.plain
                 with client.pubsub() as subscription:  # type: ignore[no-untyped-call]
                     subscription.subscribe(prefix + channel_of(worker_id))
                     for job_ids in _heard(subscription, stop):

@@ -23,7 +23,7 @@ def connected(settings: Settings, timeout_s: float = 3.0) -> Iterator[redis.Redi
             "max_retries": 0,
         }
         with app.connection_for_write() as connection:
-            yield redis.Redis(connection_pool=connection.default_channel.pool)
+            yield connection.default_channel.plain
 
 
 def check_kind(settings: Settings) -> None:

@@ -225,15 +225,14 @@ class Publisher:
             self._app.pool.acquire(block=True) as connection,
             _left_on_error(connection),
         ):
-            yield redis.Redis(connection_pool=connection.default_channel.pool)
+            yield connection.default_channel.plain
 
     def unread(self) -> dict[str, int]:
         """Messages in lists that nobody here reads, by list; as of a minute ago at most."""
         now = time.monotonic()
         if now >= self._look_again_at:
             with as_unavailable(), self._app.pool.acquire(block=True) as connection:
-                plain = redis.Redis(connection_pool=connection.default_channel.pool)
-                self._unread = unread(self._app.settings, plain)
+                self._unread = unread(self._app.settings, connection.default_channel.plain)
             self._look_again_at = now + LOOK_EVERY_S
         return self._unread
 

@@ -113,7 +113,8 @@ class _pooled:
         self._resource = app.pool.acquire(block=True)
 
     def __enter__(self) -> redis.Redis:
-        return redis.Redis(connection_pool=self._resource.default_channel.pool)
+        client: redis.Redis = self._resource.default_channel.plain
+        return client
 
     def __exit__(self, failed: object, *_: object) -> None:
         if failed is not None:
@@ -165,7 +166,7 @@ class Following:
                 continue
             try:
                 with as_unavailable(), self._app.connection_for_read() as connection:
-                    client = redis.Redis(connection_pool=connection.default_channel.pool)
+                    client = connection.default_channel.plain
                     while self._begun.is_set() and not stop.is_set():
                         if heard := self._read(client):
                             yield heard

@@ -27,10 +27,10 @@ from types import MappingProxyType
 from typing import Any, Final
 from uuid import uuid4
 
-import redis as plain
 from kombu.transport import redis
 from kombu.utils.json import dumps, loads
 from kombu.utils.scheduling import round_robin_cycle
+from redis import Redis
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 from app import telemetry
@@ -96,11 +96,20 @@ class _Outliving:
         self._asked: set[str] = set()  #: the queues that BRPOP waits for, or did last
         self._passing: dict[str, tuple[Any, str]] = {}  #: messages for other lists, by tag
         self._keeps_all = False  #: for nothing can be passed on
+        self._plain: Redis | None = None
         self.num_heard = 1  #: who got the last message that is for all who listen
         super().__init__(*args, **options)
         self._queue_cycle = Turns(self)
         self._connparams(asynchronous=False)  # while the transport knows
         self._fetcher = Fetcher(self.qos.prefix)  # type: ignore[attr-defined]
+
+    @property
+    def plain(self) -> Redis:
+        """A client whose keys are whole. To make one takes longer than most of what it is for."""
+        pool = self.pool  # type: ignore[attr-defined]
+        if self._plain is None or self._plain.connection_pool is not pool:
+            self._plain = Redis(connection_pool=pool)
+        return self._plain
 
     # ── which messages stay ──────────────────────────────────────────────────────────────────
 
@@ -177,8 +186,7 @@ class _Outliving:
         prefix = getattr(self, "global_keyprefix", "")
         notes = prefix + self.unacked_key, prefix + self.unacked_index_key  # type: ignore[attr-defined]
         weights = prefix + lanes.WEIGHTS
-        client = plain.Redis(connection_pool=self.pool)  # type: ignore[attr-defined]
-        pipe = client.pipeline(transaction=False)
+        pipe = self.plain.pipeline(transaction=False)
         if done:
             pipe.zrem(notes[1], *done)
             pipe.hdel(notes[0], *done)
@@ -199,7 +207,7 @@ class _Outliving:
         try:
             replies = pipe.execute(raise_on_error=False)
             if takes and isinstance(replies[-1], NoScriptError):
-                replies[-1] = self._fetcher.load_and_repeat(client)
+                replies[-1] = self._fetcher.load_and_repeat(self.plain)
         except (RedisError, OSError):
             if takes:
                 self.qos.expect(self._fetcher.tags(most))  # type: ignore[attr-defined]

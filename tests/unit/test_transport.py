@@ -6,6 +6,7 @@ import logging
 from types import SimpleNamespace
 
 import pytest
+from redis import ConnectionPool
 from redis.exceptions import RedisError
 
 from app.broker.transport import LOOK_AGAIN_S, Channel, Message, _Turning
@@ -81,3 +82,15 @@ def test_a_queue_that_nobody_waits_for_and_that_has_room_has_the_hub_turn_again_
         tick()
     # then
     assert asked == [LOOK_AGAIN_S]
+
+
+def test_a_channel_makes_one_plain_client_for_as_long_as_it_keeps_its_connections() -> None:
+    # given
+    channel = object.__new__(Channel)
+    channel._plain, channel._pool = None, ConnectionPool()
+    # when
+    before, again = channel.plain, channel.plain
+    channel._pool = ConnectionPool()
+    # then
+    assert again is before
+    assert channel.plain.connection_pool is channel._pool
