@@ -262,7 +262,7 @@ def test_a_job_that_leaves_the_queue_is_held_by_nobody(database: Database) -> No
 def test_the_schema_refuses_what_cannot_be(database: Database, change: str) -> None:
     [job_id] = insert(database, new_job())
 
-    with pytest.raises(GristmillError, match=r"open_jobs_(holder|state|wake_count)_check"):
+    with pytest.raises(GristmillError, match=r"open_jobs_(holder|state|counts)_check"):
         rewrite(database, change, job_id)
 
 
