@@ -5,8 +5,9 @@ that is endless for the time of the measurement,
 
     pause     is what its engine stands still for between two full batches;
     idle      is what a lone job of the other model takes, from its submission to its result;
-    patient   is how many batches begin before that of a lone job of the last priority in the same
-              queue: every sixteenth message that a worker takes is of these.
+    patient   is what a lone job of the last priority waits for in the same queue, in time and in
+              batches that begin before it: every sixteenth message that a worker takes is of these,
+              and one that is held there for ten seconds goes first.
 """
 
 from __future__ import annotations
@@ -119,18 +120,18 @@ def main(arguments: Seq[str]) -> None:
             pauses = mill.pauses_ms()[-PAUSES // ROWS + 2 :]
             mill.submit(options.jobs)
             idle = [mill.lone("idle")[1] for _ in range(options.lone)]
-            patient = [mill.lone("busy", MAX_PRIORITY)[0] for _ in range(options.lone)]
-            before = [mill.batches_before(job_id) for job_id in patient]
+            patient, patient_ms = mill.lone("busy", MAX_PRIORITY)
+            before = mill.batches_before(patient)
             left = mill.queued()
         finally:
             mill.close()
-    _print(options, pauses, idle, before, left)
+    _print(options, pauses, idle, (patient_ms, before), left)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m app.bench turns", description=__doc__)
-    parser.add_argument("--jobs", type=int, default=20_000, help="of the backlog")
-    parser.add_argument("--lone", type=int, default=5, help="lone jobs of each sort")
+    parser.add_argument("--jobs", type=int, default=40_000, help="of the backlog")
+    parser.add_argument("--lone", type=int, default=5, help="lone jobs of the idle model")
     parser.add_argument("--step-ms", type=float, default=50.0, help="of a batch in an engine")
     return parser
 
@@ -139,7 +140,7 @@ def _print(
     options: argparse.Namespace,
     pauses: Seq[float],
     idle: Seq[float],
-    before: Seq[int],
+    patient: tuple[float, int],
     left: int,
 ) -> None:
     print(f"\n{machine()}\nbatches of {ROWS} that take {options.step_ms:g} ms; ", end="")
@@ -149,7 +150,8 @@ def _print(
         [
             ["pause between full batches, ms", f"{median(pauses):.2f}", f"{max(pauses):.2f}"],
             ["a job of the idle model, ms", f"{median(idle):.0f}", f"{max(idle):.0f}"],
-            ["batches before a patient job", f"{median(before):g}", f"{max(before)}"],
+            ["a patient job, ms", "", f"{patient[0]:.0f}"],
+            ["batches before it", "", f"{patient[1]}"],
         ],
     )
     print()
@@ -159,6 +161,7 @@ def _print(
         pause_ms=round(median(pauses), 2),
         pause_p90_ms=round(quantiles(pauses, n=10)[-1], 2),
         idle_ms=[round(each) for each in idle],
-        batches_before_patient=list(before),
+        patient_ms=round(patient[0]),
+        batches_before_patient=patient[1],
         left=left,
     )
