@@ -580,6 +580,13 @@ MUTANTS: Final = (
         "        self._cancel_revoked()\n        for refusal in self._refusals:\n",
     ),
     Mutant(
+        "full batches of urgent jobs pass over a patient one for long",
+        "app/worker/batcher.py",
+        "if is_old or num_passed >= STARVATION_BATCHES * limits.max_batch_size:",
+        "if is_old:",
+        "tests/unit/test_batcher.py",
+    ),
+    Mutant(
         "a batch passes its size",
         "app/worker/batcher.py",
         "if grown_rows > max_size:",

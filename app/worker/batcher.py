@@ -20,9 +20,10 @@ What does not fit opens the next batch, and what could not even be alone in an e
 handed back by `misfits`: nothing behind it would ever run. Members go in by priority; within one
 each tenant's first, then each one's second, and so on; those of a tenant by deadline, then age. How
 many of whom are here at all is decided where messages are fetched: see `app.broker.lanes`. A
-candidate that has been passed over for `STARVATION_WAITS` times its group's
-`max_wait_ms`, and `STARVATION_FLOOR_NS`, goes first whatever its priority, so nothing waits for
-ever.
+candidate that has been passed over for `STARVATION_WAITS` times its group's `max_wait_ms`, and
+`STARVATION_FLOOR_NS`, or by `STARVATION_BATCHES` full batches, goes first whatever its priority, so
+nothing waits for ever, and a patient job under a flood of urgent ones little longer than its share
+of the messages that are fetched makes it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Final
 from uuid import UUID
 
@@ -40,6 +41,7 @@ from app.worker.policy import Arrivals, CostFit, StepCost, closes_ns
 
 STARVATION_WAITS: Final = 100
 STARVATION_FLOOR_NS: Final = 10_000_000_000
+STARVATION_BATCHES: Final = 16
 STATIC_WAIT_NS: Final = 100_000_000
 """For company, where whoever comes later waits for the whole batch."""
 GATHER_NS: Final = 3_000_000
@@ -90,6 +92,8 @@ class Candidate:
     deadline: float = math.inf  #: UNIX seconds; only compared
     expires_ns: int | None = None  #: the deadline on the caller's clock
     tenant: str = ""
+    num_before: int = field(default=0, compare=False)
+    """Sequences that its group had taken when it came; the batcher's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +127,7 @@ class Batcher:
         """`limits` has one entry per group key that candidates may carry."""
         self.limits = limits
         self._waiting: dict[str, dict[UUID, Candidate]] = {group: {} for group in limits}
+        self._num_taken: Counter[str] = Counter()  #: sequences, by group
         self._paces = {
             group: _Pace(Arrivals(), CostFit())
             for group, each in limits.items()
@@ -133,7 +138,8 @@ class Batcher:
         return sum(len(group) for group in self._waiting.values())
 
     def add(self, candidate: Candidate) -> None:
-        self._waiting[candidate.group][candidate.job_id] = candidate
+        came = replace(candidate, num_before=self._num_taken[candidate.group])
+        self._waiting[candidate.group][candidate.job_id] = came
         if pace := self._paces.get(candidate.group):
             pace.arrivals.add(candidate.arrived_ns, candidate.num_sequences)
 
@@ -173,7 +179,8 @@ class Batcher:
         timely = self._timely(group, capacity, now_ns)
         if timely is None and _takes_more(waiting.values(), size, limits, capacity):
             return None
-        ordered = _in_turns([(_urgency(c, limits, now_ns), c) for c in waiting.values()])
+        taken = self._num_taken[group]
+        ordered = _in_turns([(_urgency(c, limits, now_ns, taken), c) for c in waiting.values()])
         members, full = fill(ordered, size, limits.max_batch_tokens, capacity)
         if full is CloseReason.SIZE and size < limits.max_batch_size and capacity.joins:
             full = CloseReason.JOIN
@@ -182,6 +189,7 @@ class Batcher:
             return None
         for member in members:
             del waiting[member.job_id]
+            self._num_taken[group] += member.num_sequences
         oldest = min(member.arrived_ns for member in members)
         return Selection(group, tuple(members), reason, now_ns - oldest)
 
@@ -246,9 +254,10 @@ def _takes_more(
 _Urgency = tuple[bool, int, float, int]
 
 
-def _urgency(candidate: Candidate, limits: Limits, now_ns: int) -> _Urgency:
-    fed = now_ns - candidate.arrived_ns < limits.starvation_ns
-    if not fed:
+def _urgency(candidate: Candidate, limits: Limits, now_ns: int, num_taken: int) -> _Urgency:
+    is_old = now_ns - candidate.arrived_ns >= limits.starvation_ns
+    num_passed = num_taken - candidate.num_before
+    if is_old or num_passed >= STARVATION_BATCHES * limits.max_batch_size:
         return (False, 0, 0.0, candidate.arrived_ns)
     return (True, candidate.priority, candidate.deadline, candidate.arrived_ns)
 

@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.jobs import CloseReason
-from app.worker.batcher import GATHER_NS, STATIC_WAIT_NS, Batcher, Candidate, Capacity, Limits
+from app.worker.batcher import (
+    GATHER_NS,
+    STARVATION_BATCHES,
+    STATIC_WAIT_NS,
+    Batcher,
+    Candidate,
+    Capacity,
+    Limits,
+)
 
 MS = 1_000_000
 LIMITS = Limits(max_batch_size=4, max_batch_tokens=1_000, max_wait_ns=50 * MS)
@@ -180,6 +188,23 @@ def test_a_starving_candidate_goes_first_whatever_its_priority() -> None:
 
     assert closed is not None
     assert closed.members[0] == bulk
+
+
+def test_a_patient_candidate_is_passed_over_by_sixteen_full_batches_and_no_more() -> None:
+    # given
+    patient, size = candidate(priority=9), LIMITS.max_batch_size
+    waiting = batcher(patient)
+    closed = []
+    # when
+    for _ in range(STARVATION_BATCHES + 1):
+        for _ in range(size):
+            waiting.add(candidate())
+        closed.append(waiting.close("g", IDLE, now_ns=1 * MS))
+    # then
+    assert [patient in each.members for each in closed if each] == [
+        *[False] * STARVATION_BATCHES,
+        True,
+    ]
 
 
 def test_a_removed_candidate_is_never_admitted() -> None:
