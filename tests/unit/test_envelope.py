@@ -83,3 +83,17 @@ def test_the_task_id_is_found_without_parsing(task_id: str) -> None:
 )
 def test_where_no_task_id_can_be_read_there_is_none(item: bytes) -> None:
     assert envelope.task_id_in(item) is None
+
+
+def test_a_message_whose_headers_have_another_name_is_refused_with_its_task_id() -> None:
+    # given
+    refused: list[tuple[str | None, RequestError]] = []
+    read = envelope.reader(10_000, lambda task_id, error: refused.append((task_id, error)))
+    item = raw_message("order 42", Kind.GENERATE, {"prompt": PROMPT}, queue="q")
+    # when
+    payload = read("q", item.replace(b'"headers"', b'"heade2s"'))
+    # then
+    [(task_id, error)] = refused
+    assert payload is None
+    assert task_id == "order 42"
+    assert error.param == "headers"

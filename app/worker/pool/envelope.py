@@ -43,7 +43,11 @@ def reader(
 
     def read(queue: str, item: bytes) -> dict[str, Any] | None:
         try:
-            return checked(item, queue, max_bytes)
+            payload = checked(item, queue, max_bytes)
+            if not payload["headers"] and b'"task":' in item and task_id_in(item):
+                # Those of protocol 1 have none, and both in their body, where quotes are escaped.
+                raise RequestError("The task and its id must be in headers.", param="headers")
+            return payload
         except RequestError as error:
             refuse(task_id_in(item), error)
             return None
