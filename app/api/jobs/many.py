@@ -78,9 +78,12 @@ async def status(request: Request, here: Here, who: WhoReads, hold: Held) -> Res
     """
     asked = await checked.read(request, here, StatusRequest)
     ids = [job_id_of(text) for text in asked.ids]
-    look = _ended if asked.view == "ended" else _states
+    is_one_look = asked.view == "ended" and asked.wait_for == "any"
+    look = _ended if is_one_look else _states
     told = await _in_time(here, look, who.tenant, dict.fromkeys(ids), asked.wait_for, hold)
-    if asked.view in ("summary", "full"):
+    if asked.view == "ended" and not is_one_look:  # who waits for all has answers read but once
+        told = await here.read(_ended, here, who.tenant, list(told))
+    elif asked.view in ("summary", "full"):
         told |= await _jobs(here, who.tenant, list(told), asked.view)
     items = [_status_item(index, id, told.get(id)) for index, id in enumerate(ids)]
     is_final = all(_is_final(each) for each in told.values())
