@@ -7,7 +7,7 @@ that is endless for the time of the measurement,
     idle      is what a lone job of the other model takes, from its submission to its result;
     patient   is what a lone job of the last priority waits for in the same queue, in time and in
               batches that begin before it: every sixteenth message that a worker takes is of these,
-              and one that is held there for ten seconds goes first.
+              and sixteen full batches at most pass over one that it holds.
 """
 
 from __future__ import annotations
