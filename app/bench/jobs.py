@@ -4,13 +4,15 @@ Contestants, in turns, on the same Redis and Postgres: jobs through HTTP in bulk
 (16 at a time) and by plain `send_task`, with a stub engine; and a plain Celery worker that commits
 one row a result, with its prefork and its thread pool. Time counts from the first submission to the
 last result that is committed. CPU seconds are those of each part, its children included; `producer`
-is this process. Flower is off, as it is beside the plain worker.
+is this process. Flower is off, as it is beside the plain worker. Before that, one POST of the
+largest bulk at a time, with nothing waiting: how long until its whole answer is read.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import os
 import subprocess
 import sys
@@ -22,18 +24,22 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, Final
 
+import httpx
 import psutil
 import psycopg
 from celery import Celery
 
 from app.bench import plain_celery
 from app.bench.own_system import OwnSystem
-from app.bench.report import machine, print_json, print_table
+from app.bench.report import machine, print_json, print_table, spread
 from app.config.settings import Settings
 from app.errors import GristmillError
 from gristmill_client import AsyncClient, Client
 
 BODY: Final = {"prompt": "x", "max_tokens": 1}
+LARGEST: Final = 10_000
+"""Jobs of a bulk, as `api.max_bulk_items` has it by default."""
+ANSWERED: Final = f"one HTTP bulk of {LARGEST:,} on an empty system, answered"
 CALLERS: Final = 16
 """Of single POSTs at once."""
 POLL_S: Final = 0.1
@@ -60,6 +66,7 @@ class Heat:
     """What one contestant took for its jobs."""
 
     jobs: int
+    answered_s: float  #: until all submissions were answered
     seconds: float
     cpu_s: dict[str, float]  #: by part
 
@@ -92,6 +99,17 @@ class Race:
                         raise job_id
 
         return self._ours(number, submit)
+
+    def largest(self) -> Heat:
+        """One bulk in one POST; the client would send it in pages."""
+        content = json.dumps({"jobs": [{"body": BODY}] * LARGEST})
+        with httpx.Client(base_url=self._settings.api.url, timeout=TIMEOUT_S) as client:
+
+            def submit() -> None:
+                headers = {"Content-Type": "application/json"}
+                client.post("/v1/jobs/bulk", content=content, headers=headers).raise_for_status()
+
+            return self._ours(LARGEST, submit)
 
     def posts(self, number: int) -> Heat:
         async def call(client: AsyncClient, count: int) -> None:
@@ -171,14 +189,16 @@ def main(arguments: Seq[str]) -> None:
             },
         }
         chosen = [name for name in contestants if not options.only or options.only in name]
-        for name in chosen[:3]:
-            contestants[name](128)
+        for warm_up in (race.bulk, race.posts, race.send_task):
+            warm_up(128)
+        rounds = options.rounds if options.only in ANSWERED else 0
+        largest = [race.largest() for _ in range(rounds)]
         for number in range(options.rounds):
             for name in chosen:
                 heat = contestants[name](options.jobs)
                 heats.setdefault(name, []).append(heat)
                 print(f"round {number + 1}: {name}: {heat.rate:.0f} jobs/s", flush=True)
-    _print(options.jobs, heats)
+    _print(options.jobs, heats, [heat.answered_s for heat in largest])
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -230,10 +250,11 @@ def _heat(
 ) -> Heat:
     before, began = _cpu_s(roots), time.monotonic()
     submit()
+    answered_s = time.monotonic() - began
     wait()
     seconds, after = time.monotonic() - began, _cpu_s(roots)
     used = {part: spent - before.get(part, 0.0) for part, spent in after.items()}
-    return Heat(number, seconds, used)
+    return Heat(number, answered_s, seconds, used)
 
 
 def _cpu_s(roots: Seq[tuple[str, psutil.Process]]) -> dict[str, float]:
@@ -256,7 +277,7 @@ def _family_s(root: psutil.Process) -> float:
     return spent
 
 
-def _print(number: int, heats: dict[str, list[Heat]]) -> None:
+def _print(number: int, heats: dict[str, list[Heat]], answered_s: list[float]) -> None:
     parts = ["producer", "api", "worker", "redis", "postgres", "rescue"]
     rows = []
     for name, all_of in heats.items():
@@ -266,7 +287,7 @@ def _print(number: int, heats: dict[str, list[Heat]]) -> None:
             [
                 name,
                 f"{median(rates):.0f}",
-                f"{min(rates):.0f}–{max(rates):.0f}",
+                spread(rates),
                 *(f"{each:.2f}" for each in cpu),
             ]
         )
@@ -285,5 +306,13 @@ def _print(number: int, heats: dict[str, list[Heat]]) -> None:
         name: round(median(heat.cpu_ms("worker") for heat in all_of), 3)
         for name, all_of in heats.items()
     }
+    answered: dict[str, Any] = {}
+    if answered_s:
+        print(f"\n{ANSWERED}: {median(answered_s):.2f} s ({spread(answered_s, 2)})")
+        answered = {
+            "jobs": LARGEST,
+            "median": round(median(answered_s), 3),
+            "spread": [round(min(answered_s), 3), round(max(answered_s), 3)],
+        }
     print()
-    print_json("jobs", ratios, jobs=number, worker_cpu_ms=worker)
+    print_json("jobs", ratios, jobs=number, worker_cpu_ms=worker, bulk_answered_s=answered)

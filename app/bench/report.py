@@ -24,6 +24,6 @@ def print_json(bench: str, ratios: Mapping[str, Any], **details: Any) -> None:
     print(json.dumps(record), flush=True)
 
 
-def spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float], digits: int = 0) -> str:
     """Smallest to largest."""
-    return f"{min(values):.0f}–{max(values):.0f}"
+    return f"{min(values):.{digits}f}–{max(values):.{digits}f}"
