@@ -8,6 +8,8 @@ import threading
 import time
 from typing import Final
 
+from app.collector import keep_what_is_there
+
 _MMAP_THRESHOLD: Final = -3  # the names are those of glibc's malloc.h
 _TRIM_THRESHOLD: Final = -1
 _ARENA_MAX: Final = -8
@@ -52,13 +54,8 @@ def keep_small(stop: threading.Event) -> None:
 
 
 def settle() -> None:
-    """Say that what is there now stays: libraries, models of requests, tokenizers.
-
-    Python's collector would look through all of it again whenever some ten thousand objects came
-    and went, and hold every thread for a tenth of a second. Young objects are its own affair, old
-    ones that of `keep_small`.
-    """
-    gc.collect()
-    gc.freeze()
+    """Say that what is there now stays. Of what comes, young objects are the collector's own
+    affair, old ones that of `keep_small`."""
+    keep_what_is_there()
     young, middle, _ = gc.get_threshold()
     gc.set_threshold(young, middle, _NEVER)

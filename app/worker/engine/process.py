@@ -9,7 +9,6 @@ never sees Celery, Redis or Postgres.
 from __future__ import annotations
 
 import ctypes
-import gc
 import mmap
 import os
 import queue
@@ -23,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+from app.collector import keep_what_is_there
 from app.engines import builds, registry
 from app.engines.base import Engine, Generation, StepStats
 from app.engines.hardware import hardware
@@ -113,10 +113,7 @@ class EngineProcess:
         self._waiting = {name: deque() for name in self._engines}
         self._steps = self._slowest_ns = 0
         self._turn(Phase.STEP)
-        # What is there now stays. Python's collector would go through all of it every now and then,
-        # and a step would take a quarter of a second longer.
-        gc.collect()
-        gc.freeze()
+        keep_what_is_there()
         self._parent.send(Ready(facts, time.monotonic_ns() - began, hardware(command.device)))
         self.is_ready = True
 

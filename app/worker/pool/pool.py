@@ -7,7 +7,6 @@ escape from a call: the hub would take it for a broken broker connection.
 
 from __future__ import annotations
 
-import gc
 import itertools
 import logging
 import math
@@ -24,6 +23,7 @@ from celery.worker import state as celery_state
 
 from app.broker.client import check_kind
 from app.broker.message import TASKS
+from app.collector import keep_what_is_there
 from app.config.settings import Settings
 from app.errors import GristmillError
 from app.jobs import Kind, job_id_of
@@ -74,10 +74,7 @@ class EnginePool(BasePool):  # type: ignore[misc]
         except GristmillError as error:
             log.critical("The worker cannot start: %s", error)
             raise SystemExit(1) from None
-        # What is there now stays. Python's collector would go through all of it every few thousand
-        # jobs, and all threads wait for a tenth of a second.
-        gc.collect()
-        gc.freeze()
+        keep_what_is_there()
         self._set_hangup()
         signals.task_revoked.connect(self._revoked)
         signals.worker_shutting_down.connect(self._asked_to_stop)
