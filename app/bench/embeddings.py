@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 from transformers import AutoModel
 
-from app.bench.report import machine, print_json, print_table
+from app.bench.report import machine, print_json, print_table, spread
 from app.bench.workloads import words
 from app.config.file import load
 from app.config.settings import ModelSettings, Settings
@@ -204,7 +204,7 @@ def _print(
         [
             name,
             f"{median(times):.2f}",
-            f"{min(times):.2f}–{max(times):.2f}",
+            spread(times, 2),
             f"{len(texts) / median(times):.0f}",
             f"{tokens / median(times):.0f}",
             "" if wanted is None else f"{cosine_similarity(vectors[name], wanted).min():.6f}",

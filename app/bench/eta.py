@@ -24,7 +24,7 @@ from typing import Any, Final
 
 import httpx
 
-from app.bench.own_system import OwnSystem
+from app.bench.own_system import OwnSystem, model_entry
 from app.bench.report import machine, print_json, print_table
 from app.local.supervisor import System
 from app.store import outlook
@@ -39,17 +39,6 @@ PATIENT: Final = 6
 """Priority of one burst in four; the others have 0."""
 BATCH_SIZE: Final = 8
 MOST: Final = 100_000
-
-_MODEL: Final = """
-[models.stub]
-source = "stub"
-kind = "generate"
-engine = "stub"
-default = true
-max_batch_size = {rows}
-max_wait_ms = 20
-options = {{ step_ms = {step_ms} }}
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +64,8 @@ def trace(seconds: float, busy: float, step_ms: float, seed: int) -> list[Burst]
 def main(arguments: Seq[str]) -> None:
     options = _parser().parse_args(arguments)
     bursts = trace(options.seconds, options.busy, options.step_ms, options.seed)
-    model = _MODEL.format(rows=BATCH_SIZE, step_ms=options.step_ms)
+    stub = {"step_ms": options.step_ms}
+    model = model_entry(max_batch_size=BATCH_SIZE, max_wait_ms=20, options=stub)
     with OwnSystem("", model) as system:
         number = sum(len(burst.lengths) for burst in bursts)
         print(f"{machine()}\n{number} jobs in {len(bursts)} bursts\n", flush=True)

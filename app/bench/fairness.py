@@ -19,16 +19,15 @@ from __future__ import annotations
 import argparse
 import random
 import time
-from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from statistics import median
-from typing import Any, Final
+from typing import Final
 
 import psycopg
 
-from app.bench.own_system import OwnSystem
+from app.bench.own_system import UNBOUNDED, OwnSystem, eventually, model_entry
 from app.bench.report import machine, print_json, print_table
 from app.broker.publisher import Publisher
 from app.engines.catalog import load_catalog
@@ -45,17 +44,6 @@ PAGE: Final = 1_000
 TIMEOUT_S: Final = 300.0
 WEIGHTS: Final = {"weight-1": 1, "weight-2": 2, "weight-5": 5}
 
-_MODELS: Final = """
-[models.stub]
-source = "stub"
-kind = "generate"
-engine = "stub"
-default = true
-max_batch_size = {rows}
-max_wait_ms = 20
-options = {{ step_ms = {step_ms} }}
-"""
-_SETTINGS: Final = "max_queued_jobs = 1000000\nmax_queued_tokens = 1000000000\n"
 _ENDED: Final = """
     SELECT extract(epoch FROM started_at - created_at) * 1000, inference_ms
     FROM results WHERE job_id = %s AND state = 'completed'
@@ -93,8 +81,7 @@ class Mill:
 
     def __init__(self, system: OwnSystem) -> None:
         settings = system.settings
-        url = settings.database.url.replace("postgresql+psycopg://", "postgresql://", 1)
-        self.rows: psycopg.Connection[Any] = psycopg.connect(url, autocommit=True)
+        self.rows = psycopg.connect(settings.database.url, autocommit=True)
         self._database = Database(settings.database.url, application_name="gristmill bench")
         self._publisher = Publisher(settings)
         self._submitter = Submitter(
@@ -119,11 +106,11 @@ class Mill:
     def wait_ms(self, tenant: str) -> float:
         """What a job of this tenant waits for, from when it is accepted to when it begins."""
         [job_id] = self.submit(tenant, 1)
-        row = _eventually(lambda: self.rows.execute(_ENDED, [job_id]).fetchone())
+        row = eventually(lambda: self.rows.execute(_ENDED, [job_id]).fetchone(), TIMEOUT_S)
         return float(row[0])
 
     def batch_ms(self) -> float:
-        row = _eventually(lambda: self.rows.execute(_LASTED).fetchone())
+        row = eventually(lambda: self.rows.execute(_LASTED).fetchone(), TIMEOUT_S)
         return float(row[0])
 
     def queued(self) -> int:
@@ -138,10 +125,11 @@ class Mill:
 
 def main(arguments: Seq[str]) -> None:
     options = _parser().parse_args(arguments)
-    models = _MODELS.format(rows=ROWS, step_ms=options.batch_ms / STEPS)
-    with OwnSystem(_SETTINGS, models) as system, _mill(system) as mill:
+    stub = {"step_ms": options.batch_ms / STEPS}
+    models = model_entry(max_batch_size=ROWS, max_wait_ms=20, options=stub)
+    with OwnSystem(UNBOUNDED, models) as system, closing(Mill(system)) as mill:
         mill.submit("first", ROWS)
-        _eventually(lambda: mill.queued() == 0)
+        eventually(lambda: mill.queued() == 0, TIMEOUT_S)
         waited = []
         for number in options.tenants:
             _make_noise(mill, number, options.jobs)
@@ -178,24 +166,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-@contextmanager
-def _mill(system: OwnSystem) -> Iterator[Mill]:
-    mill = Mill(system)
-    try:
-        yield mill
-    finally:
-        mill.close()
-
-
-def _eventually(answer: Callable[[], Any]) -> Any:
-    until = time.monotonic() + TIMEOUT_S
-    while not (found := answer()):
-        if time.monotonic() > until:
-            raise SystemExit(f"The jobs have not ended within {TIMEOUT_S:.0f} s.")
-        time.sleep(0.02)
-    return found
-
-
 def _make_noise(mill: Mill, tenants: int, jobs: int) -> None:
     """The first has all the jobs, each further one a five-hundredth of them."""
     known = {
@@ -217,7 +187,7 @@ def _measure(mill: Mill, tenants: int, number: int) -> Waited:
 
 def _shares(models: str, seconds: float, batch_ms: float) -> dict[str, float]:
     """What part of their device time each of the weighed tenants has had."""
-    with OwnSystem(_SETTINGS, models) as system, _mill(system) as mill:
+    with OwnSystem(UNBOUNDED, models) as system, closing(Mill(system)) as mill:
         return _shared(mill, seconds, batch_ms)
 
 

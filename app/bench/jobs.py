@@ -30,7 +30,7 @@ import psycopg
 from celery import Celery
 
 from app.bench import plain_celery
-from app.bench.own_system import OwnSystem
+from app.bench.own_system import OwnSystem, eventually, model_entry
 from app.bench.report import machine, print_json, print_table, spread
 from app.config.settings import Settings
 from app.errors import GristmillError
@@ -47,15 +47,6 @@ TIMEOUT_S: Final = 300.0
 POOLS: Final = {"prefork": 2, "threads": 8}
 """Of the plain worker, with their concurrency: what was best on two cores."""
 
-_MODELS: Final = """
-[models.stub]
-source = "stub"
-kind = "generate"
-engine = "stub"
-default = true
-max_batch_size = 64
-max_wait_ms = 20
-"""
 _COUNT: Final = "SELECT count(*) FROM results WHERE state = 'completed'"
 # Counts only while there is nothing to do: it takes more of Postgres the more jobs have ended.
 _ARE_DONE: Final = f"SELECT NOT EXISTS (SELECT FROM open_jobs) AND ({_COUNT}) >= %s"
@@ -84,7 +75,7 @@ class Race:
 
     def __init__(self, system: OwnSystem) -> None:
         self._settings: Settings = system.settings
-        self._url = psycopg.conninfo.make_conninfo(_libpq(system.settings.database.url))
+        self._url = system.settings.database.url
         self._roots = [
             (part.name.lower().partition("-")[0], psutil.Process(part.pid))
             for part in system.parts
@@ -169,7 +160,7 @@ class Race:
 def main(arguments: Seq[str]) -> None:
     options = _parser().parse_args(arguments)
     heats: dict[str, list[Heat]] = {}
-    with OwnSystem("", _MODELS) as system:
+    with OwnSystem("", model_entry(max_batch_size=64, max_wait_ms=20)) as system:
         for part in system.parts:
             if part.name == "flower":
                 part.stop(1)
@@ -210,10 +201,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _libpq(url: str) -> str:
-    return url.replace("postgresql+psycopg://", "postgresql://", 1)
-
-
 def _send(app: Celery, task: str, number: int) -> None:
     for _ in range(number):
         app.send_task(task, kwargs=BODY)
@@ -235,11 +222,10 @@ def _plain_worker(pool: str, broker: str, database: str) -> Iterator[psutil.Proc
 
 
 def _wait(connection: psycopg.Connection[Any], ask: Any, *given: int) -> None:
-    until = time.monotonic() + TIMEOUT_S
-    while not (connection.execute(ask, given).fetchone() or (False,))[0]:
-        if time.monotonic() > until:
-            sys.exit(f"The jobs have not ended within {TIMEOUT_S:.0f} s.")
-        time.sleep(POLL_S)
+    def answer() -> Any:
+        return (connection.execute(ask, given).fetchone() or (False,))[0]
+
+    eventually(answer, TIMEOUT_S, POLL_S)
 
 
 def _heat(

@@ -28,7 +28,7 @@ from typing import Any, Final
 
 import httpx
 
-from app.bench.own_system import OwnSystem
+from app.bench.own_system import OwnSystem, model_entry
 from app.bench.report import machine, print_json, print_table
 from app.bench.workloads import WORKLOADS, Request, make
 from app.engines.catalog import load_catalog
@@ -44,16 +44,6 @@ LONE: Final = 20
 pace."""
 OWN: Final = "own"
 """What suits the engine: `max_wait_ms` is left out."""
-
-_MODEL: Final = """
-[models.m]
-source = "{source}"
-kind = "generate"
-engine = "{engine}"
-default = true
-max_batch_size = {rows}
-{wait}
-"""
 
 
 @dataclass(slots=True)
@@ -110,11 +100,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _system(options: argparse.Namespace, wait: str) -> System:
     """Everything, with the one model."""
-    model = _MODEL.format(
+    model = model_entry(
+        "m",
         source=options.source,
         engine=options.engine,
-        rows=options.rows,
-        wait="" if wait == OWN else f"max_wait_ms = {float(wait)}",
+        max_batch_size=options.rows,
+        **({} if wait == OWN else {"max_wait_ms": float(wait)}),
     )
     return OwnSystem("", model)
 

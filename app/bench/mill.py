@@ -24,6 +24,7 @@ import psutil
 import psycopg
 import redis
 
+from app.bench.own_system import PRICES, model_entry
 from app.broker.commands import worker_command
 from app.broker.message import Message
 from app.broker.publisher import Publisher
@@ -51,23 +52,6 @@ log_level = "WARNING"
 url = "{database}"
 [broker]
 url = "{broker}"
-"""
-_MODELS: Final = """
-[models.stub]
-source = "stub"
-kind = "embed"
-engine = "stub"
-default = true
-max_batch_size = {batch_size}
-max_batch_tokens = 4_000_000
-context_tokens = 2_000_000
-max_wait_ms = 10
-options = {{ step_ms = {step_ms} }}
-"""
-_PRICES: Final = """
-[prices.cpu]
-per_device_hour = "0.08"
-currency = "USD"
 """
 
 
@@ -120,7 +104,14 @@ class Mill:
         """`hosts` by the name of the part; others are here."""
         self._hosts = hosts or {}
         self._held = ExitStack()
-        self._models = _MODELS.format(batch_size=batch_size, step_ms=step_ms)
+        self._models = model_entry(
+            kind="embed",
+            max_batch_size=batch_size,
+            max_batch_tokens=4_000_000,
+            context_tokens=2_000_000,
+            max_wait_ms=10,
+            options={"step_ms": step_ms},
+        )
         self._children: list[Child] = []
         self._num_workers = 0
 
@@ -135,7 +126,7 @@ class Mill:
             config = folder / "bench.toml"
             config.write_text(_SETTINGS.format(folder=folder, database=url, broker=broker))
             config.with_name("models.toml").write_text(self._models)
-            config.with_name("prices.toml").write_text(_PRICES)
+            config.with_name("prices.toml").write_text(PRICES)
             self._environment = os.environ | {"GRISTMILL_CONFIG": str(config)}
             self.settings = load(config, {}).connected()
             self.database = held.enter_context(closing(Database(url, pool_size=1)))

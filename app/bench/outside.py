@@ -23,9 +23,9 @@ from typing import Any, Final
 
 import httpx
 
-from app.bench.own_system import OwnSystem
+from app.bench.own_system import OwnSystem, model_entry
 from app.bench.pipeline import run_path
-from app.bench.report import machine, print_json, print_table
+from app.bench.report import machine, print_json, print_table, spread
 from app.bench.workloads import WORKLOADS, Request, make
 from app.config.settings import ModelSettings
 from app.engines.checkpoint.models import ensure_files
@@ -37,20 +37,6 @@ from app.local.ports import free_port
 ROWS: Final = 64
 CONTEXT: Final = 2048
 WARM_UP: Final = 8
-
-_MODEL: Final = """
-[models.m]
-source = "{source}"
-kind = "generate"
-engine = "{engine}"
-dtype = "{dtype}"
-default = true
-max_batch_size = {rows}
-max_batch_tokens = 1_000_000
-context_tokens = {context}
-[models.m.options]
-{options}
-"""
 
 Way = Callable[[Seq[Request]], float]
 """Seconds for all requests."""
@@ -97,9 +83,16 @@ def _parser() -> argparse.ArgumentParser:
 @contextmanager
 def _system(engine: str, folder: Path, dtype: str, options: dict[str, Any]) -> Iterator[Way]:
     """Everything, with the one model."""
-    written = "\n".join(f"{name} = {json.dumps(value)}" for name, value in options.items())
-    values = {"engine": engine, "source": folder, "dtype": dtype, "options": written}
-    model = _MODEL.format(rows=ROWS, context=CONTEXT, **values)
+    model = model_entry(
+        "m",
+        source=str(folder),
+        engine=engine,
+        dtype=dtype,
+        max_batch_size=ROWS,
+        max_batch_tokens=1_000_000,
+        context_tokens=CONTEXT,
+        options=options,
+    )
     with OwnSystem("", model, print) as system:
         yield functools.partial(run_path, system.settings)
 
@@ -196,7 +189,7 @@ def _print(
         [
             name,
             f"{median(each):.2f}",
-            f"{min(each):.2f}–{max(each):.2f}",
+            spread(each, 2),
             f"{tokens / median(each):.0f}",
         ]
         for name, each in times.items()

@@ -23,7 +23,7 @@ from typing import Final
 import httpx
 import psutil
 
-from app.bench.own_system import OwnSystem
+from app.bench.own_system import OwnSystem, model_entry
 from app.bench.report import machine, print_json, print_table
 from app.local.supervisor import System
 from gristmill_client import Client, GristmillError, Job, JobState
@@ -36,17 +36,6 @@ HURRIED_S: Final = 2.0
 """Every fifth job has so little time that it expires in a queue of any length."""
 QUEUE_S: Final = 5.0
 """The queue is bounded to what a device without pauses would drain in this time."""
-
-_MODELS: Final = """
-[models.stub]
-source = "stub"
-kind = "generate"
-engine = "stub"
-default = true
-max_batch_size = {batch_size}
-max_wait_ms = 20
-options = {{ step_ms = {step_ms} }}
-"""
 
 
 @dataclass(slots=True)
@@ -95,7 +84,8 @@ class Phase:
 def main(arguments: Seq[str]) -> None:
     options = _parser().parse_args(arguments)
     most = BATCH_SIZE * max(3, round(QUEUE_S / (STEPS * options.step_ms / 1000)))
-    models = _MODELS.format(step_ms=options.step_ms, batch_size=BATCH_SIZE)
+    stub = {"step_ms": options.step_ms}
+    models = model_entry(max_batch_size=BATCH_SIZE, max_wait_ms=20, options=stub)
     with OwnSystem(f"max_queued_jobs = {most}", models) as system:
         url = system.settings.api.url
         _work_off(url, BATCH_SIZE)

@@ -16,7 +16,7 @@ from statistics import median
 
 import psutil
 
-from app.bench.report import machine, print_json, print_table
+from app.bench.report import machine, print_json, print_table, spread
 from app.bench.workloads import WORKLOADS, Request, make
 from app.config.file import load
 from app.config.settings import Settings
@@ -136,7 +136,7 @@ def _print(
     tokens = sum(request.num_tokens for request in requests)
     print(f"\n{machine()}\n{workload}: {len(requests)} requests, {tokens} output tokens\n")
     rows = [
-        [name, f"{median(times):.2f}", f"{min(times):.2f}–{max(times):.2f}", f"{rate:.0f}"]
+        [name, f"{median(times):.2f}", spread(times, 2), f"{rate:.0f}"]
         for name, times in (("HTTP → Redis → engine → commit", path), ("bare engine loop", bare))
         for rate in [tokens / median(times)]
     ]

@@ -7,36 +7,16 @@ is that of halving: from the whole batch down to each poison, both halves of eve
 from __future__ import annotations
 
 import argparse
-import os
-import tempfile
 from collections.abc import Sequence as Seq
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Final
 
+from app.bench.own_system import OwnSystem, model_entry
 from app.bench.report import print_json, print_table
 from app.bench.system import Bench
-from app.config.file import load
-from app.local.supervisor import System
 from gristmill_client import Client, GristmillError, Job, JobState
 
 BATCH: Final = 64
-_CONFIG: Final = {
-    "settings.toml": 'cache_dir = "{folder}/cache"\n[api]\nport = 0\n[flower]\nport = 0\n',
-    "models.toml": """
-        [models.stub]
-        source = "stub"
-        kind = "generate"
-        engine = "stub"
-        default = true
-        max_batch_size = 64
-        max_batch_tokens = 100000
-        max_wait_ms = 10000
-        [models.stub.options]
-        step_ms = 1
-    """,
-    "prices.toml": '[prices.cpu]\nper_device_hour = "0.036"\ncurrency = "USD"\n',
-}
 
 
 def max_runs(poisons: int, batch: int = BATCH) -> int:
@@ -54,10 +34,13 @@ def main(arguments: Seq[str]) -> None:
     parser.add_argument("--poisons", type=int, nargs="+", default=[1, 2, 5])
     options = parser.parse_args(arguments)
     with ExitStack() as held:
-        folder = Path(held.enter_context(tempfile.TemporaryDirectory()))
-        for name, text in _CONFIG.items():
-            (folder / name).write_text(text.replace("{folder}", str(folder)))
-        system = held.enter_context(System(load(folder / "settings.toml", os.environ), print))
+        model = model_entry(
+            max_batch_size=BATCH,
+            max_batch_tokens=100_000,
+            max_wait_ms=10_000,
+            options={"step_ms": 1},
+        )
+        system = held.enter_context(OwnSystem("", model, print))
         bench = Bench(system, held.enter_context(Client(system.settings.api.url)))
         rows = [_run(bench, number) for number in options.poisons]
     columns = ["poisons among 64", "failed", "innocents failed", "mates charged", "runs", "bound"]

@@ -23,8 +23,8 @@ from typing import Any, Final
 
 import httpx
 
-from app.bench.own_system import OwnSystem
-from app.bench.report import machine, print_json, print_table
+from app.bench.own_system import OwnSystem, model_entry
+from app.bench.report import machine, print_json, print_table, spread
 from app.config.settings import Policy
 from app.jobs import JobState
 from app.local.supervisor import System
@@ -40,19 +40,6 @@ from gristmill_client import Client
 SIZES: Final = (16, 24, 32, 40, 48, 64)
 MOST_TOKENS: Final = 1_000_000
 BODY: Final = {"prompt": "x", "max_tokens": 1}
-
-_MODEL: Final = """
-[models.{name}]
-source = "stub"
-kind = "generate"
-engine = "stub"
-default = {default}
-max_batch_size = {setting.max_batch_size}
-max_batch_tokens = {tokens}
-max_wait_ms = {wait_ms}
-options = {{ step_ms = {fixed_ms}, row_ms = {row_ms} }}
-{policy}
-"""
 
 
 @dataclass(slots=True)
@@ -106,18 +93,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _model(name: str, setting: Setting, options: argparse.Namespace) -> str:
-    policy = f'batch.policy = "{setting.policy.value}"'
+    batch: dict[str, Any] = {"policy": setting.policy.value}
     if setting.wait_cost is not None:
-        policy += f"\nbatch.wait_cost = {setting.wait_cost}"
-    return _MODEL.format(
-        name=name,
-        default=str(setting.policy is Policy.FIXED).lower(),
-        setting=setting,
-        tokens=MOST_TOKENS,
-        wait_ms=float(setting.max_wait_ms),
-        fixed_ms=options.fixed_ms,
-        row_ms=options.row_ms,
-        policy=policy,
+        batch["wait_cost"] = setting.wait_cost
+    return model_entry(
+        name,
+        default=setting.policy is Policy.FIXED,
+        max_batch_size=setting.max_batch_size,
+        max_batch_tokens=MOST_TOKENS,
+        max_wait_ms=float(setting.max_wait_ms),
+        options={"step_ms": options.fixed_ms, "row_ms": options.row_ms},
+        batch=batch,
     )
 
 
@@ -209,7 +195,7 @@ def _print_measured(
                 f"{point.mean_size:.1f}",
                 f"{each.p95_ms:.0f}",
                 f"{point.p95_ms:.0f}",
-                f"{median(per_job):.2f} ({min(per_job):.2f}–{max(per_job):.2f})",
+                f"{median(per_job):.2f} ({spread(per_job, 2)})",
                 f"{point.device_ms_per_job:.2f}",
                 f"{1 - point.busy:.0%}",
             ]

@@ -25,20 +25,11 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from app.bench.own_system import OwnSystem
-from app.bench.report import machine, print_json, print_table
+from app.bench.own_system import OwnSystem, model_entry
+from app.bench.report import machine, print_json, print_table, spread
 from app.worker.engine.host import LAUNCH
 from gristmill_client import Client, GristmillError, Job, Submission
 
-_MODEL: Final = """
-[models.m]
-source = "{source}"
-kind = "generate"
-engine = "{engine}"
-default = true
-max_batch_size = {streams}
-{options}
-"""
 WARM_UP: Final = 8
 TOKENS: Final = b"event: tokens"
 END: Final = b"event: end"
@@ -108,12 +99,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _system(options: argparse.Namespace) -> OwnSystem:
-    stub = f"[models.m.options]\nstep_ms = {options.step_ms}\njoins = true"
-    model = _MODEL.format(
+    stub = {"step_ms": options.step_ms, "joins": True}
+    model = model_entry(
+        "m",
         source=options.source,
         engine=options.engine,
-        streams=options.streams,
-        options=stub if options.engine == "stub" else "",
+        max_batch_size=options.streams,
+        options=stub if options.engine == "stub" else {},
     )
     return OwnSystem(f"[worker]\nthreads = {options.threads}\n", model)
 
@@ -175,7 +167,7 @@ def _print(options: argparse.Namespace, plain: Seq[Round], streamed: Seq[Round])
     own = sum(each.engine_s for each in streamed) / sum(each.engine_s for each in plain)
     print(f"\n{machine()}\n{options.streams} jobs of {options.tokens} tokens, {options.engine}\n")
     rows = [
-        [name, f"{median(rates):.0f}", f"{min(rates):.0f}–{max(rates):.0f}"]
+        [name, f"{median(rates):.0f}", spread(rates)]
         for name, rounds in (("followed by nobody", plain), ("streamed", streamed))
         for rates in [[each.tokens_per_s for each in rounds]]
     ]

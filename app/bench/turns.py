@@ -15,13 +15,14 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence as Seq
+from contextlib import closing
 from itertools import pairwise
 from statistics import median, quantiles
 from typing import Any, Final
 
 import psycopg
 
-from app.bench.own_system import OwnSystem
+from app.bench.own_system import UNBOUNDED, OwnSystem, eventually, model_entry
 from app.bench.report import machine, print_json, print_table
 from app.jobs import MAX_PRIORITY
 from gristmill_client import Client, Submission
@@ -32,17 +33,6 @@ WARM_UP: Final = 8 * ROWS
 PAUSES: Final = 30 * ROWS
 TIMEOUT_S: Final = 60.0
 
-_SETTINGS: Final = "max_queued_jobs = 1000000\nmax_queued_tokens = 1000000000\n"
-_MODEL: Final = """
-[models.{name}]
-source = "stub"
-kind = "generate"
-engine = "stub"
-default = {default}
-max_batch_size = {rows}
-max_wait_ms = 20
-options = {{ step_ms = {step_ms} }}
-"""
 # When each full batch ran; stamps are the worker's, which counts them from one clock.
 _RUNS: Final = """
     SELECT min(started_at), max(started_at + inference_ms * interval '1 ms') FROM results
@@ -60,8 +50,7 @@ class Mill:
 
     def __init__(self, system: OwnSystem) -> None:
         settings = system.settings
-        url = settings.database.url.replace("postgresql+psycopg://", "postgresql://", 1)
-        self._rows: psycopg.Connection[Any] = psycopg.connect(url, autocommit=True)
+        self._rows = psycopg.connect(settings.database.url, autocommit=True)
         self._client = Client(settings.api.url, key=settings.api.key)
 
     def close(self) -> None:
@@ -82,11 +71,7 @@ class Mill:
         return job_id, (time.monotonic() - began) * 1000
 
     def drain(self) -> None:
-        until = time.monotonic() + TIMEOUT_S
-        while self.queued():
-            if time.monotonic() > until:
-                raise SystemExit(f"The jobs have not ended within {TIMEOUT_S:.0f} s.")
-            time.sleep(0.05)
+        eventually(lambda: self.queued() == 0, TIMEOUT_S)
 
     def queued(self) -> int:
         return int(self._one("SELECT count(*) FROM open_jobs"))
@@ -105,26 +90,20 @@ class Mill:
 
 def main(arguments: Seq[str]) -> None:
     options = _parser().parse_args(arguments)
-    models = "".join(
-        _MODEL.format(name=name, default=default, rows=ROWS, step_ms=options.step_ms)
-        for name, default in (("busy", "true"), ("idle", "false"))
-    )
-    with OwnSystem(_SETTINGS, models) as system:
-        mill = Mill(system)
-        try:
-            for model in ("busy", "idle"):
-                mill.submit(WARM_UP, model)
-            mill.drain()
-            mill.submit(PAUSES)
-            mill.drain()
-            pauses = mill.pauses_ms()[-PAUSES // ROWS + 2 :]
-            mill.submit(options.jobs)
-            idle = [mill.lone("idle")[1] for _ in range(options.lone)]
-            patient, patient_ms = mill.lone("busy", MAX_PRIORITY)
-            before = mill.batches_before(patient)
-            left = mill.queued()
-        finally:
-            mill.close()
+    stub = {"max_batch_size": ROWS, "max_wait_ms": 20, "options": {"step_ms": options.step_ms}}
+    models = model_entry("busy", **stub) + model_entry("idle", default=False, **stub)
+    with OwnSystem(UNBOUNDED, models) as system, closing(Mill(system)) as mill:
+        for model in ("busy", "idle"):
+            mill.submit(WARM_UP, model)
+        mill.drain()
+        mill.submit(PAUSES)
+        mill.drain()
+        pauses = mill.pauses_ms()[-PAUSES // ROWS + 2 :]
+        mill.submit(options.jobs)
+        idle = [mill.lone("idle")[1] for _ in range(options.lone)]
+        patient, patient_ms = mill.lone("busy", MAX_PRIORITY)
+        before = mill.batches_before(patient)
+        left = mill.queued()
     _print(options, pauses, idle, (patient_ms, before), left)
 
 
