@@ -145,12 +145,10 @@ class StaticEngine(abc.ABC):
         return None
 
     def _check_tokens(self, sequence: Sequence) -> None:
-        """What would end in an index error deep in the model, and on CUDA poison the device."""
-        prompt, known = sequence.prompt_token_ids, self._tokenizer.vocab_size
+        prompt = sequence.prompt_token_ids
         if not prompt:
             raise RequestError("The prompt has no tokens.")
-        if min(prompt) < 0 or max(prompt) >= known:
-            raise RequestError(f"A token id is out of range; this model's run to {known - 1}.")
+        self._tokenizer.check(prompt)
         output = sequence.params.max_tokens if sequence.params else 0
         context = self._tokenizer.context_tokens
         if self._tokenizer.separate_output:

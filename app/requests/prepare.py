@@ -175,12 +175,8 @@ def _params(
             f"This model's engine, {settings.engine}, does not search with beams; generate does.",
             param="num_beams",
         )
-    for field, ids in (
-        ("logit_bias", map(int, body.logit_bias)),
-        ("stop_token_ids", body.stop_token_ids),
-    ):
-        if max(ids, default=0) >= tokenizer.vocab_size:
-            raise _out_of_range(tokenizer, field)
+    tokenizer.check([*map(int, body.logit_bias)], "logit_bias")
+    tokenizer.check(body.stop_token_ids, "stop_token_ids")
     words = [variant for word in body.bad_words for variant in _variants(word, tokenizer)]
     params = body.sampling(max_tokens, tuple(words), grammar_for(body, tokenizer, prompts))
     match body.prompts[0]:
@@ -205,12 +201,6 @@ def _variants(word: str, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
     word = word.lstrip() or word
     found = (tokenizer.encode_within(each) for each in (word, f" {word}"))
     return [each for each in dict.fromkeys(found) if each]
-
-
-def _out_of_range(tokenizer: Tokenizer, field: str) -> RequestError:
-    return RequestError(
-        f"A token id is out of range; this model's run to {tokenizer.vocab_size - 1}.", param=field
-    )
 
 
 def encode(request: Request, tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
@@ -288,8 +278,7 @@ def _encode(
         tokens = tokenizer.encode_chat(chat, parse_special=parse_special)
     else:
         tokens = prompt
-        if max(tokens) >= tokenizer.vocab_size:
-            raise _out_of_range(tokenizer, field)
+        tokenizer.check(tokens, field)
     if not tokens:
         raise RequestError("The prompt has no tokens.", param=field)
     return tokens

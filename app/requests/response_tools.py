@@ -12,7 +12,7 @@ from app.errors import RequestError
 from app.requests.handling import Ignored, Refused
 from app.requests.part import Part
 from app.requests.schemas import SchemaText
-from app.requests.tools import MAX_TOOLS, Name
+from app.requests.tools import MAX_TOOLS, Function, Name
 
 
 def _own(given: Any) -> Any:
@@ -24,23 +24,10 @@ def _own(given: Any) -> Any:
     return given
 
 
-class FunctionTool(Part):
+class FunctionTool(Function):
     """A function that the model may ask to be called."""
 
     type: Literal["function"] = Field(description="A function.", examples=["function"])
-    name: Name = Field(description="What it is called by.", examples=["get_weather"])
-    description: str | None = Field(
-        None, description="What it does, for the model.", examples=["The weather of a place."]
-    )
-    parameters: SchemaText | None = Field(
-        None,
-        description="JSON schema of its arguments, an object, or its text; none when left out.",
-        examples=[{"type": "object", "properties": {"place": {"type": "string"}}}],
-    )
-    strict: bool | None = Field(
-        None,
-        description="Accepted for compatibility: calls that are `required` or named always match.",
-    )
     output_schema: Annotated[Any, Ignored("put it into the description")] = None
     allowed_callers: Annotated[Any, Ignored("the model alone calls")] = None
     defer_loading: Annotated[Any, Ignored("every tool is told")] = None

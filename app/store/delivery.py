@@ -29,7 +29,7 @@ from sqlalchemy import Connection, Row, text
 
 from app.jobs import DEFAULT_TENANT, Kind
 from app.requests.bodies import FORMAT
-from app.store.lookup import locked
+from app.store.lookup import OPEN_MODELS, locked
 
 
 class Delivery(enum.StrEnum):
@@ -178,14 +178,7 @@ _IS_OVERDUE: Final = """
 
 # Sent jobs whose message may be lost by now: model by model in the index, oldest first.
 _OVERDUE: Final = text(f"""
-    WITH RECURSIVE found (model) AS (
-        (SELECT model FROM open_jobs ORDER BY model LIMIT 1)
-        UNION ALL
-        SELECT (
-            SELECT open_jobs.model FROM open_jobs WHERE open_jobs.model > found.model
-            ORDER BY open_jobs.model LIMIT 1
-        ) FROM found WHERE found.model IS NOT NULL
-    )
+    {OPEN_MODELS}
     SELECT job.id, job.model FROM found CROSS JOIN LATERAL (
         SELECT id, model FROM open_jobs
         WHERE {SENT} AND model = found.model AND {KNOWN} AND not_before <= now() AND {_IS_OVERDUE}

@@ -34,6 +34,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 
 from app.errors import JobNotFound
 from app.jobs import JobState
+from app.store.lookup import OPEN_MODELS
 from app.store.tables import DEFAULT_TENANT, Stamp, jobs, open_jobs, results
 
 MANY: Final = 10_000
@@ -92,18 +93,7 @@ def place(connection: Connection, job_id: UUID, tenant: str) -> Tuple:
     return tuple_(literal(created_at, Stamp), literal(job_id, Uuid))
 
 
-# The models of open jobs, by steps from each to the next in the index.
-_OPEN_MODELS: Final = text("""
-    WITH RECURSIVE found (model) AS (
-        (SELECT model FROM open_jobs ORDER BY model LIMIT 1)
-        UNION ALL
-        SELECT (
-            SELECT open_jobs.model FROM open_jobs WHERE open_jobs.model > found.model
-            ORDER BY open_jobs.model LIMIT 1
-        ) FROM found WHERE found.model IS NOT NULL
-    )
-    SELECT model FROM found WHERE model IS NOT NULL
-""")
+_OPEN_MODELS: Final = text(f"{OPEN_MODELS} SELECT model FROM found WHERE model IS NOT NULL")
 
 
 def _parts(connection: Connection, given: Filter, state: JobState) -> list[tuple[Filter, JobState]]:

@@ -1,4 +1,4 @@
-"""Looking up jobs by their ids, whatever the planner believes of the table.
+"""Looking up jobs, whatever the planner believes of the table.
 
 A queue is empty when statistics are taken and full when they are used. So conditions on state stay
 outside of the lookup: taken inside, they tempt the planner into a partial index that it believes to
@@ -6,6 +6,21 @@ be tiny, and to read all of it for every single id.
 """
 
 from __future__ import annotations
+
+from typing import Final
+
+OPEN_MODELS: Final = """
+    WITH RECURSIVE found (model) AS (
+        (SELECT model FROM open_jobs ORDER BY model LIMIT 1)
+        UNION ALL
+        SELECT (
+            SELECT open_jobs.model FROM open_jobs WHERE open_jobs.model > found.model
+            ORDER BY open_jobs.model LIMIT 1
+        ) FROM found WHERE found.model IS NOT NULL
+    )
+"""
+"""SQL that begins a query of `found`: the models of open jobs, by steps from each to the next in
+the index, however many jobs there are of each; and a null."""
 
 
 def locked(job_id: str, *, skip: bool = False) -> str:

@@ -225,10 +225,7 @@ class InflightEngine(JoiningEngine):
             raise RequestError("This model generates text; it gives no embeddings.")
         if not prompt:
             raise RequestError("The prompt has no tokens.")
-        if min(prompt) < 0 or max(prompt) >= self._tokenizer.vocab_size:
-            raise RequestError(
-                f"A token id is out of range; this model's run to {self._tokenizer.vocab_size - 1}."
-            )
+        self._tokenizer.check(prompt)
         room = min(self._context_tokens, self._scheduler.num_blocks * BLOCK)
         if sequence.max_total_tokens > room:
             raise ContextLengthExceeded(

@@ -72,6 +72,15 @@ class Tokenizer(abc.ABC):
         """In bytes of UTF-8 or in characters, whichever tokens are made of."""
         return len(text.encode()) if self.length_unit == "bytes" else len(text)
 
+    def check(self, token_ids: Seq[int], param: str | None = None) -> None:
+        """Refuse ids that the model has no token for: they would end in an index error deep in it,
+        and on CUDA poison the device."""
+        if token_ids and (min(token_ids) < 0 or max(token_ids) >= self.vocab_size):
+            raise RequestError(
+                f"A token id is out of range; this model's run to {self.vocab_size - 1}.",
+                param=param,
+            )
+
     @abc.abstractmethod
     def encode_text(self, text: str, *, parse_special: bool = False) -> tuple[int, ...]:
         """With the special tokens that the model expects around a text, and none within it unless

@@ -176,10 +176,7 @@ class VllmEngine(JoiningEngine):
             raise RequestError("This model generates text; it gives no embeddings.")
         if not prompt:
             raise RequestError("The prompt has no tokens.")
-        if min(prompt) < 0 or max(prompt) >= self._tokenizer.vocab_size:
-            raise RequestError(
-                f"A token id is out of range; this model's run to {self._tokenizer.vocab_size - 1}."
-            )
+        self._tokenizer.check(prompt)
         if sequence.max_total_tokens > self._tokenizer.context_tokens:
             raise ContextLengthExceeded(
                 f"The prompt has {len(prompt)} tokens and the answer may have {params.max_tokens}; "

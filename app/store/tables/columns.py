@@ -23,6 +23,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONB
 
 from app.books.cost import HOUR_NS
+from app.books.energy import EnergyMethod
 from app.jobs import DEFAULT_TENANT, EARLIEST, LATEST, JobState
 
 metadata = MetaData(
@@ -127,6 +128,24 @@ def energy_columns() -> list[Column[Any]]:
     ]
 
 
+def energy_source() -> list[Column[Any]]:
+    """How an energy is known, beside it."""
+    return [
+        Column(
+            "energy_method",
+            Text,
+            nullable=False,
+            server_default=EnergyMethod.ABSENT,
+            comment="How that is known: measured, estimated or absent.",
+        ),
+        Column(
+            "energy_boundary",
+            Text,
+            comment="Whose energy it is a part of: gpu, cpu packages or device; null if absent.",
+        ),
+    ]
+
+
 def known_energy() -> CheckConstraint:
     return CheckConstraint(
         "num_nulls(energy_nj, wasted_nj)"
@@ -137,6 +156,16 @@ def known_energy() -> CheckConstraint:
 
 def tenant_column(comment: str) -> Column[Any]:
     return Column("tenant", Text, nullable=False, server_default=DEFAULT_TENANT, comment=comment)
+
+
+def labels_column() -> Column[Any]:
+    return Column(
+        "metadata",
+        JSONB,
+        nullable=False,
+        server_default=text("'{}'::jsonb"),
+        comment="The caller's own labels, returned as they came.",
+    )
 
 
 def terms() -> list[Column[Any]]:
@@ -154,13 +183,7 @@ def terms() -> list[Column[Any]]:
             comment="Version of the request's format; only workers that know it take the job.",
         ),
         Column("source", Text, nullable=False, comment="Where it came from: api or message."),
-        Column(
-            "metadata",
-            JSONB,
-            nullable=False,
-            server_default=text("'{}'::jsonb"),
-            comment="The caller's own labels, returned as they came.",
-        ),
+        labels_column(),
         Column(
             "priority",
             SmallInteger,

@@ -41,6 +41,7 @@ from app.store.tables.columns import (
     by_metadata,
     delivery_columns,
     energy_columns,
+    energy_source,
     in_range,
     known_energy,
     metadata,
@@ -323,18 +324,7 @@ results = Table(
         comment="What its tokens cost by that row's tariff, in `currency`; null without one.",
     ),
     *energy_columns(),
-    Column(
-        "energy_method",
-        Text,
-        nullable=False,
-        server_default=EnergyMethod.ABSENT,
-        comment="How that is known: measured, estimated or absent.",
-    ),
-    Column(
-        "energy_boundary",
-        Text,
-        comment="Whose energy it is a part of: gpu, cpu packages or device; null if absent.",
-    ),
+    *energy_source(),
     Column(
         "carbon_ug",
         BigInteger,

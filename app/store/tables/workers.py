@@ -18,7 +18,16 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 
 from app.books.energy import EnergyMethod
-from app.store.tables.columns import AGEING, Money, Stamp, in_range, metadata, not_negative, one_of
+from app.store.tables.columns import (
+    AGEING,
+    Money,
+    Stamp,
+    energy_source,
+    in_range,
+    metadata,
+    not_negative,
+    one_of,
+)
 
 workers = Table(
     "workers",
@@ -173,18 +182,7 @@ windows = Table(
         server_default=text("0"),
         comment="Of waste_nj, what no attempt's row tells, in nanojoules.",
     ),
-    Column(
-        "energy_method",
-        Text,
-        nullable=False,
-        server_default=EnergyMethod.ABSENT,
-        comment="How that is known: measured, estimated or absent.",
-    ),
-    Column(
-        "energy_boundary",
-        Text,
-        comment="Whose energy it is a part of: gpu, cpu packages or device; null if absent.",
-    ),
+    *energy_source(),
     Column(
         "counter_resets",
         Integer,
