@@ -1,4 +1,4 @@
-"""Alembic's entry: `app.store.database` runs it on an open transaction, by `gristmill migrate`."""
+"""Alembic's entry: `app.store.migration` runs it on an open transaction, by `gristmill migrate`."""
 
 from alembic import context
 

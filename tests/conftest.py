@@ -117,7 +117,7 @@ def empty_databases(postgres_server: EmbeddedPostgres) -> Callable[[str], str]:
 @pytest.fixture(scope="session")
 def migrated_template(empty_databases: Callable[[str], str]) -> str:
     """Name of a database with the newest schema and no rows."""
-    from app.store.database import migrate
+    from app.store.migration import migrate
 
     url = empty_databases("template0")
     migrate(url)

@@ -29,8 +29,9 @@ from app.bench.report import machine, print_json, print_table
 from app.bench.store import BATCH, DAY_S, MODEL, Store
 from app.local.servers import EmbeddedPostgres
 from app.store import delivery, months, reads, retention, sizes, submissions, sweeps
-from app.store.database import Database, migrate
+from app.store.database import Database
 from app.store.lists import Filter
+from app.store.migration import migrate
 
 ROUNDS: Final = 31
 PAGE: Final = 500

@@ -36,7 +36,8 @@ from app.local.child import Child, with_parent
 from app.local.ports import LOOPBACK, free_port
 from app.local.servers import EmbeddedPostgres, _not_root, package_folder
 from app.store import keys, submissions
-from app.store.database import Database, migrate
+from app.store.database import Database
+from app.store.migration import migrate
 from app.store.submissions import NewJob
 from app.store.tenancy import API_ROLE
 

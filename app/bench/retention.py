@@ -23,7 +23,8 @@ from app.bench.report import machine, print_json, print_table
 from app.bench.store import BATCH, DAY_S, MODEL, PROMPT, Store
 from app.local.servers import EmbeddedPostgres
 from app.store import claims, retention, sizes
-from app.store.database import Database, migrate
+from app.store.database import Database
+from app.store.migration import migrate
 from app.store.sizes import Size
 
 PAGE: Final = 500

@@ -28,7 +28,8 @@ from app.bench.store import BATCH, DAY_S, MODEL, Store
 from app.books.usage import Question, hour_of
 from app.local.servers import EmbeddedPostgres
 from app.store import sizes, usage
-from app.store.database import Database, migrate
+from app.store.database import Database
+from app.store.migration import migrate
 
 ROUNDS: Final = 41
 ASKED: Final = 5

@@ -214,7 +214,7 @@ def open_database() -> Iterator[Database]:
 def _embedded(settings: Settings) -> Iterator[str]:
     from app.config import run_file
     from app.local.servers import EmbeddedPostgres
-    from app.store.database import migrate
+    from app.store.migration import migrate
 
     folder = Path(settings.cache_dir)
     with run_file.only_one(folder), EmbeddedPostgres(folder / "postgres") as server:

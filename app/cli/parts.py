@@ -110,15 +110,16 @@ def bench(arguments: tuple[str, ...]) -> None:
 @click.option("--yes", is_flag=True, help="With down: do not ask.")
 def migrate(move: str, revision: str | None, yes: bool) -> None:
     """Bring the database schema up to date, take it back, or check it."""
-    from app.store import database, prices
+    from app.store import migration, prices
+    from app.store.database import Database
 
     settings = load_settings().connected()
     url = settings.database.url
     if move == "up":
-        out.print(f"The schema is at {database.migrate(url)}.")
+        out.print(f"The schema is at {migration.migrate(url)}.")
         prices.keep_at(url, settings.prices)
     elif move == "check":
-        with contextlib.closing(database.Database(url)) as connected:
+        with contextlib.closing(Database(url)) as connected:
             connected.check_schema()
         out.print("The schema fits.")
     elif revision is None:
@@ -127,7 +128,7 @@ def migrate(move: str, revision: str | None, yes: bool) -> None:
         yes or click.confirm(
             "Columns and tables are dropped with what is in them. Go on?", abort=True
         )
-        out.print(f"The schema is at {database.downgrade(url, revision)}.")
+        out.print(f"The schema is at {migration.downgrade(url, revision)}.")
 
 
 def tell_whether_well(answer: Answer | None) -> NoReturn:

@@ -35,7 +35,7 @@ from app.local.signals import handled
 from app.local.upkeep import Answer
 from app.local.watch import Watched
 from app.store import prices
-from app.store.database import migrate
+from app.store.migration import migrate
 
 START_TIMEOUT_S: Final = 120.0
 """For a part; the worker has `worker.load_timeout_s`."""

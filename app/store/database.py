@@ -1,4 +1,4 @@
-"""One process's connections to Postgres, and the schema's version."""
+"""One process's connections to Postgres."""
 
 from __future__ import annotations
 
@@ -6,42 +6,30 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime, timedelta
-from pathlib import Path
 from typing import Any, Final
 
 import psycopg
-from alembic import command
-from alembic.config import Config
-from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, Engine, NullPool, create_engine, event, text
+from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.engine import ExceptionContext, ExecutionContext
 from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from app.errors import SchemaError
-from app.store import months, tenancy
+from app.store import schema, tenancy
 from app.store.address import Address, quote
 from app.store.link import Found, Link, connect, is_lost
-from app.store.translation import Locked, translated_errors
+from app.store.translation import translated_errors
 from app.store.turns import Turns
 
 log = logging.getLogger(__name__)
-
-MIGRATIONS: Final = Path(__file__).parents[2] / "migrations"
-"""Beside the package, in a checkout and in site-packages alike."""
 
 PING_AFTER_S: Final = 0.5
 """A connection that was idle for longer is tried before it is used."""
 
 CLOCK_S: Final = 10.0
 """How long this machine's clock may go on from a reading of the database's."""
-
-_FITS_FROM: Final = "0003"
-"""Code of this revision and of all later ones runs on the newest schema. Migrations only add, so
-that old and new versions run side by side; one that takes something away raises this."""
 
 _PLANNED_EACH_TIME: Final = {"plan_cache_mode": "force_custom_plan", "enable_seqscan": "on"}
 """A plan that was made while a table was empty is of no use when it is full."""
@@ -55,13 +43,6 @@ _PLAN: Final = """
         set_config('plan_cache_mode', %(plan_cache_mode)s, false),
         set_config('enable_seqscan', %(enable_seqscan)s, false)
 """
-
-_MIGRATION_LOCK: Final = 0x6772697374  # any constant will do, as long as it stays the same
-_MIGRATION_LOCK_TIMEOUT_MS: Final = 2_000
-"""Shorter than any `database.lock_timeout_ms` in use: whoever waits behind a migration that waits
-for its own lock goes on, and it tries again."""
-_MIGRATION_TRIES: Final = 30
-_MIGRATION_PAUSE_S: Final = 1.0
 
 
 class Database:
@@ -165,12 +146,9 @@ class Database:
             return _link(connection).found
 
     def check_schema(self) -> None:
-        """Raise `SchemaError`, with the command to run, unless this code runs on the schema.
-
-        That is its own, or a later one that has only added to it.
-        """
+        """Raise `SchemaError` unless this code runs on the schema, see `schema.check`."""
         with self.begin() as connection:
-            _check_schema(_revision(connection), _fits_from(connection))
+            schema.check(connection)
 
     def close(self) -> None:
         self._engine.dispose()
@@ -318,101 +296,3 @@ def _try_what_was_idle(engine: Engine) -> None:
             raise DisconnectionError from error  # the pool connects anew
         if link.is_read_only:
             raise DisconnectionError("The server only reads.")  # another may take writes
-
-
-def migrate(url: str) -> str:
-    """Bring the schema up to date and return its revision. Several may run at once.
-
-    Safe on a live system: it never waits long for a lock, gives way, and tries again. Raises
-    `SchemaError` if the schema is newer than this code, and `Unavailable`.
-    """
-    for _ in range(_MIGRATION_TRIES - 1):
-        try:
-            return _run_alembic(url, _upgrade, "head")
-        except Locked:
-            time.sleep(_MIGRATION_PAUSE_S)
-    return _run_alembic(url, _upgrade, "head")
-
-
-def _upgrade(config: Config, revision: str) -> None:
-    """Move up, and note for older code whether it still fits."""
-    command.upgrade(config, revision)
-    connection: Connection = config.attributes["connection"]
-    connection.execute(text("ALTER TABLE alembic_version ADD COLUMN IF NOT EXISTS fits_from text"))
-    connection.execute(text("UPDATE alembic_version SET fits_from = :it"), {"it": _FITS_FROM})
-    months.prepare(connection)
-    tenancy.prepare(connection)
-
-
-def downgrade(url: str, revision: str) -> str:
-    """Take the schema back to `revision`; "base" drops every table and all that is in them."""
-    return _run_alembic(url, command.downgrade, revision)
-
-
-def _run_alembic(url: str, move: Callable[[Config, str], None], revision: str) -> str:
-    address = Address.of(url).with_defaults(
-        application_name="gristmill-migrate", connect_timeout="5"
-    )
-    engine = make_engine(address, poolclass=NullPool)
-    config = Config()
-    config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
-    try:
-        with translated_errors(), in_transactions(engine).begin() as connection:
-            # The lock ends with the transaction, and so does everything a failed migration did.
-            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
-            connection.execute(text(f"SET LOCAL lock_timeout = {_MIGRATION_LOCK_TIMEOUT_MS}"))
-            present = _revision(connection)
-            if present is not None and present not in _known_revisions(MIGRATIONS):
-                raise SchemaError(_newer(present))
-            config.attributes["connection"] = connection
-            move(config, revision)
-            return _revision(connection) or "base"
-    finally:
-        engine.dispose()
-
-
-def _check_schema(present: str | None, fits_from: str | None) -> None:
-    known = _known_revisions(MIGRATIONS)
-    if present == known[0] or (present not in known and fits_from in known):
-        return
-    if present is None:
-        raise SchemaError("The database has no Gristmill schema. Run: gristmill migrate")
-    if present not in known:
-        raise SchemaError(_newer(present))
-    raise SchemaError(
-        f"The database schema is at {present}, older than this Gristmill's {known[0]}. "
-        "Run: gristmill migrate"
-    )
-
-
-def _newer(present: str) -> str:
-    return (
-        f"The database schema is at {present}, which this Gristmill does not know: it is newer, or "
-        "of before the first release. Install the newer Gristmill, which brings its own "
-        "(gristmill migrate), or begin with an empty database."
-    )
-
-
-@functools.cache
-def _known_revisions(migrations: Path) -> tuple[str, ...]:
-    """Revisions of this code, newest first. Looked up once: all their files are run for it."""
-    scripts = ScriptDirectory(str(migrations)).walk_revisions()
-    return tuple(script.revision for script in scripts)
-
-
-def _revision(connection: Connection) -> str | None:
-    """The database's revision; None if it has no schema."""
-    if connection.scalar(text("SELECT to_regclass('alembic_version')")) is None:
-        return None
-    revision: str | None = connection.scalar(text("SELECT version_num FROM alembic_version"))
-    return revision
-
-
-def _fits_from(connection: Connection) -> str | None:
-    """The oldest revision whose code runs on the schema; None if there is none, or it is old."""
-    if _revision(connection) is None:
-        return None
-    noted: str | None = connection.scalar(
-        text("SELECT to_jsonb(noted) ->> 'fits_from' FROM alembic_version AS noted")
-    )
-    return noted

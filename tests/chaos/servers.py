@@ -15,7 +15,8 @@ from psycopg.rows import dict_row
 
 from app.local.servers import EmbeddedPostgres, EmbeddedRedis
 from app.store.audit import audit
-from app.store.database import Database, migrate
+from app.store.database import Database
+from app.store.migration import migrate
 
 # Notes every change of a job's state in a table that the product does not know.
 _WATCH: Final = """

@@ -26,7 +26,7 @@ from app.config.settings import Settings
 from app.errors import ConfigError, SchemaError
 from app.intake import sender
 from app.local.servers import EmbeddedPostgres, EmbeddedRedis
-from app.store.database import migrate
+from app.store.migration import migrate
 from tests.apis import Hands, running_api
 from tests.waiting import eventually
 from tests.workers import rows

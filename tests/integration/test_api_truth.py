@@ -28,7 +28,7 @@ from app.intake.sender import Sender
 from app.intake.submit import Submitter
 from app.local.servers import EmbeddedPostgres, EmbeddedRedis
 from app.store import reads, submissions
-from app.store.database import migrate
+from app.store.migration import migrate
 from app.store.submissions import NewJob
 from tests.apis import running_api
 from tests.integration.test_api_outages import address_of

@@ -21,7 +21,8 @@ from app.errors import ConfigError, Unavailable
 from app.local.doctor import examine
 from app.rescue import Rescue
 from app.store import notices
-from app.store.database import Database, migrate
+from app.store.database import Database
+from app.store.migration import migrate
 from tests.apis import running_api
 from tests.postgres_parts import PgBouncer, needs_pgbouncer
 from tests.rows import insert, new_job

@@ -18,7 +18,8 @@ from app.config.settings import Settings
 from app.errors import Unavailable
 from app.local.servers import EmbeddedPostgres
 from app.store import notices
-from app.store.database import Database, migrate
+from app.store.database import Database
+from app.store.migration import migrate
 from tests.apis import running_api
 from tests.postgres_parts import Standby
 from tests.rows import insert, new_job

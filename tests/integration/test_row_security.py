@@ -14,9 +14,10 @@ from sqlalchemy.exc import ProgrammingError
 
 from app.errors import GristmillError
 from app.store import lists, tenancy, usage
-from app.store.database import Database, migrate
+from app.store.database import Database
 from app.store.link import Link
 from app.store.lists import Filter
+from app.store.migration import migrate
 from app.store.tenancy import EVERYBODY, NOBODY, acting_for
 from tests.apis import made_key
 from tests.rows import Worker, insert, new_job

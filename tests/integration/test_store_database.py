@@ -13,7 +13,8 @@ from sqlalchemy import Connection, text
 from app.errors import ConfigError, GristmillError, SchemaError, Unavailable
 from app.local.ports import free_port
 from app.store import submissions
-from app.store.database import Database, migrate
+from app.store.database import Database
+from app.store.migration import migrate
 from tests.rows import insert, new_job
 from tests.waiting import eventually
 

@@ -25,8 +25,9 @@ from app.local.ports import free_port
 from app.local.servers import EmbeddedPostgres
 from app.store import cancellation, claims, delivery, purging, reads, submissions, sweeps
 from app.store.claims import Member
-from app.store.database import Database, migrate
+from app.store.database import Database
 from app.store.lists import Filter
+from app.store.migration import migrate
 from app.store.submissions import Incoming, NewJob
 from tests.rows import Worker, completed, end_lease, new_job
 

@@ -18,7 +18,9 @@ from sqlalchemy.dialects import postgresql
 
 from app.errors import SchemaError
 from app.jobs import JobState
-from app.store.database import MIGRATIONS, Database, downgrade, migrate
+from app.store.database import Database
+from app.store.migration import downgrade, migrate
+from app.store.schema import MIGRATIONS
 from app.store.submissions import Incoming
 from app.store.tables import jobs, metadata
 from tests.rows import Worker, at_once, insert, new_job, view
@@ -97,7 +99,7 @@ def newer_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], 
     @contextmanager
     def newer() -> Iterator[None]:
         with monkeypatch.context() as patch:
-            patch.setattr("app.store.database.MIGRATIONS", migrations)
+            patch.setattr("app.store.schema.MIGRATIONS", migrations)
             yield
 
     return newer
@@ -191,7 +193,7 @@ def test_readiness_does_not_run_the_migrations_files_each_time(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     database.check_schema()
-    monkeypatch.setattr("app.store.database.ScriptDirectory", None)
+    monkeypatch.setattr("app.store.schema.ScriptDirectory", None)
 
     database.check_schema()
 
@@ -243,7 +245,7 @@ def test_a_newer_schema_that_has_taken_something_away_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with newer_code():
-        monkeypatch.setattr("app.store.database._FITS_FROM", "9999")
+        monkeypatch.setattr("app.store.migration._FITS_FROM", "9999")
         migrate(database_url)
 
     with pytest.raises(SchemaError, match="is newer"):

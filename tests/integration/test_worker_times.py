@@ -16,7 +16,8 @@ from app.config.settings import Settings
 from app.errors import Unavailable
 from app.local.servers import EmbeddedPostgres
 from app.rescue import Rescue
-from app.store.database import Database, migrate
+from app.store.database import Database
+from app.store.migration import migrate
 from tests.waiting import eventually
 from tests.workers import results, rows, running_worker
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from app.jobs import Kind
-from app.store.database import MIGRATIONS
+from app.store.schema import MIGRATIONS
 from tests.chaos.faults.broker import expect_both_consume, submit_for
 from tests.chaos.scene import Scene, fault
 from tests.chaos.world import WORKERS
@@ -106,12 +106,12 @@ def _earlier_version(scene: Scene) -> Iterator[Path | None]:
 def _earlier_commit() -> str | None:
     """The last one with another schema, if its code takes later schemas; else the oldest that does.
 
-    That code has `fits_from`; see `app.store.database`.
+    That code has `fits_from`; see `app.store.migration`.
     """
     commits = _git("rev-list", "--max-count=200", "HEAD", "--", "app", "migrations").stdout
     found = None
     for commit in commits.decode().split()[1:]:
-        if b"fits_from" not in _git("show", f"{commit}:app/store/database.py").stdout:
+        if _git("grep", "--quiet", "fits_from", commit, "--", "app/store").returncode:
             break
         changed = ("diff", "--name-only", "--diff-filter=a", commit, "HEAD", "--", "migrations")
         if _git(*changed).stdout:  # another line of schemas
