@@ -27,12 +27,14 @@ update: Postgres compares values, and what is set to what it was has not changed
 """
 
 from app.jobs import DEFAULT_TENANT
+from app.store.tables.attempts import attempts, batches
 from app.store.tables.columns import Stamp, device_cost, metadata
 from app.store.tables.comparisons import comparisons
 from app.store.tables.files import files
 from app.store.tables.job_batches import job_batch_lines, job_batches
-from app.store.tables.jobs import attempts, batches, job_keys, jobs, open_jobs, requests, results
+from app.store.tables.jobs import job_keys, jobs, open_jobs, requests
 from app.store.tables.prices import prices
+from app.store.tables.results import results
 from app.store.tables.sums import ROLL_UPS, RollUp, device_sums, usage_sums
 from app.store.tables.tenants import admin_log, api_keys, tenants
 from app.store.tables.webhooks import (

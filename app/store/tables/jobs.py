@@ -1,9 +1,8 @@
-"""Jobs: their keys, requests, open rows, results, attempts and batches; and the view of all."""
+"""Jobs: their keys, requests and rows while they are open; and the view of all, ended or not."""
 
 from __future__ import annotations
 
 from sqlalchemy import (
-    BigInteger,
     Boolean,
     CheckConstraint,
     Column,
@@ -16,38 +15,22 @@ from sqlalchemy import (
     SmallInteger,
     Table,
     Text,
-    UniqueConstraint,
     Uuid,
     text,
 )
-from sqlalchemy.dialects.postgresql import ARRAY, JSONB
+from sqlalchemy.dialects.postgresql import JSONB
 
-from app.books.energy import EnergyMethod
-from app.jobs import (
-    FINAL_STATES,
-    LIVE_PRIORITY,
-    MAX_PRIORITY,
-    OPEN_STATES,
-    AttemptOutcome,
-    CloseReason,
-    Kind,
-)
+from app.jobs import LIVE_PRIORITY, MAX_PRIORITY, OPEN_STATES, Kind
 from app.store.tables.columns import (
     AGEING,
     BUSY,
-    Money,
     Stamp,
-    bill,
     by_metadata,
     delivery_columns,
-    energy_columns,
-    energy_source,
     in_range,
-    known_energy,
     metadata,
     not_negative,
     one_of,
-    recomputable,
     tenant_column,
     terms,
     tries,
@@ -189,270 +172,6 @@ open_jobs = Table(
     comment="One row per queued or running job: its state, and who may move it next.",
 )
 
-attempts = Table(
-    "attempts",
-    metadata,
-    Column("id", Uuid, nullable=False, comment="Attempt id, made by the worker: the fence."),
-    tenant_column("Owner of the job."),
-    Column("created_at", Stamp, nullable=False, comment="The job's: the month it is kept in."),
-    Column("job_id", Uuid, nullable=False, comment="Job that is tried."),
-    Column("number", Integer, nullable=False, comment="1 for the job's first attempt."),
-    Column("worker_id", Uuid, nullable=False, comment="Worker; its lease is the attempt's lease."),
-    Column("batch_id", Uuid, nullable=False, comment="Admission batch that it was claimed in."),
-    Column("claimed_at", Stamp, nullable=False, comment="Opened."),
-    Column("started_at", Stamp, comment="The engine began its prompt."),
-    Column("ended_at", Stamp, comment="Closed; null while running."),
-    Column("outcome", Text, comment="How it ended; null while running."),
-    Column("charged", Boolean, comment="Counts towards max_attempts; null while running."),
-    Column(
-        "device_ns",
-        BigInteger,
-        comment="Device time of its answer, in nanoseconds: it is billed. Null while it runs.",
-    ),
-    Column(
-        "wasted_ns",
-        BigInteger,
-        comment="Device time without an answer in time, in nanoseconds. Null while it runs.",
-    ),
-    *bill(),
-    *energy_columns(),
-    Column(
-        "energy_method",
-        Text,
-        comment="How that is known: measured, estimated or absent; null while it runs.",
-    ),
-    Column(
-        "window_number",
-        Integer,
-        comment="Window of its worker in which its time was settled; null while it runs, and for "
-        "good if its worker never told.",
-    ),
-    Column("error_code", Text, comment="Stable code of what ended it, see app.errors."),
-    one_of("outcome", AttemptOutcome),
-    in_range("claimed_at", "started_at", "ended_at"),
-    one_of("energy_method", EnergyMethod),
-    not_negative(
-        "number", "device_ns, wasted_ns, energy_nj, wasted_nj", "cost, upstream_cost, price"
-    ),
-    CheckConstraint(
-        "num_nulls(ended_at, outcome, charged, device_ns, wasted_ns, energy_method) IN (0, 6)",
-        name="ended",
-    ),
-    CheckConstraint(
-        "outcome NOT IN ('lost', 'released')"
-        " OR device_ns = 0 AND price IS NULL AND coalesce(energy_nj, 0) = 0",
-        name="billed",
-    ),
-    known_energy(),
-    *recomputable(),
-    PrimaryKeyConstraint("id", "created_at"),
-    UniqueConstraint("created_at", "job_id", "number"),
-    postgresql_partition_by="RANGE (created_at)",
-    comment="One row per try of a job by a worker; never overwritten by the next try.",
-)
-
-results = Table(
-    "results",
-    metadata,
-    Column("job_id", Uuid, nullable=False, comment="Job; its only result."),
-    tenant_column("Owner of the job."),
-    Column("model", Text, nullable=False, comment="Model of the job."),
-    Column("kind", Text, nullable=False, comment="Kind of the job."),
-    Column("state", Text, nullable=False, comment="Final state of the job."),
-    Column("attempt_id", Uuid, comment="Attempt that ended it; null if it never ran."),
-    Column("batch_id", Uuid, comment="Admission batch of that attempt."),
-    Column("batch_size", Integer, comment="Jobs that were claimed with it, itself included."),
-    Column(
-        "response",
-        JSONB,
-        comment="Body of the answer, whole or partial, if any; null once redacted.",
-    ),
-    Column("error_code", Text, comment="Stable code, see app.errors; null if it completed."),
-    Column("error_message", Text, comment="A sentence for people; holds no prompt and no output."),
-    Column("input_tokens", Integer, comment="Prompt tokens, cached ones too."),
-    Column("cached_tokens", Integer, comment="Of these, found in the engine's prefix cache."),
-    Column("output_tokens", Integer, comment="Tokens generated."),
-    Column("created_at", Stamp, nullable=False, comment="Accepted."),
-    Column("queued_at", Stamp, nullable=False, comment="Last became queued."),
-    Column("claimed_at", Stamp, comment="Claimed by the attempt that ended it."),
-    Column("started_at", Stamp, comment="The engine began its prompt."),
-    Column("first_token_at", Stamp, comment="First token; for an embedding or scores, these."),
-    Column("finished_at", Stamp, nullable=False, comment="Result written."),
-    Column("queue_ms", Double, comment="created_at to started_at, in ms; else to claimed_at."),
-    Column("batch_wait_ms", Double, comment="Part of queue_ms in the worker's batcher, in ms."),
-    Column("ttft_ms", Double, comment="created_at to first_token_at, in ms."),
-    Column("inference_ms", Double, comment="started_at to the last token, in ms."),
-    Column("total_ms", Double, nullable=False, comment="created_at to finished_at, in ms."),
-    Column(
-        "device_ns",
-        BigInteger,
-        nullable=False,
-        server_default=text("0"),
-        comment="Its share of the device's time, in nanoseconds.",
-    ),
-    Column(
-        "wasted_ns",
-        BigInteger,
-        nullable=False,
-        server_default=text("0"),
-        comment="Unpaid device time of its last attempt, spent in vain, in nanoseconds.",
-    ),
-    Column(
-        "prefill_ns",
-        BigInteger,
-        comment="Part of device_ns for its prompt, in nanoseconds; null if that is not told.",
-    ),
-    Column(
-        "recomputed_ns",
-        BigInteger,
-        comment="Part of device_ns for what a preemption had dropped, in nanoseconds; null as "
-        "prefill_ns. The rest of device_ns was for its output.",
-    ),
-    Column(
-        "preemptions", Integer, comment="Times it gave way in the engine; null if that is not told."
-    ),
-    Column(
-        "preempted_ms",
-        Double,
-        comment="Part of inference_ms in which it had given way, in ms; of several sequences the "
-        "sum; null as preemptions.",
-    ),
-    *bill(server_default=text("0")),
-    Column(
-        "charge",
-        Money,
-        comment="What its tokens cost by that row's tariff, in `currency`; null without one.",
-    ),
-    *energy_columns(),
-    *energy_source(),
-    Column(
-        "carbon_ug",
-        BigInteger,
-        comment="CO2-equivalent of energy_nj, in micrograms; null if no intensity is set.",
-    ),
-    # What else is known of the job.
-    *terms(),
-    Column(
-        "expected_input_tokens",
-        Integer,
-        comment="Prompt tokens counted at submission, if they were.",
-    ),
-    *tries(),
-    *delivery_columns(),
-    one_of("kind", Kind),
-    one_of("state", FINAL_STATES),
-    in_range(
-        "created_at",
-        "queued_at",
-        "claimed_at",
-        "started_at",
-        "first_token_at",
-        "finished_at",
-        "not_before",
-        "deadline",
-        "enqueued_at",
-        "received_at",
-        "cancel_requested_at",
-        "purged_at",
-    ),
-    not_negative(
-        "batch_size, input_tokens, cached_tokens, output_tokens, preemptions",
-        "device_ns, wasted_ns, prefill_ns, recomputed_ns, energy_nj, wasted_nj, carbon_ug",
-        "cost, upstream_cost, price, charge",
-    ),
-    one_of("energy_method", EnergyMethod),
-    known_energy(),
-    *recomputable(),
-    CheckConstraint("prefill_ns + recomputed_ns <= device_ns", name="uses"),
-    CheckConstraint("purged_at IS NULL OR metadata = '{}'", name="purged"),
-    PrimaryKeyConstraint("job_id", "created_at"),
-    # Listing, with and without a model, and by labels.
-    Index("results_by_state", "tenant", "state", "created_at", "job_id"),
-    Index("results_by_model", "tenant", "model", "state", "created_at", "job_id"),
-    by_metadata("results"),
-    # Listing stored chat completions.
-    Index(
-        "results_stored",
-        "tenant",
-        "created_at",
-        "job_id",
-        postgresql_where=text("stored AND response IS NOT NULL AND error_code IS NULL"),
-    ),
-    # How fast the queue drains; retention: jobs to delete, by age.
-    Index("results_finished", "finished_at"),
-    CheckConstraint("jsonb_typeof(response) = 'object'", name="response"),
-    # Retention: responses to remove, by age.
-    Index(
-        "results_responses",
-        "finished_at",
-        postgresql_where=text("response IS NOT NULL"),
-    ),
-    # Listing jobs by what went wrong.
-    Index(
-        "results_by_error",
-        "tenant",
-        "error_code",
-        "created_at",
-        "job_id",
-        postgresql_where=text("error_code IS NOT NULL"),
-    ),
-    postgresql_partition_by="RANGE (created_at)",
-    comment="One row per final job, written once: the answer, its timing and its cost.",
-)
-
-batches = Table(
-    "batches",
-    metadata,
-    Column("id", Uuid, primary_key=True, comment="Admission batch id."),
-    Column("worker_id", Uuid, nullable=False, comment="Worker that claimed it."),
-    Column("model", Text, nullable=False, comment="Model of all members."),
-    Column("kind", Text, nullable=False, comment="Kind of all members."),
-    Column("engine", Text, nullable=False, comment="Engine that ran it."),
-    Column("close_reason", Text, nullable=False, comment="Why it was closed."),
-    Column("num_jobs", Integer, nullable=False, comment="Jobs claimed."),
-    Column("num_sequences", Integer, nullable=False, comment="Sequences of those jobs."),
-    Column("wait_ms", Double, nullable=False, comment="Wait of its oldest member, in ms."),
-    Column(
-        "useful_tokens",
-        BigInteger,
-        nullable=False,
-        server_default=text("0"),
-        comment="Prompt and output tokens that were asked for.",
-    ),
-    Column(
-        "padded_tokens",
-        BigInteger,
-        nullable=False,
-        server_default=text("0"),
-        comment="Token positions computed, padding included.",
-    ),
-    Column(
-        "device_ns",
-        BigInteger,
-        nullable=False,
-        server_default=text("0"),
-        comment="Device time of all members, in nanoseconds, waste included.",
-    ),
-    Column("opened_at", Stamp, nullable=False, comment="Its oldest member arrived."),
-    Column("claimed_at", Stamp, nullable=False, comment="Closed and claimed."),
-    Column("finished_at", Stamp, comment="Statistics last written; final once all members are."),
-    # Last, so that what changes is logged without it.
-    Column(
-        "job_ids",
-        ARRAY(Uuid),
-        nullable=False,
-        server_default=text("'{}'"),
-        comment="Jobs claimed; some may be deleted since.",
-    ),
-    one_of("kind", Kind),
-    one_of("close_reason", CloseReason),
-    in_range("opened_at", "claimed_at", "finished_at"),
-    not_negative("num_jobs, num_sequences", "useful_tokens, padded_tokens, device_ns"),
-    Index("batches_by_age", "claimed_at"),
-    postgresql_with={"fillfactor": "80"} | AGEING,
-    comment="One row per admission batch. It may mix tenants, so it belongs to none.",
-)
-
 jobs = Table(
     "jobs",
     MetaData(),
@@ -498,4 +217,4 @@ jobs = Table(
     Column("claimed_at", Stamp),
     Column("finished_at", Stamp),
 )
-"""The view of all jobs, open and ended, in the columns of these tables."""
+"""The view of all jobs, open and ended, in the columns of their tables."""
