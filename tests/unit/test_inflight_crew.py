@@ -52,7 +52,7 @@ def test_layers_that_many_share_are_those_that_one_computes(
             assert torch.equal(logits(model, step, shapes, packed), wanted)
 
 
-@pytest.mark.parametrize("rows", [1, 12, 200])
+@pytest.mark.parametrize("rows", [0, 1, 12, 200])
 @pytest.mark.parametrize("int8", [False, True])
 def test_a_product_that_many_share_is_the_one_that_one_computes(rows: int, int8: bool) -> None:
     if int8 and not multiplies_int8():
