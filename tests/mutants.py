@@ -35,6 +35,7 @@ ACCOUNT: Final = "app/worker/account.py"
 ACCOUNTS: Final = "tests/unit/test_account.py"
 AUDIT: Final = "tests/integration/test_store_audit.py"
 STORE: Final = "app/store/claims.py"
+RELEASES: Final = "app/store/releases.py"
 ENERGY: Final = "tests/unit/test_energy.py"
 ARRIVALS: Final = "app/worker/pool/arrivals.py"
 ANY_MESSAGE: Final = "tests/unit/test_any_message.py"
@@ -340,7 +341,7 @@ MUTANTS: Final = (
     ),
     Mutant(
         "what is given back is billed",
-        STORE,
+        RELEASES,
         "error_code = next.error_code, device_ns = 0, wasted_ns = next.wasted_ns, cost = 0",
         "error_code = next.error_code, device_ns = next.wasted_ns, wasted_ns = 0, cost = 0",
         CLAIMS,
@@ -385,7 +386,7 @@ MUTANTS: Final = (
     ),
     Mutant(
         "a released job forgets its cancel",
-        STORE,
+        RELEASES,
         "WHEN cancel_requested_at IS NOT NULL THEN 'cancelled'",
         "WHEN false THEN 'cancelled'",
         CLAIMS,
@@ -1272,7 +1273,7 @@ MUTANTS: Final = (
     ),
     Mutant(
         "what is given back is in no window",
-        STORE,
+        RELEASES,
         "energy_method = next.energy_method,\n            window_number = next.window_number",
         "energy_method = next.energy_method",
         "tests/integration/test_store_contract.py",

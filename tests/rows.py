@@ -14,10 +14,11 @@ from uuid import UUID, uuid4
 from sqlalchemy import text
 
 from app.jobs import AttemptOutcome, CloseReason, JobState, Kind
-from app.store import claims, notices, reads, submissions, workers
-from app.store.claims import Claimed, Finished, Member, NewBatch, Release
+from app.store import claims, notices, reads, releases, submissions, workers
+from app.store.claims import Claimed, Finished, Member, NewBatch
 from app.store.database import Database
 from app.store.reads import JobView
+from app.store.releases import Release
 from app.store.submissions import NewJob
 from app.store.tables import metadata
 from tests.memory_store.database import MemoryConnection
@@ -178,7 +179,7 @@ class Worker:
         defaults = {"outcome": AttemptOutcome.RELEASED, "charged": False}
         given = defaults | given
         with self.database.begin() as connection:
-            released = claims.release(
+            released = releases.release(
                 connection,
                 [
                     Release(

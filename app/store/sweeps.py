@@ -15,9 +15,9 @@ from uuid import UUID
 from sqlalchemy import Connection, text
 
 from app.jobs import ALONE_AFTER, JobState
-from app.store.claims import GIVE_BACK, Released
 from app.store.delivery import LEASE_OVER
 from app.store.lookup import locked
+from app.store.releases import GIVE_BACK, Released
 from app.store.results import RECORD_ENDED
 
 # Find running jobs of workers whose lease is over.

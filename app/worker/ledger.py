@@ -20,10 +20,10 @@ from app.store.claims import (
     Finished,
     Member,
     NewBatch,
-    Release,
     Settled,
 )
 from app.store.database import Database
+from app.store.releases import Release, release
 from app.worker.account import Account, Settling, Spent
 from app.worker.isolation import ODD, by_halves, said
 from app.worker.settlement import Settlement, batch_stats
@@ -180,7 +180,7 @@ class Ledger:
         with self._settling(jobs) as settling, self._database.autocommit() as connection:
             settling.rows = [
                 Settled(each.attempt_id, 0, each.wasted_ns, 0, each.wasted_nj, counts=False)
-                for each in claims.release(
+                for each in release(
                     connection,
                     releases,
                     _batches_of(jobs),

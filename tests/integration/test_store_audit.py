@@ -17,8 +17,9 @@ from app.config.settings import PriceSettings, Settings
 from app.jobs import AttemptOutcome
 from app.store import prices, windows
 from app.store.audit import RULES, Audit, audit
-from app.store.claims import BatchStats, Claimed, Finished, Member, Release, claim, finish, release
+from app.store.claims import BatchStats, Claimed, Finished, Member, claim, finish
 from app.store.database import Database
+from app.store.releases import Release, release
 from app.store.windows import Window
 from tests.rows import Worker, completed, insert, new_job
 

@@ -16,10 +16,11 @@ from sqlalchemy import event, text
 from app.books.energy import EnergyMethod
 from app.errors import GristmillError, JobStateConflict, Unavailable
 from app.jobs import AttemptOutcome, JobState
-from app.store import cancellation, claims, sweeps, workers
-from app.store.claims import BatchStats, Member, Release
+from app.store import cancellation, claims, releases, sweeps, workers
+from app.store.claims import BatchStats, Member
 from app.store.database import Database
 from app.store.reads import JobView
+from app.store.releases import Release
 from tests.rows import (
     Worker,
     at_once,
@@ -460,7 +461,7 @@ def test_a_batch_counts_what_it_took_when_its_members_are_given_back(database: D
     )
 
     with database.begin() as connection:
-        claims.release(connection, [release], [BatchStats(batch_id, 3, 4, 5)])
+        releases.release(connection, [release], [BatchStats(batch_id, 3, 4, 5)])
 
     with database.begin() as connection:
         found = connection.execute(

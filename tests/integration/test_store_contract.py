@@ -33,9 +33,10 @@ from app.store import (
     windows,
     workers,
 )
-from app.store.claims import BatchStats, Finished, Member, NewBatch, Release
+from app.store.claims import BatchStats, Finished, Member, NewBatch
 from app.store.database import Database
 from app.store.delivery import DELIVERY_TRANSITIONS, Delivery, delivery_of
+from app.store.releases import Release, Released, release
 from app.store.submissions import Incoming, RejectedJob
 from app.store.tables import metadata
 from app.store.windows import Window
@@ -301,11 +302,11 @@ class Moves:
         stats = [BatchStats(batch.id, 3, 4, 6)] if batch else []
         number = self.chance.randint(1, 9)
 
-        def move(connection: Any, _: datetime) -> list[claims.Released]:
+        def move(connection: Any, _: datetime) -> list[Released]:
             releases = [
                 each(created_at=created_at(connection, each.keywords["job_id"])) for each in given
             ]
-            released = claims.release(connection, releases, stats, window_number=number)
+            released = release(connection, releases, stats, window_number=number)
             return sorted(released, key=lambda each: each.attempt_id)
 
         return move

@@ -20,7 +20,7 @@ from sqlalchemy import text
 
 from app.errors import JobNotFound, JobStateConflict, LeaseLost, Unavailable
 from app.jobs import AttemptOutcome, CloseReason, JobState
-from app.store import cancellation, claims, delivery, submissions, sweeps, workers
+from app.store import cancellation, claims, delivery, releases, submissions, sweeps, workers
 from app.store.claims import Finished, Member, NewBatch
 from app.store.database import Database
 from app.store.submissions import Incoming
@@ -139,14 +139,14 @@ class Histories(RuleBasedStateMachine):
     def release(self, job: int, is_charged: bool) -> None:
         if member := self.members.get(self.jobs[job]):
             given = partial(
-                claims.Release,
+                releases.Release,
                 job_id=member.job_id,
                 attempt_id=member.attempt_id,
                 outcome=AttemptOutcome.RELEASED,
                 charged=is_charged,
             )
             self.both(
-                lambda c, _: claims.release(c, [given(created_at=created_at(c, member.job_id))])
+                lambda c, _: releases.release(c, [given(created_at=created_at(c, member.job_id))])
             )
 
     @rule(worker=WORKER, job=JOB)

@@ -25,6 +25,7 @@ from app.store import (
     lists,
     purging,
     reads,
+    releases,
     retention,
     stored_chats,
     submissions,
@@ -240,10 +241,10 @@ def test_claiming_finishing_and_releasing(service: Service) -> None:
         assert half == 32
         for _ in range(2):  # those that have ended are looked for elsewhere
             claims.finish(connection, [completed(each) for each in claimed[:half]])
-        claims.release(
+        releases.release(
             connection,
             [
-                claims.Release(
+                releases.Release(
                     job_id=each.job_id,
                     attempt_id=each.attempt_id,
                     created_at=each.created_at,

@@ -23,7 +23,7 @@ from sqlalchemy import Connection, event, text
 from app.jobs import AttemptOutcome
 from app.local.ports import free_port
 from app.local.servers import EmbeddedPostgres
-from app.store import cancellation, claims, delivery, purging, reads, submissions, sweeps
+from app.store import cancellation, claims, delivery, purging, reads, releases, submissions, sweeps
 from app.store.claims import Member
 from app.store.database import Database
 from app.store.lists import Filter
@@ -209,10 +209,10 @@ def _steps(
         claimed = claims.claim(connection, batch, members)
     half = len(claimed) // 2
     yield lambda c: claims.finish(c, [completed(each) for each in claimed[:half]])
-    yield lambda c: claims.release(
+    yield lambda c: releases.release(
         c,
         [
-            claims.Release(
+            releases.Release(
                 job_id=each.job_id,
                 attempt_id=each.attempt_id,
                 created_at=each.created_at,

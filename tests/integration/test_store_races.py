@@ -18,10 +18,11 @@ from sqlalchemy import Connection, text
 
 from app.errors import JobStateConflict
 from app.jobs import AttemptOutcome, JobState
-from app.store import cancellation, claims, purging, reads, submissions, sweeps, workers
-from app.store.claims import Claimed, Member, Release
+from app.store import cancellation, claims, purging, reads, releases, submissions, sweeps, workers
+from app.store.claims import Claimed, Member
 from app.store.database import Database
 from app.store.reads import JobView
+from app.store.releases import Release
 from app.store.submissions import Incoming, Inserted, RejectedJob
 from tests.rows import (
     Worker,
@@ -94,7 +95,7 @@ def finish(claimed: Claimed) -> Move[set[UUID]]:
     return lambda connection: counting(claims.finish(connection, [completed(claimed)]))
 
 
-def release(claimed: Claimed) -> Move[list[claims.Released]]:
+def release(claimed: Claimed) -> Move[list[releases.Released]]:
     given = Release(
         job_id=claimed.job_id,
         attempt_id=claimed.attempt_id,
@@ -102,7 +103,7 @@ def release(claimed: Claimed) -> Move[list[claims.Released]]:
         outcome=AttemptOutcome.RELEASED,
         charged=False,
     )
-    return lambda connection: claims.release(connection, [given])
+    return lambda connection: releases.release(connection, [given])
 
 
 def cancel(job_id: UUID) -> Move[JobState | None]:
@@ -116,7 +117,7 @@ def cancel(job_id: UUID) -> Move[JobState | None]:
     return move
 
 
-def expire(connection: Connection) -> list[claims.Released]:
+def expire(connection: Connection) -> list[releases.Released]:
     return sweeps.expire_leases(connection, sweeps.find_lost(connection, 10))
 
 

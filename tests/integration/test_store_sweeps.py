@@ -10,8 +10,8 @@ import pytest
 from app.errors import LeaseLost
 from app.jobs import ALONE_AFTER, MAX_UNCHARGED, JobState
 from app.store import cancellation, delivery, sweeps, workers
-from app.store.claims import Released
 from app.store.database import Database
+from app.store.releases import Released
 from tests.rows import MODEL, Worker, column, end_lease, insert, new_job, rewrite, view
 
 

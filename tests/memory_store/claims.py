@@ -1,4 +1,4 @@
-"""What the statements of `app.store.claims` do."""
+"""What the statements of `app.store.claims` and `app.store.releases` do."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from decimal import Decimal
 from typing import Final
 
 from app.jobs import MAX_UNCHARGED
-from app.store import claims
+from app.store import claims, releases
 from tests.memory_store.database import Answer, MemoryConnection, statement
 from tests.memory_store.rows import Params, Row, ms, records
 
@@ -243,7 +243,7 @@ AGAIN: Final = {"received_by": None, "received_at": None, "enqueued_at": None, "
 _NOBODYS: Final = {"attempt_id": None, "worker_id": None, "batch_id": None}
 
 
-@statement(claims._RELEASE)
+@statement(releases._RELEASE)
 def _release(self: MemoryConnection, given: Params) -> Answer:
     optional = {"error_code": None, "error_message": None, "wasted_nj": None}
     moved = []
@@ -286,7 +286,7 @@ def give_back(
     if state != "queued":
         failure = (release["error_code"], release["error_message"])
         if not charged:
-            failure = (claims.NEVER_FINISHED.code, str(claims.NEVER_FINISHED))
+            failure = (releases.NEVER_FINISHED.code, str(releases.NEVER_FINISHED))
         late = ("deadline_exceeded", "The deadline passed before the job could run again.")
         cancelled = ("cancelled", "The job was cancelled.")
         error = {"failed": failure, "expired": late, "cancelled": cancelled}[state]
