@@ -25,7 +25,7 @@ from app.errors import GristmillError
 from app.intake.outlook import Asked, Outlook
 from app.intake.sender import Sender
 from app.jobs import FINAL_STATES
-from app.store import reads, usage
+from app.store import counts, usage
 from app.store.database import Database
 from app.store.tenancy import EVERYBODY, acting_for
 
@@ -113,9 +113,9 @@ class SystemCollector(Collector):
         up = GaugeMetricFamily("gristmill_postgres_up", "Whether Postgres answers.")
         try:
             with acting_for(EVERYBODY), self._database.begin() as connection:
-                depths = reads.queue_depths(connection)
-                ages = reads.oldest_queued_s(connection, self._models)
-                prompts = reads.prompt_tokens(connection)
+                depths = counts.queue_depths(connection)
+                ages = counts.oldest_queued_s(connection, self._models)
+                prompts = counts.prompt_tokens(connection)
                 self._since = self._since or hour_of(self._database.now())
                 used = usage.totals(connection, self._since, self._models)
                 drawn = usage.drawn_nj(connection, self._since)

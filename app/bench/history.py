@@ -28,7 +28,7 @@ from sqlalchemy import make_url, text
 from app.bench.report import machine, print_json, print_table
 from app.bench.store import BATCH, DAY_S, MODEL, Store
 from app.local.servers import EmbeddedPostgres
-from app.store import delivery, months, reads, retention, sizes, submissions, sweeps
+from app.store import counts, delivery, months, reads, retention, sizes, sweeps
 from app.store.database import Database
 from app.store.lists import Filter
 from app.store.migration import migrate
@@ -188,7 +188,7 @@ def _steps(store: Store) -> list[tuple[str, Callable[[], object]]]:
         ("held by the lost", look(lambda c: delivery.free_lost(c, PAGE))),
         ("late", look(lambda c: sweeps.find_late(c, PAGE))),
         ("old requests", look(lambda c: retention.remove_requests(c, 3_650 * DAY_S, PAGE))),
-        ("count of the queue", look(submissions.queued)),
+        ("count of the queue", look(counts.queued)),
     ]
 
 

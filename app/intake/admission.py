@@ -17,9 +17,9 @@ from contextlib import contextmanager
 from typing import Final
 
 from app.errors import QueueFull
-from app.store import submissions
+from app.store import counts
+from app.store.counts import Load
 from app.store.database import Database
-from app.store.submissions import Load
 from app.store.tenancy import EVERYBODY, acting_for
 
 COUNT_EVERY_S: Final = 1.0
@@ -128,10 +128,10 @@ class Admission:
         with self._lock:
             before = self._let_in
         with acting_for(EVERYBODY), self._database.begin() as connection:
-            counted, rates = submissions.queued(connection), self._rates
+            counted, rates = counts.queued(connection), self._rates
             half = Load(self._max.jobs // 2, self._max.tokens // 2)
             if _excess(_sum(counted, before), half) != Load(0, 0):
-                ended = submissions.ended(connection, DRAIN_WINDOW_S)
+                ended = counts.ended(connection, DRAIN_WINDOW_S)
                 rates = (ended.jobs / DRAIN_WINDOW_S, ended.tokens / DRAIN_WINDOW_S)
         with self._lock:
             self._counted, self._rates = counted, rates

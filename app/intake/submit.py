@@ -57,9 +57,10 @@ from app.requests.prepare import Prepared, prepare
 from app.requests.problems import first_problem
 from app.requests.storable import parse_metadata, refuse_unstorable
 from app.store import reads, submissions
+from app.store.counts import Load
 from app.store.database import Database
 from app.store.isolation import Connection, Write, apart
-from app.store.submissions import Load, NewJob
+from app.store.submissions import NewJob
 from app.store.tables import DEFAULT_TENANT
 from app.webhooks.addresses import Reach
 from app.webhooks.urls import MAX_URL, parse_url

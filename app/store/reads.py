@@ -1,4 +1,4 @@
-"""Reading jobs: status, lists and counts. Changes nothing."""
+"""Reading jobs: status and lists. Changes nothing."""
 
 from __future__ import annotations
 
@@ -375,60 +375,3 @@ def _view(
     if "state" in values:
         values["state"] = JobState(values["state"])
     return view(**values, **more)
-
-
-@dataclass(frozen=True, slots=True)
-class QueueDepth:
-    """How many jobs of a model are queued or running."""
-
-    model: str
-    state: JobState
-    num_jobs: int
-
-
-# Count open jobs by model and state.
-_QUEUE_DEPTHS: Final = text("""
-    SELECT model, state, count(*) FROM open_jobs GROUP BY model, state ORDER BY model, state
-""")
-
-
-def queue_depths(connection: Connection) -> list[QueueDepth]:
-    """Open jobs by model and state. Reads only open jobs, however many are finished."""
-    return [
-        QueueDepth(model, JobState(state), count)
-        for model, state, count in connection.execute(_QUEUE_DEPTHS)
-    ]
-
-
-# By the index of answers: what is read is what ended within the minute.
-_PROMPT_TOKENS: Final = text("""
-    SELECT model, sum(input_tokens - coalesce(cached_tokens, 0)), sum(coalesce(cached_tokens, 0))
-    FROM results
-    WHERE response IS NOT NULL AND input_tokens IS NOT NULL
-        AND finished_at > now() - interval '1 minute'
-    GROUP BY model ORDER BY model
-""")
-
-
-def prompt_tokens(connection: Connection) -> dict[str, tuple[int, int]]:
-    """By model, prompt tokens of the answers of the last minute: computed, and found in a cache."""
-    rows = connection.execute(_PROMPT_TOKENS)
-    return {model: (int(computed), int(cached)) for model, computed, cached in rows}
-
-
-# The oldest queued job of each model: one step into an index for each.
-_OLDEST_QUEUED: Final = text("""
-    SELECT given.model, extract(epoch FROM now() - oldest.created_at)
-    FROM unnest(CAST(:models AS text[])) AS given (model)
-    CROSS JOIN LATERAL (
-        SELECT created_at FROM open_jobs
-        WHERE open_jobs.model = given.model AND state = 'queued'
-        ORDER BY created_at, id LIMIT 1
-    ) AS oldest
-""")
-
-
-def oldest_queued_s(connection: Connection, models: Sequence[str]) -> dict[str, float]:
-    """Seconds since the oldest queued job of each model was accepted; without those of no job."""
-    rows = connection.execute(_OLDEST_QUEUED, {"models": list(models)})
-    return {model: float(seconds) for model, seconds in rows}

@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any, Final, Literal
 from uuid import UUID
 
-from sqlalchemy import Connection, Row, TextClause, text
+from sqlalchemy import Connection, Row, text
 
 from app.errors import Unavailable
 from app.jobs import JobState, Kind
@@ -344,47 +344,3 @@ def reject(connection: Connection, rejected: Sequence[RejectedJob]) -> set[UUID]
     if not rejected:
         return set()
     return set(connection.scalars(_REJECT, {"rejected": encode(rejected)}))
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """Jobs, and the tokens that they have and may still generate, as far as they were counted."""
-
-    jobs: int
-    tokens: int
-
-
-_LOAD: Final = """
-    count(*), coalesce(sum(coalesce({input_tokens}, 0) + coalesce(max_output_tokens, 0)), 0)
-"""
-
-# Measure what waits in the queues.
-_QUEUED: Final = text(f"""
-    SELECT {_LOAD.format(input_tokens="input_tokens")} FROM open_jobs WHERE {delivery.WAITING}
-""")
-
-
-def queued(connection: Connection) -> Load:
-    """Queued jobs that no worker has received: the length of the queue.
-
-    Reads all open jobs, which takes some tenths of a second for a million: keep the answer for a
-    while instead of asking for every job.
-    """
-    return _load(connection, _QUEUED)
-
-
-# Measure what ended lately.
-_ENDED: Final = text(f"""
-    SELECT {_LOAD.format(input_tokens="expected_input_tokens")} FROM results
-    WHERE finished_at > now() - :window_s * interval '1 s'
-""")
-
-
-def ended(connection: Connection, window_s: float) -> Load:
-    """What became final within the last `window_s`: how fast the queue drains. Reads their rows."""
-    return _load(connection, _ENDED, window_s=window_s)
-
-
-def _load(connection: Connection, query: TextClause, **given: object) -> Load:
-    [(jobs, tokens)] = connection.execute(query, given).all()
-    return Load(jobs, int(tokens))

@@ -16,7 +16,7 @@ from app.config.settings import PriceSettings, Settings
 from app.jobs import JobState, Kind
 from app.local.servers import EmbeddedRedis
 from app.requests import bodies
-from app.store import reads, submissions
+from app.store import counts, reads, submissions
 from app.store.database import Database
 from app.store.submissions import NewJob
 from app.worker.pool.arrivals import Arrival
@@ -123,8 +123,8 @@ def test_any_group_of_messages_is_written_and_every_row_is_readable(
     with database.begin() as connection:
         views = reads.find(connection, ids)
         listed = reads.list_jobs(connection, limit=100)
-        reads.queue_depths(connection)
-        submissions.queued(connection)
+        counts.queue_depths(connection)
+        counts.queued(connection)
         stored = {id_: reads.replayable(connection, id_) for id_ in ids}
     for view in (*views, *listed):
         assert told(job_of, view).state is JobState.QUEUED

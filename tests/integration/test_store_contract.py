@@ -25,6 +25,7 @@ from app.jobs import FINAL_STATES, AttemptOutcome, CloseReason, Kind
 from app.store import (
     cancellation,
     claims,
+    counts,
     delivery,
     purging,
     retention,
@@ -384,8 +385,8 @@ class Moves:
             lambda connection, _: delivery.send_due(connection, MODEL, range(10), PAGE),
             lambda connection, _: list(delivery.overdue(connection, 1_700.0, PAGE)),
             lambda connection, _: delivery.send_again(connection, self.jobs, 1_700.0),
-            lambda connection, _: submissions.queued(connection),
-            lambda connection, _: submissions.ended(connection, 700.0),
+            lambda connection, _: counts.queued(connection),
+            lambda connection, _: counts.ended(connection, 700.0),
             lambda connection, _: retention.remove_requests(connection, 2_500.0, PAGE),
             lambda connection, _: retention.redact_responses(connection, 2_500.0, PAGE),
             lambda connection, _: retention.delete_jobs(connection, 5_500.0, PAGE),

@@ -12,7 +12,7 @@ from sqlalchemy import Connection, text
 
 from app.errors import ConfigError, GristmillError, SchemaError, Unavailable
 from app.local.ports import free_port
-from app.store import submissions
+from app.store import counts, submissions
 from app.store.database import Database
 from app.store.migration import migrate
 from tests.rows import insert, new_job
@@ -266,7 +266,7 @@ def test_missing_tables_ask_for_a_migration(empty_database_url: str) -> None:
         pytest.raises(SchemaError, match="gristmill migrate"),
         database.begin() as connection,
     ):
-        submissions.queued(connection)
+        counts.queued(connection)
 
 
 def test_both_spellings_of_the_url_are_taken(database_url: str) -> None:

@@ -21,6 +21,7 @@ from app.jobs import AttemptOutcome, JobState
 from app.store import (
     cancellation,
     claims,
+    counts,
     delivery,
     lists,
     purging,
@@ -289,7 +290,7 @@ def test_cancelling(service: Service) -> None:
             "open_jobs_unsent",
         ),
         (partial(delivery.overdue, lost_after_s=10.0, most=500), "open_jobs_sent"),
-        (partial(submissions.ended, window_s=30.0), "results_finished"),
+        (partial(counts.ended, window_s=30.0), "results_finished"),
     ],
 )
 def test_rescue_and_counts(
@@ -302,8 +303,8 @@ def test_rescue_and_counts(
 
 
 def test_counting_the_queue_reads_open_jobs_alone(service: Service) -> None:
-    assert service.explain(submissions.queued, "open_jobs") == set()
-    assert service.explain(reads.queue_depths, "open_jobs") == set()
+    assert service.explain(counts.queued, "open_jobs") == set()
+    assert service.explain(counts.queue_depths, "open_jobs") == set()
 
 
 def test_retention(service: Service) -> None:
@@ -474,9 +475,9 @@ def test_purging(service: Service) -> None:
 
 
 def test_the_ages_of_queues(service: Service) -> None:
-    ages = partial(reads.oldest_queued_s, models=[MODEL, "other"])
+    ages = partial(counts.oldest_queued_s, models=[MODEL, "other"])
     assert service.explain(ages) == {"open_jobs_by_model"}
 
 
 def test_prompt_tokens_of_late(service: Service) -> None:
-    assert service.explain(reads.prompt_tokens) == {"results_responses"}
+    assert service.explain(counts.prompt_tokens) == {"results_responses"}

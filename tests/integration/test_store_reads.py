@@ -10,10 +10,11 @@ from sqlalchemy import text
 
 from app.errors import GristmillError, JobNotFound
 from app.jobs import EARLIEST, LATEST, JobState
-from app.store import cancellation, lists, reads
+from app.store import cancellation, counts, lists, reads
+from app.store.counts import QueueDepth
 from app.store.database import Database
 from app.store.lists import Filter
-from app.store.reads import JobView, QueueDepth, Unreadable
+from app.store.reads import JobView, Unreadable
 from app.store.submissions import Incoming
 from tests.rows import MODEL, Worker, insert, insert_sent, new_job, rewrite, view
 
@@ -155,7 +156,7 @@ def test_depths_count_open_jobs_by_model_and_state(database: Database) -> None:
     worker.claim([ids[1]])
 
     with database.begin() as connection:
-        assert reads.queue_depths(connection) == [
+        assert counts.queue_depths(connection) == [
             QueueDepth("other", JobState.QUEUED, 1),
             QueueDepth(MODEL, JobState.QUEUED, 3),
             QueueDepth(MODEL, JobState.RUNNING, 1),
@@ -167,7 +168,7 @@ def test_the_oldest_queued_job_of_a_model_has_an_age(database: Database) -> None
     rewrite(database, "created_at = now() - interval '1 h'", oldest)
 
     with database.begin() as connection:
-        ages = reads.oldest_queued_s(connection, [MODEL, "other", "idle"])
+        ages = counts.oldest_queued_s(connection, [MODEL, "other", "idle"])
 
     assert ages[MODEL] >= 3600 > ages["other"]
     assert "idle" not in ages

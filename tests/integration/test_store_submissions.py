@@ -9,7 +9,7 @@ from uuid import UUID, uuid4
 from sqlalchemy import event, text
 
 from app.jobs import JobState, Kind
-from app.store import purging, submissions
+from app.store import counts, purging, submissions
 from app.store.database import Database
 from app.store.submissions import Incoming, Inserted, NewJob, RejectedJob
 from tests.rows import MODEL, Worker, at_once, column, insert, new_job, view
@@ -269,7 +269,7 @@ def test_the_queue_is_what_nobody_has_received(database: Database) -> None:
     worker.claim([ids[1]])
 
     with database.begin() as connection:
-        assert submissions.queued(connection).jobs == 3
+        assert counts.queued(connection).jobs == 3
 
 
 def test_a_forged_message_for_a_job_of_a_later_version_leaves_it_alone(database: Database) -> None:

@@ -1,4 +1,4 @@
-"""What the statements of `app.store.submissions` do."""
+"""What the statements of `app.store.submissions` and `app.store.counts` do."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from app.store import submissions
+from app.store import counts, submissions
 from tests.memory_store.database import Answer, MemoryConnection, statement
 from tests.memory_store.rows import FINAL, Params, Row, is_known, is_waiting, records
 
@@ -128,12 +128,12 @@ def _reject(self: MemoryConnection, given: Params) -> Answer:
     return Answer(written)
 
 
-@statement(submissions._QUEUED)
+@statement(counts._QUEUED)
 def _queued(self: MemoryConnection, _: Params) -> Answer:
     return _load(filter(is_waiting, self.jobs.values()))
 
 
-@statement(submissions._ENDED)
+@statement(counts._ENDED)
 def _ended(self: MemoryConnection, given: Params) -> Answer:
     since = self.now - timedelta(seconds=given["window_s"])
     return _load(

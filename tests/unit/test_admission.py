@@ -20,7 +20,7 @@ from app.intake.admission import (
     MAX_RETRY_AFTER_S,
     Admission,
 )
-from app.store.submissions import Load
+from app.store.counts import Load
 
 
 class Postgres:
@@ -44,8 +44,8 @@ def store(monkeypatch: pytest.MonkeyPatch) -> None:
         postgres.while_counting()
         return postgres.queued
 
-    monkeypatch.setattr(admission.submissions, "queued", queued)
-    monkeypatch.setattr(admission.submissions, "ended", lambda postgres, window_s: postgres.ended)
+    monkeypatch.setattr(admission.counts, "queued", queued)
+    monkeypatch.setattr(admission.counts, "ended", lambda postgres, window_s: postgres.ended)
 
 
 class Clock:

@@ -40,10 +40,11 @@ from app.objects import Objects
 from app.requests.bodies import Url
 from app.store import batch_work, submissions
 from app.store.batch_work import FedLine
+from app.store.counts import Load
 from app.store.database import Database
 from app.store.isolation import Connection, apart
 from app.store.job_batches import BatchView
-from app.store.submissions import Load, NewJob
+from app.store.submissions import NewJob
 
 PAGE: Final = 200
 """Lines of a page."""
