@@ -197,7 +197,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=int, default=4_000, help="of each contestant, a round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=1, help="of ours")
-    parser.add_argument("--only", default="", help="contestants whose name has this text")
+    parser.add_argument("--only", default="", help="what has this text in its name")
     return parser
 
 
@@ -277,8 +277,10 @@ def _print(number: int, heats: dict[str, list[Heat]], answered_s: list[float]) -
                 *(f"{each:.2f}" for each in cpu),
             ]
         )
-    print(f"\n{machine()}\n{number} jobs each; CPU in ms a job\n")
-    print_table(["contestant", "jobs/s", "spread", *parts], rows)
+    print(f"\n{machine()}")
+    if rows:
+        print(f"{number} jobs each; CPU in ms a job\n")
+        print_table(["contestant", "jobs/s", "spread", *parts], rows)
     rate = {name: median(heat.rate for heat in all_of) for name, all_of in heats.items()}
     best = max((rate[name] for name in rate if name.startswith("plain")), default=None)
     ratios: dict[str, Any] = {}
