@@ -155,6 +155,22 @@ def test_a_status_is_held_until_any_or_all_of_the_jobs_are_final(
     assert held(api) == 0
 
 
+def test_a_status_that_gathers_is_held_until_all_are_final(api: httpx.Client, hands: Hands) -> None:
+    ids = submit(api, 3)
+    with ThreadPoolExecutor() as pool:
+        asked = {"wait_for": "any", "gather_s": 10, "view": "ended"}
+        following = pool.submit(ask, api, ids, 40, **asked)
+        eventually(lambda: held(api) == 1)
+
+        for job_id in ids:
+            assert not following.done()
+            hands.finish(hands.claim(job_id))
+
+        told = following.result(timeout=20).json()
+    assert told["is_final"] is True
+    assert all("job" in item for item in told["items"])
+
+
 def test_a_row_that_cannot_be_read_is_told_in_its_place(
     api: httpx.Client, database: Database
 ) -> None:

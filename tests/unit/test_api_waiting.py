@@ -198,11 +198,15 @@ class Rows:
         for job_id in ids:
             waiters.jobs_are_done([job_id])
 
-    def follow(self, waiters: Waiters, for_all: bool) -> Awaitable[set[UUID]]:
+    def follow(
+        self, waiters: Waiters, for_all: bool, gather_s: float = 0.0
+    ) -> Awaitable[set[UUID]]:
         def still_open(seen: set[UUID]) -> set[UUID]:
             return seen if for_all or len(seen) == len(self.ids) else set()
 
-        return waiters.until(self.read, still_open, self.ids, LONG_S, for_all=for_all)
+        return waiters.until(
+            *(self.read, still_open, self.ids, LONG_S), for_all=for_all, gather_s=gather_s
+        )
 
 
 def test_who_waits_for_all_looks_once_more_when_the_last_has_ended() -> None:
@@ -234,6 +238,52 @@ def test_who_waits_for_any_looks_again_at_the_first() -> None:
         assert rows.num_reads == 2
 
     assert not run(scenario)._watches
+
+
+def test_who_gathers_looks_once_all_have_ended() -> None:
+    async def scenario(waiters: Waiters, _: Row) -> None:
+        rows = Rows(3)
+        waiting = asyncio.ensure_future(rows.follow(waiters, for_all=False, gather_s=LONG_S))
+        await asyncio.sleep(0)
+
+        for job_id in rows.ids:
+            assert not waiting.done() and rows.num_reads == 0
+            rows.end(waiters, job_id)
+            await asyncio.sleep(0)
+
+        assert await waiting == set()
+        assert rows.num_reads == 1
+
+    run(scenario)
+
+
+def test_who_has_gathered_waits_for_any() -> None:
+    async def scenario(waiters: Waiters, _: Row) -> None:
+        rows = Rows(3)
+        waiting = asyncio.ensure_future(rows.follow(waiters, for_all=False, gather_s=0.001))
+        await rows.was_read.wait()
+
+        rows.end(waiters, rows.ids[1])
+
+        assert await waiting == {rows.ids[0], rows.ids[2]}
+        assert rows.num_reads == 2
+
+    run(scenario)
+
+
+def test_nobody_gathers_once_all_are_to_go() -> None:
+    async def scenario(waiters: Waiters, _: Row) -> None:
+        rows = Rows(3)
+        gathering = rows.follow(waiters, for_all=False, gather_s=LONG_S)
+        waiting = asyncio.ensure_future(gathering)
+        await asyncio.sleep(0)
+
+        waiters.close()
+
+        assert len(await waiting) == 3
+        assert len(await rows.follow(waiters, for_all=False, gather_s=LONG_S)) == 3
+
+    run(scenario)
 
 
 @given(

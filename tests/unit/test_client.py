@@ -484,6 +484,7 @@ class Jobs:
         self._most = most
         self._ended: set[str] = set()
         self.most_ids = 0
+        self.gathered: list[float] = []  #: what looks were to wait for
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
         asked = json.loads(request.content)
@@ -491,6 +492,7 @@ class Jobs:
         shown = asked["ids"]
         if asked["view"] == "ended":
             assert asked["wait_for"] == "any"
+            self.gathered.append(asked["gather_s"])
             still = [job_id for job_id in asked["ids"] if job_id not in self._ended]
             self._ended |= set(still[-self._per_look :])
             shown = [job_id for job_id in asked["ids"] if job_id in self._ended][: self._most]
@@ -525,21 +527,31 @@ def test_very_many_jobs_are_followed_a_thousand_at_a_time(call: Call) -> None:
 
 
 def test_jobs_that_end_one_by_one_are_looked_at_less_often_the_more_they_are(call: Call) -> None:
-    api = Api(Jobs(per_look=1))
+    jobs = Jobs(per_look=1)
 
-    call(api, "as_completed", [str(n) for n in range(150)])
+    call(Api(jobs), "as_completed", [str(n) for n in range(150)])
 
-    assert api.pauses[0] == SLOW_ROUND_S
-    assert api.pauses == sorted(api.pauses, reverse=True)
-    assert api.pauses[-1] <= EACH_S
+    first, *others = jobs.gathered
+    assert (first, others[0]) == (0, SLOW_ROUND_S)
+    assert others == sorted(others, reverse=True)
+    assert others[-1] <= EACH_S
+
+
+def test_where_a_look_is_not_held_the_pause_is_made_here(call: Call) -> None:
+    jobs = Jobs(per_look=1)
+    api = Api(jobs)
+
+    call(api, "as_completed", [str(n) for n in range(5)])
+
+    assert api.pauses == pytest.approx([*jobs.gathered[:-1], 0.0])
 
 
 def test_jobs_that_end_fast_are_looked_at_more_often(call: Call) -> None:
-    api = Api(Jobs(per_look=2 * MANY))
+    jobs = Jobs(per_look=2 * MANY)
 
-    call(api, "as_completed", [str(n) for n in range(8 * MANY)])
+    call(Api(jobs), "as_completed", [str(n) for n in range(8 * MANY)])
 
-    assert api.pauses[0] == ROUND_S
+    assert jobs.gathered == [0, ROUND_S, ROUND_S, ROUND_S]
 
 
 def test_one_request_brings_the_jobs_that_have_ended(call: Call) -> None:

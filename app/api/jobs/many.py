@@ -24,7 +24,6 @@ from app.api.jobs.schemas_many import (
     StatusItem,
     StatusRequest,
     View,
-    WaitFor,
 )
 from app.api.problems import documented
 from app.api.reader import Outcome, Snapshot
@@ -80,7 +79,7 @@ async def status(request: Request, here: Here, who: WhoReads, hold: Held) -> Res
     ids = [job_id_of(text) for text in asked.ids]
     is_one_look = asked.view == "ended" and asked.wait_for == "any"
     look = _ended if is_one_look else _states
-    told = await _in_time(here, look, who.tenant, dict.fromkeys(ids), asked.wait_for, hold)
+    told = await _in_time(here, look, who.tenant, dict.fromkeys(ids), asked, hold)
     if asked.view == "ended" and not is_one_look:  # who waits for all has answers read but once
         told = await here.read(_ended, here, who.tenant, list(told))
     elif asked.view in ("summary", "full"):
@@ -100,7 +99,7 @@ async def _in_time(
     look: Callable[[Services, str, Collection[UUID]], dict[UUID, Told]],
     tenant: str,
     ids: Collection[UUID],
-    wait_for: WaitFor,
+    asked: StatusRequest,
     hold: Hold,
 ) -> dict[UUID, Told]:
     """Those that exist as a look finds them, once all or any are final, or at the end of the
@@ -108,12 +107,14 @@ async def _in_time(
 
     def still_open(seen: Mapping[UUID, Told]) -> list[UUID]:
         are_open = [id for id, state in seen.items() if not _is_final(state)]
-        is_enough = wait_for == "any" and len(are_open) < len(seen)
+        is_enough = asked.wait_for == "any" and len(are_open) < len(seen)
         return [] if is_enough else are_open
 
     read = partial(here.read, look, here, tenant, ids)
     return await here.waiters.until(
-        read, still_open, ids, hold.seconds_at(here), for_all=wait_for == "all"
+        *(read, still_open, ids, hold.seconds_at(here)),
+        for_all=asked.wait_for == "all",
+        gather_s=asked.gather_s,
     )
 
 

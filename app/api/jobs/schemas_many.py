@@ -20,6 +20,7 @@ MAX_IDS: Final = 1_000
 """Of one call."""
 MAX_IDS_FULL: Final = 100
 """The same where the answers come with it."""
+MAX_GATHER_S: Final = 10.0
 View = Literal["state", "summary", "full", "ended"]
 WaitFor = Literal["all", "any"]
 Ids = Annotated[
@@ -49,6 +50,14 @@ class StatusRequest(Part):
         "all",
         description="With the parameter wait: until all of them are final, or any.",
         examples=["any"],
+    )
+    gather_s: float = Field(
+        0.0,
+        ge=0,
+        le=MAX_GATHER_S,
+        description="With the parameter wait: for so many seconds the answer waits for all of "
+        "them, and only then for any, so that one answer tells of many.",
+        examples=[1.0],
     )
 
     @model_validator(mode="after")

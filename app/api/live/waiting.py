@@ -12,7 +12,7 @@ import asyncio
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Final, TypeVar
 from uuid import UUID
@@ -40,6 +40,12 @@ class Watch:
         self.missing.discard(job_id)
         if not (self.for_all and self.missing):
             self.wake.set()
+
+    async def wakes(self, within_s: float) -> None:
+        """Wait for that, or so long."""
+        if within_s > 0:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self.wake.wait(), within_s)
 
 
 class Waiters:
@@ -79,14 +85,19 @@ class Waiters:
         timeout_s: float,
         *,
         for_all: bool = True,
+        gather_s: float = 0.0,
     ) -> Seen:
         """What `read` saw of the jobs last: with none of those that are waited for `still_open`, or
         as they were when `timeout_s` had passed.
 
-        Looks again when all that were open have ended; unless `for_all`, when any has.
+        Looks again when all that were open have ended; unless `for_all`, when any has. Before the
+        first look it waits for `gather_s`, unless it hears sooner that all have ended.
         """
         give_up_at = time.monotonic() + timeout_s
-        with self.watching(job_ids, for_all=for_all) as watch:
+        with self.watching(job_ids) as watch:
+            if not self.is_closed:
+                await watch.wakes(min(gather_s, timeout_s))
+            watch.for_all = for_all
             while True:
                 watch.wake.clear()  # before reading, so that what happens meanwhile is not missed
                 watch.noticed.clear()
@@ -98,10 +109,7 @@ class Waiters:
                 watch.missing = missing - watch.noticed
                 if not watch.missing:
                     continue
-                try:
-                    await asyncio.wait_for(watch.wake.wait(), min(remaining_s, LOOK_AGAIN_S))
-                except TimeoutError:
-                    continue
+                await watch.wakes(min(remaining_s, LOOK_AGAIN_S))
 
     @contextmanager
     def watching(

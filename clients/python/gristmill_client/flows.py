@@ -164,6 +164,7 @@ class Flows:
         timer = Timer(timeout_s)
         coming = iter(job_ids)
         followed: dict[str, None] = {}
+        round_s = 0.0
         while True:
             while len(followed) < MAX_IDS and (job_id := next(coming, END)) is not END:
                 if job_id is not None:
@@ -172,18 +173,21 @@ class Flows:
                     break
             if not followed:
                 return
-            ended = yield from self._within(timer, self._ended(list(followed), timer))
+            ended = yield from self._within(timer, self._ended(list(followed), timer, round_s))
             for job_id, job in ended:
                 del followed[job_id]
                 yield Given((job_id, job))
-            yield timer.pause_s(
-                f"{len(followed)} jobs have not ended",
-                shortest_round_s=_round_s(len(ended), len(followed)),
-            )
+            what = f"{len(followed)} jobs have not ended"
+            yield timer.pause_s(what, shortest_round_s=round_s if followed else 0.0)
+            round_s = _round_s(len(ended), len(followed))
 
-    def _ended(self, job_ids: list[str], timer: Timer) -> Flow[list[tuple[str, Found]]]:
-        """Those that have ended by the end of a round, with their responses."""
-        body = encode({"ids": job_ids, "view": "ended", "wait_for": "any"})
+    def _ended(
+        self, job_ids: list[str], timer: Timer, round_s: float
+    ) -> Flow[list[tuple[str, Found]]]:
+        """Those that have ended by the end of a round, with their responses: it is no shorter than
+        `round_s`, unless all have."""
+        asked = {"ids": job_ids, "view": "ended", "wait_for": "any", "gather_s": round_s}
+        body = encode(asked)
         answer = yield from self._poll("POST", "/v1/jobs/status", body, timer)
         told = items_of(answer, len(job_ids), _ended_or_state)
         found = dict(zip(job_ids, told, strict=True))
@@ -202,7 +206,7 @@ class Flows:
         patience = Patience(self._api.patience_s)
         coming = pages(submissions, most)
         places: dict[str, list[int]] = {}  #: of the jobs that are followed
-        timer, index, has_more = Timer(None), 0, True
+        timer, index, has_more, round_s = Timer(None), 0, True, 0.0
         while has_more or places:
             while has_more and len(places) <= MAX_IDS - RUN_PAGE:
                 page = next(coming, None)
@@ -223,12 +227,13 @@ class Flows:
                 if len(page) < most.jobs:  # the next one may take its time
                     break
             if places:
-                ended = yield from self._ended(list(places), timer)
+                ended = yield from self._ended(list(places), timer, round_s)
                 for job_id, found in ended:
                     for place in places.pop(job_id):
                         yield Given((place, found))
             if places:
-                yield timer.pause_s("", shortest_round_s=_round_s(len(ended), len(places)))
+                yield timer.pause_s("", shortest_round_s=round_s)
+                round_s = _round_s(len(ended), len(places))
 
     def _poll(
         self, method: str, path: str, body: bytes | None, timer: Timer
