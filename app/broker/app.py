@@ -100,6 +100,7 @@ def _celery_settings(settings: Settings) -> dict[str, Any]:
         "worker_hijack_root_logger": False,
         "worker_redirect_stdouts": False,
         "worker_enable_remote_control": True,
+        "worker_timer_precision": 10.0,  # longest sleep of the hub; it would wake every second
     }
 
 

@@ -72,6 +72,14 @@ MOST_AT_ONCE: Final = 256
 LOOK_AGAIN_S: Final = 0.05
 """Longest wait for a queue that has room again, and that BRPOP does not wait for."""
 
+ASK_S: Final = 5.0
+"""Longest wait of a BRPOP for all queues of a worker. One that leaves out a queue without room is
+asked anew every second, and where no hub turns, for the next may be for other queues."""
+
+BINDINGS_S: Final = 30.0
+"""Between two looks whether a binding is soon over; kombu has them last for an hour, and would look
+every second."""
+
 
 def _read(queue: str, item: bytes) -> dict[str, Any] | None:
     payload: dict[str, Any] = loads(item.decode())  # type: ignore[no-untyped-call]
@@ -309,6 +317,8 @@ class _Outliving:
         bells += [self._bell(queue, lanes.NEW) for queue in new]
         if len(queues) + len(new) < len(self.active_queues):  # type: ignore[attr-defined]
             timeout = LOOK_AGAIN_S  # for newcomers of a queue that is not asked for at all
+        elif not new and getattr(self.connection, "loop", None) is not None:  # type: ignore[attr-defined]
+            timeout = ASK_S
         lists = [
             self._q_for_pri(queue, step)  # type: ignore[attr-defined]
             for step in self.priority_steps  # type: ignore[attr-defined]
@@ -459,6 +469,11 @@ class _Turning:
         self.loop = loop
         super().register_with_event_loop(connection, loop)  # type: ignore[misc]
         loop.on_tick.add(self._settle)
+        cycle: Any = self.cycle  # type: ignore[attr-defined]
+        cycle._binding_expiry_tref.cancel()
+        cycle._binding_expiry_tref = loop.call_repeatedly(
+            BINDINGS_S, cycle.maybe_refresh_binding_expiry
+        )
 
     def _settle(self) -> None:
         """Between what the hub does in a turn and its wait for the next."""

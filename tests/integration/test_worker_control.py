@@ -131,7 +131,7 @@ def test_a_terminal_that_closes_ends_a_worker_in_order(
 ) -> None:
     ask("ping")
     running = producer.send_task(TASK, kwargs={"prompt": "x\nsleep 1000"})
-    eventually(lambda: rows(settings, "SELECT FROM jobs WHERE id = %s", running.id))
+    eventually(lambda: rows(settings, "SELECT FROM jobs WHERE state = 'running'"))
 
     worker.send_signal(signal.SIGHUP)
 

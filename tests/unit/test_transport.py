@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import logging
+import time
+from collections import Counter
+from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any, Final
 
 import pytest
+from kombu.asynchronous import Hub
+from kombu.transport import redis
 from redis import ConnectionPool
 from redis.exceptions import RedisError
 
-from app.broker.transport import LOOK_AGAIN_S, Channel, Message, _Turning
+from app.broker.transport import (
+    ASK_S,
+    LOOK_AGAIN_S,
+    Channel,
+    Message,
+    Turns,
+    _Turning,
+)
+
+BUDGET: Final = 4
 
 
 class LostChannel:
@@ -46,13 +61,27 @@ def test_a_message_that_cannot_be_settled_is_a_word_in_the_log_and_no_traceback(
     assert "secret" not in caplog.text
 
 
+@pytest.fixture
+def loop() -> Iterator[Hub]:
+    loop = Hub()
+    yield loop
+    loop.close()
+
+
 class Hubless:
-    def register_with_event_loop(self, connection: object, loop: object) -> None:
-        pass
+    def __init__(self) -> None:
+        self.cycle = redis.MultiChannelPoller()
+
+    def register_with_event_loop(self, connection: object, loop: Hub) -> None:
+        """As kombu does."""
+        looks = loop.call_repeatedly(1, self.cycle.maybe_refresh_binding_expiry)
+        self.cycle._binding_expiry_tref = looks
 
 
 class Turning(_Turning, Hubless):
     def __init__(self, told: list[str], missed: set[str] | None = None) -> None:
+        super().__init__()
+
         def settle() -> None:
             told.append("messages are delivered")
 
@@ -60,10 +89,11 @@ class Turning(_Turning, Hubless):
         self.after_turn = lambda: told.append("the runner is woken")
 
 
-def test_whoever_waits_for_messages_is_woken_once_all_of_a_turn_are_delivered() -> None:
+def test_whoever_waits_for_messages_is_woken_once_all_of_a_turn_are_delivered(
+    loop: Hub,
+) -> None:
     # given
     told: list[str] = []
-    loop = SimpleNamespace(on_tick=set())
     Turning(told).register_with_event_loop(None, loop)
     # when
     for tick in loop.on_tick:
@@ -72,16 +102,52 @@ def test_whoever_waits_for_messages_is_woken_once_all_of_a_turn_are_delivered() 
     assert told == ["messages are delivered", "the runner is woken"]
 
 
-def test_a_queue_that_nobody_waits_for_and_that_has_room_has_the_hub_turn_again_soon() -> None:
+def test_a_queue_that_nobody_waits_for_and_that_has_room_has_the_hub_turn_again_soon(
+    loop: Hub,
+) -> None:
     # given
     asked: list[float] = []
-    loop = SimpleNamespace(on_tick=set(), call_later=lambda wait_s, _: asked.append(wait_s))
+    loop.call_later = lambda wait_s, _: asked.append(wait_s)
     Turning([], missed={"gristmill.stub"}).register_with_event_loop(None, loop)
     # when
     for tick in [*loop.on_tick] * 3:
         tick()
     # then
     assert asked == [LOOK_AGAIN_S]
+
+
+def test_bindings_that_last_for_an_hour_are_not_looked_at_every_second(loop: Hub) -> None:
+    # when
+    Turning([]).register_with_event_loop(None, loop)
+    # then
+    [due] = [each for each in loop.timer._queue if not each.entry.canceled]
+    assert due.eta - time.monotonic() > 2
+
+
+@pytest.mark.parametrize(
+    ("held", "loop", "wait_s"),
+    [(0, "a hub", ASK_S), (0, None, 1), (BUDGET, "a hub", 1), (2 * BUDGET, "a hub", LOOK_AGAIN_S)],
+)
+def test_a_worker_asks_anew_seldom_but_where_it_leaves_out_what_it_has_enough_of(
+    held: int, loop: object, wait_s: float
+) -> None:
+    # given a queue with room, and one of which so many jobs are held
+    sent: list[tuple[Any, ...]] = []
+    channel = object.__new__(Channel)
+    channel.connection = SimpleNamespace(loop=loop)
+    channel._active_queues, channel.active_fanout_queues = ["idle", "busy"], set()
+    channel._queue_cycle = Turns(channel)
+    channel._queue_cycle.update(channel._active_queues)
+    channel._qos = SimpleNamespace(held=Counter(busy=held))
+    channel.queue_budgets = {"busy": BUDGET}
+    channel.brpop_timeout = redis.Transport.brpop_timeout
+    channel.global_keyprefix = ""
+    connection = SimpleNamespace(send_command=lambda *words: sent.append(words))
+    channel.client = SimpleNamespace(connection=connection)
+    # when
+    channel._brpop_start()
+    # then
+    assert sent[0][-1] == wait_s
 
 
 def test_a_channel_makes_one_plain_client_for_as_long_as_it_keeps_its_connections() -> None:

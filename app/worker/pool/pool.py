@@ -13,6 +13,7 @@ import math
 import os
 import signal
 import time
+from contextlib import suppress
 from typing import Any, Final
 from uuid import UUID
 
@@ -54,6 +55,9 @@ class EnginePool(BasePool):  # type: ignore[misc]
         self._has_added = False  #: messages, since the runner was woken
         self._times_asked = 0  #: to shut down
         self._broker_trouble_at = -math.inf  #: by the monotonic clock
+        self._wake_out, self._wake_in = os.pipe()  # ends the hub's wait; open as long as we live
+        os.set_blocking(self._wake_in, False)
+        self._has_runner_ended = False
         self._hangup = signal.getsignal(signal.SIGHUP)  # before Celery takes it
         self._assembly: Assembly | None = None
 
@@ -76,6 +80,8 @@ class EnginePool(BasePool):  # type: ignore[misc]
             raise SystemExit(1) from None
         keep_what_is_there()
         self._set_hangup()
+        # The hub's wait goes on after a signal handler, which may have told the worker to end.
+        signal.set_wakeup_fd(self._wake_in, warn_on_full_buffer=False)
         signals.task_revoked.connect(self._revoked)
         signals.worker_shutting_down.connect(self._asked_to_stop)
         log.info("The worker is ready.", extra={"action": "worker_ready"})
@@ -100,6 +106,11 @@ class EnginePool(BasePool):  # type: ignore[misc]
 
     def register_with_event_loop(self, hub: Any) -> None:
         self._hub = hub
+        hub.add_reader(self._wake_out, os.read, self._wake_out, 65_536)
+
+    def _wake_hub(self) -> None:
+        with suppress(BlockingIOError):  # a full pipe wakes as well
+            os.write(self._wake_in, b"!")
 
     def _runner_ended(self) -> None:
         """Without its runner the worker can do nothing: end it, so that it is started again."""
@@ -107,8 +118,8 @@ class EnginePool(BasePool):  # type: ignore[misc]
             log.critical("The worker ends: %s", self._assembly.runner.failure)
             # A warm stop: nothing runs any more, and Celery would exit with 0 after a cold one.
             celery_state.should_stop = os.EX_SOFTWARE
-            if self._hub is not None:
-                self._hub.call_soon(lambda: None)  # wakes the loop, which then sees the flag
+        self._has_runner_ended = True
+        self._wake_hub()
 
     # ── messages ─────────────────────────────────────────────────────────────────────────────
 
@@ -181,8 +192,9 @@ class EnginePool(BasePool):  # type: ignore[misc]
             return
         grace_s = self.app.settings.worker.grace_s if self._times_asked < 2 else 0.0
         parts.runner.post(Drain(time.monotonic_ns() + int(grace_s * 1e9)))
-        while parts.runner.is_alive():
+        while parts.runner.is_alive() and not self._has_runner_ended:
             self._turn_hub()
+        self._wake_hub()
         self._turn_hub()
 
     def _turn_hub(self) -> None:
