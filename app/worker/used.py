@@ -14,8 +14,8 @@ from app.broker.lanes import Used
 from app.errors import Unavailable
 from app.threads import Background
 
-PAUSE_S: Final = 0.05
-"""Between two tellings, each for all jobs that ended meanwhile."""
+PAUSE_S: Final = 0.5
+"""From the first job that ended to the telling of all that ended meanwhile."""
 MAX_PAUSE_S: Final = 5.0
 """Longest pause while Redis is away: a frozen one keeps each connection that was tried."""
 
@@ -50,9 +50,9 @@ class UsedTeller:
         pause_s = PAUSE_S
         while not self._stopping.is_set():
             self._has_some.wait()
+            self._stopping.wait(pause_s)
             self._has_some.clear()
             pause_s = PAUSE_S if self._tell_all() else min(2 * pause_s, MAX_PAUSE_S)
-            self._stopping.wait(pause_s)
 
     def _tell_all(self) -> bool:
         with self._lock:

@@ -63,7 +63,27 @@ def test_a_redis_that_stays_away_is_tried_ever_more_seldom_until_it_is_back() ->
     teller.start()
 
     assert redis.has_all.wait(30)
-    eventually(lambda: len(pauses) == 11)
+    teller.note(MILL, Used(1, 1, 100))
+    eventually(lambda: len(pauses) == 12)
     teller.stop()
-    assert pauses == [*sorted(pauses[:10]), telling.PAUSE_S]
-    assert pauses[9] == telling.MAX_PAUSE_S
+    assert pauses == [*sorted(pauses[:11]), telling.PAUSE_S]
+    assert pauses[10] == telling.MAX_PAUSE_S
+
+
+def test_jobs_that_end_while_it_pauses_are_told_with_those_before() -> None:
+    # given
+    tellings: list[Mapping[Whose, Used]] = []
+    teller = UsedTeller(tellings.append)
+
+    def pause(_: float) -> None:
+        if not tellings:
+            teller.note(MILL, Used(1, 1, 200))
+
+    teller._stopping.wait = pause  # type: ignore[assignment, method-assign]
+    # when
+    teller.note(MILL, Used(1, 1, 100))
+    teller.start()
+    # then
+    eventually(lambda: tellings)
+    teller.stop()
+    assert tellings == [{MILL: Used(2, 2, 300)}]
