@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 from transformers import AutoModel
 
+from app.bench.outcomes import good
 from app.bench.report import machine, print_json, print_table, spread
 from app.bench.workloads import words
 from app.config.file import load
@@ -36,7 +37,7 @@ from app.engines.text.tokenizer import Tokenizer, load_tokenizer
 from app.errors import ConfigError
 from app.jobs import Kind
 from app.local.supervisor import System
-from gristmill_client import Client, GristmillError
+from gristmill_client import Client
 
 T = TypeVar("T")
 
@@ -162,16 +163,10 @@ def run_engine(engine: Engine, tokenizer: Tokenizer, texts: Seq[str]) -> Tensor:
 def _run_path(settings: Settings, texts: Seq[str]) -> Tensor:
     """A job for each text, from the submission of all to the last answer."""
     with Client(settings.api.url, key=settings.api.key) as client:
-        ids = [_good(it) for it in client.submit_many([{"body": {"input": it}} for it in texts])]
+        ids = [good(it) for it in client.submit_many([{"body": {"input": it}} for it in texts])]
         ended = dict(client.as_completed(ids))
-    answers = [_good(ended[job_id]).response or {} for job_id in ids]
+    answers = [good(ended[job_id]).response or {} for job_id in ids]
     return torch.tensor([each["data"][0]["embedding"] for each in answers])
-
-
-def _good(outcome: T | GristmillError) -> T:
-    if isinstance(outcome, GristmillError):
-        raise outcome
-    return outcome
 
 
 def _peer(python: str, name: str, folder: Path) -> subprocess.Popen[str]:

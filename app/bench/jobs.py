@@ -30,10 +30,10 @@ import psycopg
 from celery import Celery
 
 from app.bench import plain_celery
+from app.bench.outcomes import good
 from app.bench.own_system import OwnSystem, eventually, model_entry
 from app.bench.report import machine, print_json, print_table, spread
 from app.config.settings import Settings
-from app.errors import GristmillError
 from gristmill_client import AsyncClient, Client
 
 BODY: Final = {"prompt": "x", "max_tokens": 1}
@@ -85,9 +85,8 @@ class Race:
     def bulk(self, number: int) -> Heat:
         def submit() -> None:
             with Client(self._settings.api.url) as client:
-                for job_id in client.submit_many([{"body": BODY}] * number):
-                    if isinstance(job_id, GristmillError):
-                        raise job_id
+                for answer in client.submit_many([{"body": BODY}] * number):
+                    good(answer)
 
         return self._ours(number, submit)
 

@@ -28,13 +28,14 @@ from typing import Any, Final
 
 import httpx
 
+from app.bench.outcomes import good
 from app.bench.own_system import OwnSystem, model_entry
 from app.bench.report import machine, print_json, print_table
 from app.bench.workloads import WORKLOADS, Request, make
 from app.engines.catalog import load_catalog
 from app.jobs import Kind
 from app.local.supervisor import System
-from gristmill_client import Client, GristmillError, Job
+from gristmill_client import Client, Job
 
 SHARES: Final = (0.05, 0.3, 0.7, 1.1)
 """Of the capacity. Beyond it the queue grows for as long as jobs come."""
@@ -130,10 +131,8 @@ def _capacity(system: System, bodies: Seq[dict[str, Any]]) -> float:
     with Client(system.settings.api.url) as client:
         for number in (8, len(bodies)):
             began = time.monotonic()
-            for job_id in client.submit_many([{"body": body} for body in bodies[:number]]):
-                if isinstance(job_id, GristmillError):
-                    raise job_id
-                client.wait(job_id)
+            for answer in client.submit_many([{"body": body} for body in bodies[:number]]):
+                client.wait(good(answer))
         return len(bodies) / (time.monotonic() - began)
 
 

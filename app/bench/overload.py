@@ -23,10 +23,11 @@ from typing import Final
 import httpx
 import psutil
 
+from app.bench.outcomes import good
 from app.bench.own_system import OwnSystem, model_entry
 from app.bench.report import machine, print_json, print_table
 from app.local.supervisor import System
-from gristmill_client import Client, GristmillError, Job, JobState
+from gristmill_client import Client, Job, JobState
 
 BODY: Final = {"prompt": "x", "max_tokens": 2}
 STEPS: Final = 2
@@ -116,10 +117,8 @@ def _capacity(url: str, number: int) -> float:
 
 def _work_off(url: str, number: int) -> None:
     with Client(url) as client:
-        for job_id in client.submit_many([{"body": BODY}] * number):
-            if isinstance(job_id, GristmillError):
-                raise job_id
-            client.wait(job_id, timeout_s=120)
+        for answer in client.submit_many([{"body": BODY}] * number):
+            client.wait(good(answer), timeout_s=120)
 
 
 def _run(url: str, phase: Phase, pace: float) -> Phase:

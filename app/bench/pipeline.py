@@ -16,6 +16,7 @@ from statistics import median
 
 import psutil
 
+from app.bench.outcomes import good
 from app.bench.report import machine, print_json, print_table, spread
 from app.bench.workloads import WORKLOADS, Request, make
 from app.config.file import load
@@ -26,7 +27,7 @@ from app.engines.catalog import load_catalog
 from app.jobs import Kind, SamplingParams
 from app.local.supervisor import System
 from app.worker.engine.host import LAUNCH
-from gristmill_client import Client, GristmillError, JobFailed
+from gristmill_client import Client, JobFailed
 
 
 def main(arguments: Seq[str]) -> None:
@@ -79,18 +80,10 @@ def run_path(settings: Settings, requests: Seq[Request]) -> float:
     with Client(settings.api.url, key=settings.api.key) as client:
         began = time.monotonic()
         accepted = client.submit_many([{"body": body} for body in bodies])
-        for _, job in client.as_completed(map(_id, accepted)):
-            if isinstance(job, GristmillError):
-                raise job
-            if job.response is None:
+        for _, outcome in client.as_completed(map(good, accepted)):
+            if (job := good(outcome)).response is None:
                 raise JobFailed(job)
         return time.monotonic() - began
-
-
-def _id(accepted: str | GristmillError) -> str:
-    if isinstance(accepted, GristmillError):
-        raise accepted
-    return accepted
 
 
 def _bare(engine: Engine, requests: Seq[Request]) -> float:

@@ -11,10 +11,11 @@ from collections.abc import Sequence as Seq
 from contextlib import ExitStack
 from typing import Final
 
+from app.bench.outcomes import good
 from app.bench.own_system import OwnSystem, model_entry
 from app.bench.report import print_json, print_table
 from app.bench.system import Bench
-from gristmill_client import Client, GristmillError, Job, JobState
+from gristmill_client import Client, Job, JobState
 
 BATCH: Final = 64
 
@@ -59,11 +60,7 @@ def _run(bench: Bench, number: int) -> list[int]:
     places = {place * BATCH // number for place in range(number)}
     bodies = [{"prompt": "crash" if n in places else f"good {n}"} for n in range(BATCH)]
     before = bench.logged("suspects apart")
-    ids: list[str] = []
-    for job_id in bench.client.submit_many({"body": body} for body in bodies):
-        if isinstance(job_id, GristmillError):
-            raise job_id
-        ids.append(job_id)
+    ids = [*map(good, bench.client.submit_many({"body": body} for body in bodies))]
     jobs = bench.wait(lambda: bench.ended(ids))
     failed = {n for n, job in enumerate(jobs) if job.state is not JobState.COMPLETED}
     charged = [job for n, job in enumerate(jobs) if n not in places and _charged_twice(job)]

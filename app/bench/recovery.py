@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from statistics import median
 
+from app.bench.outcomes import good
 from app.bench.report import machine, print_json, print_table
 from app.bench.system import Bench
 from app.config.file import load
 from app.local.supervisor import System
-from gristmill_client import Client, GristmillError, JobState
+from gristmill_client import Client, JobState
 
 PLAIN_TIMEOUT_S = 3_600.0
 """Celery's default visibility timeout on Redis."""
@@ -66,11 +67,8 @@ def _submit(client: Client, number: int, tokens: int, bench: Bench | None = None
     """Send jobs; with `bench`, wait for them as well."""
     body = {"max_tokens": tokens, "temperature": 0.0, "ignore_eos": True}
     prompts = ("A grist mill is a place where " * (tokens // 6) for _ in range(number))
-    ids = []
-    for job_id in client.submit_many({"body": body | {"prompt": prompt}} for prompt in prompts):
-        if isinstance(job_id, GristmillError):
-            raise job_id
-        ids.append(job_id)
+    answers = client.submit_many({"body": body | {"prompt": prompt}} for prompt in prompts)
+    ids = [*map(good, answers)]
     if bench:
         bench.wait(lambda: bench.ended(ids))
     return ids

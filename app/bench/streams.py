@@ -25,10 +25,11 @@ from urllib.parse import urlsplit
 
 import psutil
 
+from app.bench.outcomes import good
 from app.bench.own_system import OwnSystem, model_entry
 from app.bench.report import machine, print_json, print_table, spread
 from app.worker.engine.host import LAUNCH
-from gristmill_client import Client, GristmillError, Job, Submission
+from gristmill_client import Client, Job, Submission
 
 WARM_UP: Final = 8
 TOKENS: Final = b"event: tokens"
@@ -126,11 +127,7 @@ def _bodies(options: argparse.Namespace) -> list[dict[str, Any]]:
 def _run(client: Client, url: str, bodies: Seq[dict[str, Any]], *, stream: bool) -> Round:
     done, engine_s = Round(), _engine_s()
     jobs: list[Submission] = [{"body": body, "stream_events": stream} for body in bodies]
-    ids = client.submit_many(jobs)
-    for job_id in ids:
-        if isinstance(job_id, GristmillError):
-            raise job_id
-    known = [str(job_id) for job_id in ids]
+    known = [*map(good, client.submit_many(jobs))]
     if stream:
         asyncio.run(_listen(url, known, done))
     done.jobs = [client.wait(job_id) for job_id in known]

@@ -22,6 +22,7 @@ from typing import Any, Final
 
 import psycopg
 
+from app.bench.outcomes import good
 from app.bench.own_system import UNBOUNDED, OwnSystem, eventually, model_entry
 from app.bench.report import machine, print_json, print_table
 from app.jobs import MAX_PRIORITY
@@ -60,8 +61,7 @@ class Mill:
     def submit(self, number: int, model: str = "busy", priority: int = 0) -> None:
         job: Submission = {"body": {"model": model, **BODY}, "priority": priority}
         for answer in self._client.submit_many([job] * number):
-            if isinstance(answer, Exception):
-                raise answer
+            good(answer)
 
     def lone(self, model: str, priority: int = 0) -> tuple[str, float]:
         """Its id, and milliseconds until its result was there."""
