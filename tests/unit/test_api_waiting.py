@@ -257,6 +257,22 @@ def test_who_gathers_looks_once_all_have_ended() -> None:
     run(scenario)
 
 
+def test_an_end_between_two_looks_is_not_gathered_for() -> None:
+    async def scenario(waiters: Waiters, _: Row) -> None:
+        rows = Rows(3)
+        rows.end(waiters, rows.ids[0])
+        await asyncio.sleep(0)
+
+        waiting = asyncio.ensure_future(rows.follow(waiters, for_all=False, gather_s=LONG_S))
+        await asyncio.sleep(0)
+        rows.end(waiters, *rows.ids[1:])
+
+        assert await waiting == set()
+        assert rows.num_reads == 1
+
+    run(scenario)
+
+
 def test_who_has_gathered_waits_for_any() -> None:
     async def scenario(waiters: Waiters, _: Row) -> None:
         rows = Rows(3)

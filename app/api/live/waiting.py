@@ -22,6 +22,9 @@ Seen = TypeVar("Seen")
 LOOK_AGAIN_S: Final = 5.0
 """Longest time between two looks, in case that a notice was lost."""
 
+LATELY_S: Final = 3.0
+"""For so long at least a notice is remembered: from one look of who follows many to the next."""
+
 JOBS_OF_A_POLL: Final = 100
 """One that waits for more jobs than this counts as several."""
 
@@ -55,6 +58,9 @@ class Waiters:
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._watches: defaultdict[UUID, set[Watch]] = defaultdict(set)
+        self._lately: set[UUID] = set()  #: jobs that notices came of
+        self._before: set[UUID] = set()  #: and those of the time before
+        self._turns_at = 0.0  #: by the monotonic clock, the one into the other
         self.is_closed = False
         self.num_waiting = 0
 
@@ -95,7 +101,8 @@ class Waiters:
         """
         give_up_at = time.monotonic() + timeout_s
         with self.watching(job_ids) as watch:
-            if not self.is_closed:
+            watch.missing = watch.missing - self._lately - self._before
+            if watch.missing and not self.is_closed:
                 await watch.wakes(min(gather_s, timeout_s))
             watch.for_all = for_all
             while True:
@@ -132,6 +139,10 @@ class Waiters:
                     del self._watches[job_id]
 
     def _notice(self, job_ids: Collection[UUID]) -> None:
+        if (now := time.monotonic()) >= self._turns_at:
+            self._before = self._lately if now < self._turns_at + LATELY_S else set()
+            self._lately, self._turns_at = set(), now + LATELY_S
+        self._lately.update(job_ids)
         for job_id in job_ids:
             for watch in self._watches.get(job_id, ()):
                 watch.notice(job_id)
