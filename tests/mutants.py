@@ -23,6 +23,7 @@ ROOT: Final = Path(__file__).resolve().parents[1]
 COPIED: Final = ("app", "clients", "configs", "migrations", "tests", "pyproject.toml", "README.md")
 SIMULATION: Final = "tests/simulation/test_schedules.py"
 AHEAD: Final = "tests/simulation/test_ahead.py"
+ENDS: Final = "tests/unit/test_engine_ends.py"
 CLAIMS: Final = "tests/integration/test_store_claims.py"
 ODD: Final = "tests/integration/test_odd_data.py"
 ODD_MESSAGES: Final = f"{ODD}::test_no_message_ends_the_worker_or_keeps_others_from_their_end"
@@ -1047,29 +1048,64 @@ MUTANTS: Final = (
     Mutant(
         "ends are written as often as if the engine were not full",
         "app/worker/runner.py",
-        "if self._dispatcher.has_claimed:\n            return",
-        "if False:\n            return",
+        "is_full = self._executor.is_busy and self._dispatcher.has_claimed",
+        "is_full = False",
         AHEAD,
     ),
     Mutant(
-        "each end is a commit of its own",
-        "app/worker/runner.py",
-        "run.lasted_ns // HELD)",
+        "each end is told, and committed, by itself",
+        "app/worker/engine/ends.py",
+        "(ended.finished_ns - ended.started_ns) // PART)",
         "0)",
-        AHEAD,
+        ENDS,
     ),
     Mutant(
         "an end waits for others where nobody is left",
-        "app/worker/runner.py",
-        "self._drain is not None or not self._executor.is_busy",
-        "self._drain is not None",
+        "app/worker/engine/ends.py",
+        "not self._joins or not num_inside or has_enough",
+        "not self._joins or has_enough",
+        ENDS,
+    ),
+    Mutant(
+        "ends that were not told keep a full engine's rows from others",
+        "app/worker/engine/ends.py",
+        "is_full and len(self._held) > self._max_rows // ROWS",
+        "False",
+        ENDS,
+    ),
+    Mutant(
+        "ends are told only when the youngest of them is due",
+        "app/worker/engine/ends.py",
+        "min(self._due_ns, due_ns) if self._held else due_ns",
+        "due_ns",
+        ENDS,
+    ),
+    Mutant(
+        "what ended before memory ran out is told after it, as if it had been dropped",
+        "app/worker/engine/process.py",
+        "            self._tell_ends(model)\n            dropped",
+        "            dropped",
+        "tests/unit/test_engine_process.py",
+    ),
+    Mutant(
+        "a job fails by its time limit because its end was told after it",
+        "app/worker/executor.py",
+        "job.claimed_run, ending in LIMITS and job.ended_in_time",
+        "job.claimed_run, False",
+        AHEAD,
+    ),
+    Mutant(
+        "a job fails by a limit that passed while its end was not told",
+        "app/worker/executor.py",
+        "if job.claimed_run.ending in LIMITS and job.ended_in_time:",
+        "if False:",
         AHEAD,
     ),
     Mutant(
         "an end waits as long as if the engine were full",
         "app/worker/runner.py",
-        "if self._dispatcher.has_claimed:\n            return",
-        "if True:\n            return",
+        "is_full = self._executor.is_busy and self._dispatcher.has_claimed",
+        "is_full = self._executor.is_busy",
         AHEAD,
     ),
     Mutant(

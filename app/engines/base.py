@@ -106,6 +106,10 @@ class Generation:
     error_message: str | None = None
 
     @property
+    def is_cut_short(self) -> bool:
+        return self.finish_reason is FinishReason.CANCELLED
+
+    @property
     def output_tokens(self) -> int:
         return len(self.token_ids) if self.counted_tokens is None else self.counted_tokens
 

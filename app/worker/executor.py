@@ -16,10 +16,11 @@ from app.worker.engine.wire import Broken, DidNotFit, Ready, Recalled, Stepped
 from app.worker.running import Running
 from app.worker.streams import TokenStreams
 from app.worker.suspects import verdict
-from app.worker.work import Ending, Job
+from app.worker.work import EXPIRED, TIMED_OUT, Ending, Job
 
 log = logging.getLogger(__name__)
 
+LIMITS: Final = (EXPIRED, TIMED_OUT)
 MAX_DEATHS: Final = 3  #: of engine processes in a row that had nothing to run
 
 
@@ -53,10 +54,6 @@ class Executor:
     @property
     def is_busy(self) -> bool:
         return self._host.busy
-
-    def joins(self, model: str) -> bool:
-        """Whether more are admitted while some of this model run."""
-        return self._host.joins(model)
 
     def facts(self) -> dict[str, object]:
         return {
@@ -123,8 +120,8 @@ class Executor:
 
     def cut_short(self, job: Job, ending: Ending) -> None:
         """End a claimed job early; the engine answers with what it has, or gives it back."""
-        run = job.claimed_run
-        if run.ending is None:
+        run, ended_before = job.claimed_run, ending in LIMITS and job.ended_in_time
+        if run.ending is None and not ended_before:
             run.ending = ending
             if self._running.is_waiting(job):
                 self._host.recall(job.model)
@@ -166,6 +163,8 @@ class Executor:
         answered = self._running.answer(stepped)
         for job in answered:
             self._dispatcher.note_ran(job)
+            if job.claimed_run.ending in LIMITS and job.ended_in_time:
+                job.claimed_run.ending = None  # told later than it came
         for batch in self._running.ended(answered):
             self._dispatcher.note_batch(batch)
         self._begin(self._running.begin(stepped.model))

@@ -48,8 +48,6 @@ RETRY_S: Final = 0.5
 GATHER_NS: Final = 250_000_000
 """While claimed jobs wait for room, ends are written together, no more often than this: what a
 commit computes is taken from the engine, where both run on the same cores."""
-HELD: Final = 32
-"""While others run, an end waits for company for one part in so many of what it took."""
 
 
 class Runner:
@@ -308,21 +306,9 @@ class Runner:
 
     @property
     def _ends_due_ns(self) -> int:
-        """When what has ended is to be written: together with others, as long as any run."""
-        if self._drain is not None or not self._executor.is_busy:
-            return 0
-        if self._dispatcher.has_claimed:
-            return self._committed_ns + GATHER_NS
-        return min(map(self._held_until_ns, self._over), default=0)
-
-    def _held_until_ns(self, job: Job) -> int:
-        """When the end of a job is to be written at the latest. At once, 0, where no other is like
-        to end soon, or somebody looks on: at its tokens, or at what becomes of a cancel."""
-        run = job.claimed_run
-        is_cut_short = run.ending is not None or not run.is_over
-        if job.stream_events or is_cut_short or not self._executor.joins(job.model):
-            return 0
-        return run.ended_ns + min(GATHER_NS, run.lasted_ns // HELD)
+        """When what has ended is to be written: at once, unless others follow soon anyway."""
+        is_full = self._executor.is_busy and self._dispatcher.has_claimed
+        return self._committed_ns + GATHER_NS if is_full and self._drain is None else 0
 
     def _commit(self) -> None:
         """Write what ended, in one transaction, and only then tell Celery."""

@@ -170,6 +170,14 @@ class Job:
         return now_ns - began_ns > self.time_limit_s * 1e9
 
     @property
+    def ended_in_time(self) -> bool:
+        """Whether it has all its answers, whole, and had the last before any limit of its own."""
+        run = self.claimed_run
+        cut = [each for each in run.generations if each is None or each.is_cut_short]
+        is_late = self.deadline is not None and run.stamp(run.ended_ns) > self.deadline
+        return not cut and not is_late and not self.is_over_limit(run.ended_ns)
+
+    @property
     def max_tokens(self) -> int:
         """Of its longest sequence, prompt and allowed output."""
         return max(map(len, self.prepared.prompts), default=0) + self.prepared.max_tokens

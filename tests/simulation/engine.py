@@ -16,6 +16,7 @@ from app.engines import base
 from app.engines.base import NOT_FINITE, Generation, StepStats
 from app.jobs import FinishReason
 from app.worker.energy.meter import EnergyMeter
+from app.worker.engine.ends import Ends
 from app.worker.engine.host import EngineHost
 from app.worker.engine.page import PAGE_BYTES, PROGRESS, Phase, shown
 from app.worker.engine.wire import (
@@ -96,6 +97,8 @@ class SimulatedProcess:
         self._waiting: list[Admit] = []  #: for their model's rows to end
         self._began = [] if began is None else began
         self._said: list[Event] = []
+        self._ends: dict[str, Ends] = {}
+        self._held: list[_Row] = []  #: they have ended, and it has not said so
         self._cancelled: set[int] = set()
         self._num_steps = 0
         self._status = 0
@@ -116,6 +119,10 @@ class SimulatedProcess:
                 self._facts = {
                     model.name: EngineFacts(model.settings.max_batch_size, JOINS[model.name])
                     for model in models
+                }
+                self._ends = {
+                    name: Ends(each.max_rows, joins=each.joins)
+                    for name, each in self._facts.items()
                 }
                 self.next_ns = self._now_ns() + LOAD_NS
             case Admit(model) as admit:
@@ -180,7 +187,8 @@ class SimulatedProcess:
     @property
     def inside(self) -> set[str]:
         """The prompts that it runs, and would if it had read them."""
-        busy, prompts = {row.model for row in self._rows}, {row.prompt for row in self._rows}
+        busy = {row.model for row in self._rows}
+        prompts = {row.prompt for row in self._rows + self._held}
         for command in self._unread:
             if isinstance(command, Admit) and (JOINS[command.model] or command.model not in busy):
                 busy.add(command.model)
@@ -240,6 +248,7 @@ class SimulatedProcess:
 
     def _step(self, model: str, rows: Sequence[_Row], lasts_ns: int) -> None:
         if any(row.verb == "oom" and len(rows) > row.number for row in rows):
+            self._tell_ends(model)
             self._rows = [row for row in self._rows if row not in rows]
             if not JOINS[model]:
                 self._give_back(model)
@@ -262,8 +271,20 @@ class SimulatedProcess:
         over = [row for row in rows if row.is_over]
         if over and (JOINS[model] or len(over) == len(rows)):
             self._rows = [row for row in self._rows if row not in over]
-            self._said.append(Stepped(model, list(map(self._answer, over)), _stats(over)))
+            self._ends[model].add(map(self._answer, over))
+            self._held += over
             self._begin(model)
+        inside = sum(row.model == model for row in self._rows)
+        if self._ends[model].are_due(self._now_ns(), inside):
+            self._tell_ends(model)
+
+    def _tell_ends(self, model: str) -> None:
+        """Say what has ended, as the process does."""
+        if ended := self._ends[model].take(self._now_ns()):
+            told = [row for row in self._held if row.model == model]
+            self._held = [row for row in self._held if row.model != model]
+            self.answered += [(row.prompt, row.answer.device_ns) for row in told]
+            self._said.append(Stepped(model, ended, _stats(told)))
 
     def _is_over(self, row: _Row) -> bool:
         if row.sequence.id in self._cancelled:
@@ -285,7 +306,6 @@ class SimulatedProcess:
         answer = row.answer
         answer.text, answer.token_ids = answer_to(row.prompt), [1] * row.steps
         answer.first_token_ns = answer.finished_ns = self._now_ns()
-        self.answered.append((row.prompt, answer.device_ns))
         return answer
 
     def _turn(self, phase: Phase, given: int = 0, *, in_vain: bool = False) -> int:

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -19,17 +20,19 @@ import psutil
 import pytest
 
 from app.config.settings import ModelSettings
-from app.engines.base import Generation, Sequence, StepStats
+from app.engines.base import Generation, NewTokens, Sequence, StepStats
 from app.engines.spec import STUB
 from app.errors import EngineError, OutOfMemory
 from app.jobs import FinishReason, SamplingParams
 from app.worker.engine import host as host_module
+from app.worker.engine.ends import Ends
 from app.worker.engine.host import LAUNCH, EngineHost
 from app.worker.engine.page import PAGE_BYTES, PROGRESS
 from app.worker.engine.process import EngineProcess
 from app.worker.engine.wire import (
     Admit,
     Broken,
+    Cancel,
     Event,
     LoadModels,
     Ready,
@@ -274,9 +277,9 @@ def test_what_has_not_begun_comes_back_at_once_whatever_runs(host: EngineHost) -
 class Scarce:
     """An engine that has no memory for its first step, during which more is sent to it."""
 
-    def __init__(self, waiting: Any, *, joins: bool) -> None:
+    def __init__(self, *, joins: bool) -> None:
         self.joins = joins
-        self._waiting = waiting
+        self.waiting: deque[Admit]
         self._sequences: list[Sequence] = []
         self._did_not_fit = False
 
@@ -287,7 +290,7 @@ class Scarce:
         sequences, self._sequences = self._sequences, []
         if not self._did_not_fit:
             self._did_not_fit = True
-            self._waiting.append(Admit("m", "late", (Sequence(3, (65,)),)))
+            self.waiting.append(Admit("m", "late", (Sequence(3, (65,)),)))
             raise OutOfMemory
         return [Generation(each.id, FinishReason.STOP) for each in sequences]
 
@@ -299,15 +302,22 @@ class Scarce:
         return []
 
 
-def test_what_is_sent_while_memory_runs_out_is_not_among_what_was_dropped() -> None:
-    # given an engine process whose engine will have no memory
+def process_of(engine: Any, *waiting: Admit) -> tuple[EngineProcess, deque[Admit], list[Any]]:
+    """An engine process in this one, what waits in it, and what it says."""
     said: list[Any] = []
     parent: Any = SimpleNamespace(send=said.append)
     process = EngineProcess(parent, mmap.mmap(-1, PAGE_BYTES))
-    process._waiting["m"] = waiting = deque[Admit]()
-    engine: Any = Scarce(waiting, joins=True)
+    process._waiting["m"] = deque(waiting)
     process._engines["m"] = engine
-    waiting.append(Admit("m", "early", (Sequence(1, (65,)), Sequence(2, (65,)))))
+    process._ends["m"] = Ends(ROWS, joins=engine.joins)
+    return process, process._waiting["m"], said
+
+
+def test_what_is_sent_while_memory_runs_out_is_not_among_what_was_dropped() -> None:
+    # given an engine process whose engine will have no memory
+    engine: Any = Scarce(joins=True)
+    early = Admit("m", "early", (Sequence(1, (65,)), Sequence(2, (65,))))
+    process, engine.waiting, said = process_of(engine, early)
 
     # when it steps twice
     for _ in range(2):
@@ -322,12 +332,8 @@ def test_what_is_sent_while_memory_runs_out_is_not_among_what_was_dropped() -> N
 
 def test_what_waits_for_an_engine_without_memory_comes_back_before_it_is_tried() -> None:
     # given an engine that nobody can join, and that will have no memory
-    said: list[Any] = []
-    parent: Any = SimpleNamespace(send=said.append)
-    process = EngineProcess(parent, mmap.mmap(-1, PAGE_BYTES))
-    process._waiting["m"] = waiting = deque([Admit("m", "early", (Sequence(1, (65,)),))])
-    engine: Any = Scarce(waiting, joins=False)
-    process._engines["m"] = engine
+    engine: Any = Scarce(joins=False)
+    process, engine.waiting, said = process_of(engine, Admit("m", "early", (Sequence(1, (65,)),)))
 
     # when it steps
     process._admit()
@@ -337,3 +343,109 @@ def test_what_waits_for_an_engine_without_memory_comes_back_before_it_is_tried()
     recalled, dropped = said
     assert recalled == Recalled("m", (3,))
     assert (dropped.model, dropped.sequence_ids) == ("m", (1,))
+
+
+class Steady:
+    """An engine whose sequences end in the steps that their ids say."""
+
+    joins = True
+
+    def __init__(self) -> None:
+        self._left: list[int] = []
+        self._num_steps = 0
+        self.cancelled: list[int] = []
+
+    def admit(self, batch_id: str, sequences: list[Sequence]) -> None:
+        self._left += [each.id for each in sequences]
+
+    def step(self) -> list[Generation]:
+        self._num_steps += 1
+        ended = [id for id in self._left if id == self._num_steps]
+        self._left = [id for id in self._left if id != self._num_steps]
+        now_ns = time.monotonic_ns()
+        long_ago = now_ns - 3_600_000_000_000  # no two are told within a quarter of a second
+        return [
+            Generation(id, FinishReason.LENGTH, started_ns=long_ago, finished_ns=now_ns)
+            for id in ended
+        ]
+
+    def cancel(self, sequence_id: int) -> None:
+        self.cancelled.append(sequence_id)
+
+    def take_tokens(self) -> list[NewTokens]:
+        return []
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._left)
+
+    def take_stats(self) -> list[StepStats]:
+        return [StepStats("b", rows=1, useful_tokens=1)]
+
+
+def stepped(
+    process: EngineProcess, engine: Any, said: list[Any], num_steps: int
+) -> list[list[int]]:
+    """What the process says in each step."""
+    told = []
+    for _ in range(num_steps):
+        process._step("m", engine)
+        told.append([each.sequence_id for event in said for each in event.generations])
+        said.clear()
+    return told
+
+
+def test_ends_are_told_together_and_the_last_at_once_with_what_their_steps_computed() -> None:
+    engine: Any = Steady()
+    process, _, said = process_of(engine, Admit("m", "b", tuple(prompts_of(1)[:5])))
+    process._admit()
+
+    assert stepped(process, engine, said, 4) == [[1], [], [], []]
+    process._step("m", engine)
+
+    [event] = said
+    assert [each.sequence_id for each in event.generations] == [2, 3, 4, 5]
+    assert [(each.batch_id, each.rows) for each in event.stats] == [("b", 4)]
+
+
+def test_the_end_of_a_sequence_that_streams_is_told_with_its_last_tokens() -> None:
+    engine: Any = Steady()
+    sequences = [replace(each, stream=each.id == 3) for each in prompts_of(1)[:5]]
+    process, _, said = process_of(engine, Admit("m", "b", tuple(sequences)))
+    process._admit()
+
+    assert stepped(process, engine, said, 5) == [[1], [], [2, 3], [], [4, 5]]
+
+
+def test_what_ended_before_memory_ran_out_is_told_and_not_dropped() -> None:
+    engine: Any = Steady()
+    process, _, said = process_of(engine, Admit("m", "b", tuple(prompts_of(1)[:4])))
+    process._admit()
+    stepped(process, engine, said, 2)  # the first is told, and so the second is not yet
+
+    def fails() -> list[Generation]:
+        raise OutOfMemory
+
+    engine.step = fails
+    process._step("m", engine)
+
+    told, dropped = said
+    assert [each.sequence_id for each in told.generations] == [2]
+    assert sorted(dropped.sequence_ids) == [3, 4]
+
+
+def test_an_engine_is_not_told_to_cancel_what_has_ended_for_it_would_wait_for_it_forever() -> None:
+    # given sequences of which one has ended, one runs and one is still to come
+    engine: Any = Steady()
+    process, waiting, said = process_of(engine, Admit("m", "b", tuple(prompts_of(1)[:2])))
+    process._admit()
+    stepped(process, engine, said, 1)
+    waiting.append(Admit("m", "b", tuple(prompts_of(1)[2:3])))
+
+    # when all are cancelled
+    cancels = iter([Cancel("m", 1), Cancel("m", 2), Cancel("m", 3)])
+    process._parent = cast(Any, SimpleNamespace(recv=lambda: next(cancels)))
+    with pytest.raises(StopIteration):
+        process._listen()
+
+    assert engine.cancelled == [2, 3]

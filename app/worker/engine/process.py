@@ -28,6 +28,7 @@ from app.engines.base import Engine, Generation, StepStats
 from app.engines.hardware import hardware
 from app.errors import ConfigError, GristmillError, OutOfMemory
 from app.threads import Background, place_of
+from app.worker.engine.ends import Ends
 from app.worker.engine.outlet import Outlet
 from app.worker.engine.page import PAGE_BYTES, PROGRESS, Phase, shown
 from app.worker.engine.pipe import EngineEnd
@@ -70,7 +71,9 @@ class EngineProcess:
         self._waiting: dict[str, deque[Admit]] = {}  #: by model, what has not begun
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()  #: something waits
         self._engines: dict[str, Engine] = {}
-        self._inside: dict[str, set[int]] = {}  #: by model, the sequences that have no answer yet
+        self._inside: dict[str, set[int]] = {}  #: by model, the sequences that have not ended
+        self._latest: Counter[str] = Counter()  #: by model, the last id that went in: ids grow
+        self._ends: dict[str, Ends] = {}
         self._streaming: set[int] = set()  #: those of them whose tokens are told as they come
         self._given: Counter[str] = Counter()  #: by model, device time that these have had
         self._stats: dict[str, dict[str, StepStats]] = {}  #: by model and batch, not sent yet
@@ -111,6 +114,7 @@ class EngineProcess:
             for name, engine in self._engines.items()
         }
         self._waiting = {name: deque() for name in self._engines}
+        self._ends = {name: Ends(each.max_rows, joins=each.joins) for name, each in facts.items()}
         self._steps = self._slowest_ns = 0
         self._turn(Phase.STEP)
         keep_what_is_there()
@@ -130,9 +134,15 @@ class EngineProcess:
                     case Recall(model):
                         self._give_back(model)
                     case Cancel(model, sequence_id):
-                        self._engines[model].cancel(sequence_id)
+                        if not self._has_ended(model, sequence_id):
+                            self._engines[model].cancel(sequence_id)
         except (EOFError, OSError):
             os._exit(0)
+
+    def _has_ended(self, model: str, sequence_id: int) -> bool:
+        """An engine would keep the id for one that is still to come."""
+        is_inside = sequence_id in self._inside.get(model, ())
+        return not is_inside and sequence_id <= self._latest[model]
 
     def _give_back(self, model: str) -> None:
         waiting = iter(partial(_taken, self._waiting[model]), None)
@@ -147,8 +157,9 @@ class EngineProcess:
                 while engine.joins or not engine.has_work:
                     if (admit := _taken(self._waiting[model])) is None:
                         break
-                    ids = (each.id for each in admit.sequences)
+                    ids = [each.id for each in admit.sequences]
                     self._inside.setdefault(model, set()).update(ids)
+                    self._latest[model] = max(ids, default=self._latest[model])
                     self._streaming.update(each.id for each in admit.sequences if each.stream)
                     engine.admit(admit.batch_id, admit.sequences)
             if any(engine.has_work for engine in self._engines.values()):
@@ -169,6 +180,7 @@ class EngineProcess:
         except OutOfMemory:
             if not engine.joins:
                 self._give_back(model)  # it may not fit either
+            self._tell_ends(model)
             dropped = tuple(self._inside.pop(model, ()))
             self._streaming.difference_update(dropped)
             self._given[model] += self._turn(
@@ -179,13 +191,20 @@ class EngineProcess:
         finally:
             self._made_progress()
         self._turn(Phase.STEP, self._take_stats(model, engine))
+        are_watched = not self._streaming.isdisjoint(each.sequence_id for each in generations)
         if self._streaming:
             self._tell_tokens(engine, generations)
         if generations:
             self._inside[model].difference_update(each.sequence_id for each in generations)
             self._given[model] -= sum(each.device_ns for each in generations)
+            self._ends[model].add(generations, are_watched=are_watched)
+        if self._ends[model].are_due(time.monotonic_ns(), len(self._inside[model])):
+            self._tell_ends(model)
+
+    def _tell_ends(self, model: str) -> None:
+        if ended := self._ends[model].take(time.monotonic_ns()):
             stats = self._stats.pop(model, {})
-            self._parent.send(Stepped(model, generations, list(stats.values())))
+            self._parent.send(Stepped(model, ended, list(stats.values())))
 
     def _tell_tokens(self, engine: Engine, generations: list[Generation]) -> None:
         """Before the answers: whoever hears of those has the last tokens at hand."""

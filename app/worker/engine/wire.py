@@ -75,7 +75,7 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Stepped:
-    """What one step produced."""
+    """What ended in the last steps, and what those computed."""
 
     model: str
     generations: list[Generation]
