@@ -146,7 +146,8 @@ def test_a_worker_outlives_a_redis_that_refuses_finishes_what_it_has_and_goes_on
 
         assert finished["state"] == "completed"
         assert not worker.has_ended
-        assert worker.log.count(said) < 4, worker.log
+        # Once by each that meets it: who acknowledges, waits, connects, and hears of cancels.
+        assert worker.log.count(said) <= 4, worker.log
         assert "Unrecoverable" not in worker.log
         assert "Frequent restarts" not in worker.log
         assert SECRET not in worker.log
