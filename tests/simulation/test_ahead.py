@@ -23,6 +23,7 @@ from tests.simulation.prompts import PROMPTS
 from tests.simulation.world import World
 
 STATIC: Final = 1  #: a way to submit: row and message, to the model whose engine nobody joins
+MS: Final = 1_000_000
 JOINED: Final = 7  #: the same, to the model whose engine takes more between its steps
 
 
@@ -343,7 +344,13 @@ def test_what_ended_in_time_is_an_answer_though_it_was_told_late() -> None:
     ahead.world.go(1, 0)
     ahead._submit(("good 60",))
 
-    # when the second is told later, because the first was told just now
+    # when the second is told later, because the first was told just now, and its worker looks at
+    # limits before that
+    process = ahead.worker.host.process
+    assert process is not None
+    ahead._go_until(lambda: bool(process._held))
+    ahead.world.clock.ns += 4 * MS
+    ahead.worker.turn()
     ahead.until([second], JobState.COMPLETED)
 
     # then it had all of its time, and was told after it

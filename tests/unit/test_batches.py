@@ -34,7 +34,7 @@ class OneBatch(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.state = BatchState.IN_PROGRESS
-        self.counts = Counts(total=40)
+        self.counts = Counts(total=12)  # few enough to end in the steps that a run has
         self.fed = 0
         self.is_over = False
         self.places: list[tuple[LineFile, int]] = []
@@ -127,6 +127,14 @@ def test_a_state_that_is_final_leads_nowhere_and_all_others_lead_to_one() -> Non
 
 def test_every_end_of_a_job_is_an_outcome() -> None:
     assert {outcome_of(state) for state in FINAL_STATES} == set(LineOutcome)
+
+
+@given(st.builds(Counts, total=st.just(9), expired=st.integers(0, 9), cancelled=st.integers(0, 9)))
+def test_a_batch_has_expired_if_a_line_has_and_was_cancelled_only_if_it_was(counts: Counts) -> None:
+    of_itself = BatchState.EXPIRED if counts.expired else BatchState.COMPLETED
+
+    assert end_of(BatchState.FINALIZING, counts) is of_itself
+    assert end_of(BatchState.CANCELLING, counts) is BatchState.CANCELLED
 
 
 def test_what_has_an_answer_is_output_and_what_has_none_is_not() -> None:

@@ -50,6 +50,11 @@ def test_one_that_is_due_takes_all_others_along() -> None:
     assert ends.are_due(9_010 * MS, 5)
     assert [each.sequence_id for each in ends.take(9_010 * MS)] == [1, 2]
 
+    # and so does the first of them, if that is sooner
+    ends.add([end(3, at_ns=9_010 * MS, lasted_ns=160 * MS)])
+    ends.add([end(4, at_ns=9_011 * MS, lasted_ns=9_000 * MS)])
+    assert ends.are_due(9_020 * MS, 5)
+
 
 def test_who_is_watched_or_cut_short_or_cannot_be_joined_or_is_the_last_waits_for_nobody() -> None:
     long_ago = {"at_ns": 9_000 * MS, "lasted_ns": 9_000 * MS}
