@@ -18,6 +18,8 @@ import psutil
 import psycopg
 import redis
 
+from app.broker.events import Tokens, decode
+
 _CANARY: Final = re.compile(r"canary([a-z]+)0([a-z]+)0[0-9a-f]{32}", re.IGNORECASE)
 _SIGN: Final = b"canary"
 
@@ -120,10 +122,16 @@ def _value(client: redis.Redis, key: bytes) -> str:
         b"hash": client.hgetall,
         b"set": client.smembers,
         b"zset": lambda key: client.zrange(key, 0, -1, withscores=True),
-        b"stream": client.xrange,
+        b"stream": lambda key: _told(client.xrange(key)),
     }
     kind = client.type(key)
     return "" if kind == b"none" else repr(read[kind](key))  # else a kind that nobody looks into
+
+
+def _told(entries: list[tuple[bytes, dict[bytes, bytes]]]) -> tuple[str, object]:
+    """What the events of a job say together, for a word may be in two of them; and all as it is."""
+    told = [decode(event[b"e"]) for _, event in entries if b"e" in event]
+    return "".join(each.text for each in told if isinstance(each, Tokens)), entries
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
 import httpx
@@ -117,6 +118,10 @@ class Tenant:
 
     def state(self, job_id: str) -> str:
         return str(self.http.get(f"/v1/jobs/{job_id}", params={"wait": 60}).json()["state"])
+
+    def has_in_worker(self, job_id: str) -> bool:
+        timeline = self.http.get(f"/v1/jobs/{job_id}/timeline").raise_for_status().json()
+        return timeline["awaits"] in ("batch", "engine")
 
     def deliveries(self, asked: dict[str, str]) -> list[dict[str, Any]]:
         answer = self.http.get("/v1/webhook_deliveries", params=asked)
@@ -311,7 +316,8 @@ def test_each_word_is_where_it_is_meant_to_be_and_nowhere_else(system: Up) -> No
             tenant.uploads_files_and_runs_batches()
             tenant.is_refused()
         for tenant in tenants:
-            tenant.submit(tenant.word("running") + "\nsleep 600000")
+            job_id = tenant.submit(tenant.word("running") + "\nsleep 600000")
+            eventually(partial(tenant.has_in_worker, job_id))
 
         # when everything is looked through
         look_in_postgres(cage, run["database.url"])
