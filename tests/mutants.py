@@ -1081,6 +1081,13 @@ MUTANTS: Final = (
         ENDS,
     ),
     Mutant(
+        "ends of one model wait for a whole batch of another",
+        "app/worker/engine/process.py",
+        "for other in self._ends.keys() - {model}:",
+        "for other in ():",
+        "tests/unit/test_engine_process.py",
+    ),
+    Mutant(
         "what ended before memory ran out is told after it, as if it had been dropped",
         "app/worker/engine/process.py",
         "            self._tell_ends(model)\n            dropped",

@@ -417,6 +417,29 @@ def test_the_end_of_a_sequence_that_streams_is_told_with_its_last_tokens() -> No
     assert stepped(process, engine, said, 5) == [[1], [], [2, 3], [], [4, 5]]
 
 
+def test_ends_do_not_wait_for_a_step_of_another_model_which_may_be_a_whole_batch() -> None:
+    # given an end that waits for others
+    engine: Any = Steady()
+    process, _, said = process_of(engine, Admit("m", "b", tuple(prompts_of(1)[:4])))
+    process._admit()
+    assert stepped(process, engine, said, 2) == [[1], []]
+
+    # when another model is about to step
+    process._ends["slow"] = Ends(ROWS, joins=False)
+    slow: Any = Steady()
+    told_before: list[int] = []
+
+    def step() -> list[Generation]:
+        told_before.extend(each.sequence_id for event in said for each in event.generations)
+        return []
+
+    slow.step = step
+    process._inside["slow"] = set()
+    process._step("slow", slow)
+
+    assert told_before == [2]
+
+
 def test_what_ended_before_memory_ran_out_is_told_and_not_dropped() -> None:
     engine: Any = Steady()
     process, _, said = process_of(engine, Admit("m", "b", tuple(prompts_of(1)[:4])))

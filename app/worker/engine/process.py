@@ -175,6 +175,8 @@ class EngineProcess:
             self._since_ns = time.monotonic_ns()
 
     def _step(self, model: str, engine: Engine) -> None:
+        for other in self._ends.keys() - {model}:
+            self._tell_ends(other)  # this step may be a whole batch, and nothing is told meanwhile
         try:
             generations = engine.step()
         except OutOfMemory:
