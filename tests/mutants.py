@@ -879,6 +879,13 @@ MUTANTS: Final = (
         "tests/integration/test_broker_budgets.py",
     ),
     Mutant(
+        "a queue that has room again is looked at when the hub's wait is over anyway",
+        "app/broker/transport.py",
+        "self.end_wait()  # that was",
+        "pass  # that was",
+        "tests/unit/test_transport.py",
+    ),
+    Mutant(
         "who waits for a connection is overtaken",
         "app/store/turns.py",
         "            if self._line:\n",

@@ -463,7 +463,9 @@ class _Turning:
     loop: Any = None
     after_turn: Callable[[], object] = staticmethod(lambda: None)
     """Called once all messages of a turn have been delivered."""
-    _looks_at = 0.0  #: by the monotonic clock, for what BRPOP misses
+    end_wait: Callable[[], object] = staticmethod(lambda: None)
+    """Ends the hub's wait, whichever comes next."""
+    _looks = False  #: the hub turns again soon, for what BRPOP misses
 
     def register_with_event_loop(self, connection: Any, loop: Any) -> None:
         self.loop = loop
@@ -480,10 +482,15 @@ class _Turning:
         for channel in self.channels:  # type: ignore[attr-defined]
             channel.settle()
         self.after_turn()
-        now = time.monotonic()
-        if now >= self._looks_at and any(channel.missed for channel in self.channels):  # type: ignore[attr-defined]
-            self._looks_at = now + LOOK_AGAIN_S
-            self.loop.call_later(LOOK_AGAIN_S, lambda: None)  # and this again
+        if not self._looks and self._look_again():
+            self.end_wait()  # that was settled before this timer was set, and may be a second
+
+    def _look_again(self) -> bool:
+        """Have the hub turn again soon while something is missed; each turn looks for messages."""
+        self._looks = any(channel.missed for channel in self.channels)  # type: ignore[attr-defined]
+        if self._looks:
+            self.loop.call_later(LOOK_AGAIN_S, self._look_again)
+        return self._looks
 
 
 class Transport(_Turning, redis.Transport):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -105,6 +106,28 @@ def test_whoever_waits_for_messages_is_woken_once_all_of_a_turn_are_delivered(
 def test_a_queue_that_nobody_waits_for_and_that_has_room_has_the_hub_turn_again_soon(
     loop: Hub,
 ) -> None:
+    # given a hub that would wait for a second
+    waits: list[float] = []
+    wake_out, wake_in = os.pipe()
+    loop.add_reader(wake_out, os.read, wake_out, 1)
+    poll = loop.poller.poll
+    loop.poller.poll = lambda wait_s: [waits.append(wait_s), poll(wait_s)][1]
+    turning = Turning([], missed={"gristmill.stub"})
+    ended: list[int] = []
+    turning.end_wait = lambda: ended.append(os.write(wake_in, b"!"))
+    turning.register_with_event_loop(None, loop)
+    turns = loop.loop
+    # when
+    for _ in range(3):
+        next(turns)
+    # then the first wait is ended at once, and those after it are short
+    assert len(ended) == 1
+    assert max(waits[1:]) <= LOOK_AGAIN_S
+    os.close(wake_out)
+    os.close(wake_in)
+
+
+def test_the_hub_is_asked_once_for_each_look(loop: Hub) -> None:
     # given
     asked: list[float] = []
     loop.call_later = lambda wait_s, _: asked.append(wait_s)

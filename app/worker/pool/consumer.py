@@ -127,6 +127,7 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]
         read = reader(settings.worker.max_request_bytes, self._refuse_raw)
         connection.default_channel.read = read
         connection.transport.after_turn = self.pool.wake_runner
+        connection.transport.end_wait = self.pool.wake_hub
         return connection
 
     def _refuse_raw(self, task_id: str | None, error: RequestError) -> None:

@@ -108,7 +108,7 @@ class EnginePool(BasePool):  # type: ignore[misc]
         self._hub = hub
         hub.add_reader(self._wake_out, os.read, self._wake_out, 65_536)
 
-    def _wake_hub(self) -> None:
+    def wake_hub(self) -> None:
         with suppress(BlockingIOError):  # a full pipe wakes as well
             os.write(self._wake_in, b"!")
 
@@ -119,7 +119,7 @@ class EnginePool(BasePool):  # type: ignore[misc]
             # A warm stop: nothing runs any more, and Celery would exit with 0 after a cold one.
             celery_state.should_stop = os.EX_SOFTWARE
         self._has_runner_ended = True
-        self._wake_hub()
+        self.wake_hub()
 
     # ── messages ─────────────────────────────────────────────────────────────────────────────
 
@@ -194,7 +194,7 @@ class EnginePool(BasePool):  # type: ignore[misc]
         parts.runner.post(Drain(time.monotonic_ns() + int(grace_s * 1e9)))
         while parts.runner.is_alive() and not self._has_runner_ended:
             self._turn_hub()
-        self._wake_hub()
+        self.wake_hub()
         self._turn_hub()
 
     def _turn_hub(self) -> None:
