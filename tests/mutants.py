@@ -900,6 +900,13 @@ MUTANTS: Final = (
         FETCHES,
     ),
     Mutant(
+        "what jobs used is lost with the connection",
+        "app/broker/transport.py",
+        "        except (RedisError, OSError):\n            self.tally.keep(used)\n",
+        "        except (RedisError, OSError):\n",
+        FETCHES,
+    ),
+    Mutant(
         "what is fetched is noted nowhere",
         FETCHING,
         "if #item < 64000000 then",

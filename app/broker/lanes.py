@@ -36,7 +36,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from app.broker.queues import LIVE, PATIENT_SHARE
+from app.broker.queues import LIVE, PATIENT_SHARE, Layout, queue_name
+from app.jobs import DEFAULT_TENANT, LIVE_PRIORITY
 
 BELL: Final = "bell"
 NEW: Final = "new"
@@ -199,6 +200,10 @@ class Length:
     tenants: int  #: that have lists of their own there
 
 
+Whose = tuple[str, int, str]
+"""Model, priority and tenant."""
+
+
 @dataclass(frozen=True, slots=True)
 class Used:
     """What jobs of a tenant took."""
@@ -213,18 +218,25 @@ class Used:
         )
 
 
+def own_list(tenant: str, priority: int = 0) -> str:
+    """The tenant, or "" for one whose messages are in the list of all."""
+    return "" if tenant == DEFAULT_TENANT and priority != LIVE_PRIORITY else tenant
+
+
 def lengths(client: Any, lists: Sequence[str], sep: str, tenant: str) -> list[Length]:
     """Of the lanes of these lists, by their whole keys. One round trip."""
     found = client.eval(_COUNT, len(lists), *lists, sep, tenant) if lists else []
     return [Length(*each) for each in found]
 
 
-def note_used(client: Any, weights: str, used: Mapping[tuple[str, str], Used], sep: str) -> None:
-    """Correct the tags of tenants by what their jobs took, by list and tenant."""
-    given: list[Any] = [sep]
-    for (_, tenant), each in used.items():
-        given += [tenant, each.ended, each.ran, each.device_ns]
-    client.eval(_USED, 1 + len(used), weights, *(list_ for list_, _ in used), *given)
+def note_used(client: Any, used: Mapping[Whose, Used], layout: Layout) -> None:
+    """Correct the tags of tenants by what their jobs took."""
+    keys = [layout.prefix + WEIGHTS]
+    given: list[Any] = [layout.sep]
+    for (model, priority, tenant), each in used.items():
+        keys.append(layout.lane(queue_name(model), priority))
+        given += [own_list(tenant, priority), each.ended, each.ran, each.device_ns]
+    client.eval(_USED, len(keys), *keys, *given)
 
 
 def ring(client: Any, queues: Sequence[str], ends: Sequence[str], sep: str) -> None:

@@ -15,7 +15,7 @@ import redis
 
 from app.broker import cancels, lanes
 from app.broker.app import make_app
-from app.broker.lanes import Length, Used
+from app.broker.lanes import Length, own_list
 from app.broker.message import (
     FORMAT_HEADER,
     JOBS_HEADER,
@@ -30,7 +30,7 @@ from app.broker.streams import Streams
 from app.broker.unread import unread
 from app.broker.waiting import without_message
 from app.config.settings import Settings
-from app.jobs import DEFAULT_TENANT, LIVE_PRIORITY, Kind, digits_of
+from app.jobs import DEFAULT_TENANT, Kind, digits_of
 from app.requests.bodies import FORMAT
 
 MAX_BUNDLE: Final = 100
@@ -69,11 +69,6 @@ def bundled(jobs: Iterable[J], size_of: Callable[[str], int]) -> Iterator[list[J
         size = size_of(model)
         for start in range(0, len(group), size):
             yield group[start : start + size]
-
-
-def own_list(tenant: str, priority: int = 0) -> str:
-    """The tenant, or "" for one whose messages are in the list of all."""
-    return "" if tenant == DEFAULT_TENANT and priority != LIVE_PRIORITY else tenant
 
 
 def carried(group: Sequence[Message], most_bytes: int) -> dict[str, Any]:
@@ -193,16 +188,6 @@ class Publisher:
         queues = [self.layout.prefix + queue for queue in queues_of(models)]
         with self._client() as client:
             lanes.ring(client, queues, self.layout.ends, self.layout.sep)
-
-    def note_used(self, used: Mapping[tuple[str, int, str], Used]) -> None:
-        """Tell what ended jobs took of the device, by model, priority and tenant."""
-        by_list: dict[tuple[str, str], Used] = {}
-        for (model, priority, tenant), each in used.items():
-            key = self.layout.lane(queue_name(model), priority), own_list(tenant, priority)
-            by_list[key] = by_list.get(key, Used()) + each
-        weights = self.layout.prefix + lanes.WEIGHTS
-        with self._client() as client:
-            lanes.note_used(client, weights, by_list, self.layout.sep)
 
     def set_weights(self, weights: Mapping[str, float]) -> None:
         """Have tenants served by these weights from now on; all others have 1."""

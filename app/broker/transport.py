@@ -38,9 +38,10 @@ from app.broker import lanes
 from app.broker.fetching import MAX_BYTES, Fetcher, Taken
 from app.broker.message import TENANT_HEADER, num_jobs
 from app.broker.qos import QoS, UnlessFull, UnlessLost
-from app.broker.queues import LIVE
+from app.broker.queues import LIVE, Layout
 from app.broker.refusal import said
 from app.broker.settling import Message
+from app.broker.tally import Tally
 from app.jobs import LIVE_PRIORITY
 
 log = logging.getLogger(__name__)
@@ -94,6 +95,7 @@ class _Outliving:
     QoS = QoS
     queue_budgets: Mapping[str, int] = MappingProxyType({})  #: most jobs held, by queue
     shared_budgets: Mapping[str, int] = MappingProxyType({})  #: and of those that came by others
+    tally = Tally(Layout())  #: of who has one; nothing is noted in this
     read = staticmethod(_read)
     """Makes the payload of an item of this queue, or says None: it is nothing for us."""
 
@@ -182,19 +184,20 @@ class _Outliving:
             self.settle()
 
     def settle(self, first: Taken | None = None, new_in: str | None = None) -> None:
-        """Take off what is done, and take more where more waits: one round trip.
+        """Take off what is done, tell what it used, and take more where more waits: one round trip.
 
         `first` was taken before and is to be noted. From the queue `new_in` only newcomers' are
         taken, and nothing of others.
         """
         most, rooms = self._rooms(first) if new_in is None else self._rooms_for_new(new_in)
         done = self.qos.take_done()  # type: ignore[attr-defined]
-        if not (done or rooms or first):
+        if not (done or rooms or first or self.tally.is_due):
             return
         prefix = getattr(self, "global_keyprefix", "")
         notes = prefix + self.unacked_key, prefix + self.unacked_index_key  # type: ignore[attr-defined]
         weights = prefix + lanes.WEIGHTS
         pipe = self.plain.pipeline(transaction=False)
+        used = self.tally.tell(pipe)
         if done:
             pipe.zrem(notes[1], *done)
             pipe.hdel(notes[0], *done)
@@ -217,9 +220,12 @@ class _Outliving:
             if takes and isinstance(replies[-1], NoScriptError):
                 replies[-1] = self._fetcher.load_and_repeat(self.plain)
         except (RedisError, OSError):
+            self.tally.keep(used)
             if takes:
                 self.qos.expect(self._fetcher.tags(most))  # type: ignore[attr-defined]
             raise
+        if used and isinstance(replies.pop(0), ResponseError):
+            self.tally.keep(used)
         for refused in replies[: 2 if done else 0]:
             if isinstance(refused, ResponseError):
                 log.warning("%s Messages are done and not taken off.", said(refused))

@@ -19,6 +19,7 @@ from uuid import UUID
 
 from app.broker.publisher import Publisher
 from app.broker.queues import served_models
+from app.broker.tally import Tally
 from app.config.prices import price_of_worker
 from app.config.settings import PriceSettings, Settings
 from app.engines import registry
@@ -42,7 +43,6 @@ from app.worker.runner import Runner
 from app.worker.settlement import Settlement
 from app.worker.streams import TokenStreams
 from app.worker.thread import RunnerThread
-from app.worker.used import UsedTeller
 from app.worker.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class Assembly:
     publisher: Publisher
     watchdog: Watchdog
     energy: EnergyMeter
-    used: UsedTeller
+    tally: Tally
     streams: TokenStreams
     load_timeout_s: float
     prices: Mapping[str, PriceSettings]
@@ -89,7 +89,6 @@ class Assembly:
             loads.end(connection, self.worker_id)
         self._check_energy()
         self.lease.start(self.runner.facts())
-        self.used.start()
         self.watchdog.start()
         if self.xid_watch is not None:
             self.xid_watch.start()
@@ -123,7 +122,6 @@ class Assembly:
         if self.energy_watch is not None:
             self.energy_watch.stop()
         self.lease.stop()
-        self.used.stop()
         self.streams.stop()
         self.publisher.close()
         self.database.close()
@@ -174,7 +172,7 @@ def assemble(
     per_hour = settings.prices[price_id].per_device_hour if price_id else None
     account = Account(worker_id, host.hours, energy, per_hour)
     limits: dict[str, Limits] = {name: Limits.of(model.settings) for name, model in catalog.items()}
-    used = UsedTeller(publisher.note_used)
+    tally = Tally(publisher.layout)
     runner = Runner(
         models=names,
         registrar=Registrar(
@@ -196,7 +194,7 @@ def assemble(
             account=account,
         ),
         host=host,
-        note_used=used.note,
+        note_used=tally.note,
         streams=streams,
     )
     thread = RunnerThread(runner, on_end)
@@ -217,7 +215,7 @@ def assemble(
         lease_s=settings.worker.lease_s,
     )
     return Assembly(
-        *(worker_id, names, thread, lease, database, publisher, watchdog, energy, used, streams),
+        *(worker_id, names, thread, lease, database, publisher, watchdog, energy, tally, streams),
         load_timeout_s=settings.worker.load_timeout_s,
         energy_watch=EnergyWatch(energy, settings.energy.reading_ms) if source.counters else None,
         prices=settings.prices,

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Final
 from uuid import UUID
 
-from app.broker.lanes import Used
+from app.broker.lanes import Used, Whose
 from app.errors import (
     GristmillError,
     LeaseLost,
@@ -37,7 +37,6 @@ from app.worker.pool.ticket import Ticket
 from app.worker.registrar import Registrar
 from app.worker.streams import TokenStreams
 from app.worker.telling import tell_doomed, tell_ended
-from app.worker.used import Whose
 from app.worker.work import CANCELLED, EXPIRED, TIMED_OUT, Batch, Doomed, Ending, Job, LeaseNews
 
 log = logging.getLogger(__name__)
@@ -317,10 +316,10 @@ class Runner:
         self._committed_ns = self._now_ns()
         committed = self._ledger.commit(self._over)
         for job in self._over:
-            tell_ended(job, is_committed=job.claimed_run.attempt_id in committed)
-            self._note_used(
+            self._note_used(  # first: it goes along with the ack
                 (job.model, job.priority, job.tenant), Used(1, 1, job.claimed_run.spent_ns)
             )
+            tell_ended(job, is_committed=job.claimed_run.attempt_id in committed)
             self._streams.leave(job)
             self._jobs.pop(job.id, None)
         self._over = []

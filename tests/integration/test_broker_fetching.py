@@ -15,13 +15,16 @@ from kombu.entity import Queue
 from kombu.messaging import Consumer
 
 from app.broker.app import make_app
+from app.broker.lanes import Used, Whose
 from app.broker.queues import PATIENT_SHARE, Layout, queue_name
+from app.broker.tally import Tally
 from app.config.settings import ModelSettings, Settings
 from tests.own_redis import OwnRedis, running_redis
 from tests.pushed import push
 
 STUB = {"source": "stub", "kind": "generate", "engine": "stub", "max_batch_size": 100}
 QUEUE = queue_name("stub")
+MILL: Whose = ("stub", 0, "mill")
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +133,111 @@ def test_room_that_done_work_makes_is_filled_in_the_round_trip_that_takes_it_off
         assert unacked(client) == 50
         assert calls(client)["evalsha"] == 1
         assert "brpop" not in calls(client)
+
+
+def told_ns(client: redis.Redis) -> float:
+    """What a job is taken to cost by now; it is near what was told of 64 jobs or more."""
+    layout = Layout(prefix="mill:")
+    return float(client.hget(f"{layout.lane(QUEUE, 0)}{layout.sep}fair", "all") or 0)
+
+
+@pytest.fixture
+def tally(settings: Settings) -> Tally:
+    return Tally(Layout.of(settings))
+
+
+def test_what_jobs_used_is_told_in_the_round_trip_that_takes_them_off_and_before_the_next_come(
+    client: redis.Redis, settings: Settings, tally: Tally, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent = send(client, 100)
+    trips: list[list[str]] = []
+    execute = redis.client.Pipeline.execute
+
+    def counted(pipe: Any, *given: Any, **named: Any) -> Any:
+        trips.append([words[0] for words, _ in pipe.command_stack])
+        return execute(pipe, *given, **named)
+
+    with taking(settings, most=50) as taker:
+        taker.channel.connection.loop = "a hub that stands still"
+        taker.channel.tally = tally
+        taker.take_all()
+        monkeypatch.setattr(redis.client.Pipeline, "execute", counted)
+
+        for message in taker.held[:40]:
+            tally.note(MILL, Used(2, 2, 10_000_000))
+            message.ack()
+        taker.channel.settle()
+
+        assert taker.ids == sent[:90]
+        assert trips == [["EVAL", "ZREM", "HDEL", "EVALSHA"]]
+        assert told_ns(client) == 5_000_000
+
+
+def test_what_jobs_used_is_told_alone_where_nothing_else_is_said_for_a_while(
+    client: redis.Redis, settings: Settings, tally: Tally, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with taking(settings) as taker:
+        taker.channel.tally = tally
+        client.config_resetstat()
+        for _ in range(3):
+            tally.note(MILL, Used(64, 64, 64_000_000))
+            taker.channel.settle()
+        assert calls(client)["eval"] == 1
+
+        monkeypatch.setattr("app.broker.tally.PAUSE_S", 0)
+        taker.channel.settle()
+        taker.channel.settle()
+
+        assert calls(client)["eval"] == 2
+
+
+def test_what_jobs_used_is_told_over_the_next_connection_if_one_is_lost(
+    client: redis.Redis, settings: Settings, tally: Tally, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # given
+    def cut_off(*_: Any, **__: Any) -> Any:
+        raise ConnectionResetError("Connection reset by peer")
+
+    tally.note(MILL, Used(64, 64, 64 * 5_000_000))
+    with taking(settings) as taker, monkeypatch.context() as lost:
+        taker.channel.tally = tally
+        lost.setattr(redis.client.Pipeline, "execute", cut_off)
+        with pytest.raises(ConnectionResetError):
+            taker.channel.settle()
+    sent = send(client, 1)
+    # when
+    with taking(settings) as taker:
+        taker.channel.tally = tally
+        assert take_off(taker) == sent
+    # then
+    assert told_ns(client) == 5_000_000
+
+
+def test_without_the_right_to_tell_what_jobs_used_messages_come_and_go_and_it_is_told_later(
+    client: redis.Redis, settings: Settings, tally: Tally
+) -> None:
+    # given
+    client.acl_setuser("miller", enabled=True, commands=["-eval"])
+    sent = send(client, 3)
+    tally.note(MILL, Used(64, 64, 64 * 5_000_000))
+    with taking(settings) as taker:
+        taker.channel.tally = tally
+        # when
+        assert take_off(taker) == sent
+        # then
+        assert unacked(client) == told_ns(client) == 0
+        client.acl_setuser("miller", enabled=True, commands=["+eval"])
+        sent = send(client, 1)
+        assert take_off(taker) == sent
+        assert told_ns(client) == 5_000_000
+
+
+def take_off(taker: Taker) -> list[str]:
+    """Take all there is, and have done with it."""
+    taken = taker.take_all()
+    while taker.held:
+        taker.held.pop().ack()
+    return taken
 
 
 def test_what_was_fetched_goes_back_in_its_order_when_its_worker_leaves(

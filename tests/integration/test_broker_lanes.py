@@ -19,6 +19,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from app.broker import lanes
 from app.broker.fetching import Fetcher
 from app.broker.lanes import BELL, Used
 from app.broker.message import Message
@@ -110,8 +111,10 @@ class Mill:
         """Their jobs have ended, and took so long each."""
         for each in ids:
             size = self._sizes[each]
-            used = Used(size, size, ns * size)
-            self.publisher.note_used({("stub", 0, self.tenants[each]): used})
+            self.note_used(self.tenants[each], Used(size, size, ns * size))
+
+    def note_used(self, tenant: str, used: Used) -> None:
+        lanes.note_used(self._client, {("stub", 0, tenant): used}, self._layout)
 
     def run(self, jobs: int, ns: Callable[[str], int]) -> Counter[str]:
         """Serve so many jobs one after the other; how often each tenant was served."""
@@ -216,7 +219,7 @@ def test_what_jobs_did_not_use_is_given_back(mill: Mill) -> None:
         [taken] = mill.take()
         served[mill.tenants[taken]] += 1
         used = Used(1, 1, 1_000_000) if mill.tenants[taken] == "one" else Used(ended=1)
-        mill.publisher.note_used({("stub", 0, mill.tenants[taken]): used})
+        mill.note_used(mill.tenants[taken], used)
 
     assert served["other"] > 3 * served["one"]  # its jobs were cancelled, and took nothing
 

@@ -17,6 +17,7 @@ from celery import Celery
 
 from app.broker.message import Message
 from app.broker.publisher import Publisher
+from app.broker.queues import Layout, queue_name
 from app.config.settings import Settings
 from app.engines.hardware import processor
 from app.rescue import Rescue
@@ -106,8 +107,8 @@ def test_a_plain_send_task_is_answered_with_every_field_filled(
     assert load["ended_at"] > load["began_at"]
 
 
-def test_the_shares_of_a_batch_add_up_to_its_device_time(
-    config: Settings, worker: Worker, producer: Celery
+def test_the_shares_of_a_batch_add_up_to_its_device_time_of_which_redis_is_told(
+    config: Settings, worker: Worker, producer: Celery, redis_url: str
 ) -> None:
     ended(config, [send(producer, f"p {n}") for n in range(20)])
 
@@ -117,6 +118,11 @@ def test_the_shares_of_a_batch_add_up_to_its_device_time(
         " JOIN results r ON r.batch_id = b.id GROUP BY b.id",
     ):
         assert row["shared"] == row["device_ns"] > 0
+    layout = Layout.of(config)
+    with redis.Redis.from_url(redis_url) as client:
+        eventually(lambda: not client.hlen("unacked"))
+        key = f"{layout.lane(queue_name('stub'), 0)}{layout.sep}fair"
+        assert client.hexists(key, "of "), "it is told with the last acknowledgement, or before"
 
 
 def test_one_prompt_alone_waits_and_many_at_once_fill_batches(

@@ -126,6 +126,7 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]
         settings: Settings = self.app.settings
         read = reader(settings.worker.max_request_bytes, self._refuse_raw)
         connection.default_channel.read = read
+        connection.default_channel.tally = self.pool.tally
         connection.transport.after_turn = self.pool.wake_runner
         connection.transport.end_wait = self.pool.wake_hub
         return connection

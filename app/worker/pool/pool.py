@@ -24,6 +24,7 @@ from celery.worker import state as celery_state
 
 from app.broker.client import check_kind
 from app.broker.message import TASKS
+from app.broker.tally import Tally
 from app.collector import keep_what_is_there
 from app.config.settings import Settings
 from app.errors import GristmillError
@@ -65,6 +66,11 @@ class EnginePool(BasePool):  # type: ignore[misc]
     def _parts(self) -> Assembly:
         assert self._assembly is not None, "the pool was not started"
         return self._assembly
+
+    @property
+    def tally(self) -> Tally:
+        """Of what jobs used, which each connection goes on telling."""
+        return self._parts.tally
 
     # ── start ────────────────────────────────────────────────────────────────────────────────
 
