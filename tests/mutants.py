@@ -886,6 +886,13 @@ MUTANTS: Final = (
         "tests/unit/test_transport.py",
     ),
     Mutant(
+        "an end is held by the time that it ran, however long it waited here",
+        "app/worker/engine/ends.py",
+        "arrived_ns.get(each.sequence_id) or each.started_ns",
+        "each.started_ns",
+        ENDS,
+    ),
+    Mutant(
         "who waits for a connection is overtaken",
         "app/store/turns.py",
         "            if self._line:\n",
@@ -1069,7 +1076,7 @@ MUTANTS: Final = (
     Mutant(
         "each end is told, and committed, by itself",
         "app/worker/engine/ends.py",
-        "(ended.finished_ns - ended.started_ns) // PART)",
+        "(ended.finished_ns - since_ns) // PART)",
         "0)",
         ENDS,
     ),

@@ -36,6 +36,7 @@ class Sequence:
     stream: bool = False  #: its tokens leave through `take_tokens` as they come
     pooling: PoolingParams = WHOLE  #: of a text that gets one answer
     token_type_ids: tuple[int, ...] = ()  #: of a pair: which of both each token is of; () is all 0
+    arrived_ns: int = 0  #: when it came to this machine, by `time.monotonic_ns()`; 0: not known
 
     def __reduce__(self) -> tuple[type[Sequence], tuple[Any, ...]]:
         """There may be thousands a second, and what dataclasses do for it is slow."""

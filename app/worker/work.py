@@ -218,6 +218,7 @@ class Job:
                 pooling=self.prepared.pooling,
                 stream=self.stream_events,
                 token_type_ids=types[place // answers] if types else (),
+                arrived_ns=self.arrived_ns,
             )
             for place in range(self.num_sequences)
         ]

@@ -271,7 +271,7 @@ class SimulatedProcess:
         over = [row for row in rows if row.is_over]
         if over and (JOINS[model] or len(over) == len(rows)):
             self._rows = [row for row in self._rows if row not in over]
-            self._ends[model].add(map(self._answer, over))
+            self._ends[model].add(map(self._answer, over), {})
             self._held += over
             self._begin(model)
         inside = sum(row.model == model for row in self._rows)

@@ -434,7 +434,7 @@ def test_ends_do_not_wait_for_a_step_of_another_model_which_may_be_a_whole_batch
         return []
 
     slow.step = step
-    process._inside["slow"] = set()
+    process._inside["slow"] = {}
     process._step("slow", slow)
 
     assert told_before == [2]

@@ -212,7 +212,7 @@ class InflightEngine(JoiningEngine):
     @property
     def free_rows(self) -> int:
         """Some more than there are slots: whoever waits in here runs in the very next step."""
-        return max(0, self._scheduler.num_rows * 9 // 8 - len(self._rows))
+        return max(0, self._scheduler.num_rows * 5 // 4 - len(self._rows))
 
     def close(self) -> None:
         self._rows.clear()

@@ -7,15 +7,15 @@ passes between two tellings, and what ends meanwhile is told together.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 from app.engines.base import Generation
 
-PART: Final = 16
-"""Between a telling and that of an end passes one part in so many of what the latter took."""
-LONGEST_NS: Final = 250_000_000
-ROWS: Final = 16
+PART: Final = 10
+"""Between a telling and that of an end passes one part in so many of the latter's time here."""
+LONGEST_NS: Final = 500_000_000
+ROWS: Final = 8
 """Of a full engine one row in so many is kept by ends, and no more: others may wait for them. An
 engine in flight has more than that inside that wait for a slot."""
 
@@ -30,10 +30,18 @@ class Ends:
         self._due_ns = 0  #: when they are to be told, at the latest
         self._told_ns = 0  #: when some were told last
 
-    def add(self, generations: Iterable[Generation], *, are_watched: bool = False) -> None:
-        """`are_watched`: somebody looks on, at their tokens."""
+    def add(
+        self,
+        generations: Iterable[Generation],
+        arrived_ns: Mapping[int, int],
+        *,
+        are_watched: bool = False,
+    ) -> None:
+        """`arrived_ns`: when sequences came, by id. `are_watched`: somebody looks on, at their
+        tokens."""
         for each in generations:
-            due_ns = 0 if are_watched else due_after_ns(self._told_ns, each)
+            since_ns = arrived_ns.get(each.sequence_id) or each.started_ns
+            due_ns = 0 if are_watched else due_after_ns(self._told_ns, each, since_ns)
             self._due_ns = min(self._due_ns, due_ns) if self._held else due_ns
             self._held.append(each)
 
@@ -52,9 +60,9 @@ class Ends:
         return taken
 
 
-def due_after_ns(told_ns: int, ended: Generation) -> int:
-    """When an end is to be told at the latest, if others were at `told_ns`. At once, 0, if somebody
-    looks at what becomes of a cancel."""
+def due_after_ns(told_ns: int, ended: Generation, since_ns: int) -> int:
+    """When the end of one that is here since `since_ns` is to be told at the latest, if others were
+    at `told_ns`. At once, 0, if somebody looks at what becomes of a cancel."""
     if ended.is_cut_short:
         return 0
-    return told_ns + min(LONGEST_NS, (ended.finished_ns - ended.started_ns) // PART)
+    return told_ns + min(LONGEST_NS, (ended.finished_ns - since_ns) // PART)

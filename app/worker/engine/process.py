@@ -71,7 +71,8 @@ class EngineProcess:
         self._waiting: dict[str, deque[Admit]] = {}  #: by model, what has not begun
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()  #: something waits
         self._engines: dict[str, Engine] = {}
-        self._inside: dict[str, set[int]] = {}  #: by model, the sequences that have not ended
+        #: By model, the sequences that have not ended, and when they arrived.
+        self._inside: dict[str, dict[int, int]] = {}
         self._latest: Counter[str] = Counter()  #: by model, the last id that went in: ids grow
         self._ends: dict[str, Ends] = {}
         self._streaming: set[int] = set()  #: those of them whose tokens are told as they come
@@ -157,9 +158,9 @@ class EngineProcess:
                 while engine.joins or not engine.has_work:
                     if (admit := _taken(self._waiting[model])) is None:
                         break
-                    ids = [each.id for each in admit.sequences]
-                    self._inside.setdefault(model, set()).update(ids)
-                    self._latest[model] = max(ids, default=self._latest[model])
+                    arrived_ns = {each.id: each.arrived_ns for each in admit.sequences}
+                    self._inside.setdefault(model, {}).update(arrived_ns)
+                    self._latest[model] = max(arrived_ns, default=self._latest[model])
                     self._streaming.update(each.id for each in admit.sequences if each.stream)
                     engine.admit(admit.batch_id, admit.sequences)
             if any(engine.has_work for engine in self._engines.values()):
@@ -197,9 +198,10 @@ class EngineProcess:
         if self._streaming:
             self._tell_tokens(engine, generations)
         if generations:
-            self._inside[model].difference_update(each.sequence_id for each in generations)
             self._given[model] -= sum(each.device_ns for each in generations)
-            self._ends[model].add(generations, are_watched=are_watched)
+            self._ends[model].add(generations, self._inside[model], are_watched=are_watched)
+            for each in generations:
+                self._inside[model].pop(each.sequence_id, None)
         if self._ends[model].are_due(time.monotonic_ns(), len(self._inside[model])):
             self._tell_ends(model)
 
