@@ -125,9 +125,8 @@ class Hands:
             created_at=claimed.created_at,
             **(ending | given),
         )
-        with self._database.begin() as connection:
+        with self._database.autocommit(then=notices.ended([finished.job_id])) as connection:
             assert claims.finish(connection, [finished])
-        notices.tell_ended(self._database, [finished.job_id])
 
     def close(self) -> None:
         self._database.close()

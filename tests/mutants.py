@@ -395,10 +395,24 @@ MUTANTS: Final = (
     Mutant(
         "finish tells nobody",
         "app/worker/ledger.py",
-        "notices.tell_ended(self._database, [job.id for job in over])",
-        "pass",
+        "notices.ended([job.id for job in over])",
+        "None",
         f"{SIMULATION}"
         "::test_a_world_without_faults_answers_every_good_prompt_and_tells_those_who_wait",
+    ),
+    Mutant(
+        "what follows a commit is part of it",
+        "app/store/database.py",
+        "                pipeline._enqueue_sync()",
+        "                pass",
+        "tests/integration/test_store_database.py",
+    ),
+    Mutant(
+        "news that fails is taken for data that is refused",
+        "app/store/database.py",
+        "        if cursor.pgresult:\n            link.close()",
+        "        if cursor.pgresult:\n            pass",
+        "tests/integration/test_store_database.py",
     ),
     Mutant(
         "jobs beyond those that one notification holds are told to nobody",

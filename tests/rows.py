@@ -166,10 +166,9 @@ class Worker:
             return claims.claim(connection, self.batch(), [Member(id, uuid4()) for id in ids])
 
     def finish(self, *finished: Finished) -> set[UUID]:
-        with self.database.begin() as connection:
-            counted = counting(claims.finish(connection, finished))
-        notices.tell_ended(self.database, [each.job_id for each in finished])
-        return counted
+        told = notices.ended([each.job_id for each in finished])
+        with self.database.autocommit(then=told) as connection:
+            return counting(claims.finish(connection, finished))
 
     def complete(self, claimed: Sequence[Claimed]) -> set[UUID]:
         return self.finish(*(completed(each) for each in claimed))

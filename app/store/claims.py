@@ -358,7 +358,7 @@ def finish(
     """Record the ends of attempts, each with its result; returns what their rows say now.
 
     An attempt does not count if its job was taken from this worker: another one has answered or
-    will. Whoever waits hears of it by `notices.tell_ended`, after the commit.
+    will. Whoever waits hears of it by `notices.ended`, after the commit.
     """
     given: dict[str, Any] = {
         "finished": encode(finished),

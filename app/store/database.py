@@ -6,10 +6,10 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime, timedelta
-from typing import Any, Final
+from typing import Any, Final, LiteralString
 
 import psycopg
 from sqlalchemy import Connection, Engine, create_engine, event, text
@@ -43,6 +43,10 @@ _PLAN: Final = """
         set_config('plan_cache_mode', %(plan_cache_mode)s, false),
         set_config('enable_seqscan', %(enable_seqscan)s, false)
 """
+
+
+Sent = tuple[LiteralString, Mapping[str, object]]
+"""SQL in the driver's format, and its parameters."""
 
 
 class Database:
@@ -116,15 +120,19 @@ class Database:
             yield connection
 
     @contextmanager
-    def autocommit(self, *, looks_up: bool = False) -> Iterator[Connection]:
+    def autocommit(
+        self, *, looks_up: bool = False, then: Sent | None = None
+    ) -> Iterator[Connection]:
         """A connection on which every statement is a transaction of its own.
 
         For moves that are one statement: one round trip to Postgres where `begin` takes three.
-        `looks_up` is as there. Raises as `begin` does, and leaves the same unknown.
+        `looks_up` is as there. `then`: SQL that follows each statement in the same round trip, as
+        the next transaction; if that fails, `Unavailable` comes after a commit, and is to be
+        repeated. Raises as `begin` does, and leaves the same unknown.
         """
         with self._turn(), translated_errors(), self._statements.connect() as connection:
             _plan(connection, looks_up or self._looks_up_only)
-            yield connection
+            yield connection.execution_options(**{_THEN: then}) if then else connection
 
     def _turn(self) -> AbstractContextManager[None]:
         return self._turns.taken() if self._turns else nullcontext()
@@ -222,6 +230,7 @@ def in_transactions(
 
 _NAME: Final = f"SELECT set_config('{tenancy.SETTING}', %s, true)"
 _OF_A_TENANT: Final = "of_a_tenant"
+_THEN: Final = "then"
 
 
 def _begins(link: Link, is_limited: bool) -> str:
@@ -234,8 +243,7 @@ def _begins(link: Link, is_limited: bool) -> str:
 def _one_by_one(engine: Engine, *, is_limited: bool) -> Engine:
     """The engine for statements each of which is a transaction by itself."""
     single = engine.execution_options(**{_OF_A_TENANT: is_limited})
-    if is_limited:
-        event.listen(engine, "do_execute", _execute_for_tenant)
+    event.listen(engine, "do_execute", _execute_in_one_trip)
 
     @event.listens_for(single, "before_cursor_execute")
     def begin(connection: Connection, *_: Any) -> None:
@@ -246,20 +254,42 @@ def _one_by_one(engine: Engine, *, is_limited: bool) -> Engine:
 
     @event.listens_for(single, "after_cursor_execute")
     def commit(connection: Connection, *_: Any) -> None:
-        _link(connection).commit()
+        link = _link(connection)
+        link.commit()
+        then = connection.get_execution_options().get(_THEN)
+        if then and link.is_shared:
+            try:
+                link.execute(_begins(link, is_limited))
+                link.execute(*then)
+                link.commit()
+            except psycopg.Error:
+                link.close()  # so that it is told as `Unavailable`
+                raise
 
     return single
 
 
-def _execute_for_tenant(cursor: Any, statement: str, given: Any, context: ExecutionContext) -> bool:
-    """Send the tenant's name and the statement together: they are one transaction, and one round
-    trip. https://www.postgresql.org/docs/current/libpq-pipeline-mode.html"""
-    link = cursor.connection
-    if link.is_shared or not context.execution_options.get(_OF_A_TENANT):
-        return False  # it is within a transaction that has been told
-    with link.pipeline():
-        link.execute(_NAME, [tenancy.tenant_now()], prepare=True)
-        cursor.execute(statement, given)
+def _execute_in_one_trip(
+    cursor: Any, statement: str, given: Any, context: ExecutionContext
+) -> bool:
+    """Send together the tenant's name and the statement, which are one transaction, and `then`.
+    https://www.postgresql.org/docs/current/libpq-pipeline-mode.html"""
+    link, options = cursor.connection, context.execution_options
+    is_limited, then = options.get(_OF_A_TENANT), options.get(_THEN)
+    if link.is_shared or not (is_limited or then):
+        return False  # it is within a transaction that has been told, or is alone
+    try:
+        with link.pipeline() as pipeline:
+            if is_limited:
+                link.execute(_NAME, [tenancy.tenant_now()], prepare=True)
+            cursor.execute(statement, given)
+            if then:
+                pipeline._enqueue_sync()  # commits; the public `sync` would wait for the answers
+                link.execute(*then)
+    except psycopg.Error:
+        if cursor.pgresult:
+            link.close()  # a commit failed, which no pipeline gets over, or what was to follow it
+        raise
     return True
 
 

@@ -14,11 +14,10 @@ from typing import Final
 from uuid import UUID
 
 import psycopg
-from sqlalchemy import text
 
 from app.jobs import job_ids_in
 from app.store.address import Address
-from app.store.database import Database
+from app.store.database import Sent
 from app.store.link import Link, connect
 
 log = logging.getLogger(__name__)
@@ -52,19 +51,16 @@ def telling(ids: str) -> str:
 
 
 # Tell that jobs ended. The commit is not waited for: it holds up all others that tell something.
-_TELL_ENDED: Final = text(f"""
+_TELL_ENDED: Final = f"""
     SELECT set_config('synchronous_commit', 'off', true),
-        ({telling("SELECT unnest(CAST(:ids AS uuid[]))")})
-""")
+        ({telling("SELECT unnest(CAST(%(ids)s AS uuid[]))")})
+"""
 
 
-def tell_ended(database: Database, job_ids: Collection[UUID]) -> None:
-    """Tell those who wait that jobs may have ended, once their ends are committed.
-
-    Raises `Unavailable`, and may be repeated.
-    """
-    with database.autocommit() as connection:
-        connection.execute(_TELL_ENDED, {"ids": list(job_ids)})
+def ended(job_ids: Collection[UUID]) -> Sent:
+    """What tells those who wait that jobs may have ended: to be sent after the statement by which
+    they do, as a transaction of its own (`Database.autocommit`). It may be repeated."""
+    return _TELL_ENDED, {"ids": list(job_ids)}
 
 
 def listen(url: str, stop: threading.Event) -> Iterator[frozenset[UUID] | None]:

@@ -102,9 +102,9 @@ class Ledger:
         batch = Batch(doomed.batch_id, doomed.model, CloseReason.SIZE, 0)
         member = Member(doomed.id, doomed.attempt_id)
         try:
-            with self._database.autocommit() as connection:
+            with self._database.autocommit(then=notices.ended([doomed.id])) as connection:
                 claimed = claims.claim(connection, self._new_batch(batch), [member])
-                if not claimed:
+                if not claimed:  # if by an end of the call before, it is told now
                     return False
                 record = Finished(
                     job_id=doomed.id,
@@ -114,12 +114,10 @@ class Ledger:
                     error_code=doomed.ending.code,
                     error_message=doomed.ending.message,
                 )
-                is_committed = any(each.counts for each in claims.finish(connection, [record]))
+                return any(each.counts for each in claims.finish(connection, [record]))
         except NotStorable as error:
             _say_refused(doomed, error)
             return False
-        notices.tell_ended(self._database, [doomed.id])
-        return is_committed
 
     def commit(self, over: Sequence[Job]) -> set[UUID]:
         """Commit ended jobs together and tell those who wait; returns the attempts that counted.
@@ -130,18 +128,17 @@ class Ledger:
         """
         parts = by_halves(over, self._finish, self._withhold)
         withheld = [job for job in over if job.claimed_run.is_withheld]
-        committed = set().union(*parts, *by_halves(withheld, self._finish, self._is_refused))
-        notices.tell_ended(self._database, [job.id for job in over])
-        return committed
+        return set().union(*parts, *by_halves(withheld, self._finish, self._is_refused))
 
-    def _finish(self, over: Iterable[Job]) -> set[UUID]:
+    def _finish(self, over: Sequence[Job]) -> set[UUID]:
         records, stats = [], {}
         for job in over:
             run = job.claimed_run
             run.record = run.record or self._record(job)
             records.append(run.record)
             stats[run.batch.id] = batch_stats(run.batch)
-        with self._settling(over) as settling, self._database.autocommit() as connection:
+        told = notices.ended([job.id for job in over])
+        with self._settling(over) as settling, self._database.autocommit(then=told) as connection:
             settling.rows = claims.finish(
                 connection, records, list(stats.values()), window_number=settling.window_number
             )

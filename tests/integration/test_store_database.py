@@ -4,21 +4,40 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from datetime import timedelta
+from typing import LiteralString
 from uuid import uuid4
 
 import pytest
 from sqlalchemy import Connection, text
 
-from app.errors import ConfigError, GristmillError, SchemaError, Unavailable
+from app.errors import ConfigError, GristmillError, NotStorable, SchemaError, Unavailable
 from app.local.ports import free_port
 from app.store import counts, submissions
 from app.store.database import Database
+from app.store.link import Link
 from app.store.migration import migrate
 from tests.rows import insert, new_job
 from tests.waiting import eventually
 
 CANARY = "the canary sings"
+TWICE = "INSERT INTO numbers VALUES (1), (1)"
+"""It fails at the commit."""
+
+
+def create_numbers(database: Database, *, is_pooled: bool) -> None:
+    unique = "UNIQUE DEFERRABLE INITIALLY DEFERRED"
+    with database.autocommit() as connection:
+        connection.execute(text(f"CREATE TABLE numbers (number integer {unique})"))
+        link = connection.connection.driver_connection
+        assert isinstance(link, Link)
+        link.found = replace(link.found, is_pooled=is_pooled)
+
+
+def numbers(database: Database) -> list[int]:
+    with database.autocommit() as connection:
+        return list(connection.scalars(text("SELECT number FROM numbers")))
 
 
 def test_a_commit_keeps_and_an_error_drops_what_was_written(database: Database) -> None:
@@ -48,6 +67,37 @@ def test_each_statement_of_autocommit_is_kept_whatever_follows(database: Databas
         write_and_fail()
     with database.begin() as connection:
         assert list(connection.scalars(text("SELECT id FROM jobs"))) == [job.id]
+
+
+@pytest.mark.parametrize("is_pooled", [False, True])
+@pytest.mark.parametrize("fails", ["SELECT 1 / 0", TWICE])
+def test_what_follows_a_commit_and_fails_leaves_it_and_is_said_as_unavailable(
+    database_url: str, fails: LiteralString, is_pooled: bool
+) -> None:
+    """Whoever asked for both repeats both, and takes none of it for data that is refused."""
+    with closing(Database(database_url, pool_size=1)) as database:
+        create_numbers(database, is_pooled=is_pooled)
+
+        with pytest.raises(Unavailable), database.autocommit(then=(fails, {})) as connection:
+            connection.execute(text("INSERT INTO numbers VALUES (7)"))
+
+        assert numbers(database) == [7]
+
+
+@pytest.mark.parametrize("is_pooled", [False, True])
+@pytest.mark.parametrize("fails", ["SELECT 1 / 0", TWICE])
+def test_what_does_not_commit_is_an_error_whatever_follows_it(
+    database_url: str, fails: str, is_pooled: bool
+) -> None:
+    with closing(Database(database_url, pool_size=1)) as database:
+        create_numbers(database, is_pooled=is_pooled)
+
+        then = ("INSERT INTO numbers VALUES (7)", dict[str, object]())
+        with pytest.raises(GristmillError) as error, database.autocommit(then=then) as connection:
+            connection.execute(text(fails))
+
+        assert fails == TWICE or isinstance(error.value, NotStorable)
+        assert 1 not in numbers(database)
 
 
 def test_a_transaction_after_autocommit_is_one_again(database_url: str) -> None:

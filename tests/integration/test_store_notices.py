@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import queue
+import re
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from uuid import UUID, uuid4
 
 import pytest
@@ -16,9 +19,11 @@ from sqlalchemy import text
 from app.jobs import Kind
 from app.store import cancellation, claims, submissions, sweeps
 from app.store.database import Database
-from app.store.notices import MAX_IDS, listen, tell_ended
+from app.store.link import Link
+from app.store.notices import MAX_IDS, ended, listen
 from app.store.submissions import RejectedJob
 from tests.rows import Worker, completed, insert, new_job, rewrite
+from tests.waiting import eventually
 
 
 @dataclass
@@ -114,13 +119,39 @@ def test_the_commit_of_a_finish_sends_no_notification_so_that_it_waits_for_no_ot
     """Postgres lets one transaction with notifications commit at a time."""
     worker = Worker.registered(database)
     first, second = insert(database, new_job(), new_job())
-    with database.begin() as connection:
+    with database.autocommit() as connection:
         claims.finish(connection, [completed(worker.claim([first])[0])])
     worker.complete(worker.claim([second]))
 
     heard = listener.next()
 
     assert heard == {second}
+
+
+def test_a_finish_and_its_news_are_two_transactions_in_one_round_trip(
+    database_url: str, database: Database, listener: Listener, tmp_path: Path
+) -> None:
+    """All of it has been sent while the finish still waits for a lock, and nothing is told yet."""
+    wire = tmp_path / "wire"
+    with closing(Database(database_url, pool_size=1)) as one, wire.open("w") as written:
+        worker = Worker.registered(one)
+        claimed = worker.claim(insert(one, *(new_job() for _ in range(3))))
+        with one.autocommit() as connection:
+            link = connection.connection.driver_connection
+            assert isinstance(link, Link)
+        with ThreadPoolExecutor() as pool:
+            with database.begin() as connection:
+                connection.execute(text("SELECT FROM open_jobs FOR UPDATE"))
+                link.pgconn.trace(written.fileno())
+                finishing = pool.submit(worker.complete, claimed)
+                eventually(
+                    lambda: re.findall(r"\tF\t.*\t(Sync)\b", wire.read_text()) == ["Sync"] * 2
+                )
+                assert "\tB\t" not in wire.read_text()
+            assert len(finishing.result()) == 3
+        link.pgconn.untrace()
+
+    assert listener.next() == {each.job_id for each in claimed}
 
 
 def test_news_that_does_not_wait_for_the_disk_leaves_the_commits_after_it_as_they_were(
@@ -130,10 +161,9 @@ def test_news_that_does_not_wait_for_the_disk_leaves_the_commits_after_it_as_the
         with database.autocommit() as connection:
             connection.execute(text("SET synchronous_commit = on"))
 
-        tell_ended(database, [uuid4()])
-
-        with database.autocommit() as connection:
-            assert connection.scalar(text("SHOW synchronous_commit")) == "on"
+        with database.autocommit(then=ended([uuid4()])) as connection:
+            for _ in range(2):
+                assert connection.scalar(text("SHOW synchronous_commit")) == "on"
 
 
 def test_news_of_a_transaction_that_fails_is_none(database: Database, listener: Listener) -> None:

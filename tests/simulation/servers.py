@@ -15,6 +15,7 @@ from app.broker.publisher import bundled
 from app.broker.queues import Layout, queue_name, queues_of
 from app.errors import Unavailable
 from app.requests import bodies
+from app.store.database import Sent
 from tests.simulation.engine import MODELS
 from tests.simulation.settings import SETTINGS
 from tests.simulation.versions import LATER, PRESENT
@@ -74,8 +75,8 @@ class ProcessDatabase:
             raise Died
 
     @contextmanager
-    def autocommit(self) -> Iterator[Any]:
-        yield _Autocommit(self)
+    def autocommit(self, then: Sent | None = None) -> Iterator[Any]:
+        yield _Autocommit(self, then)
 
     def _next_fault(self) -> int | None:
         if self.fault is None or self.fault_in > 0:
@@ -92,13 +93,18 @@ class ProcessDatabase:
 class _Autocommit:
     """A connection on which every statement is a transaction of its own."""
 
-    def __init__(self, database: ProcessDatabase) -> None:
+    def __init__(self, database: ProcessDatabase, then: Sent | None) -> None:
         self._database = database
+        self._then = then
 
     def __getattr__(self, name: str) -> Any:
         def run(*given: Any) -> Any:
             with self._database.begin() as connection:
-                return getattr(connection, name)(*given)
+                answer = getattr(connection, name)(*given)
+            if self._then:
+                with self._database.begin() as connection:
+                    connection.execute(*self._then)
+            return answer
 
         return run
 
