@@ -198,6 +198,7 @@ def test_what_jobs_used_is_told_over_the_next_connection_if_one_is_lost(
     def cut_off(*_: Any, **__: Any) -> Any:
         raise ConnectionResetError("Connection reset by peer")
 
+    monkeypatch.setattr("app.broker.tally.PAUSE_S", 0)
     tally.note(MILL, Used(64, 64, 64 * 5_000_000))
     with taking(settings) as taker, monkeypatch.context() as lost:
         taker.channel.tally = tally
@@ -214,9 +215,10 @@ def test_what_jobs_used_is_told_over_the_next_connection_if_one_is_lost(
 
 
 def test_without_the_right_to_tell_what_jobs_used_messages_come_and_go_and_it_is_told_later(
-    client: redis.Redis, settings: Settings, tally: Tally
+    client: redis.Redis, settings: Settings, tally: Tally, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # given
+    monkeypatch.setattr("app.broker.tally.PAUSE_S", 0)
     client.acl_setuser("miller", enabled=True, commands=["-eval"])
     sent = send(client, 3)
     tally.note(MILL, Used(64, 64, 64 * 5_000_000))

@@ -122,7 +122,7 @@ def test_the_shares_of_a_batch_add_up_to_its_device_time_of_which_redis_is_told(
     with redis.Redis.from_url(redis_url) as client:
         eventually(lambda: not client.hlen("unacked"))
         key = f"{layout.lane(queue_name('stub'), 0)}{layout.sep}fair"
-        assert client.hexists(key, "of "), "it is told with the last acknowledgement, or before"
+        assert client.hexists(key, "of "), "it is told with the first acknowledgement"
 
 
 def test_one_prompt_alone_waits_and_many_at_once_fill_batches(

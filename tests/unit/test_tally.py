@@ -30,13 +30,16 @@ def tally() -> Tally:
     return Tally(Layout())
 
 
-def test_all_that_is_noted_is_told_once_and_in_one_command(tally: Tally) -> None:
+def test_all_that_is_noted_is_told_once_and_in_one_command(
+    tally: Tally, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # given
     for ns in (100, 200):
         tally.note(MILL, Used(1, 1, ns))
     tally.note(BAKERY, Used(1, 1, 300))
     tally.note(BAKERY, Used(ended=1))
     pipe = Pipe()
+    monkeypatch.setattr(tallies, "PAUSE_S", 0)
     # when
     told, again = tally.tell(pipe), tally.tell(pipe)
     # then
@@ -45,8 +48,11 @@ def test_all_that_is_noted_is_told_once_and_in_one_command(tally: Tally) -> None
     assert len(pipe.commands) == 1
 
 
-def test_what_was_not_heard_is_told_with_what_ends_meanwhile(tally: Tally) -> None:
+def test_what_was_not_heard_is_told_with_what_ends_meanwhile(
+    tally: Tally, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # given
+    monkeypatch.setattr(tallies, "PAUSE_S", 0)
     tally.note(MILL, Used(1, 1, 100))
     lost = tally.tell(Pipe())
     # when
@@ -56,7 +62,7 @@ def test_what_was_not_heard_is_told_with_what_ends_meanwhile(tally: Tally) -> No
     assert tally.tell(Pipe()) == {MILL: Used(2, 2, 300)}
 
 
-def test_it_is_told_alone_only_when_a_while_has_passed_since_the_last_time(
+def test_it_is_told_only_when_a_while_has_passed_since_the_last_time(
     tally: Tally, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # given
@@ -70,5 +76,6 @@ def test_it_is_told_alone_only_when_a_while_has_passed_since_the_last_time(
     now += PAUSE_S / 2
     # then
     assert not tally.is_due
+    assert tally.tell(Pipe()) == {}
     now += PAUSE_S / 2
-    assert tally.is_due
+    assert tally.tell(Pipe()) == {MILL: Used(1, 1, 100)}
