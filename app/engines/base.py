@@ -139,15 +139,12 @@ class StepStats:
     padded_tokens: int = 0  #: token positions the device computed, padding included
     device_ns: int = 0  #: shared out to sequences; over time as much as their answers say
 
-    def __add__(self, other: StepStats) -> StepStats:
-        """Of two steps of one batch."""
-        return StepStats(
-            self.batch_id,
-            self.rows + other.rows,
-            self.useful_tokens + other.useful_tokens,
-            self.padded_tokens + other.padded_tokens,
-            self.device_ns + other.device_ns,
-        )
+    def add(self, other: StepStats) -> None:
+        """What another step of the same batch computed."""
+        self.rows += other.rows
+        self.useful_tokens += other.useful_tokens
+        self.padded_tokens += other.padded_tokens
+        self.device_ns += other.device_ns
 
 
 NOT_FINITE: Final = (

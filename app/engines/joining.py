@@ -23,4 +23,6 @@ class JoiningEngine:
         return taken
 
     def _stats_of(self, batch_id: str) -> StepStats:
-        return self._stats.setdefault(batch_id, StepStats(batch_id))
+        if (stats := self._stats.get(batch_id)) is None:
+            stats = self._stats[batch_id] = StepStats(batch_id)
+        return stats

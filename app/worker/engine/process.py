@@ -225,7 +225,10 @@ class EngineProcess:
         self._given[model] += given
         kept = self._stats.setdefault(model, {})
         for each in taken:
-            kept[each.batch_id] = kept[each.batch_id] + each if each.batch_id in kept else each
+            if (known := kept.get(each.batch_id)) is None:
+                kept[each.batch_id] = each
+            else:
+                known.add(each)
         return given
 
     def _turn(self, phase: Phase, given: int = 0, *, in_vain: bool = False) -> int:
