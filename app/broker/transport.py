@@ -31,7 +31,7 @@ from kombu.transport import redis
 from kombu.utils.json import dumps, loads
 from kombu.utils.scheduling import round_robin_cycle
 from redis import Redis
-from redis.exceptions import NoScriptError, RedisError, ResponseError
+from redis.exceptions import ConnectionError, NoScriptError, RedisError, ResponseError
 
 from app import telemetry
 from app.broker import lanes
@@ -461,6 +461,11 @@ class SentinelChannel(_Outliving, redis.SentinelChannel):
         "queue_budgets",
         "shared_budgets",
     )
+
+    def _get_pool(self, asynchronous: bool = False) -> Any:
+        if self.connection.client is None:
+            raise ConnectionError("The transport is closed, and knows its Sentinels no more.")
+        return super()._get_pool(asynchronous)  # type: ignore[no-untyped-call]
 
 
 class _Turning:

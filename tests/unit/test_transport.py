@@ -21,6 +21,8 @@ from app.broker.transport import (
     LOOK_AGAIN_S,
     Channel,
     Message,
+    SentinelChannel,
+    SentinelTransport,
     Turns,
     _Turning,
 )
@@ -183,3 +185,13 @@ def test_a_channel_makes_one_plain_client_for_as_long_as_it_keeps_its_connection
     # then
     assert again is before
     assert channel.plain.connection_pool is channel._pool
+
+
+def test_what_a_channel_does_after_its_sentinels_are_forgotten_is_a_connection_error() -> None:
+    # given
+    channel = object.__new__(SentinelChannel)
+    channel.connection = SimpleNamespace(client=None)
+    channel._known = {False: {"db": 0}}
+    # then Celery takes it for one, and connects anew
+    with pytest.raises(SentinelTransport.connection_errors):
+        _ = channel.pool
