@@ -923,8 +923,8 @@ MUTANTS: Final = (
     Mutant(
         "what jobs used is lost with the connection",
         "app/broker/transport.py",
-        "        except (RedisError, OSError):\n            self.tally.keep(used)\n",
-        "        except (RedisError, OSError):\n",
+        "        finally:\n            self.tally.keep(used)\n",
+        "",
         FETCHES,
     ),
     Mutant(

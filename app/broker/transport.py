@@ -31,7 +31,8 @@ from kombu.transport import redis
 from kombu.utils.json import dumps, loads
 from kombu.utils.scheduling import round_robin_cycle
 from redis import Redis
-from redis.exceptions import ConnectionError, NoScriptError, RedisError, ResponseError
+from redis.exceptions import ConnectionError as NotConnected
+from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 from app import telemetry
 from app.broker import lanes
@@ -217,14 +218,15 @@ class _Outliving:
             )
         try:
             replies = pipe.execute(raise_on_error=False)
+            if used and not isinstance(replies.pop(0), ResponseError):
+                used = {}  # that was heard, whatever becomes of the rest
             if takes and isinstance(replies[-1], NoScriptError):
                 replies[-1] = self._fetcher.load_and_repeat(self.plain)
         except (RedisError, OSError):
-            self.tally.keep(used)
             if takes:
                 self.qos.expect(self._fetcher.tags(most))  # type: ignore[attr-defined]
             raise
-        if used and isinstance(replies.pop(0), ResponseError):
+        finally:
             self.tally.keep(used)
         for refused in replies[: 2 if done else 0]:
             if isinstance(refused, ResponseError):
@@ -464,7 +466,7 @@ class SentinelChannel(_Outliving, redis.SentinelChannel):
 
     def _get_pool(self, asynchronous: bool = False) -> Any:
         if self.connection.client is None:
-            raise ConnectionError("The transport is closed, and knows its Sentinels no more.")
+            raise NotConnected("The transport is closed, and knows its Sentinels no more.")
         return super()._get_pool(asynchronous)  # type: ignore[no-untyped-call]
 
 

@@ -214,6 +214,30 @@ def test_what_jobs_used_is_told_over_the_next_connection_if_one_is_lost(
     assert told_ns(client) == 5_000_000
 
 
+def test_what_jobs_used_is_told_once_though_the_connection_is_lost_after_it(
+    client: redis.Redis, settings: Settings, tally: Tally, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # given a server that has forgotten the script, and is gone when it is to learn it
+    def cut_off(*_: Any) -> Any:
+        raise ConnectionResetError("Connection reset by peer")
+
+    monkeypatch.setattr("app.broker.tally.PAUSE_S", 0)
+    sent = send(client, 2)
+    client.script_flush()
+    tally.note(MILL, Used(64, 64, 64 * 5_000_000))
+    with taking(settings) as taker, monkeypatch.context() as lost:
+        taker.channel.tally = tally
+        taker.channel._long.add(QUEUE)
+        lost.setattr("app.broker.fetching.Fetcher.load_and_repeat", cut_off)
+        # when
+        with pytest.raises(ConnectionResetError):
+            taker.channel.settle()
+    # then
+    assert told_ns(client) == 5_000_000
+    assert not tally.is_due
+    assert client.llen(f"mill:{QUEUE}") == len(sent)
+
+
 def test_without_the_right_to_tell_what_jobs_used_messages_come_and_go_and_it_is_told_later(
     client: redis.Redis, settings: Settings, tally: Tally, monkeypatch: pytest.MonkeyPatch
 ) -> None:
