@@ -151,7 +151,7 @@ class Database:
     def found(self) -> Found:
         """What a connection of the pool found when it was opened. Raises `Unavailable`."""
         with self.autocommit() as connection:
-            return _link(connection).found
+            return link_of(connection).found
 
     def check_schema(self) -> None:
         """Raise `SchemaError` unless this code runs on the schema, see `schema.check`."""
@@ -222,7 +222,7 @@ def in_transactions(
     def begin(connection: Connection) -> None:
         _plan(connection, plans_once)
         options = {"no_parameters": True}  # so that it may be two statements
-        begins = _begins(_link(connection), is_limited)
+        begins = _begins(link_of(connection), is_limited)
         connection.exec_driver_sql(begins, execution_options=options)
 
     return blocks
@@ -247,14 +247,14 @@ def _one_by_one(engine: Engine, *, is_limited: bool) -> Engine:
 
     @event.listens_for(single, "before_cursor_execute")
     def begin(connection: Connection, *_: Any) -> None:
-        link = _link(connection)
+        link = link_of(connection)
         if link.is_shared:
             link.rollback()  # of a statement before that failed
             link.execute(_begins(link, is_limited))
 
     @event.listens_for(single, "after_cursor_execute")
     def commit(connection: Connection, *_: Any) -> None:
-        link = _link(connection)
+        link = link_of(connection)
         link.commit()
         then = connection.get_execution_options().get(_THEN)
         if then and link.is_shared:
@@ -296,14 +296,15 @@ def _execute_in_one_trip(
 def _plan(connection: Connection, once: bool | None) -> None:
     """Have what follows planned once, or each time, unless it already is. To be said before a
     transaction begins, for one that is rolled back would undo it. A pooler keeps no plans."""
-    link = _link(connection)
+    link = link_of(connection)
     if once is None or link.is_shared or link.plans_once is once:
         return
     connection.exec_driver_sql(_PLAN, _PLANNED_ONCE if once else _PLANNED_EACH_TIME)
     link.plans_once = once
 
 
-def _link(connection: Connection) -> Link:
+def link_of(connection: Connection) -> Link:
+    """The driver's connection under one of a `Database`."""
     link = connection.connection.driver_connection
     assert isinstance(link, Link)
     return link

@@ -14,8 +14,7 @@ from sqlalchemy.exc import ProgrammingError
 
 from app.errors import GristmillError
 from app.store import lists, tenancy, usage
-from app.store.database import Database
-from app.store.link import Link
+from app.store.database import Database, link_of
 from app.store.lists import Filter
 from app.store.migration import migrate
 from app.store.tenancy import EVERYBODY, NOBODY, acting_for
@@ -274,8 +273,7 @@ def test_a_lone_statement_is_of_its_tenant_in_one_round_trip_and_leaves_nothing_
             return connection.scalar(text(f"SELECT {what} FROM open_jobs"))
 
     with limited.autocommit() as connection:
-        link = connection.connection.driver_connection
-        assert isinstance(link, Link)
+        link = link_of(connection)
         link.found = replace(link.found, is_pooled=is_pooled)
 
     with acting_for("mill"):

@@ -15,8 +15,7 @@ from sqlalchemy import Connection, text
 from app.errors import ConfigError, GristmillError, NotStorable, SchemaError, Unavailable
 from app.local.ports import free_port
 from app.store import counts, submissions
-from app.store.database import Database
-from app.store.link import Link
+from app.store.database import Database, link_of
 from app.store.migration import migrate
 from tests.rows import insert, new_job
 from tests.waiting import eventually
@@ -30,8 +29,7 @@ def create_numbers(database: Database, *, is_pooled: bool) -> None:
     unique = "UNIQUE DEFERRABLE INITIALLY DEFERRED"
     with database.autocommit() as connection:
         connection.execute(text(f"CREATE TABLE numbers (number integer {unique})"))
-        link = connection.connection.driver_connection
-        assert isinstance(link, Link)
+        link = link_of(connection)
         link.found = replace(link.found, is_pooled=is_pooled)
 
 

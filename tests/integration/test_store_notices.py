@@ -18,8 +18,7 @@ from sqlalchemy import text
 
 from app.jobs import Kind
 from app.store import cancellation, claims, submissions, sweeps
-from app.store.database import Database
-from app.store.link import Link
+from app.store.database import Database, link_of
 from app.store.notices import MAX_IDS, ended, listen
 from app.store.submissions import RejectedJob
 from tests.rows import Worker, completed, insert, new_job, rewrite
@@ -137,8 +136,7 @@ def test_a_finish_and_its_news_are_two_transactions_in_one_round_trip(
         worker = Worker.registered(one)
         claimed = worker.claim(insert(one, *(new_job() for _ in range(3))))
         with one.autocommit() as connection:
-            link = connection.connection.driver_connection
-            assert isinstance(link, Link)
+            link = link_of(connection)
         with ThreadPoolExecutor() as pool:
             with database.begin() as connection:
                 connection.execute(text("SELECT FROM open_jobs FOR UPDATE"))
