@@ -19,14 +19,11 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 from app.config.settings import ModelSettings
 from app.engines.base import Engine, Generation, Sequence
 from app.engines.encoder import packing
+from app.engines.inflight import library
 from app.engines.inflight.library import products
 from app.engines.registry import create
 from app.jobs import FinishReason, Kind, PoolingParams
 from tests.unit import tiny_encoders, tiny_models
-
-pytestmark = pytest.mark.skipif(
-    products() is None, reason="this processor has no products that are ours"
-)
 
 LONGEST: Final = 400
 """Tokens: several spans of the kernel, and more than any window."""
@@ -49,7 +46,10 @@ WHOLE: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "bert with silu": ("bert", _HEADS | {"hidden_act": "silu"}),
     "roberta with tanh": ("roberta", _BEHIND_PADDING | {"hidden_act": "gelu_pytorch_tanh"}),
 }
-"""By name: a family and its configuration, where whole layers are our kernel's."""
+"""By name: a family and its configuration, where whole layers are our kernel's, if it multiplies:
+else only attention is."""
+OWN_ATTENTION: Final = dict.fromkeys(("megatron-bert", "mpnet"))
+"""Those of them that leave attention to nobody."""
 ATTENTION: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "albert": ("albert", _HEADS),
     "bert of an unknown activation": ("bert", _HEADS | {"hidden_act": "relu2"}),
@@ -163,11 +163,12 @@ def test_how_a_model_is_run_is_said_and_why_it_is_not_packed(name: str) -> None:
 
     said = getattr(engine, "kernels", "")
 
-    if name in PADDED:
+    if name in WHOLE and products():
+        assert "whole layers of packed texts" in said
+    elif name in PADDED | OWN_ATTENTION:
         assert "padded batches; not packed: " in said
     else:
-        way = "whole layers" if name in WHOLE else "attention"
-        assert f"{way} of packed texts" in said
+        assert "attention of packed texts" in said
 
 
 def test_packed_texts_are_counted_without_padding() -> None:
@@ -272,8 +273,7 @@ def test_where_there_are_no_kernels_texts_are_padded_as_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, model, folder = held("bert")
-    monkeypatch.setattr("app.engines.inflight.native.library", lambda: None)
-    monkeypatch.setattr("app.engines.inflight.fused.products", lambda: None)
+    monkeypatch.setattr(library, "built", lambda: library.Built(None, "torch alone"))
     texts = sequences([3, 90, 41])
 
     engine = load(folder)

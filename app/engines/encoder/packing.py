@@ -24,6 +24,7 @@ from app.engines.encoder import layers
 from app.engines.inflight import native
 from app.engines.inflight.attention import Packed
 from app.engines.inflight.cache import BLOCK, KVCache, LayerShape
+from app.engines.inflight.library import products
 from app.engines.inflight.native import NativeKernel, NativeStep
 from app.engines.inflight.weights import pack_linears
 
@@ -136,6 +137,8 @@ class Packing:
         self._rooms = Rooms(model.dtype, model.device)
         self.whole = whole
         known = [layers.known(each) for each in self._layers]
+        if whole and products() is None:
+            raise Unpackable("this processor has no products that are ours")
         if whole and not all(known):
             raise Unpackable("its layers are not known")
         bias = layers.position_bias(model, longest) if whole else None
