@@ -26,6 +26,8 @@ from tests.unit.inflight_tiny import engine_of, greedy, reference, run_all
 FAMILIES: Final = ("bert", "modernbert", "albert")
 """Two whose layers are calls of our kernel where it multiplies, and one of no known layer."""
 
+AVX2: Final = "-march=x86-64-v3"
+
 PROMPTS: Final = ((5,), tuple(range(40)), tuple(range(7, 90)))
 
 Type = Literal["float32", "bfloat16"]
@@ -34,32 +36,38 @@ on_any_processor = pytest.mark.usefixtures("processor")
 
 
 @functools.cache
-def of_its_kind() -> ctypes.CDLL:
-    """The kernels as they are for a processor without any extension: without products."""
+def compiled(*tuning: str) -> ctypes.CDLL:
+    """The kernels; without tuning as they are for a processor without any extension."""
     file = Path(tempfile.mkdtemp()) / "kernels.so"
-    compile_to(file, ["c++"], ())
+    compile_to(file, ["c++"], tuning)
     return ctypes.CDLL(str(file))
 
 
-@pytest.fixture(params=["this", "any of its kind", "matrix tiles", "no compiler"])
+@pytest.fixture(params=["this", "any of its kind", "AVX2", "matrix tiles", "no compiler"])
 def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param != "no compiler" and shutil.which("c++") is None:
         pytest.skip("there is no C++ compiler")
+    found = dict(torch.cpu.get_capabilities())
     match request.param:
         case "any of its kind":
-            monkeypatch.setattr(library, "built", lambda: Built(of_its_kind(), "compiled"))
+            monkeypatch.setattr(library, "built", lambda: Built(compiled(), "compiled"))
+        case "AVX2":
+            if not found.get("avx2"):
+                pytest.skip("this processor has no AVX2")
+            monkeypatch.setattr(library, "built", lambda: Built(compiled(AVX2), "compiled"))
+            found |= dict.fromkeys(("avx512_f", "avx512_bf16", "amx_bf16"), False)
         case "matrix tiles":  # those of oneDNN are faster than our products
-            found = torch.cpu.get_capabilities() | {"amx_bf16": True}
-            monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+            found |= {"amx_bf16": True}
         case "no compiler":
             monkeypatch.setattr(library, "built", lambda: Built(None, "torch alone"))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
 def test_a_processor_without_extensions_has_kernels_without_products() -> None:
     assert not any(flag.startswith("-m") for flag in FLAGS)
-    assert hasattr(of_its_kind(), "attend_float32")
-    assert not hasattr(of_its_kind(), "multiply_float32")
+    assert hasattr(compiled(), "attend_float32")
+    assert not hasattr(compiled(), "multiply_float32")
 
 
 @on_any_processor

@@ -8,17 +8,23 @@
 
 namespace {
 
+constexpr int MOST = LANES == 8 ? 2 : 4;    // vectors of four rows: AVX2 has 16 registers in all
+constexpr int ABREAST = std::min(VECS, MOST);
+
 // scores[ROWS][BLOCK] = query[ROWS][dim] x keys[dim][BLOCK]
 template <int ROWS, class T>
 void score(const float* query, int dim, const T* keys, float* scores) {
-    f32 sum[ROWS][VECS] = {};
-    for (int d = 0; d < dim; ++d)
-        for (int v = 0; v < VECS; ++v) {
-            f32 key = load(keys + d * BLOCK + v * LANES);
-            for (int r = 0; r < ROWS; ++r) sum[r][v] += key * query[r * dim + d];
-        }
-    for (int r = 0; r < ROWS; ++r)
-        for (int v = 0; v < VECS; ++v) store(scores + r * BLOCK + v * LANES, sum[r][v]);
+    for (int place = 0; place < BLOCK; place += ABREAST * LANES) {
+        f32 sum[ROWS][ABREAST] = {};
+        for (int d = 0; d < dim; ++d)
+            for (int v = 0; v < ABREAST; ++v) {
+                f32 key = load(keys + d * BLOCK + place + v * LANES);
+                for (int r = 0; r < ROWS; ++r) sum[r][v] += key * query[r * dim + d];
+            }
+        for (int r = 0; r < ROWS; ++r)
+            for (int v = 0; v < ABREAST; ++v)
+                store(scores + r * BLOCK + place + v * LANES, sum[r][v]);
+    }
 }
 
 // out[ROWS][dim] = out * shrink + weights[ROWS][places] x values[places][dim], WIDE vectors of dims
@@ -41,8 +47,8 @@ template <int ROWS, class T>
 void mix_all(const float* weights, const float* shrink, int places, const T* values, int dim,
              float* out) {
     int d = 0;
-    for (; d + 4 * LANES <= dim; d += 4 * LANES)
-        mix<ROWS, 4>(weights, shrink, places, values + d, dim, out + d);
+    for (; d + MOST * LANES <= dim; d += MOST * LANES)
+        mix<ROWS, MOST>(weights, shrink, places, values + d, dim, out + d);
     for (; d < dim; d += LANES)
         mix<ROWS, 1>(weights, shrink, places, values + d, dim, out + d);
 }

@@ -21,7 +21,14 @@ struct bf16 { uint16_t bits; };
 
 namespace {
 
+// Numbers of one vector of this machine.
+#if defined(__AVX512F__)
 constexpr int LANES = 16;
+#elif defined(__AVX__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
 constexpr int BLOCK = 32;         // tokens of a block; cache.py says the same
 constexpr int VECS = BLOCK / LANES;
 constexpr int RUN = 16;           // most tokens of one run; native.py says the same
@@ -31,7 +38,13 @@ typedef int32_t i32 __attribute__((vector_size(LANES * 4)));
 typedef uint32_t u32 __attribute__((vector_size(LANES * 4)));
 typedef uint16_t u16 __attribute__((vector_size(LANES * 2)));
 
+#if defined(__AVX512F__)
 const i32 COUNT = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#elif defined(__AVX__)
+const i32 COUNT = {0, 1, 2, 3, 4, 5, 6, 7};
+#else
+const i32 COUNT = {0, 1, 2, 3};
+#endif
 
 inline f32 load(const float* from) { f32 x; std::memcpy(&x, from, sizeof x); return x; }
 inline f32 load(const bf16* from) {
@@ -60,10 +73,8 @@ inline float widen(bf16 x) {
 // Over the lanes, in halves.
 template <class Both>
 inline float reduce(f32 x, Both both) {
-    x = both(x, __builtin_shuffle(x, COUNT ^ 8));
-    x = both(x, __builtin_shuffle(x, COUNT ^ 4));
-    x = both(x, __builtin_shuffle(x, COUNT ^ 2));
-    x = both(x, __builtin_shuffle(x, COUNT ^ 1));
+#pragma GCC unroll 4
+    for (int apart = LANES / 2; apart; apart /= 2) x = both(x, __builtin_shuffle(x, COUNT ^ apart));
     return x[0];
 }
 inline float largest(f32 x) { return reduce(x, [](f32 a, f32 b) { return a > b ? a : b; }); }

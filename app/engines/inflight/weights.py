@@ -112,20 +112,34 @@ def _panels(weight: Tensor, together: int) -> Tensor:
 
 
 def pack_linears(model: nn.Module, *, int8: bool = False) -> None:
-    """Replace every bfloat16 linear layer on a CPU; others have nothing to gain. A layer whose
-    inputs are no whole vectors is not rounded to int8."""
-    has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    packs = has_onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    """Replace every linear layer on a CPU whose product is faster so: in bfloat16, and in float32
+    on processors without AVX-512, where torch's own takes half as long again in a decoder's steps.
+    A layer whose inputs are no whole vectors is not rounded to int8."""
+    kinds = _packed_by_onednn()
     for module in list(model.modules()):
         child: Any
         for name, child in module.named_children():
-            if is_cpu_linear(child, torch.bfloat16):
-                native = products() is not None and child.in_features % 2 == 0
-                if native:
-                    rounds = int8 and child.in_features % LANES == 0
-                    setattr(module, name, NativeLinear(child.weight, child.bias, int8=rounds))
-                elif packs:
-                    setattr(module, name, PackedLinear(child))
+            if (
+                is_cpu_linear(child, torch.bfloat16)
+                and products() is not None
+                and child.in_features % 2 == 0
+            ):
+                rounds = int8 and child.in_features % LANES == 0
+                setattr(module, name, NativeLinear(child.weight, child.bias, int8=rounds))
+            elif any(is_cpu_linear(child, dtype) for dtype in kinds):
+                setattr(module, name, PackedLinear(child))
+
+
+def _packed_by_onednn() -> set[torch.dtype]:
+    """Types whose products oneDNN does faster with weights in a layout of its own."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return set()
+    found = torch.cpu.get_capabilities()
+    has_gain = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+        torch.float32: found.get("avx2") and not found.get("avx512_f"),
+    }
+    return {dtype for dtype, gains in has_gain.items() if gains}
 
 
 def is_cpu_linear(module: nn.Module, dtype: torch.dtype) -> bool:
