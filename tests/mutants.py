@@ -23,6 +23,7 @@ ROOT: Final = Path(__file__).resolve().parents[1]
 COPIED: Final = ("app", "clients", "configs", "migrations", "tests", "pyproject.toml", "README.md")
 SIMULATION: Final = "tests/simulation/test_schedules.py"
 AHEAD: Final = "tests/simulation/test_ahead.py"
+TAKES: Final = "tests/simulation/test_takes.py"
 ENDS: Final = "tests/unit/test_engine_ends.py"
 CLAIMS: Final = "tests/integration/test_store_claims.py"
 ODD: Final = "tests/integration/test_odd_data.py"
@@ -541,6 +542,43 @@ MUTANTS: Final = (
         "app/worker/runner.py",
         "self._claiming = (batch, jobs)",
         "self._claiming = None",
+    ),
+    Mutant(
+        "a take whose answer was lost is forgotten",
+        "app/worker/runner.py",
+        "            self._taking = take\n            self._finish_take()\n",
+        "            self._taking = take\n            try:\n                self._finish_take()\n"
+        "            finally:\n                self._taking = None\n",
+        TAKES,
+    ),
+    Mutant(
+        "what may have been taken is forgotten with the rest",
+        "app/worker/registrar.py",
+        "        self._waiting.clear()\n        self._has_forgotten =",
+        "        self._waiting.clear()\n        self._taking.clear()\n"
+        "        self._has_forgotten =",
+        TAKES,
+    ),
+    Mutant(
+        "messages of jobs that were not taken are forgotten",
+        "app/worker/registrar.py",
+        "self._waiting = [*left, *self._waiting]",
+        "pass",
+        TAKES,
+    ),
+    Mutant(
+        "a suspect is taken",
+        STORE,
+        'f" AND locked.losses < {SUSPECT_AFTER}"',
+        '""',
+        "tests/integration/test_store_takes.py",
+    ),
+    Mutant(
+        "what is taken belongs to any model",
+        STORE,
+        "AND locked.model = :model AND",
+        "AND",
+        "tests/integration/test_store_takes.py",
     ),
     Mutant(
         "suspects run beside healthy work",
@@ -1175,7 +1213,7 @@ MUTANTS: Final = (
     Mutant(
         "a claimed batch goes in whole, whatever memory there is",
         "app/worker/dispatcher.py",
-        "members, _ = fill(candidates, capacity.free_rows, max_tokens, capacity)",
+        "members, _ = fill(candidates, most, limits.max_batch_tokens, capacity)",
         "members = candidates",
         AHEAD,
     ),

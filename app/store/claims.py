@@ -1,9 +1,10 @@
-"""Claim, finish: the moves of a job to a worker and, with its result, to the end.
+"""Claim, take, finish: the moves of a job to a worker and, with its result, to the end.
 
-    queued ──claim──▶ running ──finish──▶ final
-       ▲                 │
-       └────release──────┘  see `app.store.releases`
+    queued ──claim, take──▶ running ──finish──▶ final
+       ▲                       │
+       └───────release─────────┘  see `app.store.releases`
 
+A job is claimed by a worker that has received it, or taken by one that its message came to.
 Each is one statement for any number of jobs and is fenced: it moves only jobs that are still
 `running` under the attempt it names. Each may be repeated after a commit whose fate is unknown.
 
@@ -21,14 +22,16 @@ from decimal import Decimal
 from typing import Any, Final
 from uuid import UUID
 
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, Row, TextClause, text
 
 from app.books.energy import EnergyMethod
 from app.errors import Unavailable
-from app.jobs import CloseReason, JobState
+from app.jobs import SUSPECT_AFTER, CloseReason, JobState
+from app.store import delivery, submissions
 from app.store.encoding import encode
 from app.store.lookup import locked
 from app.store.results import COPIED, copied, elapsed_ms
+from app.store.submissions import Received
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,8 +66,23 @@ class Claimed:
     created_at: datetime  #: of the job
 
 
-# Claim the members of a batch that may run now; open their attempts and the batch.
-_CLAIM: Final = text(f"""
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A running attempt, and the row of its job, which nobody here had read before."""
+
+    claimed: Claimed
+    row: Received
+
+
+def _claiming(*names: str, also: str = "", noted: str = "") -> str:
+    """SQL: `claimed`, the members of a batch that may run now, as far as `also` says so; it opens
+    their attempts and the batch. Its rows have the columns of these names; `noted` is what else is
+    written into those of jobs."""
+
+    def of(table: str) -> str:
+        return ", ".join(f"{table}.{name}" for name in names)
+
+    return f"""
     WITH lease AS MATERIALIZED (
         SELECT EXISTS (
             SELECT FROM workers WHERE id = :worker_id AND lease_expires_at > now()
@@ -74,9 +92,7 @@ _CLAIM: Final = text(f"""
             AS member(job_id uuid, attempt_id uuid, num_sequences int)
         ORDER BY job_id
     ), locked AS MATERIALIZED (
-        SELECT
-            id, tenant, created_at, state, not_before, deadline, job.attempt_id, attempt,
-            claimed_at, member.attempt_id AS new_attempt_id
+        SELECT member.attempt_id AS new_attempt_id, {of("job")}
         FROM member {locked("member.job_id")}
     ), opened AS (
         INSERT INTO attempts (
@@ -87,14 +103,15 @@ _CLAIM: Final = text(f"""
         WHERE locked.state = 'queued'
             AND locked.not_before <= now() AND (locked.deadline > now()) IS NOT FALSE
             AND (SELECT is_held FROM lease)
+            {also}
         ON CONFLICT (id, created_at) DO NOTHING  -- opened by this very call before, and lost since
         RETURNING id, job_id, number
     ), moved AS (
         UPDATE open_jobs SET
             state = 'running', attempt = number, attempt_id = opened.id,
-            worker_id = :worker_id, batch_id = :id, claimed_at = now()
+            worker_id = :worker_id, batch_id = :id, claimed_at = now() {noted}
         FROM opened WHERE open_jobs.id = opened.job_id
-        RETURNING open_jobs.id AS job_id, kind, attempt_id, attempt AS number, created_at
+        RETURNING opened.id AS new_attempt_id, {of("open_jobs")}
     ), batch AS (
         INSERT INTO batches (
             id, worker_id, model, kind, engine, close_reason, num_jobs, num_sequences, wait_ms,
@@ -104,19 +121,45 @@ _CLAIM: Final = text(f"""
             :id, :worker_id, :model, min(kind), :engine, :close_reason, count(*),
             sum(num_sequences), :wait_ms, now() - :wait_ms * interval '1 ms', now(),
             array_agg(job_id)
-        FROM moved JOIN member USING (job_id)
+        FROM moved JOIN member ON member.job_id = moved.id
         HAVING count(*) > 0
         ON CONFLICT (id) DO UPDATE SET  -- a repeated call may get more than the first
             num_jobs = batches.num_jobs + excluded.num_jobs,
             num_sequences = batches.num_sequences + excluded.num_sequences,
             job_ids = batches.job_ids || excluded.job_ids
-    )
-    SELECT is_held, claimed.* FROM lease LEFT JOIN (
-        SELECT job_id, attempt_id, number, now() AS claimed_at, created_at FROM moved
+    ), claimed AS (
+        SELECT * FROM moved
         UNION ALL  -- claimed by this very call before, if it is repeated
-        SELECT id, attempt_id, attempt, claimed_at, created_at FROM locked
-        WHERE state = 'running' AND attempt_id = new_attempt_id
-    ) AS claimed ON true
+        SELECT * FROM locked WHERE state = 'running' AND attempt_id = new_attempt_id
+    )
+    """
+
+
+_CLAIM: Final = text(f"""
+    {
+    _claiming(
+        *("id", "tenant", "kind", "created_at", "state", "not_before", "deadline"),
+        *("attempt_id", "attempt", "claimed_at"),
+    )
+}
+    SELECT is_held, id, attempt_id, attempt, claimed_at, created_at
+    FROM lease LEFT JOIN claimed ON true
+""")
+
+# Claim and read jobs of one model, but for suspects.
+_TAKE: Final = text(f"""
+    {
+    _claiming(
+        "*",
+        also=f"AND locked.model = :model AND {delivery.known('locked')}"
+        f" AND locked.losses < {SUSPECT_AFTER}",
+        noted=f", {delivery.TAKEN}",
+    )
+}
+    SELECT
+        is_held, id, attempt_id, attempt, claimed_at, {submissions.RECEIVED},
+        {submissions.request_of("id")} AS request
+    FROM lease LEFT JOIN claimed AS job ON true
 """)
 
 
@@ -127,8 +170,30 @@ def claim(connection: Connection, batch: NewBatch, members: Sequence[Member]) ->
     before, its answer was lost, and so was the attempt since. Raises `Unavailable` if the worker's
     lease is over: rescue would take the jobs at once. The next heartbeat renews it.
     """
+    return list(map(_claimed, _granted(connection, _CLAIM, batch, members)))
+
+
+def take(connection: Connection, batch: NewBatch, members: Sequence[Member]) -> list[Taken]:
+    """Claim, as `claim` does, jobs of which only the messages are known; returns their rows, too.
+
+    It does not get either what runs apart as a suspect, is of another model than the batch, or of a
+    kind or format that is not known here. What it does not get is as it was, and to be received.
+    """
+    return [
+        Taken(_claimed(row), submissions.received(row))
+        for row in _granted(connection, _TAKE, batch, members)
+    ]
+
+
+def _claimed(row: Row[Any]) -> Claimed:
+    return Claimed(row.id, row.attempt_id, row.attempt, row.claimed_at, row.created_at)
+
+
+def _granted(
+    connection: Connection, statement: TextClause, batch: NewBatch, members: Sequence[Member]
+) -> list[Row[Any]]:
     rows = connection.execute(
-        _CLAIM,
+        statement,
         {
             "id": batch.id,
             "worker_id": batch.worker_id,
@@ -139,12 +204,12 @@ def claim(connection: Connection, batch: NewBatch, members: Sequence[Member]) ->
             "members": encode(members),
         },
     ).all()
-    claimed = [Claimed(*row[1:]) for row in rows if row.job_id is not None]
+    granted = [row for row in rows if row.id is not None]
     # Said by the statement itself: asked again, the lease may have been renewed in between, and
     # jobs that were only refused for it would be taken for somebody else's.
-    if not rows[0].is_held and len(claimed) < len(members):
+    if not rows[0].is_held and len(granted) < len(members):
         raise Unavailable("The lease of this worker is over until its next heartbeat.")
-    return claimed
+    return granted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,6 +273,7 @@ class BatchStats:
     useful_tokens: int
     padded_tokens: int
     device_ns: int
+    num_sequences: int | None = None  #: of its jobs; None: as many as its claim said
 
 
 MONTHS: Final = "CAST(:created AS timestamptz[])"
@@ -217,7 +283,8 @@ SUM_BATCHES: Final = """
     summed AS (
         UPDATE batches SET
             useful_tokens = stats.useful_tokens, padded_tokens = stats.padded_tokens,
-            device_ns = stats.device_ns, finished_at = now()
+            device_ns = stats.device_ns, finished_at = now(),
+            num_sequences = coalesce(stats.num_sequences, batches.num_sequences)
         FROM jsonb_populate_recordset(NULL::batches, CAST(:batches AS jsonb)) AS stats
         WHERE batches.id = stats.id AND batches.id = ANY(CAST(:batch_ids AS uuid[]))
     )

@@ -1,5 +1,6 @@
 """Delivery: where the message of a queued job is, as far as the row knows. Nobody else writes it.
 
+                                 ┌────────take─────────────┐
     insert ─▶ unsent ──send──▶ sent ──receive──▶ held ──claim──▶ (running)
                 ▲ ▲              │ ▲                │
                 │ └──not sent────┘ └────let go──────┤
@@ -8,8 +9,8 @@
 A queued job without a message is `unsent`; one whose message is in Redis is `sent`; one whose
 message a worker has is `held`. A row is marked *before* its message is sent: whoever dies between
 leaves a `sent` job without a message, and those are known: rescue looks into Redis which messages
-are there, and sends the others again. Receiving is allowed from everywhere, for a message may be
-late, doubled or forged.
+are there, and sends the others again. Both receiving and taking are allowed from everywhere, for a
+message may be late, doubled or forged.
 
 Columns of `open_jobs`: `worker_id` (the holder, who keeps it when it claims), `received_at` (since
 when it has it), `enqueued_at` (last sent), `wake_count` (times it was sent again). Statements of
@@ -59,11 +60,15 @@ WAITING: Final = "state = 'queued' AND worker_id IS NULL"
 """Unsent or sent: the length of the queue."""
 HELD: Final = "state = 'queued' AND worker_id IS NOT NULL"
 
-KNOWN: Final = "open_jobs.kind IN ({}) AND open_jobs.format <= {}".format(
-    ", ".join(f"'{kind}'" for kind in Kind), FORMAT
-)
-"""Jobs of other kinds and formats are a later version's, whose own workers and rescue look after
-them."""
+
+def known(table: str) -> str:
+    """SQL: whether a job is of a kind and format that are known here. Others are a later version's,
+    whose own workers and rescue look after them."""
+    kinds = ", ".join(f"'{kind}'" for kind in Kind)
+    return f"{table}.kind IN ({kinds}) AND {table}.format <= {FORMAT}"
+
+
+KNOWN: Final = known("open_jobs")
 
 
 # ── fragments for statements of other modules ───────────────────────────────────────────────────
@@ -94,6 +99,13 @@ RECEIVED: Final = f"""
         ELSE coalesce(open_jobs.enqueued_at, now()) END
 """
 """For an open row whose message came to a worker."""
+
+TAKEN: Final = """
+    received_at = CASE WHEN open_jobs.worker_id = :worker_id
+        THEN coalesce(open_jobs.received_at, now()) ELSE now() END,
+    enqueued_at = coalesce(open_jobs.enqueued_at, now())
+"""
+"""For a row that is claimed as its message comes, if its worker did not hold it already."""
 
 QUEUED_AGAIN: Final = "worker_id = NULL, received_at = NULL, enqueued_at = NULL, wake_count = 0"
 """For a row that comes back into the queue."""

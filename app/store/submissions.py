@@ -204,21 +204,28 @@ def _once(jobs: Iterable[NewJob]) -> Collection[NewJob]:
 _KINDS: Final[dict[str, Kind]] = {kind.value: kind for kind in Kind}
 _STATES: Final[dict[str, JobState]] = {state.value: state for state in JobState}
 
-_RECEIVED: Final = """
+RECEIVED: Final = """
     tenant, model, kind, state, not_before <= now() AS is_due, not_before, deadline,
     CAST(extract(epoch FROM deadline - now()) AS double precision) AS expires_in_s, time_limit_s,
     stream_events, format, priority, attempts_charged, losses, created_at, url
 """
+"""What `Received` has of an open job or a result, but for its id and request."""
+
+
+def request_of(job_id: str) -> str:
+    """SQL: the request of the `job` with this id; null if it was removed."""
+    return f"""(
+        SELECT request FROM requests
+        WHERE requests.created_at = job.created_at AND requests.job_id = {job_id}
+    )"""
+
 
 # The request of a row, unless the message brought the same. (NOT EXISTS instead of the comparison
 # is planned, while the table is small, as one look at all of it, and keeps its plan as that grows.)
-_REQUEST: Final = """
+_REQUEST: Final = f"""
     CASE WHEN asked.fingerprint IS NULL OR decode(asked.fingerprint, 'hex') IS DISTINCT FROM (
         SELECT fingerprint FROM job_keys WHERE job_keys.id = asked.id
-    ) THEN (
-        SELECT request FROM requests
-        WHERE requests.created_at = job.created_at AND requests.job_id = asked.id
-    ) END AS request
+    ) THEN {request_of("asked.id")} END AS request
 """
 _ASKED: Final = """
     unnest(CAST(:ids AS uuid[]), CAST(:fingerprints AS text[])) AS asked(id, fingerprint)
@@ -239,14 +246,14 @@ _RECEIVE: Final = text(f"""
         delivery=delivery.BROUGHT,
     )
 }
-    SELECT asked.id, {_RECEIVED}, {_REQUEST} FROM {_ASKED} JOIN woken AS job ON job.id = asked.id
+    SELECT asked.id, {RECEIVED}, {_REQUEST} FROM {_ASKED} JOIN woken AS job ON job.id = asked.id
     UNION ALL
-    SELECT id, {_RECEIVED}, NULL FROM queued
+    SELECT id, {RECEIVED}, NULL FROM queued
 """)
 
 # Find jobs that have ended.
 _LOOK_BACK: Final = text(f"""
-    SELECT asked.id, {_RECEIVED}, {_REQUEST} FROM {_ASKED} {result("asked.id")}
+    SELECT asked.id, {RECEIVED}, {_REQUEST} FROM {_ASKED} {result("asked.id")}
 """)
 
 
@@ -272,15 +279,14 @@ def receive(
         if rest := {id: job for id, job in jobs.items() if id not in rows}:
             rows |= {row.id: row for row in connection.execute(_LOOK_BACK, _asked(rest))}
     return {
-        id: _received(row)
-        for id, row in rows.items()
-        if row.kind in _KINDS and readable(row.format)
+        id: received(row) for id, row in rows.items() if row.kind in _KINDS and readable(row.format)
     }
 
 
-def _received(row: Row[Any]) -> Received:
-    given = dict(row._mapping, kind=_KINDS[row.kind], state=_STATES[row.state])
-    return Received(**given)
+def received(row: Row[Any]) -> Received:
+    """A row with all columns of `Received`, of a kind that is known here."""
+    given = {name: row._mapping[name] for name in Received.__slots__}
+    return Received(**given | {"kind": _KINDS[row.kind], "state": _STATES[row.state]})
 
 
 def _register(

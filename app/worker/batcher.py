@@ -172,24 +172,52 @@ class Batcher:
 
         Without `misfits` among the waiting it gives one sooner or later, whatever they ask for.
         """
-        limits, waiting = self.limits[group], self._waiting[group]
+        waiting = self._waiting[group]
         if not waiting or capacity.free_rows < 1:
             return None
-        size = min(limits.max_batch_size, capacity.free_rows)
         timely = self._timely(group, capacity, now_ns)
-        if timely is None and _takes_more(waiting.values(), size, limits, capacity):
+        selection = self._select(group, waiting.values(), capacity, now_ns, timely)
+        for member in selection.members if selection else ():
+            del waiting[member.job_id]
+        return selection
+
+    def foresee(
+        self, group: str, came: Collection[Candidate], capacity: Capacity, now_ns: int
+    ) -> Selection | None:
+        """The batch that would close at once, full, if these were added now; None if there is none
+        such, or others wait. Its members count as taken; nobody is added."""
+        if not came or self._waiting[group] or capacity.free_rows < 1:
             return None
         taken = self._num_taken[group]
-        ordered = _in_turns([(_urgency(c, limits, now_ns, taken), c) for c in waiting.values()])
+        came = [replace(candidate, num_before=taken) for candidate in came]
+        selection = self._select(group, came, capacity, now_ns, None)
+        if selection and (pace := self._paces.get(group)):
+            for member in selection.members:
+                pace.arrivals.add(member.arrived_ns, member.num_sequences)
+        return selection
+
+    def _select(
+        self,
+        group: str,
+        waiting: Collection[Candidate],
+        capacity: Capacity,
+        now_ns: int,
+        timely: CloseReason | None,
+    ) -> Selection | None:
+        """Those of the waiting that are a full batch, or one that is due for `timely`."""
+        limits = self.limits[group]
+        size = min(limits.max_batch_size, capacity.free_rows)
+        if timely is None and _takes_more(waiting, size, limits, capacity):
+            return None
+        taken = self._num_taken[group]
+        ordered = _in_turns([(_urgency(c, limits, now_ns, taken), c) for c in waiting])
         members, full = fill(ordered, size, limits.max_batch_tokens, capacity)
         if full is CloseReason.SIZE and size < limits.max_batch_size and capacity.joins:
             full = CloseReason.JOIN
         reason = full or timely
         if reason is None or not members:
             return None
-        for member in members:
-            del waiting[member.job_id]
-            self._num_taken[group] += member.num_sequences
+        self._num_taken[group] += sum(member.num_sequences for member in members)
         oldest = min(member.arrived_ns for member in members)
         return Selection(group, tuple(members), reason, now_ns - oldest)
 

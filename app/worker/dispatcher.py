@@ -15,16 +15,16 @@ early only where it begins soon.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 from uuid import UUID
 
 from app.jobs import CloseReason, new_id
-from app.worker.batcher import Batcher, Capacity, fill
+from app.worker.batcher import Batcher, Candidate, Capacity, fill
 from app.worker.engine.ceilings import Ceilings
 from app.worker.suspects import Suspects
-from app.worker.work import Batch, Job
+from app.worker.work import Batch, Job, Take
 
 log = logging.getLogger(__name__)
 
@@ -103,9 +103,15 @@ class Dispatcher:
             misfits = self._batcher.misfits(model, capacity)
             found += [self._waiting.pop(misfit.job_id) for misfit in misfits]
         limits = self._batcher.limits
-        return [
-            (job, min(limits[job.model].max_batch_size, rooms[job.model].most)) for job in found
-        ]
+        most = {
+            model: min(limits[model].max_batch_size, room.most) for model, room in rooms.items()
+        }
+        claimed = [job for model in rooms for job in self._claimed.get(model, [])]
+        for job in claimed:  # it was taken, and nobody had read it before
+            if job.num_sequences > most[job.model]:
+                self.withdraw(job)
+                found.append(job)
+        return [(job, most[job.model]) for job in found]
 
     def close(self, rooms: Mapping[str, Room], now_ns: int) -> Closed | None:
         """Take out a batch that is to be claimed now; None if there is none such. To be asked until
@@ -117,6 +123,17 @@ class Dispatcher:
                 jobs = [self._waiting.pop(member.job_id) for member in closed.members]
                 batch = Batch(new_id(), model, closed.reason, closed.wait_ns)
                 return _closed(batch, jobs, now_ns)
+        return None
+
+    def foresee(
+        self, came: Mapping[str, Collection[Candidate]], rooms: Mapping[str, Room], now_ns: int
+    ) -> Take | None:
+        """A batch that would close at once, full, of those that came, by model, if they were added;
+        None if there is none such. To be asked until it says so."""
+        for model, capacity in self._claimable(rooms).items():
+            if full := self._batcher.foresee(model, came.get(model, ()), capacity, now_ns):
+                batch = Batch(new_id(), model, full.reason, full.wait_ns)
+                return Take(batch, {member.job_id: new_id() for member in full.members})
         return None
 
     def _close_suspects(self, rooms: Mapping[str, Room], now_ns: int) -> Closed | None:
@@ -147,11 +164,13 @@ class Dispatcher:
         return None
 
     def _take_fitting(self, model: str, capacity: Capacity) -> list[Job]:
-        """As many of a claimed batch as fit: memory may have run out since its claim."""
+        """As many of a claimed batch as fit: memory may have run out since its claim, and what was
+        taken had not been read before."""
         claimed = self._claimed.pop(model, [])
         candidates = [job.candidate() for job in claimed]
-        max_tokens = self._batcher.limits[model].max_batch_tokens
-        members, _ = fill(candidates, capacity.free_rows, max_tokens, capacity)
+        limits = self._batcher.limits[model]
+        most = min(limits.max_batch_size, capacity.free_rows)
+        members, _ = fill(candidates, most, limits.max_batch_tokens, capacity)
         if rest := claimed[len(members) :]:
             self._claimed[model] = rest
         return claimed[: len(members)]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from uuid import UUID
 
@@ -21,13 +21,14 @@ from app.store.claims import (
     Member,
     NewBatch,
     Settled,
+    Taken,
 )
 from app.store.database import Database
 from app.store.releases import Release, release
 from app.worker.account import Account, Settling, Spent
 from app.worker.isolation import ODD, by_halves, said
 from app.worker.settlement import Settlement, batch_stats
-from app.worker.work import Batch, Doomed, Job, Run
+from app.worker.work import Batch, Doomed, Job, Run, Take
 
 log = logging.getLogger(__name__)
 
@@ -68,9 +69,41 @@ class Ledger:
 
         answer = [grant for part in by_halves(jobs, claim, _say_refused) for grant in part]
         grants = {grant.job_id: grant for grant in answer}
-        claimed_ns = self._now_ns()
         granted = [job for job in jobs if job.id in grants]
-        for job in granted:
+        self._open(batch, granted, grants)
+        batch.num_jobs = len(granted)
+        return granted
+
+    def take(self, take: Take) -> tuple[list[Taken], list[UUID]]:
+        """Claim a batch that nobody here has read, in one statement; what was granted, and the jobs
+        that the statement cannot stand, whose attempts may be open.
+
+        After `Unavailable` its fate is unknown, as that of a claim.
+        """
+        new, refused = self._new_batch(take.batch), list[UUID]()
+
+        def claim(group: Sequence[UUID]) -> list[Taken]:
+            members = [Member(id, take.attempts[id]) for id in group]
+            with self._database.autocommit() as connection:
+                return claims.take(connection, new, members)
+
+        def refuse(id: UUID, error: Exception) -> None:
+            log.error("A job's row was refused: %s", said(error), extra={"job_id": id})
+            refused.append(id)
+
+        parts = by_halves([*take.attempts], claim, refuse)
+        taken = {each.row.id: each for part in parts for each in part}
+        return [taken[id] for id in take.attempts if id in taken], refused
+
+    def begin(self, batch: Batch, jobs: Sequence[Job], taken: Sequence[Taken]) -> None:
+        """The jobs of what was taken have a run now; the rest of it cannot run."""
+        self._open(batch, jobs, {each.row.id: each.claimed for each in taken})
+        batch.num_jobs = len(taken)
+        batch.num_claimed = sum(job.num_sequences for job in jobs) + len(taken) - len(jobs)
+
+    def _open(self, batch: Batch, jobs: Sequence[Job], grants: Mapping[UUID, Claimed]) -> None:
+        claimed_ns = self._now_ns()
+        for job in jobs:
             job.run = Run(
                 attempt_id=job.attempt_id,
                 number=grants[job.id].number,
@@ -80,9 +113,7 @@ class Ledger:
                 claimed_ns=claimed_ns,
                 generations=[None] * job.num_sequences,
             )
-        batch.num_jobs = len(granted)
-        self._account.opened(job.attempt_id for job in granted)
-        return granted
+        self._account.opened(job.attempt_id for job in jobs)
 
     def _new_batch(self, batch: Batch) -> NewBatch:
         return NewBatch(

@@ -2,6 +2,9 @@
 
 Messages are registered in groups, one statement for all that arrived since the last turn. From then
 on the row is the truth: a message whose row is running, final or not due has nothing more to do.
+
+Messages that have a row already, and fill a batch at once, are taken instead: claimed and read in
+one statement. Those that it does not get are registered like all others.
 """
 
 from __future__ import annotations
@@ -9,12 +12,13 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from uuid import UUID
 
 from app.broker.message import Message
 from app.broker.publisher import Publisher
+from app.broker.queues import queues_of
 from app.engines.catalog import CatalogModel
 from app.errors import (
     JobNotFound,
@@ -28,19 +32,22 @@ from app.requests import bodies
 from app.requests.bodies import Request
 from app.requests.prepare import Prepared, prepare
 from app.store import cancellation, delivery, submissions
+from app.store.claims import Taken
 from app.store.database import Database
 from app.store.submissions import NewJob, Received, RejectedJob
 from app.store.tables import DEFAULT_TENANT
 from app.threads import place_of
+from app.worker.batcher import Candidate
 from app.worker.isolation import ODD, by_halves, said
 from app.worker.pool.arrivals import Arrival, Refusal
 from app.worker.pool.ticket import Ticket
-from app.worker.work import Doomed, Ending, Job
+from app.worker.work import Doomed, Ending, Job, Take
 
 log = logging.getLogger(__name__)
 
 NO_REQUEST = RequestError("The message brought no request, and there is no job with its id.")
 NOT_STORABLE = RequestError("The message holds a value that cannot be stored.")
+NOT_READABLE = RequestError("The job's row holds a value that cannot be read.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +57,7 @@ class _Waiting:
     ticket: Ticket
     arrived_ns: int
     prepared: Prepared | RequestError | None  #: None: the message brought no request we can run
+    was_left: bool = False  #: it was to be taken, and its job was not granted
 
     @property
     def arrival(self) -> Arrival:
@@ -77,7 +85,10 @@ class Registrar:
         self._max_attempts = max_attempts
         self._message_tenant = message_tenant
         self._now_ns = now_ns
+        self._models = {queue: model for model in served for queue in queues_of([model])}
+        self._only_model = next(iter(served)) if len(served) == 1 else None
         self._waiting: list[_Waiting] = []
+        self._taking: dict[UUID, _Waiting] = {}  #: under a take whose fate is not known yet
         self._refusals: list[Refusal] = []
         self._revoked: deque[tuple[UUID, Kind]] = deque()
         self._given_back: list[UUID] = []
@@ -87,7 +98,7 @@ class Registrar:
     @property
     def has_work(self) -> bool:
         waits = self._waiting or self._refusals or self._revoked or self._given_back
-        return bool(waits or self._has_forgotten)
+        return bool(waits or self._taking or self._has_forgotten)
 
     def add(self, ticket: Ticket) -> None:
         arrival = ticket.arrival
@@ -110,7 +121,8 @@ class Registrar:
         self._has_forgotten = True
 
     def forget_waiting(self) -> None:
-        """Drop what is not registered yet: the messages come again."""
+        """Drop what is not registered yet: the messages come again. What is being taken may have a
+        claim, and stays."""
         self._waiting.clear()
         self._has_forgotten = self._has_forgotten or self._is_unsure
         self._is_unsure = False
@@ -118,8 +130,67 @@ class Registrar:
     def clear(self) -> None:
         """Forget everything: there is no time left for it."""
         self._waiting, self._refusals, self._given_back = [], [], []
+        self._taking.clear()
         self._revoked.clear()
         self._has_forgotten = False
+
+    # ── messages that are taken ──────────────────────────────────────────────────────────────
+
+    def takable(self, known: Collection[UUID]) -> dict[str, list[Candidate]]:
+        """What waits and only wakes a row, by model; without models for which other messages wait
+        too: in what order they go in, their rows say."""
+        if not self._waiting:
+            return {}
+        known = {*known, *(id for id, _ in self._revoked)}
+        found: dict[str | None, list[Candidate]] = {}
+        others: set[str | None] = set()
+        for id, each in _leading(self._waiting).items():
+            model = self._model_of(each.arrival)
+            if each.arrival.request is not None or each.was_left:
+                others.add(model)
+            elif id not in known:
+                found.setdefault(model, []).append(_candidate(each, model or ""))
+        if None in others or None in found:
+            return {}
+        return {model: came for model, came in found.items() if model and model not in others}
+
+    def _model_of(self, arrival: Arrival) -> str | None:
+        """None if that is not known before its row is."""
+        return arrival.model or self._models.get(arrival.queue or "", self._only_model)
+
+    def keep(self, take: Take) -> None:
+        """These messages are being taken, until `sort_taken` says what became of them."""
+        leading = _leading(self._waiting)
+        self._taking = {id: leading[id] for id in take.attempts}
+        taking = self._taking
+        self._waiting = [w for w in self._waiting if taking.get(w.arrival.job_id) is not w]
+
+    def sort_taken(
+        self, take: Take, taken: Iterable[Taken], refused: Iterable[UUID]
+    ) -> list[Job | Doomed]:
+        """The jobs of what was granted, and those that cannot run; the rest waits as before."""
+        sorted_ = [self._sort_taken(take, each.row) for each in taken]
+        sorted_ += [self._doomed(take, id, NOT_READABLE) for id in refused]
+        left = [replace(each, was_left=True) for each in self._taking.values()]
+        self._waiting = [*left, *self._waiting]
+        self._taking = {}
+        return sorted_
+
+    def _sort_taken(self, take: Take, row: Received) -> Job | Doomed:
+        try:
+            job = self._job(self._taking[row.id], row)
+        except RequestError as error:
+            return self._doomed(take, row.id, error)
+        del self._taking[row.id]
+        job.attempt_id, job.closed_ns = take.attempts[row.id], job.registered_ns
+        return job
+
+    def _doomed(self, take: Take, id: UUID, error: RequestError) -> Doomed:
+        ticket, batch = self._taking.pop(id).ticket, take.batch
+        ending = Ending.failed(error)
+        return Doomed(ticket, batch.model, ending, take.attempts[id], batch.id)
+
+    # ── messages that are registered ─────────────────────────────────────────────────────────
 
     def register(self, known: Mapping[UUID, Job]) -> list[Job | Doomed]:
         """Write the rows of all that waits; returns the jobs that are now ready for a batch, and
@@ -324,6 +395,21 @@ def _leading(waiting: Iterable[_Waiting]) -> dict[UUID, _Waiting]:
         if first.arrival.request is None and each.arrival.request is not None:
             leading[each.arrival.job_id] = each
     return leading
+
+
+def _candidate(each: _Waiting, model: str) -> Candidate:
+    """A message as the batcher is to see it, as far as it is known without its row."""
+    arrival = each.arrival
+    return Candidate(
+        arrival.job_id,
+        model,
+        num_sequences=1,
+        prompt_tokens=0,
+        max_new_tokens=0,
+        arrived_ns=each.arrived_ns,
+        priority=arrival.priority,
+        tenant=arrival.tenant,
+    )
 
 
 def _rejected(refusal: Refusal) -> RejectedJob:

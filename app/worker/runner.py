@@ -37,7 +37,17 @@ from app.worker.pool.ticket import Ticket
 from app.worker.registrar import Registrar
 from app.worker.streams import TokenStreams
 from app.worker.telling import tell_doomed, tell_ended
-from app.worker.work import CANCELLED, EXPIRED, TIMED_OUT, Batch, Doomed, Ending, Job, LeaseNews
+from app.worker.work import (
+    CANCELLED,
+    EXPIRED,
+    TIMED_OUT,
+    Batch,
+    Doomed,
+    Ending,
+    Job,
+    LeaseNews,
+    Take,
+)
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +89,7 @@ class Runner:
         self._over: list[Job] = []  #: ended, not yet committed
         self._doomed: list[Doomed] = []  #: not yet written
         self._leaving: list[Job] = []  #: claimed, not to be run here, and not yet given back
+        self._taking: Take | None = None  #: one whose fate is unknown
         self._claiming: tuple[Batch, list[Job]] | None = None  #: a claim whose fate is unknown
         self._drain: Drain | None = None
         self._fatal: GristmillError | None = None
@@ -123,6 +134,7 @@ class Runner:
         self._executor.hear(self._over)
         self._watch_limits()
         self._hand_over()  # what is claimed already: the device does not wait for Postgres
+        self._with_database(self._take)
         self._with_database(self._release)
         self._with_database(self._register)
         self._with_database(self._admit)
@@ -246,7 +258,8 @@ class Runner:
     @property
     def _waits_in_vain(self) -> bool:
         """Whether no job that this worker has claimed will end by itself: none is started now."""
-        ends = self._executor.is_busy or self._over or self._leaving or self._claiming
+        unknown = self._taking or self._claiming
+        ends = self._executor.is_busy or self._over or self._leaving or unknown
         return bool(self._jobs) and not ends
 
     def _give_up(self) -> None:
@@ -257,6 +270,7 @@ class Runner:
         self._executor.kill()
         try:
             self._commit()
+            self._finish_take()
             self._ledger.release([job for job in self._jobs.values() if job.run is not None])
             self._register()
         except GristmillError as error:
@@ -264,9 +278,39 @@ class Runner:
         self._jobs.clear()
         self._doomed.clear()
         self._leaving.clear()
+        self._taking = None
         self._registrar.clear()
 
     # ── jobs in and out ──────────────────────────────────────────────────────────────────────
+
+    def _take(self) -> None:
+        """Claim what came, and fills a batch at once, and read it in the same statement."""
+        self._finish_take()
+        while self._drain is None and (take := self._foresee()):
+            self._registrar.keep(take)
+            self._taking = take
+            self._finish_take()
+            self._hand_over()
+
+    def _foresee(self) -> Take | None:
+        if not (came := self._registrar.takable(self._jobs.keys())):
+            return None
+        return self._dispatcher.foresee(came, self._executor.rooms(), self._now_ns())
+
+    def _finish_take(self) -> None:
+        """What was taken, also by a call before whose answer was lost, is claimed by this worker;
+        the rest is registered."""
+        if (take := self._taking) is None:
+            return
+        taken, refused = self._ledger.take(take)
+        self._taking = None
+        sorted_ = self._registrar.sort_taken(take, taken, refused)
+        self._doomed += [each for each in sorted_ if isinstance(each, Doomed)]
+        jobs = [each for each in sorted_ if isinstance(each, Job)]
+        self._ledger.begin(take.batch, jobs, taken)
+        self._jobs |= {job.id: job for job in jobs}
+        self._dispatcher.add_claimed(jobs)
+        self._end_misfits()
 
     def _release(self) -> None:
         """While this worker drains: what is claimed and does not run goes back, uncharged."""
@@ -285,7 +329,7 @@ class Runner:
 
     def _register(self) -> None:
         self._end_doomed()
-        if not self._registrar.has_work:
+        if self._taking is not None or not self._registrar.has_work:
             return
         for job in self._registrar.register(self._jobs):
             if isinstance(job, Doomed):
@@ -330,12 +374,10 @@ class Runner:
             self._commit()
         if self._claiming is not None:
             self._claim(*self._claiming)
+        self._end_misfits()
         self._hand_over()
-        rooms = self._executor.rooms()
-        if self._drain is not None or not rooms:
+        if self._drain is not None or not self._executor.rooms():
             return
-        for job, most in self._dispatcher.misfits(rooms):
-            self._end_misfit(job, most)
         while not self._must_write_first and (
             closed := self._dispatcher.close(self._executor.rooms(), self._now_ns())
         ):
@@ -348,8 +390,13 @@ class Runner:
         as if it had run alone once more, and be blamed for it."""
         return bool(self._over) and self._dispatcher.has_suspects
 
+    def _end_misfits(self) -> None:
+        """End jobs that have more sequences than their engine takes when it is empty."""
+        rooms = self._executor.rooms() if self._drain is None else {}
+        for job, most in self._dispatcher.misfits(rooms) if rooms else ():
+            self._end_misfit(job, most)
+
     def _end_misfit(self, job: Job, most: int) -> None:
-        """End a job that has more sequences than its engine takes when it is empty."""
         error = RequestError(
             f"The request asks for {job.num_sequences} sequences (prompts times n); this worker "
             f"takes at most {most}."

@@ -145,7 +145,9 @@ class Settlement:
 
 def batch_stats(batch: Batch) -> BatchStats:
     """What a batch has computed so far."""
-    return BatchStats(batch.id, batch.useful_tokens, batch.padded_tokens, batch.device_ns)
+    return BatchStats(
+        batch.id, batch.useful_tokens, batch.padded_tokens, batch.device_ns, batch.num_claimed
+    )
 
 
 def _usage(job: Job, answers: list[Generation]) -> Usage:

@@ -1,6 +1,7 @@
 """What the runner keeps of a job while it is in this worker.
 
 Ticket ──register──▶ Job ──batch, claim──▶ Job with a Run ──finish──▶ row, then ack
+   └───────────────batch, take───────────────────▲
 """
 
 from __future__ import annotations
@@ -30,10 +31,19 @@ class Batch:
     reason: CloseReason
     wait_ns: int  #: of its oldest member
     num_jobs: int = 0
+    num_claimed: int | None = None  #: sequences of its jobs, if its claim did not know
     num_sequences: int = 0  #: answered so far
     useful_tokens: int = 0
     padded_tokens: int = 0
     device_ns: int = 0  #: of its members so far, what was wasted included
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Take:
+    """A batch of jobs whose rows nobody here has read, and that are to be claimed all the same."""
+
+    batch: Batch
+    attempts: dict[UUID, UUID]  #: by job, the attempt that its claim is to open
 
 
 @dataclass(slots=True, eq=False)

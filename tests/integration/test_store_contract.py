@@ -127,7 +127,8 @@ class Moves:
     def next(self) -> tuple[str, Move]:
         kinds = {
             self.insert: 8, self.receive: 3, self.let_go: 1, self.not_sent: 1, self.forget: 1,
-            self.reject: 0.3, self.claim: 10, self.finish: 4, self.release: 5, self.register: 1,
+            self.reject: 0.3, self.claim: 6, self.take: 5, self.finish: 4, self.release: 5,
+            self.register: 1,
             self.beat: 7, self.stop: 0.2, self.cancel: 5, self.sweep: 8,
             self.write_window: 1,
         }  # fmt: skip
@@ -211,20 +212,33 @@ class Moves:
         return lambda connection, _: submissions.reject(connection, [bad])
 
     def claim(self) -> Move:
+        batch, members = self._claim()
+        return lambda connection, _: claims.claim(connection, batch, members)
+
+    def take(self) -> Move:
+        batch, members = self._claim()
+
+        def move(connection: Any, _: datetime) -> list[claims.Taken]:
+            taken = claims.take(connection, batch, members)
+            return sorted(taken, key=lambda each: each.row.id)
+
+        return move
+
+    def _claim(self) -> tuple[NewBatch, list[Member]]:
         if self.claims and self.chance.random() < 0.3:
             batch, members = self.chance.choice(self.claims[-4:])  # its answer was lost
         else:
             batch = NewBatch(
                 id=self._uuid(),
                 worker_id=self.chance.choice(self.workers),
-                model=MODEL,
+                model=MODEL if self.chance.random() < 0.9 else "another",
                 engine="stub",
                 close_reason=CloseReason.SIZE,
                 wait_ms=5.0,
             )
             members = [Member(job_id, self._uuid(), 2) for job_id in self.some_jobs()]
             self.claims.append((batch, members))
-        return lambda connection, _: claims.claim(connection, batch, members)
+        return batch, members
 
     def _some_members(self) -> tuple[NewBatch | None, list[Member]]:
         if not self.claims:
@@ -248,7 +262,8 @@ class Moves:
             )
             for member in members
         ]
-        stats = [BatchStats(batch.id, 3, 4, 5)] if batch else []
+        sequences = self.chance.choice([None, 7])
+        stats = [BatchStats(batch.id, 3, 4, 5, sequences)] if batch else []
 
         number = self.chance.randint(1, 9)
 

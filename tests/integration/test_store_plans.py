@@ -233,6 +233,15 @@ def test_sending_again_and_freeing_what_was_forgotten(service: Service) -> None:
     assert service.explain(forgotten) == {"open_jobs_by_worker", "open_jobs_pkey"}
 
 
+def test_taking(service: Service) -> None:
+    members = [Member(id, uuid4()) for id in service.queued]
+
+    def take(connection: Connection) -> None:
+        assert claims.take(connection, service.worker.batch(), members)
+
+    assert service.explain(take) == {"open_jobs_pkey", "requests_pkey"}
+
+
 def test_claiming_finishing_and_releasing(service: Service) -> None:
     members = [Member(id, uuid4()) for id in service.queued]
 

@@ -204,6 +204,7 @@ def _steps(
     claimed: list[claims.Claimed] = []
     members = [Member(job_id, uuid4()) for job_id in group]
     batch = worker.batch()
+    yield lambda c: claims.take(c, worker.batch(), [Member(each, uuid4()) for each in group])
     yield lambda c: claims.claim(c, batch, members)
     with worker.database.begin() as connection:
         claimed = claims.claim(connection, batch, members)

@@ -2,19 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Final
 
-from app.jobs import MAX_UNCHARGED
-from app.store import claims, releases
+from app.jobs import MAX_UNCHARGED, SUSPECT_AFTER
+from app.store import claims, releases, submissions
 from tests.memory_store.database import Answer, MemoryConnection, statement
-from tests.memory_store.rows import Params, Row, ms, records
+from tests.memory_store.rows import Params, Row, is_known, ms, records
+from tests.memory_store.submissions import received
 
 
 @statement(claims._CLAIM)
 def _claim(self: MemoryConnection, given: Params) -> Answer:
+    claimed = _claimed_now(self, given, lambda _: True, lambda _: {})
+    return _with_lease(self, given, [_claimed(job) for job in claimed], CLAIMED)
+
+
+@statement(claims._TAKE)
+def _take(self: MemoryConnection, given: Params) -> Answer:
+    def is_taken(job: Row) -> bool:
+        is_ours = job["model"] == given["model"] and is_known(job)
+        return is_ours and job["losses"] < SUSPECT_AFTER
+
+    def noted(job: Row) -> Row:
+        """`delivery.TAKEN`."""
+        is_held = job["received_by"] == given["worker_id"]
+        return {
+            "received_at": job["received_at"] if is_held else self.now,
+            "enqueued_at": job["enqueued_at"] or self.now,
+        }
+
+    taken = [
+        _claimed(job) | received(job, None, self.now)
+        for job in _claimed_now(self, given, is_taken, noted)
+    ]
+    return _with_lease(self, given, taken, (*CLAIMED, *submissions.Received.__slots__))
+
+
+def _with_lease(
+    self: MemoryConnection, given: Params, claimed: list[Row], names: Sequence[str]
+) -> Answer:
+    lease = {"is_held": not self.lease_is_over(given["worker_id"])}
+    return Answer([lease | row for row in claimed or [dict.fromkeys(names)]])
+
+
+def _claimed_now(
+    self: MemoryConnection,
+    given: Params,
+    may: Callable[[Row], bool],
+    noted: Callable[[Row], Row],
+) -> list[Row]:
+    """What both statements do; `noted` is what else they write of a job."""
     members = sorted(records(None, given["members"]), key=lambda member: member["job_id"])
     moved, repeated = [], []
     for member in members:
@@ -22,10 +63,10 @@ def _claim(self: MemoryConnection, given: Params) -> Answer:
         if job is None:
             continue
         if job["state"] == "running" and job["attempt_id"] == member["attempt_id"]:
-            repeated.append(_claimed(job))
+            repeated.append(job)
         elif member["attempt_id"] in self.attempts:
             continue  # this very call's, and lost since
-        elif _may_start(job, self.now) and not self.lease_is_over(given["worker_id"]):
+        elif _may_start(job, self.now) and may(job) and not self.lease_is_over(given["worker_id"]):
             job = self.update(
                 "jobs",
                 job["id"],
@@ -36,6 +77,7 @@ def _claim(self: MemoryConnection, given: Params) -> Answer:
                 batch_id=given["id"],
                 claimed_at=self.now,
                 received_by=None,
+                **noted(job),
             )
             self.insert(
                 "attempts",
@@ -53,9 +95,7 @@ def _claim(self: MemoryConnection, given: Params) -> Answer:
             moved.append((job, member["num_sequences"]))
     if moved:
         _open_batch(self, given, moved)
-    lease = {"is_held": not self.lease_is_over(given["worker_id"])}
-    claimed = [_claimed(job) for job, _ in moved] + repeated
-    return Answer([lease | row for row in claimed or [dict.fromkeys(CLAIMED)]])
+    return [job for job, _ in moved] + repeated
 
 
 def _open_batch(self: MemoryConnection, given: Params, moved: list[tuple[Row, int]]) -> None:
@@ -91,13 +131,11 @@ def _may_start(job: Row, now: datetime) -> bool:
     return job["state"] == "queued" and job["not_before"] <= now and not late
 
 
-CLAIMED = ("job_id", "attempt_id", "number", "claimed_at", "created_at")
+CLAIMED: Final = ("id", "attempt_id", "attempt", "claimed_at", "created_at")
 
 
 def _claimed(job: Row) -> Row:
-    names = ("id", "attempt_id", "attempt", "claimed_at", "created_at")
-    values = [job[name] for name in names]
-    return dict(zip(CLAIMED, values, strict=True))
+    return {name: job[name] for name in CLAIMED}
 
 
 @statement(claims._FINISH)

@@ -64,12 +64,12 @@ def _receive(self: MemoryConnection, given: Params) -> Answer:
         row, job = self.jobs.get(job_id), brought.get(job_id)
         if row is not None and row["state"] not in FINAL:
             row = self.update("jobs", job_id, **_noted(row, given["worker_id"], self.now))
-            rows.append(_received(row, fingerprint, self.now))
+            rows.append(received(row, fingerprint, self.now))
         elif row is None and job is not None:
             is_due = (job.get("not_before") or self.now) <= self.now
             holder, sent_at = (given["worker_id"], self.now) if is_due else (None, None)
             row = _new_row(self, job, received_by=holder, received_at=sent_at, enqueued_at=sent_at)
-            rows.append(_received(row, fingerprint, self.now))
+            rows.append(received(row, fingerprint, self.now))
     return Answer(rows)
 
 
@@ -79,7 +79,7 @@ def _look_back(self: MemoryConnection, given: Params) -> Answer:
     for job_id, fingerprint in zip(given["ids"], given["fingerprints"], strict=True):
         row = self.jobs.get(job_id)
         if row is not None and row["state"] in FINAL:
-            rows.append(_received(row, fingerprint, self.now))
+            rows.append(received(row, fingerprint, self.now))
     return Answer(rows)
 
 
@@ -98,7 +98,8 @@ def _noted(row: Row, worker_id: UUID, now: datetime) -> Row:
     }
 
 
-def _received(row: Row, fingerprint: str | None, now: datetime) -> Row:
+def received(row: Row, fingerprint: str | None, now: datetime) -> Row:
+    """What the statements show of a row."""
     names = (
         "not_before", "deadline", "time_limit_s", "stream_events", "format", "priority",
         "attempts_charged", "losses", "created_at",

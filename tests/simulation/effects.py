@@ -21,3 +21,5 @@ class Effect(enum.StrEnum):
     TIMED_OUT_BY_ROW = "a time limit that only the row knew of ended a job"
     BESIDE_FLOOD = "a job waited beside the far longer queue of the other model"
     SHARED = "a job ended whose message had others, too"
+    TAKEN = "a batch was claimed that nobody had registered"
+    TAKEN_AGAIN = "such a claim was repeated, for its fate was unknown"

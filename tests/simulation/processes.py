@@ -274,6 +274,7 @@ class SimulatedWorker:
                 message.expires,
                 {UNSTORABLE: "yes"} if message.is_unstorable else {},
                 message.time_limit_s,
+                queue=message.queue,
             ),
             accept=lambda slot, _: self._hear(self._told_start, slot),
             end=lambda news: self._hear(self._told_end, slot, *news),

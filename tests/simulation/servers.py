@@ -15,7 +15,9 @@ from app.broker.publisher import bundled
 from app.broker.queues import Layout, queue_name, queues_of
 from app.errors import Unavailable
 from app.requests import bodies
+from app.store import claims
 from app.store.database import Sent
+from tests.simulation.effects import Effect
 from tests.simulation.engine import MODELS
 from tests.simulation.settings import SETTINGS
 from tests.simulation.versions import LATER, PRESENT
@@ -57,6 +59,7 @@ class ProcessDatabase:
         self.fault_in = 0  #: transactions that go well before the fault
         self.cut_off_ns = 0  #: for how long nothing gets through after a fault
         self.back_ns = 0  #: until when nothing gets through
+        self._taken: set[UUID] = set()  #: batches
 
     @contextmanager
     def begin(self) -> Iterator[Any]:
@@ -86,6 +89,13 @@ class ProcessDatabase:
         self.back_ns, self.cut_off_ns = self._world.clock.ns + self.cut_off_ns, 0
         return fault
 
+    def note(self, statement: Any, given: Any = None) -> None:
+        """What a process does that no row shows."""
+        if statement is claims._TAKE:
+            is_new = given["id"] not in self._taken
+            self._world.note(Effect.TAKEN if is_new else Effect.TAKEN_AGAIN)
+            self._taken.add(given["id"])
+
     def heal(self) -> None:
         self.fault, self.cut_off_ns, self.back_ns = None, 0, 0
 
@@ -99,6 +109,7 @@ class _Autocommit:
 
     def __getattr__(self, name: str) -> Any:
         def run(*given: Any) -> Any:
+            self._database.note(*given)
             with self._database.begin() as connection:
                 answer = getattr(connection, name)(*given)
             if self._then:

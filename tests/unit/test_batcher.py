@@ -391,3 +391,54 @@ def test_whatever_tenants_wait_those_of_one_keep_their_order(
             *sorted(starving, key=lambda each: each.arrived_ns),
             *sorted(fed, key=lambda each: (each.priority, each.arrived_ns)),
         ]
+
+
+@given(
+    came=st.lists(
+        st.tuples(st.integers(0, 2), st.integers(-1, 9), st.sampled_from(["", "a", "b"])),
+        max_size=12,
+    ),
+    free=st.integers(0, 6),
+    joins=st.booleans(),
+    is_ahead=st.booleans(),
+    ceiling=st.none() | st.integers(0, 6),
+    is_empty=st.booleans(),
+)
+def test_a_batch_is_foreseen_just_when_what_comes_would_fill_it_at_once(
+    came: list[tuple[int, int, str]],
+    free: int,
+    joins: bool,
+    is_ahead: bool,
+    ceiling: int | None,
+    is_empty: bool,
+) -> None:
+    # given whatever comes, each of one sequence and unknown length, and has waited for nobody yet
+    arrived = [
+        candidate(at_ms, priority=priority, tenant=tenant, prompt_tokens=0, max_new_tokens=0)
+        for at_ms, priority, tenant in came
+    ]
+    most = None if ceiling is None else (lambda _: ceiling)
+    capacity = Capacity(free, joins, most, is_empty, is_ahead)
+
+    # when it is foreseen, or added
+    foreseen = batcher().foresee("g", arrived, capacity, now_ns=2 * MS)
+    closed = batcher(*arrived).close("g", capacity, now_ns=2 * MS)
+
+    # then it is the same batch
+    assert foreseen == closed
+    assert closed is None or closed.reason in (CloseReason.SIZE, CloseReason.JOIN)
+
+
+def test_nothing_is_foreseen_while_others_wait() -> None:
+    waiting = batcher(candidate())
+
+    assert waiting.foresee("g", [candidate() for _ in range(4)], IDLE, now_ns=0) is None
+
+
+def test_what_is_foreseen_counts_as_taken_and_is_not_kept() -> None:
+    foreseeing = batcher()
+
+    assert foreseeing.foresee("g", [candidate() for _ in range(5)], IDLE, now_ns=0) is not None
+
+    assert len(foreseeing) == 0
+    assert foreseeing._num_taken["g"] == 4

@@ -33,7 +33,7 @@ from app.broker.message import (
 )
 from app.config.settings import BrokerSettings, Settings
 from app.errors import GristmillError, RequestError, RequestTooLarge
-from app.jobs import MAX_PRIORITY, Kind, bounded, job_id_of
+from app.jobs import LIVE_PRIORITY, MAX_PRIORITY, Kind, bounded, job_id_of
 from app.keys import is_tenant
 from app.requests import bodies, json_text
 from app.requests.bodies import URL_OF_INPUT, Request
@@ -61,6 +61,7 @@ class Arrival:
     stream_events: bool = False  #: its tokens are told as they come
     more: tuple[str, ...] = ()  #: task ids of further jobs, whose rows are there
     tenant: str = DEFAULT_TENANT  #: of a job that it brings
+    queue: str | None = None  #: that it came through
 
     def others(self) -> list[tuple[str, Arrival]]:
         """The further jobs by their task ids."""
@@ -76,6 +77,7 @@ class Arrival:
                     None,
                     {},
                     tenant=self.tenant,
+                    queue=self.queue,
                 ),
             )
             for task_id in self.more
@@ -139,7 +141,7 @@ def read(message: Message, task_id: str, name: str, settings: Settings) -> Arriv
         job_id=job_id_of(task_id),
         request=request,
         model=settings.model_name(request.kind, request.body.model) if request else None,
-        priority=_priority(message),
+        priority=_priority(message, 0 if request else LIVE_PRIORITY),
         not_before=_stamp(options, "eta"),
         deadline=_stamp(options, "expires"),
         metadata=request.body.metadata if request else {},
@@ -147,6 +149,7 @@ def read(message: Message, task_id: str, name: str, settings: Settings) -> Arriv
         stream_events=_stream_events(options),
         more=_more(options),
         tenant=_tenant(options, settings.broker),
+        queue=message.delivery_info.get("routing_key"),
     )
 
 
@@ -232,13 +235,13 @@ def _request(kwargs: dict[str, Any], kind: Kind, settings: Settings) -> Request:
     return request
 
 
-def _priority(message: Message) -> int:
+def _priority(message: Message, least: int) -> int:
     """As kombu reads it, which chose the list by it."""
     try:
         given = int((message.properties or {}).get("priority", 0))
     except (TypeError, ValueError, OverflowError):
         return 0
-    return min(max(given, 0), MAX_PRIORITY)
+    return min(max(given, least), MAX_PRIORITY)
 
 
 def _stamp(options: dict[str, Any], field: str) -> dt.datetime | None:
