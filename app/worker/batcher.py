@@ -177,21 +177,28 @@ class Batcher:
             return None
         timely = self._timely(group, capacity, now_ns)
         selection = self._select(group, waiting.values(), capacity, now_ns, timely)
-        for member in selection.members if selection else ():
+        if selection is None:
+            return None
+        for member in selection.members:
             del waiting[member.job_id]
+        self._num_taken[group] += selection.num_sequences
         return selection
 
     def foresee(
         self, group: str, came: Collection[Candidate], capacity: Capacity, now_ns: int
     ) -> Selection | None:
-        """The batch that would close at once, full, if these were added now; None if there is none
-        such, or others wait. Its members count as taken; nobody is added."""
+        """The batch that would close at once if these were added now, full and with all of them;
+        None if there is none such, or others wait: who goes first, their rows say. Its members
+        count as taken; nobody is added."""
         if not came or self._waiting[group] or capacity.free_rows < 1:
             return None
         taken = self._num_taken[group]
         came = [replace(candidate, num_before=taken) for candidate in came]
         selection = self._select(group, came, capacity, now_ns, None)
-        if selection and (pace := self._paces.get(group)):
+        if selection is None or len(selection.members) < len(came):
+            return None
+        self._num_taken[group] += selection.num_sequences
+        if pace := self._paces.get(group):
             for member in selection.members:
                 pace.arrivals.add(member.arrived_ns, member.num_sequences)
         return selection
@@ -217,7 +224,6 @@ class Batcher:
         reason = full or timely
         if reason is None or not members:
             return None
-        self._num_taken[group] += sum(member.num_sequences for member in members)
         oldest = min(member.arrived_ns for member in members)
         return Selection(group, tuple(members), reason, now_ns - oldest)
 
