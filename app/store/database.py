@@ -290,6 +290,9 @@ def _execute_in_one_trip(
         if cursor.pgresult:
             link.close()  # a commit failed, which no pipeline gets over, or what was to follow it
         raise
+    except IndexError:  # the driver, of one that failed and whose error came by itself
+        link.close()
+        raise psycopg.OperationalError("A commit failed.") from None
     return True
 
 

@@ -6,9 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from datetime import timedelta
-from typing import LiteralString
+from typing import Any, LiteralString
 from uuid import uuid4
 
+import psycopg
 import pytest
 from sqlalchemy import Connection, text
 
@@ -79,6 +80,28 @@ def test_what_follows_a_commit_and_fails_leaves_it_and_is_said_as_unavailable(
         with pytest.raises(Unavailable), database.autocommit(then=(fails, {})) as connection:
             connection.execute(text("INSERT INTO numbers VALUES (7)"))
 
+        assert numbers(database) == [7]
+
+
+def test_a_driver_that_loses_count_of_its_answers_is_a_connection_that_is_lost(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As psycopg does if the error of a commit comes apart from the answer before it."""
+    leave = psycopg.Pipeline.__exit__
+
+    def leave_badly(pipeline: psycopg.Pipeline, *error: Any) -> None:
+        leave(pipeline, *error)
+        raise IndexError("pop from an empty deque")
+
+    with closing(Database(database_url, pool_size=1)) as database:
+        create_numbers(database, is_pooled=False)
+        monkeypatch.setattr(psycopg.Pipeline, "__exit__", leave_badly)
+
+        then = ("SELECT 1", dict[str, object]())
+        with pytest.raises(Unavailable), database.autocommit(then=then) as connection:
+            connection.execute(text("INSERT INTO numbers VALUES (7)"))
+
+        monkeypatch.undo()
         assert numbers(database) == [7]
 
 
