@@ -33,6 +33,7 @@ from app.config.settings import ModelSettings, Settings
 from app.engines import registry
 from app.engines.base import Engine, Sequence
 from app.engines.checkpoint.models import ensure_files
+from app.engines.device import dtype_name
 from app.engines.text.tokenizer import Tokenizer, load_tokenizer
 from app.errors import ConfigError
 from app.jobs import Kind
@@ -107,7 +108,7 @@ def _contestants(
     """By name, in the order of the table."""
     model: Any = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
     entries: dict[str, Contestant] = {_PLAIN: partial(run_plain, model, tokenizer)}
-    for dtype in ("float32", "bfloat16"):
+    for dtype in dict.fromkeys(("float32", dtype_name("auto", "cpu"))):
         settings = _settings(options.model, dtype)
         engine = registry.create(
             settings.engine, folder, settings, device="cpu", threads=0, progress=lambda: None
@@ -215,7 +216,7 @@ def _print(
         pairs = zip(seconds[slow], seconds[fast], strict=True)
         return round(median(a / b for a, b in pairs), 3)
 
-    ours, exact = _ENGINE.format("bfloat16"), _ENGINE.format("float32")
+    ours, exact = _ENGINE.format(dtype_name("auto", "cpu")), _ENGINE.format("float32")
     ratios = {
         "bare_over_plain": over(ours, _PLAIN),
         "float32_over_plain": over(exact, _PLAIN),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from functools import partial
@@ -11,13 +12,13 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
-from sqlalchemy import event, text
+from sqlalchemy import Connection, event, text
 
 from app.books.energy import EnergyMethod
 from app.errors import GristmillError, JobStateConflict, Unavailable
 from app.jobs import AttemptOutcome, JobState
 from app.store import cancellation, claims, releases, sweeps, workers
-from app.store.claims import BatchStats, Member
+from app.store.claims import BatchStats, Member, NewBatch
 from app.store.database import Database
 from app.store.reads import JobView
 from app.store.releases import Release
@@ -119,15 +120,16 @@ def test_a_repeated_claim_is_the_same_claim(database: Database) -> None:
     assert count(database, "batches") == 1
 
 
-def test_a_repeated_claim_of_an_attempt_that_was_lost_meanwhile_gets_nothing(
-    database: Database,
+@pytest.mark.parametrize("move", [claims.claim, claims.take])
+def test_what_is_repeated_after_its_attempt_was_lost_gets_nothing(
+    database: Database, move: Callable[[Connection, NewBatch, list[Member]], list[object]]
 ) -> None:
-    # given a claim whose answer was lost, and an outage longer than the lease
+    # given a claim or take whose answer was lost, and an outage longer than the lease
     [job_id] = insert(database, new_job())
     worker = Worker.registered(database)
     batch, members = worker.batch(), [Member(job_id, uuid4())]
     with database.begin() as connection:
-        claims.claim(connection, batch, members)
+        assert move(connection, batch, members)
     end_lease(database, worker.id)
     with database.begin() as connection:
         sweeps.expire_leases(connection, sweeps.find_lost(connection, 10))
@@ -136,9 +138,9 @@ def test_a_repeated_claim_of_an_attempt_that_was_lost_meanwhile_gets_nothing(
 
     # when it is tried again
     with database.begin() as connection:
-        claimed = claims.claim(connection, batch, members)
+        again = move(connection, batch, members)
 
-    assert claimed == []
+    assert again == []
     assert view(database, job_id).state is JobState.QUEUED
 
 

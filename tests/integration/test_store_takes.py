@@ -13,7 +13,7 @@ from sqlalchemy import text
 from app.errors import Unavailable
 from app.jobs import SUSPECT_AFTER, JobState
 from app.requests.bodies import FORMAT
-from app.store import cancellation, claims, submissions, sweeps, workers
+from app.store import cancellation, claims, submissions
 from app.store.claims import BatchStats, Member, Taken
 from app.store.database import Database
 from app.store.encoding import UNREADABLE
@@ -186,28 +186,6 @@ def test_a_repeated_take_is_the_same_take(worker: Worker, database: Database) ->
     with database.begin() as connection:
         assert connection.scalar(text("SELECT count(*) FROM attempts")) == 2
         assert connection.scalar(text("SELECT num_jobs FROM batches")) == 2
-
-
-def test_a_repeated_take_of_an_attempt_that_was_lost_meanwhile_gets_nothing(
-    worker: Worker, database: Database
-) -> None:
-    # given a take whose answer was lost, and an outage longer than the lease
-    [job_id] = insert_sent(database, new_job())
-    batch, members = worker.batch(), [Member(job_id, uuid4())]
-    with database.begin() as connection:
-        claims.take(connection, batch, members)
-    end_lease(database, worker.id)
-    with database.begin() as connection:
-        sweeps.expire_leases(connection, sweeps.find_lost(connection, 10))
-    with database.begin() as connection:
-        workers.heartbeat(connection, worker.id, 30)
-
-    # when it is tried again
-    with database.begin() as connection:
-        taken = claims.take(connection, batch, members)
-
-    assert taken == []
-    assert view(database, job_id).state is JobState.QUEUED
 
 
 def test_a_worker_whose_lease_is_over_takes_nothing_until_its_next_heartbeat(

@@ -3,8 +3,7 @@ that is joined a few jobs more than it has room for."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Final
 from uuid import UUID
@@ -25,14 +24,6 @@ from tests.simulation.world import World
 STATIC: Final = 1  #: a way to submit: row and message, to the model whose engine nobody joins
 MS: Final = 1_000_000
 JOINED: Final = 7  #: the same, to the model whose engine takes more between its steps
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    """A fault that the product logs is no news here."""
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
 
 
 class Ahead:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
-from collections.abc import Iterator
 from datetime import timedelta
 
 import pytest
@@ -21,14 +19,6 @@ from tests.simulation.world import World
 
 SEEDS_EACH = 25
 STATIC = queue_name("static")
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    """A fault that the product logs is no news here."""
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
 
 
 @pytest.mark.parametrize("first", range(0, 200, SEEDS_EACH))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
 from typing import Final
 
 import pytest
@@ -18,14 +16,6 @@ from tests.simulation.world import World
 
 STATIC: Final = 1  #: a way to submit: row and message, to the model whose engine nobody joins
 FAULTS: Final = (ROLLED_BACK, UNKNOWN)
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    """A fault that the product logs is no news here."""
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
 
 
 class Came:
